@@ -1,0 +1,108 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
+
+#include "cpu/kernels.h"
+#include "cpu/thread_pool.h"
+#include "ops.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace glm_fused;
+
+namespace {
+
+// glm_fused.ops.Weight: weight, scales, biases, group_size, bits, mode.
+using WeightTuple = std::tuple<
+    mx::array,
+    std::optional<mx::array>,
+    std::optional<mx::array>,
+    int,
+    int,
+    std::string>;
+
+Weight weight(const WeightTuple& t) {
+  return {
+      std::get<0>(t), std::get<1>(t), std::get<2>(t),
+      std::get<3>(t), std::get<4>(t), std::get<5>(t)};
+}
+
+} // namespace
+
+NB_MODULE(_ext, m) {
+  m.doc() = "Compiled kernels of glm_fused; call them through glm_fused.ops.";
+  m.attr("built_with_mlx") = GLM_FUSED_MLX_VERSION;
+  m.attr("built_with_nanobind") = GLM_FUSED_NANOBIND_VERSION;
+
+  m.def(
+      "probe",
+      [](const mx::array& a) { return a; },
+      "a"_a,
+      "Return `a`: fails where this build and the installed mlx disagree.");
+  m.def(
+      "quantized_matvec",
+      [](const mx::array& x, const WeightTuple& w, bool reference) {
+        return quantized_matvec(x, weight(w), reference, mx::Device::cpu);
+      },
+      "x"_a,
+      "w"_a,
+      "reference"_a);
+  m.def(
+      "moe_decode",
+      [](const mx::array& x,
+         const WeightTuple& gate,
+         const WeightTuple& up,
+         const WeightTuple& down,
+         const mx::array& slots,
+         const mx::array& scores,
+         bool reference) {
+        return moe_decode(
+            x, weight(gate), weight(up), weight(down), slots, scores, reference,
+            mx::Device::cpu);
+      },
+      "x"_a,
+      "gate"_a,
+      "up"_a,
+      "down"_a,
+      "slots"_a,
+      "scores"_a,
+      "reference"_a);
+  m.def(
+      "router_topk",
+      [](const mx::array& x,
+         const mx::array& weight,
+         const mx::array& correction_bias,
+         int top_k,
+         int n_group,
+         int topk_group,
+         bool norm_topk_prob,
+         float routed_scaling_factor,
+         bool reference) {
+        return router_topk(
+            x, weight, correction_bias,
+            {top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor},
+            reference, mx::Device::cpu);
+      },
+      "x"_a,
+      "weight"_a,
+      "correction_bias"_a,
+      "top_k"_a,
+      "n_group"_a,
+      "topk_group"_a,
+      "norm_topk_prob"_a,
+      "routed_scaling_factor"_a,
+      "reference"_a);
+  m.def("num_threads", &cpu::num_threads, "Threads of the CPU kernels.");
+  m.def(
+      "set_num_threads",
+      &cpu::set_num_threads,
+      "n"_a,
+      "Set the threads of the CPU kernels, 1 to 1024.");
+  m.def(
+      "cpu_kernels",
+      [] { return std::string(cpu::kernels().name); },
+      "The instruction set of the CPU kernels: avx512, avx2 or portable.");
+}

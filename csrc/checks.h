@@ -1,0 +1,71 @@
+// Argument checks shared by the ops: each throws std::invalid_argument.
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "ops.h"
+
+namespace glm_fused {
+
+template <class... Parts>
+[[noreturn]] void invalid(const std::string& op, const Parts&... parts) {
+  std::ostringstream text;
+  text << "[" << op << "] ";
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+inline std::string shape_of(const mx::array& a) {
+  std::ostringstream text;
+  text << a.shape();
+  return text.str();
+}
+
+inline void check_float(
+    const std::string& op,
+    const std::string& name,
+    const mx::array& a) {
+  if (a.dtype() != mx::float32 && a.dtype() != mx::float16 &&
+      a.dtype() != mx::bfloat16) {
+    invalid(
+        op,
+        name,
+        " must be float32, float16 or bfloat16 but is ",
+        a.dtype(),
+        ".");
+  }
+}
+
+inline void check_shape(
+    const std::string& op,
+    const std::string& name,
+    const mx::array& a,
+    const mx::Shape& expected) {
+  if (a.shape() != expected) {
+    std::ostringstream want;
+    want << expected;
+    invalid(
+        op, name, " must have shape ", want.str(), " but has ", shape_of(a), ".");
+  }
+}
+
+FloatType float_type_of(mx::Dtype dtype);
+
+// The format of `w`; its columns must be `k`.
+Format check_weight(
+    const std::string& op,
+    const std::string& name,
+    const Weight& w,
+    int ndim,
+    int k);
+
+// weight, scales, biases, as far as the format has them, row-contiguous.
+void append_arrays(
+    std::vector<mx::array>& inputs,
+    const Weight& w,
+    mx::StreamOrDevice s);
+
+} // namespace glm_fused

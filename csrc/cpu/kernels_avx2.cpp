@@ -1,0 +1,11 @@
+#define GLM_AVX2
+#include "cpu/kernels_body.h"
+
+namespace glm_fused::cpu {
+
+const KernelSet& avx2_kernels() {
+  static constexpr KernelSet set{"avx2", find, ::swiglu};
+  return set;
+}
+
+} // namespace glm_fused::cpu

@@ -1,0 +1,340 @@
+// The kernels of one instruction set. Included by kernels_<isa>.cpp only.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/planes.h"
+#include "cpu/scales.h"
+#include "swiglu.h"
+
+namespace {
+
+using glm_fused::Format;
+using glm_fused::Mode;
+using glm_fused::cpu::DotArgs;
+using glm_fused::cpu::Kernel;
+using glm_fused::cpu::KernelSet;
+using glm_fused::cpu::kMaxTileRows;
+
+// Rows of W that share one load of x when there is one vector.
+#if defined(GLM_AVX512)
+constexpr int kRowsAtOnce = 4;
+#elif defined(GLM_AVX2)
+constexpr int kRowsAtOnce = 2;
+#else
+constexpr int kRowsAtOnce = 1;
+#endif
+// Rows that share a block of several packed vectors while it is in L1.
+constexpr int kRowsPerBlock = 8;
+
+// Packed x: per block and half, kTerms planes of 16 lanes, then the lane sums
+// that multiply the affine bias.
+template <class F>
+constexpr int planes_per_half = F::kTerms + (F::kSumStep ? 1 : 0);
+template <class F>
+constexpr int floats_per_block = 2 * planes_per_half<F> * kHalf;
+
+template <class F>
+GLM_INLINE float lane_sum(const float* x) {
+  float sum = 0;
+  for (int v = 0; v < F::kValues; v += F::kSumStep) {
+    float part = x[v];
+    for (int i = 1; i < F::kSumStep; i++) {
+      part = part + x[v + i];
+    }
+    sum = sum + part;
+  }
+  return sum;
+}
+
+template <class F>
+void pack(const float* x, int k, float* panel, int m, int width) {
+  float* out = panel + m * kHalf;
+  for (int base = 0; base < k; base += kHalf * F::kValues) {
+    for (int lane = 0; lane < kHalf; lane++) {
+      const int column = base + lane * F::kValues;
+      float values[F::kValues];
+      for (int v = 0; v < F::kValues; v++) {
+        values[v] = column + v < k ? x[column + v] : 0.0f;
+      }
+      for (int p = 0; p < F::kTerms; p++) {
+        const Plane t = F::plane(p);
+        out[p * width * kHalf + lane] = values[t.value] * t.scale * t.carry;
+      }
+      if constexpr (F::kSumStep > 0) {
+        out[F::kTerms * width * kHalf + lane] = lane_sum<F>(values);
+      }
+    }
+    out += planes_per_half<F> * width * kHalf;
+  }
+}
+
+// One half-block of R rows against M vectors of a panel. `Width` is the
+// panel's width, a Constant where the compiler may fold it into addresses.
+template <class F, int R, int M, class Width>
+struct HalfBlock {
+  const F& format;
+  const float* x;
+  const Width width;
+  typename F::Words words[R];
+  F16 acc[R][M];
+  F16 quad[R][M];
+
+  GLM_INLINE HalfBlock(
+      const F& f,
+      const uint8_t* const (&rows)[R],
+      const float* panel,
+      Width w)
+      : format(f), x(panel), width(w) {
+    unroll<R>(GLM_EACH(r) { words[r].load(rows[r]); });
+  }
+
+  template <int p>
+  GLM_INLINE void term() {
+    F16 d[R];
+    unroll<R>(GLM_EACH(r) { d[r] = format.template decode<p>(words[r]); });
+    unroll<M>(GLM_EACH(m) {
+      const F16 xp = load(x + (p * width + m) * kHalf);
+      unroll<R>(GLM_EACH(r) {
+        if constexpr (!F::kQuads) {
+          acc[r][m] = fma(xp, d[r], acc[r][m]);
+        } else if constexpr (p % 4 == 1) {
+          quad[r][m] = mul(xp, d[r]);
+        } else {
+          quad[r][m] = fma(xp, d[r], quad[r][m]);
+        }
+      });
+    });
+  }
+
+  // a*b + c*d + e*f + g*h contracts to fma(g,h, fma(e,f, fma(a,b, c*d))).
+  template <int p>
+  GLM_INLINE void terms() {
+    if constexpr (F::kQuads && p < F::kTerms) {
+      term<p + 1>();
+      term<p>();
+      term<p + 2>();
+      term<p + 3>();
+      unroll<R>(GLM_EACH(r) {
+        unroll<M>(GLM_EACH(m) { acc[r][m] = add(acc[r][m], quad[r][m]); });
+      });
+      terms<p + 4>();
+    } else if constexpr (p < F::kTerms) {
+      term<p>();
+      terms<p + 1>();
+    }
+  }
+};
+
+template <class F, class S>
+struct Tile {
+  const DotArgs& a;
+  const F format{};
+  const S scales;
+  const size_t row_bytes;
+
+  GLM_INLINE explicit Tile(const DotArgs& args)
+      : a(args),
+        scales(args, F::kValues),
+        row_bytes(args.format.row_bytes(args.k)) {}
+
+  GLM_INLINE int half_blocks() const {
+    constexpr int values = kHalf * F::kValues;
+    return (a.k + values - 1) / values;
+  }
+
+  // Rows past the tile's last stand in for it and are not stored.
+  GLM_INLINE int inside(int row) const {
+    return row < a.rows ? row : a.rows - 1;
+  }
+
+  // Where each row's half-block lies: in place, or copied and zero-padded
+  // where the lanes would read past the end of the row.
+  template <int R, size_t edge_bytes>
+  GLM_INLINE void row_pointers(
+      int row,
+      int hb,
+      uint8_t (&edge)[R][edge_bytes],
+      const uint8_t* (&rows)[R]) const {
+    constexpr size_t whole = kHalf * F::kBytes;
+    constexpr size_t overread = F::kBytes == 3 ? 1 : 0;
+    const size_t offset = hb * whole;
+    const size_t left = row_bytes - offset;
+    const bool at_edge = left < whole + overread;
+    unroll<R>(GLM_EACH(r) {
+      rows[r] = a.weight + inside(row + r) * row_bytes + offset;
+      if (__builtin_expect(at_edge, 0)) {
+        memset(edge[r], 0, edge_bytes);
+        memcpy(edge[r], rows[r], left < whole ? left : whole);
+        rows[r] = edge[r];
+      } else {
+        __builtin_prefetch(rows[r] + R * row_bytes);
+        if constexpr (whole > 64) {
+          __builtin_prefetch(rows[r] + R * row_bytes + 64);
+        }
+      }
+    });
+  }
+
+  // Adds half-block `hb` of rows row..row+R to result[r][m].
+  template <int R, int M, class Width>
+  GLM_INLINE void half_block(
+      int row,
+      int m0,
+      Width width,
+      int hb,
+      F16 (&result)[R][M]) const {
+    const size_t planes = static_cast<size_t>(hb) * planes_per_half<F>;
+    const float* x = a.x + (planes * width + m0) * kHalf;
+    alignas(64) uint8_t edge[R][kHalf * F::kBytes + 4];
+    const uint8_t* rows[R];
+    row_pointers(row, hb, edge, rows);
+    HalfBlock<F, R, M, Width> block(format, rows, x, width);
+    unroll<R>(GLM_EACH(r) {
+      unroll<M>(GLM_EACH(m) {
+        block.acc[r][m] = F::kCarriesAccumulator ? result[r][m] : zero();
+      });
+    });
+    block.template terms<0>();
+    const Groups groups = scales.groups(hb);
+    unroll<R>(GLM_EACH(r) {
+      scales.template finish<M>(
+          inside(row + r),
+          groups,
+          x + F::kTerms * width * kHalf,
+          block.acc[r],
+          result[r]);
+    });
+  }
+
+  // Up to `G` groups of R rows: block by block, so that several vectors'
+  // packed values stay in L1 for all the rows.
+  template <int G, int R, int M, class Width>
+  GLM_INLINE void groups_of_rows(int row, int m0, Width width) const {
+    const int left = (a.rows - row + R - 1) / R;
+    const int groups = left < G ? left : G;
+    F16 sums[G][2][R][M];
+    for (int g = 0; g < groups; g++) {
+      for (int r = 0; r < R; r++) {
+        for (int m = 0; m < M; m++) {
+          sums[g][0][r][m] = sums[g][1][r][m] = zero();
+        }
+      }
+    }
+    const int halves = half_blocks();
+    for (int begin = 0; begin < halves; begin += 2) {
+      const int end = begin + 2 < halves ? begin + 2 : halves;
+      for (int g = 0; g < groups; g++) {
+        for (int hb = begin; hb < end; hb++) {
+          half_block<R, M>(row + g * R, m0, width, hb, sums[g][hb - begin]);
+        }
+      }
+    }
+    for (int i = 0; i < groups * R && row + i < a.rows; i++) {
+      for (int m = 0; m < M; m++) {
+        const auto& sum = sums[i / R];
+        a.y[(m0 + m) * a.rows + row + i] =
+            butterfly_sum(sum[0][i % R][m], sum[1][i % R][m]);
+      }
+    }
+  }
+
+  template <int M, class Width>
+  __attribute__((noinline)) void all_rows(int m0, Width width) const {
+    constexpr int R = M == 1 ? kRowsAtOnce : 1;
+    constexpr int G = M == 1 ? 1 : kRowsPerBlock;
+    for (int row = 0; row < a.rows; row += G * R) {
+      groups_of_rows<G, R, M>(row, m0, width);
+    }
+  }
+
+  GLM_INLINE void all() const {
+#if defined(GLM_AVX512)
+    switch (a.width) {
+      case 1:
+        return all_rows<1>(0, Constant<1>());
+      case 2:
+        return all_rows<2>(0, Constant<2>());
+      case 4:
+        return all_rows<4>(0, Constant<4>());
+      default:
+        return all_rows<8>(0, Constant<8>());
+    }
+#elif defined(GLM_AVX2)
+    for (int m = 0; m < a.width;) {
+      if (a.width >= 4) {
+        all_rows<4>(m, a.width);
+        m += 4;
+      } else {
+        all_rows<1>(m, a.width);
+        m += 1;
+      }
+    }
+#else
+    for (int m = 0; m < a.width; m++) {
+      all_rows<1>(m, a.width);
+    }
+#endif
+  }
+};
+
+template <class F, class S>
+void dot(const DotArgs& args) {
+  Tile<F, S>(args).all();
+}
+
+template <class F, class S>
+constexpr Kernel kernel{dot<F, S>, pack<F>, F::kValues, floats_per_block<F>};
+
+template <int bits>
+const Kernel& find_affine(bool fast) {
+  return fast ? kernel<Affine<bits, true>, AffineScales>
+              : kernel<Affine<bits, false>, AffineScales>;
+}
+
+const Kernel& find(const Format& f, bool fast) {
+  using enum FloatType;
+  switch (f.mode) {
+    case Mode::mxfp4:
+      return fast ? kernel<Fp4<true>, E8M0Scales> : kernel<Fp4<false>, E8M0Scales>;
+    case Mode::nvfp4:
+      return fast ? kernel<Fp4<true>, E4M3Scales> : kernel<Fp4<false>, E4M3Scales>;
+    case Mode::mxfp8:
+      return fast ? kernel<Fp8<true>, E8M0Scales> : kernel<Fp8<false>, E8M0Scales>;
+    case Mode::affine:
+      switch (f.bits) {
+        case 2:
+          return find_affine<2>(fast);
+        case 3:
+          return find_affine<3>(fast);
+        case 4:
+          return find_affine<4>(fast);
+        case 5:
+          return find_affine<5>(fast);
+        case 6:
+          return find_affine<6>(fast);
+        default:
+          return find_affine<8>(fast);
+      }
+    default:
+      break;
+  }
+  return f.float_type == float32 ? kernel<Dense<float32>, NoScales>
+      : f.float_type == float16  ? kernel<Dense<float16>, NoScales>
+                                 : kernel<Dense<bfloat16>, NoScales>;
+}
+
+void swiglu(
+    const float* gate,
+    const float* up,
+    float* act,
+    int count,
+    FloatType type) {
+  for (int i = 0; i < count; i++) {
+    act[i] = glm_fused::swiglu(
+        glm_fused::round_to(gate[i], type),
+        glm_fused::round_to(up[i], type),
+        type);
+  }
+}
+
+} // namespace

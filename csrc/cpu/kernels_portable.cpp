@@ -1,0 +1,10 @@
+#include "cpu/kernels_body.h"
+
+namespace glm_fused::cpu {
+
+const KernelSet& portable_kernels() {
+  static constexpr KernelSet set{"portable", find, ::swiglu};
+  return set;
+}
+
+} // namespace glm_fused::cpu

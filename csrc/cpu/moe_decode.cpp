@@ -1,0 +1,250 @@
+#include <algorithm>
+#include <map>
+
+#include "cpu/matrix.h"
+#include "cpu/moe_decode.h"
+#include "cpu/thread_pool.h"
+#include "checks.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "primitives.h"
+#include "reference/reference.h"
+#include "rounding.h"
+
+namespace glm_fused {
+
+namespace cpu {
+
+namespace {
+
+// Tokens taken together: bounds the scratch memory of a long prefill.
+constexpr int kMaxTokens = 256;
+
+// Up to eight (token, choice) pairs that share a slot. Pair p of a chunk is
+// token p / top_k, choice p % top_k.
+struct Panel {
+  int slot;
+  std::vector<int> pairs;
+  int width() const {
+    return static_cast<int>(pairs.size());
+  }
+};
+
+std::vector<Panel> group_by_slot(const int32_t* slots, int pairs) {
+  std::map<int, std::vector<int>> by_slot;
+  for (int p = 0; p < pairs; p++) {
+    by_slot[slots[p]].push_back(p);
+  }
+  std::vector<Panel> panels;
+  for (const auto& [slot, list] : by_slot) {
+    for (auto at = list.begin(); at != list.end();) {
+      const int width = panel_width(static_cast<int>(list.end() - at));
+      panels.push_back({slot, {at, at + width}});
+      at += width;
+    }
+  }
+  return panels;
+}
+
+class Chunk {
+ public:
+  Chunk(const Moe& moe, int first_token, int tokens)
+      : moe_(moe),
+        first_(first_token),
+        tokens_(tokens),
+        top_k_(moe.slots.shape(1)),
+        slots_(moe.slots.data<int32_t>() + first_token * top_k_),
+        panels_(group_by_slot(slots_, tokens * top_k_)),
+        act_(uninitialized(static_cast<size_t>(tokens) * top_k_ * moe.gate.n)) {}
+
+  void run() {
+    pack_inputs();
+    gate_up();
+    pack_activations();
+    down_sum();
+  }
+
+ private:
+  double work(int matrices) const {
+    return static_cast<double>(moe_.gate.n) * moe_.gate.k * matrices *
+        tokens_ * top_k_;
+  }
+
+  // Panels over the same tokens share their packed x: with one token, all.
+  void pack_inputs() {
+    std::map<std::vector<int>, std::pair<const float*, const float*>> packed;
+    const Floats row = uninitialized(moe_.gate.k);
+    for (const auto& panel : panels_) {
+      std::vector<int> tokens;
+      for (int pair : panel.pairs) {
+        tokens.push_back(pair / top_k_);
+      }
+      auto& [gate, up] = packed[tokens];
+      if (gate == nullptr) {
+        float* g = allocate(moe_.gate, panel.width());
+        const bool same = moe_.up.kernel->pack == moe_.gate.kernel->pack;
+        float* u = same ? g : allocate(moe_.up, panel.width());
+        for (int m = 0; m < panel.width(); m++) {
+          load_row(moe_.x, first_ + tokens[m], moe_.gate.k, row.get());
+          moe_.gate.kernel->pack(
+              row.get(), moe_.gate.k, g, m, panel.width());
+          if (!same) {
+            moe_.up.kernel->pack(row.get(), moe_.up.k, u, m, panel.width());
+          }
+        }
+        gate = g;
+        up = u;
+      }
+      inputs_.push_back({gate, up});
+    }
+  }
+
+  float* allocate(const Matrix& w, int width) {
+    scratch_.push_back(uninitialized(w.kernel->packed_floats(w.k) * width));
+    return scratch_.back().get();
+  }
+
+  void gate_up() {
+    const int n = moe_.gate.n, tile = tile_rows(n, panels());
+    const int tiles = (n + tile - 1) / tile;
+    const auto task = [&](int t) {
+      const auto& panel = panels_[t / tiles];
+      const auto [gate_x, up_x] = inputs_[t / tiles];
+      const int first = t % tiles * tile, rows = std::min(tile, n - first);
+      const int width = panel.width();
+      float gate[8 * kMaxTileRows], up[8 * kMaxTileRows];
+      moe_.gate.dot(panel.slot, first, rows, gate_x, width, gate);
+      moe_.up.dot(panel.slot, first, rows, up_x, width, up);
+      for (int m = 0; m < width; m++) {
+        float* act = act_.get() + static_cast<size_t>(panel.pairs[m]) * n;
+        kernels().swiglu(
+            gate + m * rows, up + m * rows, act + first, rows, moe_.type);
+      }
+    };
+    parallel_for(panels() * tiles, task, work(2));
+  }
+
+  void pack_activations() {
+    const Matrix& down = moe_.down;
+    for (const auto& panel : panels_) {
+      down_inputs_.push_back(allocate(down, panel.width()));
+    }
+    const auto task = [&](int i) {
+      const auto& panel = panels_[i];
+      for (int m = 0; m < panel.width(); m++) {
+        const float* act =
+            act_.get() + static_cast<size_t>(panel.pairs[m]) * down.k;
+        down.kernel->pack(act, down.k, down_inputs_[i], m, panel.width());
+      }
+    };
+    parallel_for(panels(), task, work(2));
+  }
+
+  // Every projection is rounded as the unfused chain stores it; a token's
+  // choices are summed in order, one rounding per multiply and per add.
+  void down_sum() {
+    const int n = moe_.down.n, tile = tile_rows(n, panels());
+    const float* scores = moe_.scores.data<float>() + first_ * top_k_;
+    const auto task = [&](int t) {
+      const int first = t * tile, rows = std::min(tile, n - first);
+      const Floats y = uninitialized(
+          static_cast<size_t>(tokens_) * top_k_ * rows);
+      float out[8 * kMaxTileRows];
+      for (int i = 0; i < panels(); i++) {
+        const auto& panel = panels_[i];
+        moe_.down.dot(
+            panel.slot, first, rows, down_inputs_[i], panel.width(), out);
+        for (int m = 0; m < panel.width(); m++) {
+          float* to = y.get() + static_cast<size_t>(panel.pairs[m]) * rows;
+          for (int r = 0; r < rows; r++) {
+            to[r] = round_to(out[m * rows + r], moe_.type);
+          }
+        }
+      }
+      for (int token = 0; token < tokens_; token++) {
+        float sum[kMaxTileRows] = {};
+        for (int j = token * top_k_; j < (token + 1) * top_k_; j++) {
+          for (int r = 0; r < rows; r++) {
+            const float term = y[static_cast<size_t>(j) * rows + r] * scores[j];
+            sum[r] = sum[r] + term;
+          }
+        }
+        const size_t row = static_cast<size_t>(first_ + token);
+        store_row(moe_.y, row * n + first, sum, rows);
+      }
+    };
+    parallel_for((n + tile - 1) / tile, task, work(1));
+  }
+
+  int panels() const {
+    return static_cast<int>(panels_.size());
+  }
+
+  const Moe& moe_;
+  const int first_, tokens_, top_k_;
+  const int32_t* slots_;
+  const std::vector<Panel> panels_;
+  const Floats act_; // [pair, intermediate]
+  std::vector<std::pair<const float*, const float*>> inputs_; // gate, up
+  std::vector<float*> down_inputs_;
+  std::vector<Floats> scratch_;
+};
+
+void check_slots(const Moe& moe) {
+  const int32_t* slots = moe.slots.data<int32_t>();
+  for (size_t i = 0; i < moe.slots.size(); i++) {
+    if (slots[i] < 0 || slots[i] >= moe.gate.slots) {
+      invalid(
+          "moe_decode", "slots[", i / moe.slots.shape(1), ", ",
+          i % moe.slots.shape(1), "] must be in [0, ", moe.gate.slots,
+          ") but is ", slots[i], ".");
+    }
+  }
+}
+
+} // namespace
+
+void moe_decode(const Moe& moe) {
+  const int tokens = moe.x.shape(0);
+  for (int first = 0; first < tokens; first += kMaxTokens) {
+    Chunk(moe, first, std::min(kMaxTokens, tokens - first)).run();
+  }
+}
+
+} // namespace cpu
+
+void MoeDecode::eval_cpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  auto& y = outputs[0];
+  y.set_data(mx::allocator::malloc(y.nbytes()));
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  for (const auto& input : inputs) {
+    encoder.set_input_array(input);
+  }
+  encoder.set_output_array(y);
+  encoder.dispatch([inputs = weak_copies(inputs),
+                    y = mx::array::unsafe_weak_copy(y),
+                    gate_format = gate_,
+                    up_format = up_,
+                    down_format = down_,
+                    reference = reference_]() mutable {
+    if (y.size() == 0) {
+      return;
+    }
+    size_t next = 3;
+    const cpu::Matrix gate(inputs, next, gate_format);
+    const cpu::Matrix up(inputs, next, up_format);
+    const cpu::Matrix down(inputs, next, down_format);
+    const cpu::Moe moe{
+        inputs[0], inputs[1], inputs[2], gate, up, down, y,
+        float_type_of(y.dtype())};
+    cpu::check_slots(moe);
+    if (reference) {
+      reference::moe_decode(moe);
+    } else {
+      cpu::moe_decode(moe);
+    }
+  });
+}
+
+} // namespace glm_fused

@@ -1,0 +1,106 @@
+#include <algorithm>
+
+#include "cpu/matrix.h"
+#include "cpu/thread_pool.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "primitives.h"
+#include "reference/reference.h"
+
+namespace glm_fused {
+
+namespace cpu {
+
+namespace {
+
+// Rows of x packed at once: their panels stay in a core's L2 cache.
+constexpr int kMaxRows = 64;
+
+// y for rows [begin, begin + count) of x, which all meet slot `slot`. Row i of
+// a head lies at `row_of(i)` in x and y.
+template <class RowOf>
+void matvec_rows(
+    const Matrix& w,
+    int slot,
+    const mx::array& x,
+    mx::array& y,
+    int count,
+    RowOf&& row_of) {
+  const size_t packed = w.kernel->packed_floats(w.k);
+  const Floats panels = uninitialized(packed * count);
+  const Floats row = uninitialized(w.k);
+  for (int begin = 0; begin < count;) {
+    const int width = panel_width(count - begin);
+    for (int m = 0; m < width; m++) {
+      load_row(x, row_of(begin + m), w.k, row.get());
+      w.kernel->pack(row.get(), w.k, panels.get() + packed * begin, m, width);
+    }
+    begin += width;
+  }
+  const int tile = tile_rows(w.n, 1);
+  const auto task = [&](int t) {
+    const int first = t * tile, rows = std::min(tile, w.n - first);
+    float out[8 * kMaxTileRows];
+    for (int begin = 0; begin < count;) {
+      const int width = panel_width(count - begin);
+      w.dot(slot, first, rows, panels.get() + packed * begin, width, out);
+      for (int m = 0; m < width; m++) {
+        const size_t at = row_of(begin + m) * w.n + first;
+        store_row(y, at, out + m * rows, rows);
+      }
+      begin += width;
+    }
+  };
+  const int tiles = (w.n + tile - 1) / tile;
+  parallel_for(tiles, task, static_cast<double>(w.n) * w.k * count);
+}
+
+} // namespace
+
+void quantized_matvec(const Matrix& w, const mx::array& x, mx::array& y) {
+  const int per_head = x.ndim() < 2 ? 1 : x.shape(-2);
+  const int heads = w.slots;
+  const size_t all = x.size() / w.k;
+  const int batch = static_cast<int>(all / heads / std::max(per_head, 1));
+  // With one matrix every row is alike; with heads, rows repeat per batch.
+  const int rows = batch * per_head;
+  for (int h = 0; h < heads; h++) {
+    for (int begin = 0; begin < rows; begin += kMaxRows) {
+      const int count = std::min(kMaxRows, rows - begin);
+      matvec_rows(w, h, x, y, count, [&](int i) -> size_t {
+        const int b = (begin + i) / per_head, m = (begin + i) % per_head;
+        return (static_cast<size_t>(b) * heads + h) * per_head + m;
+      });
+    }
+  }
+}
+
+} // namespace cpu
+
+void QuantizedMatvec::eval_cpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  auto& y = outputs[0];
+  y.set_data(mx::allocator::malloc(y.nbytes()));
+  auto& encoder = mx::cpu::get_command_encoder(stream());
+  for (const auto& input : inputs) {
+    encoder.set_input_array(input);
+  }
+  encoder.set_output_array(y);
+  encoder.dispatch([inputs = weak_copies(inputs),
+                    y = mx::array::unsafe_weak_copy(y),
+                    format = format_,
+                    reference = reference_]() mutable {
+    if (y.size() == 0) {
+      return;
+    }
+    size_t next = 1;
+    const cpu::Matrix w(inputs, next, format);
+    if (reference) {
+      reference::quantized_matvec(w, inputs[0], y);
+    } else {
+      cpu::quantized_matvec(w, inputs[0], y);
+    }
+  });
+}
+
+} // namespace glm_fused

@@ -1,0 +1,65 @@
+// The public operations. Shapes and dtypes are checked when the graph is
+// built; every error names the op, the argument, what it is and what was
+// expected.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "formats.h"
+#include "mlx/mlx.h"
+
+namespace glm_fused {
+
+namespace mx = mlx::core;
+
+// A weight matrix in MLX's layout: [..., n, k], or packed with its scales.
+struct Weight {
+  mx::array weight;
+  std::optional<mx::array> scales;
+  std::optional<mx::array> biases;
+  int group_size = 0;
+  int bits = 0;
+  std::string mode = "dense";
+};
+
+// y[..., m, n] = sum_k x[..., m, k] W[..., n, k]; W is [n, k], or [h, n, k]
+// with x [..., h, m, k]. fp32 accumulation, result in x's dtype.
+mx::array quantized_matvec(
+    const mx::array& x,
+    const Weight& w,
+    bool reference,
+    mx::StreamOrDevice s = {});
+
+// [t, hidden]: sum over i of scores[t, i] * down(silu(gate x) * up x), each
+// projection taken from slot slots[t, i].
+mx::array moe_decode(
+    const mx::array& x,
+    const Weight& gate,
+    const Weight& up,
+    const Weight& down,
+    const mx::array& slots,
+    const mx::array& scores,
+    bool reference,
+    mx::StreamOrDevice s = {});
+
+struct Routing {
+  int top_k;
+  int n_group;
+  int topk_group;
+  bool norm_topk_prob;
+  float routed_scaling_factor;
+};
+
+// (experts int32 [t, top_k], scores float32 [t, top_k]): sigmoid routing with
+// a correction bias that chooses but does not weigh (DeepSeek-V3, "noaux_tc").
+std::pair<mx::array, mx::array> router_topk(
+    const mx::array& x,
+    const mx::array& weight,
+    const mx::array& correction_bias,
+    const Routing& routing,
+    bool reference,
+    mx::StreamOrDevice s = {});
+
+} // namespace glm_fused

@@ -1,0 +1,57 @@
+#include "checks.h"
+#include "primitives.h"
+
+namespace glm_fused {
+
+mx::array moe_decode(
+    const mx::array& x,
+    const Weight& gate,
+    const Weight& up,
+    const Weight& down,
+    const mx::array& slots,
+    const mx::array& scores,
+    bool reference,
+    mx::StreamOrDevice s) {
+  const std::string op = "moe_decode";
+  check_float(op, "x", x);
+  if (x.ndim() != 2) {
+    invalid(op, "x must be [tokens, hidden] but has shape ", shape_of(x), ".");
+  }
+  if (slots.ndim() != 2 || slots.shape(0) != x.shape(0)) {
+    invalid(
+        op, "slots must be [", x.shape(0), ", top_k] but has shape ",
+        shape_of(slots), ".");
+  }
+  if (slots.dtype() != mx::int32 && slots.dtype() != mx::uint32) {
+    invalid(op, "slots must be int32 or uint32 but is ", slots.dtype(), ".");
+  }
+  check_shape(op, "scores", scores, slots.shape());
+  check_float(op, "scores", scores);
+  const int hidden = x.shape(1);
+  const Format gate_format = check_weight(op, "gate", gate, 3, hidden);
+  const Format up_format = check_weight(op, "up", up, 3, hidden);
+  const int intermediate = gate.weight.shape(1);
+  const Format down_format =
+      check_weight(op, "down", down, 3, intermediate);
+  const int bank = gate.weight.shape(0);
+  if (up.weight.shape(0) != bank || down.weight.shape(0) != bank ||
+      up.weight.shape(1) != intermediate || down.weight.shape(1) != hidden) {
+    invalid(
+        op, "gate, up and down must be [slots, intermediate, hidden] twice and "
+        "[slots, hidden, intermediate] but their weights have shapes ",
+        shape_of(gate.weight), ", ", shape_of(up.weight), " and ",
+        shape_of(down.weight), ".");
+  }
+  std::vector<mx::array> inputs = {
+      mx::contiguous(x, false, s),
+      mx::contiguous(mx::astype(slots, mx::int32, s), false, s),
+      mx::contiguous(mx::astype(scores, mx::float32, s), false, s)};
+  append_arrays(inputs, gate, s);
+  append_arrays(inputs, up, s);
+  append_arrays(inputs, down, s);
+  auto primitive = std::make_shared<MoeDecode>(
+      mx::to_stream(s), reference, gate_format, up_format, down_format);
+  return mx::array(x.shape(), x.dtype(), primitive, std::move(inputs));
+}
+
+} // namespace glm_fused

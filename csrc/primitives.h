@@ -1,0 +1,82 @@
+// The graph nodes behind the ops.
+#pragma once
+
+#include <vector>
+
+#include "mlx/primitives.h"
+#include "ops.h"
+
+namespace glm_fused {
+
+// Inputs as a CPU task may hold them: MLX keeps the arrays alive until then.
+std::vector<mx::array> weak_copies(const std::vector<mx::array>& arrays);
+
+class FusedPrimitive : public mx::Primitive {
+ public:
+  FusedPrimitive(mx::Stream stream, bool reference)
+      : mx::Primitive(stream), reference_(reference) {}
+
+  // The Metal kernels are not built into this version.
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&)
+      override;
+
+ protected:
+  bool reference_;
+};
+
+// inputs: x [..., h, m, k], the weight's arrays. output: [..., h, m, n].
+class QuantizedMatvec : public FusedPrimitive {
+ public:
+  QuantizedMatvec(mx::Stream stream, bool reference, Format format)
+      : FusedPrimitive(stream, reference), format_(format) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "QuantizedMatvec";
+  }
+
+ private:
+  Format format_;
+};
+
+// inputs: x [t, hidden], slots [t, top_k], scores [t, top_k], then the arrays
+// of gate, up and down. output: [t, hidden].
+class MoeDecode : public FusedPrimitive {
+ public:
+  MoeDecode(
+      mx::Stream stream,
+      bool reference,
+      Format gate,
+      Format up,
+      Format down)
+      : FusedPrimitive(stream, reference), gate_(gate), up_(up), down_(down) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "MoeDecode";
+  }
+
+ private:
+  Format gate_, up_, down_;
+};
+
+// inputs: x [t, hidden], weight [e, hidden], correction_bias [e].
+// outputs: experts, scores [t, top_k].
+class RouterTopk : public FusedPrimitive {
+ public:
+  RouterTopk(mx::Stream stream, bool reference, Routing routing)
+      : FusedPrimitive(stream, reference), routing_(routing) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "RouterTopk";
+  }
+
+ private:
+  Routing routing_;
+};
+
+} // namespace glm_fused

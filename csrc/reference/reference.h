@@ -1,0 +1,25 @@
+// The unfused chain in plain loops: what the fused kernels must equal, bit for
+// bit. One simdgroup lane at a time, one rounding per step, MLX's order.
+#pragma once
+
+#include "cpu/moe_decode.h"
+
+namespace glm_fused::reference {
+
+void quantized_matvec(
+    const cpu::Matrix& w,
+    const mlx::core::array& x,
+    mlx::core::array& y);
+
+void moe_decode(const cpu::Moe& moe);
+
+// logits [tokens, experts] of x [tokens, hidden], fp32.
+void router_logits(
+    const cpu::Matrix& w,
+    const mlx::core::array& x,
+    float* logits);
+
+// One row of slot `slot` of w times x, before rounding to the output type.
+float dot(const cpu::Matrix& w, int slot, int row, const float* x);
+
+} // namespace glm_fused::reference

@@ -1,0 +1,183 @@
+"""The operations the model is made of.
+
+Each has two paths that agree bit for bit: the fused kernels, and the unfused reference that
+`glm_fused.reference_path()` or ``GLM_FUSED_REFERENCE=1`` selects. On a GPU default device both are
+stock MLX ops for now; on the CPU they are this package's own, because MLX's quantized matmul there
+accumulates in the activation type and runs on one thread.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import mlx.core as mx
+
+from . import _ext, paths
+
+Mode = Literal["dense", "affine", "mxfp4", "mxfp8", "nvfp4"]
+
+
+class Weight(NamedTuple):
+    """A weight matrix [..., n, k] as MLX lays it out.
+
+    Attributes:
+        weight: float [..., n, k], or uint32 [..., n, k * bits / 32] when quantized.
+        scales: one per group of `group_size` columns, [..., n, k / group_size]; float for
+            ``affine``, uint8 for the ``mx`` and ``nv`` modes, None for ``dense``.
+        biases: like `scales`, for ``affine`` only.
+        group_size: columns per scale; 0 for ``dense``.
+        bits: bits per value; 0 for ``dense``.
+        mode: ``dense``, ``affine``, ``mxfp4``, ``mxfp8`` or ``nvfp4``.
+    """
+
+    weight: mx.array
+    scales: mx.array | None = None
+    biases: mx.array | None = None
+    group_size: int = 0
+    bits: int = 0
+    mode: str = "dense"
+
+
+def _on_gpu() -> bool:
+    return mx.default_device() == mx.gpu
+
+
+def quantized_matvec(x: mx.array, w: Weight, *, reference: bool | None = None) -> mx.array:
+    """``y[..., m, n] = sum_k x[..., m, k] * W[..., n, k]``, accumulated in fp32.
+
+    Args:
+        x: float32, float16 or bfloat16 [..., m, k]; any number of rows. With per-head weights
+            [..., h, m, k].
+        w: [n, k], or [h, n, k] with one matrix per head.
+        reference: True or False overrides the current path.
+
+    Returns:
+        [..., m, n] in x's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or format does not fit; the message names the argument.
+    """
+    if _on_gpu():
+        return _stock_matmul(x, w)
+    return _ext.quantized_matvec(x, w, paths.use_reference(reference))
+
+
+def moe_decode(
+    x: mx.array,
+    gate: Weight,
+    up: Weight,
+    down: Weight,
+    slots: mx.array,
+    scores: mx.array,
+    *,
+    reference: bool | None = None,
+) -> mx.array:
+    """The routed experts of one MoE layer, ``sum_i scores[t, i] * E[slots[t, i]](x[t])``.
+
+    An expert is ``E(x) = down(silu(gate(x)) * up(x))`` (SwiGLU, https://arxiv.org/abs/2002.05202).
+    Intermediate values are rounded to x's dtype exactly where the chain of MLX ops stores them.
+
+    Args:
+        x: float32, float16 or bfloat16 [tokens, hidden].
+        gate: [slots, intermediate, hidden]; `gate`, `up` and `down` may differ in format.
+        up: [slots, intermediate, hidden].
+        down: [slots, hidden, intermediate].
+        slots: int32 or uint32 [tokens, top_k], each in [0, slots); repeats are allowed.
+        scores: float [tokens, top_k].
+        reference: True or False overrides the current path.
+
+    Returns:
+        [tokens, hidden] in x's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or format does not fit; the message names the argument.
+        RuntimeError: when the result is evaluated, a slot is out of range.
+    """
+    if _on_gpu():
+        return _stock_moe(x, gate, up, down, slots, scores)
+    return _ext.moe_decode(x, gate, up, down, slots, scores, paths.use_reference(reference))
+
+
+def router_topk(
+    x: mx.array,
+    weight: mx.array,
+    correction_bias: mx.array,
+    *,
+    top_k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    norm_topk_prob: bool = True,
+    routed_scaling_factor: float = 1.0,
+    reference: bool | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Choose each token's experts (DeepSeek-V3's ``noaux_tc``, https://arxiv.org/abs/2412.19437).
+
+    ``s = sigmoid(W x)`` in fp32; the best `topk_group` of `n_group` groups by their two best
+    ``s + correction_bias``; the best `top_k` experts in them, lowest index first among equals.
+    The weights are the unbiased ``s``, normalised if `norm_topk_prob`, times
+    `routed_scaling_factor`.
+
+    Args:
+        x: float [tokens, hidden].
+        weight: float [experts, hidden].
+        correction_bias: float [experts].
+        reference: True or False overrides the current path.
+
+    Returns:
+        Experts int32 [tokens, top_k], best first, and their weights float32 [tokens, top_k].
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or the counts are impossible.
+    """
+    return _ext.router_topk(
+        x,
+        weight,
+        correction_bias,
+        top_k,
+        n_group,
+        topk_group,
+        norm_topk_prob,
+        routed_scaling_factor,
+        paths.use_reference(reference),
+    )
+
+
+def _stock_matmul(x: mx.array, w: Weight) -> mx.array:
+    if w.scales is None:
+        return x @ w.weight.swapaxes(-1, -2)
+    return mx.quantized_matmul(
+        x,
+        w.weight,
+        scales=w.scales,
+        biases=w.biases,
+        transpose=True,
+        group_size=w.group_size,
+        bits=w.bits,
+        mode=w.mode,
+    )
+
+
+def _stock_gather(x: mx.array, w: Weight, slots: mx.array) -> mx.array:
+    if w.scales is None:
+        return mx.gather_mm(x, w.weight.swapaxes(-1, -2), rhs_indices=slots)
+    return mx.gather_qmm(
+        x,
+        w.weight,
+        w.scales,
+        w.biases,
+        rhs_indices=slots,
+        transpose=True,
+        group_size=w.group_size,
+        bits=w.bits,
+        mode=w.mode,
+    )
+
+
+def _stock_moe(
+    x: mx.array, gate: Weight, up: Weight, down: Weight, slots: mx.array, scores: mx.array
+) -> mx.array:
+    rows = x[:, None, None, :]
+    gated = _stock_gather(rows, gate, slots)
+    act = gated * mx.sigmoid(gated) * _stock_gather(rows, up, slots)
+    y = _stock_gather(act, down, slots).squeeze(-2)
+    return (y * scores[..., None]).sum(axis=-2).astype(x.dtype)

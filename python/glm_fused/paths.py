@@ -1,0 +1,46 @@
+"""Which path the ops take: fused, or the reference that it must equal bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import os
+from collections.abc import Iterator
+
+FALSY = {"", "0", "false", "off", "no"}
+
+logger = logging.getLogger("glm_fused")
+_override: contextvars.ContextVar[bool | None] = contextvars.ContextVar("reference", default=None)
+
+
+def flag(name: str) -> bool:
+    """Whether the environment variable `name` is set to something other than a falsy word."""
+    return os.environ.get(name, "").strip().lower() not in FALSY
+
+
+def use_reference(keyword: bool | None = None) -> bool:
+    """Whether to take the reference path: keyword, else context manager, else environment."""
+    if keyword is not None:
+        return keyword
+    override = _override.get()
+    return flag("GLM_FUSED_REFERENCE") if override is None else override
+
+
+@contextlib.contextmanager
+def reference_path(enabled: bool = True) -> Iterator[None]:
+    """Within the block, build graphs on the reference path (or, with False, on the fused one)."""
+    token = _override.set(enabled)
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def debug(message: str, *args: object) -> None:
+    """Say on stderr which path was taken and why, when ``GLM_FUSED_DEBUG`` is set."""
+    if flag("GLM_FUSED_DEBUG"):
+        if not logger.handlers:
+            logger.addHandler(logging.StreamHandler())
+            logger.setLevel(logging.DEBUG)
+        logger.debug(message, *args)

@@ -1,0 +1,270 @@
+"""The fused CPU kernels against the unfused reference, bit for bit, and against float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from formats_under_test import (
+    DTYPES,
+    FORMATS,
+    assert_same_bits,
+    dequantized,
+    format_id,
+    poison,
+    random_weight,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glm_fused import ops
+
+each_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+
+
+def random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    return mx.array(rng.standard_normal(shape, dtype=np.float32)).astype(dtype)
+
+
+def column_unit(fmt: tuple[str, int, int]) -> int:
+    """Columns come in whole groups; dense weights take any number."""
+    return fmt[2] or 1
+
+
+# A tolerance against float64 arithmetic on the same dequantized weights: fp32 accumulation, then
+# one rounding to the activation type.
+ROUNDING = {mx.float32: 2e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
+
+
+@each_dtype
+@each_format
+@pytest.mark.parametrize(("n", "k"), [(40, 1024), (13, 384)], ids=["fast", "general"])
+def test_matvec_is_close_to_float64(fmt, dtype, n, k):
+    rng = np.random.default_rng(n * k + len(fmt[0]))
+    w = random_weight(rng, (n, k), fmt)
+    x = random_array(rng, (3, k), dtype)
+    y = np.array(ops.quantized_matvec(x, w).astype(mx.float32), dtype=np.float64)
+    expected = np.array(x.astype(mx.float32), dtype=np.float64) @ dequantized(w).T
+    assert np.abs(y - expected).max() <= ROUNDING[dtype] * np.abs(expected).max()
+
+
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_matvec_equals_the_reference(data):
+    fmt = data.draw(st.sampled_from(FORMATS))
+    dtype = data.draw(st.sampled_from(list(DTYPES.values())))
+    scales = data.draw(st.sampled_from(list(DTYPES.values())))
+    unit = column_unit(fmt)
+    fast = data.draw(st.booleans())
+    n = data.draw(st.integers(1, 5)) * 8 if fast else data.draw(st.integers(1, 45))
+    k = 512 * data.draw(st.integers(1, 3)) if fast else unit * data.draw(st.integers(1, 700 // unit))
+    rows = data.draw(st.sampled_from([1, 2, 3, 5, 16, 17]))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    w = random_weight(rng, (n, k), fmt, scales)
+    x = random_array(rng, (rows, k), dtype)
+    fused = ops.quantized_matvec(x, w, reference=False)
+    mx.eval(fused)
+    assert_same_bits(fused, ops.quantized_matvec(x, w, reference=True))
+
+
+@each_format
+def test_matvec_rows_do_not_depend_on_their_number(fmt):
+    rng = np.random.default_rng(5)
+    w = random_weight(rng, (24, 640), fmt)
+    x = random_array(rng, (70, 640), mx.bfloat16)
+    together = ops.quantized_matvec(x, w)
+    alone = mx.concatenate([ops.quantized_matvec(x[i : i + 1], w) for i in range(70)])
+    assert_same_bits(together, alone)
+
+
+def test_matvec_with_a_matrix_per_head():
+    rng = np.random.default_rng(6)
+    w = random_weight(rng, (3, 20, 96), ("affine", 4, 32))
+    x = random_array(rng, (2, 3, 5, 96), mx.float32)
+    y = ops.quantized_matvec(x, w)
+    assert y.shape == (2, 3, 5, 20)
+    for b in range(2):
+        for h in range(3):
+            head = ops.Weight(w.weight[h], w.scales[h], w.biases[h], *w[3:])
+            assert_same_bits(y[b, h], ops.quantized_matvec(x[b, h], head))
+    assert_same_bits(y, ops.quantized_matvec(x, w, reference=True))
+
+
+def moe_inputs(rng, tokens, top_k, bank, hidden, intermediate, formats, dtype, scales=mx.bfloat16):
+    gate = random_weight(rng, (bank, intermediate, hidden), formats[0], scales)
+    up = random_weight(rng, (bank, intermediate, hidden), formats[1], scales)
+    down = random_weight(rng, (bank, hidden, intermediate), formats[2], scales)
+    slots = rng.integers(0, bank, (tokens, top_k)).astype(np.int32)
+    unused = sorted(set(range(bank)) - set(slots.ravel().tolist()))
+    weights = [poison(w, unused) for w in (gate, up, down)]
+    scores = mx.array(rng.uniform(0, 1, (tokens, top_k)).astype(np.float32))
+    return random_array(rng, (tokens, hidden), dtype), *weights, mx.array(slots), scores
+
+
+@each_dtype
+@each_format
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16])
+def test_moe_equals_the_reference(fmt, dtype, tokens):
+    rng = np.random.default_rng([tokens, FORMATS.index(fmt)])
+    # 512 columns and whole tiles take MLX's fast order, the others its general one.
+    hidden, intermediate = (512, 136) if tokens % 2 else (384, 72)
+    intermediate = -(-intermediate // column_unit(fmt)) * column_unit(fmt)
+    args = moe_inputs(rng, tokens, 3, 6, hidden, intermediate, [fmt] * 3, dtype)
+    fused = ops.moe_decode(*args, reference=False)
+    mx.eval(fused)
+    assert not mx.isnan(fused).any().item()
+    assert_same_bits(fused, ops.moe_decode(*args, reference=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_moe_equals_the_reference_anywhere(data):
+    formats = [data.draw(st.sampled_from(FORMATS)) for _ in range(3)]
+    dtype = data.draw(st.sampled_from(list(DTYPES.values())))
+    scales = data.draw(st.sampled_from(list(DTYPES.values())))
+    unit_in = max(column_unit(formats[0]), column_unit(formats[1]))
+    unit_mid = column_unit(formats[2])
+    hidden = data.draw(st.sampled_from([512, *(unit_in * i for i in range(1, 400 // unit_in))]))
+    intermediate = unit_mid * data.draw(st.integers(1, max(1, 200 // unit_mid)))
+    tokens = data.draw(st.sampled_from([1, 2, 5, 16, 33]))
+    top_k = data.draw(st.integers(1, 4))
+    bank = data.draw(st.integers(1, 7))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    args = moe_inputs(rng, tokens, top_k, bank, hidden, intermediate, formats, dtype, scales)
+    fused = ops.moe_decode(*args, reference=False)
+    mx.eval(fused)
+    assert not mx.isnan(fused).any().item()
+    assert_same_bits(fused, ops.moe_decode(*args, reference=True))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+def test_moe_is_close_to_float64(dtype):
+    rng = np.random.default_rng(8)
+    x, gate, up, down, slots, scores = moe_inputs(
+        rng, 2, 4, 6, 512, 256, [("affine", 4, 64)] * 3, dtype
+    )
+    y = np.array(ops.moe_decode(x, gate, up, down, slots, scores).astype(mx.float32))
+    g, u, d = (dequantized(w) for w in (gate, up, down))
+    expected = np.zeros(y.shape)
+    for t, row in enumerate(np.array(x.astype(mx.float32), dtype=np.float64)):
+        for e, score in zip(np.array(slots)[t], np.array(scores)[t], strict=True):
+            h = g[e] @ row
+            expected[t] += score * (d[e] @ (h / (1 + np.exp(-h)) * (u[e] @ row)))
+    assert np.abs(y - expected).max() <= 3 * ROUNDING[dtype] * np.abs(expected).max()
+
+
+def test_moe_tokens_do_not_depend_on_each_other():
+    rng = np.random.default_rng(9)
+    x, *weights, slots, scores = moe_inputs(
+        rng, 40, 2, 5, 256, 64, [("mxfp4", 4, 32)] * 3, mx.bfloat16
+    )
+    together = ops.moe_decode(x, *weights, slots, scores)
+    alone = [
+        ops.moe_decode(x[i : i + 1], *weights, slots[i : i + 1], scores[i : i + 1])
+        for i in range(40)
+    ]
+    assert_same_bits(together, mx.concatenate(alone))
+
+
+@pytest.mark.parametrize("slot", [-1, 6, 2**31 - 1])
+def test_moe_refuses_a_slot_outside_the_bank(slot):
+    rng = np.random.default_rng(10)
+    x, *weights, slots, scores = moe_inputs(
+        rng, 1, 2, 6, 64, 32, [("affine", 8, 32)] * 3, mx.float32
+    )
+    slots = mx.array([[0, slot]], dtype=mx.int32)
+    with pytest.raises(RuntimeError, match=r"slots\[0, 1\] must be in \[0, 6\)"):
+        mx.eval(ops.moe_decode(x, *weights, slots, scores))
+
+
+def route_in_numpy(logits, bias, top_k, n_group, topk_group):
+    """Experts by descending biased score, the lowest index first among equals."""
+    biased = 1 / (1 + np.exp(-logits.astype(np.float64))) + bias
+    groups = biased.reshape(n_group, -1)
+    worth = np.sort(groups, axis=1)[:, -2:].sum(axis=1) if n_group > 1 else np.zeros(1)
+    kept = np.argsort(-worth, kind="stable")[:topk_group]
+    masked = np.full_like(groups, -np.inf)
+    masked[kept] = groups[kept]
+    return np.argsort(-masked.ravel(), kind="stable")[:top_k]
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "n_group", "topk_group"),
+    [(16, 4, 1, 1), (10, 3, 1, 1), (256, 8, 8, 4), (1, 1, 1, 1)],
+)
+@each_dtype
+def test_router(dtype, experts, top_k, n_group, topk_group):
+    rng = np.random.default_rng(experts)
+    x = random_array(rng, (7, 96), dtype)
+    weight = random_array(rng, (experts, 96), mx.float32) * 0.1
+    bias = mx.array(rng.normal(-1, 0.3, experts).astype(np.float32))
+    options = {"top_k": top_k, "n_group": n_group, "topk_group": topk_group}
+    chosen, scores = ops.router_topk(x, weight, bias, routed_scaling_factor=2.5, **options)
+    rows = np.array(x.astype(mx.float32), dtype=np.float64)
+    logits = rows @ np.array(weight, dtype=np.float64).T
+    for t in range(7):
+        expected = route_in_numpy(logits[t], np.array(bias), top_k, n_group, topk_group)
+        assert np.array(chosen[t]).tolist() == expected.tolist()
+        weights = 1 / (1 + np.exp(-logits[t][expected]))
+        np.testing.assert_allclose(scores[t], 2.5 * weights / weights.sum(), rtol=2e-6)
+    again, again_scores = ops.router_topk(
+        x, weight, bias, routed_scaling_factor=2.5, reference=True, **options
+    )
+    assert np.array_equal(np.array(chosen), np.array(again))
+    assert_same_bits(scores, again_scores)
+
+
+def test_router_takes_the_lowest_index_among_equals():
+    weight, bias = mx.zeros((12, 32)), mx.zeros(12)
+    chosen, _ = ops.router_topk(mx.ones((2, 32)), weight, bias, top_k=5)
+    assert chosen.tolist() == [[0, 1, 2, 3, 4]] * 2
+    bias[7] = 1.0
+    chosen, _ = ops.router_topk(mx.ones((1, 32)), weight, bias, top_k=3)
+    assert chosen.tolist() == [[7, 0, 1]]
+
+
+BITS_OF_EVERY_FORMAT = """
+import hashlib, mlx.core as mx, numpy as np
+from formats_under_test import FORMATS, DTYPES, bits_of, random_weight
+from glm_fused import _ext, ops
+digest = hashlib.sha256()
+rng = np.random.default_rng(11)
+for fmt in FORMATS:
+    for scales in DTYPES.values():
+        for n, k in ((16, 1024), (11, 256 + 128)):
+            w = random_weight(rng, (n, k), fmt, scales)
+            x = mx.array(rng.standard_normal((7, k), dtype=np.float32))
+            digest.update(bits_of(ops.quantized_matvec(x, w)).tobytes())
+print(_ext.cpu_kernels(), digest.hexdigest())
+"""
+
+
+def run_with_kernels(name: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "GLM_FUSED_KERNELS": name, "PYTHONPATH": os.path.dirname(__file__)}
+    return subprocess.run(
+        [sys.executable, "-c", BITS_OF_EVERY_FORMAT],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_every_instruction_set_gives_the_same_bits():
+    best = run_with_kernels("")
+    assert best.returncode == 0, best.stderr
+    name, digest = best.stdout.split()
+    for other in {"avx512": ["avx2", "portable"], "avx2": ["portable"]}.get(name, []):
+        run = run_with_kernels(other)
+        assert run.stdout.split() == [other, digest], run.stderr
+
+
+def test_an_unknown_instruction_set_is_refused():
+    run = run_with_kernels("mmx")
+    assert run.returncode != 0
+    assert "GLM_FUSED_KERNELS=mmx cannot run here" in run.stderr
