@@ -1,0 +1,192 @@
+"""transformers as the oracle: logits, selected keys and experts, and how clear each choice is."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import transformers.modeling_rope_utils as rope_utils
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.models.deepseek_v32 import modeling_deepseek_v32 as deepseek
+from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm
+from weights import Tensors
+
+Model = nn.Module
+
+
+@dataclass
+class Choices:
+    """What one prefill selected; margins are the smallest gaps at any boundary."""
+
+    logits: torch.Tensor
+    topk: dict[int, torch.Tensor] = field(default_factory=dict)
+    experts: dict[int, torch.Tensor] = field(default_factory=dict)
+    index_scores: dict[int, torch.Tensor] = field(default_factory=dict)  # -inf where not causal
+    index_margin: float = float("inf")
+    expert_margin: float = float("inf")
+    group_margin: float = float("inf")
+    index_zeros: float = 0.0
+
+    @property
+    def margin(self) -> float:
+        return min(self.index_margin, self.expert_margin, self.group_margin)
+
+    def same_selection(self, other: "Choices") -> bool:
+        """Whether both chose the same keys and experts for every query and layer."""
+        return all(
+            torch.equal(mine[i], theirs[i])
+            for mine, theirs in ((self.topk, other.topk), (self.experts, other.experts))
+            for i in mine
+        )
+
+    def index_noise(self, exact: "Choices") -> tuple[float, float]:
+        """The largest and the rms error of the index scores, on the scale of index_margin."""
+        largest = rms = 0.0
+        for layer, scores in exact.index_scores.items():
+            causal = scores.isfinite()
+            error = (self.index_scores[layer] - scores)[causal] / scores[causal].std()
+            largest = max(largest, error.abs().max().item())
+            rms = max(rms, error.square().mean().sqrt().item())
+        return largest, rms
+
+
+def _stack_experts(tensors: Tensors) -> Tensors:
+    """Per-expert tensors to the fused parameters that transformers holds in memory."""
+    stacked: Tensors = {k: v for k, v in tensors.items() if ".mlp.experts." not in k}
+    for name in tensors:
+        layer, found, _ = name.partition(".mlp.experts.0.down_proj")
+        if not found:
+            continue
+        experts = f"{layer}.mlp.experts"
+        count = sum(k.startswith(experts) for k in tensors) // 3
+        gate, up, down = (
+            torch.stack([tensors[f"{experts}.{e}.{part}_proj.weight"] for e in range(count)])
+            for part in ("gate", "up", "down")
+        )
+        stacked[f"{experts}.gate_up_proj"] = torch.cat([gate, up], 1)
+        stacked[f"{experts}.down_proj"] = down
+    return stacked
+
+
+def build(config_dir: Path, tensors: Tensors) -> Model:
+    """The eager fp32 model of a config.json, with these weights (FP8 already dequantized)."""
+    config = AutoConfig.from_pretrained(config_dir)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = torch.float32
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    )
+    model.load_state_dict(_stack_experts(tensors), strict=True)
+    return model.eval()
+
+
+class _Float64Torch:
+    """The torch module as modelling code sees it, with its fp32 casts turned into fp64."""
+
+    def __getattr__(self, name: str) -> Any:
+        return torch.float64 if name in ("float", "float32") else getattr(torch, name)
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """Inside, oracle code computes in fp64 where it would insist on fp32."""
+    with ExitStack() as stack:
+        for module in (deepseek, glm, rope_utils):
+            stack.enter_context(patch.object(module, "torch", _Float64Torch()))
+        stack.enter_context(patch.object(torch.Tensor, "float", torch.Tensor.double))
+        yield
+
+
+def _index_scores(indexer: nn.Module, args: tuple[Any, ...]) -> torch.Tensor:
+    """The scores [S, T] behind an indexer's selection, which it does not return."""
+    hidden, q_resid, (cos, sin) = args[:3]
+    is_glm = isinstance(indexer, glm.GlmMoeDsaIndexer)
+    rotate = glm.apply_rotary_pos_emb_interleave if is_glm else deepseek.apply_rotary_pos_emb
+    rope = indexer.qk_rope_head_dim
+    q = indexer.wq_b(q_resid).unflatten(-1, (indexer.n_heads, indexer.head_dim))
+    k = indexer.k_norm(indexer.wk(hidden)).unsqueeze(2)
+    q_rot, k_rot = rotate(q[..., :rope], k[..., :rope], cos, sin, unsqueeze_dim=2)
+    q = torch.cat([q_rot, q[..., rope:]], -1)[0]
+    k = torch.cat([k_rot, k[..., rope:]], -1)[0, :, 0]
+    scores = torch.relu(torch.einsum("shd,td->sht", q, k) * indexer.head_dim**-0.5)
+    weights = indexer.weights_proj(hidden)[0] * indexer.n_heads**-0.5
+    return torch.einsum("sh,sht->st", weights, scores)
+
+
+def _record_indexer(found: Choices, layer: int) -> Any:
+    def hook(indexer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        scores, k = _index_scores(indexer, args), indexer.index_topk
+        causal = torch.ones_like(scores, dtype=torch.bool).tril()
+        found.index_scores[layer] = scores.masked_fill(~causal, -torch.inf)
+        best = found.index_scores[layer].topk(k + 1)[0]
+        gaps = (best[:, k - 1] - best[:, k])[k:] / scores[causal].std()
+        found.index_margin = min(found.index_margin, gaps.min().item())
+        found.index_zeros = max(found.index_zeros, (scores[causal] == 0).float().mean().item())
+        rows = torch.arange(output.shape[1])[:, None]
+        chosen, beyond = output[0], len(rows)
+        chosen = chosen.masked_fill(chosen > rows, beyond).sort(-1)[0]
+        found.topk[layer] = chosen.masked_fill(chosen == beyond, -1).to(torch.int16)
+
+    return hook
+
+
+def _record_router(found: Choices, layer: int) -> Any:
+    def hook(router: nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        logits, _, chosen = output
+        scores = (logits.sigmoid() + router.e_score_correction_bias).unflatten(
+            -1, (router.num_group, -1)
+        )
+        if router.num_group > 1:
+            best, groups = scores.topk(2)[0].sum(-1).sort(-1, descending=True)
+            gaps = best[:, router.topk_group - 1] - best[:, router.topk_group]
+            found.group_margin = min(found.group_margin, gaps.min().item())
+            rejected = groups[:, router.topk_group :, None].expand(-1, -1, scores.shape[-1])
+            scores = scores.scatter(1, rejected, -torch.inf)
+        best = scores.flatten(1).sort(-1, descending=True)[0]
+        gaps = best[:, router.top_k - 1] - best[:, router.top_k]
+        found.expert_margin = min(found.expert_margin, gaps.min().item())
+        found.experts[layer] = chosen.sort(-1)[0]
+
+    return hook
+
+
+@torch.no_grad()
+def prefill(model: Model, tokens: torch.Tensor) -> Choices:
+    """Logits and choices of one prompt [1, L], all at once."""
+    found = Choices(logits=torch.empty(0))
+    hooks = []
+    for i, layer in enumerate(model.model.layers):
+        if layer.self_attn.indexer is not None:
+            hooks.append(layer.self_attn.indexer.register_forward_hook(_record_indexer(found, i)))
+        if hasattr(layer.mlp, "gate"):
+            hooks.append(layer.mlp.gate.register_forward_hook(_record_router(found, i)))
+    found.logits = model(tokens.long(), use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@torch.no_grad()
+def decode(model: Model, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of the same prompt, one token at a time through transformers' cache."""
+    cache = DynamicCache(config=model.config)
+    steps = [
+        model(tokens[:, i : i + 1].long(), past_key_values=cache, use_cache=True).logits
+        for i in range(tokens.shape[1])
+    ]
+    return torch.cat(steps, 1)
+
+
+def read_with_transformers(case_dir: Path) -> Model:
+    """The stored checkpoint through from_pretrained, to prove that it reads as a release does."""
+    return AutoModelForCausalLM.from_pretrained(
+        case_dir,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    ).eval()
