@@ -1,0 +1,174 @@
+"""Loads a checkpoint: strict, checked before any data is read, within its own size of memory."""
+
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
+from tqdm import tqdm
+
+from .checkpoint import Checkpoint
+from .config import args_from_config
+from .formats import Quantization, infer_format, quantization_from_config
+from .layout import unused
+from .manifest import check_tensors
+from .model import Model
+
+_SCALE_SUFFIXES = (".weight_scale_inv", ".kv_b_proj.scales", ".kv_b_proj.biases")
+
+
+class _Scales(NamedTuple):
+    """Scales to check, and the quantization mode that they belong to."""
+
+    name: str
+    array: mx.array
+    mode: str
+
+
+def load_model(path: str | os.PathLike[str], lazy: bool = False) -> tuple[Model, dict[str, Any]]:
+    """Load the model in the folder ``path``; returns it and its config.
+
+    Raises FileNotFoundError for missing files and ValueError for anything that does not fit, naming
+    file and tensor with what was found and expected. With ``lazy`` parameters are read when they
+    are first used, and scales are not checked for NaN.
+    """
+    model, checkpoint, sources = _build(path)
+    if not lazy:
+        _materialize(model, checkpoint, sources)
+    return model, checkpoint.config
+
+
+def load(path: str | os.PathLike[str]) -> tuple[Model, TokenizerWrapper]:
+    """Load model and tokenizer; the same errors as ``load_model``."""
+    model, checkpoint, sources = _build(path)
+    tokenizer = load_tokenizer(checkpoint.path, eos_token_ids=checkpoint.config.get("eos_token_id"))
+    _materialize(model, checkpoint, sources)
+    return model, tokenizer
+
+
+def _build(path: str | os.PathLike[str]) -> tuple[Model, Checkpoint, list[_Scales]]:
+    """The model over lazy weights, and those scales that no parameter of it will show."""
+    checkpoint = Checkpoint.open(path)
+    args = args_from_config(checkpoint.config)
+    quantization = quantization_from_config(checkpoint.config)
+    check_tensors(args, quantization, checkpoint.tensors)
+    weights = _read_lazily(checkpoint)
+    model = Model(args)
+    sources = []
+    for name, array in weights.items():
+        if name.endswith(_SCALE_SUFFIXES) and unused(name, args) is None:
+            mode = _declared_mode(quantization, name.rpartition(".")[0])
+            sources.append(_Scales(name, array, mode))
+    weights = model.sanitize(weights)
+    _quantize_modules(model, weights)
+    model.eval()
+    model.load_weights(list(weights.items()), strict=True)
+    return model, checkpoint, sources
+
+
+def _declared_mode(quantization: Quantization | None, module: str) -> str:
+    declared = quantization.declared(module)[0] if quantization else None
+    return declared.mode if declared else ""
+
+
+def _read_lazily(checkpoint: Checkpoint) -> dict[str, mx.array]:
+    _allow_open_files(len(checkpoint.files))
+    weights: dict[str, mx.array] = {}
+    for file in checkpoint.files:
+        try:
+            weights |= cast(dict[str, mx.array], mx.load(str(checkpoint.path / file)))
+        except RuntimeError as error:
+            raise ValueError(f"[loader] {checkpoint.path / file}: {error}") from None
+    return weights
+
+
+def _allow_open_files(count: int) -> None:
+    """Lazy arrays keep their file open, and macOS allows 256 files unless asked for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + 256
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def _quantize_modules(model: Model, weights: dict[str, mx.array]) -> None:
+    """Replace each module that has scales by its quantized form."""
+
+    def parameters(path: str, module: nn.Module) -> dict[str, Any] | bool:
+        scales = weights.get(f"{path}.scales")
+        if scales is None:
+            return False
+        packed, uint8 = weights[f"{path}.weight"].shape[-1], scales.dtype == mx.uint8
+        columns = module.weight.shape[-1]
+        return infer_format(path, columns, packed, scales.shape[-1], uint8).parameters
+
+    if any(name.endswith(".scales") for name in weights):
+        nn.quantize(model, class_predicate=parameters)
+
+
+def _materialize(model: Model, checkpoint: Checkpoint, sources: list[_Scales]) -> None:
+    """Read the parameters one by one and check scales; consumes ``sources``."""
+    modes = {name: m.mode for name, m in model.named_modules() if "scales" in m}
+    parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    total = sum(array.nbytes for _, array in parameters)
+    with _lean_memory(), _progress(total) as bar:
+        while sources:
+            _check_scales(sources.pop(), checkpoint)
+        for name, array in parameters:
+            mx.eval(array)
+            module, _, leaf = name.rpartition(".")
+            if leaf in ("scales", "biases"):
+                _check_scales(_Scales(name, array, modes[module]), checkpoint)
+            bar.update(array.nbytes)
+
+
+def _check_scales(scales: _Scales, checkpoint: Checkpoint) -> None:
+    """Raise ValueError if a scale is NaN, infinite or, for FP8 blocks, not positive."""
+    name, array, mode = scales
+    if array.dtype == mx.uint8:
+        # e8m0 has one NaN; e4m3, of nvfp4, has one for each sign.
+        bad, expected = (
+            ((array & 0x7F) == 0x7F, "no NaN") if mode == "nvfp4" else (array == 0xFF, "no NaN")
+        )
+    elif name.endswith("_scale_inv"):
+        bad, expected = ~((array > 0) & mx.isfinite(array)), "positive finite numbers"
+    else:
+        bad, expected = ~mx.isfinite(array), "finite numbers"
+    if not bad.any().item():
+        return
+    index = np.argwhere(np.array(bad))[0].tolist()
+    value = array[tuple(index)].item()
+    expert = name.replace(".switch_mlp.", f".experts.{index[0]}.")
+    if name not in checkpoint.tensors and expert in checkpoint.tensors:
+        name, index = expert, index[1:]
+    raise ValueError(f"[loader] {name} has {value} at {index}, expected {expected}.")
+
+
+@contextmanager
+def _lean_memory() -> Iterator[None]:
+    """No cache of freed buffers, and no reading ahead of what consumes the data."""
+    cache, limit = mx.set_cache_limit(0), mx.set_memory_limit(1)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(cache)
+        mx.set_memory_limit(limit)
+
+
+def _progress(total: int) -> "tqdm[Any]":
+    return tqdm(
+        total=total,
+        desc="Loading",
+        unit="B",
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+        leave=False,
+    )
