@@ -5,7 +5,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 
-#include "cpu/kernels.h"
+#include "cpu/matrix.h"
 #include "cpu/thread_pool.h"
 #include "ops.h"
 
@@ -101,6 +101,15 @@ NB_MODULE(_ext, m) {
       &cpu::set_num_threads,
       "n"_a,
       "Set the threads of the CPU kernels, 1 to 1024.");
+  m.def(
+      "stream_read",
+      [](mx::array a) {
+        a.eval();
+        nb::gil_scoped_release release;
+        return cpu::stream_read(a);
+      },
+      "a"_a,
+      "Read the array's bytes once on all threads: the yardstick of benchmarks.");
   m.def(
       "cpu_kernels",
       [] { return std::string(cpu::kernels().name); },

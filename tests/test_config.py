@@ -4,6 +4,7 @@ import json
 import random
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -180,8 +181,6 @@ def test_inverse_frequencies_are_torchs():
 
 
 def test_angles_hold_at_a_million_tokens():
-    import mlx.core as mx
-
     rope = Rope(RopeParameters(theta=8e6), 64)
     positions = np.array([[0, 202751, 1048575]], np.int32)
     cos, sin = rope.angles(mx.array(positions))

@@ -52,6 +52,8 @@ struct KernelSet {
       float* act,
       int count,
       FloatType type);
+  // Reads `count` bytes in order and folds them: the yardstick of benchmarks.
+  uint32_t (*read)(const uint8_t* from, size_t count);
 };
 
 const KernelSet& portable_kernels();

@@ -4,7 +4,7 @@
 namespace glm_fused::cpu {
 
 const KernelSet& avx2_kernels() {
-  static constexpr KernelSet set{"avx2", find, ::swiglu};
+  static constexpr KernelSet set{"avx2", find, ::swiglu, ::read};
   return set;
 }
 

@@ -4,7 +4,7 @@
 namespace glm_fused::cpu {
 
 const KernelSet& avx512_kernels() {
-  static constexpr KernelSet set{"avx512", find, ::swiglu};
+  static constexpr KernelSet set{"avx512", find, ::swiglu, ::read};
   return set;
 }
 

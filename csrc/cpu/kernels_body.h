@@ -337,4 +337,22 @@ void swiglu(
   }
 }
 
+uint32_t read(const uint8_t* from, size_t count) {
+  constexpr size_t line = kHalf * sizeof(uint32_t);
+  U16 folded[4] = {};
+  for (size_t at = 0; at + 4 * line <= count; at += 4 * line) {
+    unroll<4>(GLM_EACH(i) {
+      folded[i] = bits_or(folded[i], load_words(from + at + i * line));
+    });
+  }
+  const U16 all = bits_or(
+      bits_or(folded[0], folded[1]), bits_or(folded[2], folded[3]));
+  uint32_t words[kHalf], result = 0;
+  memcpy(words, &all, sizeof(words));
+  for (uint32_t word : words) {
+    result |= word;
+  }
+  return result;
+}
+
 } // namespace

@@ -3,7 +3,7 @@
 namespace glm_fused::cpu {
 
 const KernelSet& portable_kernels() {
-  static constexpr KernelSet set{"portable", find, ::swiglu};
+  static constexpr KernelSet set{"portable", find, ::swiglu, ::read};
   return set;
 }
 

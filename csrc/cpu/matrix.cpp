@@ -1,6 +1,7 @@
 #include "cpu/matrix.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "cpu/thread_pool.h"
 #include "rounding.h"
@@ -75,6 +76,19 @@ void store_row(mx::array& a, size_t offset, const float* values, int count) {
   } else {
     std::transform(values, values + count, to, to_float16);
   }
+}
+
+uint32_t stream_read(const mx::array& a) {
+  constexpr size_t kChunk = 1 << 18;
+  const size_t chunks = (a.nbytes() + kChunk - 1) / kChunk;
+  std::atomic<uint32_t> result{0};
+  const auto task = [&](int i) {
+    const size_t at = i * kChunk;
+    const size_t count = std::min(kChunk, a.nbytes() - at);
+    result |= kernels().read(a.data<uint8_t>() + at, count);
+  };
+  parallel_for(static_cast<int>(chunks), task, static_cast<double>(a.nbytes()));
+  return result;
 }
 
 int tile_rows(int n, int matrices) {

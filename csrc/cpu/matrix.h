@@ -45,6 +45,10 @@ inline Floats uninitialized(size_t count) {
   return Floats(new float[count]);
 }
 
+// Reads the array's buffer once on every thread of the pool; the result only
+// keeps the compiler from dropping the reads.
+uint32_t stream_read(const mlx::core::array& a);
+
 // Rows of W per task: about four tasks a thread, at most kMaxTileRows.
 int tile_rows(int n, int matrices);
 

@@ -58,7 +58,7 @@ def quantized_matvec(x: mx.array, w: Weight, *, reference: bool | None = None) -
         ValueError: a shape, dtype or format does not fit; the message names the argument.
     """
     if _on_gpu():
-        return _stock_matmul(x, w)
+        return stock_matmul(x, w)
     return _ext.quantized_matvec(x, w, paths.use_reference(reference))
 
 
@@ -94,7 +94,7 @@ def moe_decode(
         RuntimeError: when the result is evaluated, a slot is out of range.
     """
     if _on_gpu():
-        return _stock_moe(x, gate, up, down, slots, scores)
+        return stock_moe(x, gate, up, down, slots, scores)
     return _ext.moe_decode(x, gate, up, down, slots, scores, paths.use_reference(reference))
 
 
@@ -142,7 +142,7 @@ def router_topk(
     )
 
 
-def _stock_matmul(x: mx.array, w: Weight) -> mx.array:
+def stock_matmul(x: mx.array, w: Weight) -> mx.array:
     if w.scales is None:
         return x @ w.weight.swapaxes(-1, -2)
     return mx.quantized_matmul(
@@ -173,7 +173,7 @@ def _stock_gather(x: mx.array, w: Weight, slots: mx.array) -> mx.array:
     )
 
 
-def _stock_moe(
+def stock_moe(
     x: mx.array, gate: Weight, up: Weight, down: Weight, slots: mx.array, scores: mx.array
 ) -> mx.array:
     rows = x[:, None, None, :]
