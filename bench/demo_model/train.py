@@ -11,9 +11,10 @@ Three phases, as the DeepSeek-V3.2 report describes for its sparse attention:
    learns from the language-modelling loss, the indexers from the KL loss over selected keys.
 
 The modules are those of ``transformers``' ``GlmMoeDsaForCausalLM``; only their forward pass is
-restated here, in a form that is fast on a CPU and differentiable for the indexers. ``--check``
-compares the two. The learning rate follows the fraction of the wall-clock time used between the
-start and the deadline, so a paused or slowed run still ends on time with a finished decay.
+restated here, in a form that is fast on a CPU and differentiable for the indexers; every run
+compares the two at its start and end. The learning rate follows the fraction of the wall-clock
+time used between the start and the deadline, so a paused or slowed run still ends on time with
+a finished decay.
 """
 
 from __future__ import annotations
@@ -393,8 +394,8 @@ def forward(model: GlmMoeDsaForCausalLM, tokens: Tensor, options: Forward) -> Te
 class Workers:
     """Threads that each run PyTorch single-threaded on their own share of a batch.
 
-    On a machine shared with other jobs this is several times faster than parallel operators,
-    which wait for their slowest thread in every small operation.
+    Parallel operators would wait for their slowest thread in every small operation, which hurts
+    on a machine shared with other jobs; these wait for each other only once per pass.
     """
 
     def __init__(self, count: int) -> None:
@@ -564,6 +565,17 @@ class Optimizer:
 # Saving
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the tokenizer so that transformers 4 and 5 both load it."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    for key in ("backend", "is_local", "local_files_only"):
+        settings.pop(key, None)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    file.write_text(json.dumps(settings, indent=2) + "\n")
+
+
 def save(model: GlmMoeDsaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a checkpoint in the release's layout: bf16, one tensor per expert and projection."""
     copy = GlmMoeDsaForCausalLM(model.config)
@@ -579,7 +591,7 @@ def save(model: GlmMoeDsaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder
         pad_token_id=model.config.pad_token_id,
     )
     copy.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -743,7 +755,7 @@ def train(arguments: argparse.Namespace) -> None:
     else:
         tokenizer = train_tokenizer(texts)
         if saved is not None:
-            tokenizer.save_pretrained(saved)
+            save_tokenizer(tokenizer, saved)
     files = encode_files(tokenizer, texts)
     count = sum(map(len, files))
     log(

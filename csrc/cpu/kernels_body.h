@@ -23,8 +23,12 @@ constexpr int kRowsAtOnce = 2;
 #else
 constexpr int kRowsAtOnce = 1;
 #endif
-// Rows that share a block of several packed vectors while it is in L1.
-constexpr int kRowsPerBlock = 8;
+// Groups of rows that meet a chunk of packed x while it is in the L1 cache,
+// and the half-blocks of such a chunk.
+template <int M>
+constexpr int kGroups = M == 1 ? kMaxTileRows / kRowsAtOnce : 8;
+template <int M>
+constexpr int kChunk = M == 1 ? 8 : 2;
 
 // Packed x: per block and half, kTerms planes of 16 lanes, then the lane sums
 // that multiply the affine bias.
@@ -147,69 +151,76 @@ struct Tile {
     return row < a.rows ? row : a.rows - 1;
   }
 
+  template <int R>
+  GLM_INLINE Rows<R> locate(int row) const {
+    Rows<R> rows;
+    unroll<R>(GLM_EACH(r) {
+      const int at = inside(row + r);
+      rows.weight[r] = a.weight + at * row_bytes;
+      scales.locate(rows, r, at);
+    });
+    return rows;
+  }
+
   // Where each row's half-block lies: in place, or copied and zero-padded
-  // where the lanes would read past the end of the row.
+  // where the lanes would read past the end of the row. `ahead` is how far
+  // from there the rows' next bytes lie.
   template <int R, size_t edge_bytes>
-  GLM_INLINE void row_pointers(
-      int row,
+  GLM_INLINE void half_pointers(
+      const Rows<R>& rows,
       int hb,
+      ptrdiff_t ahead,
       uint8_t (&edge)[R][edge_bytes],
-      const uint8_t* (&rows)[R]) const {
+      const uint8_t* (&halves)[R]) const {
     constexpr size_t whole = kHalf * F::kBytes;
     constexpr size_t overread = F::kBytes == 3 ? 1 : 0;
     const size_t offset = hb * whole;
     const size_t left = row_bytes - offset;
     const bool at_edge = left < whole + overread;
     unroll<R>(GLM_EACH(r) {
-      rows[r] = a.weight + inside(row + r) * row_bytes + offset;
+      halves[r] = rows.weight[r] + offset;
       if (__builtin_expect(at_edge, 0)) {
         memset(edge[r], 0, edge_bytes);
-        memcpy(edge[r], rows[r], left < whole ? left : whole);
-        rows[r] = edge[r];
+        memcpy(edge[r], halves[r], left < whole ? left : whole);
+        halves[r] = edge[r];
       } else {
-        __builtin_prefetch(rows[r] + R * row_bytes);
+        __builtin_prefetch(halves[r] + ahead);
         if constexpr (whole > 64) {
-          __builtin_prefetch(rows[r] + R * row_bytes + 64);
+          __builtin_prefetch(halves[r] + ahead + 64);
         }
       }
     });
   }
 
-  // Adds half-block `hb` of rows row..row+R to result[r][m].
+  // Adds half-block `hb` of the rows to result[r][m].
   template <int R, int M, class Width>
   GLM_INLINE void half_block(
-      int row,
+      const Rows<R>& rows,
       int m0,
       Width width,
       int hb,
+      ptrdiff_t ahead,
       F16 (&result)[R][M]) const {
     const size_t planes = static_cast<size_t>(hb) * planes_per_half<F>;
     const float* x = a.x + (planes * width + m0) * kHalf;
     alignas(64) uint8_t edge[R][kHalf * F::kBytes + 4];
-    const uint8_t* rows[R];
-    row_pointers(row, hb, edge, rows);
-    HalfBlock<F, R, M, Width> block(format, rows, x, width);
+    const uint8_t* halves[R];
+    half_pointers(rows, hb, ahead, edge, halves);
+    HalfBlock<F, R, M, Width> block(format, halves, x, width);
     unroll<R>(GLM_EACH(r) {
       unroll<M>(GLM_EACH(m) {
         block.acc[r][m] = F::kCarriesAccumulator ? result[r][m] : zero();
       });
     });
     block.template terms<0>();
-    const Groups groups = scales.groups(hb);
-    unroll<R>(GLM_EACH(r) {
-      scales.template finish<M>(
-          inside(row + r),
-          groups,
-          x + F::kTerms * width * kHalf,
-          block.acc[r],
-          result[r]);
-    });
+    const float* sums = x + F::kTerms * width * kHalf;
+    scales.finish(rows, hb, sums, block.acc, result);
   }
 
-  // Up to `G` groups of R rows: block by block, so that several vectors'
-  // packed values stay in L1 for all the rows.
-  template <int G, int R, int M, class Width>
+  // Up to kGroups groups of R rows, chunk by chunk of the columns.
+  template <int R, int M, class Width>
   GLM_INLINE void groups_of_rows(int row, int m0, Width width) const {
+    constexpr int G = kGroups<M>;
     const int left = (a.rows - row + R - 1) / R;
     const int groups = left < G ? left : G;
     F16 sums[G][2][R][M];
@@ -221,11 +232,17 @@ struct Tile {
       }
     }
     const int halves = half_blocks();
-    for (int begin = 0; begin < halves; begin += 2) {
-      const int end = begin + 2 < halves ? begin + 2 : halves;
+    for (int begin = 0; begin < halves; begin += kChunk<M>) {
+      const int end = begin + kChunk<M> < halves ? begin + kChunk<M> : halves;
+      const ptrdiff_t next_group = R * row_bytes;
+      const ptrdiff_t next_chunk =
+          kChunk<M> * kHalf * F::kBytes - (groups - 1) * next_group;
       for (int g = 0; g < groups; g++) {
+        const ptrdiff_t ahead = g + 1 < groups ? next_group : next_chunk;
+        const Rows<R> rows = locate<R>(row + g * R);
         for (int hb = begin; hb < end; hb++) {
-          half_block<R, M>(row + g * R, m0, width, hb, sums[g][hb - begin]);
+          auto& sum = sums[g][hb % 2];
+          half_block<R, M>(rows, m0, width, hb, ahead, sum);
         }
       }
     }
@@ -241,9 +258,8 @@ struct Tile {
   template <int M, class Width>
   __attribute__((noinline)) void all_rows(int m0, Width width) const {
     constexpr int R = M == 1 ? kRowsAtOnce : 1;
-    constexpr int G = M == 1 ? 1 : kRowsPerBlock;
-    for (int row = 0; row < a.rows; row += G * R) {
-      groups_of_rows<G, R, M>(row, m0, width);
+    for (int row = 0; row < a.rows; row += kGroups<M> * R) {
+      groups_of_rows<R, M>(row, m0, width);
     }
   }
 

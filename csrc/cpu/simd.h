@@ -104,6 +104,21 @@ struct Table16 {
     return _mm512_permutexvar_ps(index, t);
   }
 };
+// Byte i of the result is byte control[i] of the 16 at p, or 0 where it is
+// 0x80; four bytes make a lane.
+struct Shuffle {
+  __m512i control;
+  GLM_INLINE explicit Shuffle(const uint8_t* c)
+      : control(_mm512_loadu_si512(c)) {}
+  GLM_INLINE U16 operator()(const uint8_t* p) const {
+    const auto* q = reinterpret_cast<const __m128i*>(p);
+    return _mm512_shuffle_epi8(
+        _mm512_broadcast_i32x4(_mm_loadu_si128(q)), control);
+  }
+};
+GLM_INLINE U16 max_words(U16 a, uint32_t n) {
+  return _mm512_max_epu32(a, _mm512_set1_epi32(static_cast<int>(n)));
+}
 // Lane l owns words 2l and 2l+1.
 GLM_INLINE void load_pairs(const uint8_t* p, U16& first, U16& second) {
   const __m512i a = _mm512_loadu_si512(p);
@@ -242,6 +257,21 @@ struct Table16 {
     return {lookup(index.a), lookup(index.b)};
   }
 };
+struct Shuffle {
+  __m256i a, b;
+  GLM_INLINE explicit Shuffle(const uint8_t* c)
+      : a(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(c))),
+        b(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(c + 32))) {}
+  GLM_INLINE U16 operator()(const uint8_t* p) const {
+    const auto* q = reinterpret_cast<const __m128i*>(p);
+    const __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128(q));
+    return {_mm256_shuffle_epi8(v, a), _mm256_shuffle_epi8(v, b)};
+  }
+};
+GLM_INLINE U16 max_words(U16 v, uint32_t n) {
+  const __m256i k = _mm256_set1_epi32(static_cast<int>(n));
+  return {_mm256_max_epu32(v.a, k), _mm256_max_epu32(v.b, k)};
+}
 GLM_INLINE void split_pairs(
     __m256i a,
     __m256i b,
@@ -403,6 +433,23 @@ struct Table16 {
     return out;
   }
 };
+struct Shuffle {
+  uint8_t control[4 * kHalf];
+  GLM_INLINE explicit Shuffle(const uint8_t* c) {
+    memcpy(control, c, sizeof(control));
+  }
+  GLM_INLINE U16 operator()(const uint8_t* p) const {
+    uint8_t out[4 * kHalf];
+    for (int i = 0; i < 4 * kHalf; i++) {
+      out[i] = control[i] == 0x80 ? 0 : p[control[i]];
+    }
+    return load_words(out);
+  }
+};
+GLM_INLINE U16 max_words(U16 a, uint32_t n) {
+  const U16 k = U16{} + n;
+  return choose(a > k, a, k);
+}
 template <int stride>
 GLM_INLINE U16 load_strided(const uint8_t* p) {
   uint32_t out[kHalf];

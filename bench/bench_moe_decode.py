@@ -1,0 +1,168 @@
+"""The routed experts of one GLM layer (6144 / 2048, top-8), one or more tokens a call.
+
+    python bench/bench_moe_decode.py --formats affine4 mxfp4
+
+Prints, per weight format: the bytes of weights a call reads, µs, GB/s, the plain streaming read
+bandwidth measured between the calls with the same threads, the fraction of it reached, how many
+times slower the reference path and stock MLX are, and the largest error of ours and of stock MLX
+against float64 arithmetic on the dequantized weights (relative to the largest output).
+Every call picks other experts from a bank that is far larger than the caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from common import (
+    DTYPES,
+    bits_per_weight,
+    median,
+    nbytes,
+    parser,
+    random_weight,
+    read_bandwidth,
+    report,
+    seconds,
+)
+
+import glm_fused
+from glm_fused import ops
+
+COLUMNS = {
+    "format": "",
+    "tokens": "d",
+    "MB": ".1f",
+    "us": ".0f",
+    "GB/s": ".2f",
+    "read GB/s": ".2f",
+    "fraction": ".2f",
+    "x reference": ".1f",
+    "x stock": ".1f",
+    "error": ".1e",
+    "stock error": ".1e",
+}
+
+
+class Layer:
+    """A bank of experts and the routing of successive calls."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        hidden, intermediate = options.hidden, options.intermediate
+        expert = 3 * hidden * intermediate * bits_per_weight(name) / 8
+        self.bank = int(min(256, max(2 * options.top_k, options.bank_gb * 1e9 // expert)))
+        self.gate = random_weight(name, (self.bank, intermediate, hidden), 1)
+        self.up = random_weight(name, (self.bank, intermediate, hidden), 2)
+        self.down = random_weight(name, (self.bank, hidden, intermediate), 3)
+        mx.eval(self.gate, self.up, self.down)
+        self.rng = np.random.default_rng(4)
+        shape = (options.tokens, hidden)
+        self.x = mx.array(self.rng.standard_normal(shape)).astype(DTYPES[options.dtype])
+        self.top_k = options.top_k
+
+    def route(self) -> tuple[mx.array, mx.array, int]:
+        """Slots, scores, and the number of distinct experts."""
+        chosen = [
+            self.rng.choice(self.bank, self.top_k, replace=False) for _ in range(self.x.shape[0])
+        ]
+        slots = np.array(chosen, dtype=np.int32)
+        scores = self.rng.uniform(0.1, 0.5, slots.shape).astype(np.float32)
+        return mx.array(slots), mx.array(scores), len(np.unique(slots))
+
+    def expert_bytes(self) -> float:
+        return sum(nbytes(w) for w in (self.gate, self.up, self.down)) / self.bank
+
+    def fused(self, slots: mx.array, scores: mx.array, reference: bool = False) -> mx.array:
+        return ops.moe_decode(
+            self.x, self.gate, self.up, self.down, slots, scores, reference=reference
+        )
+
+    def stock(self, slots: mx.array, scores: mx.array) -> mx.array:
+        return ops.stock_moe(self.x, self.gate, self.up, self.down, slots, scores)
+
+    def exact(self, slots: mx.array, scores: mx.array) -> np.ndarray:
+        """The first token's output in float64."""
+        x = np.array(self.x[0].astype(mx.float32), dtype=np.float64)
+        total = np.zeros(x.shape)
+        for e, score in zip(np.array(slots)[0], np.array(scores)[0], strict=True):
+            gate, up, down = (dequantized(w, int(e)) for w in (self.gate, self.up, self.down))
+            h = gate @ x
+            total += score * (down @ (h / (1 + np.exp(-h)) * (up @ x)))
+        return total
+
+
+def dequantized(w: ops.Weight, slot: int) -> np.ndarray:
+    one = [a if a is None else a[slot] for a in w[:3]]
+    if w.mode == "dense":
+        return np.array(one[0].astype(mx.float32), dtype=np.float64)
+    if w.mode == "affine":
+        one[1:] = [a.astype(mx.float32) for a in one[1:]]
+    values = mx.dequantize(*one, w.group_size, w.bits, mode=w.mode, dtype=mx.float32)
+    return np.array(values, dtype=np.float64)
+
+
+def error(y: mx.array, exact: np.ndarray) -> float:
+    found = np.array(y[0].astype(mx.float32), dtype=np.float64)
+    return float(np.abs(found - exact).max() / np.abs(exact).max())
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    layer = Layer(name, options)
+    times, rates, bandwidths, fractions = [], [], [], []
+    layer.fused(*layer.route()[:2])
+    for _ in range(options.repeats):
+        bandwidth = read_bandwidth(layer.gate.weight)
+        took, read = [], []
+        for _ in range(options.calls):
+            slots, scores, distinct = layer.route()
+            mx.eval(slots, scores)
+            took.append(seconds(lambda s=slots, c=scores: layer.fused(s, c)))
+            read.append(distinct * layer.expert_bytes() / took[-1] / 1e9)
+        bandwidth = (bandwidth + read_bandwidth(layer.gate.weight)) / 2
+        times.append(median(took))
+        rates.append(median(read))
+        bandwidths.append(bandwidth)
+        fractions.append(rates[-1] / bandwidth)
+    row: dict[str, Any] = {
+        "format": name,
+        "tokens": options.tokens,
+        "MB": median(rates) * median(times) * 1e3,
+        "us": median(times) * 1e6,
+        "GB/s": median(rates),
+        "read GB/s": median(bandwidths),
+        "fraction": median(fractions),
+    }
+    slots, scores, _ = layer.route()
+    exact = layer.exact(slots, scores)
+    row["error"] = error(layer.fused(slots, scores), exact)
+    if not options.only_fused:
+        reference = seconds(lambda: layer.fused(slots, scores, reference=True))
+        stock = seconds(lambda: layer.stock(slots, scores))
+        row["x reference"] = reference / median(times)
+        row["x stock"] = stock / median(times)
+        row["stock error"] = error(layer.stock(slots, scores), exact)
+    return row
+
+
+def main() -> None:
+    arguments = parser(__doc__ or "")
+    arguments.formatter_class = argparse.RawDescriptionHelpFormatter
+    arguments.add_argument("--tokens", type=int, default=1)
+    arguments.add_argument("--hidden", type=int, default=6144)
+    arguments.add_argument("--intermediate", type=int, default=2048)
+    arguments.add_argument("--top-k", type=int, default=8)
+    arguments.add_argument("--calls", type=int, default=5, help="calls per repeat")
+    arguments.add_argument("--bank-gb", type=float, default=3, help="size of the bank of experts")
+    arguments.add_argument("--only-fused", action="store_true", help="skip reference and stock MLX")
+    options = arguments.parse_args()
+    mx.set_default_device(mx.cpu)
+    if options.threads:
+        glm_fused.set_num_threads(options.threads)
+    rows = [measure(name, options) for name in options.formats]
+    report(rows, COLUMNS, options.json)
+
+
+if __name__ == "__main__":
+    main()
