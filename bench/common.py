@@ -59,7 +59,9 @@ def random_weight(name: str, shape: tuple[int, ...], seed: int = 0) -> Weight:
     packed = random_bytes(rows * k * bits // 8).view(np.uint32).reshape(*lead, k * bits // 32)
     if mode == "affine":
         step = 2.0 / (2**bits * np.sqrt(k))
-        scale = np.resize(rng.uniform(0.5, 1.5, 1 << 16).astype(np.float32) * step, rows * k // group)
+        scale = np.resize(
+            rng.uniform(0.5, 1.5, 1 << 16).astype(np.float32) * step, rows * k // group
+        )
         scales = mx.array(scale).astype(mx.bfloat16).reshape(*lead, k // group)
         return Weight(mx.array(packed), scales, -scales * 2 ** (bits - 1), group, bits, mode)
     if mode == "mxfp8":  # no NaN codes

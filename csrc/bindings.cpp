@@ -26,11 +26,15 @@ using WeightTuple = std::tuple<
 
 Weight weight(const WeightTuple& t) {
   return {
-      std::get<0>(t), std::get<1>(t), std::get<2>(t),
-      std::get<3>(t), std::get<4>(t), std::get<5>(t)};
+      std::get<0>(t),
+      std::get<1>(t),
+      std::get<2>(t),
+      std::get<3>(t),
+      std::get<4>(t),
+      std::get<5>(t)};
 }
 
-} // namespace
+}  // namespace
 
 NB_MODULE(_ext, m) {
   m.doc() = "Compiled kernels of glm_fused; call them through glm_fused.ops.";
@@ -60,7 +64,13 @@ NB_MODULE(_ext, m) {
          const mx::array& scores,
          bool reference) {
         return moe_decode(
-            x, weight(gate), weight(up), weight(down), slots, scores, reference,
+            x,
+            weight(gate),
+            weight(up),
+            weight(down),
+            slots,
+            scores,
+            reference,
             mx::Device::cpu);
       },
       "x"_a,
@@ -82,9 +92,12 @@ NB_MODULE(_ext, m) {
          float routed_scaling_factor,
          bool reference) {
         return router_topk(
-            x, weight, correction_bias,
+            x,
+            weight,
+            correction_bias,
             {top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor},
-            reference, mx::Device::cpu);
+            reference,
+            mx::Device::cpu);
       },
       "x"_a,
       "weight"_a,
@@ -109,7 +122,8 @@ NB_MODULE(_ext, m) {
         return cpu::stream_read(a);
       },
       "a"_a,
-      "Read the array's bytes once on all threads: the yardstick of benchmarks.");
+      "Read the array's bytes once on all threads: the yardstick of "
+      "benchmarks.");
   m.def(
       "cpu_kernels",
       [] { return std::string(cpu::kernels().name); },

@@ -48,7 +48,13 @@ inline void check_shape(
     std::ostringstream want;
     want << expected;
     invalid(
-        op, name, " must have shape ", want.str(), " but has ", shape_of(a), ".");
+        op,
+        name,
+        " must have shape ",
+        want.str(),
+        " but has ",
+        shape_of(a),
+        ".");
   }
 }
 
@@ -68,4 +74,4 @@ void append_arrays(
     const Weight& w,
     mx::StreamOrDevice s);
 
-} // namespace glm_fused
+}  // namespace glm_fused

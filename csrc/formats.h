@@ -39,4 +39,4 @@ inline bool uses_fast_order(const Format& format, int n, int k) {
   return format.mode != Mode::dense && n % 8 == 0 && k % 512 == 0;
 }
 
-} // namespace glm_fused
+}  // namespace glm_fused

@@ -62,4 +62,4 @@ std::pair<mx::array, mx::array> router_topk(
     bool reference,
     mx::StreamOrDevice s = {});
 
-} // namespace glm_fused
+}  // namespace glm_fused

@@ -79,4 +79,4 @@ class RouterTopk : public FusedPrimitive {
   Routing routing_;
 };
 
-} // namespace glm_fused
+}  // namespace glm_fused

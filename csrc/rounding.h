@@ -7,7 +7,7 @@
 #include "formats.h"
 
 namespace glm_fused {
-namespace { // internal linkage: compiled once per instruction set
+namespace {  // internal linkage: compiled once per instruction set
 
 inline uint32_t bits_of(float f) {
   uint32_t u;
@@ -37,10 +37,10 @@ inline uint16_t to_float16(float f) {
   if (magnitude > 0x7f800000u) {
     return static_cast<uint16_t>(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));
   }
-  if (magnitude >= 0x477ff000u) { // rounds past 65504
+  if (magnitude >= 0x477ff000u) {  // rounds past 65504
     return static_cast<uint16_t>(sign | 0x7c00u);
   }
-  if (magnitude < 0x38800000u) { // subnormal half: let fp32 addition round
+  if (magnitude < 0x38800000u) {  // subnormal half: let fp32 addition round
     const float shifted = float_of(magnitude) + 0.5f;
     return static_cast<uint16_t>(sign | (bits_of(shifted) - 0x3f000000u));
   }
@@ -73,5 +73,5 @@ inline float round_to(float f, FloatType type) {
   }
 }
 
-} // namespace
-} // namespace glm_fused
+}  // namespace
+}  // namespace glm_fused

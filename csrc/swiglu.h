@@ -5,12 +5,12 @@
 #include "rounding.h"
 
 namespace glm_fused {
-namespace { // internal linkage: compiled once per instruction set
+namespace {  // internal linkage: compiled once per instruction set
 
 // e^x for x >= 0, within 0.5001 ulp. Written out in double so that every
 // instruction set and every libm gives the same bits.
 inline float exp_positive(float x) {
-  if (!(x < 89.0f)) { // also NaN
+  if (!(x < 89.0f)) {  // also NaN
     return x + __builtin_inff();
   }
   const double v = x;
@@ -19,14 +19,22 @@ inline float exp_positive(float x) {
   const double r = __builtin_fma(n, -0.6931471805599453, v);
   double p = 1.0 / 39916800;
   const double taylor[] = {
-      1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
-      1.0 / 120,     1.0 / 24,     1.0 / 6,     0.5,        1.0,
+      1.0 / 3628800,
+      1.0 / 362880,
+      1.0 / 40320,
+      1.0 / 5040,
+      1.0 / 720,
+      1.0 / 120,
+      1.0 / 24,
+      1.0 / 6,
+      0.5,
+      1.0,
       1.0};
   for (double c : taylor) {
     p = __builtin_fma(p, r, c);
   }
-  const uint64_t exponent = static_cast<uint64_t>(static_cast<int64_t>(n) + 1023)
-      << 52;
+  const uint64_t exponent =
+      static_cast<uint64_t>(static_cast<int64_t>(n) + 1023) << 52;
   double scale;
   memcpy(&scale, &exponent, 8);
   return static_cast<float>(p * scale);
@@ -44,5 +52,5 @@ inline float swiglu(float gate, float up, FloatType type) {
   return round_to(silu * up, type);
 }
 
-} // namespace
-} // namespace glm_fused
+}  // namespace
+}  // namespace glm_fused

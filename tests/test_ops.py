@@ -62,7 +62,11 @@ def test_matvec_equals_the_reference(data):
     unit = column_unit(fmt)
     fast = data.draw(st.booleans())
     n = data.draw(st.integers(1, 5)) * 8 if fast else data.draw(st.integers(1, 45))
-    k = 512 * data.draw(st.integers(1, 3)) if fast else unit * data.draw(st.integers(1, 700 // unit))
+    k = (
+        512 * data.draw(st.integers(1, 3))
+        if fast
+        else unit * data.draw(st.integers(1, 700 // unit))
+    )
     rows = data.draw(st.sampled_from([1, 2, 3, 5, 16, 17]))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     w = random_weight(rng, (n, k), fmt, scales)

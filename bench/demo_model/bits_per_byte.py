@@ -69,8 +69,9 @@ def load_original(path: str) -> Callable[[list[int]], np.ndarray]:
 
 def load_model(path: str) -> Callable[[list[int]], np.ndarray]:
     """The MLX-layout checkpoint, run by glm_fused."""
-    import glm_fused
     import mlx.core as mx
+
+    import glm_fused
 
     model, _ = glm_fused.load_model(path)
 

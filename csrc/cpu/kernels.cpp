@@ -46,11 +46,11 @@ const KernelSet& choose() {
       "\" (choices: avx512, avx2, portable).");
 }
 
-} // namespace
+}  // namespace
 
 const KernelSet& kernels() {
   static const KernelSet& set = choose();
   return set;
 }
 
-} // namespace glm_fused::cpu
+}  // namespace glm_fused::cpu

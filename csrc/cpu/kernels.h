@@ -12,14 +12,14 @@ constexpr int kMaxTileRows = 32;
 
 // y[m * rows + r] = sum_k x[m][k] W[r][k] in fp32, in MLX's lane order.
 struct DotArgs {
-  const uint8_t* weight; // row 0 of the tile
-  const uint8_t* scales; // row 0, null for dense
-  const uint8_t* biases; // row 0, null unless affine
+  const uint8_t* weight;  // row 0 of the tile
+  const uint8_t* scales;  // row 0, null for dense
+  const uint8_t* biases;  // row 0, null unless affine
   Format format;
   int k;
   int rows;
-  const float* x; // a panel: `width` vectors, packed by Kernel::pack
-  int width; // 1, 2, 4 or 8
+  const float* x;  // a panel: `width` vectors, packed by Kernel::pack
+  int width;       // 1, 2, 4 or 8
   float* y;
 };
 
@@ -29,7 +29,7 @@ struct Kernel {
   // load_vector does.
   void (*pack)(const float* x, int k, float* panel, int m, int width);
   int values_per_lane;
-  int floats_per_block; // of one packed vector, per 32 lanes
+  int floats_per_block;  // of one packed vector, per 32 lanes
 
   size_t packed_floats(int k) const {
     const int block = 32 * values_per_lane;
@@ -65,4 +65,4 @@ const KernelSet& avx512_kernels();
 // The best set for this processor, or the one named in GLM_FUSED_KERNELS.
 const KernelSet& kernels();
 
-} // namespace glm_fused::cpu
+}  // namespace glm_fused::cpu

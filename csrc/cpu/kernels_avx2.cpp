@@ -8,4 +8,4 @@ const KernelSet& avx2_kernels() {
   return set;
 }
 
-} // namespace glm_fused::cpu
+}  // namespace glm_fused::cpu

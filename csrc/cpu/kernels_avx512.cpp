@@ -8,4 +8,4 @@ const KernelSet& avx512_kernels() {
   return set;
 }
 
-} // namespace glm_fused::cpu
+}  // namespace glm_fused::cpu

@@ -311,11 +311,14 @@ const Kernel& find(const Format& f, bool fast) {
   using enum FloatType;
   switch (f.mode) {
     case Mode::mxfp4:
-      return fast ? kernel<Fp4<true>, E8M0Scales> : kernel<Fp4<false>, E8M0Scales>;
+      return fast ? kernel<Fp4<true>, E8M0Scales>
+                  : kernel<Fp4<false>, E8M0Scales>;
     case Mode::nvfp4:
-      return fast ? kernel<Fp4<true>, E4M3Scales> : kernel<Fp4<false>, E4M3Scales>;
+      return fast ? kernel<Fp4<true>, E4M3Scales>
+                  : kernel<Fp4<false>, E4M3Scales>;
     case Mode::mxfp8:
-      return fast ? kernel<Fp8<true>, E8M0Scales> : kernel<Fp8<false>, E8M0Scales>;
+      return fast ? kernel<Fp8<true>, E8M0Scales>
+                  : kernel<Fp8<false>, E8M0Scales>;
     case Mode::affine:
       switch (f.bits) {
         case 2:
@@ -361,8 +364,8 @@ uint32_t read(const uint8_t* from, size_t count) {
       folded[i] = bits_or(folded[i], load_words(from + at + i * line));
     });
   }
-  const U16 all = bits_or(
-      bits_or(folded[0], folded[1]), bits_or(folded[2], folded[3]));
+  const U16 all =
+      bits_or(bits_or(folded[0], folded[1]), bits_or(folded[2], folded[3]));
   uint32_t words[kHalf], result = 0;
   memcpy(words, &all, sizeof(words));
   for (uint32_t word : words) {
@@ -371,4 +374,4 @@ uint32_t read(const uint8_t* from, size_t count) {
   return result;
 }
 
-} // namespace
+}  // namespace

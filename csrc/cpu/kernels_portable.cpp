@@ -7,4 +7,4 @@ const KernelSet& portable_kernels() {
   return set;
 }
 
-} // namespace glm_fused::cpu
+}  // namespace glm_fused::cpu

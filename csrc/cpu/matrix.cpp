@@ -96,4 +96,4 @@ int tile_rows(int n, int matrices) {
   return std::clamp(per_task / 4 * 4, 4, kMaxTileRows);
 }
 
-} // namespace glm_fused::cpu
+}  // namespace glm_fused::cpu

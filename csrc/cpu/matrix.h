@@ -52,4 +52,4 @@ uint32_t stream_read(const mlx::core::array& a);
 // Rows of W per task: about four tasks a thread, at most kMaxTileRows.
 int tile_rows(int n, int matrices);
 
-} // namespace glm_fused::cpu
+}  // namespace glm_fused::cpu

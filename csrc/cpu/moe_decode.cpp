@@ -1,10 +1,11 @@
+#include "cpu/moe_decode.h"
+
 #include <algorithm>
 #include <map>
 
-#include "cpu/matrix.h"
-#include "cpu/moe_decode.h"
-#include "cpu/thread_pool.h"
 #include "checks.h"
+#include "cpu/matrix.h"
+#include "cpu/thread_pool.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "primitives.h"
 #include "reference/reference.h"
@@ -54,7 +55,8 @@ class Chunk {
         top_k_(moe.slots.shape(1)),
         slots_(moe.slots.data<int32_t>() + first_token * top_k_),
         panels_(group_by_slot(slots_, tokens * top_k_)),
-        act_(uninitialized(static_cast<size_t>(tokens) * top_k_ * moe.gate.n)) {}
+        act_(uninitialized(static_cast<size_t>(tokens) * top_k_ * moe.gate.n)) {
+  }
 
   void run() {
     pack_inputs();
@@ -65,8 +67,8 @@ class Chunk {
 
  private:
   double work(int matrices) const {
-    return static_cast<double>(moe_.gate.n) * moe_.gate.k * matrices *
-        tokens_ * top_k_;
+    return static_cast<double>(moe_.gate.n) * moe_.gate.k * matrices * tokens_ *
+        top_k_;
   }
 
   // Panels over the same tokens share their packed x: with one token, all.
@@ -85,8 +87,7 @@ class Chunk {
         float* u = same ? g : allocate(moe_.up, panel.width());
         for (int m = 0; m < panel.width(); m++) {
           load_row(moe_.x, first_ + tokens[m], moe_.gate.k, row.get());
-          moe_.gate.kernel->pack(
-              row.get(), moe_.gate.k, g, m, panel.width());
+          moe_.gate.kernel->pack(row.get(), moe_.gate.k, g, m, panel.width());
           if (!same) {
             moe_.up.kernel->pack(row.get(), moe_.up.k, u, m, panel.width());
           }
@@ -146,8 +147,8 @@ class Chunk {
     const float* scores = moe_.scores.data<float>() + first_ * top_k_;
     const auto task = [&](int t) {
       const int first = t * tile, rows = std::min(tile, n - first);
-      const Floats y = uninitialized(
-          static_cast<size_t>(tokens_) * top_k_ * rows);
+      const Floats y =
+          uninitialized(static_cast<size_t>(tokens_) * top_k_ * rows);
       float out[8 * kMaxTileRows];
       for (int i = 0; i < panels(); i++) {
         const auto& panel = panels_[i];
@@ -183,8 +184,8 @@ class Chunk {
   const int first_, tokens_, top_k_;
   const int32_t* slots_;
   const std::vector<Panel> panels_;
-  const Floats act_; // [pair, intermediate]
-  std::vector<std::pair<const float*, const float*>> inputs_; // gate, up
+  const Floats act_;  // [pair, intermediate]
+  std::vector<std::pair<const float*, const float*>> inputs_;  // gate, up
   std::vector<float*> down_inputs_;
   std::vector<Floats> scratch_;
 };
@@ -194,14 +195,21 @@ void check_slots(const Moe& moe) {
   for (size_t i = 0; i < moe.slots.size(); i++) {
     if (slots[i] < 0 || slots[i] >= moe.gate.slots) {
       invalid(
-          "moe_decode", "slots[", i / moe.slots.shape(1), ", ",
-          i % moe.slots.shape(1), "] must be in [0, ", moe.gate.slots,
-          ") but is ", slots[i], ".");
+          "moe_decode",
+          "slots[",
+          i / moe.slots.shape(1),
+          ", ",
+          i % moe.slots.shape(1),
+          "] must be in [0, ",
+          moe.gate.slots,
+          ") but is ",
+          slots[i],
+          ".");
     }
   }
 }
 
-} // namespace
+}  // namespace
 
 void moe_decode(const Moe& moe) {
   const int tokens = moe.x.shape(0);
@@ -210,7 +218,7 @@ void moe_decode(const Moe& moe) {
   }
 }
 
-} // namespace cpu
+}  // namespace cpu
 
 void MoeDecode::eval_cpu(
     const std::vector<mx::array>& inputs,
@@ -236,7 +244,13 @@ void MoeDecode::eval_cpu(
     const cpu::Matrix up(inputs, next, up_format);
     const cpu::Matrix down(inputs, next, down_format);
     const cpu::Moe moe{
-        inputs[0], inputs[1], inputs[2], gate, up, down, y,
+        inputs[0],
+        inputs[1],
+        inputs[2],
+        gate,
+        up,
+        down,
+        y,
         float_type_of(y.dtype())};
     cpu::check_slots(moe);
     if (reference) {
@@ -247,4 +261,4 @@ void MoeDecode::eval_cpu(
   });
 }
 
-} // namespace glm_fused
+}  // namespace glm_fused

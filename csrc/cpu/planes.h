@@ -18,8 +18,8 @@ struct Plane {
   int value;
   int byte;
   uint32_t mask;
-  float scale; // x_thread[value] = x * scale …
-  float carry; // … * carry, for the second byte of a straddling column
+  float scale;  // x_thread[value] = x * scale …
+  float carry;  // … * carry, for the second byte of a straddling column
 };
 
 // Terms of eight (3, 5 bits) or four (6 bits) columns, as in MLX's qdot.
@@ -217,8 +217,22 @@ struct Fp4 {
     return {p, p / 2, 0, 1.0f, 1.0f};
   }
   static constexpr float kE2M1[16] = {
-      0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,
-      -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+      0.0f,
+      0.5f,
+      1.0f,
+      1.5f,
+      2.0f,
+      3.0f,
+      4.0f,
+      6.0f,
+      -0.0f,
+      -0.5f,
+      -1.0f,
+      -1.5f,
+      -2.0f,
+      -3.0f,
+      -4.0f,
+      -6.0f};
   Table16 table{kE2M1};
 
   template <int p>
@@ -293,4 +307,4 @@ struct Dense {
   }
 };
 
-} // namespace
+}  // namespace

@@ -54,7 +54,7 @@ void matvec_rows(
   parallel_for(tiles, task, static_cast<double>(w.n) * w.k * count);
 }
 
-} // namespace
+}  // namespace
 
 void quantized_matvec(const Matrix& w, const mx::array& x, mx::array& y) {
   const int per_head = x.ndim() < 2 ? 1 : x.shape(-2);
@@ -74,7 +74,7 @@ void quantized_matvec(const Matrix& w, const mx::array& x, mx::array& y) {
   }
 }
 
-} // namespace cpu
+}  // namespace cpu
 
 void QuantizedMatvec::eval_cpu(
     const std::vector<mx::array>& inputs,
@@ -103,4 +103,4 @@ void QuantizedMatvec::eval_cpu(
   });
 }
 
-} // namespace glm_fused
+}  // namespace glm_fused

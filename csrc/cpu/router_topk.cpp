@@ -3,10 +3,10 @@
 #include <limits>
 #include <numeric>
 
+#include "checks.h"
 #include "cpu/matrix.h"
 #include "cpu/thread_pool.h"
 #include "mlx/backend/cpu/encoder.h"
-#include "checks.h"
 #include "primitives.h"
 #include "reference/reference.h"
 #include "swiglu.h"
@@ -59,7 +59,7 @@ void keep_groups(std::vector<float>& scores, const Routing& r) {
   }
 }
 
-} // namespace
+}  // namespace
 
 void select_experts(
     const float* logits,
@@ -117,7 +117,7 @@ void router_logits(const Matrix& w, const mx::array& x, float* logits) {
   }
 }
 
-} // namespace cpu
+}  // namespace cpu
 
 void RouterTopk::eval_cpu(
     const std::vector<mx::array>& inputs,
@@ -136,8 +136,7 @@ void RouterTopk::eval_cpu(
                     routing = routing_,
                     reference = reference_]() mutable {
     const int tokens = inputs[0].shape(0);
-    const Format format{
-        Mode::dense, 0, 0, float_type_of(inputs[1].dtype())};
+    const Format format{Mode::dense, 0, 0, float_type_of(inputs[1].dtype())};
     size_t next = 1;
     const cpu::Matrix w(inputs, next, format);
     const auto logits = cpu::uninitialized(static_cast<size_t>(tokens) * w.n);
@@ -158,4 +157,4 @@ void RouterTopk::eval_cpu(
   });
 }
 
-} // namespace glm_fused
+}  // namespace glm_fused

@@ -118,18 +118,16 @@ class AffineScales {
       const F16 (&acc)[R][M],
       F16 (&result)[R][M]) const {
     if (__builtin_expect(type_ == FloatType::float32, 0)) {
-      const auto read = [&](const uint8_t* row)
-                            __attribute__((always_inline)) {
-                              return spread_.floats(row, hb);
-                            };
+      const auto read = [&](const uint8_t* row) __attribute__((always_inline)) {
+        return spread_.floats(row, hb);
+      };
       return add_groups(rows, sums, acc, result, read);
     }
     const bool direct = spread_.direct(hb, rows.scales[R - 1] - scales_);
     if (type_ == FloatType::bfloat16) {
-      const auto read = [&](const uint8_t* row)
-                            __attribute__((always_inline)) {
-                              return as_float(spread_(row, hb, direct));
-                            };
+      const auto read = [&](const uint8_t* row) __attribute__((always_inline)) {
+        return as_float(spread_(row, hb, direct));
+      };
       return add_groups(rows, sums, acc, result, read);
     }
     const auto read = [&](const uint8_t* row) __attribute__((always_inline)) {
@@ -197,9 +195,8 @@ class ByteScales {
     const bool direct = spread_.direct(hb, rows.scales[R - 1] - scales_);
     unroll<R>(GLM_EACH(r) {
       const F16 s = Code::decode(spread_(rows.scales[r], hb, direct));
-      unroll<M>(GLM_EACH(m) {
-        result[r][m] = add(result[r][m], mul(s, acc[r][m]));
-      });
+      unroll<M>(
+          GLM_EACH(m) { result[r][m] = add(result[r][m], mul(s, acc[r][m])); });
     });
   }
 
@@ -223,10 +220,9 @@ struct NoScales {
       const float*,
       const F16 (&acc)[R][M],
       F16 (&result)[R][M]) const {
-    unroll<R>(GLM_EACH(r) {
-      unroll<M>(GLM_EACH(m) { result[r][m] = acc[r][m]; });
-    });
+    unroll<R>(
+        GLM_EACH(r) { unroll<M>(GLM_EACH(m) { result[r][m] = acc[r][m]; }); });
   }
 };
 
-} // namespace
+}  // namespace

@@ -16,7 +16,7 @@
 
 namespace {
 
-constexpr int kHalf = 16; // lanes in one vector; a simdgroup is two of them
+constexpr int kHalf = 16;  // lanes in one vector; a simdgroup is two of them
 
 template <int n>
 struct Constant {
@@ -272,11 +272,8 @@ GLM_INLINE U16 max_words(U16 v, uint32_t n) {
   const __m256i k = _mm256_set1_epi32(static_cast<int>(n));
   return {_mm256_max_epu32(v.a, k), _mm256_max_epu32(v.b, k)};
 }
-GLM_INLINE void split_pairs(
-    __m256i a,
-    __m256i b,
-    __m256i& first,
-    __m256i& second) {
+GLM_INLINE void
+split_pairs(__m256i a, __m256i b, __m256i& first, __m256i& second) {
   const __m256 x = _mm256_castsi256_ps(a), y = _mm256_castsi256_ps(b);
   const __m256 even = _mm256_shuffle_ps(x, y, 0x88);
   const __m256 odd = _mm256_shuffle_ps(x, y, 0xdd);
@@ -299,7 +296,7 @@ GLM_INLINE U16 load_strided(const uint8_t* p) {
   return {_mm256_i32gather_epi32(a, at, 1), _mm256_i32gather_epi32(b, at, 1)};
 }
 GLM_INLINE void load_quads(const uint8_t* p, F16 out[4]) {
-  U16 low[2], high[2]; // the first and second pair of values of every lane
+  U16 low[2], high[2];  // the first and second pair of values of every lane
   for (int h = 0; h < 2; h++) {
     const auto* q = reinterpret_cast<const __m256i*>(p + 128 * h);
     __m256i e[2], o[2];
@@ -332,7 +329,7 @@ GLM_INLINE float butterfly_sum(F16 low, F16 high) {
   return _mm_cvtss_f32(_mm_add_ss(t, _mm_shuffle_ps(t, t, 1)));
 }
 
-#else // portable: the compiler's own vectors, NEON on arm64
+#else  // portable: the compiler's own vectors, NEON on arm64
 
 typedef float F16 __attribute__((vector_size(64)));
 typedef uint32_t U16 __attribute__((vector_size(64)));
@@ -480,4 +477,4 @@ GLM_INLINE float butterfly_sum(F16 low, F16 high) {
 
 #endif
 
-} // namespace
+}  // namespace

@@ -142,9 +142,9 @@ class Pool {
   bool stop_ = false;
 };
 
-std::mutex region; // held for the whole of a parallel region
-std::unique_ptr<Pool> pool; // guarded by `region`
-int threads = 0; // guarded by `region`; 0: not decided yet
+std::mutex region;           // held for the whole of a parallel region
+std::unique_ptr<Pool> pool;  // guarded by `region`
+int threads = 0;             // guarded by `region`; 0: not decided yet
 
 // A forked child has the parent's memory but none of its threads.
 void forget_pool_in_child() {
@@ -173,7 +173,7 @@ struct LeakAtExit {
   }
 } leak_at_exit;
 
-} // namespace
+}  // namespace
 
 void parallel_for(
     int count,
@@ -204,4 +204,4 @@ void set_num_threads(int n) {
   pool.reset();
 }
 
-} // namespace glm_fused::cpu
+}  // namespace glm_fused::cpu

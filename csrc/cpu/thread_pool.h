@@ -9,14 +9,11 @@ namespace glm_fused::cpu {
 // calling thread; returns when all are done. Regions run one at a time, so
 // several MLX streams never oversubscribe the processor. `work`, in
 // multiply-adds, tells whether waking the pool is worth it.
-void parallel_for(
-    int count,
-    const std::function<void(int)>& task,
-    double work);
+void parallel_for(int count, const std::function<void(int)>& task, double work);
 
 int num_threads();
 
 // Throws std::invalid_argument unless 1 <= n <= 1024.
 void set_num_threads(int n);
 
-} // namespace glm_fused::cpu
+}  // namespace glm_fused::cpu

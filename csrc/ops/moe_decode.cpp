@@ -19,8 +19,12 @@ mx::array moe_decode(
   }
   if (slots.ndim() != 2 || slots.shape(0) != x.shape(0)) {
     invalid(
-        op, "slots must be [", x.shape(0), ", top_k] but has shape ",
-        shape_of(slots), ".");
+        op,
+        "slots must be [",
+        x.shape(0),
+        ", top_k] but has shape ",
+        shape_of(slots),
+        ".");
   }
   if (slots.dtype() != mx::int32 && slots.dtype() != mx::uint32) {
     invalid(op, "slots must be int32 or uint32 but is ", slots.dtype(), ".");
@@ -31,16 +35,20 @@ mx::array moe_decode(
   const Format gate_format = check_weight(op, "gate", gate, 3, hidden);
   const Format up_format = check_weight(op, "up", up, 3, hidden);
   const int intermediate = gate.weight.shape(1);
-  const Format down_format =
-      check_weight(op, "down", down, 3, intermediate);
+  const Format down_format = check_weight(op, "down", down, 3, intermediate);
   const int bank = gate.weight.shape(0);
   if (up.weight.shape(0) != bank || down.weight.shape(0) != bank ||
       up.weight.shape(1) != intermediate || down.weight.shape(1) != hidden) {
     invalid(
-        op, "gate, up and down must be [slots, intermediate, hidden] twice and "
+        op,
+        "gate, up and down must be [slots, intermediate, hidden] twice and "
         "[slots, hidden, intermediate] but their weights have shapes ",
-        shape_of(gate.weight), ", ", shape_of(up.weight), " and ",
-        shape_of(down.weight), ".");
+        shape_of(gate.weight),
+        ", ",
+        shape_of(up.weight),
+        " and ",
+        shape_of(down.weight),
+        ".");
   }
   std::vector<mx::array> inputs = {
       mx::contiguous(x, false, s),
@@ -54,4 +62,4 @@ mx::array moe_decode(
   return mx::array(x.shape(), x.dtype(), primitive, std::move(inputs));
 }
 
-} // namespace glm_fused
+}  // namespace glm_fused

@@ -13,19 +13,29 @@ mx::array quantized_matvec(
   const int ndim = static_cast<int>(w.weight.ndim());
   if (ndim != 2 && ndim != 3) {
     invalid(
-        op, "w.weight must have 2 or 3 dimensions but has shape ",
-        shape_of(w.weight), ".");
+        op,
+        "w.weight must have 2 or 3 dimensions but has shape ",
+        shape_of(w.weight),
+        ".");
   }
   if (static_cast<int>(x.ndim()) < ndim) {
     invalid(
-        op, "x must have at least ", ndim, " dimensions but has shape ",
-        shape_of(x), ".");
+        op,
+        "x must have at least ",
+        ndim,
+        " dimensions but has shape ",
+        shape_of(x),
+        ".");
   }
   const Format format = check_weight(op, "w", w, ndim, x.shape(-1));
   if (ndim == 3 && x.shape(-3) != w.weight.shape(0)) {
     invalid(
-        op, "x must have ", w.weight.shape(0),
-        " heads in its third last dimension but has shape ", shape_of(x), ".");
+        op,
+        "x must have ",
+        w.weight.shape(0),
+        " heads in its third last dimension but has shape ",
+        shape_of(x),
+        ".");
   }
   auto shape = x.shape();
   shape.back() = w.weight.shape(-2);
@@ -36,4 +46,4 @@ mx::array quantized_matvec(
   return mx::array(shape, x.dtype(), primitive, std::move(inputs));
 }
 
-} // namespace glm_fused
+}  // namespace glm_fused

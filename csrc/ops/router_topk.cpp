@@ -8,13 +8,21 @@ namespace {
 void check_routing(const std::string& op, const Routing& r, int experts) {
   if (r.n_group < 1 || experts % r.n_group != 0) {
     invalid(
-        op, "n_group must divide the ", experts, " experts but is ",
-        r.n_group, ".");
+        op,
+        "n_group must divide the ",
+        experts,
+        " experts but is ",
+        r.n_group,
+        ".");
   }
   if (r.topk_group < 1 || r.topk_group > r.n_group) {
     invalid(
-        op, "topk_group must be between 1 and n_group, ", r.n_group,
-        ", but is ", r.topk_group, ".");
+        op,
+        "topk_group must be between 1 and n_group, ",
+        r.n_group,
+        ", but is ",
+        r.topk_group,
+        ".");
   }
   if (r.n_group > 1 && experts / r.n_group < 2) {
     invalid(op, "n_group ", r.n_group, " leaves fewer than two experts each.");
@@ -22,12 +30,16 @@ void check_routing(const std::string& op, const Routing& r, int experts) {
   const int eligible = experts / r.n_group * r.topk_group;
   if (r.top_k < 1 || r.top_k > eligible) {
     invalid(
-        op, "top_k must be between 1 and the ", eligible,
-        " eligible experts but is ", r.top_k, ".");
+        op,
+        "top_k must be between 1 and the ",
+        eligible,
+        " eligible experts but is ",
+        r.top_k,
+        ".");
   }
 }
 
-} // namespace
+}  // namespace
 
 std::pair<mx::array, mx::array> router_topk(
     const mx::array& x,
@@ -44,8 +56,12 @@ std::pair<mx::array, mx::array> router_topk(
   check_float(op, "weight", weight);
   if (weight.ndim() != 2 || weight.shape(1) != x.shape(1)) {
     invalid(
-        op, "weight must be [experts, ", x.shape(1), "] but has shape ",
-        shape_of(weight), ".");
+        op,
+        "weight must be [experts, ",
+        x.shape(1),
+        "] but has shape ",
+        shape_of(weight),
+        ".");
   }
   const int experts = weight.shape(0);
   check_shape(op, "correction_bias", correction_bias, {experts});
@@ -62,4 +78,4 @@ std::pair<mx::array, mx::array> router_topk(
   return {outputs[0], outputs[1]};
 }
 
-} // namespace glm_fused
+}  // namespace glm_fused

@@ -39,8 +39,15 @@ void check_choice(
     int found) {
   if (std::find(values.begin(), values.end(), found) == values.end()) {
     invalid(
-        op, what, " must be one of ", choices(values), " in mode ", rule.name,
-        " but is ", found, ".");
+        op,
+        what,
+        " must be one of ",
+        choices(values),
+        " in mode ",
+        rule.name,
+        " but is ",
+        found,
+        ".");
   }
 }
 
@@ -54,8 +61,13 @@ void check_scales(
   if (!affine) {
     if (w.scales->dtype() != mx::uint8) {
       invalid(
-          op, name, ".scales must be uint8 in mode ", w.mode, " but is ",
-          w.scales->dtype(), ".");
+          op,
+          name,
+          ".scales must be uint8 in mode ",
+          w.mode,
+          " but is ",
+          w.scales->dtype(),
+          ".");
     }
     if (w.biases) {
       invalid(op, name, ".biases must be absent in mode ", w.mode, ".");
@@ -69,12 +81,17 @@ void check_scales(
   check_shape(op, name + ".biases", *w.biases, shape);
   if (w.biases->dtype() != w.scales->dtype()) {
     invalid(
-        op, name, ".biases must have the dtype of scales, ",
-        w.scales->dtype(), ", but is ", w.biases->dtype(), ".");
+        op,
+        name,
+        ".biases must have the dtype of scales, ",
+        w.scales->dtype(),
+        ", but is ",
+        w.biases->dtype(),
+        ".");
   }
 }
 
-} // namespace
+}  // namespace
 
 FloatType float_type_of(mx::Dtype dtype) {
   return dtype == mx::float32 ? FloatType::float32
@@ -90,8 +107,13 @@ Format check_weight(
     int k) {
   if (static_cast<int>(w.weight.ndim()) != ndim) {
     invalid(
-        op, name, ".weight must have ", ndim, " dimensions but has shape ",
-        shape_of(w.weight), ".");
+        op,
+        name,
+        ".weight must have ",
+        ndim,
+        " dimensions but has shape ",
+        shape_of(w.weight),
+        ".");
   }
   auto shape = w.weight.shape();
   if (w.mode == "dense") {
@@ -103,30 +125,43 @@ Format check_weight(
     check_shape(op, name + ".weight", w.weight, shape);
     return {Mode::dense, 0, 0, float_type_of(w.weight.dtype())};
   }
-  const auto rule = std::find_if(
-      rules().begin(), rules().end(), [&](const ModeRule& r) {
+  const auto rule =
+      std::find_if(rules().begin(), rules().end(), [&](const ModeRule& r) {
         return w.mode == r.name;
       });
   if (rule == rules().end()) {
     invalid(
-        op, name, ".mode must be dense, affine, mxfp4, mxfp8 or nvfp4 but is ",
-        w.mode, ".");
+        op,
+        name,
+        ".mode must be dense, affine, mxfp4, mxfp8 or nvfp4 but is ",
+        w.mode,
+        ".");
   }
   check_choice(op, name + ".bits", *rule, rule->bits, w.bits);
   check_choice(
       op, name + ".group_size", *rule, rule->group_sizes, w.group_size);
   if (w.weight.dtype() != mx::uint32) {
     invalid(
-        op, name, ".weight must be uint32 in mode ", w.mode, " but is ",
-        w.weight.dtype(), ".");
+        op,
+        name,
+        ".weight must be uint32 in mode ",
+        w.mode,
+        " but is ",
+        w.weight.dtype(),
+        ".");
   }
   if (!w.scales) {
     invalid(op, name, ".scales is required in mode ", w.mode, ".");
   }
   if (k % w.group_size != 0 || k * w.bits % 32 != 0) {
     invalid(
-        op, name, ": ", k, " columns are no whole number of groups of ",
-        w.group_size, ".");
+        op,
+        name,
+        ": ",
+        k,
+        " columns are no whole number of groups of ",
+        w.group_size,
+        ".");
   }
   shape.back() = k / 32 * w.bits + k % 32 * w.bits / 32;
   check_shape(op, name + ".weight", w.weight, shape);
@@ -153,4 +188,4 @@ void append_arrays(
   }
 }
 
-} // namespace glm_fused
+}  // namespace glm_fused

@@ -33,7 +33,7 @@ project(const cpu::Matrix& w, int slot, const float* x, FloatType type) {
   return y;
 }
 
-} // namespace
+}  // namespace
 
 void moe_decode(const cpu::Moe& moe) {
   const int top_k = moe.slots.shape(1), hidden = moe.down.n;
@@ -69,4 +69,4 @@ void router_logits(const cpu::Matrix& w, const mx::array& x, float* logits) {
   }
 }
 
-} // namespace glm_fused::reference
+}  // namespace glm_fused::reference

@@ -31,7 +31,8 @@ float e8m0(uint8_t byte) {
 }
 
 float e2m1(int code) {
-  static const float magnitude[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+  static const float magnitude[] = {
+      0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
   return code & 8 ? -magnitude[code & 7] : magnitude[code & 7];
 }
 
@@ -40,7 +41,9 @@ int values_per_lane(const Format& f, bool fast) {
   if (f.mode == Mode::dense) {
     return 4;
   }
-  const int pack = f.bits == 3 || f.bits == 5 ? 8 : f.bits == 6 ? 4 : 32 / f.bits;
+  const int pack = f.bits == 3 || f.bits == 5 ? 8
+      : f.bits == 6                           ? 4
+                                              : 32 / f.bits;
   return fast && f.bits > 2 ? 2 * pack : pack;
 }
 
@@ -94,8 +97,8 @@ float affine(const uint8_t* w, const float* x, int values, int bits) {
     return straddling(w, x, values, bits);
   }
   for (int v = 0; v < values; v += 4) {
-    const int bytes = w[v * bits / 8] |
-        (bits == 4 ? w[v * bits / 8 + 1] << 8 : 0);
+    const int bytes =
+        w[v * bits / 8] | (bits == 4 ? w[v * bits / 8 + 1] << 8 : 0);
     float xs[4], ws[4];
     for (int j = 0; j < 4; j++) {
       const int place = bits * j;
@@ -151,13 +154,15 @@ struct Row {
   }
 };
 
-} // namespace
+}  // namespace
 
 float dot(const cpu::Matrix& m, int slot, int row, const float* x) {
   const size_t at = static_cast<size_t>(slot) * m.n + row;
   const size_t scale = at * m.format.groups(m.k) * m.format.scale_bytes();
   const Row r{
-      m.format, m.weight + at * m.format.row_bytes(m.k), m.scales + scale,
+      m.format,
+      m.weight + at * m.format.row_bytes(m.k),
+      m.scales + scale,
       m.biases + scale};
   const int values = values_per_lane(m.format, m.fast_order);
   float result[kLanes] = {};
@@ -182,4 +187,4 @@ float dot(const cpu::Matrix& m, int slot, int row, const float* x) {
   return result[0];
 }
 
-} // namespace glm_fused::reference
+}  // namespace glm_fused::reference

@@ -22,4 +22,4 @@ void router_logits(
 // One row of slot `slot` of w times x, before rounding to the output type.
 float dot(const cpu::Matrix& w, int slot, int row, const float* x);
 
-} // namespace glm_fused::reference
+}  // namespace glm_fused::reference

@@ -74,21 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="continue a prompt")
     generate.set_defaults(run=_generate)
-    generate.add_argument("--model", required=True, metavar="PATH", help="folder of a checkpoint")
-    generate.add_argument("--prompt", required=True, metavar="TEXT", help="the prompt; - for stdin")
-    _add_length(generate, 256)
-    generate.add_argument(
-        "--temp", type=_number(0), default=0.0, metavar="T", help="temperature, 0 (default): greedy"
-    )
-    generate.add_argument(
-        "--top-p", type=_top_p, default=1.0, metavar="P", help="nucleus of this probability"
-    )
-    generate.add_argument("--seed", type=_integer(0, 2**64 - 1), metavar="S", help="for --temp > 0")
-    generate.add_argument("--raw", action="store_true", help="do not apply the chat template")
-    generate.add_argument(
-        "--ab", action="store_true", help="run the fused and the reference path and compare bits"
-    )
-    generate.add_argument("--verbose", action="store_true", help="speeds on stderr, in a pipe too")
+    _add_generate(generate)
 
     demo = commands.add_parser("demo", help="try the small checkpoint that comes with the package")
     demo.set_defaults(run=_demo)
@@ -110,6 +96,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, metavar="PATH", help="folder of a checkpoint")
+    add("--prompt", required=True, metavar="TEXT", help="the prompt; - for stdin")
+    _add_length(parser, 256)
+    number = _number(lambda value: 0 <= value < math.inf, "a number of at least 0")
+    add("--temp", type=number, default=0.0, metavar="T", help="temperature; 0 (default): greedy")
+    number = _number(lambda value: 0 < value <= 1, "a number above 0, up to 1")
+    add("--top-p", type=number, default=1.0, metavar="P", help="nucleus of this probability")
+    add("--seed", type=_integer(0, 2**64 - 1), metavar="S", help="makes sampling reproducible")
+    add("--raw", action="store_true", help="do not apply the chat template")
+    add("--ab", action="store_true", help="run the fused and the reference path and compare bits")
+    add("--verbose", action="store_true", help="speeds on stderr, in a pipe too")
+
+
 def _add_length(parser: argparse.ArgumentParser, default: int) -> None:
     kind = _integer(1, 2**31 - 1)
     text = f"tokens to generate (default: {default})"
@@ -129,28 +130,17 @@ def _integer(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def _number(low: float) -> Callable[[str], float]:
+def _number(valid: Callable[[float], bool], expected: str) -> Callable[[str], float]:
     def parse(text: str) -> float:
-        value = _float(text)
-        if not low <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected a number of at least {low}: {text!r}")
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not valid(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}: {text!r}")
         return value
 
     return parse
-
-
-def _top_p(text: str) -> float:
-    value = _float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, up to 1: {text!r}")
-    return value
-
-
-def _float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -162,9 +152,7 @@ def _generate(args: argparse.Namespace) -> int:
     options = Options(args.max_tokens, args.temp, args.top_p, args.seed)
     if args.ab:
         return _compare(model, tokenizer, tokens, options, args.json)
-    completion = generate(
-        model, tokenizer, tokens, options, (lambda text: None) if args.json else _write
-    )
+    completion = generate(model, tokenizer, tokens, options, _discard if args.json else _write)
     if args.json:
         _print_json(completion.describe())
         return 0
@@ -176,27 +164,15 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     from . import demo
-    from .generate import Options, compare, encode, format_comparison, generate
+    from .generate import Options
 
     prompt = demo.PROMPT if args.prompt is None else _read_prompt(args.prompt)
     model, tokenizer = _load(demo.checkpoint_folder(), args.threads)
-    tokens = encode(model, tokenizer, prompt, raw=True)
-    options = Options(args.max_tokens)
-    if not args.json:
-        print(f"{demo.ABOUT}\n\n--- prompt, {len(tokens)} tokens\n{prompt}\n--- continuation")
-    from .paths import reference_path
-
-    with reference_path(False):
-        completion = generate(
-            model, tokenizer, tokens, options, (lambda text: None) if args.json else _write
-        )
-    comparison = compare(model, tokens, options)
+    write = _discard if args.json else _write
+    result = demo.run(model, tokenizer, prompt, Options(args.max_tokens), write)
     if args.json:
-        result = {"prompt": prompt, "text": completion.text, "ab": comparison.describe()}
         _print_json(result)
-    else:
-        print(f"\n---\n{format_comparison(comparison)}")
-    return 0 if comparison.bit_identical else 1
+    return 0 if result["ab"]["bit_identical"] else 1
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -259,7 +235,12 @@ def _load(path: Path, threads: int | None) -> tuple[Model, TokenizerWrapper]:
         set_num_threads(threads)
     if (path / "config.json").exists() and not (path / "tokenizer_config.json").exists():
         raise FileNotFoundError(f"{path} has no tokenizer_config.json.")
-    return load(path)
+    try:
+        return load(path)
+    except (OSError, RuntimeError, ValueError):
+        raise
+    except Exception as error:  # a corrupt tokenizer raises anything
+        raise ValueError(f"{path} does not load: {error!r} (a corrupt tokenizer?).") from error
 
 
 def _read_prompt(text: str) -> str:
@@ -269,6 +250,10 @@ def _read_prompt(text: str) -> str:
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def _discard(_: str) -> None:
+    pass
 
 
 def _print_json(document: dict[str, Any]) -> None:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .generate import Options, compare, encode, format_comparison, generate
+from .model import Model
+from .paths import reference_path
 
 ABOUT = """\
 An 8 M parameter model of GLM-5.2's shape (experts, sparse attention, shared indexers), trained on
@@ -40,3 +48,20 @@ def checkpoint_folder() -> Path:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} is missing; reinstall glm-fused.")
     return folder
+
+
+def run(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    prompt: str,
+    options: Options,
+    write: Callable[[str], None],
+) -> dict[str, Any]:
+    """Continue the prompt on the fused path, then compare both; ``write`` gets the text to show."""
+    tokens = encode(model, tokenizer, prompt, raw=True)
+    write(f"{ABOUT}\n\n--- prompt, {len(tokens)} tokens\n{prompt}\n--- continuation\n")
+    with reference_path(False):
+        completion = generate(model, tokenizer, tokens, options, write)
+    comparison = compare(model, tokens, options)
+    write(f"\n---\n{format_comparison(comparison)}\n")
+    return {"prompt": prompt, "text": completion.text, "ab": comparison.describe()}

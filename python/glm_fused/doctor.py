@@ -44,7 +44,7 @@ def format_result(result: dict[str, Any]) -> str:
     lines = [f"{name:<20}{version or 'missing'}" for name, version in result["versions"].items()]
     if device := result.get("device"):
         metal = "available" if device["metal"] else "not available"
-        lines.append(f"{'device':<20}{device['default']}, Metal {metal}")
+        lines.append(f"{'device':<20}{device['default']}, {device['name']}; Metal {metal}")
     if cpu := result.get("cpu"):
         lines.append(f"{'nanobind':<20}{cpu['nanobind']} (built with)")
         lines.append(f"{'cpu kernels':<20}{cpu['kernels']}, {cpu['threads']} threads")
@@ -93,9 +93,9 @@ def _cpu(result: dict[str, Any], threads: int | None) -> str:
         _ext.set_num_threads(threads)
     device = mx.default_device()
     result["device"] = {
-        "default": str(device),
+        "default": "GPU" if device == mx.gpu else "CPU",
+        "name": str(mx.device_info(device).get("device_name", "unnamed")),
         "metal": mx.metal.is_available(),
-        "info": {k: v for k, v in mx.device_info(device).items() if isinstance(v, (str, int))},
     }
     result["cpu"] = {
         "kernels": _ext.cpu_kernels(),
@@ -130,18 +130,21 @@ def _self_check() -> str:
 
     key = mx.random.key(1)
     hidden, intermediate, experts = 128, 64, 4
-    shapes = [(experts, intermediate, hidden)] * 2 + [(experts, hidden, intermediate)]
-    weights = []
-    for shape in shapes:
-        packed = mx.quantize(mx.random.normal(shape, mx.bfloat16, key=key), group_size=32, bits=4)
-        weights.append(ops.Weight(*packed, 32, 4, "affine"))
+
+    def weight(*shape: int) -> ops.Weight:
+        values = mx.random.normal(shape, mx.bfloat16, key=key)
+        packed, scales, biases = mx.quantize(values, group_size=32, bits=4)
+        return ops.Weight(packed, scales, biases, 32, 4, "affine")
+
+    gate = up = weight(experts, intermediate, hidden)
+    down = weight(experts, hidden, intermediate)
     x = mx.random.normal((2, hidden), mx.bfloat16, key=key)
     slots, scores = mx.array([[0, 3], [2, 1]]).astype(mx.int32), mx.array([[0.7, 0.3]] * 2)
     fused, reference = (
-        ops.moe_decode(x, *weights, slots, scores, reference=which).view(mx.uint16)
+        ops.moe_decode(x, gate, up, down, slots, scores, reference=which).view(mx.uint16)
         for which in (False, True)
     )
-    if count := int((fused != reference).sum().item()):
+    if count := (fused != reference).sum().item():
         raise ArithmeticError(f"{count} of {fused.size} values differ in their bits")
     return f"{fused.size} values of a small MoE layer, bit for bit"
 

@@ -6,7 +6,8 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
 import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream, stream_generate, wired_limit
@@ -30,8 +31,7 @@ class Options:
     seed: int | None = None
 
     def sampler(self) -> Callable[[mx.array], mx.array]:
-        sampler: Callable[[mx.array], mx.array] = make_sampler(self.temp, self.top_p)
-        return sampler
+        return make_sampler(self.temp, self.top_p)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def encode(model: Model, tokenizer: TokenizerWrapper, prompt: str, raw: bool = F
         tokens = tokenizer.encode(prompt)
     else:
         message = {"role": "user", "content": prompt}
-        tokens = tokenizer.apply_chat_template([message], add_generation_prompt=True)
+        render = cast(Callable[..., list[int]], tokenizer.apply_chat_template)
+        tokens = render([message], add_generation_prompt=True)
     limit = model.args.max_position_embeddings
     if not 0 < len(tokens) < limit:
         raise ValueError(f"the prompt is {len(tokens)} tokens, expected 1 to {limit - 1}.")
@@ -73,7 +74,7 @@ def encode(model: Model, tokenizer: TokenizerWrapper, prompt: str, raw: bool = F
             f"the tokenizer gave token {max(tokens)}, but the model's vocabulary has"
             f" {model.args.vocab_size}: they do not belong together."
         )
-    return [int(token) for token in tokens]
+    return list(tokens)
 
 
 def generate(
@@ -96,11 +97,11 @@ def generate(
         tokens.append(int(response.token))
         text += response.text
         on_text(response.text)
-    assert response is not None  # stream_generate ends with a response, even to a stop token
+    assert response is not None  # even a stop token at once gives one
     return Completion(
         text=text,
         tokens=tokens,
-        finish_reason=response.finish_reason,
+        finish_reason=response.finish_reason or "length",
         path="reference" if paths.use_reference() else "fused",
         prompt_tokens=len(prompt),
         prompt_tps=response.prompt_tps,
@@ -174,11 +175,12 @@ def compare(model: Model, prompt: Sequence[int], options: Options) -> Comparison
 def format_comparison(comparison: Comparison) -> str:
     """The comparison as text; one line is ``bit-identical: yes`` or ``no``."""
     d = comparison.describe()
-    rows = [(name, d[name]["prefill_tps"], d[name]["decode_tps"]) for name in ("fused", "reference")]
     lines = [f"{'':<11}{'prefill':>15}{'decode':>15}"]
-    lines += [f"{name:<11}{_cell(a, 1, ' tok/s')}{_cell(b, 1, ' tok/s')}" for name, a, b in rows]
-    ratios = d["speedup"]
-    lines.append(f"{'ratio':<11}{_cell(ratios['prefill'], 2, 'x')}{_cell(ratios['decode'], 2, 'x')}")
+    for name in ("fused", "reference"):
+        prefill, decode = d[name]["prefill_tps"], d[name]["decode_tps"]
+        lines.append(f"{name:<11}{_cell(prefill, 1, ' tok/s')}{_cell(decode, 1, ' tok/s')}")
+    prefill, decode = d["speedup"]["prefill"], d["speedup"]["decode"]
+    lines.append(f"{'ratio':<11}{_cell(prefill, 2, 'x')}{_cell(decode, 2, 'x')}")
     what = f"{d['steps']} steps of {d['logits_per_step']} logits, compared as integers"
     lines.append(f"{d['prompt_tokens']} prompt tokens; {what}")
     if difference := d["first_difference"]:
@@ -218,9 +220,10 @@ def _run(model: Model, prompt: Sequence[int], options: Options, reference: bool)
 
     mx.random.seed(options.seed or 0)
     tokens, ticks = [], [time.perf_counter()]
-    with paths.reference_path(reference), wired_limit(model, [generation_stream]):
+    streams = cast(list[mx.Stream], [generation_stream])
+    with paths.reference_path(reference), wired_limit(model, streams):
         for token, _ in generate_step(
-            mx.array(prompt),
+            mx.array(list(prompt)),
             model,
             max_tokens=options.max_tokens,
             sampler=options.sampler(),
@@ -229,7 +232,7 @@ def _run(model: Model, prompt: Sequence[int], options: Options, reference: bool)
         ):
             ticks.append(time.perf_counter())
             tokens.append(int(token))
-    seconds = [after - before for before, after in zip(ticks, ticks[1:], strict=False)]
+    seconds = [after - before for before, after in pairwise(ticks)]
     return Run(len(prompt), tokens, logits[: len(tokens)], seconds[0], seconds[1:])
 
 
@@ -252,7 +255,7 @@ def differing(a: mx.array, b: mx.array) -> int:
     if a.shape != b.shape or a.dtype != b.dtype:
         return max(a.size, b.size)
     bits = _BITS[a.dtype.size]
-    return int((a.view(bits) != b.view(bits)).sum().item())
+    return cast(int, (a.view(bits) != b.view(bits)).sum().item())
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:

@@ -1,0 +1,49 @@
+"""Compiled kernels of glm_fused; call them through glm_fused.ops."""
+
+import mlx.core
+
+built_with_mlx: str = "0.32.4"
+
+built_with_nanobind: str = "3.1.0"
+
+def probe(a: mlx.core.array) -> mlx.core.array:
+    """Return `a`: fails where this build and the installed mlx disagree."""
+
+def quantized_matvec(
+    x: mlx.core.array,
+    w: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
+    reference: bool,
+) -> mlx.core.array: ...
+def moe_decode(
+    x: mlx.core.array,
+    gate: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
+    up: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
+    down: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
+    slots: mlx.core.array,
+    scores: mlx.core.array,
+    reference: bool,
+) -> mlx.core.array: ...
+def router_topk(
+    x: mlx.core.array,
+    weight: mlx.core.array,
+    correction_bias: mlx.core.array,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+    reference: bool,
+) -> tuple[mlx.core.array, mlx.core.array]: ...
+def num_threads() -> int:
+    """Threads of the CPU kernels."""
+
+def set_num_threads(n: int) -> None:
+    """Set the threads of the CPU kernels, 1 to 1024."""
+
+def stream_read(a: mlx.core.array) -> int:
+    """
+    Read the array's bytes once on all threads: the yardstick of benchmarks.
+    """
+
+def cpu_kernels() -> str:
+    """The instruction set of the CPU kernels: avx512, avx2 or portable."""
