@@ -15,8 +15,9 @@ namespace {
 // Rows of x packed at once: their panels stay in a core's L2 cache.
 constexpr int kMaxRows = 64;
 
-// y for rows [begin, begin + count) of x, which all meet slot `slot`. Row i of
-// a head lies at `row_of(i)` in x and y.
+// y for `count` rows of x that all meet slot `slot`; row i of them lies at
+// `row_of(i)` in x and y. `parallel` says who spreads the work: this function
+// over the rows of W, or its caller over the slots.
 template <class RowOf>
 void matvec_rows(
     const Matrix& w,
@@ -24,6 +25,7 @@ void matvec_rows(
     const mx::array& x,
     mx::array& y,
     int count,
+    bool parallel,
     RowOf&& row_of) {
   const size_t packed = w.kernel->packed_floats(w.k);
   const Floats panels = uninitialized(packed * count);
@@ -36,7 +38,7 @@ void matvec_rows(
     }
     begin += width;
   }
-  const int tile = tile_rows(w.n, 1);
+  const int tile = parallel ? tile_rows(w.n, 1) : kMaxTileRows;
   const auto task = [&](int t) {
     const int first = t * tile, rows = std::min(tile, w.n - first);
     float out[8 * kMaxTileRows];
@@ -51,7 +53,8 @@ void matvec_rows(
     }
   };
   const int tiles = (w.n + tile - 1) / tile;
-  parallel_for(tiles, task, static_cast<double>(w.n) * w.k * count);
+  const double work = static_cast<double>(w.n) * w.k * count;
+  parallel_for(tiles, task, parallel ? work : 0);
 }
 
 }  // namespace
@@ -61,17 +64,17 @@ void quantized_matvec(const Matrix& w, const mx::array& x, mx::array& y) {
   const int heads = w.slots;
   const size_t all = x.size() / w.k;
   const int batch = static_cast<int>(all / heads / std::max(per_head, 1));
-  // With one matrix every row is alike; with heads, rows repeat per batch.
   const int rows = batch * per_head;
-  for (int h = 0; h < heads; h++) {
+  const auto head = [&](int h) {
     for (int begin = 0; begin < rows; begin += kMaxRows) {
       const int count = std::min(kMaxRows, rows - begin);
-      matvec_rows(w, h, x, y, count, [&](int i) -> size_t {
+      matvec_rows(w, h, x, y, count, heads == 1, [&](int i) -> size_t {
         const int b = (begin + i) / per_head, m = (begin + i) % per_head;
         return (static_cast<size_t>(b) * heads + h) * per_head + m;
       });
     }
-  }
+  };
+  parallel_for(heads, head, static_cast<double>(w.n) * w.k * all);
 }
 
 }  // namespace cpu

@@ -235,12 +235,7 @@ def _load(path: Path, threads: int | None) -> tuple[Model, TokenizerWrapper]:
         set_num_threads(threads)
     if (path / "config.json").exists() and not (path / "tokenizer_config.json").exists():
         raise FileNotFoundError(f"{path} has no tokenizer_config.json.")
-    try:
-        return load(path)
-    except (OSError, RuntimeError, ValueError):
-        raise
-    except Exception as error:  # a corrupt tokenizer raises anything
-        raise ValueError(f"{path} does not load: {error!r} (a corrupt tokenizer?).") from error
+    return load(path)
 
 
 def _read_prompt(text: str) -> str:

@@ -49,9 +49,20 @@ def load_model(path: str | os.PathLike[str], lazy: bool = False) -> tuple[Model,
 def load(path: str | os.PathLike[str]) -> tuple[Model, TokenizerWrapper]:
     """Load model and tokenizer; the same errors as ``load_model``."""
     model, checkpoint, sources = _build(path)
-    tokenizer = load_tokenizer(checkpoint.path, eos_token_ids=checkpoint.config.get("eos_token_id"))
+    tokenizer = _load_tokenizer(checkpoint)
     _materialize(model, checkpoint, sources)
     return model, tokenizer
+
+
+def _load_tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
+    eos = checkpoint.config.get("eos_token_id")
+    try:
+        return load_tokenizer(checkpoint.path, eos_token_ids=eos)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # transformers raises anything for a corrupt tokenizer.json
+        text = f"[loader] the tokenizer in {checkpoint.path} does not load: {error!r}"
+        raise ValueError(text) from error
 
 
 def _build(path: str | os.PathLike[str]) -> tuple[Model, Checkpoint, list[_Scales]]:
