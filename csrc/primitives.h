@@ -8,9 +8,6 @@
 
 namespace glm_fused {
 
-// Inputs as a CPU task may hold them: MLX keeps the arrays alive until then.
-std::vector<mx::array> weak_copies(const std::vector<mx::array>& arrays);
-
 class FusedPrimitive : public mx::Primitive {
  public:
   FusedPrimitive(mx::Stream stream, bool reference)

@@ -4,9 +4,9 @@
 #include <map>
 
 #include "checks.h"
+#include "cpu/dispatch.h"
 #include "cpu/matrix.h"
 #include "cpu/thread_pool.h"
-#include "mlx/backend/cpu/encoder.h"
 #include "primitives.h"
 #include "reference/reference.h"
 #include "rounding.h"
@@ -223,42 +223,24 @@ void moe_decode(const Moe& moe) {
 void MoeDecode::eval_cpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
-  auto& y = outputs[0];
-  y.set_data(mx::allocator::malloc(y.nbytes()));
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  for (const auto& input : inputs) {
-    encoder.set_input_array(input);
-  }
-  encoder.set_output_array(y);
-  encoder.dispatch([inputs = weak_copies(inputs),
-                    y = mx::array::unsafe_weak_copy(y),
-                    gate_format = gate_,
-                    up_format = up_,
-                    down_format = down_,
-                    reference = reference_]() mutable {
-    if (y.size() == 0) {
-      return;
-    }
+  const auto task = [gate_format = gate_,
+                     up_format = up_,
+                     down_format = down_,
+                     reference = reference_](const auto& in, auto& out) {
     size_t next = 3;
-    const cpu::Matrix gate(inputs, next, gate_format);
-    const cpu::Matrix up(inputs, next, up_format);
-    const cpu::Matrix down(inputs, next, down_format);
-    const cpu::Moe moe{
-        inputs[0],
-        inputs[1],
-        inputs[2],
-        gate,
-        up,
-        down,
-        y,
-        float_type_of(y.dtype())};
+    const cpu::Matrix gate(in, next, gate_format);
+    const cpu::Matrix up(in, next, up_format);
+    const cpu::Matrix down(in, next, down_format);
+    const FloatType type = float_type_of(out[0].dtype());
+    const cpu::Moe moe{in[0], in[1], in[2], gate, up, down, out[0], type};
     cpu::check_slots(moe);
     if (reference) {
       reference::moe_decode(moe);
     } else {
       cpu::moe_decode(moe);
     }
-  });
+  };
+  cpu::dispatch(stream(), inputs, outputs, task);
 }
 
 }  // namespace glm_fused

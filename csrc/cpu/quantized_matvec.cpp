@@ -1,8 +1,8 @@
 #include <algorithm>
 
+#include "cpu/dispatch.h"
 #include "cpu/matrix.h"
 #include "cpu/thread_pool.h"
-#include "mlx/backend/cpu/encoder.h"
 #include "primitives.h"
 #include "reference/reference.h"
 
@@ -82,28 +82,17 @@ void quantized_matvec(const Matrix& w, const mx::array& x, mx::array& y) {
 void QuantizedMatvec::eval_cpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
-  auto& y = outputs[0];
-  y.set_data(mx::allocator::malloc(y.nbytes()));
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  for (const auto& input : inputs) {
-    encoder.set_input_array(input);
-  }
-  encoder.set_output_array(y);
-  encoder.dispatch([inputs = weak_copies(inputs),
-                    y = mx::array::unsafe_weak_copy(y),
-                    format = format_,
-                    reference = reference_]() mutable {
-    if (y.size() == 0) {
-      return;
-    }
+  const auto task = [format = format_, reference = reference_](
+                        const auto& in, auto& out) {
     size_t next = 1;
-    const cpu::Matrix w(inputs, next, format);
+    const cpu::Matrix w(in, next, format);
     if (reference) {
-      reference::quantized_matvec(w, inputs[0], y);
+      reference::quantized_matvec(w, in[0], out[0]);
     } else {
-      cpu::quantized_matvec(w, inputs[0], y);
+      cpu::quantized_matvec(w, in[0], out[0]);
     }
-  });
+  };
+  cpu::dispatch(stream(), inputs, outputs, task);
 }
 
 }  // namespace glm_fused

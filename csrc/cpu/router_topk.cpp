@@ -4,9 +4,9 @@
 #include <numeric>
 
 #include "checks.h"
+#include "cpu/dispatch.h"
 #include "cpu/matrix.h"
 #include "cpu/thread_pool.h"
-#include "mlx/backend/cpu/encoder.h"
 #include "primitives.h"
 #include "reference/reference.h"
 #include "swiglu.h"
@@ -122,39 +122,30 @@ void router_logits(const Matrix& w, const mx::array& x, float* logits) {
 void RouterTopk::eval_cpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
-  auto& encoder = mx::cpu::get_command_encoder(stream());
-  for (const auto& input : inputs) {
-    encoder.set_input_array(input);
-  }
-  for (auto& output : outputs) {
-    output.set_data(mx::allocator::malloc(output.nbytes()));
-    encoder.set_output_array(output);
-  }
-  encoder.dispatch([inputs = weak_copies(inputs),
-                    experts = mx::array::unsafe_weak_copy(outputs[0]),
-                    scores = mx::array::unsafe_weak_copy(outputs[1]),
-                    routing = routing_,
-                    reference = reference_]() mutable {
-    const int tokens = inputs[0].shape(0);
-    const Format format{Mode::dense, 0, 0, float_type_of(inputs[1].dtype())};
+  const auto task = [routing = routing_, reference = reference_](
+                        const auto& in, auto& out) {
+    const Format format{Mode::dense, 0, 0, float_type_of(in[1].dtype())};
     size_t next = 1;
-    const cpu::Matrix w(inputs, next, format);
+    const cpu::Matrix w(in, next, format);
+    const int tokens = in[0].shape(0);
     const auto logits = cpu::uninitialized(static_cast<size_t>(tokens) * w.n);
     if (reference) {
-      reference::router_logits(w, inputs[0], logits.get());
+      reference::router_logits(w, in[0], logits.get());
     } else {
-      cpu::router_logits(w, inputs[0], logits.get());
+      cpu::router_logits(w, in[0], logits.get());
     }
     for (int t = 0; t < tokens; t++) {
+      const size_t row = static_cast<size_t>(t) * routing.top_k;
       cpu::select_experts(
           logits.get() + static_cast<size_t>(t) * w.n,
-          inputs[2].data<float>(),
+          in[2].template data<float>(),
           w.n,
           routing,
-          experts.data<int32_t>() + static_cast<size_t>(t) * routing.top_k,
-          scores.data<float>() + static_cast<size_t>(t) * routing.top_k);
+          out[0].template data<int32_t>() + row,
+          out[1].template data<float>() + row);
     }
-  });
+  };
+  cpu::dispatch(stream(), inputs, outputs, task);
 }
 
 }  // namespace glm_fused

@@ -169,7 +169,8 @@ def _demo(args: argparse.Namespace) -> int:
     prompt = demo.PROMPT if args.prompt is None else _read_prompt(args.prompt)
     model, tokenizer = _load(demo.checkpoint_folder(), args.threads)
     write = _discard if args.json else _write
-    result = demo.run(model, tokenizer, prompt, Options(args.max_tokens), write)
+    options = Options(args.max_tokens, demo.TEMP, demo.TOP_P, demo.SEED)
+    result = demo.run(model, tokenizer, prompt, options, write)
     if args.json:
         _print_json(result)
     return 0 if result["ab"]["bit_identical"] else 1

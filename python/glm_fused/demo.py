@@ -39,6 +39,10 @@ def write_config(path, data):
     """Write the dictionary'''
 
 
+# Greedy decoding of so small a model repeats itself.
+TEMP, TOP_P, SEED = 0.4, 0.95, 1
+
+
 def checkpoint_folder() -> Path:
     """The checkpoint that comes with the package.
 

@@ -57,7 +57,7 @@ def load(path: str | os.PathLike[str]) -> tuple[Model, TokenizerWrapper]:
 def _load_tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
     eos = checkpoint.config.get("eos_token_id")
     try:
-        return load_tokenizer(checkpoint.path, eos_token_ids=eos)
+        return cast(TokenizerWrapper, load_tokenizer(checkpoint.path, eos_token_ids=eos))
     except (OSError, ValueError):
         raise
     except Exception as error:  # transformers raises anything for a corrupt tokenizer.json

@@ -1,0 +1,39 @@
+// How a graph node's work reaches MLX's CPU stream.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+
+namespace glm_fused::cpu {
+
+// Allocates the outputs and enqueues task(inputs, outputs); nothing is enqueued
+// for empty outputs. MLX keeps the arrays alive until the task has run, so the
+// task holds weak copies. What it throws, evaluation raises.
+template <class Task>
+void dispatch(
+    mlx::core::Stream stream,
+    const std::vector<mlx::core::array>& inputs,
+    std::vector<mlx::core::array>& outputs,
+    Task task) {
+  auto& encoder = mlx::core::cpu::get_command_encoder(stream);
+  std::vector<mlx::core::array> in, out;
+  for (const auto& input : inputs) {
+    encoder.set_input_array(input);
+    in.push_back(mlx::core::array::unsafe_weak_copy(input));
+  }
+  for (auto& output : outputs) {
+    output.set_data(mlx::core::allocator::malloc(output.nbytes()));
+    encoder.set_output_array(output);
+    out.push_back(mlx::core::array::unsafe_weak_copy(output));
+  }
+  if (outputs[0].size() > 0) {
+    encoder.dispatch([in = std::move(in),
+                      out = std::move(out),
+                      task = std::move(task)]() mutable { task(in, out); });
+  }
+}
+
+}  // namespace glm_fused::cpu
