@@ -7,8 +7,9 @@
 
 namespace glm_fused::cpu {
 
-// Rows of W that one call may cover.
-constexpr int kMaxTileRows = 32;
+// Rows of W that one call may cover: enough bytes in a row for the processor's
+// own prefetcher to get going.
+constexpr int kMaxTileRows = 256;
 
 // y[m * rows + r] = sum_k x[m][k] W[r][k] in fp32, in MLX's lane order.
 struct DotArgs {

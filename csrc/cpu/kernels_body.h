@@ -13,7 +13,6 @@ using glm_fused::Mode;
 using glm_fused::cpu::DotArgs;
 using glm_fused::cpu::Kernel;
 using glm_fused::cpu::KernelSet;
-using glm_fused::cpu::kMaxTileRows;
 
 // Rows of W that share one load of x when there is one vector.
 #if defined(GLM_AVX512)
@@ -26,7 +25,7 @@ constexpr int kRowsAtOnce = 1;
 // Groups of rows that meet a chunk of packed x while it is in the L1 cache,
 // and the half-blocks of such a chunk.
 template <int M>
-constexpr int kGroups = M == 1 ? kMaxTileRows / kRowsAtOnce : 8;
+constexpr int kGroups = M == 1 ? 32 / kRowsAtOnce : 8;
 template <int M>
 constexpr int kChunk = M == 1 ? 8 : 2;
 
@@ -184,9 +183,9 @@ struct Tile {
         memcpy(edge[r], halves[r], left < whole ? left : whole);
         halves[r] = edge[r];
       } else {
-        __builtin_prefetch(halves[r] + ahead);
+        __builtin_prefetch(halves[r] + ahead, 0, 2);
         if constexpr (whole > 64) {
-          __builtin_prefetch(halves[r] + ahead + 64);
+          __builtin_prefetch(halves[r] + ahead + 64, 0, 2);
         }
       }
     });
@@ -235,8 +234,10 @@ struct Tile {
     for (int begin = 0; begin < halves; begin += kChunk<M>) {
       const int end = begin + kChunk<M> < halves ? begin + kChunk<M> : halves;
       const ptrdiff_t next_group = R * row_bytes;
-      const ptrdiff_t next_chunk =
-          kChunk<M> * kHalf * F::kBytes - (groups - 1) * next_group;
+      // After the last group: the first one's next chunk, or the next rows.
+      const ptrdiff_t next_chunk = end < halves
+          ? kChunk<M> * kHalf * F::kBytes - (groups - 1) * next_group
+          : next_group - begin * kHalf * F::kBytes;
       for (int g = 0; g < groups; g++) {
         const ptrdiff_t ahead = g + 1 < groups ? next_group : next_chunk;
         const Rows<R> rows = locate<R>(row + g * R);

@@ -143,7 +143,11 @@ class Chunk {
   // Every projection is rounded as the unfused chain stores it; a token's
   // choices are summed in order, one rounding per multiply and per add.
   void down_sum() {
-    const int n = moe_.down.n, tile = tile_rows(n, panels());
+    // All choices' outputs for a tile of rows stay in a core's L2 cache.
+    constexpr int kMaxValues = 1 << 16;
+    const int n = moe_.down.n;
+    const int most = std::max(32, kMaxValues / (tokens_ * top_k_));
+    const int tile = std::min(tile_rows(n, panels()), most);
     const float* scores = moe_.scores.data<float>() + first_ * top_k_;
     const auto task = [&](int t) {
       const int first = t * tile, rows = std::min(tile, n - first);

@@ -175,16 +175,28 @@ Format check_weight(
       affine ? float_type_of(w.scales->dtype()) : FloatType::float32};
 }
 
+namespace {
+
+// Evaluated weights are bound as they lie: mx::contiguous would copy a view
+// of a larger buffer.
+mx::array in_rows(const mx::array& a, mx::StreamOrDevice s) {
+  return a.is_available() && a.flags().row_contiguous
+      ? a
+      : mx::contiguous(a, false, s);
+}
+
+}  // namespace
+
 void append_arrays(
     std::vector<mx::array>& inputs,
     const Weight& w,
     mx::StreamOrDevice s) {
-  inputs.push_back(mx::contiguous(w.weight, false, s));
+  inputs.push_back(in_rows(w.weight, s));
   if (w.scales) {
-    inputs.push_back(mx::contiguous(*w.scales, false, s));
+    inputs.push_back(in_rows(*w.scales, s));
   }
   if (w.biases) {
-    inputs.push_back(mx::contiguous(*w.biases, false, s));
+    inputs.push_back(in_rows(*w.biases, s));
   }
 }
 
