@@ -84,11 +84,12 @@ struct HalfBlock {
 
   GLM_INLINE HalfBlock(
       const F& f,
-      const uint8_t* const (&rows)[R],
+      const uint8_t* rows,
+      ptrdiff_t stride,
       const float* panel,
       Width w)
       : format(f), x(panel), width(w) {
-    unroll<R>(GLM_EACH(r) { words[r].load(rows[r]); });
+    unroll<R>(GLM_EACH(r) { words[r].load(rows + r * stride); });
   }
 
   template <int p>
@@ -145,56 +146,52 @@ struct Tile {
     return (a.k + values - 1) / values;
   }
 
-  // Rows past the tile's last stand in for it and are not stored.
-  GLM_INLINE int inside(int row) const {
-    return row < a.rows ? row : a.rows - 1;
-  }
-
+  // R rows from `row` on, or that row R times.
   template <int R>
-  GLM_INLINE Rows<R> locate(int row) const {
-    Rows<R> rows;
-    unroll<R>(GLM_EACH(r) {
-      const int at = inside(row + r);
-      rows.weight[r] = a.weight + at * row_bytes;
-      scales.locate(rows, r, at);
-    });
+  GLM_INLINE Rows locate(int row, int stride) const {
+    Rows rows;
+    rows.weight = a.weight + row * row_bytes;
+    rows.weight_stride = static_cast<ptrdiff_t>(stride * row_bytes);
+    scales.template locate<R>(rows, row, stride);
     return rows;
   }
 
-  // Where each row's half-block lies: in place, or copied and zero-padded
-  // where the lanes would read past the end of the row. `ahead` is how far
-  // from there the rows' next bytes lie.
+  // Where the rows' half-block lies: in place, or copied and zero-padded where
+  // the lanes would read past the end of a row; `stride` changes with it.
+  // `ahead` is how far from there the rows' next bytes lie.
   template <int R, size_t edge_bytes>
-  GLM_INLINE void half_pointers(
-      const Rows<R>& rows,
+  GLM_INLINE const uint8_t* half_pointer(
+      const Rows& rows,
       int hb,
       ptrdiff_t ahead,
       uint8_t (&edge)[R][edge_bytes],
-      const uint8_t* (&halves)[R]) const {
+      ptrdiff_t& stride) const {
     constexpr size_t whole = kHalf * F::kBytes;
     constexpr size_t overread = F::kBytes == 3 ? 1 : 0;
     const size_t offset = hb * whole;
     const size_t left = row_bytes - offset;
-    const bool at_edge = left < whole + overread;
+    const uint8_t* half = rows.weight + offset;
+    if (__builtin_expect(left < whole + overread, 0)) {
+      memset(edge, 0, sizeof(edge));
+      for (int r = 0; r < R; r++) {
+        memcpy(edge[r], half + r * stride, left < whole ? left : whole);
+      }
+      stride = edge_bytes;
+      return edge[0];
+    }
     unroll<R>(GLM_EACH(r) {
-      halves[r] = rows.weight[r] + offset;
-      if (__builtin_expect(at_edge, 0)) {
-        memset(edge[r], 0, edge_bytes);
-        memcpy(edge[r], halves[r], left < whole ? left : whole);
-        halves[r] = edge[r];
-      } else {
-        __builtin_prefetch(halves[r] + ahead, 0, 2);
-        if constexpr (whole > 64) {
-          __builtin_prefetch(halves[r] + ahead + 64, 0, 2);
-        }
+      __builtin_prefetch(half + r * stride + ahead);
+      if constexpr (whole > 64) {
+        __builtin_prefetch(half + r * stride + ahead + 64);
       }
     });
+    return half;
   }
 
   // Adds half-block `hb` of the rows to result[r][m].
   template <int R, int M, class Width>
   GLM_INLINE void half_block(
-      const Rows<R>& rows,
+      const Rows& rows,
       int m0,
       Width width,
       int hb,
@@ -203,9 +200,9 @@ struct Tile {
     const size_t planes = static_cast<size_t>(hb) * planes_per_half<F>;
     const float* x = a.x + (planes * width + m0) * kHalf;
     alignas(64) uint8_t edge[R][kHalf * F::kBytes + 4];
-    const uint8_t* halves[R];
-    half_pointers(rows, hb, ahead, edge, halves);
-    HalfBlock<F, R, M, Width> block(format, halves, x, width);
+    ptrdiff_t stride = rows.weight_stride;
+    const uint8_t* half = half_pointer(rows, hb, ahead, edge, stride);
+    HalfBlock<F, R, M, Width> block(format, half, stride, x, width);
     unroll<R>(GLM_EACH(r) {
       unroll<M>(GLM_EACH(m) {
         block.acc[r][m] = F::kCarriesAccumulator ? result[r][m] : zero();
@@ -216,12 +213,53 @@ struct Tile {
     scales.finish(rows, hb, sums, block.acc, result);
   }
 
-  // Up to kGroups groups of R rows, chunk by chunk of the columns.
+  // The half-blocks [begin, end) of R rows; begin is even.
+  template <int R, int M, class Width>
+  GLM_INLINE void chunk(
+      const Rows& rows,
+      int m0,
+      Width width,
+      int begin,
+      int end,
+      ptrdiff_t ahead,
+      F16 (&sums)[2][R][M]) const {
+    if constexpr (M > 1) {
+      for (int hb = begin; hb < end; hb++) {
+        half_block<R, M>(rows, m0, width, hb, ahead, sums[hb % 2]);
+      }
+      return;
+    }
+    // One vector: the sums of both halves fit in registers.
+    F16 even[R][M], odd[R][M];
+    unroll<R>(GLM_EACH(r) {
+      even[r][0] = sums[0][r][0];
+      odd[r][0] = sums[1][r][0];
+    });
+    for (int hb = begin; hb < end; hb += 2) {
+      half_block<R, M>(rows, m0, width, hb, ahead, even);
+      if (hb + 1 < end) {
+        half_block<R, M>(rows, m0, width, hb + 1, ahead, odd);
+      }
+    }
+    unroll<R>(GLM_EACH(r) {
+      sums[0][r][0] = even[r][0];
+      sums[1][r][0] = odd[r][0];
+    });
+  }
+
+  // Up to kGroups groups of R rows, chunk by chunk of the columns. The last
+  // group of a tile overlaps the one before it where R does not divide the
+  // rows; a tile of fewer than R rows takes each of them R times.
   template <int R, int M, class Width>
   GLM_INLINE void groups_of_rows(int row, int m0, Width width) const {
     constexpr int G = kGroups<M>;
-    const int left = (a.rows - row + R - 1) / R;
+    const int step = a.rows < R ? 1 : R, stride = a.rows < R ? 0 : 1;
+    const int left = (a.rows - row + step - 1) / step;
     const int groups = left < G ? left : G;
+    const auto first = [&](int g) {
+      const int at = row + g * step;
+      return at + step <= a.rows ? at : a.rows - step;
+    };
     F16 sums[G][2][R][M];
     for (int g = 0; g < groups; g++) {
       for (int r = 0; r < R; r++) {
@@ -233,25 +271,23 @@ struct Tile {
     const int halves = half_blocks();
     for (int begin = 0; begin < halves; begin += kChunk<M>) {
       const int end = begin + kChunk<M> < halves ? begin + kChunk<M> : halves;
-      const ptrdiff_t next_group = R * row_bytes;
+      const ptrdiff_t next_group = step * row_bytes;
       // After the last group: the first one's next chunk, or the next rows.
       const ptrdiff_t next_chunk = end < halves
           ? kChunk<M> * kHalf * F::kBytes - (groups - 1) * next_group
           : next_group - begin * kHalf * F::kBytes;
       for (int g = 0; g < groups; g++) {
         const ptrdiff_t ahead = g + 1 < groups ? next_group : next_chunk;
-        const Rows<R> rows = locate<R>(row + g * R);
-        for (int hb = begin; hb < end; hb++) {
-          auto& sum = sums[g][hb % 2];
-          half_block<R, M>(rows, m0, width, hb, ahead, sum);
-        }
+        const Rows rows = locate<R>(first(g), stride);
+        chunk<R, M>(rows, m0, width, begin, end, ahead, sums[g]);
       }
     }
-    for (int i = 0; i < groups * R && row + i < a.rows; i++) {
-      for (int m = 0; m < M; m++) {
-        const auto& sum = sums[i / R];
-        a.y[(m0 + m) * a.rows + row + i] =
-            butterfly_sum(sum[0][i % R][m], sum[1][i % R][m]);
+    for (int g = 0; g < groups; g++) {
+      for (int r = 0; r < step; r++) {
+        for (int m = 0; m < M; m++) {
+          a.y[(m0 + m) * a.rows + first(g) + r] =
+              butterfly_sum(sums[g][0][r][m], sums[g][1][r][m]);
+        }
       }
     }
   }
@@ -259,7 +295,8 @@ struct Tile {
   template <int M, class Width>
   __attribute__((noinline)) void all_rows(int m0, Width width) const {
     constexpr int R = M == 1 ? kRowsAtOnce : 1;
-    for (int row = 0; row < a.rows; row += kGroups<M> * R) {
+    const int step = kGroups<M> * (a.rows < R ? 1 : R);
+    for (int row = 0; row < a.rows; row += step) {
       groups_of_rows<R, M>(row, m0, width);
     }
   }

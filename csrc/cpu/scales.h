@@ -9,12 +9,14 @@ namespace {
 using glm_fused::FloatType;
 using glm_fused::cpu::DotArgs;
 
-// Where R rows of a tile start.
-template <int R>
+// R rows of a tile: row r lies r strides behind the first.
 struct Rows {
-  const uint8_t* weight[R];
-  const uint8_t* scales[R];
-  const uint8_t* biases[R];
+  const uint8_t* weight;
+  const uint8_t* scales;
+  const uint8_t* biases;
+  ptrdiff_t weight_stride;
+  ptrdiff_t scale_stride;
+  int direct_halves;  // the first half-blocks, whose scales are read in place
 };
 
 // Spreads the group values of a half-block, `size` bytes each and at most 16
@@ -30,29 +32,38 @@ class Spread {
         tile_bytes_(static_cast<size_t>(row_bytes_) * a.rows),
         shuffle_(control(log2_lanes_, size, at).bytes) {}
 
-  GLM_INLINE int first(int half_block) const {
-    return half_block * kHalf >> log2_lanes_;
+  // The half-blocks for which 16 bytes can be read at the first group of a row
+  // `offset` bytes into the tile, and whose lanes all lie inside the row.
+  GLM_INLINE int direct_halves(size_t offset) const {
+    const ptrdiff_t left = tile_bytes_ - offset - 16;
+    const ptrdiff_t readable =
+        left < 0 ? 0 : ((left / size_ + 1) << log2_lanes_) + kHalf - 1;
+    const int whole = (groups_ << log2_lanes_) / kHalf;
+    return readable / kHalf < whole ? static_cast<int>(readable / kHalf)
+                                    : whole;
   }
-  // The half-block's groups: fewer than usual where the row ends in it.
-  GLM_INLINE int count(int half_block) const {
-    const int whole = (kHalf + (1 << log2_lanes_) - 1) >> log2_lanes_;
-    const int left = groups_ - first(half_block);
-    return left < whole ? left : whole;
-  }
-  // Whether 16 bytes can be read at the half-block's first group of a row
-  // `offset` bytes into the tile, all of the lanes inside it.
-  GLM_INLINE bool direct(int half_block, size_t offset) const {
-    return (half_block + 1) * kHalf <= groups_ << log2_lanes_ &&
-        offset + first(half_block) * size_ + 16 <= tile_bytes_;
-  }
-  GLM_INLINE U16 operator()(const uint8_t* row, int hb, bool direct) const {
-    const uint8_t* p = row + first(hb) * size_;
+  // The group values of a half-block of R rows: in place, or copied where
+  // they end short of 16 bytes. `stride` changes with it.
+  template <int R>
+  GLM_INLINE const uint8_t* locate(
+      const uint8_t* row,
+      int hb,
+      bool direct,
+      uint8_t (&edge)[R][16],
+      ptrdiff_t& stride) const {
+    const uint8_t* at = row + first(hb) * size_;
     if (__builtin_expect(direct, 1)) {
-      return shuffle_(p);
+      return at;
     }
-    uint8_t edge[16] = {};
-    memcpy(edge, p, count(hb) * size_);
-    return shuffle_(edge);
+    memset(edge, 0, sizeof(edge));
+    for (int r = 0; r < R; r++) {
+      memcpy(edge[r], at + r * stride, count(hb) * size_);
+    }
+    stride = 16;
+    return edge[0];
+  }
+  GLM_INLINE U16 operator()(const uint8_t* values) const {
+    return shuffle_(values);
   }
   // fp32 values do not fit 16 bytes: lane by lane.
   GLM_INLINE F16 floats(const uint8_t* row, int hb) const {
@@ -69,6 +80,15 @@ class Spread {
   }
 
  private:
+  GLM_INLINE int first(int half_block) const {
+    return half_block * kHalf >> log2_lanes_;
+  }
+  // The half-block's groups: fewer than usual where the row ends in it.
+  GLM_INLINE int count(int half_block) const {
+    const int whole = (kHalf + (1 << log2_lanes_) - 1) >> log2_lanes_;
+    const int left = groups_ - first(half_block);
+    return left < whole ? left : whole;
+  }
   struct Control {
     uint8_t bytes[4 * kHalf];
   };
@@ -104,15 +124,18 @@ class AffineScales {
             type_ == FloatType::bfloat16 ? 2 : 0) {}
 
   template <int R>
-  GLM_INLINE void locate(Rows<R>& rows, int r, int row) const {
+  GLM_INLINE void locate(Rows& rows, int row, int stride) const {
     const size_t at = static_cast<size_t>(row) * spread_.row_bytes();
-    rows.scales[r] = scales_ + at;
-    rows.biases[r] = biases_ + at;
+    rows.scales = scales_ + at;
+    rows.biases = biases_ + at;
+    rows.scale_stride = static_cast<ptrdiff_t>(stride) * spread_.row_bytes();
+    rows.direct_halves =
+        spread_.direct_halves(at + (R - 1) * rows.scale_stride);
   }
 
   template <int R, int M>
   GLM_INLINE void finish(
-      const Rows<R>& rows,
+      const Rows& rows,
       int hb,
       const float* sums,
       const F16 (&acc)[R][M],
@@ -121,31 +144,39 @@ class AffineScales {
       const auto read = [&](const uint8_t* row) __attribute__((always_inline)) {
         return spread_.floats(row, hb);
       };
-      return add_groups(rows, sums, acc, result, read);
+      return add_groups(
+          rows.scales, rows.biases, rows.scale_stride, sums, acc, result, read);
     }
-    const bool direct = spread_.direct(hb, rows.scales[R - 1] - scales_);
+    const bool direct = hb < rows.direct_halves;
+    uint8_t edges[2][R][16];
+    ptrdiff_t stride = rows.scale_stride, same = stride;
+    const uint8_t* s =
+        spread_.locate(rows.scales, hb, direct, edges[0], stride);
+    const uint8_t* b = spread_.locate(rows.biases, hb, direct, edges[1], same);
     if (type_ == FloatType::bfloat16) {
-      const auto read = [&](const uint8_t* row) __attribute__((always_inline)) {
-        return as_float(spread_(row, hb, direct));
+      const auto read = [&](const uint8_t* p) __attribute__((always_inline)) {
+        return as_float(spread_(p));
       };
-      return add_groups(rows, sums, acc, result, read);
+      return add_groups(s, b, stride, sums, acc, result, read);
     }
-    const auto read = [&](const uint8_t* row) __attribute__((always_inline)) {
-      return half_to_float(spread_(row, hb, direct));
+    const auto read = [&](const uint8_t* p) __attribute__((always_inline)) {
+      return half_to_float(spread_(p));
     };
-    add_groups(rows, sums, acc, result, read);
+    add_groups(s, b, stride, sums, acc, result, read);
   }
 
  private:
   template <int R, int M, class Read>
   static GLM_INLINE void add_groups(
-      const Rows<R>& rows,
+      const uint8_t* scales,
+      const uint8_t* biases,
+      ptrdiff_t stride,
       const float* sums,
       const F16 (&acc)[R][M],
       F16 (&result)[R][M],
       Read read) {
     unroll<R>(GLM_EACH(r) {
-      const F16 s = read(rows.scales[r]), b = read(rows.biases[r]);
+      const F16 s = read(scales + r * stride), b = read(biases + r * stride);
       unroll<M>(GLM_EACH(m) {
         const F16 offset = mul(load(sums + m * kHalf), b);
         result[r][m] = add(result[r][m], fma(s, acc[r][m], offset));
@@ -181,20 +212,27 @@ class ByteScales {
       : scales_(a.scales), spread_(a, values, 1, Code::kByte) {}
 
   template <int R>
-  GLM_INLINE void locate(Rows<R>& rows, int r, int row) const {
-    rows.scales[r] = scales_ + static_cast<size_t>(row) * spread_.row_bytes();
+  GLM_INLINE void locate(Rows& rows, int row, int stride) const {
+    const size_t at = static_cast<size_t>(row) * spread_.row_bytes();
+    rows.scales = scales_ + at;
+    rows.scale_stride = static_cast<ptrdiff_t>(stride) * spread_.row_bytes();
+    rows.direct_halves =
+        spread_.direct_halves(at + (R - 1) * rows.scale_stride);
   }
 
   template <int R, int M>
   GLM_INLINE void finish(
-      const Rows<R>& rows,
+      const Rows& rows,
       int hb,
       const float*,
       const F16 (&acc)[R][M],
       F16 (&result)[R][M]) const {
-    const bool direct = spread_.direct(hb, rows.scales[R - 1] - scales_);
+    uint8_t edge[R][16];
+    ptrdiff_t stride = rows.scale_stride;
+    const uint8_t* at =
+        spread_.locate(rows.scales, hb, hb < rows.direct_halves, edge, stride);
     unroll<R>(GLM_EACH(r) {
-      const F16 s = Code::decode(spread_(rows.scales[r], hb, direct));
+      const F16 s = Code::decode(spread_(at + r * stride));
       unroll<M>(
           GLM_EACH(m) { result[r][m] = add(result[r][m], mul(s, acc[r][m])); });
     });
@@ -211,11 +249,11 @@ struct NoScales {
   GLM_INLINE NoScales(const DotArgs&, int) {}
 
   template <int R>
-  GLM_INLINE void locate(Rows<R>&, int, int) const {}
+  GLM_INLINE void locate(Rows&, int, int) const {}
 
   template <int R, int M>
   GLM_INLINE void finish(
-      const Rows<R>&,
+      const Rows&,
       int,
       const float*,
       const F16 (&acc)[R][M],
