@@ -46,47 +46,47 @@ constexpr constant uint msl_atomic_type = __is_same(T, bool) ? 0
                                                              : 4;
 
 template <typename T>
-METAL_FUNC ulong msl_to_bits(T value) {
+MSL_FUNC ulong msl_to_bits(T value) {
   ulong bits = 0;
   __builtin_memcpy(&bits, &value, sizeof(T));
   return bits;
 }
 template <typename T>
-METAL_FUNC T msl_from_bits(ulong bits) {
+MSL_FUNC T msl_from_bits(ulong bits) {
   T value;
   __builtin_memcpy(&value, &bits, sizeof(T));
   return value;
 }
 template <typename T>
-METAL_FUNC T msl_atomic(uint op, ulong address, T value) {
+MSL_FUNC T msl_atomic(uint op, ulong address, T value) {
   return msl_from_bits<T>(
       sim_rt_atomic(op, msl_atomic_type<T>, address, msl_to_bits(value)));
 }
 
 #define MSL_FETCH(space, name)                          \
   template <typename T, typename U>                     \
-  METAL_FUNC T atomic_fetch_##name##_explicit(          \
+  MSL_FUNC T atomic_fetch_##name##_explicit(          \
       space atomic<T>* object, U value, memory_order) { \
     return msl_atomic(msl_atomic_##name, (ulong)object, T(value)); \
   }
 #define MSL_ATOMICS(space)                                                \
   template <typename T>                                                   \
-  METAL_FUNC T atomic_load_explicit(                                      \
+  MSL_FUNC T atomic_load_explicit(                                      \
       const space atomic<T>* object, memory_order) {                      \
     return msl_atomic(msl_atomic_load, (ulong)object, T(0));              \
   }                                                                       \
   template <typename T, typename U>                                       \
-  METAL_FUNC void atomic_store_explicit(                                  \
+  MSL_FUNC void atomic_store_explicit(                                  \
       space atomic<T>* object, U value, memory_order) {                   \
     msl_atomic(msl_atomic_store, (ulong)object, T(value));                \
   }                                                                       \
   template <typename T, typename U>                                       \
-  METAL_FUNC T atomic_exchange_explicit(                                  \
+  MSL_FUNC T atomic_exchange_explicit(                                  \
       space atomic<T>* object, U value, memory_order) {                   \
     return msl_atomic(msl_atomic_exchange, (ulong)object, T(value));      \
   }                                                                       \
   template <typename T, typename U>                                       \
-  METAL_FUNC bool atomic_compare_exchange_weak_explicit(                  \
+  MSL_FUNC bool atomic_compare_exchange_weak_explicit(                  \
       space atomic<T>* object,                                            \
       thread T* expected,                                                 \
       U desired,                                                          \

@@ -18,45 +18,45 @@ struct bfloat {
 
   // A template is never a copy constructor, so the class stays trivial.
   template <typename T, enable_if_t<__is_same(T, bfloat), int> = 0>
-  constexpr bfloat(const __constant T& other) : bits(other.bits) {}
+  MSL_FUNC constexpr bfloat(const __constant T& other) : bits(other.bits) {}
 
   template <typename T, enable_if_t<__is_same(T, bfloat), int> = 0>
-  constexpr bfloat& operator=(const __constant T& other) {
+  MSL_FUNC constexpr bfloat& operator=(const __constant T& other) {
     bits = other.bits;
     return *this;
   }
 
   template <typename T, enable_if_t<__is_integral(T), int> = 0>
-  constexpr bfloat(T value) : bits(round((float)value)) {}
+  MSL_FUNC constexpr bfloat(T value) : bits(round((float)value)) {}
   template <typename T, enable_if_t<__is_floating_point(T), int> = 0>
-  constexpr explicit bfloat(T value) : bits(round((float)value)) {}
+  MSL_FUNC constexpr explicit bfloat(T value) : bits(round((float)value)) {}
 
   template <typename T, enable_if_t<__is_same(T, float), int> = 0>
-  constexpr operator T() const {
+  MSL_FUNC constexpr operator T() const {
     return widen(bits);
   }
   template <typename T, enable_if_t<__is_same(T, float), int> = 0>
-  constexpr operator T() const __constant {
+  MSL_FUNC constexpr operator T() const __constant {
     return widen(bits);
   }
   template <
       typename T,
       enable_if_t<msl_is_builtin<T> && !__is_same(T, float), int> = 0>
-  constexpr explicit operator T() const {
+  MSL_FUNC constexpr explicit operator T() const {
     return (T)widen(bits);
   }
   template <
       typename T,
       enable_if_t<msl_is_builtin<T> && !__is_same(T, float), int> = 0>
-  constexpr explicit operator T() const __constant {
+  MSL_FUNC constexpr explicit operator T() const __constant {
     return (T)widen(bits);
   }
 
-  static constexpr float widen(ushort bits) {
+  MSL_FUNC static constexpr float widen(ushort bits) {
     return __builtin_bit_cast(float, (uint)bits << 16);
   }
   // To nearest, ties to even; NaN stays a (quiet) NaN.
-  static constexpr ushort round(float value) {
+  MSL_FUNC static constexpr ushort round(float value) {
     uint u = __builtin_bit_cast(uint, value);
     return (u & 0x7fffffffu) > 0x7f800000u
         ? (ushort)(u >> 16 | 0x40)
@@ -79,20 +79,20 @@ constexpr constant bool msl_bfloat_float_pair =
       typename A,                                                             \
       typename B,                                                             \
       enable_if_t<msl_bfloat_pair<A, B>, int> = 0>                            \
-  METAL_FUNC constexpr bfloat operator op(A a, B b) {                         \
+  MSL_FUNC constexpr bfloat operator op(A a, B b) {                         \
     return bfloat((float)a op(float) b);                                      \
   }                                                                           \
   template <                                                                  \
       typename A,                                                             \
       typename B,                                                             \
       enable_if_t<msl_bfloat_float_pair<A, B>, int> = 0>                      \
-  METAL_FUNC constexpr float operator op(A a, B b) {                          \
+  MSL_FUNC constexpr float operator op(A a, B b) {                          \
     return (float)a op(float) b;                                              \
   }                                                                           \
   template <                                                                  \
       typename B,                                                             \
       enable_if_t<msl_bfloat_pair<bfloat, B>, int> = 0>                       \
-  METAL_FUNC constexpr bfloat& operator op##=(bfloat & a, B b) {              \
+  MSL_FUNC constexpr bfloat& operator op##=(bfloat & a, B b) {              \
     return a = a op b;                                                        \
   }
 MSL_BFLOAT_ARITHMETIC(+)
@@ -108,7 +108,7 @@ MSL_BFLOAT_ARITHMETIC(/)
       enable_if_t<                                                    \
           msl_bfloat_pair<A, B> || msl_bfloat_float_pair<A, B>,       \
           int> = 0>                                                   \
-  METAL_FUNC constexpr bool operator op(A a, B b) {                   \
+  MSL_FUNC constexpr bool operator op(A a, B b) {                   \
     return (float)a op(float) b;                                      \
   }
 MSL_BFLOAT_COMPARE(==)
@@ -119,13 +119,13 @@ MSL_BFLOAT_COMPARE(>)
 MSL_BFLOAT_COMPARE(>=)
 #undef MSL_BFLOAT_COMPARE
 
-METAL_FUNC constexpr bfloat operator-(bfloat a) {
+MSL_FUNC constexpr bfloat operator-(bfloat a) {
   return bfloat(-(float)a);
 }
-METAL_FUNC constexpr bfloat operator+(bfloat a) {
+MSL_FUNC constexpr bfloat operator+(bfloat a) {
   return a;
 }
-METAL_FUNC constexpr bool operator!(bfloat a) {
+MSL_FUNC constexpr bool operator!(bfloat a) {
   return (float)a == 0.0f;
 }
 

@@ -10,11 +10,11 @@
 
 // The __metal_* names are what MLX's bf16_math.h builds its overloads on.
 #define MSL_FLOAT_1(name, value)                      \
-  METAL_FUNC float __metal_##name(float x, int = 0) { \
+  MSL_FUNC float __metal_##name(float x, int = 0) { \
     return value;                                     \
   }
 #define MSL_FLOAT_2(name, value)                               \
-  METAL_FUNC float __metal_##name(float x, float y, int = 0) { \
+  MSL_FUNC float __metal_##name(float x, float y, int = 0) { \
     return value;                                              \
   }
 #define MSL_LIBM_1(name) MSL_FLOAT_1(name, __builtin_##name##f(x))
@@ -64,23 +64,23 @@ MSL_FLOAT_2(divide, x / y)
 #undef MSL_LIBM_1
 #undef MSL_LIBM_2
 
-METAL_FUNC float __metal_fma(float x, float y, float z) {
+MSL_FUNC float __metal_fma(float x, float y, float z) {
   return __builtin_fmaf(x, y, z);
 }
-METAL_FUNC float __metal_fmax3(float x, float y, float z, int = 0) {
+MSL_FUNC float __metal_fmax3(float x, float y, float z, int = 0) {
   return __metal_fmax(x, __metal_fmax(y, z));
 }
-METAL_FUNC float __metal_fmin3(float x, float y, float z, int = 0) {
+MSL_FUNC float __metal_fmin3(float x, float y, float z, int = 0) {
   return __metal_fmin(x, __metal_fmin(y, z));
 }
-METAL_FUNC float __metal_fmedian3(float x, float y, float z, int = 0) {
+MSL_FUNC float __metal_fmedian3(float x, float y, float z, int = 0) {
   return __metal_fmax(
       __metal_fmin(x, y), __metal_fmin(__metal_fmax(x, y), z));
 }
-METAL_FUNC float __metal_ldexp(float x, int k, int = 0) {
+MSL_FUNC float __metal_ldexp(float x, int k, int = 0) {
   return __builtin_ldexpf(x, k);
 }
-METAL_FUNC float __metal_frexp(float x, thread int* exponent) {
+MSL_FUNC float __metal_frexp(float x, thread int* exponent) {
   int e = 0;
   float r = __builtin_frexpf(x, &e);
   *exponent = e;
@@ -97,28 +97,28 @@ METAL_FUNC float __metal_frexp(float x, thread int* exponent) {
   X(nextafter) X(pow) X(powr)
 
 #define MSL_MATH_1(name)                              \
-  METAL_FUNC float name(float x) {                    \
+  MSL_FUNC float name(float x) {                    \
     return __metal_##name(x);                         \
   }                                                   \
-  METAL_FUNC half name(half x) {                      \
+  MSL_FUNC half name(half x) {                      \
     return (half)__metal_##name((float)x);            \
   }                                                   \
   template <typename T, int N>                        \
-  METAL_FUNC metal::vec<T, N> name(metal::vec<T, N> x) { \
+  MSL_FUNC metal::vec<T, N> name(metal::vec<T, N> x) { \
     for (int i = 0; i < N; i++) {                     \
       x.data[i] = name(x.data[i]);                    \
     }                                                 \
     return x;                                         \
   }
 #define MSL_MATH_2(name)                                                    \
-  METAL_FUNC float name(float x, float y) {                                 \
+  MSL_FUNC float name(float x, float y) {                                 \
     return __metal_##name(x, y);                                            \
   }                                                                         \
-  METAL_FUNC half name(half x, half y) {                                    \
+  MSL_FUNC half name(half x, half y) {                                    \
     return (half)__metal_##name((float)x, (float)y);                        \
   }                                                                         \
   template <typename T, int N>                                              \
-  METAL_FUNC metal::vec<T, N> name(metal::vec<T, N> x, metal::vec<T, N> y) { \
+  MSL_FUNC metal::vec<T, N> name(metal::vec<T, N> x, metal::vec<T, N> y) { \
     for (int i = 0; i < N; i++) {                                           \
       x.data[i] = name(x.data[i], y.data[i]);                               \
     }                                                                       \
@@ -142,43 +142,43 @@ MSL_EACH_2(MSL_MATH_2)
 #undef MSL_MATH_1
 #undef MSL_MATH_2
 
-METAL_FUNC float fma(float a, float b, float c) {
+MSL_FUNC float fma(float a, float b, float c) {
   return __builtin_fmaf(a, b, c);
 }
-METAL_FUNC half fma(half a, half b, half c) {
+MSL_FUNC half fma(half a, half b, half c) {
   return (half)__builtin_fmaf((float)a, (float)b, (float)c);
 }
 template <typename T, int N>
-METAL_FUNC vec<T, N> fma(vec<T, N> a, vec<T, N> b, vec<T, N> c) {
+MSL_FUNC vec<T, N> fma(vec<T, N> a, vec<T, N> b, vec<T, N> c) {
   for (int i = 0; i < N; i++) {
     a.data[i] = fma(a.data[i], b.data[i], c.data[i]);
   }
   return a;
 }
-METAL_FUNC float ldexp(float x, int k) {
+MSL_FUNC float ldexp(float x, int k) {
   return __builtin_ldexpf(x, k);
 }
-METAL_FUNC float frexp(float x, thread int& exponent) {
+MSL_FUNC float frexp(float x, thread int& exponent) {
   return __metal_frexp(x, &exponent);
 }
-METAL_FUNC float abs(float x) {
+MSL_FUNC float abs(float x) {
   return __builtin_fabsf(x);
 }
-METAL_FUNC half abs(half x) {
+MSL_FUNC half abs(half x) {
   return (half)__builtin_fabsf((float)x);
 }
 
 #define MSL_INTEGER(T)                         \
-  METAL_FUNC constexpr T min(T a, T b) {       \
+  MSL_FUNC constexpr T min(T a, T b) {       \
     return b < a ? b : a;                      \
   }                                            \
-  METAL_FUNC constexpr T max(T a, T b) {       \
+  MSL_FUNC constexpr T max(T a, T b) {       \
     return a < b ? b : a;                      \
   }                                            \
-  METAL_FUNC constexpr T clamp(T x, T lo, T hi) { \
+  MSL_FUNC constexpr T clamp(T x, T lo, T hi) { \
     return min(max(x, lo), hi);                \
   }                                            \
-  METAL_FUNC constexpr T abs(T x) {            \
+  MSL_FUNC constexpr T abs(T x) {            \
     return x < T(0) ? T(-x) : x;               \
   }
 MSL_INTEGER(char)
@@ -193,25 +193,25 @@ MSL_INTEGER(ulong)
 #undef MSL_INTEGER
 
 #define MSL_REAL(T)                                   \
-  METAL_FUNC T min(T a, T b) {                        \
+  MSL_FUNC T min(T a, T b) {                        \
     return fmin(a, b);                                \
   }                                                   \
-  METAL_FUNC T max(T a, T b) {                        \
+  MSL_FUNC T max(T a, T b) {                        \
     return fmax(a, b);                                \
   }                                                   \
-  METAL_FUNC T clamp(T x, T lo, T hi) {               \
+  MSL_FUNC T clamp(T x, T lo, T hi) {               \
     return fmin(fmax(x, lo), hi);                     \
   }                                                   \
-  METAL_FUNC T saturate(T x) {                        \
+  MSL_FUNC T saturate(T x) {                        \
     return clamp(x, T(0.0f), T(1.0f));                \
   }                                                   \
-  METAL_FUNC T mix(T a, T b, T t) {                   \
+  MSL_FUNC T mix(T a, T b, T t) {                   \
     return a + (b - a) * t;                           \
   }                                                   \
-  METAL_FUNC T sign(T x) {                            \
+  MSL_FUNC T sign(T x) {                            \
     return x > T(0.0f) ? T(1.0f) : x < T(0.0f) ? T(-1.0f) : T(0.0f); \
   }                                                   \
-  METAL_FUNC T step(T edge, T x) {                    \
+  MSL_FUNC T step(T edge, T x) {                    \
     return x < edge ? T(0.0f) : T(1.0f);              \
   }
 MSL_REAL(float)
@@ -220,7 +220,7 @@ MSL_REAL(half)
 
 #define MSL_VECTOR_2(name)                                \
   template <typename T, int N>                            \
-  METAL_FUNC vec<T, N> name(vec<T, N> a, vec<T, N> b) {   \
+  MSL_FUNC vec<T, N> name(vec<T, N> a, vec<T, N> b) {   \
     for (int i = 0; i < N; i++) {                         \
       a.data[i] = name(a.data[i], b.data[i]);             \
     }                                                     \
@@ -230,32 +230,32 @@ MSL_VECTOR_2(min)
 MSL_VECTOR_2(max)
 #undef MSL_VECTOR_2
 template <typename T, int N>
-METAL_FUNC vec<T, N> abs(vec<T, N> a) {
+MSL_FUNC vec<T, N> abs(vec<T, N> a) {
   for (int i = 0; i < N; i++) {
     a.data[i] = abs(a.data[i]);
   }
   return a;
 }
 template <typename T, int N>
-METAL_FUNC vec<T, N> clamp(vec<T, N> x, vec<T, N> lo, vec<T, N> hi) {
+MSL_FUNC vec<T, N> clamp(vec<T, N> x, vec<T, N> lo, vec<T, N> hi) {
   return min(max(x, lo), hi);
 }
 template <typename T>
-METAL_FUNC T max3(T a, T b, T c) {
+MSL_FUNC T max3(T a, T b, T c) {
   return max(a, max(b, c));
 }
 template <typename T>
-METAL_FUNC T min3(T a, T b, T c) {
+MSL_FUNC T min3(T a, T b, T c) {
   return min(a, min(b, c));
 }
 
 #define MSL_CLASSIFY(name)                              \
   template <typename T, enable_if_t<msl_is_scalar<T>, int> = 0> \
-  METAL_FUNC bool name(T x) {                           \
+  MSL_FUNC bool name(T x) {                           \
     return __builtin_##name((float)x);                  \
   }                                                     \
   template <typename T, int N>                          \
-  METAL_FUNC vec<bool, N> name(vec<T, N> x) {           \
+  MSL_FUNC vec<bool, N> name(vec<T, N> x) {           \
     vec<bool, N> r(false);                              \
     for (int i = 0; i < N; i++) {                       \
       r.data[i] = name(x.data[i]);                      \
@@ -269,11 +269,11 @@ MSL_CLASSIFY(signbit)
 #undef MSL_CLASSIFY
 
 template <typename T>
-METAL_FUNC T select(T a, T b, bool c) {
+MSL_FUNC T select(T a, T b, bool c) {
   return c ? b : a;
 }
 template <typename T, int N>
-METAL_FUNC vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<bool, N> c) {
+MSL_FUNC vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<bool, N> c) {
   for (int i = 0; i < N; i++) {
     a.data[i] = c.data[i] ? b.data[i] : a.data[i];
   }
@@ -281,7 +281,7 @@ METAL_FUNC vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<bool, N> c) {
 }
 
 template <typename T, int N>
-METAL_FUNC T dot(vec<T, N> a, vec<T, N> b) {
+MSL_FUNC T dot(vec<T, N> a, vec<T, N> b) {
   T sum = a.data[0] * b.data[0];
   for (int i = 1; i < N; i++) {
     sum += a.data[i] * b.data[i];
@@ -289,42 +289,42 @@ METAL_FUNC T dot(vec<T, N> a, vec<T, N> b) {
   return sum;
 }
 template <typename T, int N>
-METAL_FUNC T length(vec<T, N> a) {
+MSL_FUNC T length(vec<T, N> a) {
   return sqrt(dot(a, a));
 }
 template <typename T, int N>
-METAL_FUNC vec<T, N> normalize(vec<T, N> a) {
+MSL_FUNC vec<T, N> normalize(vec<T, N> a) {
   return a * rsqrt(dot(a, a));
 }
 
 template <typename T>
-METAL_FUNC T popcount(T x) {
+MSL_FUNC T popcount(T x) {
   return (T)__builtin_popcountll((ulong)x & (~0ul >> (64 - 8 * sizeof(T))));
 }
 template <typename T>
-METAL_FUNC T clz(T x) {
+MSL_FUNC T clz(T x) {
   ulong bits = (ulong)x & (~0ul >> (64 - 8 * sizeof(T)));
   return (T)(bits ? __builtin_clzll(bits) - (64 - 8 * (int)sizeof(T))
                   : 8 * (int)sizeof(T));
 }
 template <typename T>
-METAL_FUNC T ctz(T x) {
+MSL_FUNC T ctz(T x) {
   return (T)(x ? __builtin_ctzll((ulong)x) : 8 * (int)sizeof(T));
 }
-METAL_FUNC uint reverse_bits(uint x) {
+MSL_FUNC uint reverse_bits(uint x) {
   return __builtin_bitreverse32(x);
 }
-METAL_FUNC uint rotate(uint x, uint n) {
+MSL_FUNC uint rotate(uint x, uint n) {
   return __builtin_rotateleft32(x, n);
 }
-METAL_FUNC uint mulhi(uint a, uint b) {
+MSL_FUNC uint mulhi(uint a, uint b) {
   return (uint)(((ulong)a * b) >> 32);
 }
-METAL_FUNC int mulhi(int a, int b) {
+MSL_FUNC int mulhi(int a, int b) {
   return (int)(((long)a * b) >> 32);
 }
 template <typename T>
-METAL_FUNC T extract_bits(T x, uint offset, uint bits) {
+MSL_FUNC T extract_bits(T x, uint offset, uint bits) {
   constexpr uint width = 8 * sizeof(T);
   return bits ? (T)((T)(x << (width - bits - offset)) >> (width - bits))
               : (T)0;

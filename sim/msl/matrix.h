@@ -6,13 +6,13 @@
 namespace metal {
 
 // Row and (even) column of the pair that a lane holds, and back.
-METAL_FUNC uint msl_matrix_row(uint lane) {
+MSL_FUNC uint msl_matrix_row(uint lane) {
   return (lane / 4 & 4) + (lane / 2) % 4;
 }
-METAL_FUNC uint msl_matrix_column(uint lane) {
+MSL_FUNC uint msl_matrix_column(uint lane) {
   return (lane / 4 & 2) * 2 + (lane % 2) * 2;
 }
-METAL_FUNC uint msl_matrix_lane(uint row, uint column) {
+MSL_FUNC uint msl_matrix_lane(uint row, uint column) {
   return (row & 4) << 2 | (column & 4) << 1 | (row & 3) << 1 |
       (column >> 1 & 1);
 }
@@ -23,15 +23,15 @@ struct simdgroup_matrix {
   vec<T, 2> msl_pair;
   simdgroup_matrix() = default;
   // A diagonal matrix.
-  METAL_FUNC explicit simdgroup_matrix(T value) {
+  MSL_FUNC explicit simdgroup_matrix(T value) {
     int offset = (int)msl_matrix_row(sim_rt_lane()) -
         (int)msl_matrix_column(sim_rt_lane());
     msl_pair = vec<T, 2>(offset == 0 ? value : T(0), offset == 1 ? value : T(0));
   }
-  METAL_FUNC thread vec<T, 2>& thread_elements() thread {
+  MSL_FUNC thread vec<T, 2>& thread_elements() thread {
     return msl_pair;
   }
-  METAL_FUNC const thread vec<T, 2>& thread_elements() const thread {
+  MSL_FUNC const thread vec<T, 2>& thread_elements() const thread {
     return msl_pair;
   }
 };
@@ -40,14 +40,14 @@ typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
 typedef simdgroup_matrix<bfloat, 8, 8> simdgroup_bfloat8x8;
 
 template <typename T, int rows, int columns>
-METAL_FUNC simdgroup_matrix<T, rows, columns> make_filled_simdgroup_matrix(
+MSL_FUNC simdgroup_matrix<T, rows, columns> make_filled_simdgroup_matrix(
     T value) {
   simdgroup_matrix<T, rows, columns> m;
   m.msl_pair = vec<T, 2>(value, value);
   return m;
 }
 
-METAL_FUNC ulong
+MSL_FUNC ulong
 msl_matrix_offset(ulong stride, ulong2 origin, uint i, bool transposed) {
   ulong r = msl_matrix_row(sim_rt_lane());
   ulong c = msl_matrix_column(sim_rt_lane()) + i;
@@ -57,7 +57,7 @@ msl_matrix_offset(ulong stride, ulong2 origin, uint i, bool transposed) {
 
 #define MSL_MATRIX_MEMORY(space)                                      \
   template <typename T>                                               \
-  METAL_FUNC void simdgroup_load(                                     \
+  MSL_FUNC void simdgroup_load(                                     \
       thread simdgroup_matrix<T, 8, 8>& m,                            \
       const space T* source,                                          \
       ulong stride = 8,                                               \
@@ -71,7 +71,7 @@ msl_matrix_offset(ulong stride, ulong2 origin, uint i, bool transposed) {
     }                                                                 \
   }                                                                   \
   template <typename T>                                               \
-  METAL_FUNC void simdgroup_store(                                    \
+  MSL_FUNC void simdgroup_store(                                    \
       thread simdgroup_matrix<T, 8, 8>& m,                            \
       space T* target,                                                \
       ulong stride = 8,                                               \
@@ -96,7 +96,7 @@ struct msl_matrix_pairs {
 
 // d = a b + c, products accumulated in float32 from k = 0 up.
 template <typename D, typename A, typename B, typename C>
-METAL_FUNC void simdgroup_multiply_accumulate(
+MSL_FUNC void simdgroup_multiply_accumulate(
     thread simdgroup_matrix<D, 8, 8>& d,
     thread simdgroup_matrix<A, 8, 8>& a,
     thread simdgroup_matrix<B, 8, 8>& b,
@@ -118,7 +118,7 @@ METAL_FUNC void simdgroup_multiply_accumulate(
   d.msl_pair = vec<D, 2>(D(sum0), D(sum1));
 }
 template <typename D, typename A, typename B>
-METAL_FUNC void simdgroup_multiply(
+MSL_FUNC void simdgroup_multiply(
     thread simdgroup_matrix<D, 8, 8>& d,
     thread simdgroup_matrix<A, 8, 8>& a,
     thread simdgroup_matrix<B, 8, 8>& b,

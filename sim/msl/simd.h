@@ -17,12 +17,12 @@ constexpr mem_flags operator|(mem_flags a, mem_flags b) {
   return (mem_flags)((uint)a | (uint)b);
 }
 
-MSL_CONVERGENT METAL_FUNC void threadgroup_barrier(
+MSL_CONVERGENT MSL_FUNC void threadgroup_barrier(
     mem_flags flags,
     MSL_SITE) {
   sim_rt_barrier((uint)flags, MSL_HERE);
 }
-MSL_CONVERGENT METAL_FUNC void simdgroup_barrier(mem_flags flags, MSL_SITE) {
+MSL_CONVERGENT MSL_FUNC void simdgroup_barrier(mem_flags flags, MSL_SITE) {
   sim_rt_simd_barrier((uint)flags, MSL_HERE);
 }
 
@@ -49,24 +49,24 @@ enum msl_op : uint {
 };
 
 template <typename T>
-METAL_FUNC thread T* msl_values(thread msl_exchange* x) {
+MSL_FUNC thread T* msl_values(thread msl_exchange* x) {
   return (thread T*)x->values;
 }
 template <typename T>
-METAL_FUNC T msl_poison() {
+MSL_FUNC T msl_poison() {
   T value;
   __builtin_memset(&value, 0xff, sizeof(T));
   return value;
 }
 template <typename T>
-MSL_CONVERGENT METAL_FUNC thread msl_exchange*
+MSL_CONVERGENT MSL_FUNC thread msl_exchange*
 msl_share(uint op, T value, ulong msl_file, uint msl_line) {
   static_assert(sizeof(T) <= 64, "too large for a simdgroup function");
   return sim_rt_exchange(op, &value, sizeof(T), MSL_HERE);
 }
 // The value of lane `from`; one that takes no part is undefined on hardware.
 template <typename T>
-METAL_FUNC T msl_value_of(thread msl_exchange* x, uint from) {
+MSL_FUNC T msl_value_of(thread msl_exchange* x, uint from) {
   if (from < 32 && (x->mask >> from & 1)) {
     return msl_values<T>(x)[from];
   }
@@ -77,7 +77,7 @@ METAL_FUNC T msl_value_of(thread msl_exchange* x, uint from) {
   struct msl_##name {                                \
     static constexpr constant uint op = msl_op_##name; \
     template <typename T>                            \
-    METAL_FUNC static T apply(T a, T b) {            \
+    MSL_FUNC static T apply(T a, T b) {            \
       return expression;                             \
     }                                                \
   };
@@ -89,7 +89,7 @@ MSL_OPERATION(and, a& b)
 MSL_OPERATION(or, a | b)
 MSL_OPERATION(xor, a ^ b)
 template <>
-METAL_FUNC float msl_xor::apply(float a, float b) {
+MSL_FUNC float msl_xor::apply(float a, float b) {
   return as_type<float>(as_type<uint>(a) ^ as_type<uint>(b));
 }
 #undef MSL_OPERATION
@@ -117,7 +117,7 @@ __attribute__((noinline)) void msl_combine(thread msl_exchange* x) {
   }
 }
 template <typename F, uint width, typename T>
-METAL_FUNC T msl_reduce(T value, ulong msl_file, uint msl_line) {
+MSL_FUNC T msl_reduce(T value, ulong msl_file, uint msl_line) {
   uint op = F::op + (width == 32 ? 0 : msl_op_quad);
   thread msl_exchange* x = msl_share(op, value, MSL_HERE);
   if (!x->combined) {
@@ -126,7 +126,7 @@ METAL_FUNC T msl_reduce(T value, ulong msl_file, uint msl_line) {
   return msl_values<T>(x)[sim_rt_lane() & ~(width - 1) & 31];
 }
 template <typename F, uint width, bool inclusive, typename T>
-METAL_FUNC T
+MSL_FUNC T
 msl_scan(T value, T identity, ulong msl_file, uint msl_line) {
   thread msl_exchange* x = msl_share(msl_op_scan, value, MSL_HERE);
   uint lane = sim_rt_lane();
@@ -139,7 +139,7 @@ msl_scan(T value, T identity, ulong msl_file, uint msl_line) {
   return r;
 }
 template <uint width, typename T>
-METAL_FUNC T
+MSL_FUNC T
 msl_shuffle_to(T value, uint from, ulong msl_file, uint msl_line) {
   thread msl_exchange* x = msl_share(msl_op_shuffle, value, MSL_HERE);
   uint base = sim_rt_lane() & ~(width - 1);
@@ -150,71 +150,71 @@ msl_shuffle_to(T value, uint from, ulong msl_file, uint msl_line) {
   template <typename T, enable_if_t<msl_exchangeable<T>, int> = 0>
 
 #define MSL_GROUP_FUNCTIONS(group, width)                                      \
-  MSL_EXCHANGE METAL_FUNC T group##_sum(T v, MSL_SITE) {                       \
+  MSL_EXCHANGE MSL_FUNC T group##_sum(T v, MSL_SITE) {                       \
     return msl_reduce<msl_sum, width>(v, MSL_HERE);                            \
   }                                                                            \
-  MSL_EXCHANGE METAL_FUNC T group##_product(T v, MSL_SITE) {                   \
+  MSL_EXCHANGE MSL_FUNC T group##_product(T v, MSL_SITE) {                   \
     return msl_reduce<msl_product, width>(v, MSL_HERE);                        \
   }                                                                            \
-  MSL_EXCHANGE METAL_FUNC T group##_max(T v, MSL_SITE) {                       \
+  MSL_EXCHANGE MSL_FUNC T group##_max(T v, MSL_SITE) {                       \
     return msl_reduce<msl_max, width>(v, MSL_HERE);                            \
   }                                                                            \
-  MSL_EXCHANGE METAL_FUNC T group##_min(T v, MSL_SITE) {                       \
+  MSL_EXCHANGE MSL_FUNC T group##_min(T v, MSL_SITE) {                       \
     return msl_reduce<msl_min, width>(v, MSL_HERE);                            \
   }                                                                            \
-  MSL_EXCHANGE METAL_FUNC T group##_and(T v, MSL_SITE) {                       \
+  MSL_EXCHANGE MSL_FUNC T group##_and(T v, MSL_SITE) {                       \
     return msl_reduce<msl_and, width>(v, MSL_HERE);                            \
   }                                                                            \
-  MSL_EXCHANGE METAL_FUNC T group##_or(T v, MSL_SITE) {                        \
+  MSL_EXCHANGE MSL_FUNC T group##_or(T v, MSL_SITE) {                        \
     return msl_reduce<msl_or, width>(v, MSL_HERE);                             \
   }                                                                            \
-  MSL_EXCHANGE METAL_FUNC T group##_xor(T v, MSL_SITE) {                       \
+  MSL_EXCHANGE MSL_FUNC T group##_xor(T v, MSL_SITE) {                       \
     return msl_reduce<msl_xor, width>(v, MSL_HERE);                            \
   }                                                                            \
-  MSL_EXCHANGE METAL_FUNC T group##_prefix_inclusive_sum(T v, MSL_SITE) {      \
+  MSL_EXCHANGE MSL_FUNC T group##_prefix_inclusive_sum(T v, MSL_SITE) {      \
     return msl_scan<msl_sum, width, true>(v, T(0), MSL_HERE);                  \
   }                                                                            \
-  MSL_EXCHANGE METAL_FUNC T group##_prefix_exclusive_sum(T v, MSL_SITE) {      \
+  MSL_EXCHANGE MSL_FUNC T group##_prefix_exclusive_sum(T v, MSL_SITE) {      \
     return msl_scan<msl_sum, width, false>(v, T(0), MSL_HERE);                 \
   }                                                                            \
-  MSL_EXCHANGE METAL_FUNC T group##_prefix_inclusive_product(T v, MSL_SITE) {  \
+  MSL_EXCHANGE MSL_FUNC T group##_prefix_inclusive_product(T v, MSL_SITE) {  \
     return msl_scan<msl_product, width, true>(v, T(1), MSL_HERE);              \
   }                                                                            \
-  MSL_EXCHANGE METAL_FUNC T group##_prefix_exclusive_product(T v, MSL_SITE) {  \
+  MSL_EXCHANGE MSL_FUNC T group##_prefix_exclusive_product(T v, MSL_SITE) {  \
     return msl_scan<msl_product, width, false>(v, T(1), MSL_HERE);             \
   }                                                                            \
-  MSL_EXCHANGE METAL_FUNC T group##_shuffle(T v, ushort lane, MSL_SITE) {      \
+  MSL_EXCHANGE MSL_FUNC T group##_shuffle(T v, ushort lane, MSL_SITE) {      \
     return msl_shuffle_to<width>(v, lane, MSL_HERE);                           \
   }                                                                            \
-  MSL_EXCHANGE METAL_FUNC T group##_broadcast(T v, ushort lane, MSL_SITE) {    \
+  MSL_EXCHANGE MSL_FUNC T group##_broadcast(T v, ushort lane, MSL_SITE) {    \
     return msl_shuffle_to<width>(v, lane, MSL_HERE);                           \
   }                                                                            \
-  MSL_EXCHANGE METAL_FUNC T group##_shuffle_xor(T v, ushort mask, MSL_SITE) {  \
+  MSL_EXCHANGE MSL_FUNC T group##_shuffle_xor(T v, ushort mask, MSL_SITE) {  \
     return msl_shuffle_to<width>(                                              \
         v, (sim_rt_lane() & (width - 1)) ^ mask, MSL_HERE);                    \
   }                                                                            \
-  MSL_EXCHANGE METAL_FUNC T group##_shuffle_up(T v, ushort d, MSL_SITE) {      \
+  MSL_EXCHANGE MSL_FUNC T group##_shuffle_up(T v, ushort d, MSL_SITE) {      \
     return msl_shuffle_to<width>(                                              \
         v, (sim_rt_lane() & (width - 1)) - d, MSL_HERE);                       \
   }                                                                            \
-  MSL_EXCHANGE METAL_FUNC T group##_shuffle_down(T v, ushort d, MSL_SITE) {    \
+  MSL_EXCHANGE MSL_FUNC T group##_shuffle_down(T v, ushort d, MSL_SITE) {    \
     return msl_shuffle_to<width>(                                              \
         v, (sim_rt_lane() & (width - 1)) + d, MSL_HERE);                       \
   }                                                                            \
-  MSL_EXCHANGE METAL_FUNC T group##_shuffle_rotate_up(                         \
+  MSL_EXCHANGE MSL_FUNC T group##_shuffle_rotate_up(                         \
       T v, ushort d, MSL_SITE) {                                               \
     return msl_shuffle_to<width>(                                              \
         v, (sim_rt_lane() - d) & (width - 1), MSL_HERE);                       \
   }                                                                            \
-  MSL_EXCHANGE METAL_FUNC T group##_shuffle_rotate_down(                       \
+  MSL_EXCHANGE MSL_FUNC T group##_shuffle_rotate_down(                       \
       T v, ushort d, MSL_SITE) {                                               \
     return msl_shuffle_to<width>(                                              \
         v, (sim_rt_lane() + d) & (width - 1), MSL_HERE);                       \
   }                                                                            \
-  METAL_FUNC bool group##_any(bool v, MSL_SITE) {                              \
+  MSL_FUNC bool group##_any(bool v, MSL_SITE) {                              \
     return msl_reduce<msl_or, width>((uint)v, MSL_HERE);                       \
   }                                                                            \
-  METAL_FUNC bool group##_all(bool v, MSL_SITE) {                              \
+  MSL_FUNC bool group##_all(bool v, MSL_SITE) {                              \
     return msl_reduce<msl_and, width>((uint)v, MSL_HERE);                      \
   }
 MSL_GROUP_FUNCTIONS(simd, 32)
@@ -235,7 +235,7 @@ struct simd_vote {
     return bits == 0xffffffffu;
   }
 };
-METAL_FUNC simd_vote simd_ballot(bool v, MSL_SITE) {
+MSL_FUNC simd_vote simd_ballot(bool v, MSL_SITE) {
   thread msl_exchange* x = msl_share(msl_op_vote, (uint)v, MSL_HERE);
   ulong bits = 0;
   for (uint i = 0; i < 32; i++) {
@@ -243,14 +243,14 @@ METAL_FUNC simd_vote simd_ballot(bool v, MSL_SITE) {
   }
   return simd_vote(bits);
 }
-METAL_FUNC simd_vote simd_active_threads_mask(MSL_SITE) {
+MSL_FUNC simd_vote simd_active_threads_mask(MSL_SITE) {
   return simd_vote(msl_share(msl_op_vote, 0u, MSL_HERE)->mask);
 }
-METAL_FUNC bool simd_is_first(MSL_SITE) {
+MSL_FUNC bool simd_is_first(MSL_SITE) {
   uint mask = msl_share(msl_op_vote, 0u, MSL_HERE)->mask;
   return sim_rt_lane() == (uint)__builtin_ctz(mask);
 }
-MSL_EXCHANGE METAL_FUNC T simd_broadcast_first(T v, MSL_SITE) {
+MSL_EXCHANGE MSL_FUNC T simd_broadcast_first(T v, MSL_SITE) {
   thread msl_exchange* x = msl_share(msl_op_shuffle, v, MSL_HERE);
   return msl_value_of<T>(x, __builtin_ctz(x->mask));
 }
@@ -259,7 +259,7 @@ template <typename T>
 struct msl_with_fill {
   T value, fill;
 };
-MSL_EXCHANGE METAL_FUNC T simd_shuffle_and_fill_up(
+MSL_EXCHANGE MSL_FUNC T simd_shuffle_and_fill_up(
     T v,
     T fill,
     ushort d,
@@ -271,7 +271,7 @@ MSL_EXCHANGE METAL_FUNC T simd_shuffle_and_fill_up(
   return i >= d ? msl_value_of<msl_with_fill<T>>(x, base + i - d).value
                 : msl_value_of<msl_with_fill<T>>(x, base + modulo - d + i).fill;
 }
-MSL_EXCHANGE METAL_FUNC T simd_shuffle_and_fill_down(
+MSL_EXCHANGE MSL_FUNC T simd_shuffle_and_fill_down(
     T v,
     T fill,
     ushort d,
@@ -307,6 +307,6 @@ MSL_EXCHANGE METAL_FUNC T simd_shuffle_and_fill_down(
 #define __metal_simd_prefix_inclusive_product \
   metal::simd_prefix_inclusive_product
 #define __metal_simd_prefix_inclusive_sum metal::simd_prefix_inclusive_sum
-METAL_FUNC ushort __metal_get_simdgroup_size(ushort) {
+MSL_FUNC ushort __metal_get_simdgroup_size(ushort) {
   return 32;
 }

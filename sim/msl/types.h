@@ -9,6 +9,8 @@
 #define constant const __constant
 #define thread __private
 #define METAL_FUNC inline __attribute__((always_inline))
+// For our own: what they inline to belongs to the caller's line.
+#define MSL_FUNC METAL_FUNC __attribute__((nodebug))
 #define METAL_CONST constant
 #define __METAL__ 1
 #define __METAL_VERSION__ 310
@@ -173,7 +175,7 @@ struct _disjunction<T, Rest...>
 
 // Both must have the same size; the bits are kept.
 template <typename To, typename From>
-METAL_FUNC To as_type(From from) {
+MSL_FUNC To as_type(From from) {
   static_assert(sizeof(To) == sizeof(From), "as_type: sizes differ");
   To to;
   __builtin_memcpy(&to, &from, sizeof(To));
@@ -183,6 +185,6 @@ METAL_FUNC To as_type(From from) {
 // Operands of `?:` become values (see rewrite.py): clang finds no common type
 // for a class object in one address space and one in another.
 template <typename T>
-METAL_FUNC constexpr T msl_operand(T value) {
+MSL_FUNC constexpr T msl_operand(T value) {
   return value;
 }

@@ -35,7 +35,7 @@ template <typename... V>
 constexpr constant int msl_count = (msl_lanes<V>::count + ... + 0);
 
 template <typename V>
-METAL_FUNC constexpr typename msl_lanes<V>::element msl_lane(V v, int i) {
+MSL_FUNC constexpr typename msl_lanes<V>::element msl_lane(V v, int i) {
   if constexpr (msl_is_vector<V>) {
     return v.data[i];
   } else {
@@ -88,11 +88,11 @@ METAL_FUNC constexpr typename msl_lanes<V>::element msl_lane(V v, int i) {
   };
 
 #define MSL_INDEX(space)                                  \
-  METAL_FUNC constexpr space T& operator[](int i) space { \
+  MSL_FUNC constexpr space T& operator[](int i) space { \
     return data[i];                                       \
   }
 #define MSL_CONST_INDEX(space)                                        \
-  METAL_FUNC constexpr const space T& operator[](int i) const space { \
+  MSL_FUNC constexpr const space T& operator[](int i) const space { \
     return data[i];                                                   \
   }
 
@@ -103,26 +103,26 @@ METAL_FUNC constexpr typename msl_lanes<V>::element msl_lane(V v, int i) {
   V(const V&) = default;                                                     \
   V& operator=(const V&) = default;                                          \
   template <typename U, enable_if_t<__is_same(U, V), int> = 0>               \
-  METAL_FUNC constexpr V(const __constant U& other) : data{} {               \
+  MSL_FUNC constexpr V(const __constant U& other) : data{} {               \
     for (int i = 0; i < N; i++) {                                            \
       data[i] = other.data[i];                                               \
     }                                                                        \
   }                                                                          \
   template <typename U, enable_if_t<__is_same(U, V), int> = 0>               \
-  METAL_FUNC constexpr V& operator=(const __constant U& other) {             \
+  MSL_FUNC constexpr V& operator=(const __constant U& other) {             \
     for (int i = 0; i < N; i++) {                                            \
       data[i] = other.data[i];                                               \
     }                                                                        \
     return *this;                                                            \
   }                                                                          \
   template <typename U, enable_if_t<msl_is_scalar<U>, int> = 0>              \
-  METAL_FUNC constexpr V(U value) : data{} {                                 \
+  MSL_FUNC constexpr V(U value) : data{} {                                 \
     for (int i = 0; i < N; i++) {                                            \
       data[i] = T(value);                                                    \
     }                                                                        \
   }                                                                          \
   template <typename U>                                                      \
-  METAL_FUNC constexpr explicit V(vec<U, N> other) : data{} {                \
+  MSL_FUNC constexpr explicit V(vec<U, N> other) : data{} {                \
     for (int i = 0; i < N; i++) {                                            \
       data[i] = T(other.data[i]);                                            \
     }                                                                        \
@@ -132,14 +132,14 @@ METAL_FUNC constexpr typename msl_lanes<V>::element msl_lane(V v, int i) {
       typename B,                                                            \
       typename... Rest,                                                      \
       enable_if_t<msl_count<A, B, Rest...> == N, int> = 0>                   \
-  METAL_FUNC constexpr V(A a, B b, Rest... rest) : data{} {                  \
+  MSL_FUNC constexpr V(A a, B b, Rest... rest) : data{} {                  \
     int i = 0;                                                               \
     put(i, a);                                                               \
     put(i, b);                                                               \
     (put(i, rest), ...);                                                     \
   }                                                                          \
   template <typename A>                                                      \
-  METAL_FUNC constexpr void put(thread int& i, A a) {                        \
+  MSL_FUNC constexpr void put(thread int& i, A a) {                        \
     for (int k = 0; k < msl_lanes<A>::count; k++) {                          \
       data[i++] = T(msl_lane(a, k));                                         \
     }                                                                        \
@@ -159,12 +159,12 @@ METAL_FUNC constexpr typename msl_lanes<V>::element msl_lane(V v, int i) {
       storage                                                        \
     };                                                               \
     MSL_VECTOR_MEMBERS(packed_vec, N)                                \
-    METAL_FUNC constexpr packed_vec(vec<T, N> other) : data{} {      \
+    MSL_FUNC constexpr packed_vec(vec<T, N> other) : data{} {      \
       for (int i = 0; i < N; i++) {                                  \
         data[i] = other.data[i];                                     \
       }                                                              \
     }                                                                \
-    METAL_FUNC constexpr operator vec<T, N>() const {                \
+    MSL_FUNC constexpr operator vec<T, N>() const {                \
       vec<T, N> v;                                                   \
       for (int i = 0; i < N; i++) {                                  \
         v.data[i] = data[i];                                         \
@@ -218,7 +218,7 @@ struct msl_common<
 
 #define MSL_ELEMENTWISE(op)                                      \
   template <typename A, typename B, typename C = msl_common<A, B>> \
-  METAL_FUNC constexpr vec<typename C::element, C::count> operator op( \
+  MSL_FUNC constexpr vec<typename C::element, C::count> operator op( \
       A a, B b) {                                                \
     typedef typename C::element E;                               \
     vec<E, C::count> r(E(0));                                    \
@@ -229,17 +229,17 @@ struct msl_common<
   }
 #define MSL_ASSIGN(op)                                                  \
   template <typename T, int N, typename B, typename C = msl_common<vec<T, N>, B>> \
-  METAL_FUNC constexpr vec<T, N>& operator op##=(vec<T, N>& a, B b) {   \
+  MSL_FUNC constexpr vec<T, N>& operator op##=(vec<T, N>& a, B b) {   \
     return a = a op b;                                                  \
   }                                                                     \
   template <typename T, int N, typename B, typename C = msl_common<vec<T, N>, B>> \
-  METAL_FUNC constexpr packed_vec<T, N>& operator op##=(                \
+  MSL_FUNC constexpr packed_vec<T, N>& operator op##=(                \
       packed_vec<T, N>& a, B b) {                                       \
     return a = packed_vec<T, N>(a op b);                                \
   }
 #define MSL_COMPARE(op)                                          \
   template <typename A, typename B, typename C = msl_common<A, B>> \
-  METAL_FUNC constexpr vec<bool, C::count> operator op(A a, B b) { \
+  MSL_FUNC constexpr vec<bool, C::count> operator op(A a, B b) { \
     typedef typename C::element E;                               \
     vec<bool, C::count> r(false);                                \
     for (int i = 0; i < C::count; i++) {                         \
@@ -249,7 +249,7 @@ struct msl_common<
   }
 #define MSL_UNARY(op)                                   \
   template <typename T, int N>                          \
-  METAL_FUNC constexpr vec<T, N> operator op(vec<T, N> a) { \
+  MSL_FUNC constexpr vec<T, N> operator op(vec<T, N> a) { \
     for (int i = 0; i < N; i++) {                       \
       a.data[i] = T(op a.data[i]);                      \
     }                                                   \
@@ -284,7 +284,7 @@ MSL_UNARY(!)
 #undef MSL_UNARY
 
 template <int N>
-METAL_FUNC bool any(vec<bool, N> v) {
+MSL_FUNC bool any(vec<bool, N> v) {
   bool r = false;
   for (int i = 0; i < N; i++) {
     r = r || v.data[i];
@@ -292,17 +292,17 @@ METAL_FUNC bool any(vec<bool, N> v) {
   return r;
 }
 template <int N>
-METAL_FUNC bool all(vec<bool, N> v) {
+MSL_FUNC bool all(vec<bool, N> v) {
   bool r = true;
   for (int i = 0; i < N; i++) {
     r = r && v.data[i];
   }
   return r;
 }
-METAL_FUNC bool any(bool v) {
+MSL_FUNC bool any(bool v) {
   return v;
 }
-METAL_FUNC bool all(bool v) {
+MSL_FUNC bool all(bool v) {
   return v;
 }
 

@@ -20,13 +20,19 @@
 #include "report.h"
 #include "tracer.h"
 
-namespace {
+namespace sim {
 
 // A loaded copy of a library: function constants are its global variables.
 struct Image {
   const sim_contents* contents;
   uintptr_t base;
 };
+
+} // namespace sim
+
+namespace {
+
+using sim::Image;
 
 Image load(const std::string& path) {
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);

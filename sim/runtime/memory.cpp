@@ -17,9 +17,9 @@ uint64_t pages(uint64_t size) {
   return (size + kPage - 1) / kPage * kPage;
 }
 
-// Room for a region: its bytes, and up to 31 for alignment.
+// Room for a region: its bytes, and up to 15 for alignment.
 uint64_t room(uint64_t size) {
-  return pages(size + 32);
+  return pages(size + 16);
 }
 
 std::string bytes_text(uint64_t n) {
@@ -123,8 +123,9 @@ void Memory::map(bool traced) {
   for (Region& r : regions_) {
     uint8_t* end = at + room(r.size);
     mprotect(at, end - at, PROT_READ | PROT_WRITE);
-    uint64_t start = (uint64_t(end) - r.size - 15) & ~15ull;
-    r.copy = reinterpret_cast<uint8_t*>(start + uint64_t(r.source) % 16);
+    // As aligned as the caller's, else as near to the guard page as can be.
+    r.copy = end - r.size;
+    r.copy -= (uint64_t(r.copy) - uint64_t(r.source)) % 16;
     r.slack = end - (r.copy + r.size);
     memcpy(r.copy, r.source, r.size);
     memset(r.copy + r.size, kFill, r.slack);

@@ -41,31 +41,31 @@ const char* sim_report::keep(std::string text) {
 
 void sim_report::close(const char* kernel, const std::string& library) {
   std::unique_ptr<sim::Lines> lines;
-  auto resolve = [&](const Place& p) -> std::pair<const char*, uint32_t> {
-    if (p.file) {
-      return {keep(p.file), p.line};
-    }
-    if (!p.pc) {
-      return {"", 0};
+  auto resolve = [&](const Place& p) -> std::pair<std::string, uint32_t> {
+    if (p.file || !p.pc) {
+      return {p.file ? p.file : "", p.line};
     }
     if (!lines) {
       lines = std::make_unique<sim::Lines>(library);
     }
-    auto [file, line] = lines->find(p.pc);
-    return {keep(file), line};
+    return lines->find(p.pc);
   };
-  auto shown = [](const char* file, uint32_t line) {
-    return *file ? " at " + std::string(file) + ":" + std::to_string(line)
-                 : std::string();
+  auto shown = [](const std::string& file, uint32_t line) {
+    return file.empty() ? "" : " at " + file + ":" + std::to_string(line);
   };
+  // One line of a source may be several places in the code.
+  std::map<std::string, size_t> seen;
   for (const Entry& entry : entries_) {
     const Finding& f = entry.first;
     auto [file, line] = resolve(f.place);
     auto [other_file, other_line] = resolve(f.other_place);
-    std::string text = std::string(kernel) + shown(file, line) + ": " + f.text +
-        shown(other_file, other_line);
-    if (entry.count > 1) {
-      text += " (" + std::to_string(entry.count) + " times)";
+    std::string here = shown(file, line), there = shown(other_file, other_line);
+    std::string key = std::to_string(f.kind) + here + there + " " +
+        std::to_string(f.buffer);
+    auto [at, added] = seen.try_emplace(key, findings.size());
+    if (!added) {
+      findings[at->second].count += entry.count;
+      continue;
     }
     findings.push_back(
         {f.kind,
@@ -76,11 +76,16 @@ void sim_report::close(const char* kernel, const std::string& library) {
          f.thread,
          f.other_threadgroup,
          f.other_thread,
-         file,
+         keep(file),
          line,
-         other_file,
+         keep(other_file),
          other_line,
-         keep(std::move(text))});
+         keep(kernel + here + ": " + f.text + there)});
+  }
+  for (sim_finding& f : findings) {
+    if (f.count > 1) {
+      f.text = keep(f.text + (" (" + std::to_string(f.count) + " times)"));
+    }
   }
 }
 
