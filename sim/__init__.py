@@ -1,0 +1,29 @@
+"""Metal compute shaders, compiled and run on a Linux CPU, with a tracer for their mistakes."""
+
+from pathlib import Path
+
+from .library import Kernel, LaunchError, Library, compile
+from .report import Finding, Report, Traffic
+from .rewrite import Argument, FunctionConstant
+from .toolchain import CompileError
+
+__all__ = [
+    "Argument",
+    "CompileError",
+    "Finding",
+    "FunctionConstant",
+    "Kernel",
+    "LaunchError",
+    "Library",
+    "Report",
+    "Traffic",
+    "compile",
+    "mlx_include",
+]
+
+
+def mlx_include() -> Path:
+    """The include directory of the installed MLX, with its Metal kernel headers."""
+    import mlx.core as mx
+
+    return Path(mx.__file__).parent / "include"
