@@ -180,7 +180,7 @@ struct Down {
           lane,
           result);
       for (int i = 0; i < step * width; i++) {
-        if (lane == 0 && i / width < used && i % width < count) {
+        if (lane == 0 && i % width < count) {
           const int pair = members[i % width];
           const glm_fused::As<T> type;
           const float y = glm_fused::round_to(result[i], type);

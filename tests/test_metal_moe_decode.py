@@ -104,7 +104,7 @@ def test_glm_shape(fmt):
 def read_once(report, *weights):
     for index in weights:
         traffic = report.traffic[index]
-        assert traffic.requested <= 1.05 * traffic.unique, f"buffer {index}: {traffic}"
+        assert traffic.read <= 1.05 * traffic.unique_read, f"buffer {index}: {traffic}"
 
 
 @pytest.mark.parametrize("case", TRACED, ids=case_id)
@@ -118,8 +118,8 @@ def test_clean_and_reads_weights_once(case):
     read_once(gate_up, 2, 5)
     read_once(down_sum, 2)
     distinct, bank = len(np.unique(layer.slots)), layer.gate.weight.shape[0]
-    assert gate_up.traffic[2].unique == layer.gate.weight.nbytes * distinct // bank
-    assert down_sum.traffic[2].unique == layer.down.weight.nbytes * distinct // bank
+    assert gate_up.traffic[2].unique_read == layer.gate.weight.nbytes * distinct // bank
+    assert down_sum.traffic[2].unique_read == layer.down.weight.nbytes * distinct // bank
 
 
 def test_tokens_that_share_one_expert_read_it_once():
@@ -129,7 +129,7 @@ def test_tokens_that_share_one_expert_read_it_once():
     pairs = case.tokens * case.top_k
     for report, weights in zip(layer.reports, ([2, 5], [2]), strict=True):
         for index in weights:  # a slot's pairs are taken 16 at a time
-            assert report.traffic[index].requested == pairs // 16 * report.traffic[index].unique
+            assert report.traffic[index].read == pairs // 16 * report.traffic[index].unique_read
 
 
 def test_slots_that_repeat_within_a_token():

@@ -7,8 +7,10 @@ import pytest
 import sim
 from metal_kernels import Case, fused_functions, instance, make_layer, run_cpu, run_fused, shader
 
+from glm_fused import ops
+
 DENSE, AFFINE4 = ("dense", 0, 0), ("affine", 4, 32)
-SHARED = Case("float32", AFFINE4, AFFINE4, DENSE, 3, 2, 160, 45, 2, simdgroups=(2, 2))
+SHARED = Case("float32", AFFINE4, AFFINE4, DENSE, 3, 2, 288, 45, 2, simdgroups=(2, 2))
 ODD = Case("float32", DENSE, DENSE, AFFINE4, 2, 2, 77, 64, 2, simdgroups=(2, 2))
 FAST = Case("float32", AFFINE4, AFFINE4, DENSE, 1, 1, 512, 8, 1, simdgroups=(3, 2))
 BARRIER = "  threadgroup_barrier(mem_flags::mem_threadgroup);\n"
@@ -25,12 +27,11 @@ MUTATIONS = {
     "next member bound": (SHARED, "next < pairs;", "next <= pairs;", 0),
     "leader mask": (SHARED, "group.count = links[pair] & 1;", "group.count = 1;", 0),
     "gate rows mask": (SHARED, "i / width < used && ", "", 0),
-    "down rows mask": (ODD, "i / width < used && ", "", 1),
     "gate lane mask": (SHARED, "lane == 0 && ", "", 0),
     "down lane mask": (SHARED, "lane == 0 && ", "", 1),
-    "rows read": (ODD, "F::whole_tiles || i % rows < used", "true", 0),
+    "rows read": (SHARED, "F::whole_tiles || i % rows < used", "true", 0),
     "tail rows read": (SHARED, "      if (i % rows < used) {\n        thread", "      {\n        thread", 0),
-    "last row of the tile": (SHARED, "used = min(step, hidden - row)", "used = min(step, hidden - row + 1)", 0),
+    "last row of the tile": (ODD, "used = min(step, hidden - row)", "used = min(step, hidden - row + 1)", 0),
     "last gate row": (SHARED, "min(step, intermediate - row)", "min(step, intermediate - row + 1)", 0),
     "no rows left": (FAST, "if (used <= 0) {", "if (used < 0) {", 0),
     "tail lanes": (SHARED, "left > 0; i++", "left >= 0; i++", 0),
@@ -40,7 +41,7 @@ MUTATIONS = {
     "block count": (FAST, "fast ? k / block : (k - 1) / block", "k / block + 1", 0),
     "tokens bound": (SHARED, "i < params.tokens * used;", "i <= params.tokens * used;", 0),
     "choices bound": (SHARED, "choice < params.top_k;", "choice <= params.top_k;", 0),
-    "rows summed": (SHARED, "min(rows, params.hidden - row)", "rows", 0),
+    "rows summed": (ODD, "min(rows, params.hidden - row)", "rows", 0),
 }  # fmt: skip
 
 
@@ -56,9 +57,12 @@ def caught(case, text):
     lines = "".join(instance(f)[1] for f in fused_functions(case))
     lib = sim.compile(text + lines, contract=True, trace=True)
     layer = make_layer(case, pad=False)
-    if case is SHARED:  # the last slot is the last memory
+    if case is SHARED:
         layer.slots[:] = np.array([1, 0])
-    y = run_fused(lib, layer)
+    try:
+        y = run_fused(lib, layer)
+    except sim.LaunchError:
+        return True
     clean = all(report.clean for report in layer.reports)
     return not clean or not np.array_equal(y, run_cpu(layer))
 
@@ -75,12 +79,12 @@ def test_moe_decode_mutation_is_caught(name):
 
 
 def router_caught(text):
-    name, line = instance("router_topk<float, float, 12, 3>")
+    name, line = instance("router_topk<float, float, 15, 3>")
     lib = sim.compile(text + line, contract=True, trace=True)
     rng = np.random.default_rng(1)
     hidden, top_k = 9, 4
     x, weight, bias = (
-        rng.standard_normal(s).astype(np.float32) for s in ((2, hidden), (12, hidden), (12,))
+        rng.standard_normal(s).astype(np.float32) for s in ((2, hidden), (15, hidden), (15,))
     )
     chosen, shares = np.full((2, top_k), -1, np.int32), np.full((2, top_k), np.nan, np.float32)
     head = np.array([hidden, top_k, 2, 1], np.int32).tobytes() + np.float32(2.5).tobytes()
@@ -92,8 +96,6 @@ def router_caught(text):
             0: x, 1: weight, 2: bias, 3: chosen, 4: shares, 5: np.frombuffer(head, np.uint8).copy()
         },
     )  # fmt: skip
-    from glm_fused import ops
-
     with mx.stream(mx.cpu):
         expected = ops.router_topk(
             mx.array(x), mx.array(weight), mx.array(bias),
@@ -111,7 +113,6 @@ ROUTER = {
     "top two": ("rank < 2", "rank < 3", 0),
     "kept groups": (">= kept", "> kept", 0),
     "tie": ("x == y && i < j", "x == y && i <= j", 0),
-    "experts bound": ("e < experts; e += simdgroups", "e <= experts; e += simdgroups", 0),
     "experts mask": ("lane == 0 && r < used", "lane == 0", 0),
     "rank bound": ("j < end; j++", "j <= end; j++", 0),
     "total bound": ("i < top_k; i++", "i <= top_k; i++", 0),
