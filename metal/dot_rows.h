@@ -1,0 +1,123 @@
+// Rows of one slot times several vectors: every weight is read once.
+#pragma once
+
+#include "numbers.h"
+
+template <typename F>
+struct Matrix {
+  const device uint8_t* weight;
+  const device typename F::scale_type* scales;
+  const device typename F::scale_type* biases;
+
+  // The row `row` of all slots' rows, from a lane's first column on.
+  METAL_FUNC Matrix<F> at(size_t row, int k, int lane) const thread {
+    const int column = lane * F::values;
+    const size_t scale = row * F::row_scales(k) + F::column_scales(column);
+    return {
+        weight + row * F::row_bytes(k) + F::column_bytes(column),
+        scales + scale,
+        biases + scale};
+  }
+  METAL_FUNC Matrix<F> skip(int rows, int columns, int k) const thread {
+    const int scale = rows * F::row_scales(k) + F::column_scales(columns);
+    return {
+        weight + rows * F::row_bytes(k) + F::column_bytes(columns),
+        scales + scale,
+        biases + scale};
+  }
+};
+
+// result[(i * rows + r) * width + m] = row r of matrix i, times vector m, for
+// the `used` first rows. w[i] is at the lane's first column of row 0, x at its
+// first column of vector 0, and vector m starts offsets[m] values further on.
+template <typename T, typename F, int matrices, int rows, int width>
+METAL_FUNC void dot_rows(
+    const thread Matrix<F>* w,
+    int k,
+    int used,
+    const device T* x,
+    const thread int* offsets,
+    int lane,
+    thread float* result) {
+  thread typename F::Cells cells[matrices * rows];
+  thread float x_thread[F::values];
+  for (int i = 0; i < matrices * rows * width; i++) {
+    result[i] = 0;
+  }
+
+  const int end = F::whole_blocks(k) * F::block;
+  for (int column = 0; column < end; column += F::block) {
+    for (int i = 0; i < matrices * rows; i++) {
+      if (F::whole_tiles || i % rows < used) {
+        const Matrix<F> from = w[i / rows].skip(i % rows, column, k);
+        F::load(from.weight, from.scales, from.biases, cells[i]);
+      }
+    }
+    for (int m = 0; m < width; m++) {
+      const float sum = F::load_x(x + offsets[m] + column, x_thread);
+      for (int i = 0; i < matrices * rows; i++) {
+        if (F::whole_tiles || i % rows < used) {
+          F::dot(cells[i], x_thread, sum, result[i * width + m]);
+        }
+      }
+    }
+  }
+
+  if constexpr (!F::whole_tiles) {
+    const int left = clamp(k - end - lane * F::values, 0, F::values);
+    for (int i = 0; i < matrices * rows && left > 0; i++) {
+      if (i % rows < used) {
+        thread typename F::Cells tail;
+        const Matrix<F> from = w[i / rows].skip(i % rows, end, k);
+        F::load_safe(from.weight, from.scales, from.biases, left, tail);
+        for (int m = 0; m < width; m++) {
+          const float sum =
+              F::load_x_safe(x + offsets[m] + end, left, x_thread);
+          F::dot_safe(tail, x_thread, sum, left, result[i * width + m]);
+        }
+      }
+    }
+  }
+
+  for (int i = 0; i < matrices * rows * width; i++) {
+    result[i] = F::reduce(result[i]);
+  }
+}
+
+// Gate and up read x once where they share a format.
+template <typename T, typename F, int rows, int width>
+METAL_FUNC void dot_pair(
+    Matrix<F> a,
+    Matrix<F> b,
+    int k,
+    int used,
+    const device T* x,
+    const thread int* offsets,
+    int lane,
+    thread float* result) {
+  const thread Matrix<F> both[2] = {a, b};
+  dot_rows<T, F, 2, rows, width>(
+      both, k, used, x + lane * F::values, offsets, lane, result);
+}
+
+template <typename T, typename A, typename B, int rows, int width>
+METAL_FUNC void dot_pair(
+    Matrix<A> a,
+    Matrix<B> b,
+    int k,
+    int used,
+    const device T* x,
+    const thread int* offsets,
+    int lane,
+    thread float* result) {
+  dot_rows<T, A, 1, rows, width>(
+      &a, k, used, x + lane * A::values, offsets, lane, result);
+  dot_rows<T, B, 1, rows, width>(
+      &b,
+      k,
+      used,
+      x + lane * B::values,
+      offsets,
+      lane,
+      result + rows * width);
+}

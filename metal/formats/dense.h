@@ -1,0 +1,97 @@
+// Dense rows of type W in the order of MLX's gemv: four columns a lane, one
+// running sum, and its tree over the lanes.
+#pragma once
+
+#include "numbers.h"
+
+template <typename W>
+struct Dense {
+  typedef uint8_t scale_type;
+
+  GLM_CONST int values = 4;
+  GLM_CONST int block = values * kLanes;
+  GLM_CONST bool whole_tiles = false;
+
+  struct Cells {
+    W w[values];
+  };
+
+  static METAL_FUNC int row_bytes(int k) {
+    return k * int(sizeof(W));
+  }
+  static METAL_FUNC int row_scales(int) {
+    return 0;
+  }
+  static METAL_FUNC int column_bytes(int column) {
+    return column * int(sizeof(W));
+  }
+  static METAL_FUNC int column_scales(int) {
+    return 0;
+  }
+  static METAL_FUNC int whole_blocks(int k) {
+    return k / block;
+  }
+
+  static METAL_FUNC void load(
+      const device uint8_t* w,
+      const device uint8_t*,
+      const device uint8_t*,
+      thread Cells& cells) {
+    const device W* from = (const device W*)w;
+    for (int i = 0; i < values; i++) {
+      cells.w[i] = from[i];
+    }
+  }
+  static METAL_FUNC void load_safe(
+      const device uint8_t* w,
+      const device uint8_t*,
+      const device uint8_t*,
+      int used,
+      thread Cells& cells) {
+    const device W* from = (const device W*)w;
+    for (int i = 0; i < values; i++) {
+      cells.w[i] = i < used ? from[i] : W(0);
+    }
+  }
+
+  template <typename T>
+  static METAL_FUNC float load_x(const device T* x, thread float* x_thread) {
+    for (int i = 0; i < values; i++) {
+      x_thread[i] = static_cast<float>(x[i]);
+    }
+    return 0;
+  }
+  template <typename T>
+  static METAL_FUNC float
+  load_x_safe(const device T* x, int used, thread float* x_thread) {
+    for (int i = 0; i < values; i++) {
+      x_thread[i] = i < used ? static_cast<float>(x[i]) : 0.0f;
+    }
+    return 0;
+  }
+
+  static METAL_FUNC void dot(
+      const thread Cells& cells,
+      const thread float* x_thread,
+      float,
+      thread float& result) {
+    for (int i = 0; i < values; i++) {
+      result += cells.w[i] * x_thread[i];
+    }
+  }
+  static METAL_FUNC void dot_safe(
+      const thread Cells& cells,
+      const thread float* x_thread,
+      float sum,
+      int,
+      thread float& result) {
+    dot(cells, x_thread, sum, result);
+  }
+
+  static METAL_FUNC float reduce(float result) {
+    for (ushort lanes = kLanes / 2; lanes >= 1; lanes >>= 1) {
+      result += simd_shuffle_down(result, lanes);
+    }
+    return result;
+  }
+};

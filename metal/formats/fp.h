@@ -1,0 +1,93 @@
+// mxfp4, mxfp8 (a power of two per 32 values) and nvfp4 (an e4m3 scale per
+// 16). `fast` is the lane order of MLX's fp_qmv_fast, else of fp_qmv.
+#pragma once
+
+#include "formats/cells.h"
+#include "mlx_arithmetic.h"
+
+template <int group_size, int bits, bool fast>
+struct Fp {
+  typedef uint8_t scale_type;
+  typedef typename CellOf<bits>::type Cell;
+
+  GLM_CONST int packs = fast ? 2 : 1;
+  GLM_CONST int values = mlx_fp::get_pack_factor<32, bits>() * packs;
+  GLM_CONST int bytes = mlx_fp::get_bytes_per_pack<32>() * packs;
+  GLM_CONST int block = values * kLanes;
+  GLM_CONST bool whole_tiles = fast;  // n % 8 == 0, k % 512 == 0
+
+  struct Cells {
+    Cell w[bytes / sizeof(Cell)];
+    float scale;
+  };
+
+  static METAL_FUNC int row_bytes(int k) {
+    return k / 8 * bits;
+  }
+  static METAL_FUNC int row_scales(int k) {
+    return k / group_size;
+  }
+  static METAL_FUNC int column_bytes(int column) {
+    return column / values * bytes;
+  }
+  static METAL_FUNC int column_scales(int column) {
+    return column / group_size;
+  }
+  // MLX's fp_qmv takes the last block, whole or not, through its safe
+  // functions.
+  static METAL_FUNC int whole_blocks(int k) {
+    return fast ? k / block : (k - 1) / block;
+  }
+
+  static METAL_FUNC void load(
+      const device uint8_t* w,
+      const device uint8_t* scales,
+      const device uint8_t*,
+      thread Cells& cells) {
+    load_cells<Cell, bytes>(w, cells.w);
+    cells.scale = mlx_fp::dequantize_scale<float, group_size>(scales[0]);
+  }
+  // A lane's values lie in one group, so a row ends between lanes.
+  static METAL_FUNC void load_safe(
+      const device uint8_t* w,
+      const device uint8_t* scales,
+      const device uint8_t* biases,
+      int,
+      thread Cells& cells) {
+    load(w, scales, biases, cells);
+  }
+
+  template <typename T>
+  static METAL_FUNC float load_x(const device T* x, thread float* x_thread) {
+    mlx_fp::load_vector<T, float, values>(x, x_thread);
+    return 0;
+  }
+  template <typename T>
+  static METAL_FUNC float
+  load_x_safe(const device T* x, int used, thread float* x_thread) {
+    mlx_fp::load_vector_safe<T, float, values>(x, x_thread, used);
+    return 0;
+  }
+
+  static METAL_FUNC void dot(
+      const thread Cells& cells,
+      const thread float* x_thread,
+      float,
+      thread float& result) {
+    result += mlx_fp::qdot<float, values, bits>(
+        (const thread uint8_t*)cells.w, x_thread, cells.scale);
+  }
+  static METAL_FUNC void dot_safe(
+      const thread Cells& cells,
+      const thread float* x_thread,
+      float,
+      int used,
+      thread float& result) {
+    result += mlx_fp::qdot_safe<float, values, bits>(
+        (const thread uint8_t*)cells.w, x_thread, cells.scale, used);
+  }
+
+  static METAL_FUNC float reduce(float result) {
+    return simd_sum(result);
+  }
+};

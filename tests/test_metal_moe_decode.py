@@ -1,0 +1,148 @@
+"""The Metal shaders of moe_decode in the simulator: equal, bit for bit, to the chain of MLX's own
+kernels and to the CPU; clean under the tracer; each weight read once."""
+
+import itertools
+
+import numpy as np
+import pytest
+from formats_under_test import FORMATS, format_id
+from metal_kernels import (
+    Case,
+    Libraries,
+    assert_same,
+    make_layer,
+    run_chain,
+    run_cpu,
+    run_fused,
+)
+
+DENSE = ("dense", 0, 0)
+AFFINE4, MXFP4 = ("affine", 4, 64), ("mxfp4", 4, 32)
+TYPES = ["float32", "float16", "bfloat16"]
+
+
+def shapes(dtype, fmt, seed):
+    """`fmt` in MLX's fast order, and in the general one with odd row counts."""
+    tokens = [1, 2, 3][seed % 3]
+    return [
+        Case(dtype, fmt, fmt, fmt, tokens=1, rows=2, seed=seed),
+        Case(dtype, fmt, fmt, DENSE, tokens, hidden=384, intermediate=45, rows=2, seed=seed),
+        Case(dtype, DENSE, DENSE, fmt, tokens, hidden=77, intermediate=384, rows=2, seed=seed),
+    ]
+
+
+BY_FORMAT = [
+    c
+    for i, (fmt, dtype) in enumerate(zip(FORMATS, itertools.cycle(TYPES), strict=False))
+    for c in shapes(dtype, fmt, i)
+]
+EVERY_FORMAT = [
+    c for i, (fmt, dtype) in enumerate(itertools.product(FORMATS, TYPES)) for c in shapes(dtype, fmt, i)
+]
+BY_TOKENS = [
+    Case("bfloat16", AFFINE4, MXFP4, ("affine", 6, 64), tokens, 3, 512, 64, 5, seed=tokens)
+    for tokens in (1, 2, 4, 7, 16)
+]
+EVERY_TOKENS = [
+    Case("float16", fmt, fmt, AFFINE4, tokens, top_k, 512, 64, used, seed=tokens)
+    for fmt in (AFFINE4, ("affine", 3, 32), MXFP4, DENSE)
+    for tokens in range(1, 17)
+    for top_k, used in ((2, 2), (3, 7))
+]
+SMALL = [
+    Case("bfloat16", DENSE, DENSE, DENSE, 2, 1, hidden, intermediate, 2)
+    for hidden, intermediate in ((1, 1), (3, 130), (127, 2), (129, 7))
+]
+TRACED = [
+    Case("bfloat16", AFFINE4, AFFINE4, AFFINE4, 1, 2, 512, 64, 3),
+    Case("bfloat16", AFFINE4, MXFP4, AFFINE4, 16, 2, 512, 64, 3),
+    Case("bfloat16", ("affine", 3, 32), ("affine", 5, 32), DENSE, 3, 2, 96, 13, 2),
+    Case("bfloat16", ("mxfp8", 8, 32), ("nvfp4", 4, 16), MXFP4, 4, 3, 544, 32, 4),
+]
+default = Libraries([*BY_FORMAT, *BY_TOKENS, *SMALL])
+sweep = Libraries([*EVERY_FORMAT, *EVERY_TOKENS])
+traced = Libraries(TRACED)
+
+
+def case_id(c):
+    names = "-".join(format_id(f) for f in (c.gate, c.up, c.down))
+    return f"{names}-{c.dtype}-{c.tokens}x{c.top_k}-{c.hidden}x{c.intermediate}"
+
+
+def check(libs, case, contract):
+    layer = make_layer(case)
+    y = run_fused(libs.fused(case.dtype, contract, False), layer)
+    assert_same(y, run_chain(libs, layer, contract))
+    if contract:
+        assert_same(y, run_cpu(layer))
+
+
+@pytest.mark.parametrize("case", [*BY_FORMAT, *BY_TOKENS, *SMALL], ids=case_id)
+def test_equals_mlx_chain_and_cpu(case):
+    check(default, case, contract=True)
+
+
+@pytest.mark.parametrize("case", [*BY_FORMAT, *BY_TOKENS, *SMALL], ids=case_id)
+def test_equals_mlx_chain_without_contraction(case):
+    check(default, case, contract=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("contract", [False, True], ids=["separate", "contracted"])
+@pytest.mark.parametrize("case", [*EVERY_FORMAT, *EVERY_TOKENS], ids=case_id)
+def test_equals_mlx_chain_sweep(case, contract):
+    check(sweep, case, contract)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", [f for f in FORMATS if f[2] in (0, 16, 32, 64)], ids=format_id)
+def test_glm_shape(fmt):
+    case = Case("bfloat16", fmt, fmt, fmt, 1, 8, 6144, 2048, 8)
+    check(Libraries([case]), case, contract=True)
+
+
+def read_once(report, *weights):
+    for index in weights:
+        traffic = report.traffic[index]
+        assert traffic.read <= 1.05 * traffic.unique_read, f"buffer {index}: {traffic}"
+
+
+@pytest.mark.parametrize("case", TRACED, ids=case_id)
+def test_clean_and_reads_weights_once(case):
+    layer = make_layer(case)
+    y = run_fused(traced.fused(case.dtype, True, True), layer)
+    assert_same(y, run_cpu(layer))
+    gate_up, down_sum = layer.reports
+    for report in layer.reports:
+        assert report.clean, report
+    read_once(gate_up, 2, 5)
+    read_once(down_sum, 2)
+    distinct, bank = len(np.unique(layer.slots)), layer.gate.weight.shape[0]
+    assert gate_up.traffic[2].unique_read == layer.gate.weight.nbytes * distinct // bank
+    assert down_sum.traffic[2].unique_read == layer.down.weight.nbytes * distinct // bank
+
+
+def test_tokens_that_share_one_expert_read_it_once():
+    case = TRACED[1]
+    layer = make_layer(case, slots=np.full((case.tokens, case.top_k), 2, np.int32))
+    run_fused(traced.fused(case.dtype, True, True), layer)
+    pairs = case.tokens * case.top_k
+    for report, weights in zip(layer.reports, ([2, 5], [2]), strict=True):
+        for index in weights:  # a slot's pairs are taken 16 at a time
+            assert report.traffic[index].read == pairs // 16 * report.traffic[index].unique_read
+
+
+def test_slots_that_repeat_within_a_token():
+    case = TRACED[3]
+    layer = make_layer(case, slots=np.tile(np.array([[2, 1, 2]], np.int32), (case.tokens, 1)))
+    y = run_fused(traced.fused(case.dtype, True, True), layer)
+    assert_same(y, run_cpu(layer))
+
+
+@pytest.mark.parametrize("slot", [-1, 5])
+def test_slot_out_of_range_gives_nan_and_reads_nothing(slot):
+    case = TRACED[0]
+    layer = make_layer(case, slots=np.array([[1, slot]], np.int32))
+    y = run_fused(traced.fused(case.dtype, True, True), layer)
+    assert all(report.clean for report in layer.reports)
+    assert np.all((y & 0x7FFF) > 0x7F80)
