@@ -16,7 +16,7 @@ from .errors import MacOSBuildError
 REPOSITORY = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 
-_BUILD_WHEEL = """
+BUILD_WHEEL = """
 import json, sys
 from scikit_build_core.build import build_wheel
 build_wheel(sys.argv[1], json.loads(sys.argv[2]))
@@ -45,7 +45,7 @@ def build_wheel(mlx: Path, to: Path) -> Path:
     for old in to.glob("*.whl"):
         old.unlink()
     run = subprocess.run(
-        [sys.executable, "-c", _BUILD_WHEEL, to, json.dumps(_settings(mlx))],
+        [sys.executable, "-c", BUILD_WHEEL, to, json.dumps(_settings(mlx))],
         cwd=REPOSITORY,
         env=environment(),
         text=True,
