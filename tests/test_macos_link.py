@@ -73,7 +73,7 @@ def test_a_host_call_that_mlx_does_not_have_is_named(built, mlx, tmp_path):
         .replace("#pragma once", "#pragma once\n#include <mlx/allocator.h>")
         .replace(
             "namespace glm_fused",
-            "namespace mlx::core::allocator { Buffer malloc(size_t, int alignment); }\n"
+            "namespace mlx::core::allocator { Data malloc(size_t, int alignment); }\n"
             "namespace glm_fused",
             1,
         )
@@ -102,13 +102,9 @@ def relink(source: Path, headers: Path) -> Path:
     libmlx = mlx_wheels.fetch(build.pinned_mlx()) / "mlx/lib/libmlx.dylib"
     others = [o for o in objects if o != command["output"]]
     stubs = f"-F{build.work_dir() / 'sdk/frameworks'}"
-    subprocess.run(
-        [compiler, "-bundle", "-o", linked, stubs, "-framework", "Foundation", new, *others]
-        + ["libnanobind-static.a", libmlx],
-        cwd=folder,
-        env=env,
-        check=True,
-    )
+    link = [compiler, "-bundle", "-o", linked, stubs, "-framework", "Foundation"]
+    link += [new, *others, "libnanobind-static.a", libmlx]
+    subprocess.run(link, cwd=folder, env=env, check=True)
     return linked
 
 

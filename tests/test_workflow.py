@@ -31,13 +31,9 @@ def test_linux_runs_what_every_change_must_pass():
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="cibuildwheel needs Python 3.11")
 def test_cibuildwheel_takes_the_settings():
-    run = subprocess.run(
-        [sys.executable, "-m", "cibuildwheel", "--print-build-identifiers"]
-        + ["--platform", "macos", str(REPOSITORY)],
-        text=True,
-        capture_output=True,
-        check=True,
-    )
+    command = [sys.executable, "-m", "cibuildwheel", "--print-build-identifiers"]
+    command += ["--platform", "macos", str(REPOSITORY)]
+    run = subprocess.run(command, text=True, capture_output=True, check=True)
     assert run.stdout.split() == [f"cp3{minor}-macosx_arm64" for minor in range(10, 15)]
 
 
