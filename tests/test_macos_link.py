@@ -62,28 +62,24 @@ def test_the_check_accepts_an_extension_made_on_a_mac(mlx):
 
 @pytest.mark.macos
 def test_a_host_call_that_mlx_does_not_have_is_named(built, mlx, tmp_path):
-    """One source calls allocator::malloc with an argument more than libmlx's takes."""
-    source = build.REPOSITORY / "csrc/cpu/dispatch.h"
+    """One source calls MLX with an argument more than the function in libmlx takes."""
+    text = (build.REPOSITORY / "csrc/cpu/dispatch.h").read_text()
+    call = "mlx::core::cpu::get_command_encoder(stream)"
+    assert call in text
+    declaration = "namespace mlx::core::cpu { CommandEncoder& get_command_encoder(Stream, int); }"
     changed = tmp_path / "cpu" / "dispatch.h"
     changed.parent.mkdir()
-    text = source.read_text()
-    assert "allocator::malloc(output.nbytes())" in text
+    text = text.replace(call, call.replace("(stream)", "(stream, 0)"))
     changed.write_text(
-        text.replace("allocator::malloc(output.nbytes())", "allocator::malloc(output.nbytes(), 64)")
-        .replace("#pragma once", "#pragma once\n#include <mlx/allocator.h>")
-        .replace(
-            "namespace glm_fused",
-            "namespace mlx::core::allocator { Data malloc(size_t, int alignment); }\n"
-            "namespace glm_fused",
-            1,
-        )
+        text.replace("namespace glm_fused", f"{declaration}\nnamespace glm_fused", 1)
     )
     broken = relink(build.REPOSITORY / "csrc/cpu/router_topk.cpp", tmp_path)
     with pytest.raises(MacOSBuildError) as error:
         check.undefined_by_provider(broken, mlx)
     assert "needs 1 symbol(s)" in str(error.value)
-    assert "\n  mlx::core::allocator::malloc(unsigned long, int)\n" in str(error.value)
-    assert "libmlx has mlx::core::allocator::malloc(unsigned long)" in str(error.value)
+    name = "mlx::core::cpu::get_command_encoder(mlx::core::Stream"
+    assert f"\n  {name}, int)\n" in str(error.value)
+    assert f"libmlx has {name})" in str(error.value)
 
 
 def relink(source: Path, headers: Path) -> Path:
