@@ -1,0 +1,1 @@
+"""The macOS wheel, built and checked on Linux; see README.md."""

@@ -1,0 +1,186 @@
+"""The macOS wheel, built and linked on Linux: `-m macos` selects all that compiles."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.platform != "linux":
+    pytest.skip("the macOS wheel is cross-compiled on Linux only", allow_module_level=True)
+
+import lief
+from sim.macos import build, check, macho, mlx_wheels, providers
+from sim.macos.__main__ import build_and_check
+from sim.macos.errors import MacOSBuildError
+
+PYTHON = f"{sys.version_info.major}{sys.version_info.minor}"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return build_and_check(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    with zipfile.ZipFile(built[0]) as archive:
+        yield archive
+
+
+@pytest.fixture(scope="module")
+def extension(wheel, tmp_path_factory):
+    (name,) = (n for n in wheel.namelist() if n.endswith(".so"))
+    return Path(wheel.extract(name, tmp_path_factory.mktemp("extension")))
+
+
+@pytest.fixture(scope="module")
+def mlx():
+    return mlx_wheels.fetch(build.pinned_mlx())
+
+
+@pytest.mark.macos
+def test_every_symbol_has_a_provider(built):
+    _, count = built
+    assert count[providers.LIBMLX] > 0
+    assert count[providers.LIBCXX] > 0
+    assert count[providers.PYTHON] > 0
+
+
+@pytest.mark.macos
+def test_the_check_accepts_an_extension_made_on_a_mac(mlx):
+    (core,) = mlx.glob("mlx/core.*.so")
+    assert check.undefined_by_provider(core, mlx)[providers.LIBMLX] > 300
+
+
+@pytest.mark.macos
+def test_a_host_call_that_mlx_does_not_have_is_named(built, mlx, tmp_path):
+    """One source calls MLX with an argument more than the function in libmlx takes."""
+    text = (build.REPOSITORY / "csrc/cpu/dispatch.h").read_text()
+    call = "mlx::core::cpu::get_command_encoder(stream)"
+    assert call in text
+    declaration = "namespace mlx::core::cpu { CommandEncoder& get_command_encoder(Stream, int); }"
+    changed = tmp_path / "cpu" / "dispatch.h"
+    changed.parent.mkdir()
+    text = text.replace(call, call.replace("(stream)", "(stream, 0)"))
+    changed.write_text(
+        text.replace("namespace glm_fused", f"{declaration}\nnamespace glm_fused", 1)
+    )
+    broken = relink(build.REPOSITORY / "csrc/cpu/router_topk.cpp", tmp_path)
+    with pytest.raises(MacOSBuildError) as error:
+        check.undefined_by_provider(broken, mlx)
+    assert "needs 1 symbol(s)" in str(error.value)
+    name = "mlx::core::cpu::get_command_encoder(mlx::core::Stream"
+    assert f"\n  {name}, int)\n" in str(error.value)
+    assert f"libmlx has {name})" in str(error.value)
+
+
+def relink(source: Path, headers: Path) -> Path:
+    """The extension with one source compiled anew, headers in `headers` before the project's."""
+    folder = build.work_dir() / "cmake"
+    commands = json.loads((folder / "compile_commands.json").read_text())
+    objects = [c["output"] for c in commands if "_ext.dir" in c["output"]]
+    (command,) = (c for c in commands if c["file"] == str(source))
+    compiler, *flags = shlex.split(command["command"])
+    at = flags.index("-o")
+    new = headers / "changed.o"
+    flags[at + 1] = str(new)
+    env = build.environment()
+    subprocess.run([compiler, f"-I{headers}", *flags], cwd=folder, env=env, check=True)
+    linked = headers / "_ext.so"
+    libmlx = mlx_wheels.fetch(build.pinned_mlx()) / "mlx/lib/libmlx.dylib"
+    others = [o for o in objects if o != command["output"]]
+    stubs = f"-F{build.work_dir() / 'sdk/frameworks'}"
+    link = [compiler, "-bundle", "-o", linked, stubs, "-framework", "Foundation"]
+    link += [new, *others, "libnanobind-static.a", libmlx]
+    subprocess.run(link, cwd=folder, env=env, check=True)
+    return linked
+
+
+@pytest.mark.macos
+def test_the_binary_is_one_that_macos_14_loads(extension, mlx):
+    binary = macho.parse(extension)
+    version = binary.build_version
+    assert version.platform == lief.MachO.BuildVersion.PLATFORMS.MACOS
+    assert list(version.minos) == [14, 0, 0]
+    assert [r.path for r in binary.rpaths] == ["@loader_path/../mlx/lib"]
+    assert binary.has_code_signature  # ad hoc: Apple silicon runs nothing unsigned
+    assert "_PyInit__ext" in macho.exported(binary)
+    # What MLX itself loads is on every Mac that runs it.
+    allowed = {providers.LIBMLX, *macho.libraries(macho.parse(mlx / "mlx/lib/libmlx.dylib"))}
+    assert (
+        {providers.LIBMLX, providers.LIBCXX, providers.LIBSYSTEM}
+        <= set(macho.libraries(binary))
+        <= allowed
+    )
+
+
+@pytest.mark.macos
+def test_no_path_of_this_machine_is_left_in_the_binary(extension):
+    content = extension.read_bytes()
+    for path in (build.REPOSITORY, mlx_wheels.cache_dir(), Path.home(), Path(sys.prefix)):
+        assert str(path).encode() not in content
+
+
+@pytest.mark.macos
+def test_the_file_name_and_its_tags_agree(built, wheel, extension):
+    tag = f"cp{PYTHON}-cp{PYTHON}-macosx_14_0_arm64"
+    (info,) = (n for n in wheel.namelist() if n.endswith(".dist-info/WHEEL"))
+    assert built[0].name.endswith(f"-{tag}.whl")
+    assert f"Tag: {tag}\n" in wheel.read(info).decode()
+    assert "Root-Is-Purelib: false" in wheel.read(info).decode()
+    assert extension.name == f"_ext.cpython-{PYTHON}-darwin.so"
+
+
+@pytest.mark.macos
+def test_the_record_is_true(wheel):
+    (record,) = (n for n in wheel.namelist() if n.endswith(".dist-info/RECORD"))
+    rows = [line.split(",") for line in wheel.read(record).decode().splitlines()]
+    assert {name for name, _, _ in rows} == set(wheel.namelist())
+    for name, digest, size in rows:
+        if name != record:
+            data = wheel.read(name)
+            sha = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+            assert (digest, int(size)) == (f"sha256={sha}", len(data))
+
+
+@pytest.mark.macos
+def test_all_but_the_extension_is_what_linux_gets(wheel, extension, tmp_path):
+    settings = json.dumps({"wheel.cmake": "false", "wheel.platlib": "true"})
+    subprocess.run(
+        [sys.executable, "-c", build.BUILD_WHEEL, tmp_path, settings],
+        cwd=build.REPOSITORY,
+        check=True,
+    )
+    (linux,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(linux) as archive:
+        expected = {n: archive.getinfo(n).CRC for n in archive.namelist()}
+    found = {n: wheel.getinfo(n).CRC for n in wheel.namelist()}
+    assert found.keys() - expected.keys() == {f"glm_fused/{extension.name}"}
+    assert expected.keys() <= found.keys()
+    own = ("/WHEEL", "/RECORD")
+    assert all(found[n] == crc for n, crc in expected.items() if not n.endswith(own))
+
+
+def test_without_a_network_there_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLM_FUSED_MACOS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
+    for variable in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(variable, raising=False)
+    version = build.pinned_mlx()
+    with pytest.raises(MacOSBuildError) as error:
+        mlx_wheels.fetch(version)
+    assert f"cannot download mlx=={version} and mlx-metal=={version}" in str(error.value)
+    assert "needs the network once" in str(error.value)
+    assert str(tmp_path / "cache") in str(error.value)
+    assert list((tmp_path / "cache").iterdir()) == []
