@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from .compiler import executor
@@ -222,7 +221,7 @@ def _report(lib: c.CDLL, handle: int, name: str) -> Report:
     for t in traffic[: count.value]:
         report.traffic[t.buffer] = Traffic(t.read, t.written, t.unique_read, t.unique_written)
     counts = lib.sim_report_counts(handle).contents
-    for field, _ in _Counts._fields_:
+    for field in [entry[0] for entry in _Counts._fields_]:
         setattr(report, field, getattr(counts, field))
     return report
 

@@ -1,1 +1,2 @@
-def check(p): return []
+def check(p):
+    return []

@@ -277,7 +277,9 @@ class _Rewriter:
             target = f"(&{s[at]}) {sizes}" if sizes else f"& {s[at]}"
             pointer = f"(*) {sizes}" if sizes else "*"
             call = f"sim_rt_threadgroup({self.variables}, sizeof({element} {sizes}))"
-            declarations.append(f"__local {element} {target} = *(__local {element} {pointer}){call};")
+            declarations.append(
+                f"__local {element} {target} = *(__local {element} {pointer}){call};"
+            )
             self.variables += 1
         s.replace(i, end + 1, " ".join(declarations))
         return end + 1

@@ -159,7 +159,7 @@ class TokenStream:
         return " ".join(self.texts[start:stop])
 
     def replace(self, start: int, stop: int, text: str) -> None:
-        """Put `text` in place of tokens start … stop-1; the lines after them stay where they are."""
+        """Put `text` in place of tokens start … stop-1; later lines stay where they are."""
         self._edits.append((self.places[start], self.places[stop - 1] + 1, text))
 
     def insert(self, i: int, text: str) -> None:

@@ -75,7 +75,10 @@ def shared_vectors(tokens: int) -> int:
 
 def instance(function: str) -> tuple[str, str]:
     """The host name of a template instance and the line that makes it."""
-    return function, f'template [[host_name("{function}")]] [[kernel]] decltype({function}) {function};\n'
+    return (
+        function,
+        f'template [[host_name("{function}")]] [[kernel]] decltype({function}) {function};\n',
+    )
 
 
 def fused_functions(c: Case) -> tuple[str, str]:

@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """Every barrier, bound and mask of the shaders is needed: without it the tracer or the result
 says so."""
 

@@ -83,7 +83,7 @@ constexpr uint64_t kStack = 64 * 1024;
 void* fresh_stack(uint8_t* top, void (*entry)()) {
 #if defined(__x86_64__)
   auto* at = reinterpret_cast<uint64_t*>(top);
-  *--at = 0; // so that the stack is aligned as after a call
+  *--at = 0;  // so that the stack is aligned as after a call
   *--at = reinterpret_cast<uint64_t>(entry);
   at -= 6;
   memset(at, 0, 6 * sizeof *at);
@@ -95,7 +95,7 @@ void* fresh_stack(uint8_t* top, void (*entry)()) {
   return at;
 }
 
-} // namespace
+}  // namespace
 
 class Stacks {
  public:
@@ -164,7 +164,7 @@ uint8_t* ThreadgroupMemory::variable(uint32_t id, uint64_t size) {
       return nullptr;
     }
     v = {base_ + start, size};
-    top_ = start + size + 64; // a gap, for the tracer to see strays in
+    top_ = start + size + 64;  // a gap, for the tracer to see strays in
     bytes_ += size;
     memset(v.data, 0xff, size);
   }
@@ -505,4 +505,4 @@ void Worker::abandon(const std::string& problem, uintptr_t pc) {
   __builtin_unreachable();
 }
 
-} // namespace sim
+}  // namespace sim

@@ -54,8 +54,8 @@ struct Thread {
   void* stack_pointer;
   Position position;
   Site site;
-  const void* value; // what it brings to an exchange
-  Exchange* exchange; // what it gets back
+  const void* value;   // what it brings to an exchange
+  Exchange* exchange;  // what it gets back
   // How often its memory was put in order with the threadgroup's and the
   // simdgroup's other threads.
   uint32_t group_epoch[2], simd_epoch[2];
@@ -65,11 +65,11 @@ struct Thread {
 struct Launch {
   const sim_kernel* kernel;
   const sim_dispatch* dispatch;
-  std::string library; // its file, and where it is loaded
+  std::string library;  // its file, and where it is loaded
   uintptr_t library_base;
   Memory* memory;
   sim_report* report;
-  Tracer* tracer; // null when untraced
+  Tracer* tracer;  // null when untraced
   uint32_t groups[3];
 };
 
@@ -86,7 +86,7 @@ class ThreadgroupMemory {
   };
   // The variable `id`, made on its first use; null when memory runs out.
   uint8_t* variable(uint32_t id, uint64_t size);
-  void poison(); // before each threadgroup: NaN in every float type
+  void poison();  // before each threadgroup: NaN in every float type
   bool contains(uint64_t address) const {
     return address - uint64_t(base_) < kCapacity;
   }
@@ -98,7 +98,7 @@ class ThreadgroupMemory {
     return bytes_;
   }
   static constexpr uint64_t kCapacity = 128 * 1024;
-  static constexpr uint64_t kLimit = 32 * 1024; // Apple's, for one threadgroup
+  static constexpr uint64_t kLimit = 32 * 1024;  // Apple's, for one threadgroup
 
  private:
   uint8_t* base_;
@@ -147,9 +147,9 @@ class Worker {
   struct Simdgroup {
     uint32_t first, count;
     uint32_t alive, waiting, mask;
-    bool divergent; // its waiting threads came to different calls
+    bool divergent;  // its waiting threads came to different calls
     Site site;
-    int turn; // of the two exchanges, which one is being filled
+    int turn;  // of the two exchanges, which one is being filled
     Exchange exchanges[2];
   };
 
@@ -181,4 +181,4 @@ class Worker {
   static void fiber();
 };
 
-} // namespace sim
+}  // namespace sim
