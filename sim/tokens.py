@@ -139,12 +139,18 @@ class TokenStream:
                 i = self.angle(i)
             elif text in (",", ";", ")", "]", "}") or (text == ":" and nested == 0):
                 break
-            elif text == ">" and self[i + 1] in (",", ";", ")", ">", "::", "{"):
-                break  # no operand follows: it closes template arguments
+            elif text == ">" and self._closes_arguments(i):
+                break
             else:
                 nested += (text == "?") - (text == ":")
             i += 1
         return i
+
+    def _closes_arguments(self, i: int) -> bool:
+        """Whether the `>` at i closes template arguments: no operand follows, as of a shift."""
+        while self[i] == ">":
+            i += 1
+        return self[i] in (",", ";", ")", "::", "{")
 
     def _template_arguments(self, i: int) -> bool:
         """Whether the `<` at i opens a template argument list rather than compares."""
