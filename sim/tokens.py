@@ -137,7 +137,11 @@ class TokenStream:
                 i = self.close(i)
             elif text == "<" and self._template_arguments(i):
                 i = self.angle(i)
-            elif text in (",", ";", ")", "]", "}") or (text == ":" and nested == 0) or (text == ">" and self._closes_arguments(i)):
+            elif (
+                text in (",", ";", ")", "]", "}")
+                or (text == ":" and nested == 0)
+                or (text == ">" and self._closes_arguments(i))
+            ):
                 break
             else:
                 nested += (text == "?") - (text == ":")
