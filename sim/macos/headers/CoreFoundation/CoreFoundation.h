@@ -1,4 +1,5 @@
-// The few names of Apple's header that metal-cpp uses; zig carries no CoreFoundation.
+// The few names of Apple's header that metal-cpp uses; zig carries no
+// CoreFoundation.
 #pragma once
 
 typedef const void* CFTypeRef;
