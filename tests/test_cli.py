@@ -137,7 +137,7 @@ def test_ab_finds_a_difference(capsys, monkeypatch, model):
 
 def test_demo(capsys, monkeypatch, model):
     monkeypatch.setattr(demo, "checkpoint_folder", lambda: model)
-    monkeypatch.setattr("glm_fused.cli._load", lambda path, threads: load_demo(path))
+    monkeypatch.setattr("glm_fused.commands._load", lambda path, threads: load_demo(path))
     code, out, _ = run(capsys, "demo", "--max-tokens", "3", "--prompt", WORDS)
     assert code == 0
     assert WORDS in out
@@ -276,7 +276,7 @@ def test_interrupt_is_quiet(capsys, monkeypatch, model):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("glm_fused.cli._load", interrupt)
+    monkeypatch.setattr("glm_fused.commands._load", interrupt)
     assert run(capsys, *generate(model)) == (130, "", "")
 
 

@@ -7,14 +7,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from glm_fused import load, ops, paths
-from glm_fused.generate import (
-    Options,
-    compare,
-    differing,
-    encode,
-    format_comparison,
-    generate,
-)
+from glm_fused.ab import compare, differing, format_comparison
+from glm_fused.generate import Options, encode, generate
 
 VOCAB = 256
 WORDS = " ".join(f"w{i}" for i in range(3, 43))  # over twice index_topk

@@ -1,6 +1,8 @@
 // The kernels of one instruction set. Included by kernels_<isa>.cpp only.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/kernels.h"
 #include "cpu/planes.h"
 #include "cpu/scales.h"

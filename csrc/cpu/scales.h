@@ -1,6 +1,8 @@
 // Group scales, spread over the lanes that use them.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/kernels.h"
 #include "cpu/simd.h"
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .generate import Options, compare, encode, format_comparison, generate
+from .ab import compare, format_comparison
+from .generate import Options, encode, generate
 from .model import Model
 from .paths import reference_path
 

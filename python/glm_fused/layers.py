@@ -1,5 +1,6 @@
 """Linear layers over ``glm_fused.ops``, with mlx-lm's parameter names and quantization protocol."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import mlx.core as mx
@@ -8,11 +9,12 @@ import mlx.nn as nn
 from . import ops
 
 
-class _Layer(nn.Module):
+class _Layer(nn.Module, ABC):
     """y = x W^T (+ bias), accumulated in float32 and returned in x's dtype."""
 
+    @abstractmethod
     def as_weight(self) -> ops.Weight:
-        raise NotImplementedError
+        """The layer's parameters in the form that the kernels take."""
 
     def __call__(self, x: mx.array) -> mx.array:
         y = ops.quantized_matvec(x, self.as_weight())

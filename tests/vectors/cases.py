@@ -24,40 +24,49 @@ class Case:
 
 
 SPECIAL = {"eos_token_id": [93, 94, 95], "pad_token_id": 93}
-VOCAB = {"vocab_size": 96, "tie_word_embeddings": False}
 N_TEXT_TOKENS = 93  # prompts use ids below the special tokens
+
+
+# What the releases of both families say, and the tiny vocabulary.
+RELEASE = {
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "ep_size": 1,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "moe_layer_freq": 1,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_nextn_predict_layers": 0,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "vocab_size": 96,
+}
+
+
+def _config(**values: Any) -> Config:
+    return dict(sorted((RELEASE | values).items()))
 
 
 def _glm(**sizes: Any) -> Config:
     """What every GLM-5 release says, in the tiny."""
     base = {
         "architectures": ["GlmMoeDsaForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
         "dtype": "float32",
-        "ep_size": 1,
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
         "model_type": "glm_moe_dsa",
-        "moe_layer_freq": 1,
         "n_group": 1,
-        "n_shared_experts": 1,
-        "norm_topk_prob": True,
-        "num_nextn_predict_layers": 0,
+        "num_key_value_heads": sizes["num_attention_heads"],
         "pretraining_tp": 1,
+        "qk_head_dim": sizes["qk_nope_head_dim"] + sizes["qk_rope_head_dim"],
         "rms_norm_eps": 1e-05,
         "rope_interleave": True,
-        "routed_scaling_factor": 2.5,
-        "scoring_func": "sigmoid",
         "topk_group": 1,
         "topk_method": "noaux_tc",
         "transformers_version": "5.15.0",
-        "use_cache": True,
     }
-    config = base | SPECIAL | VOCAB | sizes
-    config["num_key_value_heads"] = config["num_attention_heads"]
-    config["qk_head_dim"] = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
-    return dict(sorted(config.items()))
+    return _config(**(base | SPECIAL | sizes))
 
 
 def _glm52(**sizes: Any) -> Config:
@@ -143,40 +152,31 @@ GLM_PATTERN = _glm52(
     v_head_dim=12,
 )
 
-DEEPSEEK_V32: Config = {
-    "architectures": ["DeepseekV32ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "ep_size": 1,
-    "first_k_dense_replace": 2,
-    "hidden_act": "silu",
-    "hidden_size": 32,
-    "index_head_dim": 24,
-    "index_n_heads": 8,
-    "index_topk": 40,
-    "initializer_range": 0.02,
-    "intermediate_size": 48,
-    "kv_lora_rank": 24,
-    "max_position_embeddings": 2560,
-    "model_type": "deepseek_v32",
-    "moe_intermediate_size": 16,
-    "moe_layer_freq": 1,
-    "n_group": 4,
-    "n_routed_experts": 16,
-    "n_shared_experts": 1,
-    "norm_topk_prob": True,
-    "num_attention_heads": 2,
-    "num_experts_per_tok": 4,
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 2,
-    "num_nextn_predict_layers": 0,
-    "q_lora_rank": 24,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": {
+DEEPSEEK_V32 = _config(
+    architectures=["DeepseekV32ForCausalLM"],
+    bos_token_id=0,
+    eos_token_id=1,
+    first_k_dense_replace=2,
+    hidden_size=32,
+    index_head_dim=24,
+    index_n_heads=8,
+    index_topk=40,
+    intermediate_size=48,
+    kv_lora_rank=24,
+    max_position_embeddings=2560,
+    model_type="deepseek_v32",
+    moe_intermediate_size=16,
+    n_group=4,
+    n_routed_experts=16,
+    num_attention_heads=2,
+    num_experts_per_tok=4,
+    num_hidden_layers=4,
+    num_key_value_heads=2,
+    q_lora_rank=24,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    rms_norm_eps=1e-06,
+    rope_scaling={
         "beta_fast": 32,
         "beta_slow": 1,
         "factor": 40,
@@ -185,20 +185,15 @@ DEEPSEEK_V32: Config = {
         "original_max_position_embeddings": 64,
         "type": "yarn",
     },
-    "rope_theta": 10000,
-    "routed_scaling_factor": 2.5,
-    "scoring_func": "sigmoid",
-    "tie_word_embeddings": False,
-    "topk_group": 2,
-    "topk_method": "noaux_tc",
-    "torch_dtype": "float32",
-    "transformers_version": "4.44.2",
-    "use_cache": True,
-    "v_head_dim": 16,
-    "vocab_size": 96,
-}
+    rope_theta=10000,
+    topk_group=2,
+    topk_method="noaux_tc",
+    torch_dtype="float32",
+    transformers_version="4.44.2",
+    v_head_dim=16,
+)
 
-ODD_SIZES = _glm52(
+_ODD_SIZES = _glm52(
     first_k_dense_replace=3,
     hidden_size=96,
     index_head_dim=12,
@@ -219,8 +214,8 @@ ODD_SIZES = _glm52(
     v_head_dim=12,
 )
 # As transformers saves it: without the keys that its config class does not know.
-for _key in ("ep_size", "moe_layer_freq", "scoring_func", "topk_method", "pretraining_tp"):
-    del ODD_SIZES[_key]
+_UNKNOWN = ("ep_size", "moe_layer_freq", "scoring_func", "topk_method", "pretraining_tp")
+ODD_SIZES = {key: value for key, value in _ODD_SIZES.items() if key not in _UNKNOWN}
 
 FP8 = _glm52(
     dtype="bfloat16",

@@ -102,13 +102,17 @@ def _scaled(name: str, noise: torch.Tensor, case: Case) -> torch.Tensor:
     return weight
 
 
+def _is_quantized(name: str, weight: torch.Tensor) -> bool:
+    return weight.dim() == 2 and not any(part in name for part in NOT_QUANTIZED)
+
+
 def make_weights(case: Case) -> Tensors:
     """The case's fp32 weights; for the FP8 case rounded to bf16 before any quantization."""
     generator = torch.Generator().manual_seed(case.weight_seed)
     tensors = {}
     for name, shape in tensor_shapes(case.config):
         weight = _scaled(name, torch.randn(shape, generator=generator), case)
-        if case.fp8 and weight.dim() == 2 and not any(part in name for part in NOT_QUANTIZED):
+        if case.fp8 and _is_quantized(name, weight):
             blocks = [math.ceil(size / BLOCK) for size in shape]
             exponents = torch.randint(-2, 2, blocks, generator=generator)
             weight *= _spread(torch.exp2(exponents), shape)
@@ -137,12 +141,12 @@ def quantize_fp8(tensors: Tensors) -> Tensors:
     for name, weight in tensors.items():
         if name.endswith("e_score_correction_bias"):
             stored[name] = weight
-        elif weight.dim() != 2 or any(part in name for part in NOT_QUANTIZED):
-            stored[name] = weight.bfloat16()
-        else:
+        elif _is_quantized(name, weight):
             scales = _block_scales(weight)
             stored[name] = (weight / _spread(scales, weight.shape)).to(torch.float8_e4m3fn)
             stored[name + "_scale_inv"] = scales
+        else:
+            stored[name] = weight.bfloat16()
     return stored
 
 

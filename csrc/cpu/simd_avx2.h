@@ -1,0 +1,167 @@
+// The lanes of simd.h on AVX2: two registers. Included by simd.h only.
+#pragma once
+
+#include <immintrin.h>
+
+namespace {
+
+struct F16 {
+  __m256 a, b;
+};
+struct U16 {
+  __m256i a, b;
+};
+
+GLM_INLINE F16 zero() {
+  return {_mm256_setzero_ps(), _mm256_setzero_ps()};
+}
+GLM_INLINE F16 load(const float* p) {
+  return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+}
+GLM_INLINE void store(float* p, F16 v) {
+  _mm256_storeu_ps(p, v.a);
+  _mm256_storeu_ps(p + 8, v.b);
+}
+GLM_INLINE F16 splat(float v) {
+  return {_mm256_set1_ps(v), _mm256_set1_ps(v)};
+}
+GLM_INLINE F16 add(F16 x, F16 y) {
+  return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)};
+}
+GLM_INLINE F16 mul(F16 x, F16 y) {
+  return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)};
+}
+GLM_INLINE F16 fma(F16 x, F16 y, F16 z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+GLM_INLINE U16 load_words(const void* p) {
+  const auto* q = static_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+template <int n>
+GLM_INLINE U16 shift_right(U16 v) {
+  if constexpr (n == 0) {
+    return v;
+  } else {
+    return {_mm256_srli_epi32(v.a, n), _mm256_srli_epi32(v.b, n)};
+  }
+}
+template <int n>
+GLM_INLINE U16 shift_left(U16 v) {
+  return {_mm256_slli_epi32(v.a, n), _mm256_slli_epi32(v.b, n)};
+}
+GLM_INLINE U16 bits_and(U16 v, uint32_t m) {
+  const __m256i k = _mm256_set1_epi32(static_cast<int>(m));
+  return {_mm256_and_si256(v.a, k), _mm256_and_si256(v.b, k)};
+}
+GLM_INLINE U16 bits_or(U16 x, U16 y) {
+  return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)};
+}
+GLM_INLINE U16 add_words(U16 v, uint32_t n) {
+  const __m256i k = _mm256_set1_epi32(static_cast<int>(n));
+  return {_mm256_add_epi32(v.a, k), _mm256_add_epi32(v.b, k)};
+}
+GLM_INLINE F16 to_float(U16 v) {
+  return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)};
+}
+GLM_INLINE F16 as_float(U16 v) {
+  return {_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)};
+}
+GLM_INLINE F16 half_to_float(U16 v) {
+  const auto narrow = [](__m256i w) {
+    const __m256i low = _mm256_and_si256(w, _mm256_set1_epi32(0xffff));
+    const __m256i p = _mm256_packus_epi32(low, low);
+    const __m256i q = _mm256_permute4x64_epi64(p, 0x08);
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(q));
+  };
+  return {narrow(v.a), narrow(v.b)};
+}
+struct Table16 {
+  __m256 low, high;
+  GLM_INLINE explicit Table16(const float* v)
+      : low(_mm256_loadu_ps(v)), high(_mm256_loadu_ps(v + 8)) {}
+  GLM_INLINE __m256 lookup(__m256i i) const {
+    // Bit 3 of the index, moved to the sign, picks the upper half.
+    const __m256 pick = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28));
+    return _mm256_blendv_ps(
+        _mm256_permutevar8x32_ps(low, i),
+        _mm256_permutevar8x32_ps(high, i),
+        pick);
+  }
+  GLM_INLINE F16 operator()(U16 index) const {
+    return {lookup(index.a), lookup(index.b)};
+  }
+};
+struct Shuffle {
+  __m256i a, b;
+  GLM_INLINE explicit Shuffle(const uint8_t* c)
+      : a(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(c))),
+        b(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(c + 32))) {}
+  GLM_INLINE U16 operator()(const uint8_t* p) const {
+    const auto* q = reinterpret_cast<const __m128i*>(p);
+    const __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128(q));
+    return {_mm256_shuffle_epi8(v, a), _mm256_shuffle_epi8(v, b)};
+  }
+};
+GLM_INLINE U16 max_words(U16 v, uint32_t n) {
+  const __m256i k = _mm256_set1_epi32(static_cast<int>(n));
+  return {_mm256_max_epu32(v.a, k), _mm256_max_epu32(v.b, k)};
+}
+GLM_INLINE void
+split_pairs(__m256i a, __m256i b, __m256i& first, __m256i& second) {
+  const __m256 x = _mm256_castsi256_ps(a), y = _mm256_castsi256_ps(b);
+  const __m256 even = _mm256_shuffle_ps(x, y, 0x88);
+  const __m256 odd = _mm256_shuffle_ps(x, y, 0xdd);
+  first = _mm256_permute4x64_epi64(_mm256_castps_si256(even), 0xd8);
+  second = _mm256_permute4x64_epi64(_mm256_castps_si256(odd), 0xd8);
+}
+GLM_INLINE void load_pairs(const uint8_t* p, U16& first, U16& second) {
+  const auto* q = reinterpret_cast<const __m256i*>(p);
+  split_pairs(
+      _mm256_loadu_si256(q), _mm256_loadu_si256(q + 1), first.a, second.a);
+  split_pairs(
+      _mm256_loadu_si256(q + 2), _mm256_loadu_si256(q + 3), first.b, second.b);
+}
+template <int stride>
+GLM_INLINE U16 load_strided(const uint8_t* p) {
+  const __m256i at = _mm256_mullo_epi32(
+      _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), _mm256_set1_epi32(stride));
+  const auto* a = reinterpret_cast<const int*>(p);
+  const auto* b = reinterpret_cast<const int*>(p + 8 * stride);
+  return {_mm256_i32gather_epi32(a, at, 1), _mm256_i32gather_epi32(b, at, 1)};
+}
+GLM_INLINE void load_quads(const uint8_t* p, F16 out[4]) {
+  U16 low[2], high[2];  // the first and second pair of values of every lane
+  for (int h = 0; h < 2; h++) {
+    const auto* q = reinterpret_cast<const __m256i*>(p + 128 * h);
+    __m256i e[2], o[2];
+    for (int j = 0; j < 2; j++) {
+      split_pairs(
+          _mm256_loadu_si256(q + 2 * j),
+          _mm256_loadu_si256(q + 2 * j + 1),
+          e[j],
+          o[j]);
+    }
+    __m256i v[4];
+    split_pairs(e[0], e[1], v[0], v[2]);
+    split_pairs(o[0], o[1], v[1], v[3]);
+    (h ? low[0].b : low[0].a) = v[0];
+    (h ? low[1].b : low[1].a) = v[1];
+    (h ? high[0].b : high[0].a) = v[2];
+    (h ? high[1].b : high[1].a) = v[3];
+  }
+  out[0] = as_float(low[0]);
+  out[1] = as_float(low[1]);
+  out[2] = as_float(high[0]);
+  out[3] = as_float(high[1]);
+}
+GLM_INLINE float butterfly_sum(F16 low, F16 high) {
+  const F16 s = add(low, high);
+  const __m256 q = _mm256_add_ps(s.a, s.b);
+  const __m128 o =
+      _mm_add_ps(_mm256_castps256_ps128(q), _mm256_extractf128_ps(q, 1));
+  const __m128 t = _mm_add_ps(o, _mm_movehl_ps(o, o));
+  return _mm_cvtss_f32(_mm_add_ss(t, _mm_shuffle_ps(t, t, 1)));
+}
+
+}  // namespace

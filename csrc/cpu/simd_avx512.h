@@ -1,0 +1,131 @@
+// The lanes of simd.h on AVX-512: one register. Included by simd.h only.
+#pragma once
+
+#include <immintrin.h>
+
+namespace {
+
+using F16 = __m512;
+using U16 = __m512i;
+
+GLM_INLINE F16 zero() {
+  return _mm512_setzero_ps();
+}
+GLM_INLINE F16 load(const float* p) {
+  return _mm512_loadu_ps(p);
+}
+GLM_INLINE void store(float* p, F16 a) {
+  _mm512_storeu_ps(p, a);
+}
+GLM_INLINE F16 splat(float a) {
+  return _mm512_set1_ps(a);
+}
+GLM_INLINE F16 add(F16 a, F16 b) {
+  return _mm512_add_ps(a, b);
+}
+GLM_INLINE F16 mul(F16 a, F16 b) {
+  return _mm512_mul_ps(a, b);
+}
+GLM_INLINE F16 fma(F16 a, F16 b, F16 c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+GLM_INLINE U16 load_words(const void* p) {
+  return _mm512_loadu_si512(p);
+}
+template <int n>
+GLM_INLINE U16 shift_right(U16 a) {
+  if constexpr (n == 0) {
+    return a;
+  } else {
+    return _mm512_srli_epi32(a, n);
+  }
+}
+template <int n>
+GLM_INLINE U16 shift_left(U16 a) {
+  return _mm512_slli_epi32(a, n);
+}
+GLM_INLINE U16 bits_and(U16 a, uint32_t m) {
+  return _mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(m)));
+}
+GLM_INLINE U16 bits_or(U16 a, U16 b) {
+  return _mm512_or_si512(a, b);
+}
+GLM_INLINE U16 add_words(U16 a, uint32_t n) {
+  return _mm512_add_epi32(a, _mm512_set1_epi32(static_cast<int>(n)));
+}
+GLM_INLINE F16 to_float(U16 a) {
+  return _mm512_cvtepi32_ps(a);
+}
+GLM_INLINE F16 as_float(U16 a) {
+  return _mm512_castsi512_ps(a);
+}
+GLM_INLINE F16 half_to_float(U16 a) {
+  return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a));
+}
+// vpermps reads only the low four bits of the index.
+struct Table16 {
+  __m512 t;
+  GLM_INLINE explicit Table16(const float* v) : t(_mm512_loadu_ps(v)) {}
+  GLM_INLINE F16 operator()(U16 index) const {
+    return _mm512_permutexvar_ps(index, t);
+  }
+};
+struct Shuffle {
+  __m512i control;
+  GLM_INLINE explicit Shuffle(const uint8_t* c)
+      : control(_mm512_loadu_si512(c)) {}
+  GLM_INLINE U16 operator()(const uint8_t* p) const {
+    const auto* q = reinterpret_cast<const __m128i*>(p);
+    return _mm512_shuffle_epi8(
+        _mm512_broadcast_i32x4(_mm_loadu_si128(q)), control);
+  }
+};
+GLM_INLINE U16 max_words(U16 a, uint32_t n) {
+  return _mm512_max_epu32(a, _mm512_set1_epi32(static_cast<int>(n)));
+}
+GLM_INLINE void load_pairs(const uint8_t* p, U16& first, U16& second) {
+  const __m512i a = _mm512_loadu_si512(p);
+  const __m512i b = _mm512_loadu_si512(p + 64);
+  const __m512i even = _mm512_set_epi32(
+      30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odd = _mm512_set_epi32(
+      31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  first = _mm512_permutex2var_epi32(a, even, b);
+  second = _mm512_permutex2var_epi32(a, odd, b);
+}
+template <int stride>
+GLM_INLINE U16 load_strided(const uint8_t* p) {
+  const __m512i at = _mm512_mullo_epi32(
+      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+      _mm512_set1_epi32(stride));
+  return _mm512_i32gather_epi32(at, p, 1);
+}
+GLM_INLINE void load_quads(const uint8_t* p, F16 out[4]) {
+  const auto* f = reinterpret_cast<const float*>(p);
+  const __m512 a = _mm512_loadu_ps(f), b = _mm512_loadu_ps(f + 16);
+  const __m512 c = _mm512_loadu_ps(f + 32), d = _mm512_loadu_ps(f + 48);
+  const __m512i even = _mm512_set_epi32(
+      30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odd = _mm512_set_epi32(
+      31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  const __m512 ab02 = _mm512_permutex2var_ps(a, even, b);
+  const __m512 ab13 = _mm512_permutex2var_ps(a, odd, b);
+  const __m512 cd02 = _mm512_permutex2var_ps(c, even, d);
+  const __m512 cd13 = _mm512_permutex2var_ps(c, odd, d);
+  out[0] = _mm512_permutex2var_ps(ab02, even, cd02);
+  out[2] = _mm512_permutex2var_ps(ab02, odd, cd02);
+  out[1] = _mm512_permutex2var_ps(ab13, even, cd13);
+  out[3] = _mm512_permutex2var_ps(ab13, odd, cd13);
+}
+GLM_INLINE float butterfly_sum(F16 low, F16 high) {
+  const __m512 s = _mm512_add_ps(low, high);
+  const __m256 q = _mm256_add_ps(
+      _mm512_castps512_ps256(s),
+      _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(s), 1)));
+  const __m128 o =
+      _mm_add_ps(_mm256_castps256_ps128(q), _mm256_extractf128_ps(q, 1));
+  const __m128 t = _mm_add_ps(o, _mm_movehl_ps(o, o));
+  return _mm_cvtss_f32(_mm_add_ss(t, _mm_shuffle_ps(t, t, 1)));
+}
+
+}  // namespace
