@@ -69,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check = commands.add_parser("lint", help="what clang accepts and Apple's compiler would not")
     check.add_argument("files", nargs="+")
     check.set_defaults(run=_lint)
-    runtime = commands.add_parser("runtime", help="print the executor's path, building it if needed")
+    runtime = commands.add_parser(
+        "runtime", help="print the executor's path, building it if needed"
+    )
     runtime.set_defaults(run=_runtime)
     options = parser.parse_args(arguments)
     return int(options.run(options))

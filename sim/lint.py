@@ -108,8 +108,10 @@ def recursion(o: Outline) -> Problems:
     for key, calls in called.items():
         for callee, at in calls.items():
             if _reaches(called, callee, key):
-                yield at, f"recursion: {key[0]} calls itself" + (
-                    f" through {callee[0]}" if callee != key else ""
+                yield (
+                    at,
+                    f"recursion: {key[0]} calls itself"
+                    + (f" through {callee[0]}" if callee != key else ""),
                 )
 
 
@@ -142,9 +144,9 @@ def refused_words(o: Outline) -> Problems:
 def lambdas(o: Outline) -> Problems:
     s = o.stream
     for i in range(len(s)):
-        if s[i] == "[" and s[i - 1] in ("=", "(", ",", "return", "{", ";"):
-            if s[s.close(i) + 1] in ("(", "{"):
-                yield i, "lambda: only Metal 4 has them"
+        value = s[i] == "[" and s[i - 1] in ("=", "(", ",", "return", "{", ";")
+        if value and s[s.close(i) + 1] in ("(", "{"):
+            yield i, "lambda: only Metal 4 has them"
 
 
 def mutable_globals(o: Outline) -> Problems:
@@ -167,12 +169,15 @@ def threadgroup_size(o: Outline) -> Problems:
     values = _constants(o)
     for f in o.functions:
         sizes = [
-            _bytes(o.stream.texts[first:end], values)
+            _bytes(o, first, end, values)
             for _, first, end in o.statements
             if f.kernel and f.body[0] <= first < f.body[1]
         ]
         if sum(sizes) > _LIMIT:
-            yield f.body[0] - 1, f"kernel {f.name}: {sum(sizes)} bytes of threadgroup memory, over 32768"
+            yield (
+                f.body[0] - 1,
+                f"kernel {f.name}: {sum(sizes)} bytes of threadgroup memory, over 32768",
+            )
 
 
 def _constants(o: Outline) -> dict[str, int]:
@@ -187,13 +192,18 @@ def _constants(o: Outline) -> dict[str, int]:
     return values
 
 
-def _bytes(words: list[str], values: dict[str, int]) -> int:
-    """Size of `threadgroup T x[a][b]`; 0 where it is not known."""
-    if words[0] != "threadgroup" or "[" not in words or {"*", "&", "="} & set(words[:3]):
+def _bytes(o: Outline, first: int, end: int, values: dict[str, int]) -> int:
+    """Size of what `threadgroup T x[a][b], y[c]` declares; 0 where it is not known."""
+    words = o.stream.texts[first:end]
+    if words[0] != "threadgroup" or {"*", "&", "="} & set(words[:3]):
         return 0
-    total = _BYTES.get(words[1], 0) or 4 * _vector(words[1])
-    for size in re.findall(r"\[ (.*?) \]", " ".join(words)):
-        total *= _number(size, values) or 0
+    element = _BYTES.get(words[1], 0) or 4 * _vector(words[1])
+    total = 0
+    for piece in o.stream.split(first, end):
+        size = element
+        for count in re.findall(r"\[ (.*?) \]", o.stream.text(*piece)):
+            size *= _number(count, values) or 0
+        total += size
     return total
 
 
@@ -229,12 +239,12 @@ def check_text(text: str, file: str = "source.metal") -> list[str]:
         outline = Outline.of(text, file)
     except SyntaxProblem as problem:
         return [str(problem)]
-    found = {(outline.stream.token(i).line, message) for rule in RULES for i, message in rule(outline)}
+    found = {
+        (outline.stream.token(i).line, message) for rule in RULES for i, message in rule(outline)
+    }
     return [f"{file}:{line}: {message}" for line, message in sorted(found)]
 
 
 def check(path: Path) -> list[str]:
     """The problems of a shader file; see check_text."""
     return check_text(path.read_text(), str(path))
-
-

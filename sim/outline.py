@@ -112,7 +112,11 @@ class Outline:
         if scope in ("function", "kernel"):
             # Before the brace of a block or an initialiser: a control statement or a declaration.
             if s[i - 1] not in (")", "else", "do", "{", "}", ";", ":"):
-                return closing + 1 if s[closing + 1] != ";" else self._initialised(scope, first, closing)
+                return (
+                    closing + 1
+                    if s[closing + 1] != ";"
+                    else self._initialised(scope, first, closing)
+                )
             self._scan(scope, *inside)
         elif "namespace" in words or s[first] == "extern":
             self._scan("namespace", *inside)
@@ -137,9 +141,9 @@ class Outline:
         s = self.stream
         i = first
         while i < end and s[i] != "=":
-            if s[i] == "(" and s[i - 1] not in _NOT_FUNCTIONS:
-                if s[i - 1].isidentifier() or "operator" in s.texts[max(first, i - 4) : i]:
-                    return i
+            named = s[i - 1].isidentifier() or "operator" in s.texts[max(first, i - 4) : i]
+            if s[i] == "(" and named and s[i - 1] not in _NOT_FUNCTIONS:
+                return i
             if s[i] in ("(", "[", "[[", "{"):
                 i = s.close(i)
             elif s[i] == "<" and s[i - 1] == "template":

@@ -83,13 +83,13 @@ class TokenStream:
                 opener = stack.pop()[1]
                 partner[opener] = i  # of `[[`, the second closer comes last and stays
                 partner[i] = opener
+        if stack:
+            token = self.token(stack[-1][1])
+            raise SyntaxProblem(f"{token.file}:{token.line}: {token.text!r} is never closed")
         return partner
 
     def close(self, i: int) -> int:
-        """The position that closes the bracket at i."""
-        if i not in self.partner:
-            token = self.token(i)
-            raise SyntaxProblem(f"{token.file}:{token.line}: {token.text!r} is never closed")
+        """The position that closes the bracket at i, or opens the one closed there."""
         return self.partner[i]
 
     def angle(self, i: int) -> int:
@@ -159,7 +159,7 @@ class TokenStream:
         return " ".join(self.texts[start:stop])
 
     def replace(self, start: int, stop: int, text: str) -> None:
-        """Put `text` in place of tokens start … stop-1; the lines after them stay where they are."""
+        """Put `text` in place of tokens start … stop-1; later lines stay where they are."""
         self._edits.append((self.places[start], self.places[stop - 1] + 1, text))
 
     def insert(self, i: int, text: str) -> None:

@@ -7,9 +7,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from sim_support import DTYPES, TOLERANCE, Array, bits, empty, error, number, wide
-
 import sim
+from sim_support import DTYPES, TOLERANCE, Array, bits, empty, error, number, wide
 
 HEADERS = "\n".join(
     f'#include "mlx/backend/metal/kernels/{name}.h"'
@@ -128,7 +127,9 @@ def test_matmul_by_simdgroup_matrices(affine: sim.Library, dtype: str) -> None:
     assert error(wide(y, dtype), wide(x) @ weight.T) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("mode", "dtype"), [("mxfp4", "float"), ("mxfp8", "bfloat16_t"), ("nvfp4", "bfloat16_t")])
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("mxfp4", "float"), ("mxfp8", "bfloat16_t"), ("nvfp4", "bfloat16_t")]
+)
 def test_floating_point_weights(floating: sim.Library, mode: str, dtype: str) -> None:
     n, k = 64, 1024
     (w, scales), weight = quantized((n, k), dtype, mode=mode)

@@ -7,9 +7,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from sim_support import Array, bits, empty, error, number, wide
-
 import sim
+from sim_support import Array, bits, empty, error, number, wide
 
 # FIX chooses the correct twin. Each kernel: two buffers of floats, one thread per element.
 KERNELS = """

@@ -5,12 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+import sim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from sim_support import Array, wide
-
-import sim
 
 CONVERSIONS = """
 #include <metal_stdlib>
@@ -165,8 +164,15 @@ def test_conversions_and_bfloat_arithmetic(
 
 def test_vectors_and_structs(library: dict[str, sim.Library]) -> None:
     x = np.random.default_rng(0).standard_normal((5, 4)).astype("f4")
-    params = np.zeros(1, [("shape", "i4", 2), ("_", "V8"), ("scale", "f4", 4), ("shift", "f4", 3), ("flag", "u4")])
-    params["shape"], params["scale"], params["shift"], params["flag"] = (9, 8), [1, 2, 3, 4], [5, 6, 7], 1
+    params = np.zeros(
+        1, [("shape", "i4", 2), ("_", "V8"), ("scale", "f4", 4), ("shift", "f4", 3), ("flag", "u4")]
+    )
+    params["shape"], params["scale"], params["shift"], params["flag"] = (
+        (9, 8),
+        [1, 2, 3, 4],
+        [5, 6, 7],
+        1,
+    )
     out, packed = np.zeros((5, 3, 4), "f4"), np.zeros((5, 3), "f4")
     smaller, halves = np.zeros((5, 4), "?"), np.zeros((5, 2), "u4")
     arrays = [x, params, out, packed, smaller, halves]

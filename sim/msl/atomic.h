@@ -63,51 +63,51 @@ MSL_FUNC T msl_atomic(uint op, ulong address, T value) {
       sim_rt_atomic(op, msl_atomic_type<T>, address, msl_to_bits(value)));
 }
 
-#define MSL_FETCH(space, name)                          \
-  template <typename T, typename U>                     \
-  MSL_FUNC T atomic_fetch_##name##_explicit(          \
-      space atomic<T>* object, U value, memory_order) { \
+#define MSL_FETCH(space, name)                                     \
+  template <typename T, typename U>                                \
+  MSL_FUNC T atomic_fetch_##name##_explicit(                       \
+      space atomic<T>* object, U value, memory_order) {            \
     return msl_atomic(msl_atomic_##name, (ulong)object, T(value)); \
   }
-#define MSL_ATOMICS(space)                                                \
-  template <typename T>                                                   \
-  MSL_FUNC T atomic_load_explicit(                                      \
-      const space atomic<T>* object, memory_order) {                      \
-    return msl_atomic(msl_atomic_load, (ulong)object, T(0));              \
-  }                                                                       \
-  template <typename T, typename U>                                       \
-  MSL_FUNC void atomic_store_explicit(                                  \
-      space atomic<T>* object, U value, memory_order) {                   \
-    msl_atomic(msl_atomic_store, (ulong)object, T(value));                \
-  }                                                                       \
-  template <typename T, typename U>                                       \
-  MSL_FUNC T atomic_exchange_explicit(                                  \
-      space atomic<T>* object, U value, memory_order) {                   \
-    return msl_atomic(msl_atomic_exchange, (ulong)object, T(value));      \
-  }                                                                       \
-  template <typename T, typename U>                                       \
-  MSL_FUNC bool atomic_compare_exchange_weak_explicit(                  \
-      space atomic<T>* object,                                            \
-      thread T* expected,                                                 \
-      U desired,                                                          \
-      memory_order,                                                       \
-      memory_order) {                                                     \
-    ulong found = msl_to_bits(*expected);                                 \
-    bool done = sim_rt_compare_exchange(                                  \
-        sizeof(T), (ulong)object, &found, msl_to_bits(T(desired)));       \
-    *expected = msl_from_bits<T>(found);                                  \
-    return done;                                                          \
-  }                                                                       \
-  MSL_FETCH(space, add)                                                   \
-  MSL_FETCH(space, sub)                                                   \
-  MSL_FETCH(space, max)                                                   \
-  MSL_FETCH(space, min)                                                   \
-  MSL_FETCH(space, and)                                                   \
-  MSL_FETCH(space, or)                                                    \
+#define MSL_ATOMICS(space)                                           \
+  template <typename T>                                              \
+  MSL_FUNC T atomic_load_explicit(                                   \
+      const space atomic<T>* object, memory_order) {                 \
+    return msl_atomic(msl_atomic_load, (ulong)object, T(0));         \
+  }                                                                  \
+  template <typename T, typename U>                                  \
+  MSL_FUNC void atomic_store_explicit(                               \
+      space atomic<T>* object, U value, memory_order) {              \
+    msl_atomic(msl_atomic_store, (ulong)object, T(value));           \
+  }                                                                  \
+  template <typename T, typename U>                                  \
+  MSL_FUNC T atomic_exchange_explicit(                               \
+      space atomic<T>* object, U value, memory_order) {              \
+    return msl_atomic(msl_atomic_exchange, (ulong)object, T(value)); \
+  }                                                                  \
+  template <typename T, typename U>                                  \
+  MSL_FUNC bool atomic_compare_exchange_weak_explicit(               \
+      space atomic<T>* object,                                       \
+      thread T* expected,                                            \
+      U desired,                                                     \
+      memory_order,                                                  \
+      memory_order) {                                                \
+    ulong found = msl_to_bits(*expected);                            \
+    bool done = sim_rt_compare_exchange(                             \
+        sizeof(T), (ulong)object, &found, msl_to_bits(T(desired)));  \
+    *expected = msl_from_bits<T>(found);                             \
+    return done;                                                     \
+  }                                                                  \
+  MSL_FETCH(space, add)                                              \
+  MSL_FETCH(space, sub)                                              \
+  MSL_FETCH(space, max)                                              \
+  MSL_FETCH(space, min)                                              \
+  MSL_FETCH(space, and)                                              \
+  MSL_FETCH(space, or)                                               \
   MSL_FETCH(space, xor)
 MSL_ATOMICS(device)
 MSL_ATOMICS(threadgroup)
 #undef MSL_ATOMICS
 #undef MSL_FETCH
 
-} // namespace metal
+}  // namespace metal

@@ -74,26 +74,24 @@ constexpr constant bool msl_bfloat_float_pair =
     (__is_same(A, bfloat) && __is_floating_point(B)) ||
     (__is_floating_point(A) && __is_same(B, bfloat));
 
-#define MSL_BFLOAT_ARITHMETIC(op)                                             \
-  template <                                                                  \
-      typename A,                                                             \
-      typename B,                                                             \
-      enable_if_t<msl_bfloat_pair<A, B>, int> = 0>                            \
-  MSL_FUNC constexpr bfloat operator op(A a, B b) {                         \
-    return bfloat((float)a op(float) b);                                      \
-  }                                                                           \
-  template <                                                                  \
-      typename A,                                                             \
-      typename B,                                                             \
-      enable_if_t<msl_bfloat_float_pair<A, B>, int> = 0>                      \
-  MSL_FUNC constexpr float operator op(A a, B b) {                          \
-    return (float)a op(float) b;                                              \
-  }                                                                           \
-  template <                                                                  \
-      typename B,                                                             \
-      enable_if_t<msl_bfloat_pair<bfloat, B>, int> = 0>                       \
-  MSL_FUNC constexpr bfloat& operator op##=(bfloat & a, B b) {              \
-    return a = a op b;                                                        \
+#define MSL_BFLOAT_ARITHMETIC(op)                                         \
+  template <                                                              \
+      typename A,                                                         \
+      typename B,                                                         \
+      enable_if_t<msl_bfloat_pair<A, B>, int> = 0>                        \
+  MSL_FUNC constexpr bfloat operator op(A a, B b) {                       \
+    return bfloat((float)a op(float) b);                                  \
+  }                                                                       \
+  template <                                                              \
+      typename A,                                                         \
+      typename B,                                                         \
+      enable_if_t<msl_bfloat_float_pair<A, B>, int> = 0>                  \
+  MSL_FUNC constexpr float operator op(A a, B b) {                        \
+    return (float)a op(float) b;                                          \
+  }                                                                       \
+  template <typename B, enable_if_t<msl_bfloat_pair<bfloat, B>, int> = 0> \
+  MSL_FUNC constexpr bfloat& operator op## = (bfloat & a, B b) {          \
+    return a = a op b;                                                    \
   }
 MSL_BFLOAT_ARITHMETIC(+)
 MSL_BFLOAT_ARITHMETIC(-)
@@ -101,15 +99,14 @@ MSL_BFLOAT_ARITHMETIC(*)
 MSL_BFLOAT_ARITHMETIC(/)
 #undef MSL_BFLOAT_ARITHMETIC
 
-#define MSL_BFLOAT_COMPARE(op)                                        \
-  template <                                                          \
-      typename A,                                                     \
-      typename B,                                                     \
-      enable_if_t<                                                    \
-          msl_bfloat_pair<A, B> || msl_bfloat_float_pair<A, B>,       \
-          int> = 0>                                                   \
-  MSL_FUNC constexpr bool operator op(A a, B b) {                   \
-    return (float)a op(float) b;                                      \
+#define MSL_BFLOAT_COMPARE(op)                                                 \
+  template <                                                                   \
+      typename A,                                                              \
+      typename B,                                                              \
+      enable_if_t<msl_bfloat_pair<A, B> || msl_bfloat_float_pair<A, B>, int> = \
+          0>                                                                   \
+  MSL_FUNC constexpr bool operator op(A a, B b) {                              \
+    return (float)a op(float) b;                                               \
   }
 MSL_BFLOAT_COMPARE(==)
 MSL_BFLOAT_COMPARE(!=)
@@ -129,6 +126,6 @@ MSL_FUNC constexpr bool operator!(bfloat a) {
   return (float)a == 0.0f;
 }
 
-} // namespace metal
+}  // namespace metal
 
 using metal::bfloat;

@@ -9,13 +9,13 @@
 #define __METAL_PRECISE_MATH__ 2
 
 // The __metal_* names are what MLX's bf16_math.h builds its overloads on.
-#define MSL_FLOAT_1(name, value)                      \
+#define MSL_FLOAT_1(name, value)                    \
   MSL_FUNC float __metal_##name(float x, int = 0) { \
-    return value;                                     \
+    return value;                                   \
   }
-#define MSL_FLOAT_2(name, value)                               \
+#define MSL_FLOAT_2(name, value)                             \
   MSL_FUNC float __metal_##name(float x, float y, int = 0) { \
-    return value;                                              \
+    return value;                                            \
   }
 #define MSL_LIBM_1(name) MSL_FLOAT_1(name, __builtin_##name##f(x))
 #define MSL_LIBM_2(name) MSL_FLOAT_2(name, __builtin_##name##f(x, y))
@@ -74,8 +74,7 @@ MSL_FUNC float __metal_fmin3(float x, float y, float z, int = 0) {
   return __metal_fmin(x, __metal_fmin(y, z));
 }
 MSL_FUNC float __metal_fmedian3(float x, float y, float z, int = 0) {
-  return __metal_fmax(
-      __metal_fmin(x, y), __metal_fmin(__metal_fmax(x, y), z));
+  return __metal_fmax(__metal_fmin(x, y), __metal_fmin(__metal_fmax(x, y), z));
 }
 MSL_FUNC float __metal_ldexp(float x, int k, int = 0) {
   return __builtin_ldexpf(x, k);
@@ -87,42 +86,44 @@ MSL_FUNC float __metal_frexp(float x, thread int* exponent) {
   return r;
 }
 
+// clang-format off
 #define MSL_EACH_1(X)                                                        \
   X(acos) X(acosh) X(asin) X(asinh) X(atan) X(atanh) X(ceil) X(cos) X(cosh)  \
   X(cospi) X(exp) X(exp10) X(exp2) X(fabs) X(floor) X(fract) X(log) X(log10) \
   X(log2) X(rint) X(round) X(rsqrt) X(sin) X(sinh) X(sinpi) X(sqrt) X(tan)   \
   X(tanh) X(tanpi) X(trunc)
-#define MSL_EACH_2(X)                                                      \
-  X(atan2) X(copysign) X(divide) X(fdim) X(fmax) X(fmin) X(fmod)           \
+#define MSL_EACH_2(X)                                            \
+  X(atan2) X(copysign) X(divide) X(fdim) X(fmax) X(fmin) X(fmod) \
   X(nextafter) X(pow) X(powr)
+// clang-format on
 
-#define MSL_MATH_1(name)                              \
-  MSL_FUNC float name(float x) {                    \
-    return __metal_##name(x);                         \
-  }                                                   \
-  MSL_FUNC half name(half x) {                      \
-    return (half)__metal_##name((float)x);            \
-  }                                                   \
-  template <typename T, int N>                        \
+#define MSL_MATH_1(name)                               \
+  MSL_FUNC float name(float x) {                       \
+    return __metal_##name(x);                          \
+  }                                                    \
+  MSL_FUNC half name(half x) {                         \
+    return (half)__metal_##name((float)x);             \
+  }                                                    \
+  template <typename T, int N>                         \
   MSL_FUNC metal::vec<T, N> name(metal::vec<T, N> x) { \
-    for (int i = 0; i < N; i++) {                     \
-      x.data[i] = name(x.data[i]);                    \
-    }                                                 \
-    return x;                                         \
+    for (int i = 0; i < N; i++) {                      \
+      x.data[i] = name(x.data[i]);                     \
+    }                                                  \
+    return x;                                          \
   }
-#define MSL_MATH_2(name)                                                    \
-  MSL_FUNC float name(float x, float y) {                                 \
-    return __metal_##name(x, y);                                            \
-  }                                                                         \
-  MSL_FUNC half name(half x, half y) {                                    \
-    return (half)__metal_##name((float)x, (float)y);                        \
-  }                                                                         \
-  template <typename T, int N>                                              \
+#define MSL_MATH_2(name)                                                   \
+  MSL_FUNC float name(float x, float y) {                                  \
+    return __metal_##name(x, y);                                           \
+  }                                                                        \
+  MSL_FUNC half name(half x, half y) {                                     \
+    return (half)__metal_##name((float)x, (float)y);                       \
+  }                                                                        \
+  template <typename T, int N>                                             \
   MSL_FUNC metal::vec<T, N> name(metal::vec<T, N> x, metal::vec<T, N> y) { \
-    for (int i = 0; i < N; i++) {                                           \
-      x.data[i] = name(x.data[i], y.data[i]);                               \
-    }                                                                       \
-    return x;                                                               \
+    for (int i = 0; i < N; i++) {                                          \
+      x.data[i] = name(x.data[i], y.data[i]);                              \
+    }                                                                      \
+    return x;                                                              \
   }
 
 namespace metal {
@@ -132,11 +133,11 @@ MSL_EACH_2(MSL_MATH_2)
 namespace fast {
 MSL_EACH_1(MSL_MATH_1)
 MSL_EACH_2(MSL_MATH_2)
-} // namespace fast
+}  // namespace fast
 namespace precise {
 MSL_EACH_1(MSL_MATH_1)
 MSL_EACH_2(MSL_MATH_2)
-} // namespace precise
+}  // namespace precise
 #undef MSL_EACH_1
 #undef MSL_EACH_2
 #undef MSL_MATH_1
@@ -168,18 +169,18 @@ MSL_FUNC half abs(half x) {
   return (half)__builtin_fabsf((float)x);
 }
 
-#define MSL_INTEGER(T)                         \
-  MSL_FUNC constexpr T min(T a, T b) {       \
-    return b < a ? b : a;                      \
-  }                                            \
-  MSL_FUNC constexpr T max(T a, T b) {       \
-    return a < b ? b : a;                      \
-  }                                            \
+#define MSL_INTEGER(T)                          \
+  MSL_FUNC constexpr T min(T a, T b) {          \
+    return b < a ? b : a;                       \
+  }                                             \
+  MSL_FUNC constexpr T max(T a, T b) {          \
+    return a < b ? b : a;                       \
+  }                                             \
   MSL_FUNC constexpr T clamp(T x, T lo, T hi) { \
-    return min(max(x, lo), hi);                \
-  }                                            \
-  MSL_FUNC constexpr T abs(T x) {            \
-    return x < T(0) ? T(-x) : x;               \
+    return min(max(x, lo), hi);                 \
+  }                                             \
+  MSL_FUNC constexpr T abs(T x) {               \
+    return x < T(0) ? T(-x) : x;                \
   }
 MSL_INTEGER(char)
 MSL_INTEGER(int8_t)
@@ -192,39 +193,39 @@ MSL_INTEGER(long)
 MSL_INTEGER(ulong)
 #undef MSL_INTEGER
 
-#define MSL_REAL(T)                                   \
-  MSL_FUNC T min(T a, T b) {                        \
-    return fmin(a, b);                                \
-  }                                                   \
-  MSL_FUNC T max(T a, T b) {                        \
-    return fmax(a, b);                                \
-  }                                                   \
-  MSL_FUNC T clamp(T x, T lo, T hi) {               \
-    return fmin(fmax(x, lo), hi);                     \
-  }                                                   \
-  MSL_FUNC T saturate(T x) {                        \
-    return clamp(x, T(0.0f), T(1.0f));                \
-  }                                                   \
-  MSL_FUNC T mix(T a, T b, T t) {                   \
-    return a + (b - a) * t;                           \
-  }                                                   \
-  MSL_FUNC T sign(T x) {                            \
+#define MSL_REAL(T)                                                  \
+  MSL_FUNC T min(T a, T b) {                                         \
+    return fmin(a, b);                                               \
+  }                                                                  \
+  MSL_FUNC T max(T a, T b) {                                         \
+    return fmax(a, b);                                               \
+  }                                                                  \
+  MSL_FUNC T clamp(T x, T lo, T hi) {                                \
+    return fmin(fmax(x, lo), hi);                                    \
+  }                                                                  \
+  MSL_FUNC T saturate(T x) {                                         \
+    return clamp(x, T(0.0f), T(1.0f));                               \
+  }                                                                  \
+  MSL_FUNC T mix(T a, T b, T t) {                                    \
+    return a + (b - a) * t;                                          \
+  }                                                                  \
+  MSL_FUNC T sign(T x) {                                             \
     return x > T(0.0f) ? T(1.0f) : x < T(0.0f) ? T(-1.0f) : T(0.0f); \
-  }                                                   \
-  MSL_FUNC T step(T edge, T x) {                    \
-    return x < edge ? T(0.0f) : T(1.0f);              \
+  }                                                                  \
+  MSL_FUNC T step(T edge, T x) {                                     \
+    return x < edge ? T(0.0f) : T(1.0f);                             \
   }
 MSL_REAL(float)
 MSL_REAL(half)
 #undef MSL_REAL
 
-#define MSL_VECTOR_2(name)                                \
-  template <typename T, int N>                            \
-  MSL_FUNC vec<T, N> name(vec<T, N> a, vec<T, N> b) {   \
-    for (int i = 0; i < N; i++) {                         \
-      a.data[i] = name(a.data[i], b.data[i]);             \
-    }                                                     \
-    return a;                                             \
+#define MSL_VECTOR_2(name)                            \
+  template <typename T, int N>                        \
+  MSL_FUNC vec<T, N> name(vec<T, N> a, vec<T, N> b) { \
+    for (int i = 0; i < N; i++) {                     \
+      a.data[i] = name(a.data[i], b.data[i]);         \
+    }                                                 \
+    return a;                                         \
   }
 MSL_VECTOR_2(min)
 MSL_VECTOR_2(max)
@@ -249,18 +250,18 @@ MSL_FUNC T min3(T a, T b, T c) {
   return min(a, min(b, c));
 }
 
-#define MSL_CLASSIFY(name)                              \
+#define MSL_CLASSIFY(name)                                      \
   template <typename T, enable_if_t<msl_is_scalar<T>, int> = 0> \
-  MSL_FUNC bool name(T x) {                           \
-    return __builtin_##name((float)x);                  \
-  }                                                     \
-  template <typename T, int N>                          \
-  MSL_FUNC vec<bool, N> name(vec<T, N> x) {           \
-    vec<bool, N> r(false);                              \
-    for (int i = 0; i < N; i++) {                       \
-      r.data[i] = name(x.data[i]);                      \
-    }                                                   \
-    return r;                                           \
+  MSL_FUNC bool name(T x) {                                     \
+    return __builtin_##name((float)x);                          \
+  }                                                             \
+  template <typename T, int N>                                  \
+  MSL_FUNC vec<bool, N> name(vec<T, N> x) {                     \
+    vec<bool, N> r(false);                                      \
+    for (int i = 0; i < N; i++) {                               \
+      r.data[i] = name(x.data[i]);                              \
+    }                                                           \
+    return r;                                                   \
   }
 MSL_CLASSIFY(isnan)
 MSL_CLASSIFY(isinf)
@@ -326,8 +327,7 @@ MSL_FUNC int mulhi(int a, int b) {
 template <typename T>
 MSL_FUNC T extract_bits(T x, uint offset, uint bits) {
   constexpr uint width = 8 * sizeof(T);
-  return bits ? (T)((T)(x << (width - bits - offset)) >> (width - bits))
-              : (T)0;
+  return bits ? (T)((T)(x << (width - bits - offset)) >> (width - bits)) : (T)0;
 }
 
-} // namespace metal
+}  // namespace metal

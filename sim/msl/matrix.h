@@ -26,7 +26,8 @@ struct simdgroup_matrix {
   MSL_FUNC explicit simdgroup_matrix(T value) {
     int offset = (int)msl_matrix_row(sim_rt_lane()) -
         (int)msl_matrix_column(sim_rt_lane());
-    msl_pair = vec<T, 2>(offset == 0 ? value : T(0), offset == 1 ? value : T(0));
+    msl_pair =
+        vec<T, 2>(offset == 0 ? value : T(0), offset == 1 ? value : T(0));
   }
   MSL_FUNC thread vec<T, 2>& thread_elements() thread {
     return msl_pair;
@@ -55,34 +56,34 @@ msl_matrix_offset(ulong stride, ulong2 origin, uint i, bool transposed) {
                     : (origin.y + r) * stride + origin.x + c;
 }
 
-#define MSL_MATRIX_MEMORY(space)                                      \
-  template <typename T>                                               \
+#define MSL_MATRIX_MEMORY(space)                                    \
+  template <typename T>                                             \
   MSL_FUNC void simdgroup_load(                                     \
-      thread simdgroup_matrix<T, 8, 8>& m,                            \
-      const space T* source,                                          \
-      ulong stride = 8,                                               \
-      ulong2 origin = ulong2(0),                                      \
-      bool transposed = false,                                        \
-      MSL_SITE) {                                                     \
-    msl_share(msl_op_matrix, 0u, MSL_HERE);                           \
-    for (uint i = 0; i < 2; i++) {                                    \
-      m.msl_pair.data[i] =                                            \
-          source[msl_matrix_offset(stride, origin, i, transposed)];   \
-    }                                                                 \
-  }                                                                   \
-  template <typename T>                                               \
+      thread simdgroup_matrix<T, 8, 8>& m,                          \
+      const space T* source,                                        \
+      ulong stride = 8,                                             \
+      ulong2 origin = ulong2(0),                                    \
+      bool transposed = false,                                      \
+      MSL_SITE) {                                                   \
+    msl_share(msl_op_matrix, 0u, MSL_HERE);                         \
+    for (uint i = 0; i < 2; i++) {                                  \
+      m.msl_pair.data[i] =                                          \
+          source[msl_matrix_offset(stride, origin, i, transposed)]; \
+    }                                                               \
+  }                                                                 \
+  template <typename T>                                             \
   MSL_FUNC void simdgroup_store(                                    \
-      thread simdgroup_matrix<T, 8, 8>& m,                            \
-      space T* target,                                                \
-      ulong stride = 8,                                               \
-      ulong2 origin = ulong2(0),                                      \
-      bool transposed = false,                                        \
-      MSL_SITE) {                                                     \
-    msl_share(msl_op_matrix, 0u, MSL_HERE);                           \
-    for (uint i = 0; i < 2; i++) {                                    \
-      target[msl_matrix_offset(stride, origin, i, transposed)] =      \
-          m.msl_pair.data[i];                                         \
-    }                                                                 \
+      thread simdgroup_matrix<T, 8, 8>& m,                          \
+      space T* target,                                              \
+      ulong stride = 8,                                             \
+      ulong2 origin = ulong2(0),                                    \
+      bool transposed = false,                                      \
+      MSL_SITE) {                                                   \
+    msl_share(msl_op_matrix, 0u, MSL_HERE);                         \
+    for (uint i = 0; i < 2; i++) {                                  \
+      target[msl_matrix_offset(stride, origin, i, transposed)] =    \
+          m.msl_pair.data[i];                                       \
+    }                                                               \
   }
 MSL_MATRIX_MEMORY(device)
 MSL_MATRIX_MEMORY(threadgroup)
@@ -127,4 +128,4 @@ MSL_FUNC void simdgroup_multiply(
   simdgroup_multiply_accumulate(d, a, b, zero, MSL_HERE);
 }
 
-} // namespace metal
+}  // namespace metal

@@ -5,8 +5,8 @@
 
 // One simdgroup operation: the values its lanes brought, by lane.
 struct msl_exchange {
-  uint mask; // lanes that take part
-  uint combined; // set by the first lane to reduce the values in place
+  uint mask;      // lanes that take part
+  uint combined;  // set by the first lane to reduce the values in place
   uint unused[2];
   uchar values[32 * 64];
 };
@@ -32,5 +32,5 @@ bool sim_rt_compare_exchange(
 
 // Where a synchronising call stands in the source.
 #define MSL_SITE \
-  ulong msl_file = (ulong)__builtin_FILE(), uint msl_line = __builtin_LINE()
+  ulong msl_file = (ulong) __builtin_FILE(), uint msl_line = __builtin_LINE()
 #define MSL_HERE msl_file, msl_line

@@ -17,9 +17,7 @@ constexpr mem_flags operator|(mem_flags a, mem_flags b) {
   return (mem_flags)((uint)a | (uint)b);
 }
 
-MSL_CONVERGENT MSL_FUNC void threadgroup_barrier(
-    mem_flags flags,
-    MSL_SITE) {
+MSL_CONVERGENT MSL_FUNC void threadgroup_barrier(mem_flags flags, MSL_SITE) {
   sim_rt_barrier((uint)flags, MSL_HERE);
 }
 MSL_CONVERGENT MSL_FUNC void simdgroup_barrier(mem_flags flags, MSL_SITE) {
@@ -73,13 +71,13 @@ MSL_FUNC T msl_value_of(thread msl_exchange* x, uint from) {
   return msl_poison<T>();
 }
 
-#define MSL_OPERATION(name, expression)              \
-  struct msl_##name {                                \
+#define MSL_OPERATION(name, expression)                \
+  struct msl_##name {                                  \
     static constexpr constant uint op = msl_op_##name; \
-    template <typename T>                            \
-    MSL_FUNC static T apply(T a, T b) {            \
-      return expression;                             \
-    }                                                \
+    template <typename T>                              \
+    MSL_FUNC static T apply(T a, T b) {                \
+      return expression;                               \
+    }                                                  \
   };
 MSL_OPERATION(sum, a + b)
 MSL_OPERATION(product, a* b)
@@ -126,8 +124,7 @@ MSL_FUNC T msl_reduce(T value, ulong msl_file, uint msl_line) {
   return msl_values<T>(x)[sim_rt_lane() & ~(width - 1) & 31];
 }
 template <typename F, uint width, bool inclusive, typename T>
-MSL_FUNC T
-msl_scan(T value, T identity, ulong msl_file, uint msl_line) {
+MSL_FUNC T msl_scan(T value, T identity, ulong msl_file, uint msl_line) {
   thread msl_exchange* x = msl_share(msl_op_scan, value, MSL_HERE);
   uint lane = sim_rt_lane();
   T r = identity;
@@ -139,8 +136,7 @@ msl_scan(T value, T identity, ulong msl_file, uint msl_line) {
   return r;
 }
 template <uint width, typename T>
-MSL_FUNC T
-msl_shuffle_to(T value, uint from, ulong msl_file, uint msl_line) {
+MSL_FUNC T msl_shuffle_to(T value, uint from, ulong msl_file, uint msl_line) {
   thread msl_exchange* x = msl_share(msl_op_shuffle, value, MSL_HERE);
   uint base = sim_rt_lane() & ~(width - 1);
   return from < width ? msl_value_of<T>(x, base + from) : msl_poison<T>();
@@ -150,71 +146,70 @@ msl_shuffle_to(T value, uint from, ulong msl_file, uint msl_line) {
   template <typename T, enable_if_t<msl_exchangeable<T>, int> = 0>
 
 #define MSL_GROUP_FUNCTIONS(group, width)                                      \
-  MSL_EXCHANGE MSL_FUNC T group##_sum(T v, MSL_SITE) {                       \
+  MSL_EXCHANGE MSL_FUNC T group##_sum(T v, MSL_SITE) {                         \
     return msl_reduce<msl_sum, width>(v, MSL_HERE);                            \
   }                                                                            \
-  MSL_EXCHANGE MSL_FUNC T group##_product(T v, MSL_SITE) {                   \
+  MSL_EXCHANGE MSL_FUNC T group##_product(T v, MSL_SITE) {                     \
     return msl_reduce<msl_product, width>(v, MSL_HERE);                        \
   }                                                                            \
-  MSL_EXCHANGE MSL_FUNC T group##_max(T v, MSL_SITE) {                       \
+  MSL_EXCHANGE MSL_FUNC T group##_max(T v, MSL_SITE) {                         \
     return msl_reduce<msl_max, width>(v, MSL_HERE);                            \
   }                                                                            \
-  MSL_EXCHANGE MSL_FUNC T group##_min(T v, MSL_SITE) {                       \
+  MSL_EXCHANGE MSL_FUNC T group##_min(T v, MSL_SITE) {                         \
     return msl_reduce<msl_min, width>(v, MSL_HERE);                            \
   }                                                                            \
-  MSL_EXCHANGE MSL_FUNC T group##_and(T v, MSL_SITE) {                       \
+  MSL_EXCHANGE MSL_FUNC T group##_and(T v, MSL_SITE) {                         \
     return msl_reduce<msl_and, width>(v, MSL_HERE);                            \
   }                                                                            \
-  MSL_EXCHANGE MSL_FUNC T group##_or(T v, MSL_SITE) {                        \
+  MSL_EXCHANGE MSL_FUNC T group##_or(T v, MSL_SITE) {                          \
     return msl_reduce<msl_or, width>(v, MSL_HERE);                             \
   }                                                                            \
-  MSL_EXCHANGE MSL_FUNC T group##_xor(T v, MSL_SITE) {                       \
+  MSL_EXCHANGE MSL_FUNC T group##_xor(T v, MSL_SITE) {                         \
     return msl_reduce<msl_xor, width>(v, MSL_HERE);                            \
   }                                                                            \
-  MSL_EXCHANGE MSL_FUNC T group##_prefix_inclusive_sum(T v, MSL_SITE) {      \
+  MSL_EXCHANGE MSL_FUNC T group##_prefix_inclusive_sum(T v, MSL_SITE) {        \
     return msl_scan<msl_sum, width, true>(v, T(0), MSL_HERE);                  \
   }                                                                            \
-  MSL_EXCHANGE MSL_FUNC T group##_prefix_exclusive_sum(T v, MSL_SITE) {      \
+  MSL_EXCHANGE MSL_FUNC T group##_prefix_exclusive_sum(T v, MSL_SITE) {        \
     return msl_scan<msl_sum, width, false>(v, T(0), MSL_HERE);                 \
   }                                                                            \
-  MSL_EXCHANGE MSL_FUNC T group##_prefix_inclusive_product(T v, MSL_SITE) {  \
+  MSL_EXCHANGE MSL_FUNC T group##_prefix_inclusive_product(T v, MSL_SITE) {    \
     return msl_scan<msl_product, width, true>(v, T(1), MSL_HERE);              \
   }                                                                            \
-  MSL_EXCHANGE MSL_FUNC T group##_prefix_exclusive_product(T v, MSL_SITE) {  \
+  MSL_EXCHANGE MSL_FUNC T group##_prefix_exclusive_product(T v, MSL_SITE) {    \
     return msl_scan<msl_product, width, false>(v, T(1), MSL_HERE);             \
   }                                                                            \
-  MSL_EXCHANGE MSL_FUNC T group##_shuffle(T v, ushort lane, MSL_SITE) {      \
+  MSL_EXCHANGE MSL_FUNC T group##_shuffle(T v, ushort lane, MSL_SITE) {        \
     return msl_shuffle_to<width>(v, lane, MSL_HERE);                           \
   }                                                                            \
-  MSL_EXCHANGE MSL_FUNC T group##_broadcast(T v, ushort lane, MSL_SITE) {    \
+  MSL_EXCHANGE MSL_FUNC T group##_broadcast(T v, ushort lane, MSL_SITE) {      \
     return msl_shuffle_to<width>(v, lane, MSL_HERE);                           \
   }                                                                            \
-  MSL_EXCHANGE MSL_FUNC T group##_shuffle_xor(T v, ushort mask, MSL_SITE) {  \
+  MSL_EXCHANGE MSL_FUNC T group##_shuffle_xor(T v, ushort mask, MSL_SITE) {    \
     return msl_shuffle_to<width>(                                              \
         v, (sim_rt_lane() & (width - 1)) ^ mask, MSL_HERE);                    \
   }                                                                            \
-  MSL_EXCHANGE MSL_FUNC T group##_shuffle_up(T v, ushort d, MSL_SITE) {      \
+  MSL_EXCHANGE MSL_FUNC T group##_shuffle_up(T v, ushort d, MSL_SITE) {        \
     return msl_shuffle_to<width>(                                              \
         v, (sim_rt_lane() & (width - 1)) - d, MSL_HERE);                       \
   }                                                                            \
-  MSL_EXCHANGE MSL_FUNC T group##_shuffle_down(T v, ushort d, MSL_SITE) {    \
+  MSL_EXCHANGE MSL_FUNC T group##_shuffle_down(T v, ushort d, MSL_SITE) {      \
     return msl_shuffle_to<width>(                                              \
         v, (sim_rt_lane() & (width - 1)) + d, MSL_HERE);                       \
   }                                                                            \
-  MSL_EXCHANGE MSL_FUNC T group##_shuffle_rotate_up(                         \
-      T v, ushort d, MSL_SITE) {                                               \
+  MSL_EXCHANGE MSL_FUNC T group##_shuffle_rotate_up(T v, ushort d, MSL_SITE) { \
     return msl_shuffle_to<width>(                                              \
         v, (sim_rt_lane() - d) & (width - 1), MSL_HERE);                       \
   }                                                                            \
-  MSL_EXCHANGE MSL_FUNC T group##_shuffle_rotate_down(                       \
+  MSL_EXCHANGE MSL_FUNC T group##_shuffle_rotate_down(                         \
       T v, ushort d, MSL_SITE) {                                               \
     return msl_shuffle_to<width>(                                              \
         v, (sim_rt_lane() + d) & (width - 1), MSL_HERE);                       \
   }                                                                            \
-  MSL_FUNC bool group##_any(bool v, MSL_SITE) {                              \
+  MSL_FUNC bool group##_any(bool v, MSL_SITE) {                                \
     return msl_reduce<msl_or, width>((uint)v, MSL_HERE);                       \
   }                                                                            \
-  MSL_FUNC bool group##_all(bool v, MSL_SITE) {                              \
+  MSL_FUNC bool group##_all(bool v, MSL_SITE) {                                \
     return msl_reduce<msl_and, width>((uint)v, MSL_HERE);                      \
   }
 MSL_GROUP_FUNCTIONS(simd, 32)
@@ -259,12 +254,8 @@ template <typename T>
 struct msl_with_fill {
   T value, fill;
 };
-MSL_EXCHANGE MSL_FUNC T simd_shuffle_and_fill_up(
-    T v,
-    T fill,
-    ushort d,
-    ushort modulo = 32,
-    MSL_SITE) {
+MSL_EXCHANGE MSL_FUNC T
+simd_shuffle_and_fill_up(T v, T fill, ushort d, ushort modulo = 32, MSL_SITE) {
   msl_with_fill<T> mine = {v, fill};
   thread msl_exchange* x = msl_share(msl_op_fill, mine, MSL_HERE);
   uint base = sim_rt_lane() & ~(modulo - 1u), i = sim_rt_lane() - base;
@@ -284,7 +275,7 @@ MSL_EXCHANGE MSL_FUNC T simd_shuffle_and_fill_down(
                     : msl_value_of<msl_with_fill<T>>(x, base + i - modulo).fill;
 }
 
-} // namespace metal
+}  // namespace metal
 
 // The names MLX's bf16_math.h builds its bfloat overloads on.
 #define __metal_simd_broadcast metal::simd_broadcast

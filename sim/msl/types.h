@@ -92,10 +92,10 @@ template <typename T>
 struct remove_addrspace {
   typedef T type;
 };
-#define MSL_REMOVE_ADDRSPACE(space)   \
-  template <typename T>               \
-  struct remove_addrspace<space T> {  \
-    typedef T type;                   \
+#define MSL_REMOVE_ADDRSPACE(space)  \
+  template <typename T>              \
+  struct remove_addrspace<space T> { \
+    typedef T type;                  \
   };
 MSL_REMOVE_ADDRSPACE(device)
 MSL_REMOVE_ADDRSPACE(threadgroup)
@@ -171,7 +171,7 @@ template <typename T, typename... Rest>
 struct _disjunction<T, Rest...>
     : bool_constant<T::value || _disjunction<Rest...>::value> {};
 
-} // namespace metal
+}  // namespace metal
 
 // Both must have the same size; the bits are kept.
 template <typename To, typename From>

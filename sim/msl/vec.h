@@ -51,18 +51,18 @@ MSL_FUNC constexpr typename msl_lanes<V>::element msl_lane(V v, int i) {
   struct {                \
     T r, g;               \
   };
-#define MSL_SWIZZLES_3(T)   \
-  T data[3];                \
-  struct {                  \
-    T x, y, z;              \
-  };                        \
-  struct {                  \
-    T r, g, b;              \
-  };                        \
-  packed_vec<T, 2> xy;      \
-  struct {                  \
-    T msl_skip_x_;          \
-    packed_vec<T, 2> yz;    \
+#define MSL_SWIZZLES_3(T) \
+  T data[3];              \
+  struct {                \
+    T x, y, z;            \
+  };                      \
+  struct {                \
+    T r, g, b;            \
+  };                      \
+  packed_vec<T, 2> xy;    \
+  struct {                \
+    T msl_skip_x_;        \
+    packed_vec<T, 2> yz;  \
   };
 #define MSL_SWIZZLES_4(T)   \
   T data[4];                \
@@ -87,69 +87,69 @@ MSL_FUNC constexpr typename msl_lanes<V>::element msl_lane(V v, int i) {
     packed_vec<T, 2> zw;    \
   };
 
-#define MSL_INDEX(space)                                  \
+#define MSL_INDEX(space)                                \
   MSL_FUNC constexpr space T& operator[](int i) space { \
-    return data[i];                                       \
+    return data[i];                                     \
   }
-#define MSL_CONST_INDEX(space)                                        \
+#define MSL_CONST_INDEX(space)                                      \
   MSL_FUNC constexpr const space T& operator[](int i) const space { \
-    return data[i];                                                   \
+    return data[i];                                                 \
   }
 
 // Splat, conversion, and concatenation of scalars and vectors.
-#define MSL_VECTOR_MEMBERS(V, N)                                             \
-  typedef T element_type;                                                    \
-  V() = default;                                                             \
-  V(const V&) = default;                                                     \
-  V& operator=(const V&) = default;                                          \
-  template <typename U, enable_if_t<__is_same(U, V), int> = 0>               \
-  MSL_FUNC constexpr V(const __constant U& other) : data{} {               \
-    for (int i = 0; i < N; i++) {                                            \
-      data[i] = other.data[i];                                               \
-    }                                                                        \
-  }                                                                          \
-  template <typename U, enable_if_t<__is_same(U, V), int> = 0>               \
-  MSL_FUNC constexpr V& operator=(const __constant U& other) {             \
-    for (int i = 0; i < N; i++) {                                            \
-      data[i] = other.data[i];                                               \
-    }                                                                        \
-    return *this;                                                            \
-  }                                                                          \
-  template <typename U, enable_if_t<msl_is_scalar<U>, int> = 0>              \
-  MSL_FUNC constexpr V(U value) : data{} {                                 \
-    for (int i = 0; i < N; i++) {                                            \
-      data[i] = T(value);                                                    \
-    }                                                                        \
-  }                                                                          \
-  template <typename U>                                                      \
-  MSL_FUNC constexpr explicit V(vec<U, N> other) : data{} {                \
-    for (int i = 0; i < N; i++) {                                            \
-      data[i] = T(other.data[i]);                                            \
-    }                                                                        \
-  }                                                                          \
-  template <                                                                 \
-      typename A,                                                            \
-      typename B,                                                            \
-      typename... Rest,                                                      \
-      enable_if_t<msl_count<A, B, Rest...> == N, int> = 0>                   \
-  MSL_FUNC constexpr V(A a, B b, Rest... rest) : data{} {                  \
-    int i = 0;                                                               \
-    put(i, a);                                                               \
-    put(i, b);                                                               \
-    (put(i, rest), ...);                                                     \
-  }                                                                          \
-  template <typename A>                                                      \
-  MSL_FUNC constexpr void put(thread int& i, A a) {                        \
-    for (int k = 0; k < msl_lanes<A>::count; k++) {                          \
-      data[i++] = T(msl_lane(a, k));                                         \
-    }                                                                        \
-  }                                                                          \
-  MSL_INDEX(device)                                                          \
-  MSL_INDEX(threadgroup)                                                     \
-  MSL_INDEX(thread)                                                          \
-  MSL_CONST_INDEX(device)                                                    \
-  MSL_CONST_INDEX(threadgroup)                                               \
-  MSL_CONST_INDEX(thread)                                                    \
+#define MSL_VECTOR_MEMBERS(V, N)                                \
+  typedef T element_type;                                       \
+  V() = default;                                                \
+  V(const V&) = default;                                        \
+  V& operator=(const V&) = default;                             \
+  template <typename U, enable_if_t<__is_same(U, V), int> = 0>  \
+  MSL_FUNC constexpr V(const __constant U& other) : data{} {    \
+    for (int i = 0; i < N; i++) {                               \
+      data[i] = other.data[i];                                  \
+    }                                                           \
+  }                                                             \
+  template <typename U, enable_if_t<__is_same(U, V), int> = 0>  \
+  MSL_FUNC constexpr V& operator=(const __constant U& other) {  \
+    for (int i = 0; i < N; i++) {                               \
+      data[i] = other.data[i];                                  \
+    }                                                           \
+    return *this;                                               \
+  }                                                             \
+  template <typename U, enable_if_t<msl_is_scalar<U>, int> = 0> \
+  MSL_FUNC constexpr V(U value) : data{} {                      \
+    for (int i = 0; i < N; i++) {                               \
+      data[i] = T(value);                                       \
+    }                                                           \
+  }                                                             \
+  template <typename U>                                         \
+  MSL_FUNC constexpr explicit V(vec<U, N> other) : data{} {     \
+    for (int i = 0; i < N; i++) {                               \
+      data[i] = T(other.data[i]);                               \
+    }                                                           \
+  }                                                             \
+  template <                                                    \
+      typename A,                                               \
+      typename B,                                               \
+      typename... Rest,                                         \
+      enable_if_t<msl_count<A, B, Rest...> == N, int> = 0>      \
+  MSL_FUNC constexpr V(A a, B b, Rest... rest) : data{} {       \
+    int i = 0;                                                  \
+    put(i, a);                                                  \
+    put(i, b);                                                  \
+    (put(i, rest), ...);                                        \
+  }                                                             \
+  template <typename A>                                         \
+  MSL_FUNC constexpr void put(thread int& i, A a) {             \
+    for (int k = 0; k < msl_lanes<A>::count; k++) {             \
+      data[i++] = T(msl_lane(a, k));                            \
+    }                                                           \
+  }                                                             \
+  MSL_INDEX(device)                                             \
+  MSL_INDEX(threadgroup)                                        \
+  MSL_INDEX(thread)                                             \
+  MSL_CONST_INDEX(device)                                       \
+  MSL_CONST_INDEX(threadgroup)                                  \
+  MSL_CONST_INDEX(thread)                                       \
   MSL_CONST_INDEX(__constant)
 
 #define MSL_VECTOR(N, storage, alignment)                            \
@@ -159,12 +159,12 @@ MSL_FUNC constexpr typename msl_lanes<V>::element msl_lane(V v, int i) {
       storage                                                        \
     };                                                               \
     MSL_VECTOR_MEMBERS(packed_vec, N)                                \
-    MSL_FUNC constexpr packed_vec(vec<T, N> other) : data{} {      \
+    MSL_FUNC constexpr packed_vec(vec<T, N> other) : data{} {        \
       for (int i = 0; i < N; i++) {                                  \
         data[i] = other.data[i];                                     \
       }                                                              \
     }                                                                \
-    MSL_FUNC constexpr operator vec<T, N>() const {                \
+    MSL_FUNC constexpr operator vec<T, N>() const {                  \
       vec<T, N> v;                                                   \
       for (int i = 0; i < N; i++) {                                  \
         v.data[i] = data[i];                                         \
@@ -207,8 +207,8 @@ struct msl_common<
     A,
     B,
     enable_if_t<
-        msl_is_vector<A> && msl_is_vector<B> &&
-        __is_same(
+        msl_is_vector<A> &&
+        msl_is_vector<B>&& __is_same(
             typename msl_lanes<A>::element,
             typename msl_lanes<B>::element) &&
         msl_lanes<A>::count == msl_lanes<B>::count>> {
@@ -216,44 +216,52 @@ struct msl_common<
   static constexpr constant int count = msl_lanes<A>::count;
 };
 
-#define MSL_ELEMENTWISE(op)                                      \
-  template <typename A, typename B, typename C = msl_common<A, B>> \
+#define MSL_ELEMENTWISE(op)                                          \
+  template <typename A, typename B, typename C = msl_common<A, B>>   \
   MSL_FUNC constexpr vec<typename C::element, C::count> operator op( \
-      A a, B b) {                                                \
-    typedef typename C::element E;                               \
-    vec<E, C::count> r(E(0));                                    \
-    for (int i = 0; i < C::count; i++) {                         \
-      r.data[i] = E(E(msl_lane(a, i)) op E(msl_lane(b, i)));     \
-    }                                                            \
-    return r;                                                    \
+      A a, B b) {                                                    \
+    typedef typename C::element E;                                   \
+    vec<E, C::count> r(E(0));                                        \
+    for (int i = 0; i < C::count; i++) {                             \
+      r.data[i] = E(E(msl_lane(a, i)) op E(msl_lane(b, i)));         \
+    }                                                                \
+    return r;                                                        \
   }
-#define MSL_ASSIGN(op)                                                  \
-  template <typename T, int N, typename B, typename C = msl_common<vec<T, N>, B>> \
-  MSL_FUNC constexpr vec<T, N>& operator op##=(vec<T, N>& a, B b) {   \
-    return a = a op b;                                                  \
-  }                                                                     \
-  template <typename T, int N, typename B, typename C = msl_common<vec<T, N>, B>> \
-  MSL_FUNC constexpr packed_vec<T, N>& operator op##=(                \
-      packed_vec<T, N>& a, B b) {                                       \
-    return a = packed_vec<T, N>(a op b);                                \
+#define MSL_ASSIGN(op)                                                 \
+  template <                                                           \
+      typename T,                                                      \
+      int N,                                                           \
+      typename B,                                                      \
+      typename C = msl_common<vec<T, N>, B>>                           \
+  MSL_FUNC constexpr vec<T, N>& operator op## = (vec<T, N> & a, B b) { \
+    return a = a op b;                                                 \
+  }                                                                    \
+  template <                                                           \
+      typename T,                                                      \
+      int N,                                                           \
+      typename B,                                                      \
+      typename C = msl_common<vec<T, N>, B>>                           \
+  MSL_FUNC constexpr packed_vec<T, N>& operator op## =                 \
+      (packed_vec<T, N> & a, B b) {                                    \
+    return a = packed_vec<T, N>(a op b);                               \
   }
-#define MSL_COMPARE(op)                                          \
+#define MSL_COMPARE(op)                                            \
   template <typename A, typename B, typename C = msl_common<A, B>> \
-  MSL_FUNC constexpr vec<bool, C::count> operator op(A a, B b) { \
-    typedef typename C::element E;                               \
-    vec<bool, C::count> r(false);                                \
-    for (int i = 0; i < C::count; i++) {                         \
-      r.data[i] = E(msl_lane(a, i)) op E(msl_lane(b, i));        \
-    }                                                            \
-    return r;                                                    \
+  MSL_FUNC constexpr vec<bool, C::count> operator op(A a, B b) {   \
+    typedef typename C::element E;                                 \
+    vec<bool, C::count> r(false);                                  \
+    for (int i = 0; i < C::count; i++) {                           \
+      r.data[i] = E(msl_lane(a, i)) op E(msl_lane(b, i));          \
+    }                                                              \
+    return r;                                                      \
   }
-#define MSL_UNARY(op)                                   \
-  template <typename T, int N>                          \
+#define MSL_UNARY(op)                                     \
+  template <typename T, int N>                            \
   MSL_FUNC constexpr vec<T, N> operator op(vec<T, N> a) { \
-    for (int i = 0; i < N; i++) {                       \
-      a.data[i] = T(op a.data[i]);                      \
-    }                                                   \
-    return a;                                           \
+    for (int i = 0; i < N; i++) {                         \
+      a.data[i] = T(op a.data[i]);                        \
+    }                                                     \
+    return a;                                             \
   }
 #define MSL_BOTH(op) MSL_ELEMENTWISE(op) MSL_ASSIGN(op)
 MSL_BOTH(+)
@@ -329,10 +337,10 @@ struct array {
   }
 };
 
-} // namespace metal
+}  // namespace metal
 
 // Known without `using namespace metal`.
-#define MSL_VECTOR_NAMES(T)               \
+#define MSL_VECTOR_NAMES(T)                      \
   typedef metal::vec<T, 2> T##2;                 \
   typedef metal::vec<T, 3> T##3;                 \
   typedef metal::vec<T, 4> T##4;                 \

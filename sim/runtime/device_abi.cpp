@@ -82,9 +82,7 @@ uint64_t apply(uint32_t op, uint64_t address, uint64_t bits) {
   T old = object.load(std::memory_order_relaxed);
   if (op != kLoad) {
     while (!object.compare_exchange_weak(
-        old,
-        combine(op, old, from_bits<T>(bits)),
-        std::memory_order_relaxed)) {
+        old, combine(op, old, from_bits<T>(bits)), std::memory_order_relaxed)) {
     }
   }
   return to_bits(old);
@@ -99,7 +97,7 @@ bool compare_exchange(uint64_t address, uint64_t* expected, uint64_t desired) {
   return done;
 }
 
-} // namespace
+}  // namespace
 
 extern "C" {
 
@@ -134,8 +132,9 @@ sim_rt_atomic(uint32_t op, uint32_t type, uint64_t address, uint64_t value) {
   trace(
       reinterpret_cast<void*>(address),
       size,
-      op == kLoad ? Access::kAtomicRead : op == kStore ? Access::kAtomicWrite
-                                                       : Access::kAtomic,
+      op == kLoad        ? Access::kAtomicRead
+          : op == kStore ? Access::kAtomicWrite
+                         : Access::kAtomic,
       __builtin_return_address(0));
   switch (type) {
     case kBool:
@@ -166,14 +165,14 @@ bool sim_rt_compare_exchange(
                    : compare_exchange<uint64_t>(address, expected, desired);
 }
 
-#define SIM_TRACE(name, size, kind)                              \
-  void __tsan_##name(void* address) {                            \
-    trace(address, size, kind, __builtin_return_address(0));     \
+#define SIM_TRACE(name, size, kind)                          \
+  void __tsan_##name(void* address) {                        \
+    trace(address, size, kind, __builtin_return_address(0)); \
   }
-#define SIM_TRACE_SIZE(size)                                     \
-  SIM_TRACE(read##size, size, Access::kRead)                     \
-  SIM_TRACE(write##size, size, Access::kWrite)                   \
-  SIM_TRACE(unaligned_read##size, size, Access::kRead)           \
+#define SIM_TRACE_SIZE(size)                           \
+  SIM_TRACE(read##size, size, Access::kRead)           \
+  SIM_TRACE(write##size, size, Access::kWrite)         \
+  SIM_TRACE(unaligned_read##size, size, Access::kRead) \
   SIM_TRACE(unaligned_write##size, size, Access::kWrite)
 SIM_TRACE_SIZE(1)
 SIM_TRACE_SIZE(2)
@@ -207,4 +206,4 @@ void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 
-} // extern "C"
+}  // extern "C"

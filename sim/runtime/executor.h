@@ -31,9 +31,9 @@ typedef struct sim_pipeline sim_pipeline;
 typedef struct sim_report sim_report;
 
 enum sim_argument_kind {
-  SIM_BUFFER = 0, // a device or constant pointer or reference
-  SIM_THREADGROUP = 1, // threadgroup memory, sized by the dispatch
-  SIM_POSITION = 2, // a grid or thread position; index is -1
+  SIM_BUFFER = 0,       // a device or constant pointer or reference
+  SIM_THREADGROUP = 1,  // threadgroup memory, sized by the dispatch
+  SIM_POSITION = 2,     // a grid or thread position; index is -1
 };
 
 typedef struct {
@@ -42,13 +42,14 @@ typedef struct {
   int32_t writable;
   int32_t reference;
   const char* name;
-  const char* type; // as spelled in the source
-  const char* space; // "device", "constant", "threadgroup" or ""
+  const char* type;   // as spelled in the source
+  const char* space;  // "device", "constant", "threadgroup" or ""
 } sim_argument;
 
 typedef struct {
-  const char* name; // the host name
-  void (*entry)(const uint64_t* buffers, const uint64_t* groups, const void* at);
+  const char* name;  // the host name
+  void (
+      *entry)(const uint64_t* buffers, const uint64_t* groups, const void* at);
   const sim_argument* arguments;
   uint32_t argument_count;
 } sim_kernel;
@@ -57,7 +58,7 @@ typedef struct {
   const char* name;
   const char* type;
   int32_t index;
-  uint32_t size; // bytes
+  uint32_t size;  // bytes
   void* storage;
 } sim_function_constant;
 
@@ -67,7 +68,7 @@ typedef struct {
   const sim_function_constant* constants;
   uint32_t kernel_count;
   uint32_t constant_count;
-  uint32_t traced; // compiled so that its memory accesses can be traced
+  uint32_t traced;  // compiled so that its memory accesses can be traced
 } sim_contents;
 
 // Opens a compiled shader library; NULL with the reason in `error` on failure.
@@ -80,7 +81,7 @@ typedef struct {
   int32_t index;
   const char* name;
   const void* value;
-  size_t size; // bytes; must be the constant's own
+  size_t size;  // bytes; must be the constant's own
 } sim_constant;
 
 // A kernel with its function constants set; those not named are zero. Equal
@@ -96,23 +97,23 @@ sim_pipeline* sim_specialize(
 typedef struct {
   int32_t index;
   void* data;
-  uint64_t size; // bytes
+  uint64_t size;  // bytes
 } sim_buffer;
 
 typedef struct {
-  uint32_t groups[3]; // threadgroups; with `threads` set: threads in the grid
-  uint32_t group[3]; // threads in a threadgroup, at most 1024
-  uint32_t threads; // 1: dispatchThreads, with ragged last threadgroups
+  uint32_t groups[3];  // threadgroups; with `threads` set: threads in the grid
+  uint32_t group[3];   // threads in a threadgroup, at most 1024
+  uint32_t threads;    // 1: dispatchThreads, with ragged last threadgroups
   // Buffers may overlap (a donated input). One that no entry names reads as
   // zeroes through a reference and is an error through a pointer. Bytes set
   // inline (setBytes) are a buffer too.
   const sim_buffer* buffers;
   uint32_t buffer_count;
-  const sim_buffer* threadgroup_memory; // index and size; data is ignored
+  const sim_buffer* threadgroup_memory;  // index and size; data is ignored
   uint32_t threadgroup_memory_count;
   // 0: a fixed order of threads; otherwise a pseudo-random one of this seed.
   uint64_t seed;
-  uint32_t workers; // OS threads, untraced only; 0 and 1 both mean one
+  uint32_t workers;  // OS threads, untraced only; 0 and 1 both mean one
   // 1: run on the caller's memory. 0: on copies whose ends meet guard pages,
   // copied back afterwards, so that a stray access is an error with a name.
   uint32_t in_place;
@@ -124,8 +125,8 @@ sim_report* sim_launch(sim_pipeline* pipeline, const sim_dispatch* dispatch);
 enum sim_finding_kind {
   SIM_RACE = 0,
   SIM_OUT_OF_BOUNDS = 1,
-  SIM_UNINITIALISED = 2, // threadgroup memory read before it is written
-  SIM_DIVERGENCE = 3, // threads wait at different barriers or simd functions
+  SIM_UNINITIALISED = 2,  // threadgroup memory read before it is written
+  SIM_DIVERGENCE = 3,  // threads wait at different barriers or simd functions
 };
 
 enum { SIM_THREADGROUP_MEMORY = -1, SIM_NO_BUFFER = -2 };
@@ -133,16 +134,16 @@ enum { SIM_THREADGROUP_MEMORY = -1, SIM_NO_BUFFER = -2 };
 // Equal findings (same kind, places and buffer) are counted, the first is told.
 typedef struct {
   int32_t kind;
-  int32_t buffer; // index, or SIM_THREADGROUP_MEMORY, or SIM_NO_BUFFER
-  int64_t offset; // byte in the buffer
+  int32_t buffer;  // index, or SIM_THREADGROUP_MEMORY, or SIM_NO_BUFFER
+  int64_t offset;  // byte in the buffer
   uint64_t count;
-  uint32_t threadgroup, thread; // linear ids
-  uint32_t other_threadgroup, other_thread; // races: the earlier access
-  const char* file; // "" where not known
+  uint32_t threadgroup, thread;              // linear ids
+  uint32_t other_threadgroup, other_thread;  // races: the earlier access
+  const char* file;                          // "" where not known
   uint32_t line;
   const char* other_file;
   uint32_t other_line;
-  const char* text; // one line that says it all
+  const char* text;  // one line that says it all
 } sim_finding;
 
 // Bytes of one buffer: each access counted, and each byte counted once.
@@ -155,7 +156,7 @@ typedef struct {
 typedef struct {
   uint64_t threadgroups, threads;
   uint64_t simd_functions, barriers;
-  uint64_t threadgroup_bytes; // of threadgroup memory, per threadgroup
+  uint64_t threadgroup_bytes;  // of threadgroup memory, per threadgroup
   double seconds;
 } sim_counts;
 

@@ -39,9 +39,9 @@ void on_fault(int signal, siginfo_t* info, void* context) {
   }
   auto address = uint64_t(info->si_addr);
   std::string problem = signal == SIGFPE ? "integer division by zero"
-      : worker->on_guard_page(address)   ? "a thread's stack overflows 64 KB"
-                                         : "stray access: " +
-          worker->launch().memory->describe(address);
+      : worker->on_guard_page(address)
+      ? "a thread's stack overflows 64 KB"
+      : "stray access: " + worker->launch().memory->describe(address);
   worker->abandon(problem, program_counter(context) + 1);
 }
 
@@ -54,7 +54,7 @@ void install() {
   }
 }
 
-} // namespace
+}  // namespace
 
 struct FaultGuard::Stack {
   std::unique_ptr<char[]> memory{new char[kAlternateStack]};
@@ -74,4 +74,4 @@ FaultGuard::~FaultGuard() {
   sigaltstack(&stack_->before, nullptr);
 }
 
-} // namespace sim
+}  // namespace sim

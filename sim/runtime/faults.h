@@ -18,4 +18,4 @@ class FaultGuard {
   std::unique_ptr<Stack> stack_;
 };
 
-} // namespace sim
+}  // namespace sim

@@ -1,191 +1,18 @@
 #include "fiber.h"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstring>
-#include <new>
 
 #include "lines.h"
+#include "stacks.h"
 #include "tracer.h"
-
-// Saves the callee-saved registers on the running stack and takes up another.
-extern "C" void sim_switch(void** save, void* next);
-#if defined(__x86_64__)
-asm(R"(
-.text
-.globl sim_switch
-.type sim_switch, @function
-sim_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size sim_switch, .-sim_switch
-)");
-#elif defined(__aarch64__)
-asm(R"(
-.text
-.globl sim_switch
-.type sim_switch, %function
-sim_switch:
-  sub sp, sp, #160
-  stp x19, x20, [sp, #0]
-  stp x21, x22, [sp, #16]
-  stp x23, x24, [sp, #32]
-  stp x25, x26, [sp, #48]
-  stp x27, x28, [sp, #64]
-  stp x29, x30, [sp, #80]
-  stp d8, d9, [sp, #96]
-  stp d10, d11, [sp, #112]
-  stp d12, d13, [sp, #128]
-  stp d14, d15, [sp, #144]
-  mov x9, sp
-  str x9, [x0]
-  mov sp, x1
-  ldp x19, x20, [sp, #0]
-  ldp x21, x22, [sp, #16]
-  ldp x23, x24, [sp, #32]
-  ldp x25, x26, [sp, #48]
-  ldp x27, x28, [sp, #64]
-  ldp x29, x30, [sp, #80]
-  ldp d8, d9, [sp, #96]
-  ldp d10, d11, [sp, #112]
-  ldp d12, d13, [sp, #128]
-  ldp d14, d15, [sp, #144]
-  add sp, sp, #160
-  ret
-.size sim_switch, .-sim_switch
-)");
-#else
-#error "no context switch for this processor"
-#endif
 
 namespace sim {
 namespace {
 
 thread_local Worker* running_worker = nullptr;
 
-constexpr uint64_t kStack = 64 * 1024;
-
-// A stack whose first switch enters `entry`.
-void* fresh_stack(uint8_t* top, void (*entry)()) {
-#if defined(__x86_64__)
-  auto* at = reinterpret_cast<uint64_t*>(top);
-  *--at = 0; // so that the stack is aligned as after a call
-  *--at = reinterpret_cast<uint64_t>(entry);
-  at -= 6;
-  memset(at, 0, 6 * sizeof *at);
-#else
-  auto* at = reinterpret_cast<uint64_t*>(top) - 20;
-  memset(at, 0, 20 * sizeof *at);
-  at[11] = reinterpret_cast<uint64_t>(entry);
-#endif
-  return at;
-}
-
-} // namespace
-
-class Stacks {
- public:
-  explicit Stacks(size_t count) : size_(count * (kStack + kPage)) {
-    void* map = mmap(
-        nullptr,
-        size_,
-        PROT_READ | PROT_WRITE,
-        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-        -1,
-        0);
-    if (map == MAP_FAILED) {
-      throw std::bad_alloc();
-    }
-    base_ = static_cast<uint8_t*>(map);
-    for (size_t i = 0; i < count; i++) {
-      mprotect(base_ + i * (kStack + kPage), kPage, PROT_NONE);
-    }
-  }
-  ~Stacks() {
-    munmap(base_, size_);
-  }
-  // Staggered, so that the tops do not all fall into the same cache sets.
-  uint8_t* top(size_t i) const {
-    return base_ + (i + 1) * (kStack + kPage) - i % 16 * 256;
-  }
-  bool contains(uint64_t address) const {
-    return address - uint64_t(base_) < size_;
-  }
-  bool guards(uint64_t address) const {
-    return contains(address) &&
-        (address - uint64_t(base_)) % (kStack + kPage) < kPage;
-  }
-
- private:
-  uint8_t* base_;
-  size_t size_;
-};
-
-ThreadgroupMemory::ThreadgroupMemory() {
-  void* map = mmap(
-      nullptr,
-      kCapacity,
-      PROT_READ | PROT_WRITE,
-      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-      -1,
-      0);
-  if (map == MAP_FAILED) {
-    throw std::bad_alloc();
-  }
-  base_ = static_cast<uint8_t*>(map);
-}
-
-ThreadgroupMemory::~ThreadgroupMemory() {
-  munmap(base_, kCapacity);
-}
-
-uint8_t* ThreadgroupMemory::variable(uint32_t id, uint64_t size) {
-  if (id >= variables_.size()) {
-    variables_.resize(id + 1);
-  }
-  Variable& v = variables_[id];
-  if (!v.data) {
-    uint64_t start = (top_ + 63) & ~63ull;
-    if (start + size + 64 > kCapacity || bytes_ + size > kLimit) {
-      return nullptr;
-    }
-    v = {base_ + start, size};
-    top_ = start + size + 64; // a gap, for the tracer to see strays in
-    bytes_ += size;
-    memset(v.data, 0xff, size);
-  }
-  return v.data;
-}
-
-void ThreadgroupMemory::poison() {
-  memset(base_, 0xff, top_);
-}
-
-const ThreadgroupMemory::Variable* ThreadgroupMemory::find(
-    uint64_t address,
-    uint64_t size) const {
-  for (const Variable& v : variables_) {
-    uint64_t offset = address - uint64_t(v.data);
-    if (v.data && offset < v.size && offset + size <= v.size) {
-      return &v;
-    }
-  }
-  return nullptr;
-}
+}  // namespace
 
 Worker* Worker::running() {
   return running_worker;
@@ -505,4 +332,4 @@ void Worker::abandon(const std::string& problem, uintptr_t pc) {
   __builtin_unreachable();
 }
 
-} // namespace sim
+}  // namespace sim

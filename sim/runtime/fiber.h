@@ -11,6 +11,7 @@
 #include "executor.h"
 #include "memory.h"
 #include "report.h"
+#include "threadgroup_memory.h"
 
 namespace sim {
 
@@ -54,8 +55,8 @@ struct Thread {
   void* stack_pointer;
   Position position;
   Site site;
-  const void* value; // what it brings to an exchange
-  Exchange* exchange; // what it gets back
+  const void* value;   // what it brings to an exchange
+  Exchange* exchange;  // what it gets back
   // How often its memory was put in order with the threadgroup's and the
   // simdgroup's other threads.
   uint32_t group_epoch[2], simd_epoch[2];
@@ -65,45 +66,12 @@ struct Thread {
 struct Launch {
   const sim_kernel* kernel;
   const sim_dispatch* dispatch;
-  std::string library; // its file, and where it is loaded
+  std::string library;  // its file, and where it is loaded
   uintptr_t library_base;
   Memory* memory;
   sim_report* report;
-  Tracer* tracer; // null when untraced
+  Tracer* tracer;  // null when untraced
   uint32_t groups[3];
-};
-
-class ThreadgroupMemory {
- public:
-  ThreadgroupMemory();
-  ~ThreadgroupMemory();
-  ThreadgroupMemory(const ThreadgroupMemory&) = delete;
-  ThreadgroupMemory& operator=(const ThreadgroupMemory&) = delete;
-
-  struct Variable {
-    uint8_t* data = nullptr;
-    uint64_t size = 0;
-  };
-  // The variable `id`, made on its first use; null when memory runs out.
-  uint8_t* variable(uint32_t id, uint64_t size);
-  void poison(); // before each threadgroup: NaN in every float type
-  bool contains(uint64_t address) const {
-    return address - uint64_t(base_) < kCapacity;
-  }
-  uint64_t offset(uint64_t address) const {
-    return address - uint64_t(base_);
-  }
-  const Variable* find(uint64_t address, uint64_t size) const;
-  uint64_t bytes() const {
-    return bytes_;
-  }
-  static constexpr uint64_t kCapacity = 128 * 1024;
-  static constexpr uint64_t kLimit = 32 * 1024; // Apple's, for one threadgroup
-
- private:
-  uint8_t* base_;
-  uint64_t top_ = 0, bytes_ = 0;
-  std::vector<Variable> variables_;
 };
 
 class Stacks;
@@ -147,9 +115,9 @@ class Worker {
   struct Simdgroup {
     uint32_t first, count;
     uint32_t alive, waiting, mask;
-    bool divergent; // its waiting threads came to different calls
+    bool divergent;  // its waiting threads came to different calls
     Site site;
-    int turn; // of the two exchanges, which one is being filled
+    int turn;  // of the two exchanges, which one is being filled
     Exchange exchanges[2];
   };
 
@@ -181,4 +149,4 @@ class Worker {
   static void fiber();
 };
 
-} // namespace sim
+}  // namespace sim

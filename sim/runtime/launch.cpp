@@ -28,7 +28,7 @@ struct Image {
   uintptr_t base;
 };
 
-} // namespace sim
+}  // namespace sim
 
 namespace {
 
@@ -74,7 +74,7 @@ void explain(const std::exception& e, char* error, size_t size) {
   }
 }
 
-} // namespace
+}  // namespace
 
 struct sim_pipeline {
   const sim_kernel* kernel;
@@ -86,7 +86,7 @@ struct sim_library {
   std::string path;
   Image image;
   std::mutex mutex;
-  std::map<std::string, Image> specialized; // by the values of all constants
+  std::map<std::string, Image> specialized;  // by the values of all constants
   std::map<std::string, sim_pipeline> pipelines;
 
   std::string constant_values(const sim_constant* given, size_t count) const;
@@ -160,8 +160,7 @@ class Run {
     sim::Memory memory(*pipeline_.kernel, dispatch_, contents.traced);
     std::unique_ptr<sim::Tracer> tracer;
     if (contents.traced) {
-      tracer =
-          std::make_unique<sim::Tracer>(memory, report_, pipeline_.base);
+      tracer = std::make_unique<sim::Tracer>(memory, report_, pipeline_.base);
     }
     sim::Launch launch{
         pipeline_.kernel,
@@ -259,7 +258,7 @@ class Run {
   }
 };
 
-} // namespace
+}  // namespace
 
 extern "C" {
 
@@ -332,4 +331,4 @@ sim_report* sim_launch(sim_pipeline* pipeline, const sim_dispatch* dispatch) {
   return report.release();
 }
 
-} // extern "C"
+}  // extern "C"

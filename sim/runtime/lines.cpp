@@ -75,7 +75,7 @@ enum {
 };
 enum { kEndSequence = 1, kSetAddress = 2 };
 
-} // namespace
+}  // namespace
 
 void Lines::read_unit(const uint8_t* begin, const uint8_t* end) {
   Cursor c{begin, end};
@@ -96,10 +96,10 @@ void Lines::read_unit(const uint8_t* begin, const uint8_t* end) {
   while (c.at < program && *c.at) {
     std::string name = c.text();
     uint64_t directory = c.uleb();
-    c.uleb(); // modification time
-    c.uleb(); // length
-    bool rooted = name[0] == '/' || directory == 0 ||
-        directory >= directories.size();
+    c.uleb();  // modification time
+    c.uleb();  // length
+    bool rooted =
+        name[0] == '/' || directory == 0 || directory >= directories.size();
     files_.push_back(rooted ? name : directories[directory] + "/" + name);
   }
   c.at = program;
@@ -195,4 +195,4 @@ std::pair<std::string, uint32_t> Lines::find(uintptr_t pc) const {
   return {"", 0};
 }
 
-} // namespace sim
+}  // namespace sim

@@ -27,4 +27,4 @@ class Lines {
   void read_unit(const uint8_t* at, const uint8_t* end);
 };
 
-} // namespace sim
+}  // namespace sim

@@ -11,7 +11,7 @@ namespace {
 
 constexpr uint64_t kGap = 64 * 1024;
 constexpr uint64_t kIndices = 64;
-constexpr int kFill = 0xef; // between a buffer's end and its guard page
+constexpr int kFill = 0xef;  // between a buffer's end and its guard page
 
 uint64_t pages(uint64_t size) {
   return (size + kPage - 1) / kPage * kPage;
@@ -26,7 +26,7 @@ std::string bytes_text(uint64_t n) {
   return std::to_string(n) + " bytes";
 }
 
-} // namespace
+}  // namespace
 
 Memory::Memory(
     const sim_kernel& kernel,
@@ -175,8 +175,8 @@ std::string Memory::describe(uint64_t address) const {
     return "no buffer there";
   }
   int64_t offset = address - uint64_t(b->data);
-  std::string name = "buffer " + std::to_string(b->index) + " (" +
-      bytes_text(b->size) + ")";
+  std::string name =
+      "buffer " + std::to_string(b->index) + " (" + bytes_text(b->size) + ")";
   if (offset >= 0 && uint64_t(offset) < b->size) {
     return "write to read-only " + name + ", byte " + std::to_string(offset);
   }
@@ -199,4 +199,4 @@ std::string Memory::copy_back() {
   return problem;
 }
 
-} // namespace sim
+}  // namespace sim

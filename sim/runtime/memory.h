@@ -15,8 +15,8 @@ constexpr uint64_t kPage = 4096;
 struct Buffer {
   int32_t index;
   bool writable;
-  uint8_t* data; // where the kernel finds it
-  uint8_t* source; // the caller's
+  uint8_t* data;    // where the kernel finds it
+  uint8_t* source;  // the caller's
   uint64_t size;
 };
 
@@ -54,7 +54,7 @@ class Memory {
     uint8_t* copy;
     uint64_t size;
     bool writable;
-    uint64_t slack; // bytes between the end and the guard page
+    uint64_t slack;  // bytes between the end and the guard page
   };
 
   std::vector<uint64_t> addresses_;
@@ -69,4 +69,4 @@ class Memory {
   void place_unbound(const sim_kernel& kernel);
 };
 
-} // namespace sim
+}  // namespace sim

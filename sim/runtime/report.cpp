@@ -60,8 +60,8 @@ void sim_report::close(const char* kernel, const std::string& library) {
     auto [file, line] = resolve(f.place);
     auto [other_file, other_line] = resolve(f.other_place);
     std::string here = shown(file, line), there = shown(other_file, other_line);
-    std::string key = std::to_string(f.kind) + here + there + " " +
-        std::to_string(f.buffer);
+    std::string key =
+        std::to_string(f.kind) + here + there + " " + std::to_string(f.buffer);
     auto [at, added] = seen.try_emplace(key, findings.size());
     if (!added) {
       findings[at->second].count += entry.count;
@@ -113,4 +113,4 @@ void sim_report_free(sim_report* report) {
   delete report;
 }
 
-} // extern "C"
+}  // extern "C"

@@ -14,8 +14,8 @@
 namespace sim {
 
 struct Place {
-  uintptr_t pc = 0; // of a memory access, or
-  const char* file = nullptr; // of a synchronising call
+  uintptr_t pc = 0;            // of a memory access, or
+  const char* file = nullptr;  // of a synchronising call
   uint32_t line = 0;
 };
 
@@ -25,14 +25,14 @@ struct Finding {
   int64_t offset;
   uint32_t threadgroup, thread, other_threadgroup, other_thread;
   Place place, other_place;
-  std::string text; // completed with file and line when the report is closed
+  std::string text;  // completed with file and line when the report is closed
 };
 
-} // namespace sim
+}  // namespace sim
 
 struct sim_report {
   void add(const sim::Finding& finding);
-  void fail(const std::string& message); // the first failure is kept
+  void fail(const std::string& message);  // the first failure is kept
   bool failed();
   // Resolves places to lines of `library` and freezes the findings.
   void close(const char* kernel, const std::string& library);

@@ -31,12 +31,9 @@ const char* verb(Access access) {
   }
 }
 
-} // namespace
+}  // namespace
 
-Tracer::Tracer(
-    const Memory& memory,
-    sim_report& report,
-    uintptr_t library_base)
+Tracer::Tracer(const Memory& memory, sim_report& report, uintptr_t library_base)
     : memory_(memory), report_(report), library_base_(library_base) {
   for (const Buffer& b : memory.buffers()) {
     auto* touched = static_cast<uint8_t*>(zeroed(b.size));
@@ -48,8 +45,8 @@ Tracer::Tracer(
   for (Span& s : spans_) {
     s.bytes = static_cast<Byte*>(zeroed(s.size * sizeof(Byte)));
   }
-  group_bytes_ = static_cast<Byte*>(
-      zeroed(ThreadgroupMemory::kCapacity * sizeof(Byte)));
+  group_bytes_ =
+      static_cast<Byte*>(zeroed(ThreadgroupMemory::kCapacity * sizeof(Byte)));
 }
 
 Tracer::~Tracer() {
@@ -94,9 +91,7 @@ void Tracer::add_span(uint64_t start, uint64_t size) {
 void Tracer::begin_threadgroup() {
   // Threadgroup memory starts anew. Dropping the pages zeroes them.
   madvise(
-      group_bytes_,
-      ThreadgroupMemory::kCapacity * sizeof(Byte),
-      MADV_DONTNEED);
+      group_bytes_, ThreadgroupMemory::kCapacity * sizeof(Byte), MADV_DONTNEED);
 }
 
 void Tracer::access(
@@ -155,7 +150,7 @@ void Tracer::device_access(
   }
   if (!b) {
     if (!memory_.contains(address)) {
-      return; // the program's own constants
+      return;  // the program's own constants
     }
     b = memory_.nearest(address);
     int64_t offset = b ? int64_t(address - uint64_t(b->data)) : 0;
@@ -164,8 +159,8 @@ void Tracer::device_access(
         SIM_OUT_OF_BOUNDS,
         {b ? b->index : SIM_NO_BUFFER, offset},
         pc,
-        verb(access) + std::to_string(size) + " bytes: " +
-            memory_.describe(address));
+        verb(access) + std::to_string(size) +
+            " bytes: " + memory_.describe(address));
     return;
   }
   count(address, size, access);
@@ -193,8 +188,7 @@ void Tracer::device_access(
   for (uint64_t i = 0; i < size; i++) {
     const Past* other = told ? nullptr : conflict(bytes[i], now, access);
     if (other) {
-      Where where{
-          b->index, int64_t(address + i - uint64_t(b->data))};
+      Where where{b->index, int64_t(address + i - uint64_t(b->data))};
       report(worker, SIM_RACE, where, pc, verb(access), other);
       told = true;
     }
@@ -252,10 +246,8 @@ void Tracer::group_access(
   }
 }
 
-const Tracer::Past* Tracer::conflict(
-    const Byte& byte,
-    const Past& now,
-    Access access) const {
+const Tracer::Past*
+Tracer::conflict(const Byte& byte, const Past& now, Access access) const {
   auto races = [&](const Past& before) {
     return before.group && !(before.atomic && now.atomic) &&
         !ordered(before, now);
@@ -340,4 +332,4 @@ std::vector<sim_traffic> Tracer::traffic() const {
   return all;
 }
 
-} // namespace sim
+}  // namespace sim

@@ -58,7 +58,7 @@ class Tracer {
   // A buffer's bytes; zeroed pages that cost nothing until touched.
   struct Shadow {
     const Buffer* buffer;
-    uint8_t* touched; // per byte: 1 read, 2 written
+    uint8_t* touched;  // per byte: 1 read, 2 written
     uint64_t read, written;
   };
   struct Span {
@@ -74,7 +74,7 @@ class Tracer {
   sim_report& report_;
   uintptr_t library_base_;
   std::vector<Shadow> shadows_;
-  std::vector<Span> spans_; // writable memory, overlapping buffers merged
+  std::vector<Span> spans_;  // writable memory, overlapping buffers merged
   Byte* group_bytes_;
   std::vector<void*> maps_;
   std::vector<uint64_t> map_sizes_;
@@ -96,4 +96,4 @@ class Tracer {
       const Past* other = nullptr);
 };
 
-} // namespace sim
+}  // namespace sim
