@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from .kernels import Argument, FunctionConstant
 from .library import Kernel, LaunchError, Library, compile
 from .report import Finding, Report, Traffic
-from .rewrite import Argument, FunctionConstant
 from .toolchain import CompileError
 
 __all__ = [

@@ -11,8 +11,8 @@ from typing import Any
 import numpy.typing as npt
 
 from .compiler import executor
+from .kernels import Argument, FunctionConstant
 from .report import Finding, Report, Traffic
-from .rewrite import Argument, FunctionConstant
 
 _KINDS = ("buffer", "threadgroup", "position")
 _FINDINGS = ("race", "out of bounds", "uninitialised", "divergence")
@@ -221,8 +221,8 @@ def _report(lib: c.CDLL, handle: int, name: str) -> Report:
     for t in traffic[: count.value]:
         report.traffic[t.buffer] = Traffic(t.read, t.written, t.unique_read, t.unique_written)
     counts = lib.sim_report_counts(handle).contents
-    for field in [entry[0] for entry in _Counts._fields_]:
-        setattr(report, field, getattr(counts, field))
+    for field in _Counts._fields_:
+        setattr(report, field[0], getattr(counts, field[0]))
     return report
 
 

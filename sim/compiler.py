@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import cache, toolchain
-from .rewrite import EntryPoint, FunctionConstant, Rewritten, rewrite
+from .kernels import EntryPoint, FunctionConstant
+from .rewrite import Rewritten, rewrite
 from .tokens import SyntaxProblem
 
 _C_TYPES = {"bool": "_Bool", "half": "unsigned short"} | {

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from . import abi
 from .compiler import compile_library
+from .kernels import Argument, FunctionConstant
 from .report import Report
-from .rewrite import Argument, FunctionConstant
 
 Size = tuple[int, int, int]
 _CONSTANT_TYPES = {

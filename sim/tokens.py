@@ -83,13 +83,13 @@ class TokenStream:
                 opener = stack.pop()[1]
                 partner[opener] = i  # of `[[`, the second closer comes last and stays
                 partner[i] = opener
+        if stack:
+            token = self.token(stack[-1][1])
+            raise SyntaxProblem(f"{token.file}:{token.line}: {token.text!r} is never closed")
         return partner
 
     def close(self, i: int) -> int:
-        """The position that closes the bracket at i."""
-        if i not in self.partner:
-            token = self.token(i)
-            raise SyntaxProblem(f"{token.file}:{token.line}: {token.text!r} is never closed")
+        """The position that closes the bracket at i, or opens the one closed there."""
         return self.partner[i]
 
     def angle(self, i: int) -> int:

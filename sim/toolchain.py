@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ _DIALECT = [
     *("-target", f"{MACHINE}-linux-gnu", "-fsigned-char"),
     *("-march=x86-64-v3",) * (MACHINE == "x86_64"),
 ]
+_SPACES = {"global": "device", "local": "threadgroup", "constant": "constant", "private": "thread"}
 _QUIET = [
     f"-Wno-{name}"
     for name in (
@@ -89,7 +91,8 @@ def run(command: Sequence[str], stdin: str | None = None) -> str:
 
 def preprocess(source: str | Path, include_dirs: Sequence[Path], defines: dict[str, str]) -> str:
     """Shader text after the preprocessor, with line markers. A str is text, a Path a file."""
-    command = [*clang(), *_DIALECT, *_QUIET, "-E", "-I", str(HEADERS)]
+    # The address spaces and vector types are known before any #include.
+    command = [*clang(), *_DIALECT, *_QUIET, "-E", "-I", str(HEADERS), "-include", "entry.h"]
     for directory in include_dirs:
         command += ["-I", str(directory)]
     command += [f"-D{name}={value}" for name, value in defines.items()]
@@ -106,8 +109,13 @@ def shader_flags(contract: bool, trace: bool) -> list[str]:
 
 
 def compile_shader(text: Path, target: Path, contract: bool, trace: bool) -> None:
+    """CompileError speaks of Metal's address spaces, not of clang's."""
     flags = shader_flags(contract, trace)
-    run([*clang(), *flags, "-c", str(text), "-o", str(target)])
+    try:
+        run([*clang(), *flags, "-c", str(text), "-o", str(target)])
+    except CompileError as problem:
+        told = re.sub("__(global|local|constant|private)", lambda m: _SPACES[m[1]], str(problem))
+        raise CompileError(told) from None
 
 
 def compile_c(text: Path, target: Path) -> None:

@@ -86,17 +86,16 @@ MSL_FUNC float __metal_frexp(float x, thread int* exponent) {
   return r;
 }
 
-#define MSL_EACH_1(X)                                                      \
-  X(acos)                                                                  \
-  X(acosh)                                                                 \
-  X(asin) X(asinh) X(atan) X(atanh) X(ceil) X(cos) X(cosh) X(cospi) X(exp) \
-      X(exp10) X(exp2) X(fabs) X(floor) X(fract) X(log) X(log10) X(log2)   \
-          X(rint) X(round) X(rsqrt) X(sin) X(sinh) X(sinpi) X(sqrt) X(tan) \
-              X(tanh) X(tanpi) X(trunc)
-#define MSL_EACH_2(X) \
-  X(atan2)            \
-  X(copysign)         \
-  X(divide) X(fdim) X(fmax) X(fmin) X(fmod) X(nextafter) X(pow) X(powr)
+// clang-format off
+#define MSL_EACH_1(X)                                                        \
+  X(acos) X(acosh) X(asin) X(asinh) X(atan) X(atanh) X(ceil) X(cos) X(cosh)  \
+  X(cospi) X(exp) X(exp10) X(exp2) X(fabs) X(floor) X(fract) X(log) X(log10) \
+  X(log2) X(rint) X(round) X(rsqrt) X(sin) X(sinh) X(sinpi) X(sqrt) X(tan)   \
+  X(tanh) X(tanpi) X(trunc)
+#define MSL_EACH_2(X)                                            \
+  X(atan2) X(copysign) X(divide) X(fdim) X(fmax) X(fmin) X(fmod) \
+  X(nextafter) X(pow) X(powr)
+// clang-format on
 
 #define MSL_MATH_1(name)                               \
   MSL_FUNC float name(float x) {                       \

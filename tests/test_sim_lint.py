@@ -1,0 +1,144 @@
+"""Each lint rule refuses its bad sample at the right line and accepts its good one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import sim
+from sim import lint
+from sim.__main__ import main
+
+# Message, bad sample (the problem is on line 2), good sample.
+SAMPLES = {
+    "parameter": (
+        "pointer without",
+        "inline float f(\n    const float* x, int n) {\n  return x[n];\n}",
+        "inline float f(const device float* x, int n) {\n  return x[n] * n;\n}",
+    ),
+    "reference": (
+        "reference without",
+        "template <typename T>\nvoid f(T& x) {\n}",
+        "template <typename T, int N = (3 > 2)>\nvoid f(thread T& x, constant T& y) {\n}",
+    ),
+    "variable": (
+        "pointer without",
+        "void f(device float* x) {\n  float* y = x;\n}",
+        "void f(device float* x) {\n  device float* y = x + 2 * 3;\n  int n = y[0] * x[1];\n}",
+    ),
+    "loop variable": (
+        "pointer without",
+        "void f(device float* x) {\n  for (float* p = x; p[0] > 0; p++) {\n  }\n}",
+        "void f(device float* x) {\n  for (device float* p = x; p[0] > 0; p++) {\n  }\n}",
+    ),
+    "member": (
+        "pointer without",
+        "struct S {\n  half* x;\n};",
+        "struct S {\n  device half* x;\n  S operator*(S o) const thread { return o; }\n};",
+    ),
+    "cast": (
+        "pointer without",
+        "void f(device uint* x) {\n  uchar y = ((uchar*)x)[1];\n}",
+        "void f(device uint* x) {\n  uchar y = ((device uchar*)x)[1] * (x[0] & 3);\n}",
+    ),
+    "static_cast": (
+        "pointer without",
+        "void f(device void* x) {\n  g(static_cast<uchar*>(x));\n}",
+        "void f(device void* x) {\n  g(static_cast<device uchar*>(x));\n}",
+    ),
+    "threadgroup variable": (
+        "threadgroup variable",
+        "void f() {\n  threadgroup float x[32];\n}",
+        "[[kernel]] void f() {\n  threadgroup float x[32];\n  threadgroup float* y = x;\n}",
+    ),
+    "recursion": (
+        "recursion: f calls itself",
+        "int f(int n) {\n  return n < 2 ? 1 : n * f(n - 1);\n}",
+        "int f(int n) { return n; }\nint g(int n, int m) {\n  return f(n) + a.g(n, m) + g(n);\n}",
+    ),
+    "mutual recursion": (
+        "recursion",
+        "int g(int n);\nint f(int n) { return g(n); }\nint g(int n) { return f(n); }",
+        "int g(int n) { return n; }\nint f(int n) { return g(n); }",
+    ),
+    "goto": ("goto", "void f() {\n  goto end;\n}", "void f() {\n  return;\n}"),
+    "double": (
+        "double",
+        "void f() {\n  double x = 1;\n}",
+        "void f() {\n  float x = 1; // double\n}",
+    ),
+    "long double": (
+        "double",
+        "void f() {\n  long double x = 1;\n}",
+        "void f() {\n  long x = 1;\n}",
+    ),
+    "throw": ("exceptions", "void f() {\n  throw 1;\n}", "void f() {\n  int rethrown = 1;\n}"),
+    "new": ("new", "void f() {\n  auto x = new int;\n}", "void f() {\n  auto x = 3;\n}"),
+    "delete": ("delete", "void f() {\n  delete x;\n}", "struct S {\n  S() = delete;\n};"),
+    "virtual": ("virtual", "struct S {\n  virtual int f();\n};", "struct S {\n  int f();\n};"),
+    "typeid": (
+        "type information",
+        "void f() {\n  typeid(3);\n}",
+        "void f() {\n  is_same<T, U>();\n}",
+    ),
+    "std": ("std::", "void f() {\n  std::max(1, 2);\n}", "void f() {\n  metal::max(1, 2);\n}"),
+    "lambda": (
+        "lambda",
+        "void f() {\n  auto g = [&](int x) { return x; };\n}",
+        "void f(uint i [[thread_position_in_grid]]) {\n  int x[2] = {a[0], b[1]};\n}",
+    ),
+    "global": (
+        "global variable",
+        "struct S { int x; };\nint counter = 0;\n",
+        "constant int limit = 3;\nconstant constexpr float scales[] = {1, 2};\nusing T = int;\n",
+    ),
+    "static": (
+        "static variable",
+        "void f() {\n  static int calls = 0;\n}",
+        "struct S {\n  static constexpr constant int n = 1;\n  static int f() { return n; }\n};",
+    ),
+    "threadgroup memory": (
+        "36864 bytes of threadgroup memory",
+        "constant constexpr int N = 96;\nkernel void f() {\n  threadgroup float x[N][N];\n}",
+        "constant constexpr int N = 64;\nkernel void f() {\n  threadgroup half x[N][N], y[N];\n}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_rule(name: str) -> None:
+    message, bad, good = SAMPLES[name]
+    problems = lint.check_text(bad)
+    assert [p for p in problems if p.startswith("source.metal:2: ") and message in p], problems
+    assert lint.check_text(good) == []
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["quantized.h", "fp_quantized.h", "gemv.h", "sdpa_vector.h", "sort.h", "softmax.h", "fp4.h"],
+)
+def test_mlx_kernels_pass(file: str) -> None:
+    assert lint.check(sim.mlx_include() / "mlx/backend/metal/kernels" / file) == []
+
+
+def test_directives_and_comments_are_skipped() -> None:
+    text = "#define F(T) \\\n  T* x; double y\n/* goto */ // new\nconstant int a = 1;\ndouble b;\n"
+    assert [p.split(":")[1] for p in lint.check_text(text)] == ["5", "5"]
+
+
+@pytest.mark.parametrize("source", ["1.0f", "half(1)", "x[0] * 2.0f"])
+def test_no_implicit_conversion_to_bfloat(source: str) -> None:
+    """Needs no rule: the simulator refuses it as Apple's compiler does."""
+    text = "#include <metal_stdlib>\nkernel void f(device bfloat* x) {{\n  x[0] = {};\n}}"
+    sim.compile(text.format(f"bfloat({source})"))
+    with pytest.raises(sim.CompileError, match=r"source.metal:3:8: error"):
+        sim.compile(text.format(source))
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad = tmp_path / "good.metal", tmp_path / "bad.metal"
+    good.write_text("constant int a = 1;\n")
+    bad.write_text("constant int a = 1;\ndouble b;\n")
+    assert main(["lint", str(good)]) == 0
+    assert main(["lint", str(good), str(bad)]) == 1
+    assert f"{bad}:2: double: not in Metal" in capsys.readouterr().out
