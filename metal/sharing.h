@@ -37,14 +37,14 @@ template <int most>
 METAL_FUNC Group<most>
 group_from(const threadgroup int* links, int pairs, int pair) {
   Group<most> group;
-  group.count = links[pair] & 1;
+  group.count = links[pair] % 2;
   group.members[0] = pair;
-  int next = links[pair] >> 1;
+  int next = links[pair] / 2;
   for (int i = 1; i < most; i++) {
     const bool member = group.count > 0 && next < pairs;
     group.members[i] = member ? next : pair;
     group.count += member;
-    next = member ? links[next] >> 1 : pairs;
+    next = member ? links[next] / 2 : pairs;
   }
   return group;
 }

@@ -33,7 +33,7 @@ _QUIET = [
 ]
 # Half rounds after every operation, as on the GPU; safe math, as MLX compiles.
 _ARITHMETIC = ["-Xclang", "-ffloat16-excess-precision=none", "-fno-fast-math"]
-_CODE = ["-O2", "-fPIC", "-g1", "-gdwarf-4", "-fno-stack-protector"]
+_CODE = ["-O2", "-fno-unroll-loops", "-fPIC", "-g1", "-gdwarf-4", "-fno-stack-protector"]
 _TRACE = [
     "-fsanitize=thread",
     *("-fno-slp-vectorize", "-fno-vectorize"),

@@ -25,7 +25,7 @@ MUTATIONS = {
     "later pairs bound": (SHARED, "q > pair; q--", "q >= pair; q--", 0),
     "first pair scanned": (SHARED, "int q = pairs - 1;", "int q = pairs;", 0),
     "next member bound": (SHARED, "next < pairs;", "next <= pairs;", 0),
-    "leader mask": (SHARED, "group.count = links[pair] & 1;", "group.count = 1;", 0),
+    "leader mask": (SHARED, "group.count = links[pair] % 2;", "group.count = 1;", 0),
     "gate rows mask": (SHARED, "i / width < used && ", "", 0),
     "gate lane mask": (SHARED, "lane == 0 && ", "", 0),
     "down lane mask": (SHARED, "lane == 0 && ", "", 1),

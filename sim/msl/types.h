@@ -188,3 +188,13 @@ template <typename T>
 MSL_FUNC constexpr T msl_operand(T value) {
   return value;
 }
+
+// MLX's gemv marks values that all threads share; here every value may differ.
+namespace metal {
+template <typename T>
+using uniform = T;
+template <typename T>
+inline constexpr T make_uniform(T value) {
+  return value;
+}
+} // namespace metal
