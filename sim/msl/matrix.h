@@ -51,7 +51,7 @@ MSL_FUNC ulong
 msl_matrix_offset(ulong stride, ulong2 origin, uint i, bool transposed) {
   ulong r = msl_matrix_row(sim_rt_lane());
   ulong c = msl_matrix_column(sim_rt_lane()) + i;
-  return transposed ? (origin.x + c) * stride + origin.y + r
+  return transposed ? (origin.y + c) * stride + origin.x + r
                     : (origin.y + r) * stride + origin.x + c;
 }
 
