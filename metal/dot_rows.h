@@ -113,11 +113,5 @@ METAL_FUNC void dot_pair(
   dot_rows<T, A, 1, rows, width>(
       &a, k, used, x + lane * A::values, offsets, lane, result);
   dot_rows<T, B, 1, rows, width>(
-      &b,
-      k,
-      used,
-      x + lane * B::values,
-      offsets,
-      lane,
-      result + rows * width);
+      &b, k, used, x + lane * B::values, offsets, lane, result + rows * width);
 }

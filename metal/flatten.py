@@ -27,8 +27,10 @@ _TAKEN = {
     ),
     "mlx_fp": (
         "fp_quantized.h",
-        ["get_pack_factor", "get_bytes_per_pack", "dequantize_scale", "struct Dequantize"]
-        + ["load_vector", "load_vector_safe"],
+        [
+            *("get_pack_factor", "get_bytes_per_pack", "dequantize_scale"),
+            *("struct Dequantize", "load_vector", "load_vector_safe"),
+        ],
         ["qdot", "qdot_safe"],
     ),
 }

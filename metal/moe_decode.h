@@ -44,8 +44,8 @@ struct GateUp {
   int lane;
 
   template <int width>
-  METAL_FUNC void
-  run(int first_row, const thread int* members, int count) const thread {
+  METAL_FUNC void run(int first_row, const thread int* members, int count)
+      const thread {
     constexpr int step = rows_at_once(rows, width);
     thread int offsets[width];
     for (int m = 0; m < width; m++) {
@@ -156,8 +156,8 @@ struct Down {
   int lane;
 
   template <int width>
-  METAL_FUNC void
-  run(int first_row, const thread int* members, int count) const thread {
+  METAL_FUNC void run(int first_row, const thread int* members, int count)
+      const thread {
     constexpr int step = rows_at_once(rows, width);
     thread int offsets[width];
     for (int m = 0; m < width; m++) {

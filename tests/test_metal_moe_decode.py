@@ -37,7 +37,9 @@ BY_FORMAT = [
     for c in shapes(dtype, fmt, i)
 ]
 EVERY_FORMAT = [
-    c for i, (fmt, dtype) in enumerate(itertools.product(FORMATS, TYPES)) for c in shapes(dtype, fmt, i)
+    c
+    for i, (fmt, dtype) in enumerate(itertools.product(FORMATS, TYPES))
+    for c in shapes(dtype, fmt, i)
 ]
 BY_TOKENS = [
     Case("bfloat16", AFFINE4, MXFP4, ("affine", 6, 64), tokens, 3, 512, 64, 5, seed=tokens)

@@ -5,7 +5,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import sim
-from metal_kernels import Case, fused_functions, instance, make_layer, run_cpu, run_fused, shader
+from metal_kernels import (
+    Case,
+    fused_functions,
+    host_name,
+    instance,
+    make_layer,
+    run_cpu,
+    run_fused,
+    shader,
+)
 
 from glm_fused import ops
 
@@ -30,19 +39,44 @@ MUTATIONS = {
     "gate lane mask": (SHARED, "lane == 0 && ", "", 0),
     "down lane mask": (SHARED, "lane == 0 && ", "", 1),
     "rows read": (SHARED, "F::whole_tiles || i % rows < used", "true", 0),
-    "tail rows read": (SHARED, "      if (i % rows < used) {\n        thread", "      {\n        thread", 0),
-    "last row of the tile": (ODD, "used = min(step, hidden - row)", "used = min(step, hidden - row + 1)", 0),
-    "last gate row": (SHARED, "min(step, intermediate - row)", "min(step, intermediate - row + 1)", 0),
+    "tail rows read": (
+        SHARED,
+        "      if (i % rows < used) {\n        thread",
+        "      {\n        thread",
+        0,
+    ),
+    "last row of the tile": (
+        ODD,
+        "used = min(step, hidden - row)",
+        "used = min(step, hidden - row + 1)",
+        0,
+    ),
+    "last gate row": (
+        SHARED,
+        "min(step, intermediate - row)",
+        "min(step, intermediate - row + 1)",
+        0,
+    ),
     "no rows left": (FAST, "if (used <= 0) {", "if (used < 0) {", 0),
     "tail lanes": (SHARED, "left > 0; i++", "left >= 0; i++", 0),
-    "tail values": (ODD, "clamp(k - end - lane * F::values, 0,", "clamp(k - end - lane * F::values + 1, 0,", 0),
+    "tail values": (
+        ODD,
+        "clamp(k - end - lane * F::values, 0,",
+        "clamp(k - end - lane * F::values + 1, 0,",
+        0,
+    ),
     "dense weight mask": (ODD, "i < used ? from[i] : W(0)", "from[i]", 0),
-    "dense x mask": (ODD, "i < used ? static_cast<float>(x[i]) : 0.0f", "static_cast<float>(x[i])", 0),
+    "dense x mask": (
+        ODD,
+        "i < used ? static_cast<float>(x[i]) : 0.0f",
+        "static_cast<float>(x[i])",
+        0,
+    ),
     "block count": (FAST, "fast ? k / block : (k - 1) / block", "k / block + 1", 0),
     "tokens bound": (SHARED, "i < params.tokens * used;", "i <= params.tokens * used;", 0),
     "choices bound": (SHARED, "choice < params.top_k;", "choice <= params.top_k;", 0),
     "rows summed": (ODD, "min(rows, params.hidden - row)", "rows", 0),
-}  # fmt: skip
+}
 
 
 def mutate(text, old, new, occurrence):
@@ -54,7 +88,7 @@ def mutate(text, old, new, occurrence):
 
 def caught(case, text):
     """Whether the tracer or the result tells `text` from a right shader."""
-    lines = "".join(instance(f)[1] for f in fused_functions(case))
+    lines = "".join(instance(f) for f in fused_functions(case))
     lib = sim.compile(text + lines, contract=True, trace=True)
     layer = make_layer(case, pad=False)
     if case is SHARED:
@@ -79,8 +113,8 @@ def test_moe_decode_mutation_is_caught(name):
 
 
 def router_caught(text):
-    name, line = instance("router_topk<float, float, 15, 3>")
-    lib = sim.compile(text + line, contract=True, trace=True)
+    function = "router_topk<float, float, 15, 3>"
+    lib = sim.compile(text + instance(function), contract=True, trace=True)
     rng = np.random.default_rng(1)
     hidden, top_k = 9, 4
     x, weight, bias = (
@@ -89,7 +123,7 @@ def router_caught(text):
     chosen, shares = np.full((2, top_k), -1, np.int32), np.full((2, top_k), np.nan, np.float32)
     head = np.array([hidden, top_k, 2, 1], np.int32).tobytes() + np.float32(2.5).tobytes()
     report = lib.run(
-        name,
+        host_name(function),
         grid=(2, 1, 1),
         threadgroup=(32, 2, 1),
         buffers={

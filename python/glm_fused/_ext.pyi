@@ -2,38 +2,28 @@
 
 import mlx.core
 
-built_with_mlx: str = "0.32.4"
 
-built_with_nanobind: str = "3.1.0"
+built_with_mlx: str = '0.32.4'
+
+metal_max_tokens: int = 16
+
+built_with_nanobind: str = '3.1.0'
 
 def probe(a: mlx.core.array) -> mlx.core.array:
     """Return `a`: fails where this build and the installed mlx disagree."""
 
-def quantized_matvec(
-    x: mlx.core.array,
-    w: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
-    reference: bool,
-) -> mlx.core.array: ...
-def moe_decode(
-    x: mlx.core.array,
-    gate: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
-    up: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
-    down: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
-    slots: mlx.core.array,
-    scores: mlx.core.array,
-    reference: bool,
-) -> mlx.core.array: ...
-def router_topk(
-    x: mlx.core.array,
-    weight: mlx.core.array,
-    correction_bias: mlx.core.array,
-    top_k: int,
-    n_group: int,
-    topk_group: int,
-    norm_topk_prob: bool,
-    routed_scaling_factor: float,
-    reference: bool,
-) -> tuple[mlx.core.array, mlx.core.array]: ...
+def quantized_matvec(x: mlx.core.array, w: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str], reference: bool) -> mlx.core.array: ...
+
+def moe_decode(x: mlx.core.array, gate: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str], up: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str], down: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str], slots: mlx.core.array, scores: mlx.core.array, reference: bool, gpu: bool) -> mlx.core.array: ...
+
+def router_topk(x: mlx.core.array, weight: mlx.core.array, correction_bias: mlx.core.array, top_k: int, n_group: int, topk_group: int, norm_topk_prob: bool, routed_scaling_factor: float, reference: bool, gpu: bool) -> tuple[mlx.core.array, mlx.core.array]: ...
+
+def moe_decode_obstacle(tokens: int, top_k: int) -> str:
+    """Why moe_decode has no Metal kernel for these counts; empty if it has."""
+
+def router_topk_obstacle(experts: int) -> str:
+    """Why router_topk has no Metal kernel for this count; empty if it has."""
+
 def num_threads() -> int:
     """Threads of the CPU kernels."""
 
