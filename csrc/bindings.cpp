@@ -7,6 +7,7 @@
 
 #include "cpu/matrix.h"
 #include "cpu/thread_pool.h"
+#include "metal/limits.h"
 #include "ops.h"
 
 namespace nb = nanobind;
@@ -34,11 +35,16 @@ Weight weight(const WeightTuple& t) {
       std::get<5>(t)};
 }
 
+mx::Device on(bool gpu) {
+  return gpu ? mx::Device::gpu : mx::Device::cpu;
+}
+
 }  // namespace
 
 NB_MODULE(_ext, m) {
   m.doc() = "Compiled kernels of glm_fused; call them through glm_fused.ops.";
   m.attr("built_with_mlx") = GLM_FUSED_MLX_VERSION;
+  m.attr("metal_max_tokens") = metal::kMaxTokens;
   m.attr("built_with_nanobind") = GLM_FUSED_NANOBIND_VERSION;
 
   m.def(
@@ -62,7 +68,8 @@ NB_MODULE(_ext, m) {
          const WeightTuple& down,
          const mx::array& slots,
          const mx::array& scores,
-         bool reference) {
+         bool reference,
+         bool gpu) {
         return moe_decode(
             x,
             weight(gate),
@@ -71,7 +78,7 @@ NB_MODULE(_ext, m) {
             slots,
             scores,
             reference,
-            mx::Device::cpu);
+            on(gpu));
       },
       "x"_a,
       "gate"_a,
@@ -79,7 +86,8 @@ NB_MODULE(_ext, m) {
       "down"_a,
       "slots"_a,
       "scores"_a,
-      "reference"_a);
+      "reference"_a,
+      "gpu"_a);
   m.def(
       "router_topk",
       [](const mx::array& x,
@@ -90,14 +98,15 @@ NB_MODULE(_ext, m) {
          int topk_group,
          bool norm_topk_prob,
          float routed_scaling_factor,
-         bool reference) {
+         bool reference,
+         bool gpu) {
         return router_topk(
             x,
             weight,
             correction_bias,
             {top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor},
             reference,
-            mx::Device::cpu);
+            on(gpu));
       },
       "x"_a,
       "weight"_a,
@@ -107,7 +116,21 @@ NB_MODULE(_ext, m) {
       "topk_group"_a,
       "norm_topk_prob"_a,
       "routed_scaling_factor"_a,
-      "reference"_a);
+      "reference"_a,
+      "gpu"_a);
+  m.def(
+      "moe_decode_obstacle",
+      [](int tokens, int top_k) {
+        return metal::moe_decode_obstacle(tokens, top_k);
+      },
+      "tokens"_a,
+      "top_k"_a,
+      "Why moe_decode has no Metal kernel for these counts; empty if it has.");
+  m.def(
+      "router_topk_obstacle",
+      [](int experts) { return metal::router_topk_obstacle(experts); },
+      "experts"_a,
+      "Why router_topk has no Metal kernel for this count; empty if it has.");
   m.def("num_threads", &cpu::num_threads, "Threads of the CPU kernels.");
   m.def(
       "set_num_threads",

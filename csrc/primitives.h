@@ -13,7 +13,7 @@ class FusedPrimitive : public mx::Primitive {
   FusedPrimitive(mx::Stream stream, bool reference)
       : mx::Primitive(stream), reference_(reference) {}
 
-  // The Metal kernels are not built into this version.
+  // Throws: for primitives and builds without a Metal kernel.
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&)
       override;
 
@@ -51,6 +51,9 @@ class MoeDecode : public FusedPrimitive {
   void eval_cpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override;
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
   const char* name() const override {
     return "MoeDecode";
   }
@@ -66,6 +69,9 @@ class RouterTopk : public FusedPrimitive {
   RouterTopk(mx::Stream stream, bool reference, Routing routing)
       : FusedPrimitive(stream, reference), routing_(routing) {}
   void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  void eval_gpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override;
   const char* name() const override {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,12 +74,14 @@ def shared_vectors(tokens: int) -> int:
     return 1 << (tokens - 1).bit_length()
 
 
-def instance(function: str) -> tuple[str, str]:
-    """The host name of a template instance and the line that makes it."""
-    return (
-        function,
-        f'template [[host_name("{function}")]] [[kernel]] decltype({function}) {function};\n',
-    )
+def host_name(function: str) -> str:
+    return "glm_fused_" + re.sub("[^0-9A-Za-z]", "_", function)
+
+
+def instance(function: str) -> str:
+    """The line that makes a template instance, as the host writes it."""
+    name = host_name(function)
+    return f'template [[host_name("{name}")]] [[kernel]] decltype({function}) {function};\n'
 
 
 def fused_functions(c: Case) -> tuple[str, str]:
@@ -127,7 +130,7 @@ class Libraries:
         self.cases = list(cases)
 
     def _compile(self, text: str, functions: Iterable[str], **mode: bool) -> Any:
-        lines = "".join(instance(f)[1] for f in sorted(set(functions)))
+        lines = "".join(instance(f) for f in sorted(set(functions)))
         return sim.compile(text + lines, include_dirs=(sim.mlx_include(),), **mode)
 
     @functools.cache  # noqa: B019
@@ -237,7 +240,7 @@ def run_fused(lib: Any, layer: Layer) -> np.ndarray:
     links = -(-4 * pairs // 16) * 16
     tile = c.rows * c.simdgroups[0]
     first = lib.run(
-        gate_up,
+        host_name(gate_up),
         grid=(-(-c.intermediate // tile), pairs, 1),
         threadgroup=(32, c.simdgroups[0], 1),
         buffers={0: to_numpy(layer.x), 1: layer.slots, 8: act, 9: params}
@@ -246,7 +249,7 @@ def run_fused(lib: Any, layer: Layer) -> np.ndarray:
         threadgroup_memory={0: links},
     )
     second = lib.run(
-        down_sum,
+        host_name(down_sum),
         grid=(-(-c.hidden // c.rows), 1, 1),
         threadgroup=(32, c.simdgroups[1], 1),
         buffers={0: act, 1: layer.slots, 5: layer.scores, 6: y, 7: params} | _bind(layer.down, 2),
@@ -282,7 +285,9 @@ def gather_matvec(
             15: _i32(1), 16: _i32(bank), 17: _i64(n * k), 18: lhs, 19: rhs,
         }  # fmt: skip
         lib = libs.mlx("gemv", dtype, contract)
-        lib.run(name, grid=(-(-n // rows), 1, count), threadgroup=(32, 1, 4), buffers=buffers)
+        lib.run(
+            host_name(name), grid=(-(-n // rows), 1, count), threadgroup=(32, 1, 4), buffers=buffers
+        )
         return out
     scales = to_numpy(w.scales)
     batch = {
@@ -297,7 +302,7 @@ def gather_matvec(
         buffers[2] = to_numpy(w.biases)
     buffers |= batch | dict(enumerate(biases + indices, 16))
     lib = libs.mlx("affine" if w.biases is not None else "fp", dtype, contract)
-    lib.run(name, grid=(1, -(-n // 8), count), threadgroup=(32, 2, 1), buffers=buffers)
+    lib.run(host_name(name), grid=(1, -(-n // 8), count), threadgroup=(32, 2, 1), buffers=buffers)
     return out
 
 
@@ -312,7 +317,7 @@ def run_chain(libs: Libraries, layer: Layer, contract: bool) -> np.ndarray:
     up = gather_matvec(libs, layer.up, c.up, c.dtype, x, token, rhs, contract)
     act = empty(gate.shape, c.dtype)
     libs.swiglu(contract).run(
-        f"chain_swiglu<{METAL_TYPES[c.dtype]}>",
+        host_name(f"chain_swiglu<{METAL_TYPES[c.dtype]}>"),
         grid=(act.size // 32, 1, 1) if act.size % 32 == 0 else (act.size, 1, 1),
         threadgroup=(32, 1, 1) if act.size % 32 == 0 else (1, 1, 1),
         buffers={0: gate, 1: up, 2: act},

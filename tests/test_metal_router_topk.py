@@ -5,17 +5,17 @@ import numpy as np
 import pytest
 import sim
 from formats_under_test import DTYPES
-from metal_kernels import METAL_TYPES, instance, shader, to_numpy
+from metal_kernels import METAL_TYPES, host_name, instance, shader, to_numpy
 
 from glm_fused import ops
 
 
 def compiled(dtype, experts, groups, contract, trace=False):
     t = METAL_TYPES[dtype]
-    name, line = instance(f"router_topk<{t}, {t}, {experts}, {groups}>")
-    text = shader("router_topk") + line
-    lib = sim.compile(text, include_dirs=(), contract=contract, trace=trace)
-    return lambda **arguments: lib.run(name, **arguments)
+    function = f"router_topk<{t}, {t}, {experts}, {groups}>"
+    text = shader("router_topk") + instance(function)
+    lib = sim.compile(text, contract=contract, trace=trace)
+    return lambda **arguments: lib.run(host_name(function), **arguments)
 
 
 def check(kernel, x, weight, bias, top_k, n_group=1, topk_group=1, norm=True, factor=2.5):

@@ -4,6 +4,8 @@ import mlx.core
 
 built_with_mlx: str = "0.32.4"
 
+metal_max_tokens: int = 16
+
 built_with_nanobind: str = "3.1.0"
 
 def probe(a: mlx.core.array) -> mlx.core.array:
@@ -22,6 +24,7 @@ def moe_decode(
     slots: mlx.core.array,
     scores: mlx.core.array,
     reference: bool,
+    gpu: bool,
 ) -> mlx.core.array: ...
 def router_topk(
     x: mlx.core.array,
@@ -33,7 +36,14 @@ def router_topk(
     norm_topk_prob: bool,
     routed_scaling_factor: float,
     reference: bool,
+    gpu: bool,
 ) -> tuple[mlx.core.array, mlx.core.array]: ...
+def moe_decode_obstacle(tokens: int, top_k: int) -> str:
+    """Why moe_decode has no Metal kernel for these counts; empty if it has."""
+
+def router_topk_obstacle(experts: int) -> str:
+    """Why router_topk has no Metal kernel for this count; empty if it has."""
+
 def num_threads() -> int:
     """Threads of the CPU kernels."""
 

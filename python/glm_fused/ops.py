@@ -1,9 +1,9 @@
 """The operations the model is made of.
 
 Each has two paths that agree bit for bit: the fused kernels, and the unfused reference that
-`glm_fused.reference_path()` or ``GLM_FUSED_REFERENCE=1`` selects. On a GPU default device both are
-stock MLX ops for now; on the CPU they are this package's own, because MLX's quantized matmul there
-accumulates in the activation type and runs on one thread.
+`glm_fused.reference_path()` or ``GLM_FUSED_REFERENCE=1`` selects. On a GPU default device the
+reference is stock MLX ops; on the CPU it is this package's own, because MLX's quantized matmul
+there accumulates in the activation type and runs on one thread.
 """
 
 from __future__ import annotations
@@ -40,6 +40,20 @@ class Weight(NamedTuple):
 
 def _on_gpu() -> bool:
     return mx.default_device() == mx.gpu
+
+
+def _metal_takes(x: mx.array, slots: mx.array) -> bool:
+    """Whether moe_decode's kernels take these arrays; if not, says why."""
+    if x.ndim != 2 or slots.ndim != 2:
+        return True  # what the op rejects with a message
+    tokens = x.shape[0]
+    if tokens > _ext.metal_max_tokens:
+        paths.debug("moe_decode: stock MLX ops, %d tokens are a prompt", tokens)
+        return False
+    obstacle = _ext.moe_decode_obstacle(tokens, slots.shape[1])
+    if obstacle:
+        paths.fall_back("moe_decode", obstacle)
+    return not obstacle
 
 
 def quantized_matvec(x: mx.array, w: Weight, *, reference: bool | None = None) -> mx.array:
@@ -93,9 +107,10 @@ def moe_decode(
         ValueError: a shape, dtype or format does not fit; the message names the argument.
         RuntimeError: when the result is evaluated, a slot is out of range.
     """
-    if _on_gpu():
+    use_reference, gpu = paths.use_reference(reference), _on_gpu()
+    if gpu and (use_reference or not _metal_takes(x, slots)):
         return stock_moe(x, gate, up, down, slots, scores)
-    return _ext.moe_decode(x, gate, up, down, slots, scores, paths.use_reference(reference))
+    return _ext.moe_decode(x, gate, up, down, slots, scores, use_reference, gpu)
 
 
 def router_topk(
@@ -129,6 +144,12 @@ def router_topk(
     Raises:
         ValueError: a shape or dtype does not fit, or the counts are impossible.
     """
+    use_reference, gpu = paths.use_reference(reference), _on_gpu()
+    if gpu and not use_reference and weight.ndim == 2:
+        obstacle = _ext.router_topk_obstacle(weight.shape[0])
+        if obstacle:
+            paths.fall_back("router_topk", obstacle)
+        gpu = not obstacle
     return _ext.router_topk(
         x,
         weight,
@@ -138,7 +159,8 @@ def router_topk(
         topk_group,
         norm_topk_prob,
         routed_scaling_factor,
-        paths.use_reference(reference),
+        use_reference,
+        gpu and not use_reference,
     )
 
 

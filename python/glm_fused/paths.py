@@ -6,11 +6,13 @@ import contextlib
 import contextvars
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 
 FALSY = {"", "0", "false", "off", "no"}
 
 logger = logging.getLogger("glm_fused")
+_fallen_back: set[str] = set()
 _override: contextvars.ContextVar[bool | None] = contextvars.ContextVar("reference", default=None)
 
 
@@ -44,3 +46,13 @@ def debug(message: str, *args: object) -> None:
             logger.addHandler(logging.StreamHandler())
             logger.setLevel(logging.DEBUG)
         logger.debug(message, *args)
+
+
+def fall_back(op: str, obstacle: str) -> None:
+    """Say that `op` runs without its Metal kernels: once as a warning, always when debugging."""
+    debug("%s: no Metal kernel, %s", op, obstacle)
+    if op not in _fallen_back:
+        _fallen_back.add(op)
+        warnings.warn(
+            f"{op} runs without its Metal kernels: {obstacle}", RuntimeWarning, stacklevel=3
+        )

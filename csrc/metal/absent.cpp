@@ -1,0 +1,31 @@
+// In place of the launchers where MLX has no Metal.
+#include "metal/limits.h"
+#include "primitives.h"
+
+namespace glm_fused {
+
+namespace metal {
+
+std::string moe_decode_obstacle(int, int) {
+  return "this build has no Metal kernels";
+}
+
+std::string router_topk_obstacle(int) {
+  return "this build has no Metal kernels";
+}
+
+}  // namespace metal
+
+void MoeDecode::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  FusedPrimitive::eval_gpu(inputs, outputs);
+}
+
+void RouterTopk::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  FusedPrimitive::eval_gpu(inputs, outputs);
+}
+
+}  // namespace glm_fused

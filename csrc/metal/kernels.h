@@ -1,0 +1,37 @@
+// Kernels compiled at run time, each an instance of a template in a shader.
+#pragma once
+
+#include <string>
+
+#include "formats.h"
+#include "mlx/backend/metal/device.h"
+#include "ops.h"
+
+namespace glm_fused::metal {
+
+// The shader's name for a type, and for a format in MLX's order for [n, k].
+std::string type_name(mx::Dtype dtype);
+std::string format_name(const Format& format, int n, int k);
+
+// The instance `function`, e.g. "moe_down_sum<half, Dense<half>, 4, 1>", of a
+// template in `source`; compiled on first use.
+MTL::ComputePipelineState* kernel(
+    mx::metal::Device& device,
+    const char* source,
+    const std::string& function);
+
+// A threadgroup of `simdgroups`, or as many as the kernel's registers allow.
+int simdgroups(MTL::ComputePipelineState* kernel, int wanted);
+
+mx::array allocate(mx::Shape shape, mx::Dtype dtype);
+
+// Binds weight, scales and biases from inputs[next] on to three buffers from
+// `index` on; what a format lacks is bound to the weight and never read.
+void bind_weight(
+    mx::metal::CommandEncoder& encoder,
+    const std::vector<mx::array>& inputs,
+    size_t& next,
+    const Format& format,
+    int index);
+
+}  // namespace glm_fused::metal

@@ -1,0 +1,40 @@
+#include "metal/limits.h"
+
+#include "mlx/backend/metal/metal.h"
+
+namespace glm_fused::metal {
+
+namespace {
+
+// 32 KB of threadgroup memory: a link and up to eight rows of terms per pair.
+constexpr int kMaxPairs = 32 * 1024 / (4 + 8 * 4);
+// Five arrays of at most this many floats.
+constexpr int kMaxExperts = 1024;
+
+std::string unavailable() {
+  return mlx::core::metal::is_available() ? "" : "MLX finds no Metal device";
+}
+
+}  // namespace
+
+std::string moe_decode_obstacle(int tokens, int top_k) {
+  if (tokens > kMaxTokens) {
+    return std::to_string(tokens) + " tokens are more than " +
+        std::to_string(kMaxTokens);
+  }
+  if (tokens * top_k > kMaxPairs) {
+    return std::to_string(tokens * top_k) + " choices are more than " +
+        std::to_string(kMaxPairs);
+  }
+  return unavailable();
+}
+
+std::string router_topk_obstacle(int experts) {
+  if (experts > kMaxExperts) {
+    return std::to_string(experts) + " experts are more than " +
+        std::to_string(kMaxExperts);
+  }
+  return unavailable();
+}
+
+}  // namespace glm_fused::metal

@@ -1,0 +1,63 @@
+#include "metal/tiles.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <string_view>
+
+#include "checks.h"
+
+namespace glm_fused::metal {
+
+namespace {
+
+struct Generation {
+  std::string_view prefix;  // the longest match comes first
+  Tiles tiles;
+};
+
+// MLX's own tile, four rows and two simdgroups, until measured otherwise; on
+// the M5 Max MLX itself takes two rows.
+constexpr Generation kGenerations[] = {
+    {"applegpu_g17s", {2, 2, 8, 32}},
+    {"applegpu_", {4, 2, 8, 32}},
+};
+constexpr Tiles kOther{4, 2, 8, 32};
+
+bool valid(const Tiles& t) {
+  const auto simdgroups = [](int n) { return n >= 1 && n <= 32; };
+  const bool rows = t.rows == 1 || t.rows == 2 || t.rows == 4 || t.rows == 8;
+  return rows && simdgroups(t.gate_up) && simdgroups(t.down) &&
+      simdgroups(t.router);
+}
+
+Tiles parse(const char* text) {
+  Tiles t{};
+  char rest;
+  const int found = std::sscanf(
+      text, "%d,%d,%d,%d%c", &t.rows, &t.gate_up, &t.down, &t.router, &rest);
+  if (found != 4 || !valid(t)) {
+    invalid(
+        "metal",
+        "GLM_FUSED_METAL_TILES must be rows (1, 2, 4 or 8) and three "
+        "simdgroup counts (1 to 32), such as 4,2,8,32, but is ",
+        text,
+        ".");
+  }
+  return t;
+}
+
+}  // namespace
+
+Tiles tiles_for(const std::string& architecture) {
+  if (const char* text = std::getenv("GLM_FUSED_METAL_TILES")) {
+    return parse(text);
+  }
+  for (const auto& [prefix, tiles] : kGenerations) {
+    if (architecture.starts_with(prefix)) {
+      return tiles;
+    }
+  }
+  return kOther;
+}
+
+}  // namespace glm_fused::metal

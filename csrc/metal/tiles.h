@@ -1,0 +1,19 @@
+// How the kernels share out their work; the results do not depend on it.
+#pragma once
+
+#include <string>
+
+namespace glm_fused::metal {
+
+struct Tiles {
+  int rows;     // of a weight per simdgroup: 1, 2, 4 or 8
+  int gate_up;  // simdgroups per threadgroup
+  int down;
+  int router;
+};
+
+// By architecture string ("applegpu_g16s"), unless GLM_FUSED_METAL_TILES, e.g.
+// "4,2,8,32", gives rows and the three simdgroup counts.
+Tiles tiles_for(const std::string& architecture);
+
+}  // namespace glm_fused::metal
