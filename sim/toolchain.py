@@ -42,6 +42,7 @@ _TRACE = [
     *("-fno-slp-vectorize", "-fno-vectorize", "-fno-optimize-sibling-calls"),
     # Indices of a thread's own arrays, which the tracer does not see.
     *("-fsanitize=local-bounds", "-fsanitize-trap=local-bounds", "-fno-sanitize-merge"),
+    *("-fno-builtin-memset", "-fno-builtin-memcpy"),
     *("-mllvm", "-tsan-instrument-func-entry-exit=0"),
     *("-mllvm", "-tsan-instrument-read-before-write=1"),
 ]

@@ -227,44 +227,67 @@ def _bind(w: ops.Weight, first: int) -> dict[int, np.ndarray]:
     return {first: weight, first + 1: scales, first + 2: biases}
 
 
-def run_fused(lib: Any, layer: Layer) -> np.ndarray:
-    """The bits of y; the two launches' reports are left in the layer."""
-    c = layer.case
-    pairs = c.tokens * c.top_k
-    gate_up, down_sum = fused_functions(c)
-    params = np.array(
-        [c.tokens, c.top_k, c.hidden, c.intermediate, layer.gate.weight.shape[0]], np.int32
-    )
-    act = empty((pairs, c.intermediate), c.dtype)
-    y = empty((c.tokens, c.hidden), c.dtype)
-    links = -(-4 * pairs // 16) * 16
-    tile = c.rows * c.simdgroups[0]
-    first = lib.run(
-        host_name(gate_up),
-        grid=(-(-c.intermediate // tile), pairs, 1),
-        threadgroup=(32, c.simdgroups[0], 1),
-        buffers={0: to_numpy(layer.x), 1: layer.slots, 8: act, 9: params}
-        | _bind(layer.gate, 2)
-        | _bind(layer.up, 5),
-        threadgroup_memory={0: links},
-    )
-    second = lib.run(
-        host_name(down_sum),
-        grid=(-(-c.hidden // c.rows), 1, 1),
-        threadgroup=(32, c.simdgroups[1], 1),
-        buffers={0: act, 1: layer.slots, 5: layer.scores, 6: y, 7: params} | _bind(layer.down, 2),
-        threadgroup_memory={0: links, 1: -(-4 * pairs * c.rows // 16) * 16},
-    )
-    layer.reports = [first, second]
-    return y
-
-
 def _i32(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
 
 
 def _i64(*values: int) -> np.ndarray:
     return np.array(values, np.int64)
+
+
+def _params(layer: Layer) -> np.ndarray:
+    c = layer.case
+    return _i32(c.tokens, c.top_k, c.hidden, c.intermediate, layer.gate.weight.shape[0])
+
+
+def _threadgroup_bytes(words: int) -> int:
+    return -(-4 * words // 16) * 16
+
+
+def run_gate_up(
+    lib: Any, layer: Layer, function: str | None = None, **how: Any
+) -> tuple[np.ndarray, Any]:
+    """The bits of act [pairs, intermediate], and the launch's report."""
+    c = layer.case
+    pairs, tile = c.tokens * c.top_k, c.rows * c.simdgroups[0]
+    act = empty((pairs, c.intermediate), c.dtype)
+    buffers = {0: to_numpy(layer.x), 1: layer.slots, 8: act, 9: _params(layer)}
+    report = lib.run(
+        host_name(function or fused_functions(c)[0]),
+        grid=(-(-c.intermediate // tile), pairs, 1),
+        threadgroup=(32, c.simdgroups[0], 1),
+        buffers=buffers | _bind(layer.gate, 2) | _bind(layer.up, 5),
+        threadgroup_memory={0: _threadgroup_bytes(pairs)},
+        **how,
+    )
+    return act, report
+
+
+def run_down_sum(
+    lib: Any, layer: Layer, act: np.ndarray, function: str | None = None, **how: Any
+) -> tuple[np.ndarray, Any]:
+    """The bits of y [tokens, hidden], and the launch's report."""
+    c = layer.case
+    pairs = c.tokens * c.top_k
+    y = empty((c.tokens, c.hidden), c.dtype)
+    buffers = {0: act, 1: layer.slots, 5: layer.scores, 6: y, 7: _params(layer)}
+    report = lib.run(
+        host_name(function or fused_functions(c)[1]),
+        grid=(-(-c.hidden // c.rows), 1, 1),
+        threadgroup=(32, c.simdgroups[1], 1),
+        buffers=buffers | _bind(layer.down, 2),
+        threadgroup_memory={0: _threadgroup_bytes(pairs), 1: _threadgroup_bytes(pairs * c.rows)},
+        **how,
+    )
+    return y, report
+
+
+def run_fused(lib: Any, layer: Layer, **how: Any) -> np.ndarray:
+    """The bits of y; the two launches' reports are left in the layer."""
+    act, first = run_gate_up(lib, layer, **how)
+    y, second = run_down_sum(lib, layer, act, **how)
+    layer.reports = [first, second]
+    return y
 
 
 def gather_matvec(
