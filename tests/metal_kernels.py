@@ -220,6 +220,50 @@ def make_layer(c: Case, slots: np.ndarray | None = None, pad: bool = True) -> La
     )
 
 
+def _weight_of_bits(rng: np.random.Generator, shape: tuple[int, ...], fmt: Format, dtype: str):
+    """A weight of small numbers, made fast: random bits whose exponents are kept low."""
+    mode, bits, group = fmt
+    *slots, k = shape
+
+    def masked(kind: str, shape: tuple[int, ...], keep: int, add: int) -> mx.array:
+        words = rng.integers(0, np.iinfo(kind).max, shape, kind, endpoint=True)
+        return mx.array((words & keep | add).astype(kind))
+
+    floats = {
+        "float32": ("uint32", 0x807FFFFF, 0x3A000000),
+        "float16": ("uint16", 0x83FF, 0x1000),
+        "bfloat16": ("uint16", 0x807F, 0x3A00),
+    }
+    kind, keep, add = floats[dtype]
+    if mode == "dense":
+        return ops.Weight(masked(kind, shape, keep, add).view(DTYPES[dtype]))
+    words = masked("uint32", (*slots, k * bits // 32), 0xB7B7B7B7 if bits == 8 else 2**32 - 1, 0)
+    if mode == "affine":
+        scales, biases = (
+            masked(kind, (*slots, k // group), keep, add).view(DTYPES[dtype]) for _ in range(2)
+        )
+        return ops.Weight(words, scales, biases, group, bits, mode)
+    scales = masked("uint8", (*slots, k // group), 3, 0x18 if mode == "nvfp4" else 120)
+    return ops.Weight(words, scales, None, group, bits, mode)
+
+
+def make_layer_of_bits(c: Case) -> Layer:
+    """A layer of GLM's size in a moment; one token takes every slot."""
+    rng = np.random.default_rng(c.seed)
+    x = mx.array(rng.standard_normal((c.tokens, c.hidden), dtype=np.float32))
+    slots = np.tile(rng.permutation(c.used)[: c.top_k].astype(np.int32), (c.tokens, 1))
+    up, down = (c.used, c.intermediate, c.hidden), (c.used, c.hidden, c.intermediate)
+    return Layer(
+        c,
+        x.astype(DTYPES[c.dtype]),
+        _weight_of_bits(rng, up, c.gate, c.dtype),
+        _weight_of_bits(rng, up, c.up, c.dtype),
+        _weight_of_bits(rng, down, c.down, c.dtype),
+        slots,
+        rng.random(slots.shape, dtype=np.float32),
+    )
+
+
 def _bind(w: ops.Weight, first: int) -> dict[int, np.ndarray]:
     weight = to_numpy(w.weight)
     scales = weight if w.scales is None else to_numpy(w.scales)
