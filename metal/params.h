@@ -16,3 +16,32 @@ struct RouterParams {
   int norm_topk_prob;
   float routed_scaling_factor;
 };
+
+// Where cached rows lie; strides in bytes. Packed rows (see rows.h) have no
+// `ropes` of their own.
+struct RowsParams {
+  int rank;  // values of the latent, or of an indexer key
+  int rope;
+  long latent_stride;  // from row to row
+  long rope_stride;
+  long latent_sequence;  // from sequence to sequence
+  long rope_sequence;
+};
+
+struct MlaParams {
+  RowsParams rows;
+  int queries;  // tokens per sequence
+  int heads;
+  int listed;  // entries per token in `keys`; 0: every visible key
+  int splits;
+  float scale;
+};
+
+struct IndexParams {
+  RowsParams rows;
+  int queries;
+  int heads;
+  int columns;  // words per token
+  int top_k;
+  float scale;
+};
