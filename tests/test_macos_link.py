@@ -181,6 +181,35 @@ def test_the_file_name_and_its_tags_agree(built, wheel, extension):
 
 
 @pytest.mark.macos
+@pytest.mark.parametrize(
+    ("platform", "taken"),
+    [
+        ("macosx_14_0_arm64", True),
+        ("macosx_26_0_arm64", True),
+        ("macosx_13_0_arm64", False),
+        ("macosx_14_0_x86_64", False),
+        ("manylinux_2_35_x86_64", False),
+    ],
+)
+def test_pip_installs_it_on_apple_silicon_from_macos_14_on(built, tmp_path, platform, taken):
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-compile"]
+    command += ["--target", tmp_path, "--only-binary=:all:", "--platform", platform, built[0]]
+    run = subprocess.run(command, text=True, capture_output=True, check=False)
+    assert (run.returncode == 0) == taken, run.stderr
+    assert taken or "is not a supported wheel on this platform" in run.stderr
+    assert len(list(tmp_path.glob("glm_fused/_ext.*.so"))) == taken
+
+
+@pytest.mark.macos
+def test_nothing_of_linux_is_inside(wheel, extension):
+    compiled = [n for n in wheel.namelist() if n.endswith((".so", ".dylib", ".a", ".o"))]
+    assert compiled == [f"glm_fused/{extension.name}"]
+    assert [n for n in wheel.namelist() if wheel.read(n)[:4] == b"\x7fELF"] == []
+    libraries = macho.libraries(macho.parse(extension))
+    assert [n for n in libraries if not n.startswith(("/usr/lib/", "/System/", "@rpath/"))] == []
+
+
+@pytest.mark.macos
 def test_the_record_is_true(wheel):
     (record,) = (n for n in wheel.namelist() if n.endswith(".dist-info/RECORD"))
     rows = [line.split(",") for line in wheel.read(record).decode().splitlines()]
