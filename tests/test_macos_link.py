@@ -27,7 +27,6 @@ PYTHON = f"{sys.version_info.major}{sys.version_info.minor}"
 # What csrc/metal calls in MLX's host code.
 HOST_CALLS = [
     "device",
-    "is_available",
     "get_command_encoder",
     "Device::get_library",
     "Device::get_kernel",
