@@ -20,14 +20,14 @@ METAL_FUNC float relu(float x) {
   return x < 0 ? 0.0f : x;  // a NaN stays one
 }
 
-// words [tokens, columns], of visible keys only; the grid is (blocks of keys,
-// tokens).
-template <typename R>
+// words [queries of this dispatch, keys], of visible keys only;
+// the grid is (blocks of keys, queries).
+template <typename T, typename R>
 [[kernel]] void index_scores(
-    const device float* q [[buffer(0)]],
+    const device T* q [[buffer(0)]],
     const device float* weights [[buffer(1)]],
     const device uint8_t* keys [[buffer(2)]],
-    const device int* visible [[buffer(3)]],
+    const device int* start [[buffer(3)]],
     device uint* words [[buffer(4)]],
     const constant IndexParams& params [[buffer(5)]],
     uint3 tid [[threadgroup_position_in_grid]],
@@ -36,14 +36,16 @@ template <typename R>
   threadgroup float k[kDims * kKeyPitch];     // [dims, keys]
   threadgroup float queries[kDims * kHeads];  // [dims, heads]
   const int thread_id = simd_gid * kLanes + simd_lid;
-  const int token = tid.y, key = tid.x * kScoreKeys;
-  const int low = visible[2 * token], high = visible[2 * token + 1];
+  const int query = params.first_query + tid.y, key = tid.x * kScoreKeys;
+  const Visible visible = visible_keys(start, params.rows, params.b, query);
+  const int low = visible.low, high = visible.high;
   if (key + kScoreKeys <= low || key >= high) {
     return;
   }
   const int dim = params.rows.rank, heads = params.heads;
-  const R rows = rows_of<R>(keys, keys, params.rows, token / params.queries);
-  q += size_t(token) * heads * dim;
+  const R rows = rows_of<R>(keys, keys, params.rows, params.b);
+  const size_t token = size_t(params.b) * params.rows.queries + query;
+  q += token * heads * dim;
   weights += token * heads;
 
   thread float score[2] = {0, 0};
@@ -63,8 +65,9 @@ template <typename R>
       }
       for (int i = thread_id; i < kDims * kHeads; i += kScoreThreads) {
         const int d = i % kDims, h = i / kDims;
-        queries[d * kHeads + h] =
-            d < depth && h < used ? q[(head + h) * dim + first + d] : 0.0f;
+        queries[d * kHeads + h] = d < depth && h < used
+            ? static_cast<float>(q[(head + h) * dim + first + d])
+            : 0.0f;
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       for (int d = 0; d < depth; d++) {
@@ -90,7 +93,7 @@ template <typename R>
   for (int i = 0; i < 2; i++) {
     const int at = key + thread_id + i * kScoreThreads;
     if (at >= low && at < high) {
-      words[size_t(token) * params.columns + at] = ordered(score[i]);
+      words[size_t(tid.y) * params.rows.keys + at] = ordered(score[i]);
     }
   }
 }
@@ -167,11 +170,12 @@ struct Selection {
   }
 };
 
-// chosen [tokens, top_k]: the largest words' keys, ascending, among equal ones
-// the lowest; -1 after the last where fewer are visible. A threadgroup a token.
+// chosen [tokens, top_k], of this dispatch: the largest words' keys, ascending,
+// among equal ones the lowest; -1 after the last where fewer are visible. A
+// threadgroup a query.
 [[kernel]] void index_select(
     const device uint* all_words [[buffer(0)]],
-    const device int* visible [[buffer(1)]],
+    const device int* start [[buffer(1)]],
     device int* chosen [[buffer(2)]],
     const constant IndexParams& params [[buffer(3)]],
     uint3 tid [[threadgroup_position_in_grid]],
@@ -182,12 +186,13 @@ struct Selection {
   threadgroup uint found[2];
   threadgroup uint above[kLanes];
   threadgroup uint equal[kLanes];
-  const int token = tid.x, top_k = params.top_k;
-  const int low = visible[2 * token], high = visible[2 * token + 1];
+  const int query = params.first_query + tid.x, top_k = params.top_k;
+  const Visible visible = visible_keys(start, params.rows, params.b, query);
+  const int low = visible.low, high = visible.high;
   const int thread_id = simd_gid * kLanes + simd_lid;
   const int threads = simdgroups * kLanes;
-  const device uint* words = all_words + size_t(token) * params.columns;
-  chosen += size_t(token) * top_k;
+  const device uint* words = all_words + size_t(tid.x) * params.rows.keys;
+  chosen += (size_t(params.b) * params.rows.queries + query) * top_k;
   if (high - low <= top_k) {
     for (int i = thread_id; i < top_k; i += threads) {
       chosen[i] = low + i < high ? low + i : -1;

@@ -17,10 +17,12 @@ struct RouterParams {
   float routed_scaling_factor;
 };
 
-// Where cached rows lie; strides in bytes. Packed rows (see rows.h) have no
-// `ropes` of their own.
+// Where cached rows lie; strides in bytes. Packed rows (rows.h) have no `ropes`
+// of their own.
 struct RowsParams {
-  int rank;  // values of the latent, or of an indexer key
+  int keys;     // per sequence
+  int queries;  // the last keys' own
+  int rank;     // values of a latent, or of an indexer key
   int rope;
   long latent_stride;  // from row to row
   long rope_stride;
@@ -30,18 +32,17 @@ struct RowsParams {
 
 struct MlaParams {
   RowsParams rows;
-  int queries;  // tokens per sequence
   int heads;
-  int listed;  // entries per token in `keys`; 0: every visible key
+  int listed;  // entries per token in `selected`; 0: every visible key
   int splits;
   float scale;
 };
 
 struct IndexParams {
   RowsParams rows;
-  int queries;
+  int b;            // the sequence
+  int first_query;  // of those that this dispatch takes
   int heads;
-  int columns;  // words per token
   int top_k;
   float scale;
 };

@@ -1,7 +1,8 @@
 // Cached rows as fp32: a latent and its RoPE key, or an indexer key.
-//   FloatRows<T>  rank values in one array, rope values in another
-//   Fp8Rows       rank e4m3 codes | fp32 scale per 128 | rope bfloat16 values
-//   Int8Rows      rank int8 codes | one fp32 scale     | rope bfloat16 values
+//   FloatRows<T, U>  rank values T in one array, rope values U in another
+//   Fp8Rows          rank e4m3 codes | fp32 scale per 128 | rope bfloat16
+//   values Int8Rows         rank int8 codes | one fp32 scale     | rope
+//   bfloat16 values
 #pragma once
 
 #include "numbers.h"
@@ -16,7 +17,7 @@ METAL_FUNC float read_bfloat(const device uint8_t* p) {
   return as_type<float>(uint(p[0]) << 16 | uint(p[1]) << 24);
 }
 
-template <typename T>
+template <typename T, typename U>
 struct FloatRows {
   const device uint8_t* latents;
   const device uint8_t* ropes;
@@ -28,7 +29,7 @@ struct FloatRows {
     if (column < rank) {
       return ((const device T*)(latents + key * latent_stride))[column];
     }
-    return ((const device T*)(ropes + key * rope_stride))[column - rank];
+    return ((const device U*)(ropes + key * rope_stride))[column - rank];
   }
 };
 
@@ -82,17 +83,32 @@ struct PackedRows {
 typedef PackedRows<Fp8Code> Fp8Rows;
 typedef PackedRows<Int8Code> Int8Rows;
 
-// The rows of sequence `i`.
+// The rows of sequence `b`.
 template <typename R>
 METAL_FUNC R rows_of(
     const device uint8_t* latents,
     const device uint8_t* ropes,
     const constant RowsParams& params,
-    int i) {
+    int b) {
   return R{
-      latents + i * params.latent_sequence,
-      ropes + i * params.rope_sequence,
+      latents + b * params.latent_sequence,
+      ropes + b * params.rope_sequence,
       params.rank,
       params.latent_stride,
       params.rope_stride};
+}
+
+// A query sees the keys [low, high): from the sequence's start to its own.
+struct Visible {
+  int low;
+  int high;
+};
+
+METAL_FUNC Visible visible_keys(
+    const device int* start,
+    const constant RowsParams& params,
+    int b,
+    int query) {
+  const int low = clamp(start[b], 0, params.keys);
+  return Visible{low, max(low, params.keys - params.queries + query + 1)};
 }

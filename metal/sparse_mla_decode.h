@@ -12,19 +12,20 @@ GLM_CONST int kMlaThreads = kSide * kSide;
 GLM_CONST int kDepth = 32;  // dimensions, or columns, in threadgroup memory
 GLM_CONST int kPitch = kSplit + 1;  // spares a column the bank of its neighbour
 
-// The visible keys among the split's entries, -1 for the others.
+// Entry `entry` of a token's list of keys, -1 where it is no visible key.
 METAL_FUNC int listed_key(
-    const device int* keys,
-    const device int* visible,
+    const device int* selected,
     const constant MlaParams& params,
+    Visible visible,
     int token,
     int entry) {
-  const int low = visible[2 * token], high = visible[2 * token + 1];
-  int key = low + entry;
+  int key = visible.low + entry;
   if (params.listed > 0) {
-    key = entry < params.listed ? keys[token * params.listed + entry] : -1;
+    key = entry < params.listed
+        ? selected[size_t(token) * params.listed + entry]
+        : -1;
   }
-  return key >= low && key < high ? key : -1;
+  return key >= visible.low && key < visible.high ? key : -1;
 }
 
 // A threadgroup's part: `heads` heads from `head` on, one split of one token.
@@ -150,8 +151,8 @@ template <typename T, typename R>
     const device T* q [[buffer(0)]],
     const device uint8_t* latents [[buffer(1)]],
     const device uint8_t* ropes [[buffer(2)]],
-    const device int* keys [[buffer(3)]],
-    const device int* visible [[buffer(4)]],
+    const device int* selected [[buffer(3)]],
+    const device int* start [[buffer(4)]],
     device float* o [[buffer(5)]],
     device float* m [[buffer(6)]],
     device float* l [[buffer(7)]],
@@ -165,9 +166,12 @@ template <typename T, typename R>
   threadgroup int list[kSplit];
   const int thread_id = simd_gid * kLanes + simd_lid;
   const int token = tid.z, head = tid.y * kSplit;
+  const int queries = params.rows.queries, b = token / queries;
   if (thread_id < kSplit) {
+    const Visible visible =
+        visible_keys(start, params.rows, b, token % queries);
     const int entry = tid.x * kSplit + thread_id;
-    list[thread_id] = listed_key(keys, visible, params, token, entry);
+    list[thread_id] = listed_key(selected, params, visible, token, entry);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -176,7 +180,7 @@ template <typename T, typename R>
       (size_t(token) * params.splits + tid.x) * params.heads + head;
   const MlaSplit<T, R> part = {
       q + (size_t(token) * params.heads + head) * dims,
-      rows_of<R>(latents, ropes, params.rows, token / params.queries),
+      rows_of<R>(latents, ropes, params.rows, b),
       list,
       p,
       block,
@@ -193,12 +197,11 @@ template <typename T, typename R>
 
 // y [tokens, heads, rank]; the grid is (heads, tokens), `weights` holds a float
 // per split. A split without keys has l = 0, any other has l >= 1 or NaN.
-template <typename T>
 [[kernel]] void mla_combine(
     const device float* o [[buffer(0)]],
     const device float* m [[buffer(1)]],
     const device float* l [[buffer(2)]],
-    device T* y [[buffer(3)]],
+    device float* y [[buffer(3)]],
     const constant MlaParams& params [[buffer(4)]],
     threadgroup float* weights [[threadgroup(0)]],
     uint3 tid [[threadgroup_position_in_grid]],
@@ -234,6 +237,6 @@ template <typename T>
           l[at] != 0 ? fma(weights[s], o[at * rank + column], value) : value;
     }
     y[(size_t(tid.y) * params.heads + tid.x) * rank + column] =
-        static_cast<T>(any ? value / total : 0.0f);
+        any ? value / total : 0.0f;
   }
 }
