@@ -5,6 +5,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 
+#include "cpu/attention_kernels.h"
 #include "cpu/matrix.h"
 #include "cpu/thread_pool.h"
 #include "metal/limits.h"
@@ -119,6 +120,54 @@ NB_MODULE(_ext, m) {
       "reference"_a,
       "gpu"_a);
   m.def(
+      "indexer_topk",
+      [](const mx::array& q,
+         const mx::array& keys,
+         const mx::array& weights,
+         int k,
+         float scale,
+         const std::optional<mx::array>& start,
+         bool reference) {
+        return indexer_topk(
+            q, keys, weights, k, scale, start, reference, mx::Device::cpu);
+      },
+      "q"_a,
+      "keys"_a,
+      "weights"_a,
+      "k"_a,
+      "scale"_a,
+      "start"_a.none(),
+      "reference"_a);
+  m.def(
+      "sparse_mla_decode",
+      [](const mx::array& q,
+         const mx::array& latents,
+         const std::optional<mx::array>& ropes,
+         const std::optional<mx::array>& selected,
+         int rank,
+         float scale,
+         const std::optional<mx::array>& start,
+         bool reference) {
+        return sparse_mla_decode(
+            q,
+            latents,
+            ropes,
+            selected,
+            rank,
+            scale,
+            start,
+            reference,
+            mx::Device::cpu);
+      },
+      "q"_a,
+      "latents"_a,
+      "ropes"_a.none(),
+      "selected"_a.none(),
+      "rank"_a,
+      "scale"_a,
+      "start"_a.none(),
+      "reference"_a);
+  m.def(
       "moe_decode_obstacle",
       [](int tokens, int top_k) {
         return metal::moe_decode_obstacle(tokens, top_k);
@@ -147,6 +196,15 @@ NB_MODULE(_ext, m) {
       "a"_a,
       "Read the array's bytes once on all threads: the yardstick of "
       "benchmarks.");
+  m.def(
+      "multiply_adds",
+      [](int64_t rounds) {
+        nb::gil_scoped_release release;
+        return cpu::multiply_adds(rounds);
+      },
+      "rounds"_a,
+      "Do rounds of multiply-adds in registers on all threads and return how "
+      "many: the yardstick of benchmarks.");
   m.def(
       "cpu_kernels",
       [] { return std::string(cpu::kernels().name); },
