@@ -32,6 +32,7 @@ struct RowsParams {
 
 struct MlaParams {
   RowsParams rows;
+  int first_token;  // of those that this dispatch takes
   int heads;
   int listed;  // entries per token in `selected`; 0: every visible key
   int splits;

@@ -144,8 +144,8 @@ struct MlaSplit {
   }
 };
 
-// m, l [tokens, splits, heads] and o [tokens, splits, heads, rank] of every
-// split; the grid is (splits, blocks of 64 heads, tokens).
+// m, l [tokens, splits, heads] and o [tokens, splits, heads, rank] of this
+// dispatch; the grid is (splits, blocks of 64 heads, tokens).
 template <typename T, typename R>
 [[kernel]] void mla_split(
     const device T* q [[buffer(0)]],
@@ -165,7 +165,7 @@ template <typename T, typename R>
   threadgroup float most[kSplit];
   threadgroup int list[kSplit];
   const int thread_id = simd_gid * kLanes + simd_lid;
-  const int token = tid.z, head = tid.y * kSplit;
+  const int token = params.first_token + tid.z, head = tid.y * kSplit;
   const int queries = params.rows.queries, b = token / queries;
   if (thread_id < kSplit) {
     const Visible visible =
@@ -177,7 +177,7 @@ template <typename T, typename R>
 
   const int rank = params.rows.rank, dims = rank + params.rows.rope;
   const size_t first =
-      (size_t(token) * params.splits + tid.x) * params.heads + head;
+      (size_t(tid.z) * params.splits + tid.x) * params.heads + head;
   const MlaSplit<T, R> part = {
       q + (size_t(token) * params.heads + head) * dims,
       rows_of<R>(latents, ropes, params.rows, b),
@@ -211,6 +211,7 @@ template <typename T, typename R>
   const int thread_id = simd_gid * kLanes + simd_lid;
   const int threads = simdgroups * kLanes;
   const int rank = params.rows.rank, splits = params.splits;
+  const int token = params.first_token + tid.y;
   const size_t first = size_t(tid.y) * splits * params.heads + tid.x;
   float largest = -INFINITY;
   for (int s = 0; s < splits; s++) {
@@ -236,7 +237,7 @@ template <typename T, typename R>
       value =
           l[at] != 0 ? fma(weights[s], o[at * rank + column], value) : value;
     }
-    y[(size_t(tid.y) * params.heads + tid.x) * rank + column] =
+    y[(size_t(token) * params.heads + tid.x) * rank + column] =
         any ? value / total : 0.0f;
   }
 }

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "attention.h"
 #include "metal/rows.h"
 #include "metal/source.h"
@@ -10,6 +12,7 @@ namespace {
 constexpr int kHeads = 64;  // of a threadgroup
 constexpr int kSplitSimdgroups = 8;
 constexpr int kCombineSimdgroups = 4;
+constexpr size_t kMaxScratch = 1 << 24;  // floats of o held at once, 64 MiB
 
 }  // namespace
 
@@ -30,50 +33,54 @@ void SparseMlaDecode::eval_gpu(
   const int listed = selected ? selected->shape(2) : 0;
   const int list = selected ? listed : latents.shape(1);
   const int splits = std::max((list + kSplit - 1) / kSplit, 1);
-  const MlaParams params{
-      metal::rows_params(layout_, latents, ropes, q.shape(1)),
-      heads,
-      listed,
-      splits,
-      scale_};
-  auto o = metal::allocate({tokens, splits, heads, layout_.rank}, mx::float32);
-  auto m = metal::allocate({tokens, splits, heads}, mx::float32);
-  auto l = metal::allocate({tokens, splits, heads}, mx::float32);
-  encoder.add_temporary(o);
-  encoder.add_temporary(m);
-  encoder.add_temporary(l);
-
+  const size_t per_token = static_cast<size_t>(splits) * heads * layout_.rank;
+  const int step =
+      static_cast<int>(std::clamp<size_t>(kMaxScratch / per_token, 1, tokens));
+  auto o = metal::allocate({step, splits, heads, layout_.rank}, mx::float32);
+  auto m = metal::allocate({step, splits, heads}, mx::float32);
+  auto l = metal::allocate({step, splits, heads}, mx::float32);
+  encoder.add_temporaries({o, m, l});
   auto split = metal::kernel(
       device,
       metal_source::sparse_mla_decode,
       "mla_split<" + metal::type_name(q.dtype()) + ", " +
           metal::rows_name(layout_, latents, ropes) + ">");
-  encoder.set_compute_pipeline_state(split);
-  encoder.set_input_array(q, 0);
-  encoder.set_input_array(latents, 1);
-  encoder.set_input_array(ropes ? *ropes : latents, 2);
-  encoder.set_input_array(selected ? *selected : start, 3);
-  encoder.set_input_array(start, 4);
-  encoder.set_output_array(o, 5);
-  encoder.set_output_array(m, 6);
-  encoder.set_output_array(l, 7);
-  encoder.set_bytes(params, 8);
-  encoder.dispatch_threadgroups(
-      MTL::Size(splits, (heads + kHeads - 1) / kHeads, tokens),
-      MTL::Size(32, kSplitSimdgroups, 1));
-
   auto combine =
       metal::kernel(device, metal_source::sparse_mla_decode, "mla_combine");
-  encoder.set_compute_pipeline_state(combine);
-  encoder.set_input_array(o, 0);
-  encoder.set_input_array(m, 1);
-  encoder.set_input_array(l, 2);
-  encoder.set_output_array(y, 3);
-  encoder.set_bytes(params, 4);
-  encoder.set_threadgroup_memory_length(metal::threadgroup_bytes(splits), 0);
-  encoder.dispatch_threadgroups(
-      MTL::Size(heads, tokens, 1),
-      MTL::Size(32, metal::simdgroups(combine, kCombineSimdgroups), 1));
+  MlaParams params{
+      metal::rows_params(layout_, latents, ropes, q.shape(1)),
+      0,
+      heads,
+      listed,
+      splits,
+      scale_};
+  for (int first = 0; first < tokens; first += step) {
+    const int count = std::min(step, tokens - first);
+    params.first_token = first;
+    encoder.set_compute_pipeline_state(split);
+    encoder.set_input_array(q, 0);
+    encoder.set_input_array(latents, 1);
+    encoder.set_input_array(ropes ? *ropes : latents, 2);
+    encoder.set_input_array(selected ? *selected : start, 3);
+    encoder.set_input_array(start, 4);
+    encoder.set_output_array(o, 5);
+    encoder.set_output_array(m, 6);
+    encoder.set_output_array(l, 7);
+    encoder.set_bytes(params, 8);
+    encoder.dispatch_threadgroups(
+        MTL::Size(splits, (heads + kHeads - 1) / kHeads, count),
+        MTL::Size(32, kSplitSimdgroups, 1));
+    encoder.set_compute_pipeline_state(combine);
+    encoder.set_input_array(o, 0);
+    encoder.set_input_array(m, 1);
+    encoder.set_input_array(l, 2);
+    encoder.set_output_array(y, 3);
+    encoder.set_bytes(params, 4);
+    encoder.set_threadgroup_memory_length(metal::threadgroup_bytes(splits), 0);
+    encoder.dispatch_threadgroups(
+        MTL::Size(heads, count, 1),
+        MTL::Size(32, metal::simdgroups(combine, kCombineSimdgroups), 1));
+  }
 }
 
 }  // namespace glm_fused
