@@ -1,7 +1,6 @@
 """The whole way to a Metal kernel, from Python through `eval_gpu` to the shader: on a Mac its GPU,
 elsewhere the simulated host."""
 
-import contextlib
 import logging
 import warnings
 
@@ -9,42 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from formats_under_test import DTYPES, FORMATS, assert_same_bits, format_id, random_weight
+from metal_backend import GPU, cpu, metal, on_both, simulated_only
 
 from glm_fused import load, metal_sim, ops, paths
 from glm_fused.demo import PROMPT, checkpoint_folder
-
-GPU = mx.metal.is_available()
-simulated_only = pytest.mark.skipif(GPU, reason="tells of the simulator's launches")
-
-
-@contextlib.contextmanager
-def metal(trace=False):
-    """Ops with Metal kernels run them inside, on whatever there is."""
-    if GPU:
-        yield
-        return
-    reason = metal_sim.unavailable()
-    if reason:
-        pytest.fail(reason)
-    metal_sim.take_launches()
-    with metal_sim.simulated(trace=trace):
-        yield
-
-
-@contextlib.contextmanager
-def cpu():
-    with mx.stream(mx.cpu) if not GPU else default_device(mx.cpu):
-        yield
-
-
-@contextlib.contextmanager
-def default_device(device):
-    before = mx.default_device()
-    mx.set_default_device(device)
-    try:
-        yield
-    finally:
-        mx.set_default_device(before)
 
 
 def layer(fmt, dtype="bfloat16", tokens=3, top_k=2, hidden=256, intermediate=128, bank=4, seed=0):
@@ -57,17 +24,6 @@ def layer(fmt, dtype="bfloat16", tokens=3, top_k=2, hidden=256, intermediate=128
     slots = np.stack([rng.permutation(bank)[:top_k] for _ in range(tokens)]).astype(np.int32)
     scores = mx.array(rng.random(slots.shape, dtype=np.float32))
     return x, gate, up, down, mx.array(slots), scores
-
-
-def on_both(op):
-    """The op's arrays by Metal and by the CPU."""
-    with metal():
-        there = op()
-        mx.eval(there)
-    with cpu():
-        here = op()
-        mx.eval(here)
-    return there, here
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

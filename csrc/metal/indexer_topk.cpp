@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "metal/rows.h"
+#include "metal/cached_rows.h"
 #include "metal/source.h"
 #include "primitives.h"
 

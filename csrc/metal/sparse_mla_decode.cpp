@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "attention.h"
-#include "metal/rows.h"
+#include "metal/cached_rows.h"
 #include "metal/source.h"
 #include "primitives.h"
 

@@ -40,25 +40,6 @@ def router_topk(
     reference: bool,
     metal: bool,
 ) -> tuple[mlx.core.array, mlx.core.array]: ...
-def indexer_topk(
-    q: mlx.core.array,
-    keys: mlx.core.array,
-    weights: mlx.core.array,
-    k: int,
-    scale: float,
-    start: mlx.core.array | None,
-    reference: bool,
-) -> mlx.core.array: ...
-def sparse_mla_decode(
-    q: mlx.core.array,
-    latents: mlx.core.array,
-    ropes: mlx.core.array | None,
-    selected: mlx.core.array | None,
-    rank: int,
-    scale: float,
-    start: mlx.core.array | None,
-    reference: bool,
-) -> mlx.core.array: ...
 def moe_decode_obstacle(tokens: int, top_k: int) -> str:
     """Why moe_decode has no Metal kernel for these counts; empty if it has."""
 
@@ -74,11 +55,6 @@ def set_num_threads(n: int) -> None:
 def stream_read(a: mlx.core.array) -> int:
     """
     Read the array's bytes once on all threads: the yardstick of benchmarks.
-    """
-
-def multiply_adds(rounds: int) -> float:
-    """
-    Do rounds of multiply-adds in registers on all threads and return how many: the yardstick of benchmarks.
     """
 
 def cpu_kernels() -> str:

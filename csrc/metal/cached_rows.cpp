@@ -1,4 +1,4 @@
-#include "metal/rows.h"
+#include "metal/cached_rows.h"
 
 namespace glm_fused::metal {
 
