@@ -7,7 +7,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,13 @@ def read_bandwidth(a: mx.array) -> float:
     return a.nbytes / (time.perf_counter() - start) / 1e9
 
 
+def multiply_add_rate() -> float:
+    """Multiply-adds per second, in registers, with the kernels' own threads."""
+    start = time.perf_counter()
+    count = _ext.multiply_adds(300_000)
+    return count / (time.perf_counter() - start)
+
+
 def median(values: list[float]) -> float:
     return statistics.median(values)
 
@@ -111,10 +118,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def parser(description: str, formats: Iterable[str] = FORMATS) -> argparse.ArgumentParser:
     """The options every benchmark has."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    made.add_argument("--formats", nargs="+", choices=list(formats), default=list(formats))
     made.add_argument("--dtype", choices=DTYPES, default="bf16", help="activations")
     made.add_argument("--repeats", type=int, default=9, help="timed repeats; medians are printed")
     made.add_argument("--threads", type=int, help="default: every processor")

@@ -234,8 +234,7 @@ NB_MODULE(_ext, m) {
         return cpu::multiply_adds(rounds);
       },
       "rounds"_a,
-      "Do rounds of multiply-adds in registers on all threads; returns how "
-      "many.");
+      "Multiply-adds in registers on all threads; returns how many.");
   m.def(
       "cpu_kernels",
       [] { return std::string(cpu::kernels().name); },

@@ -84,9 +84,7 @@ def stream_read(a: mlx.core.array) -> int:
     """
 
 def multiply_adds(rounds: int) -> float:
-    """
-    Do rounds of multiply-adds in registers on all threads; returns how many.
-    """
+    """Multiply-adds in registers on all threads; returns how many."""
 
 def cpu_kernels() -> str:
     """The instruction set of the CPU kernels: avx512, avx2 or portable."""

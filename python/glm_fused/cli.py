@@ -15,6 +15,7 @@ from .commands import run_demo, run_doctor, run_generate, run_inspect
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 plus the signal, as a shell reports it
 MAX_THREADS = 1024
+KV_FORMATS = ("auto", "bf16", "fp16", "fp32", "fp8", "int8")  # those of rows.py, without mlx
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=run_inspect)
     inspect.add_argument("path", metavar="PATH", help="folder of a checkpoint")
 
+    for command in (generate, demo):
+        text = "how the cache stores keys (default: as the activations)"
+        command.add_argument("--kv-format", choices=KV_FORMATS, default="auto", help=text)
     for command in (generate, demo, doctor):
         threads = _integer(1, MAX_THREADS)
         command.add_argument("--threads", type=threads, metavar="N", help="of the CPU kernels")

@@ -27,16 +27,16 @@ def check_kv_format(name: str) -> str:
     return name
 
 
-def packed_format(dtype: mx.Dtype) -> str | None:
-    """The packed format of rows of ``dtype``; None for floats."""
-    return next((name for name, packed in PACKED.items() if packed == dtype), None)
+def format_of(dtype: mx.Dtype) -> str:
+    """The format of rows of ``dtype``."""
+    return next(name for name, found in (FLOATS | PACKED).items() if found == dtype)
 
 
-def row_bytes(kv_format: str, rank: int, rope: int, itemsize: int = 2) -> int:
-    """Bytes of a row of ``rank`` values and ``rope`` RoPE values of ``itemsize``."""
-    if kv_format in PACKED:
-        return rank + 4 * _scales(kv_format, rank) + 2 * rope
-    return (rank + rope) * (FLOATS[kv_format].size if kv_format in FLOATS else itemsize)
+def row_bytes(kv_format: str, rank: int, rope: int) -> int:
+    """Bytes of a row of ``rank`` values and ``rope`` RoPE values in a format other than auto."""
+    if kv_format in FLOATS:
+        return (rank + rope) * FLOATS[kv_format].size
+    return rank + 4 * _scales(kv_format, rank) + 2 * rope
 
 
 def pack(values: mx.array, rope: mx.array | None, kv_format: str) -> mx.array:
@@ -61,8 +61,7 @@ def pack(values: mx.array, rope: mx.array | None, kv_format: str) -> mx.array:
 
 def unpack(rows: mx.array, rank: int) -> tuple[mx.array, mx.array]:
     """float32 values [..., rank] and bfloat16 RoPE values [..., w] of packed rows."""
-    kv_format = packed_format(rows.dtype)
-    assert kv_format is not None
+    kv_format = format_of(rows.dtype)
     count = _scales(kv_format, rank)
     codes, scales, rope = mx.split(rows, [rank, rank + 4 * count], axis=-1)
     scales = mx.contiguous(scales).view(mx.float32)

@@ -18,7 +18,7 @@ def indexer_topk(
     """`glm_fused.ops.indexer_topk`; its scores are rounded as MLX's matmul rounds them."""
     b, length, heads, dim = q.shape
     total = keys.shape[1]
-    if rows.packed_format(keys.dtype):
+    if keys.dtype in rows.PACKED.values():
         keys, _ = rows.unpack(keys, dim)
     keys = keys.astype(mx.float32).swapaxes(1, 2)
     weights = weights.astype(mx.float32)
@@ -28,7 +28,7 @@ def indexer_topk(
         scores = (q.astype(mx.float32).reshape(b, n * heads, dim) @ keys) * scale
         scores = mx.maximum(scores, 0).reshape(b, n, heads, total)
         scores = (weights[:, lo:hi, None] @ scores)[:, :, 0]
-        visible = _visible(mx.arange(total), length, total, lo, hi, start)
+        visible = visible_columns(mx.arange(total)[None, None], length, total, lo, hi, start)
         scores = mx.where(visible, scores, -mx.inf)
         chosen = topk_indices(scores, min(k, total))
         chosen = mx.where(mx.take_along_axis(visible, chosen, axis=-1), chosen, total)
@@ -51,7 +51,7 @@ def sparse_mla_decode(
     """`glm_fused.ops.sparse_mla_decode`, unfused: gather the rows, then two matmuls."""
     b, length, heads, width = q.shape
     total = latents.shape[1]
-    if rows.packed_format(latents.dtype):
+    if latents.dtype in rows.PACKED.values():
         latents, ropes = rows.unpack(latents, rank)
     if ropes is not None:
         latents = mx.concatenate([latents, ropes.astype(latents.dtype)], axis=-1)
@@ -59,7 +59,7 @@ def sparse_mla_decode(
 
     def part(q: mx.array, lo: int, hi: int) -> mx.array:
         columns = mx.arange(total)[None, None] if selected is None else selected[:, lo:hi]
-        visible = _visible(columns, length, total, lo, hi, start)
+        visible = visible_columns(columns, length, total, lo, hi, start)
         chosen = latents[:, None] if selected is None else latents[batch, columns % total]
         chosen = chosen.astype(mx.float32)
         scores = (q.astype(mx.float32) @ chosen.swapaxes(2, 3)) * scale
@@ -72,7 +72,7 @@ def sparse_mla_decode(
     return over_queries(part, q, b * listed * (heads + (0 if selected is None else width)) * 4)
 
 
-def _visible(
+def visible_columns(
     columns: mx.array, length: int, total: int, lo: int, hi: int, start: mx.array | None
 ) -> mx.array:
     """Whether queries lo..hi - 1 of ``length`` see ``columns``: causal, not before ``start``."""
