@@ -7,8 +7,10 @@ compiled extension does not load.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +74,33 @@ def run_inspect(args: argparse.Namespace) -> int:
     else:
         print(format_report(description))
     return 0
+
+
+def run_selftest(args: argparse.Namespace) -> int:
+    from . import set_num_threads
+    from .selftest import report
+
+    if args.threads is not None:
+        set_num_threads(args.threads)
+    with _progress() as step:
+        result = report.examine(args.backend, quick=args.quick, bench=args.bench, step=step)
+    if args.json == "-":
+        _print_json(result)
+    else:
+        print(report.format_report(result))
+    if args.json not in (None, "-"):
+        report.write(result, Path(args.json))
+        print(f"report written to {args.json}")
+    return 0 if result["ok"] else 1
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Shows what is being done, on a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(bar_format="{elapsed} {desc}", disable=not sys.stderr.isatty(), leave=False) as bar:
+        yield bar.set_description_str
 
 
 def _compare(
