@@ -9,6 +9,10 @@
 #include "cpu/thread_pool.h"
 #include "metal/limits.h"
 #include "ops.h"
+#include "ops/placement.h"
+#ifdef GLM_FUSED_METAL_SIM
+#include "sim/host/bindings.h"
+#endif
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -35,8 +39,8 @@ Weight weight(const WeightTuple& t) {
       std::get<5>(t)};
 }
 
-mx::Device on(bool gpu) {
-  return gpu ? mx::Device::gpu : mx::Device::cpu;
+mx::StreamOrDevice on(bool metal) {
+  return metal ? metal_stream() : mx::Device(mx::Device::cpu);
 }
 
 }  // namespace
@@ -69,7 +73,7 @@ NB_MODULE(_ext, m) {
          const mx::array& slots,
          const mx::array& scores,
          bool reference,
-         bool gpu) {
+         bool metal) {
         return moe_decode(
             x,
             weight(gate),
@@ -78,7 +82,7 @@ NB_MODULE(_ext, m) {
             slots,
             scores,
             reference,
-            on(gpu));
+            on(metal));
       },
       "x"_a,
       "gate"_a,
@@ -87,7 +91,23 @@ NB_MODULE(_ext, m) {
       "slots"_a,
       "scores"_a,
       "reference"_a,
-      "gpu"_a);
+      "metal"_a);
+  m.def(
+      "swiglu",
+      [](const mx::array& gate, const mx::array& up, bool metal) {
+        return swiglu(gate, up, on(metal));
+      },
+      "gate"_a,
+      "up"_a,
+      "metal"_a);
+  m.def(
+      "expert_sum",
+      [](const mx::array& y, const mx::array& scores, bool metal) {
+        return expert_sum(y, scores, on(metal));
+      },
+      "y"_a,
+      "scores"_a,
+      "metal"_a);
   m.def(
       "router_topk",
       [](const mx::array& x,
@@ -99,14 +119,14 @@ NB_MODULE(_ext, m) {
          bool norm_topk_prob,
          float routed_scaling_factor,
          bool reference,
-         bool gpu) {
+         bool metal) {
         return router_topk(
             x,
             weight,
             correction_bias,
             {top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor},
             reference,
-            on(gpu));
+            on(metal));
       },
       "x"_a,
       "weight"_a,
@@ -117,7 +137,7 @@ NB_MODULE(_ext, m) {
       "norm_topk_prob"_a,
       "routed_scaling_factor"_a,
       "reference"_a,
-      "gpu"_a);
+      "metal"_a);
   m.def(
       "moe_decode_obstacle",
       [](int tokens, int top_k) {
@@ -151,4 +171,7 @@ NB_MODULE(_ext, m) {
       "cpu_kernels",
       [] { return std::string(cpu::kernels().name); },
       "The instruction set of the CPU kernels: avx512, avx2 or portable.");
+#ifdef GLM_FUSED_METAL_SIM
+  bind_simulator(m);
+#endif
 }

@@ -82,4 +82,34 @@ class RouterTopk : public FusedPrimitive {
   Routing routing_;
 };
 
+// inputs: gate, up of one shape and dtype. output: the same.
+class Swiglu : public FusedPrimitive {
+ public:
+  explicit Swiglu(mx::Stream stream) : FusedPrimitive(stream, true) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "Swiglu";
+  }
+};
+
+// inputs: y [t, top_k, hidden], scores [t, top_k]. output: [t, hidden].
+class ExpertSum : public FusedPrimitive {
+ public:
+  explicit ExpertSum(mx::Stream stream) : FusedPrimitive(stream, true) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "ExpertSum";
+  }
+};
+
 }  // namespace glm_fused

@@ -28,4 +28,16 @@ void RouterTopk::eval_gpu(
   FusedPrimitive::eval_gpu(inputs, outputs);
 }
 
+void Swiglu::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  FusedPrimitive::eval_gpu(inputs, outputs);
+}
+
+void ExpertSum::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  FusedPrimitive::eval_gpu(inputs, outputs);
+}
+
 }  // namespace glm_fused

@@ -5,6 +5,7 @@
 namespace glm_fused::metal_source {
 
 extern const char* const moe_decode;
+extern const char* const moe_reference;
 extern const char* const router_topk;
 
 }  // namespace glm_fused::metal_source

@@ -24,8 +24,10 @@ def moe_decode(
     slots: mlx.core.array,
     scores: mlx.core.array,
     reference: bool,
-    gpu: bool,
+    metal: bool,
 ) -> mlx.core.array: ...
+def swiglu(gate: mlx.core.array, up: mlx.core.array, metal: bool) -> mlx.core.array: ...
+def expert_sum(y: mlx.core.array, scores: mlx.core.array, metal: bool) -> mlx.core.array: ...
 def router_topk(
     x: mlx.core.array,
     weight: mlx.core.array,
@@ -36,7 +38,7 @@ def router_topk(
     norm_topk_prob: bool,
     routed_scaling_factor: float,
     reference: bool,
-    gpu: bool,
+    metal: bool,
 ) -> tuple[mlx.core.array, mlx.core.array]: ...
 def moe_decode_obstacle(tokens: int, top_k: int) -> str:
     """Why moe_decode has no Metal kernel for these counts; empty if it has."""

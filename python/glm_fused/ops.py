@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
-from . import _ext, paths
+from . import _ext, metal_sim, paths
 
 Mode = Literal["dense", "affine", "mxfp4", "mxfp8", "nvfp4"]
 
@@ -40,6 +40,11 @@ class Weight(NamedTuple):
 
 def _on_gpu() -> bool:
     return mx.default_device() == mx.gpu
+
+
+def _on_metal() -> bool:
+    """Whether ops with a Metal kernel of their own run it."""
+    return metal_sim.active() or (_on_gpu() and mx.metal.is_available())
 
 
 def _metal_takes(x: mx.array, slots: mx.array) -> bool:
@@ -107,10 +112,11 @@ def moe_decode(
         ValueError: a shape, dtype or format does not fit; the message names the argument.
         RuntimeError: when the result is evaluated, a slot is out of range.
     """
-    use_reference, gpu = paths.use_reference(reference), _on_gpu()
-    if gpu and (use_reference or not _metal_takes(x, slots)):
+    use_reference = paths.use_reference(reference)
+    metal = not use_reference and _on_metal() and _metal_takes(x, slots)
+    if _on_gpu() and not metal:
         return stock_moe(x, gate, up, down, slots, scores)
-    return _ext.moe_decode(x, gate, up, down, slots, scores, use_reference, gpu)
+    return _ext.moe_decode(x, gate, up, down, slots, scores, use_reference, metal)
 
 
 def router_topk(
@@ -144,12 +150,13 @@ def router_topk(
     Raises:
         ValueError: a shape or dtype does not fit, or the counts are impossible.
     """
-    use_reference, gpu = paths.use_reference(reference), _on_gpu()
-    if gpu and not use_reference and weight.ndim == 2:
+    use_reference = paths.use_reference(reference)
+    metal = not use_reference and _on_metal()
+    if metal and weight.ndim == 2:
         obstacle = _ext.router_topk_obstacle(weight.shape[0])
         if obstacle:
             paths.fall_back("router_topk", obstacle)
-        gpu = not obstacle
+        metal = not obstacle
     return _ext.router_topk(
         x,
         weight,
@@ -160,7 +167,7 @@ def router_topk(
         norm_topk_prob,
         routed_scaling_factor,
         use_reference,
-        gpu and not use_reference,
+        metal,
     )
 
 
@@ -179,7 +186,7 @@ def stock_matmul(x: mx.array, w: Weight) -> mx.array:
     )
 
 
-def _stock_gather(x: mx.array, w: Weight, slots: mx.array) -> mx.array:
+def stock_gather(x: mx.array, w: Weight, slots: mx.array) -> mx.array:
     if w.scales is None:
         return mx.gather_mm(x, w.weight.swapaxes(-1, -2), rhs_indices=slots)
     return mx.gather_qmm(
@@ -198,8 +205,36 @@ def _stock_gather(x: mx.array, w: Weight, slots: mx.array) -> mx.array:
 def stock_moe(
     x: mx.array, gate: Weight, up: Weight, down: Weight, slots: mx.array, scores: mx.array
 ) -> mx.array:
+    """moe_decode by MLX's own matrix kernels, each step stored in x's dtype."""
     rows = x[:, None, None, :]
-    gated = _stock_gather(rows, gate, slots)
-    act = gated * mx.sigmoid(gated) * _stock_gather(rows, up, slots)
-    y = _stock_gather(act, down, slots).squeeze(-2)
-    return (y * scores[..., None]).sum(axis=-2).astype(x.dtype)
+    act = swiglu(stock_gather(rows, gate, slots), stock_gather(rows, up, slots))
+    return expert_sum(stock_gather(act, down, slots).squeeze(-2), scores)
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """``silu(gate) * up``, every step rounded to the inputs' dtype as moe_decode does.
+
+    Args:
+        gate: float32, float16 or bfloat16, of any shape.
+        up: of the same shape and dtype.
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit.
+    """
+    return _ext.swiglu(gate, up, _on_metal())
+
+
+def expert_sum(y: mx.array, scores: mx.array) -> mx.array:
+    """``sum_i scores[t, i] * y[t, i]`` in fp32, in order, as moe_decode does.
+
+    Args:
+        y: float32, float16 or bfloat16 [tokens, top_k, hidden].
+        scores: float [tokens, top_k].
+
+    Returns:
+        [tokens, hidden] in y's dtype.
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit.
+    """
+    return _ext.expert_sum(y, scores, _on_metal())
