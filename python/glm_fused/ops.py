@@ -110,7 +110,8 @@ def moe_decode(
 
     Raises:
         ValueError: a shape, dtype or format does not fit; the message names the argument.
-        RuntimeError: when the result is evaluated, a slot is out of range.
+        RuntimeError: when the result is evaluated on the CPU, a slot is out of range; a GPU cannot
+            raise, and gives NaN.
     """
     use_reference = paths.use_reference(reference)
     metal = not use_reference and _on_metal() and _metal_takes(x, slots)
@@ -173,7 +174,7 @@ def router_topk(
 
 def stock_matmul(x: mx.array, w: Weight) -> mx.array:
     if w.scales is None:
-        return x @ w.weight.swapaxes(-1, -2)
+        return (x @ w.weight.swapaxes(-1, -2)).astype(x.dtype)
     return mx.quantized_matmul(
         x,
         w.weight,
@@ -183,23 +184,25 @@ def stock_matmul(x: mx.array, w: Weight) -> mx.array:
         group_size=w.group_size,
         bits=w.bits,
         mode=w.mode,
-    )
+    ).astype(x.dtype)
 
 
 def stock_gather(x: mx.array, w: Weight, slots: mx.array) -> mx.array:
     if w.scales is None:
-        return mx.gather_mm(x, w.weight.swapaxes(-1, -2), rhs_indices=slots)
-    return mx.gather_qmm(
-        x,
-        w.weight,
-        w.scales,
-        w.biases,
-        rhs_indices=slots,
-        transpose=True,
-        group_size=w.group_size,
-        bits=w.bits,
-        mode=w.mode,
-    )
+        y = mx.gather_mm(x, w.weight.swapaxes(-1, -2), rhs_indices=slots)
+    else:
+        y = mx.gather_qmm(
+            x,
+            w.weight,
+            w.scales,
+            w.biases,
+            rhs_indices=slots,
+            transpose=True,
+            group_size=w.group_size,
+            bits=w.bits,
+            mode=w.mode,
+        )
+    return y.astype(x.dtype)
 
 
 def stock_moe(
