@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import sys
 import types
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from glm_fused import _ext, ops, synthetic
+from glm_fused import _ext, metal_sim, ops, synthetic
 from glm_fused.cli import main
 from glm_fused.formats import Format
 from glm_fused.selftest import backends, compare, machine, microbench, report
@@ -201,7 +200,7 @@ def test_metal_is_compared_with_everything(monkeypatch):
     assert (result["failed"], result["contraction_found"]) == (0, "on")
     assert result["max_ulps_from_cpu"] == 0
     assert [r["equals_reference"] for r in result["results"]] == [True, True, None]
-    assert [s["case"] for s in result["shaders"]] == [c.name for c in FEW]
+    assert [s["case"] for s in result["shaders"]] == [MOE.name, ROUTER.name]
     assert all(s["compile_seconds"] >= 0 for s in result["shaders"])
 
 
@@ -233,7 +232,7 @@ def test_simulator_is_held_to_the_digests_of_its_mode(monkeypatch):
         simulated=lambda contract: contextlib.nullcontext(),
         take_launches=lambda: [launch],
     )
-    monkeypatch.setitem(sys.modules, "glm_fused.metal_sim", fake)
+    monkeypatch.setattr(backends, "metal_sim", fake)
     chosen, _ = backends.chosen("metal-sim")
     on, off = (run_backend(b, FEW, quiet) for b in chosen)
     assert (on["cases"], on["failed"], on["contraction_requested"]) == (2, 0, True)
@@ -243,9 +242,30 @@ def test_simulator_is_held_to_the_digests_of_its_mode(monkeypatch):
     assert off["results"][0]["failures"] == ["does not match its golden digest (found: on)"]
 
 
+@pytest.mark.parametrize("backend", [backends.METAL, *backends.SIMULATED], ids=lambda b: b.title)
+def test_gpu_kernels(backend):
+    try:
+        backends.chosen(backend.name)
+    except ValueError as error:
+        pytest.skip(str(error))
+    result = run_backend(backend, [MOE, ROUTER], quiet)
+    assert result["failed"] == 0, result
+    if backend.contract is not None:
+        assert result["contraction_found"] == ("on" if backend.contract else "off")
+        assert result["shaders"][0]["kernels"][1].startswith("glm_fused_moe_down_sum")
+
+
+@pytest.mark.slow
+def test_simulator(capsys):
+    if reason := metal_sim.unavailable():
+        pytest.skip(reason)
+    assert main(["selftest", "--backend", "metal-sim", "--quick"]) == 0
+    assert capsys.readouterr().out.count(" 24 of 24 cases passed") == 2
+
+
 def test_no_simulator(monkeypatch):
     fake = types.SimpleNamespace(unavailable=lambda: "no zig in /opt/x")
-    monkeypatch.setitem(sys.modules, "glm_fused.metal_sim", fake)
+    monkeypatch.setattr(backends, "metal_sim", fake)
     with pytest.raises(ValueError, match="metal-sim is not usable: no zig"):
         backends.chosen("metal-sim")
     chosen, absent = backends.chosen("all-available")
@@ -259,9 +279,17 @@ def test_first_difference():
     assert compare.first_difference(a, a) is None
     found = compare.first_difference(a, b)
     assert found == {"output": 1, "count": 1, "of": 2, "index": [0, 1], "bits": ["0x8000", "0x1"]}
-    assert compare.ulps(a, b) == 1  # -0 and the smallest number
-    assert compare.ulps([np.uint32([0x3F800000])], [np.uint32([0x3F7FFFFE])]) == 2
     assert "shapes" in compare.first_difference(a[:1], [np.array([1], np.int32)])
+
+
+def test_ulps_are_of_the_largest_value():
+    expected = [np.array([0x3F80, 0x0001], np.uint16)]  # bfloat16 1 and almost 0
+    found = [np.array([0x3F81, 0x3C00], np.uint16)]  # one ulp more, and an ulp of 1
+    assert compare.ulps(expected, expected, mx.bfloat16) == 0
+    assert compare.ulps(found, expected, mx.bfloat16) == pytest.approx(1)
+    assert compare.ulps([np.uint32([0x40000001])], [np.uint32([0x40000000])], mx.bfloat16) == 1
+    assert compare.ulps([np.uint16([0x7FC0])], [np.uint16([0x3F80])], mx.bfloat16) is None
+    assert compare.ulps([np.int32([1])], [np.int32([9])], mx.bfloat16) == 0
 
 
 @pytest.mark.parametrize(

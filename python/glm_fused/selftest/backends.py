@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
 
 import mlx.core as mx
+
+from .. import metal_sim
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Backend:
         with contextlib.ExitStack() as stack:
             stack.enter_context(mx.stream(mx.gpu if self.name == "metal" else mx.cpu))
             if self.name == "metal-sim":
-                stack.enter_context(_simulator().simulated(contract=self.contract))
+                stack.enter_context(metal_sim.simulated(contract=bool(self.contract)))
             yield
 
     def kernels_launched(self) -> list[str] | None:
         """Names of the kernels launched since the last call, where they can be told."""
         if self.name != "metal-sim":
             return None
-        return [launch.kernel for launch in _simulator().take_launches()]
+        return [launch.kernel for launch in metal_sim.take_launches()]
 
 
 CPU = Backend("cpu", True)
@@ -67,11 +67,4 @@ def _no_metal() -> str:
 
 
 def _no_simulator() -> str:
-    try:
-        return str(_simulator().unavailable())
-    except ImportError as error:
-        return str(error)
-
-
-def _simulator() -> Any:
-    return import_module("glm_fused.metal_sim")
+    return metal_sim.unavailable()

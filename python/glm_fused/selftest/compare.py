@@ -68,21 +68,27 @@ def first_difference(found: Outputs, expected: Outputs) -> dict[str, Any] | None
     return None
 
 
-def ulps(found: Outputs, expected: Outputs) -> int:
-    """The largest distance between floats of the same place, in steps between neighbours."""
-    most = 0
+def ulps(found: Outputs, expected: Outputs, dtype: mx.Dtype) -> float | None:
+    """The largest difference of floats, in ulps of the output's largest expected value.
+
+    `dtype` is that of outputs of two bytes. None where a value is not finite.
+    """
+    most = 0.0
     for a, b in zip(found, expected, strict=True):
         if a.dtype.kind == "u" and a.size:
-            most = max(most, int(np.abs(_ordered(a) - _ordered(b)).max()))
+            kind = mx.float32 if a.itemsize == 4 else dtype
+            x, y = _float64(a, kind), _float64(b, kind)
+            largest = np.abs(y).max()
+            if not (np.isfinite(x).all() and np.isfinite(largest)):
+                return None
+            ulp = 2.0 ** (np.frexp(largest)[1] - 1) * mx.finfo(kind).eps
+            most = max(most, float(np.abs(x - y).max() / ulp))
     return most
+
+
+def _float64(bits: npt.NDArray[Any], dtype: mx.Dtype) -> npt.NDArray[np.float64]:
+    return np.array(mx.array(bits).view(dtype).astype(mx.float32)).astype(np.float64)
 
 
 def _mask(a: npt.NDArray[Any]) -> int:
     return (1 << 8 * a.itemsize) - 1
-
-
-def _ordered(bits: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Integers in the order of the floats; both zeros are 0."""
-    sign = 1 << (8 * bits.itemsize - 1)
-    magnitude = (bits & (sign - 1)).astype(np.int64)
-    return np.where(bits & sign, -magnitude, magnitude)

@@ -100,7 +100,7 @@ def _backend(b: dict[str, Any]) -> list[str]:
     if b["contraction_requested"] is None:
         line += f"; contraction found: {b['contraction_found']}"
     if b["max_ulps_from_cpu"] is not None:
-        line += f"; at most {b['max_ulps_from_cpu']} ulps from the CPU"
+        line += f"; at most {b['max_ulps_from_cpu']:.3g} ulps from the CPU"
     lines = [line]
     if compiled := [s for s in b["shaders"] if s["compile_seconds"] is not None]:
         total = sum(s["compile_seconds"] for s in compiled)
