@@ -177,6 +177,17 @@ def test_the_report_is_written_in_one_step(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["report.json"]
 
 
+def test_a_report_that_cannot_be_written_is_refused_at_once(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "examine", None)
+    assert run(capsys, "--json", tmp_path)[0::2] == (
+        2,
+        f"glm-fused: error: {tmp_path} is a folder, expected a file to write.\n",
+    )
+    code, _, err = run(capsys, "--json", tmp_path / "none" / "report.json")
+    assert code == 2
+    assert f"{tmp_path}/none does not exist" in err
+
+
 def test_a_backend_that_is_not_here(capsys, monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     assert main(["selftest", "--backend", "metal"]) == 2

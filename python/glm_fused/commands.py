@@ -80,6 +80,7 @@ def run_selftest(args: argparse.Namespace) -> int:
     from . import set_num_threads
     from .selftest import report
 
+    target = None if args.json in (None, "-") else _new_file(args.json)
     if args.threads is not None:
         set_num_threads(args.threads)
     with _progress() as step:
@@ -88,10 +89,20 @@ def run_selftest(args: argparse.Namespace) -> int:
         _print_json(result)
     else:
         print(report.format_report(result))
-    if args.json not in (None, "-"):
-        report.write(result, Path(args.json))
-        print(f"report written to {args.json}")
+    if target is not None:
+        report.write(result, target)
+        print(f"report written to {target}")
     return 0 if result["ok"] else 1
+
+
+def _new_file(text: str) -> Path:
+    """A file to write later; refused now where it cannot be."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"{text} is a folder, expected a file to write.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} does not exist, to write {path.name} into.")
+    return path
 
 
 @contextlib.contextmanager

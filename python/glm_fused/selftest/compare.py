@@ -45,8 +45,9 @@ def contraction(case: str, found: str) -> str | None:
     kept = golden().get(case)
     if kept is None:
         return None
-    matching = [mode for mode in ("on", "off") if kept[mode] == found]
-    return {0: "neither", 1: (matching or [""])[0], 2: "either"}[len(matching)]
+    if kept["on"] == kept["off"] == found:
+        return "either"
+    return next((mode for mode in ("on", "off") if kept[mode] == found), "neither")
 
 
 def first_difference(found: Outputs, expected: Outputs) -> dict[str, Any] | None:
