@@ -205,15 +205,20 @@ def test_demo_model_decodes_as_on_the_cpu():
     assert len(set(mx.argmax(there, axis=-1).tolist())) > 4
     if not GPU:
         launches = metal_sim.take_launches()
-        layers = model.args.num_hidden_layers - model.args.first_k_dense_replace
-        count = {
-            name: sum(launch.kernel.startswith(f"glm_fused_{name}_") for launch in launches)
-            for name in ("moe_gate_up", "moe_down_sum", "router_topk")
+        layers = model.args.num_hidden_layers
+        sparse = layers - model.args.first_k_dense_replace
+        full = sum(model.args.is_full(layer) for layer in range(layers))
+        expected = {
+            # the prompt's experts are not Metal's
+            "moe_gate_up": (steps - 1) * sparse,
+            "moe_down_sum": (steps - 1) * sparse,
+            "router_topk": steps * sparse,
+            "mla_split": steps * layers,
+            "mla_combine": steps * layers,
+            "index_scores": steps * full,
+            "index_select": steps * full,
         }
-        # the prompt's experts are not Metal's, its routing is
-        assert count == {
-            "moe_gate_up": (steps - 1) * layers,
-            "moe_down_sum": (steps - 1) * layers,
-            "router_topk": steps * layers,
-        }
+        names = [launch.kernel.removeprefix("glm_fused_") for launch in launches]
+        count = {name: sum(n.startswith(name) for n in names) for name in expected}
+        assert count == expected
         assert len(launches) == sum(count.values())
