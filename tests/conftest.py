@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-collect_ignore_glob = [] if sys.platform == "linux" else ["test_sim_*"]
+collect_ignore_glob = [] if sys.platform == "linux" else ["test_sim_*", "test_metal_*"]
 
 TINY = {
     "architectures": ["GlmMoeDsaForCausalLM"],
