@@ -9,6 +9,7 @@ prompt, the most likely token after each of its tokens, and the greedy continuat
 import json
 import random
 from pathlib import Path
+from unittest.mock import patch
 
 import oracle
 import torch
@@ -73,10 +74,19 @@ def make_prompt(seed: int, tokenizer: AutoTokenizer, length: int) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)[:length] + question
 
 
+def lowest_index_topk(
+    scores: torch.Tensor, k: int, dim: int = -1, sorted: bool = True
+) -> torch.return_types.topk:
+    """torch.topk leaves the choice among equal scores open; ReLU makes many of them."""
+    values, indices = torch.sort(scores, dim=dim, descending=True, stable=True)
+    return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
+
+
 def continue_greedily(model: oracle.Model, tokens: list[int]) -> tuple[torch.Tensor, list[int]]:
     """The prompt's logits [length, vocab] and the greedy continuation."""
     cache, made = DynamicCache(config=model.config), []
-    with torch.no_grad():
+    lowest = patch.object(torch.Tensor, "topk", lowest_index_topk)
+    with torch.no_grad(), lowest, patch.object(torch, "topk", lowest_index_topk):
         first = model(torch.tensor([tokens]), past_key_values=cache).logits[0]
         logits = first[-1]
         for _ in range(CONTINUED):
