@@ -44,6 +44,16 @@ mx::array moe_decode(
     bool reference,
     mx::StreamOrDevice s = {});
 
+// The steps of moe_decode that MLX has no op for, rounded as there: with
+// gather_qmm they are its unfused chain on a GPU.
+mx::array
+swiglu(const mx::array& gate, const mx::array& up, mx::StreamOrDevice s = {});
+// [t, hidden]: sum over i of scores[t, i] * y[t, i].
+mx::array expert_sum(
+    const mx::array& y,
+    const mx::array& scores,
+    mx::StreamOrDevice s = {});
+
 struct Routing {
   int top_k;
   int n_group;
@@ -59,6 +69,35 @@ std::pair<mx::array, mx::array> router_topk(
     const mx::array& weight,
     const mx::array& correction_bias,
     const Routing& routing,
+    bool reference,
+    mx::StreamOrDevice s = {});
+
+// int32 [b, l, k]: the cached keys that each of the last l tokens attends to,
+// ascending, then -1. q [b, l, heads, dim], weights [b, l, heads], keys
+// [b, t, dim] or packed (rows.h); `start` [b] is the first key that is no
+// padding.
+mx::array indexer_topk(
+    const mx::array& q,
+    const mx::array& keys,
+    const mx::array& weights,
+    int k,
+    float scale,
+    const std::optional<mx::array>& start,
+    bool reference,
+    mx::StreamOrDevice s = {});
+
+// float32 [b, l, heads, rank]: attention of the last l tokens over the cached
+// rows that `selected` [b, l, k] names, or over all that they may see. q is
+// [b, l, heads, rank + rope]; latents [b, t, rank] with ropes [b, t, rope], or
+// packed rows without.
+mx::array sparse_mla_decode(
+    const mx::array& q,
+    const mx::array& latents,
+    const std::optional<mx::array>& ropes,
+    const std::optional<mx::array>& selected,
+    int rank,
+    float scale,
+    const std::optional<mx::array>& start,
     bool reference,
     mx::StreamOrDevice s = {});
 

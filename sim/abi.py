@@ -204,9 +204,15 @@ def launch(pipeline: int, dispatch: Dispatch, name: str) -> tuple[str, Report]:
     """Why it failed, or "", and the report."""
     lib = _executor()
     handle = lib.sim_launch(pipeline, c.byref(dispatch.c))
+    error = lib.sim_report_error(handle)
+    return (error or b"").decode(), take_report(handle, name)
+
+
+def take_report(handle: int, name: str) -> Report:
+    """The report behind a sim_report*, which is freed."""
+    lib = _executor()
     try:
-        error = lib.sim_report_error(handle)
-        return (error or b"").decode(), _report(lib, handle, name)
+        return _report(lib, handle, name)
     finally:
         lib.sim_report_free(handle)
 

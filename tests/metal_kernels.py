@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,10 +14,14 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 import sim
 from formats_under_test import DTYPES, random_weight
 
 from glm_fused import ops
+
+if sys.platform != "linux":
+    pytest.skip("the simulator runs on Linux only", allow_module_level=True)
 
 Format = tuple[str, int, int]
 SHADERS = Path(__file__).parent.parent / "metal"

@@ -24,8 +24,10 @@ def moe_decode(
     slots: mlx.core.array,
     scores: mlx.core.array,
     reference: bool,
-    gpu: bool,
+    metal: bool,
 ) -> mlx.core.array: ...
+def swiglu(gate: mlx.core.array, up: mlx.core.array, metal: bool) -> mlx.core.array: ...
+def expert_sum(y: mlx.core.array, scores: mlx.core.array, metal: bool) -> mlx.core.array: ...
 def router_topk(
     x: mlx.core.array,
     weight: mlx.core.array,
@@ -36,13 +38,39 @@ def router_topk(
     norm_topk_prob: bool,
     routed_scaling_factor: float,
     reference: bool,
-    gpu: bool,
+    metal: bool,
 ) -> tuple[mlx.core.array, mlx.core.array]: ...
+def indexer_topk(
+    q: mlx.core.array,
+    keys: mlx.core.array,
+    weights: mlx.core.array,
+    k: int,
+    scale: float,
+    start: mlx.core.array | None,
+    reference: bool,
+    metal: bool,
+) -> mlx.core.array: ...
+def sparse_mla_decode(
+    q: mlx.core.array,
+    latents: mlx.core.array,
+    ropes: mlx.core.array | None,
+    selected: mlx.core.array | None,
+    rank: int,
+    scale: float,
+    start: mlx.core.array | None,
+    reference: bool,
+    metal: bool,
+) -> mlx.core.array: ...
 def moe_decode_obstacle(tokens: int, top_k: int) -> str:
     """Why moe_decode has no Metal kernel for these counts; empty if it has."""
 
 def router_topk_obstacle(experts: int) -> str:
     """Why router_topk has no Metal kernel for this count; empty if it has."""
+
+def sparse_mla_decode_obstacle(listed: int) -> str:
+    """
+    Why sparse_mla_decode has no Metal kernel for lists of this length; empty if it has.
+    """
 
 def num_threads() -> int:
     """Threads of the CPU kernels."""
@@ -54,6 +82,9 @@ def stream_read(a: mlx.core.array) -> int:
     """
     Read the array's bytes once on all threads: the yardstick of benchmarks.
     """
+
+def multiply_adds(rounds: int) -> float:
+    """Multiply-adds in registers on all threads; returns how many."""
 
 def cpu_kernels() -> str:
     """The instruction set of the CPU kernels: avx512, avx2 or portable."""

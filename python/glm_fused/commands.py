@@ -7,8 +7,10 @@ compiled extension does not load.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ def run_generate(args: argparse.Namespace) -> int:
     from .generate import Options, encode, generate
 
     prompt = _read_prompt(args.prompt)
-    model, tokenizer = _load(_folder(args.model), args.threads)
+    model, tokenizer = _load(_folder(args.model), args)
     tokens = encode(model, tokenizer, prompt, args.raw)
     options = Options(args.max_tokens, args.temp, args.top_p, args.seed)
     if args.ab:
@@ -43,7 +45,7 @@ def run_demo(args: argparse.Namespace) -> int:
     from .generate import Options
 
     prompt = demo.PROMPT if args.prompt is None else _read_prompt(args.prompt)
-    model, tokenizer = _load(demo.checkpoint_folder(), args.threads)
+    model, tokenizer = _load(demo.checkpoint_folder(), args)
     write = _discard if args.json else _write
     options = Options(args.max_tokens, demo.TEMP, demo.TOP_P, demo.SEED)
     result = demo.run(model, tokenizer, prompt, options, write)
@@ -72,6 +74,44 @@ def run_inspect(args: argparse.Namespace) -> int:
     else:
         print(format_report(description))
     return 0
+
+
+def run_selftest(args: argparse.Namespace) -> int:
+    from . import set_num_threads
+    from .selftest import report
+
+    target = None if args.json in (None, "-") else _new_file(args.json)
+    if args.threads is not None:
+        set_num_threads(args.threads)
+    with _progress() as step:
+        result = report.examine(args.backend, quick=args.quick, bench=args.bench, step=step)
+    if args.json == "-":
+        _print_json(result)
+    else:
+        print(report.format_report(result))
+    if target is not None:
+        report.write(result, target)
+        print(f"report written to {target}")
+    return 0 if result["ok"] else 1
+
+
+def _new_file(text: str) -> Path:
+    """A file to write later; refused now where it cannot be."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"{text} is a folder, expected a file to write.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} does not exist, to write {path.name} into.")
+    return path
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Shows what is being done, on a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(bar_format="{elapsed} {desc}", disable=not sys.stderr.isatty(), leave=False) as bar:
+        yield bar.set_description_str
 
 
 def _compare(
@@ -105,14 +145,14 @@ def _folder(text: str) -> Path:
     raise FileNotFoundError(f"{text} does not exist; models are read from local folders.{hint}")
 
 
-def _load(path: Path, threads: int | None) -> tuple[Model, TokenizerWrapper]:
+def _load(path: Path, args: argparse.Namespace) -> tuple[Model, TokenizerWrapper]:
     from . import load, set_num_threads
 
-    if threads is not None:
-        set_num_threads(threads)
+    if args.threads is not None:
+        set_num_threads(args.threads)
     if (path / "config.json").exists() and not (path / "tokenizer_config.json").exists():
         raise FileNotFoundError(f"{path} has no tokenizer_config.json.")
-    return load(path)
+    return load(path, kv_format=args.kv_format)
 
 
 def _read_prompt(text: str) -> str:
@@ -138,6 +178,7 @@ def _print_speeds(completion: Completion) -> None:
     print(
         f"prompt      {c.prompt_tokens} tokens, {c.prompt_tps:.1f} tok/s\n"
         f"generated   {len(c.tokens)} tokens{speed} ({c.path})\n"
-        f"peak memory {c.peak_memory_bytes / 1e9:.2f} GB",
+        f"peak memory {c.peak_memory_bytes / 1e9:.2f} GB\n"
+        f"cache       {c.kv_bytes / 1e6:.2f} MB in {c.kv_format} for {c.kv_tokens} tokens",
         file=sys.stderr,
     )

@@ -21,6 +21,7 @@ from .formats import Quantization, infer_format, quantization_from_config
 from .layout import unused
 from .manifest import check_tensors
 from .model import Model
+from .rows import check_kv_format
 
 _SCALE_SUFFIXES = (".weight_scale_inv", ".kv_b_proj.scales", ".kv_b_proj.biases")
 
@@ -33,22 +34,30 @@ class _Scales(NamedTuple):
     mode: str
 
 
-def load_model(path: str | os.PathLike[str], lazy: bool = False) -> tuple[Model, dict[str, Any]]:
+def load_model(
+    path: str | os.PathLike[str], lazy: bool = False, kv_format: str = "auto"
+) -> tuple[Model, dict[str, Any]]:
     """Load the model in the folder ``path``; returns it and its config.
+
+    ``kv_format`` is how its caches store keys, one of `glm_fused.rows.KV_FORMATS`.
 
     Raises FileNotFoundError for missing files and ValueError for anything that does not fit, naming
     file and tensor with what was found and expected. With ``lazy`` parameters are read when they
     are first used, and scales are not checked for NaN.
     """
+    check_kv_format(kv_format)
     model, checkpoint, sources = _build(path)
+    model.kv_format = kv_format
     if not lazy:
         _materialize(model, checkpoint, sources)
     return model, checkpoint.config
 
 
-def load(path: str | os.PathLike[str]) -> tuple[Model, TokenizerWrapper]:
-    """Load model and tokenizer; the same errors as ``load_model``."""
+def load(path: str | os.PathLike[str], kv_format: str = "auto") -> tuple[Model, TokenizerWrapper]:
+    """Load model and tokenizer; ``kv_format`` and errors are those of ``load_model``."""
+    check_kv_format(kv_format)
     model, checkpoint, sources = _build(path)
+    model.kv_format = kv_format
     tokenizer = _load_tokenizer(checkpoint)
     _materialize(model, checkpoint, sources)
     return model, tokenizer
