@@ -16,7 +16,7 @@ using namespace glm_fused::cpu;
 
 #if defined(GLM_AVX512)
 constexpr int kKeyVectors = 2, kHeads = 8;  // accumulators of the indexer
-constexpr int kWide = 2, kDeep = 8;         // and of the attention
+constexpr int kWide = 4, kDeep = 4;         // and of the attention
 #else
 constexpr int kKeyVectors = 1, kHeads = 4;
 constexpr int kWide = 1, kDeep = 4;
@@ -35,15 +35,6 @@ inline void prefetch(const uint8_t* from, size_t bytes) {
   }
 }
 
-GLM_INLINE F16 load16(const uint8_t* p, FloatType type) {
-  if (type == FloatType::float32) {
-    return as_float(load_words(p));
-  }
-  const U16 v = load_shorts(p);
-  return type == FloatType::bfloat16 ? as_float(shift_left<16>(v))
-                                     : half_to_float(v);
-}
-
 // The low byte of every word; 0x7f, e4m3's NaN, reads as 480.
 GLM_INLINE F16 e4m3(U16 v) {
   const U16 sign = shift_left<8>(bits_and(v, 0x80u));
@@ -56,73 +47,88 @@ GLM_INLINE F16 signed_byte(U16 v) {
   return sub(to_float(bits_and(add_words(v, 128u), 0xffu)), splat(128.0f));
 }
 
-// out[0, count rounded up to 16) = load(from + i * size), zeros past count.
-template <class Load>
+// What a block of rows is loaded from and to: columns [begin, begin + columns)
+// of the rows `keys`, as fp32, kSplit floats a row; the last vector of a row is
+// filled up with zeros. Meanwhile those of `next` further rows are fetched.
+struct BlockArgs {
+  const Rows& rows;
+  const int32_t* keys;
+  int count, next;
+  int begin, columns;
+  float* to;
+};
+
+// address(row) is where column 0 of a row is, scale(row) what load16(p, scale)
+// multiplies by.
+template <int size, class Address, class Scale, class Load>
+GLM_INLINE void load_block(
+    const BlockArgs& a,
+    Address&& address,
+    Scale&& scale,
+    Load&& load16) {
+  const int whole = a.columns / kHalf * kHalf, begin = a.begin * size;
+  for (int i = 0; i < a.count; i++) {
+    const Row row = a.rows[a.keys[i]];
+    const uint8_t* from = address(row) + begin;
+    const F16 by = scale(row);
+    float* to = a.to + i * kSplit;
+    for (int c = 0; c < whole; c += kHalf) {
+      store(to + c, load16(from + c * size, by));
+    }
+    if (whole < a.columns) {
+      uint8_t tail[size * kHalf] = {};
+      memcpy(tail, from + whole * size, (a.columns - whole) * size);
+      store(to + whole, load16(tail, by));
+    }
+    if (i < a.next) {
+      const uint8_t* next = address(a.rows[a.keys[a.count + i]]) + begin;
+      prefetch(next, a.columns * size);
+    }
+  }
+}
+
+template <class Address>
 GLM_INLINE void
-load_many(const uint8_t* from, int size, int count, float* out, Load&& load16) {
-  int i = 0;
-  for (; i + kHalf <= count; i += kHalf) {
-    store(out + i, load16(from + i * size));
-  }
-  if (i < count) {
-    uint8_t tail[4 * kHalf] = {};
-    memcpy(tail, from + i * size, static_cast<size_t>(count - i) * size);
-    store(out + i, load16(tail));
-  }
-}
-
-inline void
-load_floats(const uint8_t* from, FloatType type, int count, float* out) {
-  const int size = static_cast<int>(size_of(type));
-  switch (type) {
-    case FloatType::float32:
-      return load_many(from, size, count, out, [](const uint8_t* p) {
-        return load16(p, FloatType::float32);
-      });
-    case FloatType::float16:
-      return load_many(from, size, count, out, [](const uint8_t* p) {
-        return load16(p, FloatType::float16);
-      });
-    default:
-      return load_many(from, size, count, out, [](const uint8_t* p) {
-        return load16(p, FloatType::bfloat16);
-      });
-  }
-}
-
-// Columns [begin, begin + count) of a row's latent or RoPE part as fp32; in the
-// latent they lie within one scale tile.
-inline void
-load_latent(const Rows& rows, const Row& row, int begin, int count, float* to) {
-  if (rows.format == RowFormat::floating) {
-    const size_t size = size_of(rows.latent_type);
-    return load_floats(row.latent + begin * size, rows.latent_type, count, to);
-  }
-  const bool fp8 = rows.format == RowFormat::fp8;
-  const size_t tile = fp8 ? begin / kScaleTile : 0;
-  const F16 scale = splat(read_float(row.scales + 4 * tile));
-  const uint8_t* from = row.latent + begin;
-  if (fp8) {
-    load_many(from, 1, count, to, [&](const uint8_t* p) {
-      return mul(e4m3(load_bytes(p)), scale);
+load_floats(const BlockArgs& a, FloatType type, Address&& address) {
+  const auto unscaled = [](const Row&) { return zero(); };
+  if (type == FloatType::bfloat16) {
+    load_block<2>(a, address, unscaled, [](const uint8_t* p, F16) {
+      return as_float(shift_left<16>(load_shorts(p)));
+    });
+  } else if (type == FloatType::float16) {
+    load_block<2>(a, address, unscaled, [](const uint8_t* p, F16) {
+      return half_to_float(load_shorts(p));
     });
   } else {
-    load_many(from, 1, count, to, [&](const uint8_t* p) {
-      return mul(signed_byte(load_bytes(p)), scale);
+    load_block<4>(a, address, unscaled, [](const uint8_t* p, F16) {
+      return as_float(load_words(p));
     });
   }
 }
 
-inline void prefetch_latent(const Rows& rows, int key, int begin, int count) {
-  const bool floating = rows.format == RowFormat::floating;
-  const size_t size = floating ? size_of(rows.latent_type) : 1;
-  prefetch(rows[key].latent + begin * size, count * size);
+// The columns lie within one scale tile.
+void load_latents(const BlockArgs& a) {
+  const auto latent = [](const Row& row) { return row.latent; };
+  const bool fp8 = a.rows.format == RowFormat::fp8;
+  const size_t tile = fp8 ? a.begin / kScaleTile : 0;
+  const auto scale = [tile](const Row& row) {
+    return splat(read_float(row.scales + 4 * tile));
+  };
+  if (a.rows.format == RowFormat::floating) {
+    load_floats(a, a.rows.latent_type, latent);
+  } else if (fp8) {
+    load_block<1>(a, latent, scale, [](const uint8_t* p, F16 by) {
+      return mul(e4m3(load_bytes(p)), by);
+    });
+  } else {
+    load_block<1>(a, latent, scale, [](const uint8_t* p, F16 by) {
+      return mul(signed_byte(load_bytes(p)), by);
+    });
+  }
 }
 
-inline void
-load_rope(const Rows& rows, const Row& row, int begin, int count, float* to) {
-  const size_t size = size_of(rows.rope_type);
-  load_floats(row.rope + begin * size, rows.rope_type, count, to);
+void load_ropes(const BlockArgs& a) {
+  load_floats(a, a.rows.rope_type, [](const Row& row) { return row.rope; });
 }
 
 int round_up(int n, int unit) {
@@ -396,19 +402,14 @@ void split(const SplitArgs& a) {
   const auto part = [&](int dims, const float* q, auto load_part) {
     for (int d = 0; d < dims; d += kSplit) {
       const int depth = std::min(kSplit, dims - d);
-      for (int i = 0; i < a.count; i++) {
-        load_part(rows, rows[a.keys[i]], d, depth, block + i * kSplit);
-      }
-      for (int i = 0; i < a.next_count; i++) {
-        prefetch_latent(rows, a.keys[a.count + i], d, depth);
-      }
+      load_part({rows, a.keys, a.count, a.next_count, d, depth, block});
       const float* at = q + static_cast<size_t>(d) * a.lanes;
       multiply_block(at, a.lanes, block, depth, a.count, a.p);
     }
   };
-  part(rows.rank, a.q, load_latent);
+  part(rows.rank, a.q, load_latents);
   const size_t ropes = static_cast<size_t>(rows.rank) * a.lanes;
-  part(rows.rope_dim, a.q + ropes, load_rope);
+  part(rows.rope_dim, a.q + ropes, load_ropes);
   for (int lane = 0; lane < a.lanes; lane += kHalf) {
     softmax_lanes(a, lane);
   }
@@ -493,13 +494,7 @@ void combine(const CombineArgs& a) {
     const int next = s + 1 < a.splits ? a.counts[s + 1] : 0;
     for (int first = 0; first < a.columns; first += kSplit) {
       const int columns = std::min(kSplit, a.columns - first);
-      for (int i = 0; i < count; i++) {
-        const Row row = (*a.rows)[keys[i]];
-        load_latent(*a.rows, row, a.column + first, columns, v + i * kSplit);
-      }
-      for (int i = 0; i < next; i++) {
-        prefetch_latent(*a.rows, keys[count + i], a.column + first, columns);
-      }
+      load_latents({*a.rows, keys, count, next, a.column + first, columns, v});
       float* to = out.get() + first;
       int c = 0;
       for (; c + kWide * kHalf <= columns; c += kWide * kHalf) {
