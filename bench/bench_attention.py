@@ -21,17 +21,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from common import (
-    median,
-    multiply_add_rate,
-    parser,
-    read_bandwidth,
-    report,
-    seconds,
-)
+from common import median, multiply_add_rate, parser, report
 
 import glm_fused
 from glm_fused import ops, rows, stock
+from glm_fused.benchmark import read_bandwidth, seconds
 
 INDEX_HEADS, INDEX_DIM, TOPK = 32, 128, 2048
 HEADS, RANK, ROPE = 64, 512, 64

@@ -17,10 +17,12 @@
 // sparse_mla_decode, per query and head, over its list of keys (the selection,
 // or every visible key). Entry i of the list belongs to split i / kSplit; an
 // entry that is no visible key is skipped, and a split without keys too.
-//   s      = (chain over d = 0, …, rank + rope - 1 of fma(q[d], k[d], s)) *
-//   scale m      = max of the split's s p      = exp_negative(s - m)
-//   metal/exp.h l      = sum of the split's p, in order, from 0 o[c]   = chain
-//   over the split's keys of fma(p, k[c], o[c]), c < rank
+//   s      = chain over d = 0, 1, … of fma(q[d], k[d], s), then times scale;
+//            first the rank columns, then RoPE's
+//   m      = max of the split's s
+//   p      = exp_negative(s - m), metal/softmax_exp.h
+//   l      = sum of the split's p, in order, from 0
+//   o[c]   = chain over the split's keys of fma(p, k[c], o[c]), c < rank
 // and then over the splits in order:
 //   M      = max of all m
 //   e      = exp_negative(m - M)

@@ -10,6 +10,10 @@
 #include "cpu/thread_pool.h"
 #include "metal/limits.h"
 #include "ops.h"
+#include "ops/placement.h"
+#ifdef GLM_FUSED_METAL_SIM
+#include "sim/host/bindings.h"
+#endif
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -36,8 +40,8 @@ Weight weight(const WeightTuple& t) {
       std::get<5>(t)};
 }
 
-mx::Device on(bool gpu) {
-  return gpu ? mx::Device::gpu : mx::Device::cpu;
+mx::StreamOrDevice on(bool metal) {
+  return metal ? metal_stream() : mx::Device(mx::Device::cpu);
 }
 
 }  // namespace
@@ -70,7 +74,7 @@ NB_MODULE(_ext, m) {
          const mx::array& slots,
          const mx::array& scores,
          bool reference,
-         bool gpu) {
+         bool metal) {
         return moe_decode(
             x,
             weight(gate),
@@ -79,7 +83,7 @@ NB_MODULE(_ext, m) {
             slots,
             scores,
             reference,
-            on(gpu));
+            on(metal));
       },
       "x"_a,
       "gate"_a,
@@ -88,7 +92,23 @@ NB_MODULE(_ext, m) {
       "slots"_a,
       "scores"_a,
       "reference"_a,
-      "gpu"_a);
+      "metal"_a);
+  m.def(
+      "swiglu",
+      [](const mx::array& gate, const mx::array& up, bool metal) {
+        return swiglu(gate, up, on(metal));
+      },
+      "gate"_a,
+      "up"_a,
+      "metal"_a);
+  m.def(
+      "expert_sum",
+      [](const mx::array& y, const mx::array& scores, bool metal) {
+        return expert_sum(y, scores, on(metal));
+      },
+      "y"_a,
+      "scores"_a,
+      "metal"_a);
   m.def(
       "router_topk",
       [](const mx::array& x,
@@ -100,14 +120,14 @@ NB_MODULE(_ext, m) {
          bool norm_topk_prob,
          float routed_scaling_factor,
          bool reference,
-         bool gpu) {
+         bool metal) {
         return router_topk(
             x,
             weight,
             correction_bias,
             {top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor},
             reference,
-            on(gpu));
+            on(metal));
       },
       "x"_a,
       "weight"_a,
@@ -118,7 +138,7 @@ NB_MODULE(_ext, m) {
       "norm_topk_prob"_a,
       "routed_scaling_factor"_a,
       "reference"_a,
-      "gpu"_a);
+      "metal"_a);
   m.def(
       "indexer_topk",
       [](const mx::array& q,
@@ -127,9 +147,10 @@ NB_MODULE(_ext, m) {
          int k,
          float scale,
          const std::optional<mx::array>& start,
-         bool reference) {
+         bool reference,
+         bool metal) {
         return indexer_topk(
-            q, keys, weights, k, scale, start, reference, mx::Device::cpu);
+            q, keys, weights, k, scale, start, reference, on(metal));
       },
       "q"_a,
       "keys"_a,
@@ -137,7 +158,8 @@ NB_MODULE(_ext, m) {
       "k"_a,
       "scale"_a,
       "start"_a.none(),
-      "reference"_a);
+      "reference"_a,
+      "metal"_a);
   m.def(
       "sparse_mla_decode",
       [](const mx::array& q,
@@ -147,7 +169,8 @@ NB_MODULE(_ext, m) {
          int rank,
          float scale,
          const std::optional<mx::array>& start,
-         bool reference) {
+         bool reference,
+         bool metal) {
         return sparse_mla_decode(
             q,
             latents,
@@ -157,7 +180,7 @@ NB_MODULE(_ext, m) {
             scale,
             start,
             reference,
-            mx::Device::cpu);
+            on(metal));
       },
       "q"_a,
       "latents"_a,
@@ -166,7 +189,8 @@ NB_MODULE(_ext, m) {
       "rank"_a,
       "scale"_a,
       "start"_a.none(),
-      "reference"_a);
+      "reference"_a,
+      "metal"_a);
   m.def(
       "moe_decode_obstacle",
       [](int tokens, int top_k) {
@@ -180,6 +204,13 @@ NB_MODULE(_ext, m) {
       [](int experts) { return metal::router_topk_obstacle(experts); },
       "experts"_a,
       "Why router_topk has no Metal kernel for this count; empty if it has.");
+  m.def(
+      "sparse_mla_decode_obstacle",
+      [](int listed) { return metal::sparse_mla_decode_obstacle(listed); },
+      "listed"_a,
+      "Why sparse_mla_decode has no Metal kernel for lists of this length; "
+      "empty "
+      "if it has.");
   m.def("num_threads", &cpu::num_threads, "Threads of the CPU kernels.");
   m.def(
       "set_num_threads",
@@ -208,4 +239,7 @@ NB_MODULE(_ext, m) {
       "cpu_kernels",
       [] { return std::string(cpu::kernels().name); },
       "The instruction set of the CPU kernels: avx512, avx2 or portable.");
+#ifdef GLM_FUSED_METAL_SIM
+  bind_simulator(m);
+#endif
 }

@@ -44,6 +44,16 @@ mx::array moe_decode(
     bool reference,
     mx::StreamOrDevice s = {});
 
+// The steps of moe_decode that MLX has no op for, rounded as there: with
+// gather_qmm they are its unfused chain on a GPU.
+mx::array
+swiglu(const mx::array& gate, const mx::array& up, mx::StreamOrDevice s = {});
+// [t, hidden]: sum over i of scores[t, i] * y[t, i].
+mx::array expert_sum(
+    const mx::array& y,
+    const mx::array& scores,
+    mx::StreamOrDevice s = {});
+
 struct Routing {
   int top_k;
   int n_group;

@@ -83,6 +83,36 @@ class RouterTopk : public FusedPrimitive {
   Routing routing_;
 };
 
+// inputs: gate, up of one shape and dtype. output: the same.
+class Swiglu : public FusedPrimitive {
+ public:
+  explicit Swiglu(mx::Stream stream) : FusedPrimitive(stream, true) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "Swiglu";
+  }
+};
+
+// inputs: y [t, top_k, hidden], scores [t, top_k]. output: [t, hidden].
+class ExpertSum : public FusedPrimitive {
+ public:
+  explicit ExpertSum(mx::Stream stream) : FusedPrimitive(stream, true) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "ExpertSum";
+  }
+};
+
 // inputs: q [b, l, heads, dim], keys [b, t, row], weights [b, l, heads], start
 // [b]. output: [b, l, k].
 class IndexerTopk : public FusedPrimitive {
@@ -90,6 +120,9 @@ class IndexerTopk : public FusedPrimitive {
   IndexerTopk(mx::Stream stream, bool reference, RowLayout layout, float scale)
       : FusedPrimitive(stream, reference), layout_(layout), scale_(scale) {}
   void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  void eval_gpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override;
   const char* name() const override {
@@ -119,6 +152,9 @@ class SparseMlaDecode : public FusedPrimitive {
         ropes_(ropes),
         selected_(selected) {}
   void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  void eval_gpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override;
   const char* name() const override {

@@ -15,8 +15,8 @@ from .kernels import Argument, FunctionConstant
 from .report import Finding, Report, Traffic
 
 _KINDS = ("buffer", "threadgroup", "position")
-_FINDINGS = ("race", "out of bounds", "uninitialised", "divergence")
-_LISTS = ("races", "out_of_bounds", "uninitialised", "divergence")
+_FINDINGS = ("race", "out of bounds", "uninitialised", "divergence", "misaligned")
+_LISTS = ("races", "out_of_bounds", "uninitialised", "divergence", "misaligned")
 
 
 class _Argument(c.Structure):
@@ -204,9 +204,15 @@ def launch(pipeline: int, dispatch: Dispatch, name: str) -> tuple[str, Report]:
     """Why it failed, or "", and the report."""
     lib = _executor()
     handle = lib.sim_launch(pipeline, c.byref(dispatch.c))
+    error = lib.sim_report_error(handle)
+    return (error or b"").decode(), take_report(handle, name)
+
+
+def take_report(handle: int, name: str) -> Report:
+    """The report behind a sim_report*, which is freed."""
+    lib = _executor()
     try:
-        error = lib.sim_report_error(handle)
-        return (error or b"").decode(), _report(lib, handle, name)
+        return _report(lib, handle, name)
     finally:
         lib.sim_report_free(handle)
 

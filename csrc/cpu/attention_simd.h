@@ -301,7 +301,7 @@ GLM_INLINE U16 ascending(int first) {
 }
 #endif
 
-// exp.h's exp_negative in every lane.
+// softmax_exp.h's exp_negative in every lane.
 GLM_INLINE F16 exp_negative(F16 x) {
   const F16 shifter = splat(12582912.0f), one = splat(1.0f);
   const F16 shifted = fma(x, splat(1.44269504f), shifter);

@@ -1,6 +1,6 @@
 #include "metal/limits.h"
 
-#include "mlx/backend/metal/metal.h"
+#include "attention.h"
 
 namespace glm_fused::metal {
 
@@ -10,10 +10,8 @@ namespace {
 constexpr int kMaxPairs = 32 * 1024 / (4 + 8 * 4);
 // Five arrays of at most this many floats.
 constexpr int kMaxExperts = 1024;
-
-std::string unavailable() {
-  return mlx::core::metal::is_available() ? "" : "MLX finds no Metal device";
-}
+// A float per split.
+constexpr int kMaxListed = 32 * 1024 / 4 * kSplit;
 
 }  // namespace
 
@@ -26,7 +24,7 @@ std::string moe_decode_obstacle(int tokens, int top_k) {
     return std::to_string(tokens * top_k) + " choices are more than " +
         std::to_string(kMaxPairs);
   }
-  return unavailable();
+  return "";
 }
 
 std::string router_topk_obstacle(int experts) {
@@ -34,7 +32,15 @@ std::string router_topk_obstacle(int experts) {
     return std::to_string(experts) + " experts are more than " +
         std::to_string(kMaxExperts);
   }
-  return unavailable();
+  return "";
+}
+
+std::string sparse_mla_decode_obstacle(int listed) {
+  if (listed > kMaxListed) {
+    return std::to_string(listed) + " listed keys are more than " +
+        std::to_string(kMaxListed);
+  }
+  return "";
 }
 
 }  // namespace glm_fused::metal

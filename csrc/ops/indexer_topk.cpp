@@ -1,4 +1,5 @@
 #include "ops/check_rows.h"
+#include "ops/placement.h"
 #include "primitives.h"
 
 namespace glm_fused {
@@ -29,8 +30,9 @@ mx::array indexer_topk(
   if (k < 1) {
     invalid(op, "k must be at least 1 but is ", k, ".");
   }
-  auto primitive =
-      std::make_shared<IndexerTopk>(mx::to_stream(s), reference, layout, scale);
+  auto primitive = place(
+      std::make_shared<IndexerTopk>(
+          mx::to_stream(s), reference, layout, scale));
   return mx::array(
       {batch, queries, k},
       mx::int32,

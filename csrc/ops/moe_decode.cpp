@@ -1,4 +1,5 @@
 #include "checks.h"
+#include "ops/placement.h"
 #include "primitives.h"
 
 namespace glm_fused {
@@ -57,8 +58,9 @@ mx::array moe_decode(
   append_arrays(inputs, gate, s);
   append_arrays(inputs, up, s);
   append_arrays(inputs, down, s);
-  auto primitive = std::make_shared<MoeDecode>(
-      mx::to_stream(s), reference, gate_format, up_format, down_format);
+  auto primitive = place(
+      std::make_shared<MoeDecode>(
+          mx::to_stream(s), reference, gate_format, up_format, down_format));
   return mx::array(x.shape(), x.dtype(), primitive, std::move(inputs));
 }
 

@@ -1,4 +1,5 @@
 #include "checks.h"
+#include "ops/placement.h"
 #include "primitives.h"
 
 namespace glm_fused {
@@ -71,7 +72,7 @@ std::pair<mx::array, mx::array> router_topk(
   auto outputs = mx::array::make_arrays(
       {shape, shape},
       {mx::int32, mx::float32},
-      std::make_shared<RouterTopk>(mx::to_stream(s), reference, routing),
+      place(std::make_shared<RouterTopk>(mx::to_stream(s), reference, routing)),
       {mx::contiguous(x, false, s),
        mx::contiguous(weight, false, s),
        mx::contiguous(mx::astype(correction_bias, mx::float32, s), false, s)});

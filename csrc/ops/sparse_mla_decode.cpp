@@ -1,4 +1,5 @@
 #include "ops/check_rows.h"
+#include "ops/placement.h"
 #include "primitives.h"
 
 namespace glm_fused {
@@ -69,13 +70,14 @@ mx::array sparse_mla_decode(
     inputs.push_back(
         int_array(op, "selected", *selected, {batch, queries, k}, s));
   }
-  auto primitive = std::make_shared<SparseMlaDecode>(
-      mx::to_stream(s),
-      reference,
-      layout,
-      scale,
-      ropes.has_value(),
-      selected.has_value());
+  auto primitive = place(
+      std::make_shared<SparseMlaDecode>(
+          mx::to_stream(s),
+          reference,
+          layout,
+          scale,
+          ropes.has_value(),
+          selected.has_value()));
   return mx::array(
       {batch, queries, q.shape(2), rank},
       mx::float32,

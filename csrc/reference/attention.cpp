@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "cpu/matrix.h"
-#include "exp.h"
 #include "reference/reference.h"
+#include "softmax_exp.h"
 
 namespace glm_fused::reference {
 

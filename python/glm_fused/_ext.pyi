@@ -24,8 +24,10 @@ def moe_decode(
     slots: mlx.core.array,
     scores: mlx.core.array,
     reference: bool,
-    gpu: bool,
+    metal: bool,
 ) -> mlx.core.array: ...
+def swiglu(gate: mlx.core.array, up: mlx.core.array, metal: bool) -> mlx.core.array: ...
+def expert_sum(y: mlx.core.array, scores: mlx.core.array, metal: bool) -> mlx.core.array: ...
 def router_topk(
     x: mlx.core.array,
     weight: mlx.core.array,
@@ -36,7 +38,7 @@ def router_topk(
     norm_topk_prob: bool,
     routed_scaling_factor: float,
     reference: bool,
-    gpu: bool,
+    metal: bool,
 ) -> tuple[mlx.core.array, mlx.core.array]: ...
 def indexer_topk(
     q: mlx.core.array,
@@ -46,6 +48,7 @@ def indexer_topk(
     scale: float,
     start: mlx.core.array | None,
     reference: bool,
+    metal: bool,
 ) -> mlx.core.array: ...
 def sparse_mla_decode(
     q: mlx.core.array,
@@ -56,12 +59,18 @@ def sparse_mla_decode(
     scale: float,
     start: mlx.core.array | None,
     reference: bool,
+    metal: bool,
 ) -> mlx.core.array: ...
 def moe_decode_obstacle(tokens: int, top_k: int) -> str:
     """Why moe_decode has no Metal kernel for these counts; empty if it has."""
 
 def router_topk_obstacle(experts: int) -> str:
     """Why router_topk has no Metal kernel for this count; empty if it has."""
+
+def sparse_mla_decode_obstacle(listed: int) -> str:
+    """
+    Why sparse_mla_decode has no Metal kernel for lists of this length; empty if it has.
+    """
 
 def num_threads() -> int:
     """Threads of the CPU kernels."""

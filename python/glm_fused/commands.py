@@ -7,8 +7,10 @@ compiled extension does not load.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +74,44 @@ def run_inspect(args: argparse.Namespace) -> int:
     else:
         print(format_report(description))
     return 0
+
+
+def run_selftest(args: argparse.Namespace) -> int:
+    from . import set_num_threads
+    from .selftest import report
+
+    target = None if args.json in (None, "-") else _new_file(args.json)
+    if args.threads is not None:
+        set_num_threads(args.threads)
+    with _progress() as step:
+        result = report.examine(args.backend, quick=args.quick, bench=args.bench, step=step)
+    if args.json == "-":
+        _print_json(result)
+    else:
+        print(report.format_report(result))
+    if target is not None:
+        report.write(result, target)
+        print(f"report written to {target}")
+    return 0 if result["ok"] else 1
+
+
+def _new_file(text: str) -> Path:
+    """A file to write later; refused now where it cannot be."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"{text} is a folder, expected a file to write.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} does not exist, to write {path.name} into.")
+    return path
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Shows what is being done, on a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(bar_format="{elapsed} {desc}", disable=not sys.stderr.isatty(), leave=False) as bar:
+        yield bar.set_description_str
 
 
 def _compare(

@@ -12,9 +12,7 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
-from . import _ext, paths
-from .attention_ops import indexer_topk as indexer_topk
-from .attention_ops import sparse_mla_decode as sparse_mla_decode
+from . import _ext, metal_sim, paths, stock
 
 Mode = Literal["dense", "affine", "mxfp4", "mxfp8", "nvfp4"]
 
@@ -42,6 +40,11 @@ class Weight(NamedTuple):
 
 def _on_gpu() -> bool:
     return mx.default_device() == mx.gpu
+
+
+def _on_metal() -> bool:
+    """Whether ops with a Metal kernel of their own run it."""
+    return metal_sim.active() or (_on_gpu() and mx.metal.is_available())
 
 
 def _metal_takes(x: mx.array, slots: mx.array) -> bool:
@@ -107,12 +110,14 @@ def moe_decode(
 
     Raises:
         ValueError: a shape, dtype or format does not fit; the message names the argument.
-        RuntimeError: when the result is evaluated, a slot is out of range.
+        RuntimeError: when the result is evaluated on the CPU, a slot is out of range; a GPU cannot
+            raise, and gives NaN.
     """
-    use_reference, gpu = paths.use_reference(reference), _on_gpu()
-    if gpu and (use_reference or not _metal_takes(x, slots)):
+    use_reference = paths.use_reference(reference)
+    metal = not use_reference and _on_metal() and _metal_takes(x, slots)
+    if _on_gpu() and not metal:
         return stock_moe(x, gate, up, down, slots, scores)
-    return _ext.moe_decode(x, gate, up, down, slots, scores, use_reference, gpu)
+    return _ext.moe_decode(x, gate, up, down, slots, scores, use_reference, metal)
 
 
 def router_topk(
@@ -146,12 +151,13 @@ def router_topk(
     Raises:
         ValueError: a shape or dtype does not fit, or the counts are impossible.
     """
-    use_reference, gpu = paths.use_reference(reference), _on_gpu()
-    if gpu and not use_reference and weight.ndim == 2:
+    use_reference = paths.use_reference(reference)
+    metal = not use_reference and _on_metal()
+    if metal and weight.ndim == 2:
         obstacle = _ext.router_topk_obstacle(weight.shape[0])
         if obstacle:
             paths.fall_back("router_topk", obstacle)
-        gpu = not obstacle
+        metal = not obstacle
     return _ext.router_topk(
         x,
         weight,
@@ -162,13 +168,99 @@ def router_topk(
         norm_topk_prob,
         routed_scaling_factor,
         use_reference,
-        gpu and not use_reference,
+        metal,
+    )
+
+
+def indexer_topk(
+    q: mx.array,
+    keys: mx.array,
+    weights: mx.array,
+    k: int,
+    *,
+    scale: float,
+    start: mx.array | None = None,
+    reference: bool | None = None,
+) -> mx.array:
+    """The cached keys that each query attends to (lightning indexer, DeepSeek-V3.2).
+
+    The queries are the cache's last ``l`` tokens; query ``i`` sees the keys ``start`` to
+    ``t - l + i``. Scores are ``sum_h weights[h] * relu(q[h] . key * scale)`` in fp32; the `k` best
+    are selected, the lowest index among equals; a NaN ranks with -inf. Holds at most 64 MiB of
+    scores at once (one query's, where `t` is beyond 2^24), however many queries there are.
+
+    Args:
+        q: float [b, l, heads, dim].
+        keys: float [b, t, dim], or packed rows of `glm_fused.rows`.
+        weights: float [b, l, heads].
+        k: how many keys to select, at least 1.
+        start: int32 [b], each sequence's first key that is not padding; None: 0.
+        reference: True or False overrides the current path.
+
+    Returns:
+        int32 [b, l, k], ascending, then -1 where fewer than `k` keys are visible.
+
+    Raises:
+        ValueError: a shape or dtype does not fit; the message names the argument.
+    """
+    use_reference = paths.use_reference(reference)
+    metal = not use_reference and _on_metal()
+    if _on_gpu() and not (metal or use_reference):
+        return stock.indexer_topk(q, keys, weights, k, scale, start)
+    return _ext.indexer_topk(q, keys, weights, k, scale, start, use_reference, metal)
+
+
+def sparse_mla_decode(
+    q: mx.array,
+    latents: mx.array,
+    ropes: mx.array | None = None,
+    selected: mx.array | None = None,
+    *,
+    rank: int,
+    scale: float,
+    start: mx.array | None = None,
+    reference: bool | None = None,
+) -> mx.array:
+    """Absorbed multi-head latent attention over the selected cached rows (DeepSeek-V2).
+
+    ``softmax(q . row * scale) row[:rank]`` in fp32. The queries are the cache's last ``l`` tokens
+    and see what `indexer_topk` lets them see; an entry of `selected` outside that, such as -1, is
+    skipped. A query without keys gives zeros. Results depend neither on the number of queries nor
+    on threads. Needs, per query and listed key, heads * 4 bytes, for 32 MiB of queries (at least
+    one) at a time.
+
+    Args:
+        q: float [b, l, heads, rank + rope].
+        latents: float [b, t, rank], or packed rows of `glm_fused.rows`, which include `ropes`.
+        ropes: float [b, t, rope].
+        selected: int32 [b, l, k]; None: every visible key.
+        start: int32 [b], each sequence's first key that is not padding; None: 0.
+        reference: True or False overrides the current path.
+
+    Returns:
+        float32 [b, l, heads, rank].
+
+    Raises:
+        ValueError: a shape or dtype does not fit; the message names the argument.
+    """
+    use_reference = paths.use_reference(reference)
+    metal = not use_reference and _on_metal()
+    if metal:
+        listed = (latents if selected is None else selected).shape
+        obstacle = _ext.sparse_mla_decode_obstacle(listed[1 if selected is None else -1])
+        if obstacle:
+            paths.fall_back("sparse_mla_decode", obstacle)
+        metal = not obstacle
+    if _on_gpu() and not (metal or use_reference):
+        return stock.sparse_mla_decode(q, latents, ropes, selected, rank, scale, start)
+    return _ext.sparse_mla_decode(
+        q, latents, ropes, selected, rank, scale, start, use_reference, metal
     )
 
 
 def stock_matmul(x: mx.array, w: Weight) -> mx.array:
     if w.scales is None:
-        return x @ w.weight.swapaxes(-1, -2)
+        return (x @ w.weight.swapaxes(-1, -2)).astype(x.dtype)
     return mx.quantized_matmul(
         x,
         w.weight,
@@ -178,30 +270,60 @@ def stock_matmul(x: mx.array, w: Weight) -> mx.array:
         group_size=w.group_size,
         bits=w.bits,
         mode=w.mode,
-    )
+    ).astype(x.dtype)
 
 
-def _stock_gather(x: mx.array, w: Weight, slots: mx.array) -> mx.array:
+def stock_gather(x: mx.array, w: Weight, slots: mx.array) -> mx.array:
     if w.scales is None:
-        return mx.gather_mm(x, w.weight.swapaxes(-1, -2), rhs_indices=slots)
-    return mx.gather_qmm(
-        x,
-        w.weight,
-        w.scales,
-        w.biases,
-        rhs_indices=slots,
-        transpose=True,
-        group_size=w.group_size,
-        bits=w.bits,
-        mode=w.mode,
-    )
+        y = mx.gather_mm(x, w.weight.swapaxes(-1, -2), rhs_indices=slots)
+    else:
+        y = mx.gather_qmm(
+            x,
+            w.weight,
+            w.scales,
+            w.biases,
+            rhs_indices=slots,
+            transpose=True,
+            group_size=w.group_size,
+            bits=w.bits,
+            mode=w.mode,
+        )
+    return y.astype(x.dtype)
 
 
 def stock_moe(
     x: mx.array, gate: Weight, up: Weight, down: Weight, slots: mx.array, scores: mx.array
 ) -> mx.array:
+    """moe_decode by MLX's own matrix kernels, each step stored in x's dtype."""
     rows = x[:, None, None, :]
-    gated = _stock_gather(rows, gate, slots)
-    act = gated * mx.sigmoid(gated) * _stock_gather(rows, up, slots)
-    y = _stock_gather(act, down, slots).squeeze(-2)
-    return (y * scores[..., None]).sum(axis=-2).astype(x.dtype)
+    act = swiglu(stock_gather(rows, gate, slots), stock_gather(rows, up, slots))
+    return expert_sum(stock_gather(act, down, slots).squeeze(-2), scores)
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """``silu(gate) * up``, every step rounded to the inputs' dtype as moe_decode does.
+
+    Args:
+        gate: float32, float16 or bfloat16, of any shape.
+        up: of the same shape and dtype.
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit.
+    """
+    return _ext.swiglu(gate, up, _on_metal())
+
+
+def expert_sum(y: mx.array, scores: mx.array) -> mx.array:
+    """``sum_i scores[t, i] * y[t, i]`` in fp32, in order, as moe_decode does.
+
+    Args:
+        y: float32, float16 or bfloat16 [tokens, top_k, hidden].
+        scores: float [tokens, top_k].
+
+    Returns:
+        [tokens, hidden] in y's dtype.
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit.
+    """
+    return _ext.expert_sum(y, scores, _on_metal())

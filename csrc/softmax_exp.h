@@ -4,4 +4,4 @@
 #include "swiglu.h"
 
 // After multiply_add of swiglu.h.
-#include "metal/exp.h"
+#include "metal/softmax_exp.h"

@@ -1,0 +1,244 @@
+// MLX's Metal host classes, run by the simulator: what `eval_gpu` encodes is
+// launched on the CPU, in order, on the stream that MLX gave the primitive.
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/backend/metal/device.h"
+#include "sim/host/launches.h"
+
+namespace mlx::core {
+
+namespace metal {
+
+namespace {
+
+// What a Mac grants every kernel.
+constexpr size_t kMaxBytes = 4096;
+constexpr size_t kMaxThreadgroupMemory = 32768;
+constexpr size_t kMaxThreads = 1024;
+
+struct Encoder {
+  Stream stream;
+  CommandEncoder encoder;
+  MTL::ComputeCommandEncoder metal;
+
+  Encoder(Device& d, Stream s)
+      : stream(s), encoder(d, s.index, d.residency_sets()) {}
+};
+
+std::mutex encoders_mutex;
+std::map<int, std::unique_ptr<Encoder>>& encoders() {
+  static auto* all = new std::map<int, std::unique_ptr<Encoder>>();
+  return *all;
+}
+
+Encoder& state_of(const CommandEncoder* encoder) {
+  std::lock_guard lock(encoders_mutex);
+  for (auto& [index, e] : encoders()) {
+    if (&e->encoder == encoder) {
+      return *e;
+    }
+  }
+  throw std::logic_error("[metal-sim] unknown command encoder");
+}
+
+uint32_t narrow(NS::UInteger n) {
+  return static_cast<uint32_t>(n);
+}
+
+void launch(
+    const MTL::ComputeCommandEncoder& bound,
+    MTL::Size grid,
+    MTL::Size group,
+    bool threads) {
+  std::vector<sim_buffer> buffers, memory;
+  for (const auto& [index, b] : bound.buffers) {
+    buffers.push_back({index, b.first, b.second});
+  }
+  for (const auto& [index, b] : bound.bytes) {
+    buffers.push_back({index, const_cast<char*>(b.data()), b.size()});
+  }
+  for (const auto& [index, size] : bound.threadgroup_memory) {
+    memory.push_back({index, nullptr, size});
+  }
+  sim_dispatch dispatch{};
+  const MTL::Size* sizes[] = {&grid, &group};
+  uint32_t* to[] = {dispatch.groups, dispatch.group};
+  for (int i = 0; i < 2; i++) {
+    to[i][0] = narrow(sizes[i]->width);
+    to[i][1] = narrow(sizes[i]->height);
+    to[i][2] = narrow(sizes[i]->depth);
+  }
+  dispatch.threads = threads;
+  dispatch.buffers = buffers.data();
+  dispatch.buffer_count = narrow(buffers.size());
+  dispatch.threadgroup_memory = memory.data();
+  dispatch.threadgroup_memory_count = narrow(memory.size());
+  dispatch.workers = sim_host::workers();
+  const auto& run = sim_host::executor();
+  auto* pipeline = static_cast<sim_pipeline*>(bound.state->pipeline);
+  sim_report* report = run.launch(pipeline, &dispatch);
+  const char* failed = run.error(report);
+  const std::string error = failed ? failed : "";
+  const size_t used = run.counts(report)->threadgroup_bytes;
+  sim_host::Launch done{bound.state->name, {}, {}, report};
+  std::copy_n(dispatch.groups, 3, done.groups);
+  std::copy_n(dispatch.group, 3, done.group);
+  sim_host::keep(std::move(done));
+  if (!error.empty()) {
+    throw std::runtime_error("[metal-sim] " + bound.state->name + ": " + error);
+  }
+  if (used > kMaxThreadgroupMemory) {
+    throw std::runtime_error(
+        "[metal-sim] " + bound.state->name + " uses " + std::to_string(used) +
+        " bytes of threadgroup memory; at most 32768 are safe.");
+  }
+}
+
+void dispatch(
+    CommandEncoder* encoder,
+    MTL::Size grid,
+    MTL::Size group,
+    bool threads) {
+  Encoder& e = state_of(encoder);
+  if (e.metal.state == nullptr) {
+    throw std::logic_error("[metal-sim] dispatch without a pipeline state");
+  }
+  if (group.width * group.height * group.depth > kMaxThreads) {
+    throw std::runtime_error(
+        "[metal-sim] " + e.metal.state->name +
+        " asks for more than 1024 threads in a threadgroup.");
+  }
+  cpu::get_command_encoder(e.stream).dispatch(
+      [bound = e.metal, grid, group, threads] {
+        launch(bound, grid, group, threads);
+      });
+  e.metal.buffers.clear();
+  e.metal.bytes.clear();
+  e.metal.threadgroup_memory.clear();
+}
+
+}  // namespace
+
+ResidencySets::ResidencySets(MTL::Device*) {}
+ResidencySets::~ResidencySets() {}
+
+Device::Device()
+    : residency_sets_(nullptr),
+      arch_("applegpu_g15s"),
+      arch_gen_(15),
+      max_ops_per_buffer_(1),
+      max_mb_per_buffer_(1) {}
+Device::~Device() {}
+
+Device& device(mlx::core::Device) {
+  static auto* simulated = new Device();
+  return *simulated;
+}
+
+MTL::Library* Device::get_library(
+    const std::string& name,
+    const CompileOptions& compile_options,
+    const std::function<std::string(void)>& builder) {
+  if (compile_options.math_mode != MathMode::Safe) {
+    throw std::runtime_error("[metal-sim] only safe math is simulated");
+  }
+  return reinterpret_cast<MTL::Library*>(sim_host::library(name, builder));
+}
+
+MTL::ComputePipelineState* Device::get_kernel(
+    const std::string& base_name,
+    MTL::Library* mtl_lib,
+    const std::string& hash_name,
+    const MTLFCList& func_consts,
+    const std::vector<MTL::Function*>&) {
+  static std::mutex mutex;
+  static auto* made = new std::map<
+      std::pair<MTL::Library*, std::string>,
+      std::unique_ptr<MTL::ComputePipelineState>>();
+  std::lock_guard lock(mutex);
+  auto& slot = (*made)[{mtl_lib, hash_name.empty() ? base_name : hash_name}];
+  if (slot) {
+    return slot.get();
+  }
+  std::vector<sim_constant> constants;
+  for (const auto& [value, type, index] : func_consts) {
+    const size_t size = type == MTL::DataTypeBool ? 1 : 4;
+    constants.push_back({static_cast<int32_t>(index), nullptr, value, size});
+  }
+  char error[4096] = "";
+  sim_pipeline* pipeline = sim_host::executor().specialize(
+      reinterpret_cast<sim_library*>(mtl_lib),
+      base_name.c_str(),
+      constants.data(),
+      constants.size(),
+      error,
+      sizeof(error));
+  if (pipeline == nullptr) {
+    throw std::runtime_error("[metal-sim] " + base_name + ": " + error);
+  }
+  slot.reset(new MTL::ComputePipelineState{base_name, pipeline});
+  return slot.get();
+}
+
+CommandEncoder::CommandEncoder(Device& d, int, ResidencySets& sets)
+    : device_(d), residency_sets_(sets) {}
+CommandEncoder::~CommandEncoder() {}
+
+CommandEncoder& get_command_encoder(Stream s) {
+  std::lock_guard lock(encoders_mutex);
+  auto& slot = encoders()[s.index];
+  if (!slot) {
+    slot = std::make_unique<Encoder>(device(s.device), s);
+  }
+  return slot->encoder;
+}
+
+MTL::ComputeCommandEncoder* CommandEncoder::get_command_encoder() {
+  return &state_of(this).metal;
+}
+
+void CommandEncoder::set_input_array(const array& a, int idx, int64_t offset) {
+  const size_t size = a.data_size() * a.itemsize();
+  char* data = const_cast<char*>(a.data<char>());
+  state_of(this).metal.buffers[idx] = {data + offset, size - offset};
+}
+
+void CommandEncoder::set_output_array(array& a, int idx, int64_t offset) {
+  set_input_array(a, idx, offset);
+}
+
+void CommandEncoder::add_temporary(array arr) {
+  cpu::get_command_encoder(state_of(this).stream).add_temporary(arr);
+}
+
+void CommandEncoder::add_temporaries(std::vector<array> arrays) {
+  cpu::get_command_encoder(state_of(this).stream)
+      .add_temporaries(std::move(arrays));
+}
+
+void CommandEncoder::dispatch_threadgroups(MTL::Size grid, MTL::Size group) {
+  dispatch(this, grid, group, false);
+}
+
+void CommandEncoder::dispatch_threads(MTL::Size grid, MTL::Size group) {
+  dispatch(this, grid, group, true);
+}
+
+}  // namespace metal
+}  // namespace mlx::core
+
+void MTL::ComputeCommandEncoder::setBytes(
+    const void* from,
+    NS::UInteger length,
+    NS::UInteger index) {
+  if (length > mlx::core::metal::kMaxBytes) {
+    throw std::runtime_error("[metal-sim] setBytes takes at most 4096 bytes");
+  }
+  const char* first = static_cast<const char*>(from);
+  bytes[static_cast<int>(index)].assign(first, first + length);
+}

@@ -1,0 +1,224 @@
+"""The whole way to a Metal kernel, from Python through `eval_gpu` to the shader: on a Mac its GPU,
+elsewhere the simulated host."""
+
+import logging
+import warnings
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from formats_under_test import DTYPES, FORMATS, assert_same_bits, format_id, random_weight
+from metal_backend import GPU, cpu, metal, on_both, simulated_only
+
+from glm_fused import load, metal_sim, ops, paths
+from glm_fused.demo import PROMPT, checkpoint_folder
+
+
+def layer(fmt, dtype="bfloat16", tokens=3, top_k=2, hidden=256, intermediate=128, bank=4, seed=0):
+    """The arguments of moe_decode."""
+    rng = np.random.default_rng([seed, tokens, hidden])
+    shape = (bank, intermediate, hidden)
+    gate, up = (random_weight(rng, shape, fmt, DTYPES[dtype]) for _ in range(2))
+    down = random_weight(rng, (bank, hidden, intermediate), fmt, DTYPES[dtype])
+    x = mx.array(rng.standard_normal((tokens, hidden), dtype=np.float32)).astype(DTYPES[dtype])
+    slots = np.stack([rng.permutation(bank)[:top_k] for _ in range(tokens)]).astype(np.int32)
+    scores = mx.array(rng.random(slots.shape, dtype=np.float32))
+    return x, gate, up, down, mx.array(slots), scores
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "fmt", [("affine", 4, 64), ("mxfp4", 4, 32), ("dense", 0, 0)], ids=format_id
+)
+def test_moe_decode_equals_cpu(fmt, dtype):
+    arguments = layer(fmt, dtype)
+    assert_same_bits(*on_both(lambda: ops.moe_decode(*arguments)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
+def test_moe_decode_equals_cpu_in_every_format(fmt):
+    arguments = layer(fmt, tokens=5)
+    assert_same_bits(*on_both(lambda: ops.moe_decode(*arguments)))
+
+
+def test_slices_and_other_layouts_are_accepted():
+    x, gate, up, down, slots, scores = layer(("affine", 4, 64), tokens=4)
+    wide = mx.repeat(x, 2, axis=1)[:, ::2]
+    arguments = (wide[::2], gate, up, down, slots.astype(mx.uint32)[::2], scores.T.T[::2])
+    assert_same_bits(*on_both(lambda: ops.moe_decode(*arguments)))
+
+
+@pytest.mark.parametrize("experts, groups", [(256, 1), (24, 4)])
+def test_router_topk_equals_cpu(experts, groups):
+    rng = np.random.default_rng(experts)
+    draw = [(3, 96), (experts, 96), (experts,)]
+    x, weight, bias = (mx.array(rng.standard_normal(s, dtype=np.float32)) for s in draw)
+    kept = (groups + 1) // 2
+    there, here = on_both(
+        lambda: ops.router_topk(x, weight, bias, top_k=8, n_group=groups, topk_group=kept)
+    )
+    for a, b in zip(there, here, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_steps_of_the_unfused_chain_equal_cpu(dtype):
+    rng = np.random.default_rng(3)
+    gate, up = (
+        mx.array(rng.standard_normal((3, 5, 77), dtype=np.float32) * 4).astype(DTYPES[dtype])
+        for _ in range(2)
+    )
+    scores = mx.array(rng.random((3, 5), dtype=np.float32))
+    assert_same_bits(*on_both(lambda: ops.swiglu(gate, up)))
+    assert_same_bits(*on_both(lambda: ops.expert_sum(gate, scores)))
+
+
+def test_the_unfused_chain_is_what_moe_decode_fuses():
+    x, gate, up, down, slots, scores = layer(("dense", 0, 0), "float32", tokens=2)
+    with metal():
+        exact = ops.stock_moe(x, gate, up, down, slots, scores)
+        fused = ops.moe_decode(x, gate, up, down, slots, scores)
+        mx.eval(exact, fused)
+    if GPU:
+        assert_same_bits(exact, fused)
+    np.testing.assert_allclose(np.array(exact), np.array(fused), rtol=1e-4, atol=1e-5)
+
+
+@simulated_only
+def test_two_launches_and_clean():
+    arguments = layer(("affine", 4, 64), tokens=2)
+    with metal(trace=True):
+        mx.eval(ops.moe_decode(*arguments))
+    launches = metal_sim.take_launches()
+    assert [launch.kernel.split("_")[2:5] for launch in launches] == [
+        ["moe", "gate", "up"],
+        ["moe", "down", "sum"],
+    ]
+    for launch in launches:
+        assert launch.report.clean, launch.report
+    distinct = len(np.unique(np.array(arguments[4])))
+    used = arguments[1].weight.nbytes * distinct // arguments[1].weight.shape[0]
+    assert launches[0].report.traffic[2].unique_read == used
+    assert launches[0].report.traffic[2].read <= 1.05 * used
+
+
+@simulated_only
+def test_tiles_change_the_grid_and_not_the_bits(monkeypatch):
+    arguments = layer(("mxfp4", 4, 32))
+    found = []
+    for tiles in ("1,1,1,1", "8,4,16,2"):
+        monkeypatch.setenv("GLM_FUSED_METAL_TILES", tiles)
+        with metal():
+            y = ops.moe_decode(*arguments)
+            mx.eval(y)
+        found.append((y, [launch.groups for launch in metal_sim.take_launches()]))
+    assert_same_bits(found[0][0], found[1][0])
+    assert found[0][1] == [(128, 6, 1), (256, 1, 1)]
+    assert found[1][1] == [(4, 6, 1), (32, 1, 1)]
+
+
+@pytest.mark.parametrize("tiles", ["", "4", "3,1,1,1", "4,2,8,33", "4,2,8,32,1", "a,b,c,d"])
+def test_tiles_that_cannot_be_are_refused(monkeypatch, tiles):
+    monkeypatch.setenv("GLM_FUSED_METAL_TILES", tiles)
+    with metal(), pytest.raises(ValueError, match=r"GLM_FUSED_METAL_TILES .* but is " + tiles):
+        mx.eval(ops.moe_decode(*layer(("dense", 0, 0))))
+
+
+def test_a_prompt_takes_stock_ops_and_debug_says_so(monkeypatch, caplog):
+    monkeypatch.setenv("GLM_FUSED_DEBUG", "1")
+    arguments = layer(("affine", 4, 64), tokens=17)
+    with metal(), caplog.at_level(logging.DEBUG, "glm_fused"):
+        mx.eval(ops.moe_decode(*arguments))
+    assert "17 tokens" in caplog.text
+    assert GPU or metal_sim.take_launches() == []
+
+
+def test_too_many_choices_warn_once_and_are_right(monkeypatch):
+    monkeypatch.setattr(paths, "_fallen_back", set())
+    x, gate, up, down, *_ = layer(("dense", 0, 0), tokens=16, hidden=32, intermediate=8)
+    slots = mx.zeros((16, 60), mx.int32)
+    scores = mx.full((16, 60), 1 / 60)
+    with metal(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            y = ops.moe_decode(x, gate, up, down, slots, scores)
+            mx.eval(y)
+    (warning,) = [w for w in caught if issubclass(w.category, RuntimeWarning)]
+    assert "960 choices are more than 910" in str(warning.message)
+    with cpu():
+        expected = ops.moe_decode(x, gate, up, down, slots, scores)
+    np.testing.assert_allclose(
+        np.array(y.astype(mx.float32)), np.array(expected.astype(mx.float32)), rtol=0.05, atol=0.05
+    )
+
+
+def test_too_many_experts_are_routed_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(paths, "_fallen_back", set())
+    x, weight, bias = mx.ones((1, 8)), mx.zeros((1025, 8)), mx.arange(1025) / 1025
+    with metal(), pytest.warns(RuntimeWarning, match="1025 experts are more than 1024"):
+        chosen, _ = ops.router_topk(x, weight, bias, top_k=2)
+    assert chosen.tolist() == [[1024, 1023]]
+
+
+@simulated_only
+def test_a_shader_that_does_not_compile_is_an_error(monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("error: no such type")
+
+    monkeypatch.setattr(metal_sim._sim("compiler"), "compile_library", refuse)
+    arguments = layer(("affine", 8, 128), "float16", hidden=128)
+    with metal(), pytest.raises(RuntimeError, match="no such type"):
+        mx.eval(ops.moe_decode(*arguments))
+
+
+@simulated_only
+def test_reference_inside_the_simulation_is_the_cpus():
+    arguments = layer(("affine", 4, 64))
+    with metal():
+        y = ops.moe_decode(*arguments, reference=True)
+        mx.eval(y)
+    assert metal_sim.take_launches() == []
+    assert_same_bits(y, ops.moe_decode(*arguments))
+
+
+def decode(model, tokens, steps):
+    """The logits of `steps` greedy steps after a prompt."""
+    cache = model.make_cache()
+    logits = model(mx.array([tokens]), cache=cache)[:, -1]
+    rows = []
+    for _ in range(steps):
+        mx.eval(logits)
+        rows.append(logits)
+        logits = model(mx.argmax(logits, axis=-1)[None], cache=cache)[:, -1]
+    return mx.concatenate(rows)
+
+
+def test_demo_model_decodes_as_on_the_cpu():
+    model, tokenizer = load(checkpoint_folder())
+    prompt, steps = tokenizer.encode(PROMPT)[:90], 33  # the prompt's and 32 more
+    with metal():
+        there = decode(model, prompt, steps)
+        mx.eval(there)
+    with cpu():
+        assert_same_bits(there, decode(model, prompt, steps))
+    assert len(set(mx.argmax(there, axis=-1).tolist())) > 4
+    if not GPU:
+        launches = metal_sim.take_launches()
+        layers = model.args.num_hidden_layers
+        sparse = layers - model.args.first_k_dense_replace
+        full = sum(model.args.is_full(layer) for layer in range(layers))
+        expected = {
+            # the prompt's experts are not Metal's
+            "moe_gate_up": (steps - 1) * sparse,
+            "moe_down_sum": (steps - 1) * sparse,
+            "router_topk": steps * sparse,
+            "mla_split": steps * layers,
+            "mla_combine": steps * layers,
+            "index_scores": steps * full,
+            "index_select": steps * full,
+        }
+        names = [launch.kernel.removeprefix("glm_fused_") for launch in launches]
+        count = {name: sum(n.startswith(name) for n in names) for name in expected}
+        assert count == expected
+        assert len(launches) == sum(count.values())
