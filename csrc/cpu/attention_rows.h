@@ -20,7 +20,7 @@ inline float read_float(const uint8_t* p) {
 
 inline void prefetch(const uint8_t* from, size_t bytes) {
   for (size_t at = 0; at < bytes; at += 64) {
-    __builtin_prefetch(from + at);
+    __builtin_prefetch(from + at, 0, 2);
   }
 }
 
