@@ -1,3 +1,5 @@
+#include "slots/bindings.h"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -171,6 +173,7 @@ NB_MODULE(_ext, m) {
       "cpu_kernels",
       [] { return std::string(cpu::kernels().name); },
       "The instruction set of the CPU kernels: avx512, avx2 or portable.");
+  slots::bind(m);
 #ifdef GLM_FUSED_METAL_SIM
   bind_simulator(m);
 #endif

@@ -17,10 +17,12 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint
 from .config import args_from_config
+from .expert_source import is_expert
 from .formats import Quantization, infer_format, quantization_from_config
 from .layout import unused
 from .manifest import check_tensors
 from .model import Model
+from .streaming import StreamOptions, attach_banks, find_source, plan_streaming
 
 _SCALE_SUFFIXES = (".weight_scale_inv", ".kv_b_proj.scales", ".kv_b_proj.biases")
 
@@ -33,22 +35,29 @@ class _Scales(NamedTuple):
     mode: str
 
 
-def load_model(path: str | os.PathLike[str], lazy: bool = False) -> tuple[Model, dict[str, Any]]:
+def load_model(
+    path: str | os.PathLike[str], lazy: bool = False, stream: StreamOptions | None = None
+) -> tuple[Model, dict[str, Any]]:
     """Load the model in the folder ``path``; returns it and its config.
+
+    With ``stream``, routed experts are read as they are needed; ``model.streaming`` has the plan
+    and counters, and scales of experts are not checked for NaN.
 
     Raises FileNotFoundError for missing files and ValueError for anything that does not fit, naming
     file and tensor with what was found and expected. With ``lazy`` parameters are read when they
     are first used, and scales are not checked for NaN.
     """
-    model, checkpoint, sources = _build(path)
+    model, checkpoint, sources = _build(path, stream)
     if not lazy:
         _materialize(model, checkpoint, sources)
     return model, checkpoint.config
 
 
-def load(path: str | os.PathLike[str]) -> tuple[Model, TokenizerWrapper]:
-    """Load model and tokenizer; the same errors as ``load_model``."""
-    model, checkpoint, sources = _build(path)
+def load(
+    path: str | os.PathLike[str], stream: StreamOptions | None = None
+) -> tuple[Model, TokenizerWrapper]:
+    """Load model and tokenizer; the same as ``load_model``, errors too."""
+    model, checkpoint, sources = _build(path, stream)
     tokenizer = _load_tokenizer(checkpoint)
     _materialize(model, checkpoint, sources)
     return model, tokenizer
@@ -65,14 +74,24 @@ def _load_tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
         raise ValueError(text) from error
 
 
-def _build(path: str | os.PathLike[str]) -> tuple[Model, Checkpoint, list[_Scales]]:
+def _build(
+    path: str | os.PathLike[str], stream: StreamOptions | None
+) -> tuple[Model, Checkpoint, list[_Scales]]:
     """The model over lazy weights, and those scales that no parameter of it will show."""
     checkpoint = Checkpoint.open(path)
     args = args_from_config(checkpoint.config)
     quantization = quantization_from_config(checkpoint.config)
     check_tensors(args, quantization, checkpoint.tensors)
+    if stream is not None:
+        source = find_source(checkpoint, args, stream.sidecar)
+        plan = plan_streaming(checkpoint, args, source, stream)
     weights = _read_lazily(checkpoint)
     model = Model(args)
+    if stream is not None:
+        _allow_open_files(len(checkpoint.files) + len(source.files))
+        model.streaming = attach_banks(model, args, source, plan, stream)
+        mx.set_cache_limit(plan.shares.staging)
+        weights = {name: array for name, array in weights.items() if not is_expert(name)}
     sources = []
     for name, array in weights.items():
         if name.endswith(_SCALE_SUFFIXES) and unused(name, args) is None:

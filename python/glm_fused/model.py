@@ -1,7 +1,9 @@
 """The decoder: ``glm_moe_dsa`` and ``deepseek_v32`` as mlx-lm loads and calls them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +16,9 @@ from .config import ModelArgs
 from .layers import MLP, Linear, embedding_weight
 from .moe import MoE
 from .rope import Angles, Rope
+
+if TYPE_CHECKING:
+    from .streaming import Streaming
 
 
 class DecoderLayer(nn.Module):
@@ -80,6 +85,7 @@ class Model(nn.Module):
         self.args = args
         self.model_type = args.model_type
         self.model = Decoder(args)
+        self.streaming: Streaming | None = None
         if not args.tie_word_embeddings:
             self.lm_head = Linear(args.hidden_size, args.vocab_size)
 
