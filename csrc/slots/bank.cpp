@@ -143,15 +143,18 @@ void Bank::wait(const int32_t* slots, size_t count) {
 }
 
 void Bank::prefetch(const int32_t* experts, size_t count) {
+  // No more than fit: one would replace another of the same call.
+  int left = state_->table->spares();
   for (int expert : distinct(experts, count)) {
-    int slot;
-    {
+    int slot = -1;
+    if (left > 0) {
       std::lock_guard lock(state_->mutex);
       slot = state_->table->reserve_spare(expert);
       state_->stats.prefetches += slot >= 0;
       state_->stats.bytes += slot >= 0 ? expert_bytes_ : 0;
     }
     if (slot >= 0) {
+      left--;
       load(expert, slot, false);
     }
   }

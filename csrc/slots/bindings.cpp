@@ -2,7 +2,6 @@
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
-#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -18,9 +17,19 @@ namespace glm_fused::slots {
 
 namespace {
 
-std::shared_ptr<SlotBank> make_bank(
-    std::shared_ptr<Reader> reader,
-    std::shared_ptr<Files> files,
+// nanobind's own shared_ptr to an object of Python's takes the GIL when it is
+// destroyed, which threads of streams and readers must not wait for.
+template <class T>
+struct Handle {
+  std::shared_ptr<T> value;
+};
+using FilesHandle = Handle<Files>;
+using ReaderHandle = Handle<Reader>;
+using BankHandle = Handle<SlotBank>;
+
+BankHandle make_bank(
+    const ReaderHandle& reader,
+    const FilesHandle& files,
     int layer,
     const std::vector<std::pair<std::vector<int>, mx::Dtype>>& parts,
     const std::vector<std::pair<int, int64_t>>& locations,
@@ -36,21 +45,15 @@ std::shared_ptr<SlotBank> make_bank(
   }
   BankOptions options;
   options.layer = layer;
-  options.files = std::move(files);
+  options.files = files.value;
   for (const auto& [file, offset] : locations) {
     options.locations.push_back({file, offset});
   }
   options.checksums = checksums;
   options.patience =
       std::chrono::milliseconds(static_cast<int64_t>(1000 * patience));
-  return std::make_shared<SlotBank>(
-      std::move(reader),
-      std::move(options),
-      types,
-      slots,
-      spares,
-      policy,
-      pinned);
+  return {std::make_shared<SlotBank>(
+      reader.value, std::move(options), types, slots, spares, policy, pinned)};
 }
 
 nb::dict describe(const BankStats& s) {
@@ -63,9 +66,9 @@ nb::dict describe(const BankStats& s) {
   return d;
 }
 
-nb::list take_requests(SlotBank& bank) {
+nb::list take_requests(const BankHandle& bank) {
   nb::list list;
-  for (const Request& r : bank.bank().take_requests()) {
+  for (const Request& r : bank.value->bank().take_requests()) {
     nb::dict d;
     d["token"] = r.first_token;
     d["experts"] = nb::cast(r.experts);
@@ -80,22 +83,22 @@ nb::list take_requests(SlotBank& bank) {
 }
 
 void bind_bank(nb::module_& m) {
-  nb::class_<SlotBank>(m, "SlotBank", "Resident experts of one layer.")
+  nb::class_<BankHandle>(m, "SlotBank", "Resident experts of one layer.")
       .def_prop_ro(
           "arrays",
-          [](const SlotBank& b) { return b.arrays(); },
+          [](const BankHandle& b) { return b.value->arrays(); },
           "[slots, ...] for each part of an expert.")
       .def_prop_ro(
           "capacity",
-          [](SlotBank& b) { return b.bank().capacity(); },
+          [](const BankHandle& b) { return b.value->bank().capacity(); },
           "The most experts that a request may name.")
       .def(
           "resident",
-          [](SlotBank& b) { return b.bank().resident(); },
+          [](const BankHandle& b) { return b.value->bank().resident(); },
           "The experts in slots now.")
       .def(
           "stats",
-          [](SlotBank& b) { return describe(b.bank().stats()); },
+          [](const BankHandle& b) { return describe(b.value->bank().stats()); },
           nb::sig("def stats(self) -> dict[str, int]"),
           "Counts since the bank was made.")
       .def(
@@ -117,26 +120,71 @@ void bind_bank(nb::module_& m) {
       "policy"_a,
       "pinned"_a,
       "patience"_a);
-  m.def("slots_resolve", &resolve, "bank"_a, "experts"_a);
-  m.def("slots_wait", &wait, "bank"_a, "slots"_a, "after"_a.none());
-  m.def("slots_release", &release, "bank"_a, "y"_a, "slots"_a);
-  m.def("slots_prefetch", &prefetch, "bank"_a, "experts"_a, "x"_a);
+  m.def(
+      "slots_resolve",
+      [](const BankHandle& bank, const mx::array& experts) {
+        return resolve(bank.value, experts);
+      },
+      "bank"_a,
+      "experts"_a,
+      "Slots of experts int32 [tokens, top_k], whose reads may go on, and an "
+      "array to come after.");
+  m.def(
+      "slots_wait",
+      [](const BankHandle& bank,
+         const mx::array& slots,
+         const std::optional<mx::array>& after) {
+        return wait(bank.value, slots, after);
+      },
+      "bank"_a,
+      "slots"_a,
+      "after"_a.none(),
+      "The same slots, read, once `after` is computed.");
+  m.def(
+      "slots_release",
+      [](const BankHandle& bank, const mx::array& y, const mx::array& slots) {
+        return release(bank.value, y, slots);
+      },
+      "bank"_a,
+      "y"_a,
+      "slots"_a,
+      "`y`, computed with `slots`, which are held until then.");
+  m.def(
+      "slots_prefetch",
+      [](const BankHandle& bank, const mx::array& experts, const mx::array& x) {
+        return prefetch(bank.value, experts, x);
+      },
+      "bank"_a,
+      "experts"_a,
+      "x"_a,
+      "`x`; starts to read experts into spare slots.");
 }
 
 }  // namespace
 
 void bind(nb::module_& m) {
-  nb::class_<Files>(m, "SlotFiles", "Open files that experts are read from.")
+  nb::class_<FilesHandle>(
+      m, "SlotFiles", "Open files that experts are read from.")
       .def(
-          nb::init<
-              const std::vector<std::string>&,
-              const std::vector<int64_t>&,
-              bool>(),
+          "__init__",
+          [](FilesHandle* self,
+             const std::vector<std::string>& paths,
+             const std::vector<int64_t>& sizes,
+             bool direct) {
+            new (self)
+                FilesHandle{std::make_shared<Files>(paths, sizes, direct)};
+          },
           "paths"_a,
           "sizes"_a,
           "direct"_a);
-  nb::class_<Reader>(m, "SlotReader", "A pool of positional reads.")
-      .def(nb::init<int, int64_t>(), "depth"_a, "split"_a);
+  nb::class_<ReaderHandle>(m, "SlotReader", "A pool of positional reads.")
+      .def(
+          "__init__",
+          [](ReaderHandle* self, int depth, int64_t split) {
+            new (self) ReaderHandle{std::make_shared<Reader>(depth, split)};
+          },
+          "depth"_a,
+          "split"_a);
   bind_bank(m);
   m.def(
       "checksum",

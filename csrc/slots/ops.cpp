@@ -49,6 +49,7 @@ class Resolve : public SlotPrimitive {
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     auto& out = outputs[0];
+    outputs[1].set_data(mx::allocator::malloc(outputs[1].nbytes()));
     auto lease = std::make_shared<std::shared_ptr<Lease>>();
     out.set_data(
         mx::array::Data(
@@ -99,8 +100,8 @@ class Wait : public SlotPrimitive {
   }
 };
 
-// inputs: y, slots. MLX keeps the slots' buffer, and with it the lease, until
-// all that was enqueued before this node has run.
+// inputs: y, slots, what to come after. MLX keeps the slots' buffer, and with
+// it the lease, until all that was enqueued before this node has run.
 class Hold : public SlotPrimitive {
  public:
   using SlotPrimitive::SlotPrimitive;
@@ -241,7 +242,7 @@ SlotBank::SlotBank(
           make_policy(policy, experts, slots - spares, pinned)));
 }
 
-mx::array resolve(
+std::pair<mx::array, mx::array> resolve(
     const std::shared_ptr<SlotBank>& bank,
     const mx::array& experts) {
   Arrays inputs{rows_of("slots.resolve", experts)};
@@ -251,11 +252,12 @@ mx::array resolve(
       inputs.push_back(*use);
     }
   }
-  return mx::array(
-      experts.shape(),
-      mx::int32,
+  auto outputs = mx::array::make_arrays(
+      {experts.shape(), {1}},
+      {mx::int32, mx::int32},
       std::make_shared<Resolve>(cpu_stream(), bank),
-      std::move(inputs));
+      inputs);
+  return {outputs[0], outputs[1]};
 }
 
 mx::array wait(
@@ -282,15 +284,17 @@ mx::array release(
   const auto stream = y.has_primitive() ? y.primitive().stream() : cpu_stream();
   // The next request waits for this node, not for y: behind it in the stream
   // the lease has ended.
+  std::lock_guard lock(bank->mutex_);
+  Arrays inputs{y, slots};
+  if (const auto use = bank->last_use_.lock()) {
+    inputs.push_back(*use);
+  }
   const auto held = std::make_shared<const mx::array>(
       y.shape(),
       y.dtype(),
       std::make_shared<Hold>(stream, bank),
-      Arrays{y, slots});
-  {
-    std::lock_guard lock(bank->mutex_);
-    bank->last_use_ = held;
-  }
+      std::move(inputs));
+  bank->last_use_ = held;
   return mx::array(
       y.shape(),
       y.dtype(),

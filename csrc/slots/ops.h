@@ -1,12 +1,13 @@
 // A slot bank as MLX arrays, and the graph nodes around its use:
 //
-//   slots = wait(bank, resolve(bank, experts), shared);
+//   pending, started = resolve(bank, experts);
+//   shared = …;  // of an x that depends on `started`
+//   slots = wait(bank, pending, shared);
 //   y = release(bank, moe_decode(x, bank.arrays…, slots, scores), slots);
 //
 // `resolve` is evaluated when its turn comes: it leases slots, starts to read
-// what is missing and returns, so that what `wait` waits for besides, here the
-// shared expert, computes meanwhile. All run on a CPU stream, `release` on that
-// of `y`.
+// what is missing and returns, so that the shared expert computes meanwhile.
+// All run on a CPU stream, `release` on that of `y`.
 #pragma once
 
 #include <mutex>
@@ -46,7 +47,7 @@ class SlotBank {
   }
 
  private:
-  friend mx::array resolve(
+  friend std::pair<mx::array, mx::array> resolve(
       const std::shared_ptr<SlotBank>& bank,
       const mx::array& experts);
   friend mx::array release(
@@ -58,14 +59,17 @@ class SlotBank {
   std::unique_ptr<Bank> bank_;
   std::mutex mutex_;  // of `last_use_`
   // The result that the last request's slots are for, while no evaluation has
-  // reached it: the next request waits for it in the graph, or a bank that both
-  // need whole would be leased to neither. Weak, so that a graph that nobody
-  // evaluates is not kept, nor evaluated for the sake of its order.
+  // reached it: the next request waits for it in the graph, as it did for the
+  // one before, or a bank that both need whole would be leased to neither.
+  // Weak, so that a graph that nobody evaluates is not kept, nor evaluated for
+  // the sake of its order.
   std::weak_ptr<const mx::array> last_use_;
 };
 
-// int32 [tokens, top_k]: the slots of `experts`, whose reads may go on.
-mx::array resolve(
+// int32 [tokens, top_k], the slots of `experts`, whose reads may go on; and
+// int32 [1], computed with them, for what has to come later: an input of a node
+// that is not evaluated lives, and the slots themselves would be held.
+std::pair<mx::array, mx::array> resolve(
     const std::shared_ptr<SlotBank>& bank,
     const mx::array& experts);
 

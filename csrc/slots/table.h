@@ -49,6 +49,9 @@ class SlotTable {
   int size() const {
     return static_cast<int>(slots_.size());
   }
+  int spares() const {
+    return spares_;
+  }
   // The largest request that always fits.
   int capacity() const {
     return size() - spares_ - policy_->pinned();

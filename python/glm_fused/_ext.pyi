@@ -105,14 +105,20 @@ def slot_bank(
     pinned: Sequence[int],
     patience: float,
 ) -> SlotBank: ...
-def slots_resolve(bank: SlotBank, experts: mlx.core.array) -> mlx.core.array: ...
+def slots_resolve(bank: SlotBank, experts: mlx.core.array) -> mlx.core.array:
+    """Slots of experts int32 [tokens, top_k], whose reads may go on."""
+
 def slots_wait(
     bank: SlotBank, slots: mlx.core.array, after: mlx.core.array | None
-) -> mlx.core.array: ...
-def slots_release(bank: SlotBank, y: mlx.core.array, slots: mlx.core.array) -> mlx.core.array: ...
-def slots_prefetch(
-    bank: SlotBank, experts: mlx.core.array, x: mlx.core.array
-) -> mlx.core.array: ...
+) -> mlx.core.array:
+    """The same slots, read, once `after` is computed."""
+
+def slots_release(bank: SlotBank, y: mlx.core.array, slots: mlx.core.array) -> mlx.core.array:
+    """`y`, computed with `slots`, which are held until then."""
+
+def slots_prefetch(bank: SlotBank, experts: mlx.core.array, x: mlx.core.array) -> mlx.core.array:
+    """`x`; starts to read experts into spare slots."""
+
 def checksum(parts: Sequence[bytes]) -> int:
     """The checksum of an expert's tensors, as a bank compares it."""
 

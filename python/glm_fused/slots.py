@@ -61,12 +61,12 @@ class StreamedExperts(nn.Module):
         """
         if min(experts.size, self._experts) > self._bank.capacity:
             return self._in_waves(x, experts, scores, meanwhile)
-        pending = _ext.slots_resolve(self._bank, experts)
-        other = self._while_reading(x, pending, meanwhile)
+        pending, started = _ext.slots_resolve(self._bank, experts)
+        other = self._while_reading(x, started, meanwhile)
         return self._apply(x, pending, scores, other), other
 
-    def _while_reading(self, x: mx.array, pending: mx.array, meanwhile: Meanwhile) -> mx.array:
-        x = mx.depends(x, pending)
+    def _while_reading(self, x: mx.array, started: mx.array, meanwhile: Meanwhile) -> mx.array:
+        x = mx.depends(x, started)
         return meanwhile(x if self._prefetch is None else self._prefetch(x))
 
     def _apply(self, x: mx.array, pending: mx.array, scores: mx.array, after: mx.array) -> mx.array:
@@ -74,7 +74,7 @@ class StreamedExperts(nn.Module):
         y = ops.moe_decode(x, *self._weights, slots, scores)
         return _ext.slots_release(self._bank, y, slots)
 
-    def _resolve(self, wave: Wave) -> mx.array:
+    def _resolve(self, wave: Wave) -> tuple[mx.array, mx.array]:
         return _ext.slots_resolve(self._bank, wave.experts)
 
     def _in_waves(
@@ -88,13 +88,11 @@ class StreamedExperts(nn.Module):
         ones = mx.ones((experts.size, 1))
         parts: list[mx.array] = []
         other: mx.array | None = None
-        upcoming: mx.array | None = None
+        upcoming: tuple[mx.array, mx.array] | None = None
         for wave, following in zip_longest(waves, waves[1:]):
-            pending = self._resolve(wave) if upcoming is None else upcoming
+            pending, started = self._resolve(wave) if upcoming is None else upcoming
             upcoming = self._resolve(following) if ahead and following else None
-            # Whatever takes `pending` has to be computed before the wave ends: an input of a node
-            # that waits for its turn keeps its slots.
-            after = pending if upcoming is None else upcoming
+            after = started if upcoming is None else upcoming[1]
             if other is None:
                 after = other = self._while_reading(x, after, meanwhile)
             rows = x[mx.array(wave.pairs // top_k)]

@@ -27,7 +27,6 @@ _DTYPES = {
     "U32": mx.uint32,
     "U8": mx.uint8,
 }
-POLICIES = ("lru", "s3fifo", "pinned")
 
 
 @dataclass(frozen=True)
