@@ -60,36 +60,44 @@ read_some(int fd, std::vector<iovec> to, int64_t offset, bool once = false) {
   return total;
 }
 
-struct Free {
-  void operator()(std::byte* memory) const {
-    std::free(memory);
-  }
-};
-
-// A buffer of the thread's own, for reads that bypass the page cache into
+// Aligned memory of a thread's own, for reads that bypass the page cache into
 // memory, or from offsets, that such reads do not take.
-std::byte* bounce_buffer(int64_t bytes) {
-  thread_local std::unique_ptr<std::byte, Free> memory;
-  thread_local int64_t size = 0;
-  if (size < bytes) {
-    memory.reset(static_cast<std::byte*>(std::aligned_alloc(kAlign, bytes)));
-    size = memory ? bytes : 0;
-    if (!memory) {
-      throw std::runtime_error("no memory for a read");
-    }
+class Bounce {
+ public:
+  Bounce() = default;
+  Bounce(const Bounce&) = delete;
+  Bounce& operator=(const Bounce&) = delete;
+  ~Bounce() {
+    std::free(memory_);
   }
-  return memory.get();
-}
+
+  std::byte* hold(int64_t bytes) {
+    if (size_ < bytes) {
+      std::free(memory_);
+      memory_ = static_cast<std::byte*>(std::aligned_alloc(kAlign, bytes));
+      size_ = memory_ ? bytes : 0;
+      if (!memory_) {
+        throw std::runtime_error("no memory for a read");
+      }
+    }
+    return memory_;
+  }
+
+ private:
+  std::byte* memory_ = nullptr;
+  int64_t size_ = 0;
+};
 
 // Through a buffer, with whole blocks around the range.
 int64_t read_bounced(
+    Bounce& bounce,
     int fd,
     const std::vector<iovec>& to,
     int64_t offset,
     int64_t bytes) {
   const int64_t begin = offset / kAlign * kAlign;
   const int64_t end = (offset + bytes + kAlign - 1) / kAlign * kAlign;
-  std::byte* buffer = bounce_buffer(end - begin);
+  std::byte* buffer = bounce.hold(end - begin);
   int64_t got = 0;
   while (begin + got < offset + bytes) {
     // Reads go on from a whole block; what does not grow has ended.
@@ -184,7 +192,36 @@ std::vector<Reader::Piece> Reader::split(
   return pieces;
 }
 
+namespace {
+
+// What went wrong, or an empty text.
+std::string read_piece(
+    const Files& files,
+    int file,
+    const std::vector<iovec>& to,
+    int64_t offset,
+    int64_t bytes,
+    Bounce& bounce) {
+  try {
+    const int fd = files.fd(file);
+    const int64_t got = files.aligned_only() && !aligned(to, offset)
+        ? read_bounced(bounce, fd, to, offset, bytes)
+        : read_some(fd, to, offset);
+    if (got >= bytes) {
+      return files.changed(file);
+    }
+    return "ends after " + std::to_string(std::max<int64_t>(got, 0)) + " of " +
+        std::to_string(bytes) + " bytes at offset " + std::to_string(offset) +
+        " (truncated?)";
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+}
+
+}  // namespace
+
 void Reader::work() {
+  Bounce bounce;
   while (true) {
     std::unique_lock lock(mutex_);
     wake_.wait(
@@ -197,26 +234,12 @@ void Reader::work() {
     queue.pop_front();
     lock.unlock();
     const Files& files = *piece.job->files;
-    std::string error;
-    try {
-      const int fd = files.fd(piece.file);
-      const bool bounce =
-          files.aligned_only() && !aligned(piece.to, piece.offset);
-      const int64_t got = bounce
-          ? read_bounced(fd, piece.to, piece.offset, piece.bytes)
-          : read_some(fd, piece.to, piece.offset);
-      if (got < piece.bytes) {
-        error = "ends after " + std::to_string(std::max<int64_t>(got, 0)) +
-            " of " + std::to_string(piece.bytes) + " bytes at offset " +
-            std::to_string(piece.offset) + " (truncated?)";
-      } else {
-        error = files.changed(piece.file);
-      }
-    } catch (const std::exception& exception) {
-      error = exception.what();
+    std::string error = read_piece(
+        files, piece.file, piece.to, piece.offset, piece.bytes, bounce);
+    if (!error.empty()) {
+      error = files.path(piece.file) + ": " + error;
     }
-    finish(
-        *piece.job, error.empty() ? "" : files.path(piece.file) + ": " + error);
+    finish(*piece.job, error);
   }
 }
 
