@@ -15,20 +15,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from common import (
-    DTYPES,
-    bits_per_weight,
-    median,
-    nbytes,
-    parser,
-    random_weight,
-    read_bandwidth,
-    report,
-    seconds,
-)
+from common import DTYPES, bits_per_weight, median, parser, report
 
 import glm_fused
 from glm_fused import ops
+from glm_fused.benchmark import FORMATS, nbytes, read_bandwidth, seconds
+from glm_fused.synthetic import Bits
 
 # [out, in]
 PROJECTIONS = {
@@ -58,7 +50,8 @@ COLUMNS = {
 def measure(projection: str, name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     n, k = PROJECTIONS[projection]
     copies = max(2, int(BEYOND_CACHE / (n * k * bits_per_weight(name) / 8)))
-    weights = [random_weight(name, (n, k), seed) for seed in range(copies)]
+    bits = Bits(0)
+    weights = [bits.weight((n, k), FORMATS[name], mx.bfloat16) for _ in range(copies)]
     mx.eval(*(a for w in weights for a in w[:3] if a is not None))
     rng = np.random.default_rng(0)
     made = []

@@ -16,20 +16,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from common import (
-    DTYPES,
-    bits_per_weight,
-    median,
-    nbytes,
-    parser,
-    random_weight,
-    read_bandwidth,
-    report,
-    seconds,
-)
+from common import DTYPES, bits_per_weight, median, parser, report
 
 import glm_fused
 from glm_fused import ops
+from glm_fused.benchmark import FORMATS, RoutedExperts, read_bandwidth, seconds
 
 COLUMNS = {
     "format": "",
@@ -46,45 +37,19 @@ COLUMNS = {
 }
 
 
-class Layer:
-    """A bank of experts and the routing of successive calls."""
-
+class Layer(RoutedExperts):
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         hidden, intermediate = options.hidden, options.intermediate
         expert = 3 * hidden * intermediate * bits_per_weight(name) / 8
-        self.bank = int(min(256, max(2 * options.top_k, options.bank_gb * 1e9 // expert)))
-        self.gate = random_weight(name, (self.bank, intermediate, hidden), 1)
-        self.up = random_weight(name, (self.bank, intermediate, hidden), 2)
-        self.down = random_weight(name, (self.bank, hidden, intermediate), 3)
-        mx.eval(self.gate, self.up, self.down)
-        self.rng = np.random.default_rng(4)
-        shape = (options.tokens, hidden)
-        self.x = mx.array(self.rng.standard_normal(shape)).astype(DTYPES[options.dtype])
-        self.top_k = options.top_k
-
-    def route(self) -> tuple[mx.array, mx.array, int]:
-        """Slots, scores, and the number of distinct experts."""
-        chosen = [
-            self.rng.choice(self.bank, self.top_k, replace=False) for _ in range(self.x.shape[0])
-        ]
-        slots = np.array(chosen, dtype=np.int32)
-        scores = self.rng.uniform(0.1, 0.5, slots.shape).astype(np.float32)
-        return mx.array(slots), mx.array(scores), len(np.unique(slots))
-
-    def expert_bytes(self) -> float:
-        return sum(nbytes(w) for w in (self.gate, self.up, self.down)) / self.bank
-
-    def fused(self, slots: mx.array, scores: mx.array, reference: bool = False) -> mx.array:
-        return ops.moe_decode(
-            self.x, self.gate, self.up, self.down, slots, scores, reference=reference
+        super().__init__(
+            FORMATS[name],
+            DTYPES[options.dtype],
+            tokens=options.tokens,
+            top_k=options.top_k,
+            hidden=hidden,
+            intermediate=intermediate,
+            bank=int(min(256, max(2 * options.top_k, options.bank_gb * 1e9 // expert))),
         )
-
-    def stock(self, slots: mx.array, scores: mx.array) -> mx.array:
-        rows = self.x[:, None, None, :]
-        gate = ops.stock_gather(rows, self.gate, slots)
-        act = gate * mx.sigmoid(gate) * ops.stock_gather(rows, self.up, slots)
-        y = ops.stock_gather(act, self.down, slots).squeeze(-2)
-        return (y * scores[..., None]).sum(axis=-2).astype(self.x.dtype)
 
     def exact(self, slots: mx.array, scores: mx.array) -> np.ndarray:
         """The first token's output in float64."""
@@ -115,15 +80,15 @@ def error(y: mx.array, exact: np.ndarray) -> float:
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     layer = Layer(name, options)
     times, rates, bandwidths, fractions = [], [], [], []
-    layer.fused(*layer.route()[:2])
+    layer.fused(*layer.route())
     for _ in range(options.repeats):
         bandwidth = read_bandwidth(layer.gate.weight)
         took, read = [], []
         for _ in range(options.calls):
-            slots, scores, distinct = layer.route()
-            mx.eval(slots, scores)
+            slots, scores = layer.route()
+            distinct = len(np.unique(slots))
             took.append(seconds(lambda s=slots, c=scores: layer.fused(s, c)))
-            read.append(distinct * layer.expert_bytes() / took[-1] / 1e9)
+            read.append(distinct * layer.expert_bytes / took[-1] / 1e9)
         bandwidth = (bandwidth + read_bandwidth(layer.gate.weight)) / 2
         times.append(median(took))
         rates.append(median(read))
@@ -138,7 +103,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "read GB/s": median(bandwidths),
         "fraction": median(fractions),
     }
-    slots, scores, _ = layer.route()
+    slots, scores = layer.route()
     exact = layer.exact(slots, scores)
     row["error"] = error(layer.fused(slots, scores), exact)
     if not options.only_fused:

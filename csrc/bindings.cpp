@@ -7,6 +7,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 
+#include "cpu/attention_kernels.h"
 #include "cpu/matrix.h"
 #include "cpu/thread_pool.h"
 #include "metal/limits.h"
@@ -141,6 +142,58 @@ NB_MODULE(_ext, m) {
       "reference"_a,
       "metal"_a);
   m.def(
+      "indexer_topk",
+      [](const mx::array& q,
+         const mx::array& keys,
+         const mx::array& weights,
+         int k,
+         float scale,
+         const std::optional<mx::array>& start,
+         bool reference,
+         bool metal) {
+        return indexer_topk(
+            q, keys, weights, k, scale, start, reference, on(metal));
+      },
+      "q"_a,
+      "keys"_a,
+      "weights"_a,
+      "k"_a,
+      "scale"_a,
+      "start"_a.none(),
+      "reference"_a,
+      "metal"_a);
+  m.def(
+      "sparse_mla_decode",
+      [](const mx::array& q,
+         const mx::array& latents,
+         const std::optional<mx::array>& ropes,
+         const std::optional<mx::array>& selected,
+         int rank,
+         float scale,
+         const std::optional<mx::array>& start,
+         bool reference,
+         bool metal) {
+        return sparse_mla_decode(
+            q,
+            latents,
+            ropes,
+            selected,
+            rank,
+            scale,
+            start,
+            reference,
+            on(metal));
+      },
+      "q"_a,
+      "latents"_a,
+      "ropes"_a.none(),
+      "selected"_a.none(),
+      "rank"_a,
+      "scale"_a,
+      "start"_a.none(),
+      "reference"_a,
+      "metal"_a);
+  m.def(
       "moe_decode_obstacle",
       [](int tokens, int top_k) {
         return metal::moe_decode_obstacle(tokens, top_k);
@@ -153,6 +206,13 @@ NB_MODULE(_ext, m) {
       [](int experts) { return metal::router_topk_obstacle(experts); },
       "experts"_a,
       "Why router_topk has no Metal kernel for this count; empty if it has.");
+  m.def(
+      "sparse_mla_decode_obstacle",
+      [](int listed) { return metal::sparse_mla_decode_obstacle(listed); },
+      "listed"_a,
+      "Why sparse_mla_decode has no Metal kernel for lists of this length; "
+      "empty "
+      "if it has.");
   m.def("num_threads", &cpu::num_threads, "Threads of the CPU kernels.");
   m.def(
       "set_num_threads",
@@ -169,6 +229,14 @@ NB_MODULE(_ext, m) {
       "a"_a,
       "Read the array's bytes once on all threads: the yardstick of "
       "benchmarks.");
+  m.def(
+      "multiply_adds",
+      [](int64_t rounds) {
+        nb::gil_scoped_release release;
+        return cpu::multiply_adds(rounds);
+      },
+      "rounds"_a,
+      "Multiply-adds in registers on all threads; returns how many.");
   m.def(
       "cpu_kernels",
       [] { return std::string(cpu::kernels().name); },

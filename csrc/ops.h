@@ -72,4 +72,33 @@ std::pair<mx::array, mx::array> router_topk(
     bool reference,
     mx::StreamOrDevice s = {});
 
+// int32 [b, l, k]: the cached keys that each of the last l tokens attends to,
+// ascending, then -1. q [b, l, heads, dim], weights [b, l, heads], keys
+// [b, t, dim] or packed (rows.h); `start` [b] is the first key that is no
+// padding.
+mx::array indexer_topk(
+    const mx::array& q,
+    const mx::array& keys,
+    const mx::array& weights,
+    int k,
+    float scale,
+    const std::optional<mx::array>& start,
+    bool reference,
+    mx::StreamOrDevice s = {});
+
+// float32 [b, l, heads, rank]: attention of the last l tokens over the cached
+// rows that `selected` [b, l, k] names, or over all that they may see. q is
+// [b, l, heads, rank + rope]; latents [b, t, rank] with ropes [b, t, rope], or
+// packed rows without.
+mx::array sparse_mla_decode(
+    const mx::array& q,
+    const mx::array& latents,
+    const std::optional<mx::array>& ropes,
+    const std::optional<mx::array>& selected,
+    int rank,
+    float scale,
+    const std::optional<mx::array>& start,
+    bool reference,
+    mx::StreamOrDevice s = {});
+
 }  // namespace glm_fused

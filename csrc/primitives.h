@@ -5,6 +5,7 @@
 
 #include "mlx/primitives.h"
 #include "ops.h"
+#include "rows.h"
 
 namespace glm_fused {
 
@@ -110,6 +111,60 @@ class ExpertSum : public FusedPrimitive {
   const char* name() const override {
     return "ExpertSum";
   }
+};
+
+// inputs: q [b, l, heads, dim], keys [b, t, row], weights [b, l, heads], start
+// [b]. output: [b, l, k].
+class IndexerTopk : public FusedPrimitive {
+ public:
+  IndexerTopk(mx::Stream stream, bool reference, RowLayout layout, float scale)
+      : FusedPrimitive(stream, reference), layout_(layout), scale_(scale) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "IndexerTopk";
+  }
+
+ private:
+  RowLayout layout_;
+  float scale_;
+};
+
+// inputs: q [b, l, heads, rank + rope], start [b], latents [b, t, row], then
+// the RoPE keys [b, t, rope] if `ropes` and the selection [b, l, k] if
+// `selected`. output: [b, l, heads, rank].
+class SparseMlaDecode : public FusedPrimitive {
+ public:
+  SparseMlaDecode(
+      mx::Stream stream,
+      bool reference,
+      RowLayout layout,
+      float scale,
+      bool ropes,
+      bool selected)
+      : FusedPrimitive(stream, reference),
+        layout_(layout),
+        scale_(scale),
+        ropes_(ropes),
+        selected_(selected) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "SparseMlaDecode";
+  }
+
+ private:
+  RowLayout layout_;
+  float scale_;
+  bool ropes_, selected_;
 };
 
 }  // namespace glm_fused

@@ -28,7 +28,7 @@ struct Matrix {
 };
 
 // result[(i * rows + r) * width + m] = row r of matrix i, times vector m, for
-// the `used` first rows. w[i] is at the lane's first column of row 0, x at its
+// every r < used. w[i] is at the lane's first column of row 0, x at its
 // first column of vector 0, and vector m starts offsets[m] values further on.
 template <typename T, typename F, int matrices, int rows, int width>
 METAL_FUNC void dot_rows(
@@ -64,7 +64,7 @@ METAL_FUNC void dot_rows(
   }
 
   if constexpr (!F::whole_tiles) {
-    const int left = clamp(k - end - lane * F::values, 0, F::values);
+    const int left = min(k - end - lane * F::values, F::values);
     for (int i = 0; i < matrices * rows && left > 0; i++) {
       if (i % rows < used) {
         thread typename F::Cells tail;
@@ -85,7 +85,7 @@ METAL_FUNC void dot_rows(
 }
 
 // Gate and up read x once where they share a format.
-template <typename T, typename F, int rows, int width>
+template <int rows, int width, typename T, typename F>
 METAL_FUNC void dot_pair(
     Matrix<F> a,
     Matrix<F> b,
@@ -100,7 +100,7 @@ METAL_FUNC void dot_pair(
       both, k, used, x + lane * F::values, offsets, lane, result);
 }
 
-template <typename T, typename A, typename B, int rows, int width>
+template <int rows, int width, typename T, typename A, typename B>
 METAL_FUNC void dot_pair(
     Matrix<A> a,
     Matrix<B> b,

@@ -54,11 +54,11 @@ struct GateUp {
     thread float result[2 * step * width];
     for (int r = 0; r < rows; r += step) {
       const int row = first_row + r;
-      const int used = min(step, intermediate - row);
+      const int used = intermediate - row;
       if (used <= 0) {
         return;
       }
-      dot_pair<T, Gate, Up, step, width>(
+      dot_pair<step, width>(
           gate.skip(row, 0, hidden),
           up.skip(row, 0, hidden),
           hidden,
@@ -166,7 +166,7 @@ struct Down {
     thread float result[step * width];
     for (int r = 0; r < rows; r += step) {
       const int row = first_row + r;
-      const int used = min(step, hidden - row);
+      const int used = hidden - row;
       if (used <= 0) {
         return;
       }

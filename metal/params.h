@@ -16,3 +16,34 @@ struct RouterParams {
   int norm_topk_prob;
   float routed_scaling_factor;
 };
+
+// Where cached rows lie; strides in bytes. Packed rows (rows.h) have no `ropes`
+// of their own.
+struct RowsParams {
+  int keys;     // per sequence
+  int queries;  // the last keys' own
+  int rank;     // values of a latent, or of an indexer key
+  int rope;
+  long latent_stride;  // from row to row
+  long rope_stride;
+  long latent_sequence;  // from sequence to sequence
+  long rope_sequence;
+};
+
+struct MlaParams {
+  RowsParams rows;
+  int first_token;  // of those that this dispatch takes
+  int heads;
+  int listed;  // entries per token in `selected`; 0: every visible key
+  int splits;
+  float scale;
+};
+
+struct IndexParams {
+  RowsParams rows;
+  int b;            // the sequence
+  int first_query;  // of those that this dispatch takes
+  int heads;
+  int top_k;
+  float scale;
+};

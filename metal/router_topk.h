@@ -41,7 +41,7 @@ METAL_FUNC void router_logits(
   for (int e = simdgroup * rows; e < experts; e += simdgroups * rows) {
     thread float result[rows];
     const Matrix<F> w = Matrix<F>{weight, weight, weight}.at(e, hidden, lane);
-    const int used = min(rows, experts - e);
+    const int used = experts - e;
     dot_rows<T, F, 1, rows, 1>(
         &w, hidden, used, x + lane * F::values, offsets, lane, result);
     for (int r = 0; r < rows; r++) {

@@ -15,8 +15,8 @@ from .kernels import Argument, FunctionConstant
 from .report import Finding, Report, Traffic
 
 _KINDS = ("buffer", "threadgroup", "position")
-_FINDINGS = ("race", "out of bounds", "uninitialised", "divergence")
-_LISTS = ("races", "out_of_bounds", "uninitialised", "divergence")
+_FINDINGS = ("race", "out of bounds", "uninitialised", "divergence", "misaligned")
+_LISTS = ("races", "out_of_bounds", "uninitialised", "divergence", "misaligned")
 
 
 class _Argument(c.Structure):

@@ -32,6 +32,8 @@ def executor() -> Path:
     text = "".join(s.read_text() for s in sources)
     command = [*toolchain.cxx(), "-std=c++20", "-O2", "-fPIC", "-shared"]
     command += ["-ftls-model=initial-exec", "-pthread"]
+    # A libstdc++ loaded this late may find no room left for its thread-local variables.
+    command += ["-static-libstdc++", "-static-libgcc"]
 
     def build(scratch: Path) -> Path:
         # One translation unit: the standard headers are most of the work.

@@ -38,6 +38,10 @@ class Argument:
     writable: bool = False
     reference: bool = False
 
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.kind, self.index
+
 
 @dataclass(frozen=True)
 class FunctionConstant:

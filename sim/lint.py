@@ -28,6 +28,11 @@ _REFUSED = {
     "typeid": "run-time type information",
     "thread_local": "thread_local",
     "asm": "inline assembly",
+    **dict.fromkeys(("__asm__", "__asm"), "inline assembly"),
+    **dict.fromkeys(("__global", "__local", "__constant", "__private", "__generic"), "OpenCL"),
+    **dict.fromkeys(("__kernel", "__read_only", "__write_only", "__read_write"), "OpenCL"),
+    "_Float16": "half is its name",
+    "__bf16": "bfloat is its name",
 }
 _NOT_TYPES = {"return", "case", "else", "using", "operator", "goto", "throw", "delete", "sizeof"}
 _BYTES = {

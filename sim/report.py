@@ -47,6 +47,7 @@ class Report:
     out_of_bounds: list[Finding] = field(default_factory=list)
     uninitialised: list[Finding] = field(default_factory=list)
     divergence: list[Finding] = field(default_factory=list)
+    misaligned: list[Finding] = field(default_factory=list)
     traffic: dict[int, Traffic] = field(default_factory=dict)
     threadgroups: int = 0
     threads: int = 0
@@ -57,7 +58,8 @@ class Report:
 
     @property
     def findings(self) -> list[Finding]:
-        return [*self.races, *self.out_of_bounds, *self.uninitialised, *self.divergence]
+        strays = [*self.out_of_bounds, *self.uninitialised, *self.misaligned]
+        return [*self.races, *strays, *self.divergence]
 
     @property
     def clean(self) -> bool:

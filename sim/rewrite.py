@@ -174,7 +174,7 @@ class _Rewriter:
     def parameters(self, start: int, stop: int) -> list[tuple[Argument, str]]:
         s = self.stream
         next_index = {"buffer": 0, "threadgroup": 0}
-        found = []
+        found: list[tuple[Argument, str]] = []
         for a, b in s.split(start, stop):
             attributes: dict[str, str] = {}
             end = b
@@ -183,7 +183,12 @@ class _Rewriter:
                     for x, y in s.split(i + 1, s.close(i) - 1):
                         attributes[s[x]] = s.text(x + 2, y - 1)
                     end = min(end, i) if i > a else end
-            found.append(self.parameter(a, end, attributes, next_index))
+            argument, passed = self.parameter(a, end, attributes, next_index)
+            for other, _ in found:
+                if argument.index >= 0 and other.key == argument.key:
+                    place = f"{argument.kind} {argument.index}"
+                    raise SyntaxProblem(f"{other.name} and {argument.name} are both {place}")
+            found.append((argument, passed))
         return found
 
     def parameter(
@@ -199,6 +204,8 @@ class _Rewriter:
         kind = "threadgroup" if space == "threadgroup" else "buffer"
         index = int(attributes[kind]) if kind in attributes else next_index[kind]
         next_index[kind] = index + 1
+        if index > 30:
+            raise SyntaxProblem(f"kernel parameter {name}: {kind} {index}, Metal has 0 to 30")
         if not space:
             raise SyntaxProblem(f"kernel parameter {text} {name}: unknown attribute {attributes}")
         writable = space != "constant" and "const" not in words[:-1]

@@ -36,9 +36,13 @@ _QUIET = [
 # Half rounds after every operation, as on the GPU; safe math, as MLX compiles.
 _ARITHMETIC = ["-Xclang", "-ffloat16-excess-precision=none", "-fno-fast-math"]
 _CODE = ["-O2", "-fno-unroll-loops", "-fPIC", "-g1", "-gdwarf-4", "-fno-stack-protector"]
+_CODE += ["-mllvm", "-trap-unreachable"]
 _TRACE = [
     "-fsanitize=thread",
-    *("-fno-slp-vectorize", "-fno-vectorize"),
+    *("-fno-slp-vectorize", "-fno-vectorize", "-fno-optimize-sibling-calls"),
+    # Indices of a thread's own arrays, which the tracer does not see.
+    *("-fsanitize=local-bounds", "-fsanitize-trap=local-bounds", "-fno-sanitize-merge"),
+    *("-fno-builtin-memset", "-fno-builtin-memcpy"),
     *("-mllvm", "-tsan-instrument-func-entry-exit=0"),
     *("-mllvm", "-tsan-instrument-read-before-write=1"),
 ]

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-collect_ignore_glob = [] if sys.platform == "linux" else ["test_sim_*"]
+collect_ignore_glob = [] if sys.platform == "linux" else ["test_sim_*", "test_metal_*"]
 
 TINY = {
     "architectures": ["GlmMoeDsaForCausalLM"],
@@ -56,6 +56,7 @@ TINY = {
     "eos_token_id": [250, 251],
     "pad_token_id": 250,
 }
+DEVICES = ["cpu", "gpu"] if mx.metal.is_available() else ["cpu"]
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 _NAMES = {
     mx.bfloat16: "BF16",
@@ -67,6 +68,15 @@ _NAMES = {
 }
 _FP8_DENSE = ("embed_tokens", "lm_head", "norm", "mlp.gate.", "weights_proj", "eh_proj")
 _INDEX_SCHEDULE = ("indexer_types", "index_topk_freq", "index_skip_topk_offset")
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request):
+    """MLX's default device, each in turn: on a Mac its GPU too."""
+    before = mx.default_device()
+    mx.set_default_device(getattr(mx, request.param))
+    yield request.param
+    mx.set_default_device(before)
 
 
 def tiny_config(**overrides):

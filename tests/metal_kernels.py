@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,14 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 import sim
 from formats_under_test import DTYPES, random_weight
 
 from glm_fused import ops
+
+if sys.platform != "linux":
+    pytest.skip("the simulator runs on Linux only", allow_module_level=True)
 
 Format = tuple[str, int, int]
 SHADERS = Path(__file__).parent.parent / "metal"
@@ -220,43 +225,55 @@ def make_layer(c: Case, slots: np.ndarray | None = None, pad: bool = True) -> La
     )
 
 
+def _weight_of_bits(rng: np.random.Generator, shape: tuple[int, ...], fmt: Format, dtype: str):
+    """A weight of small numbers, made fast: random bits whose exponents are kept low."""
+    mode, bits, group = fmt
+    *slots, k = shape
+
+    def masked(kind: str, shape: tuple[int, ...], keep: int, add: int) -> mx.array:
+        words = rng.integers(0, np.iinfo(kind).max, shape, kind, endpoint=True)
+        return mx.array((words & keep | add).astype(kind))
+
+    floats = {
+        "float32": ("uint32", 0x807FFFFF, 0x3A000000),
+        "float16": ("uint16", 0x83FF, 0x1000),
+        "bfloat16": ("uint16", 0x807F, 0x3A00),
+    }
+    kind, keep, add = floats[dtype]
+    if mode == "dense":
+        return ops.Weight(masked(kind, shape, keep, add).view(DTYPES[dtype]))
+    words = masked("uint32", (*slots, k * bits // 32), 0xB7B7B7B7 if bits == 8 else 2**32 - 1, 0)
+    if mode == "affine":
+        scales, biases = (
+            masked(kind, (*slots, k // group), keep, add).view(DTYPES[dtype]) for _ in range(2)
+        )
+        return ops.Weight(words, scales, biases, group, bits, mode)
+    scales = masked("uint8", (*slots, k // group), 3, 0x18 if mode == "nvfp4" else 120)
+    return ops.Weight(words, scales, None, group, bits, mode)
+
+
+def make_layer_of_bits(c: Case) -> Layer:
+    """A layer of GLM's size in a moment; one token takes every slot."""
+    rng = np.random.default_rng(c.seed)
+    x = mx.array(rng.standard_normal((c.tokens, c.hidden), dtype=np.float32))
+    slots = np.tile(rng.permutation(c.used)[: c.top_k].astype(np.int32), (c.tokens, 1))
+    up, down = (c.used, c.intermediate, c.hidden), (c.used, c.hidden, c.intermediate)
+    return Layer(
+        c,
+        x.astype(DTYPES[c.dtype]),
+        _weight_of_bits(rng, up, c.gate, c.dtype),
+        _weight_of_bits(rng, up, c.up, c.dtype),
+        _weight_of_bits(rng, down, c.down, c.dtype),
+        slots,
+        rng.random(slots.shape, dtype=np.float32),
+    )
+
+
 def _bind(w: ops.Weight, first: int) -> dict[int, np.ndarray]:
     weight = to_numpy(w.weight)
     scales = weight if w.scales is None else to_numpy(w.scales)
     biases = scales if w.biases is None else to_numpy(w.biases)
     return {first: weight, first + 1: scales, first + 2: biases}
-
-
-def run_fused(lib: Any, layer: Layer) -> np.ndarray:
-    """The bits of y; the two launches' reports are left in the layer."""
-    c = layer.case
-    pairs = c.tokens * c.top_k
-    gate_up, down_sum = fused_functions(c)
-    params = np.array(
-        [c.tokens, c.top_k, c.hidden, c.intermediate, layer.gate.weight.shape[0]], np.int32
-    )
-    act = empty((pairs, c.intermediate), c.dtype)
-    y = empty((c.tokens, c.hidden), c.dtype)
-    links = -(-4 * pairs // 16) * 16
-    tile = c.rows * c.simdgroups[0]
-    first = lib.run(
-        host_name(gate_up),
-        grid=(-(-c.intermediate // tile), pairs, 1),
-        threadgroup=(32, c.simdgroups[0], 1),
-        buffers={0: to_numpy(layer.x), 1: layer.slots, 8: act, 9: params}
-        | _bind(layer.gate, 2)
-        | _bind(layer.up, 5),
-        threadgroup_memory={0: links},
-    )
-    second = lib.run(
-        host_name(down_sum),
-        grid=(-(-c.hidden // c.rows), 1, 1),
-        threadgroup=(32, c.simdgroups[1], 1),
-        buffers={0: act, 1: layer.slots, 5: layer.scores, 6: y, 7: params} | _bind(layer.down, 2),
-        threadgroup_memory={0: links, 1: -(-4 * pairs * c.rows // 16) * 16},
-    )
-    layer.reports = [first, second]
-    return y
 
 
 def _i32(*values: int) -> np.ndarray:
@@ -265,6 +282,61 @@ def _i32(*values: int) -> np.ndarray:
 
 def _i64(*values: int) -> np.ndarray:
     return np.array(values, np.int64)
+
+
+def _params(layer: Layer) -> np.ndarray:
+    c = layer.case
+    return _i32(c.tokens, c.top_k, c.hidden, c.intermediate, layer.gate.weight.shape[0])
+
+
+def _threadgroup_bytes(words: int) -> int:
+    return -(-4 * words // 16) * 16
+
+
+def run_gate_up(
+    lib: Any, layer: Layer, function: str | None = None, **how: Any
+) -> tuple[np.ndarray, Any]:
+    """The bits of act [pairs, intermediate], and the launch's report."""
+    c = layer.case
+    pairs, tile = c.tokens * c.top_k, c.rows * c.simdgroups[0]
+    act = empty((pairs, c.intermediate), c.dtype)
+    buffers = {0: to_numpy(layer.x), 1: layer.slots, 8: act, 9: _params(layer)}
+    report = lib.run(
+        host_name(function or fused_functions(c)[0]),
+        grid=(-(-c.intermediate // tile), pairs, 1),
+        threadgroup=(32, c.simdgroups[0], 1),
+        buffers=buffers | _bind(layer.gate, 2) | _bind(layer.up, 5),
+        threadgroup_memory={0: _threadgroup_bytes(pairs)},
+        **how,
+    )
+    return act, report
+
+
+def run_down_sum(
+    lib: Any, layer: Layer, act: np.ndarray, function: str | None = None, **how: Any
+) -> tuple[np.ndarray, Any]:
+    """The bits of y [tokens, hidden], and the launch's report."""
+    c = layer.case
+    pairs = c.tokens * c.top_k
+    y = empty((c.tokens, c.hidden), c.dtype)
+    buffers = {0: act, 1: layer.slots, 5: layer.scores, 6: y, 7: _params(layer)}
+    report = lib.run(
+        host_name(function or fused_functions(c)[1]),
+        grid=(-(-c.hidden // c.rows), 1, 1),
+        threadgroup=(32, c.simdgroups[1], 1),
+        buffers=buffers | _bind(layer.down, 2),
+        threadgroup_memory={0: _threadgroup_bytes(pairs), 1: _threadgroup_bytes(pairs * c.rows)},
+        **how,
+    )
+    return y, report
+
+
+def run_fused(lib: Any, layer: Layer, **how: Any) -> np.ndarray:
+    """The bits of y; the two launches' reports are left in the layer."""
+    act, first = run_gate_up(lib, layer, **how)
+    y, second = run_down_sum(lib, layer, act, **how)
+    layer.reports = [first, second]
+    return y
 
 
 def gather_matvec(

@@ -17,11 +17,23 @@ if sys.platform != "linux":
     pytest.skip("the macOS wheel is cross-compiled on Linux only", allow_module_level=True)
 
 import lief
+from metal_kernels import flatten
 from sim.macos import build, check, macho, mlx_wheels, providers
 from sim.macos.__main__ import build_and_check
 from sim.macos.errors import MacOSBuildError
 
 PYTHON = f"{sys.version_info.major}{sys.version_info.minor}"
+
+# What csrc/metal calls in MLX's host code.
+HOST_CALLS = [
+    "device",
+    "get_command_encoder",
+    "Device::get_library",
+    "Device::get_kernel",
+    "CommandEncoder::set_input_array",
+    "CommandEncoder::set_output_array",
+    "CommandEncoder::dispatch_threadgroups",
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,45 +73,73 @@ def test_the_check_accepts_an_extension_made_on_a_mac(mlx):
 
 
 @pytest.mark.macos
+def test_the_launchers_host_calls_are_among_them(extension, mlx):
+    exported = macho.exported(macho.parse(mlx / "mlx/lib/libmlx.dylib"))
+    taken = {
+        check.demangle(symbol).partition("(")[0]
+        for symbol, library in macho.undefined(macho.parse(extension)).items()
+        if library == providers.LIBMLX and symbol in exported
+    }
+    assert {f"mlx::core::metal::{name}" for name in HOST_CALLS} <= taken
+
+
+@pytest.mark.macos
+def test_the_shaders_are_inside(extension, mlx):
+    content = extension.read_bytes()
+    shaders = sorted((build.REPOSITORY / "metal").glob("*.metal"))
+    assert shaders
+    for shader in shaders:
+        assert flatten.flatten(shader.stem, mlx / "mlx/include").encode() in content, shader.name
+
+
+@pytest.mark.macos
+def test_every_source_for_arm64_is_compiled(built):
+    csrc = build.REPOSITORY / "csrc"
+    found = {Path(c["file"]) for c in compile_commands()} & set(csrc.rglob("*.cpp"))
+    elsewhere = {"cpu/kernels_avx2.cpp", "cpu/kernels_avx512.cpp", "metal/absent.cpp"}
+    assert set(csrc.rglob("*.cpp")) - found == {csrc / name for name in elsewhere}
+
+
+@pytest.mark.macos
 def test_a_host_call_that_mlx_does_not_have_is_named(built, mlx, tmp_path):
-    """One source calls MLX with an argument more than the function in libmlx takes."""
-    text = (build.REPOSITORY / "csrc/cpu/dispatch.h").read_text()
-    call = "mlx::core::cpu::get_command_encoder(stream)"
-    assert call in text
-    declaration = "namespace mlx::core::cpu { CommandEncoder& get_command_encoder(Stream, int); }"
-    changed = tmp_path / "cpu" / "dispatch.h"
-    changed.parent.mkdir()
-    text = text.replace(call, call.replace("(stream)", "(stream, 0)"))
-    changed.write_text(
-        text.replace("namespace glm_fused", f"{declaration}\nnamespace glm_fused", 1)
-    )
-    broken = relink(build.REPOSITORY / "csrc/cpu/router_topk.cpp", tmp_path)
+    """A launcher compiled against a get_kernel that takes an argument more than libmlx's."""
+    header = "mlx/backend/metal/device.h"
+    declared = "get_kernel(\n      const std::string& base_name,\n      MTL::Library* mtl_lib,\n"
+    text = (mlx / "mlx/include" / header).read_text()
+    assert text.count(declared) == 1
+    changed = tmp_path / header
+    changed.parent.mkdir(parents=True)
+    changed.write_text(text.replace(declared, f"{declared}      bool = false,\n"))
+    broken = relink(build.REPOSITORY / "csrc/metal/kernels.cpp", tmp_path)
     with pytest.raises(MacOSBuildError) as error:
         check.undefined_by_provider(broken, mlx)
-    assert "needs 1 symbol(s)" in str(error.value)
-    name = "mlx::core::cpu::get_command_encoder(mlx::core::Stream"
-    assert f"\n  {name}, int)\n" in str(error.value)
-    assert f"libmlx has {name})" in str(error.value)
+    message = str(error.value)
+    assert "needs 1 symbol(s)" in message
+    name = "mlx::core::metal::Device::get_kernel(std::__1::basic_string<"
+    assert f"\n  {name}" in message
+    assert "const&, MTL::Library*, bool, std" in message
+    offered = [line for line in message.splitlines() if f"libmlx has {name}" in line]
+    assert any("const&, MTL::Library*, std" in line for line in offered)
+
+
+def compile_commands():
+    return json.loads((build.cmake_dir() / "compile_commands.json").read_text())
 
 
 def relink(source: Path, headers: Path) -> Path:
-    """The extension with one source compiled anew, headers in `headers` before the project's."""
-    folder = build.work_dir() / "cmake"
-    commands = json.loads((folder / "compile_commands.json").read_text())
-    objects = [c["output"] for c in commands if "_ext.dir" in c["output"]]
-    (command,) = (c for c in commands if c["file"] == str(source))
+    """The extension with one source compiled anew, headers in `headers` before all others."""
+    folder, env = build.cmake_dir(), build.environment()
+    (command,) = (c for c in compile_commands() if c["file"] == str(source))
     compiler, *flags = shlex.split(command["command"])
-    at = flags.index("-o")
-    new = headers / "changed.o"
-    flags[at + 1] = str(new)
-    env = build.environment()
+    changed, linked = headers / "changed.o", headers / "_ext.so"
+    at = flags.index("-o") + 1
+    original, flags[at] = flags[at], str(changed)
     subprocess.run([compiler, f"-I{headers}", *flags], cwd=folder, env=env, check=True)
-    linked = headers / "_ext.so"
-    libmlx = mlx_wheels.fetch(build.pinned_mlx()) / "mlx/lib/libmlx.dylib"
-    others = [o for o in objects if o != command["output"]]
-    stubs = f"-F{build.work_dir() / 'sdk/frameworks'}"
-    link = [compiler, "-bundle", "-o", linked, stubs, "-framework", "Foundation"]
-    link += [new, *others, "libnanobind-static.a", libmlx]
+    commands = subprocess.check_output(["ninja", "-C", folder, "-t", "commands"], text=True)
+    link = shlex.split(commands.splitlines()[-1])  # ": && c++ … && :"
+    link = [str(changed) if word == original else word for word in link[2:-2]]
+    assert str(changed) in link
+    link[link.index("-o") + 1] = str(linked)
     subprocess.run(link, cwd=folder, env=env, check=True)
     return linked
 
@@ -137,6 +177,35 @@ def test_the_file_name_and_its_tags_agree(built, wheel, extension):
     assert f"Tag: {tag}\n" in wheel.read(info).decode()
     assert "Root-Is-Purelib: false" in wheel.read(info).decode()
     assert extension.name == f"_ext.cpython-{PYTHON}-darwin.so"
+
+
+@pytest.mark.macos
+@pytest.mark.parametrize(
+    ("platform", "taken"),
+    [
+        ("macosx_14_0_arm64", True),
+        ("macosx_26_0_arm64", True),
+        ("macosx_13_0_arm64", False),
+        ("macosx_14_0_x86_64", False),
+        ("manylinux_2_35_x86_64", False),
+    ],
+)
+def test_pip_installs_it_on_apple_silicon_from_macos_14_on(built, tmp_path, platform, taken):
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--no-compile"]
+    command += ["--target", tmp_path, "--only-binary=:all:", "--platform", platform, built[0]]
+    run = subprocess.run(command, text=True, capture_output=True, check=False)
+    assert (run.returncode == 0) == taken, run.stderr
+    assert taken or "is not a supported wheel on this platform" in run.stderr
+    assert len(list(tmp_path.glob("glm_fused/_ext.*.so"))) == taken
+
+
+@pytest.mark.macos
+def test_nothing_of_linux_is_inside(wheel, extension):
+    compiled = [n for n in wheel.namelist() if n.endswith((".so", ".dylib", ".a", ".o"))]
+    assert compiled == [f"glm_fused/{extension.name}"]
+    assert [n for n in wheel.namelist() if wheel.read(n)[:4] == b"\x7fELF"] == []
+    libraries = macho.libraries(macho.parse(extension))
+    assert [n for n in libraries if not n.startswith(("/usr/lib/", "/System/", "@rpath/"))] == []
 
 
 @pytest.mark.macos

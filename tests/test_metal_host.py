@@ -1,7 +1,6 @@
 """The whole way to a Metal kernel, from Python through `eval_gpu` to the shader: on a Mac its GPU,
 elsewhere the simulated host."""
 
-import contextlib
 import logging
 import warnings
 
@@ -9,42 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from formats_under_test import DTYPES, FORMATS, assert_same_bits, format_id, random_weight
+from metal_backend import GPU, cpu, metal, on_both, simulated_only
 
 from glm_fused import load, metal_sim, ops, paths
 from glm_fused.demo import PROMPT, checkpoint_folder
-
-GPU = mx.metal.is_available()
-simulated_only = pytest.mark.skipif(GPU, reason="tells of the simulator's launches")
-
-
-@contextlib.contextmanager
-def metal(trace=False):
-    """Ops with Metal kernels run them inside, on whatever there is."""
-    if GPU:
-        yield
-        return
-    reason = metal_sim.unavailable()
-    if reason:
-        pytest.fail(reason)
-    metal_sim.take_launches()
-    with metal_sim.simulated(trace=trace):
-        yield
-
-
-@contextlib.contextmanager
-def cpu():
-    with mx.stream(mx.cpu) if not GPU else default_device(mx.cpu):
-        yield
-
-
-@contextlib.contextmanager
-def default_device(device):
-    before = mx.default_device()
-    mx.set_default_device(device)
-    try:
-        yield
-    finally:
-        mx.set_default_device(before)
 
 
 def layer(fmt, dtype="bfloat16", tokens=3, top_k=2, hidden=256, intermediate=128, bank=4, seed=0):
@@ -57,17 +24,6 @@ def layer(fmt, dtype="bfloat16", tokens=3, top_k=2, hidden=256, intermediate=128
     slots = np.stack([rng.permutation(bank)[:top_k] for _ in range(tokens)]).astype(np.int32)
     scores = mx.array(rng.random(slots.shape, dtype=np.float32))
     return x, gate, up, down, mx.array(slots), scores
-
-
-def on_both(op):
-    """The op's arrays by Metal and by the CPU."""
-    with metal():
-        there = op()
-        mx.eval(there)
-    with cpu():
-        here = op()
-        mx.eval(here)
-    return there, here
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -249,15 +205,20 @@ def test_demo_model_decodes_as_on_the_cpu():
     assert len(set(mx.argmax(there, axis=-1).tolist())) > 4
     if not GPU:
         launches = metal_sim.take_launches()
-        layers = model.args.num_hidden_layers - model.args.first_k_dense_replace
-        count = {
-            name: sum(launch.kernel.startswith(f"glm_fused_{name}_") for launch in launches)
-            for name in ("moe_gate_up", "moe_down_sum", "router_topk")
+        layers = model.args.num_hidden_layers
+        sparse = layers - model.args.first_k_dense_replace
+        full = sum(model.args.is_full(layer) for layer in range(layers))
+        expected = {
+            # the prompt's experts are not Metal's
+            "moe_gate_up": (steps - 1) * sparse,
+            "moe_down_sum": (steps - 1) * sparse,
+            "router_topk": steps * sparse,
+            "mla_split": steps * layers,
+            "mla_combine": steps * layers,
+            "index_scores": steps * full,
+            "index_select": steps * full,
         }
-        # the prompt's experts are not Metal's, its routing is
-        assert count == {
-            "moe_gate_up": (steps - 1) * layers,
-            "moe_down_sum": (steps - 1) * layers,
-            "router_topk": steps * layers,
-        }
+        names = [launch.kernel.removeprefix("glm_fused_") for launch in launches]
+        count = {name: sum(n.startswith(name) for n in names) for name in expected}
+        assert count == expected
         assert len(launches) == sum(count.values())

@@ -3,6 +3,7 @@ kernels and to the CPU; clean under the tracer; each weight read once."""
 
 import itertools
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from formats_under_test import FORMATS, format_id
@@ -11,9 +12,11 @@ from metal_kernels import (
     Libraries,
     assert_same,
     make_layer,
+    make_layer_of_bits,
     run_chain,
     run_cpu,
     run_fused,
+    to_mlx,
 )
 
 DENSE = ("dense", 0, 0)
@@ -25,7 +28,7 @@ def shapes(dtype, fmt, seed):
     """`fmt` in MLX's fast order, and in the general one with odd row counts."""
     tokens = [1, 2, 3][seed % 3]
     return [
-        Case(dtype, fmt, fmt, fmt, tokens=1, rows=2, seed=seed),
+        Case(dtype, fmt, fmt, fmt, tokens=1, seed=seed),
         Case(dtype, fmt, fmt, DENSE, tokens, hidden=384, intermediate=45, rows=2, seed=seed),
         Case(dtype, DENSE, DENSE, fmt, tokens, hidden=77, intermediate=384, rows=2, seed=seed),
     ]
@@ -61,9 +64,30 @@ TRACED = [
     Case("bfloat16", ("affine", 3, 32), ("affine", 5, 32), DENSE, 3, 2, 96, 13, 2),
     Case("bfloat16", ("mxfp8", 8, 32), ("nvfp4", 4, 16), MXFP4, 4, 3, 544, 32, 4),
 ]
-default = Libraries([*BY_FORMAT, *BY_TOKENS, *SMALL])
+
+
+def traced_case(i, dtype):
+    """Formats i, i + 1 and i + 2: gate and up, or down, in MLX's fast order."""
+    gate, up, down = (FORMATS[(i + j) % len(FORMATS)] for j in range(3))
+    k = max(f[2] for f in (gate, up, down))
+    sizes = (512, max(k, 64)) if i % 2 else (max(k, 64), 512)
+    return Case(dtype, gate, up, down, 1 + i % 2, 2, *sizes, 2, rows=2, seed=i % 3)
+
+
+# Every format with every type.
+TRACED_FORMATS = [
+    traced_case(i, dtype)
+    for shift, dtype in enumerate(TYPES)
+    for i in range(-shift, len(FORMATS), 3)
+]
+# GLM's sizes; the kernels are those of the first of `shapes`.
+GLM = [
+    Case("bfloat16" if fmt == DENSE else c.dtype, fmt, fmt, fmt, 1, 8, 6144, 2048, 8)
+    for fmt, c in zip(FORMATS, BY_FORMAT[::3], strict=True)
+]
+default = Libraries([*BY_FORMAT, *BY_TOKENS, *SMALL, *GLM])
 sweep = Libraries([*EVERY_FORMAT, *EVERY_TOKENS])
-traced = Libraries(TRACED)
+traced = Libraries([*TRACED, *TRACED_FORMATS])
 
 
 def case_id(c):
@@ -96,11 +120,20 @@ def test_equals_mlx_chain_sweep(case, contract):
     check(sweep, case, contract)
 
 
+@pytest.mark.parametrize("case", GLM, ids=case_id)
+def test_glm_sizes_equal_cpu(case):
+    layer = make_layer_of_bits(case)
+    y = run_fused(default.fused(case.dtype, True, False), layer, threads=2, in_place=True)
+    assert np.isfinite(np.array(to_mlx(y, case.dtype).astype(mx.float32))).all()
+    assert_same(y, run_cpu(layer))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("fmt", [f for f in FORMATS if f[2] in (0, 16, 32, 64)], ids=format_id)
-def test_glm_shape(fmt):
-    case = Case("bfloat16", fmt, fmt, fmt, 1, 8, 6144, 2048, 8)
-    check(Libraries([case]), case, contract=True)
+@pytest.mark.parametrize("case", GLM, ids=case_id)
+def test_glm_sizes_equal_mlx_chain(case):
+    layer = make_layer_of_bits(case)
+    y = run_fused(default.fused(case.dtype, True, False), layer, threads=2, in_place=True)
+    assert_same(y, run_chain(default, layer, True))
 
 
 def read_once(report, *weights):
@@ -109,7 +142,7 @@ def read_once(report, *weights):
         assert traffic.read <= 1.05 * traffic.unique_read, f"buffer {index}: {traffic}"
 
 
-@pytest.mark.parametrize("case", TRACED, ids=case_id)
+@pytest.mark.parametrize("case", [*TRACED, *TRACED_FORMATS], ids=case_id)
 def test_clean_and_reads_weights_once(case):
     layer = make_layer(case)
     y = run_fused(traced.fused(case.dtype, True, True), layer)

@@ -9,10 +9,11 @@ import time
 import pytest
 from conftest import tiny_config, tiny_config_51
 
+from glm_fused.cache import bytes_per_token
 from glm_fused.config import DeepseekV32Args, ModelArgs, args_from_config
 from glm_fused.formats import parse_format
 from glm_fused.layout import modules
-from glm_fused.report import describe, format_report, kv_bytes_per_token, variant
+from glm_fused.report import describe, format_report, variant
 
 GLM_52 = {
     "model_type": "glm_moe_dsa",
@@ -123,7 +124,7 @@ def test_release_of_282_shards(tmp_path):
 
 
 def test_cache_and_variant():
-    assert kv_bytes_per_token(ModelArgs()) == 109_824
+    assert bytes_per_token(ModelArgs()) == 109_824
     assert variant(ModelArgs()) == "GLM-5/5.1"
     assert variant(ModelArgs(n_routed_experts=160)) == (
         "GLM-5/5.1, REAP-pruned to 160 of 256 experts"

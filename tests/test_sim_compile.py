@@ -128,6 +128,11 @@ def test_failed_build_leaves_nothing(own_cache: Path) -> None:
         ('#include "absent.h"\n', r"source.metal:1:10: fatal error: 'absent.h' file not found"),
         ('template [[host_name("g")]] [[kernel]] decltype(f<1>) f<1>;', "'f', which is no kernel"),
         ("kernel void f(float x [[color(0)]]) {}", "float x: unknown attribute"),
+        ("kernel void f(device int* x [[buffer(31)]]) {}", "x: buffer 31, Metal has 0 to 30"),
+        (
+            "kernel void f(device int* x [[buffer(2)]], device int* y [[buffer(2)]]) {}",
+            "x and y are both buffer 2",
+        ),
     ],
 )
 def test_errors_name_the_line(text: str, told: str) -> None:
@@ -170,6 +175,9 @@ def test_bad_launches() -> None:
         library.run("scale_float", buffers={}, grid=(1, 1, 1), threadgroup=(2048, 1, 1))
     with pytest.raises(sim.LaunchError, match=r"source.metal:14: .*buffer 0 is not bound"):
         library.run("scale_float", buffers={2: x, 5: np.array([8], "u4")}, **how)
+    for sizes, told in [({0: 20}, "multiple of 16"), ({0: 20000, 1: 20000}, "40000 in all, 32768")]:
+        with pytest.raises(sim.LaunchError, match=told):
+            library.run("scale_float", buffers={}, threadgroup_memory=sizes, **how)
 
 
 @pytest.mark.parametrize(

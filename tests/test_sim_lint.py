@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import sim
+from metal_kernels import shader
 from sim import lint
 from sim.__main__ import main
 
@@ -81,6 +82,25 @@ SAMPLES = {
         "void f() {\n  typeid(3);\n}",
         "void f() {\n  is_same<T, U>();\n}",
     ),
+    "OpenCL": (
+        "OpenCL",
+        "void f(\n    __global float* x) {\n}",
+        "void f(\n    device float* x) {\n}",
+    ),
+    "compiler's half": (
+        "half is",
+        "void f() {\n  _Float16 x = 1;\n}",
+        "void f() {\n  half x = 1;\n}",
+    ),
+    "compiler's bfloat": ("bfloat is", "void f() {\n  __bf16 x;\n}", "void f() {\n  bfloat x;\n}"),
+    "assembly": ("inline assembly", 'void f() {\n  __asm__("nop");\n}', "void f() {\n  g();\n}"),
+    "thread_local": ("thread_local", "\nthread_local constant int x = 1;", "constant int x = 1;"),
+    "dynamic_cast": (
+        "type information",
+        "void f(thread A* x) {\n  auto y = dynamic_cast<thread B*>(x);\n}",
+        "void f(thread A* x) {\n  auto y = static_cast<thread B*>(x);\n}",
+    ),
+    "try": ("exceptions", "void f() {\n  try { g(); } catch (...) {}\n}", "void f() {\n  g();\n}"),
     "std": ("std::", "void f() {\n  std::max(1, 2);\n}", "void f() {\n  metal::max(1, 2);\n}"),
     "lambda": (
         "lambda",
@@ -111,6 +131,26 @@ def test_rule(name: str) -> None:
     problems = lint.check_text(bad)
     assert [p for p in problems if p.startswith("source.metal:2: ") and message in p], problems
     assert lint.check_text(good) == []
+
+
+METAL = Path(__file__).parent.parent / "metal"
+SHADERS = sorted(p.relative_to(METAL) for p in [*METAL.rglob("*.h"), *METAL.rglob("*.metal")])
+
+
+def test_every_word_has_a_sample() -> None:
+    bad = " ".join(sample for _, sample, _ in SAMPLES.values())
+    words = {w for w in lint._REFUSED if not w.startswith(("__", "asm"))}
+    assert {w for w in words if w not in bad} == set()
+
+
+@pytest.mark.parametrize("file", SHADERS, ids=str)
+def test_our_shaders_pass(file: Path) -> None:
+    assert lint.check(METAL / file) == []
+
+
+@pytest.mark.parametrize("name", [f.stem for f in SHADERS if f.suffix == ".metal"])
+def test_the_embedded_text_passes(name: str) -> None:
+    assert lint.check_text(shader(name), f"{name}.metal") == []
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,23 @@ KERNEL(counted) {
   if (!FIX && id == 1) ((threadgroup int*)&count)[0] = 1;  // here: counted
   out[id] = atomic_load_explicit(&count, memory_order_relaxed);
 }
+KERNEL(set_and_counted) {
+  device atomic_int* count = (device atomic_int*)out;
+  if (!FIX && id == 0) ((device int*)out)[0] = 1;
+  atomic_fetch_add_explicit(count, 1, memory_order_relaxed);  // here: set_and_counted
+}
+KERNEL(between_elements) {
+  device uchar* bytes = (device uchar*)in;
+  out[id] = *(device float*)(bytes + 4 * id + (FIX || id > 9 ? 0 : 2));  // here: between_elements
+}
+KERNEL(past_own_array) {
+  thread float own[8] = {};
+  own[int(in[FIX ? 7 : 8])] = 1;  // here: past_own_array
+  out[id] = own[id % 8];
+}
+KERNEL(far_away) {
+  out[id] = in[FIX ? id : 1ul << 40];  // here: far_away
+}
 """
 FINDINGS = {
     "missing_barrier": "races",
@@ -122,6 +139,13 @@ FINDINGS = {
     "early_return": "divergence",
     "two_sums": "divergence",
     "counted": "races",
+    "set_and_counted": "races",
+    "between_elements": "misaligned",
+}
+# Those that end the launch.
+STOPS = {
+    "past_own_array": "undefined behaviour, such as an index outside an array",
+    "far_away": "stray access",
 }
 LINES = {
     line.split("here: ")[1]: number
@@ -164,10 +188,16 @@ def test_mistake_is_found(traced: sim.Library, name: str, seed: int | None) -> N
 
 
 @pytest.mark.parametrize("seed", [None, 3])
-@pytest.mark.parametrize("name", FINDINGS)
+@pytest.mark.parametrize("name", [*FINDINGS, *STOPS])
 def test_correct_twin_is_clean(traced: sim.Library, name: str, seed: int | None) -> None:
     report = run(traced, name, True, seed=seed)
     assert report.clean, report
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_mistake_ends_the_launch(traced: sim.Library, name: str) -> None:
+    with pytest.raises(sim.LaunchError, match=f"source.metal:{LINES[name]}: {STOPS[name]}"):
+        run(traced, name, False)
 
 
 def test_divergence_is_found_untraced(untraced: sim.Library) -> None:

@@ -268,7 +268,7 @@ def test_atomics(library: dict[str, sim.Library], threads: int) -> None:
         grid=(4, 1, 1),
         threadgroup=(20, 1, 1),
         buffers={0: total, 1: most, 2: claimed, 3: out},
-        threadgroup_memory={0: 4},
+        threadgroup_memory={0: 16},
         threads=threads,
     )
     assert (total[0], most[0]) == (40, 30)

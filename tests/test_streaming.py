@@ -65,7 +65,7 @@ def resident(folder):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["shards", "sidecar"])
 @pytest.mark.parametrize("policy", ["lru", "s3fifo", "pinned"])
-@pytest.mark.parametrize("slots", range(TOP_K, 9))
+@pytest.mark.parametrize("slots", [2, 3, 5, 8])
 def test_every_bank_gives_the_bits_of_the_resident_model(
     folder, sidecar, resident, slots, policy, packed
 ):

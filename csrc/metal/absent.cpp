@@ -14,6 +14,10 @@ std::string router_topk_obstacle(int) {
   return "this build has no Metal kernels";
 }
 
+std::string sparse_mla_decode_obstacle(int) {
+  return "this build has no Metal kernels";
+}
+
 }  // namespace metal
 
 void MoeDecode::eval_gpu(
@@ -35,6 +39,18 @@ void Swiglu::eval_gpu(
 }
 
 void ExpertSum::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  FusedPrimitive::eval_gpu(inputs, outputs);
+}
+
+void IndexerTopk::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  FusedPrimitive::eval_gpu(inputs, outputs);
+}
+
+void SparseMlaDecode::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
   FusedPrimitive::eval_gpu(inputs, outputs);

@@ -47,6 +47,11 @@ MTL::ComputePipelineState* kernel(
     mx::metal::Device& device,
     const char* source,
     const std::string& function) {
+  if (function.find('<') == std::string::npos) {
+    auto library =
+        device.get_library("glm_fused_" + function, [&] { return source; });
+    return device.get_kernel(function, library);
+  }
   const std::string name = host_name(function);
   auto library = device.get_library(name, [&] {
     return std::string(source) + "template [[host_name(\"" + name +
@@ -58,6 +63,11 @@ MTL::ComputePipelineState* kernel(
 int simdgroups(MTL::ComputePipelineState* kernel, int wanted) {
   const int most = static_cast<int>(kernel->maxTotalThreadsPerThreadgroup());
   return std::clamp(most / 32, 1, wanted);
+}
+
+// Metal takes threadgroup memory in steps of 16 bytes.
+size_t threadgroup_bytes(size_t words) {
+  return (4 * words + 15) / 16 * 16;
 }
 
 mx::array allocate(mx::Shape shape, mx::Dtype dtype) {

@@ -13,8 +13,8 @@ namespace glm_fused::metal {
 std::string type_name(mx::Dtype dtype);
 std::string format_name(const Format& format, int n, int k);
 
-// The instance `function`, e.g. "moe_down_sum<half, Dense<half>, 4, 1>", of a
-// template in `source`; compiled on first use.
+// The kernel `function` of `source`, e.g. "index_select", or the instance
+// "moe_down_sum<half, Dense<half>, 4, 1>" of a template; compiled on first use.
 MTL::ComputePipelineState* kernel(
     mx::metal::Device& device,
     const char* source,
@@ -22,6 +22,8 @@ MTL::ComputePipelineState* kernel(
 
 // A threadgroup of `simdgroups`, or as many as the kernel's registers allow.
 int simdgroups(MTL::ComputePipelineState* kernel, int wanted);
+
+size_t threadgroup_bytes(size_t words);
 
 mx::array allocate(mx::Shape shape, mx::Dtype dtype);
 

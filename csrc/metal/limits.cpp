@@ -1,5 +1,7 @@
 #include "metal/limits.h"
 
+#include "attention.h"
+
 namespace glm_fused::metal {
 
 namespace {
@@ -8,6 +10,8 @@ namespace {
 constexpr int kMaxPairs = 32 * 1024 / (4 + 8 * 4);
 // Five arrays of at most this many floats.
 constexpr int kMaxExperts = 1024;
+// A float per split.
+constexpr int kMaxListed = 32 * 1024 / 4 * kSplit;
 
 }  // namespace
 
@@ -27,6 +31,14 @@ std::string router_topk_obstacle(int experts) {
   if (experts > kMaxExperts) {
     return std::to_string(experts) + " experts are more than " +
         std::to_string(kMaxExperts);
+  }
+  return "";
+}
+
+std::string sparse_mla_decode_obstacle(int listed) {
+  if (listed > kMaxListed) {
+    return std::to_string(listed) + " listed keys are more than " +
+        std::to_string(kMaxListed);
   }
   return "";
 }

@@ -11,5 +11,6 @@ constexpr int kMaxTokens = 16;
 // Why moe_decode cannot run on the GPU, or nothing when it can.
 std::string moe_decode_obstacle(int tokens, int top_k);
 std::string router_topk_obstacle(int experts);
+std::string sparse_mla_decode_obstacle(int listed);
 
 }  // namespace glm_fused::metal

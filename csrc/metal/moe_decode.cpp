@@ -24,11 +24,6 @@ int blocks(int count, int size) {
   return (count + size - 1) / size;
 }
 
-// Metal takes threadgroup memory in steps of 16 bytes.
-size_t threadgroup_bytes(size_t words) {
-  return (4 * words + 15) / 16 * 16;
-}
-
 }  // namespace
 
 void MoeDecode::eval_gpu(
@@ -53,7 +48,7 @@ void MoeDecode::eval_gpu(
   const std::string rows = std::to_string(tiles.rows);
   const std::string vectors =
       std::to_string(std::bit_ceil(static_cast<unsigned>(params.tokens)));
-  const size_t links = threadgroup_bytes(pairs);
+  const size_t links = metal::threadgroup_bytes(pairs);
   size_t next = 3;
 
   auto act = metal::allocate({pairs, intermediate}, x.dtype());
@@ -96,7 +91,7 @@ void MoeDecode::eval_gpu(
   encoder.set_bytes(params, 7);
   encoder.set_threadgroup_memory_length(links, 0);
   encoder.set_threadgroup_memory_length(
-      threadgroup_bytes(static_cast<size_t>(pairs) * tiles.rows), 1);
+      metal::threadgroup_bytes(static_cast<size_t>(pairs) * tiles.rows), 1);
   simdgroups = metal::simdgroups(down_sum, tiles.down);
   encoder.dispatch_threadgroups(
       MTL::Size(blocks(hidden, tiles.rows), 1, 1),

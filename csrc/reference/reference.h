@@ -2,7 +2,10 @@
 // bit. One simdgroup lane at a time, one rounding per step, MLX's order.
 #pragma once
 
+#include "attention.h"
+#include "cpu/indexer_topk.h"
 #include "cpu/moe_decode.h"
+#include "cpu/sparse_mla_decode.h"
 
 namespace glm_fused::reference {
 
@@ -12,6 +15,10 @@ void quantized_matvec(
     mlx::core::array& y);
 
 void moe_decode(const cpu::Moe& moe);
+
+void indexer_topk(const cpu::Indexer& a);
+
+void sparse_mla_decode(const cpu::Mla& a);
 
 // logits [tokens, experts] of x [tokens, hidden], fp32.
 void router_logits(

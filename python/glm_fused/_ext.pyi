@@ -42,11 +42,37 @@ def router_topk(
     reference: bool,
     metal: bool,
 ) -> tuple[mlx.core.array, mlx.core.array]: ...
+def indexer_topk(
+    q: mlx.core.array,
+    keys: mlx.core.array,
+    weights: mlx.core.array,
+    k: int,
+    scale: float,
+    start: mlx.core.array | None,
+    reference: bool,
+    metal: bool,
+) -> mlx.core.array: ...
+def sparse_mla_decode(
+    q: mlx.core.array,
+    latents: mlx.core.array,
+    ropes: mlx.core.array | None,
+    selected: mlx.core.array | None,
+    rank: int,
+    scale: float,
+    start: mlx.core.array | None,
+    reference: bool,
+    metal: bool,
+) -> mlx.core.array: ...
 def moe_decode_obstacle(tokens: int, top_k: int) -> str:
     """Why moe_decode has no Metal kernel for these counts; empty if it has."""
 
 def router_topk_obstacle(experts: int) -> str:
     """Why router_topk has no Metal kernel for this count; empty if it has."""
+
+def sparse_mla_decode_obstacle(listed: int) -> str:
+    """
+    Why sparse_mla_decode has no Metal kernel for lists of this length; empty if it has.
+    """
 
 def num_threads() -> int:
     """Threads of the CPU kernels."""
@@ -58,6 +84,9 @@ def stream_read(a: mlx.core.array) -> int:
     """
     Read the array's bytes once on all threads: the yardstick of benchmarks.
     """
+
+def multiply_adds(rounds: int) -> float:
+    """Multiply-adds in registers on all threads; returns how many."""
 
 def cpu_kernels() -> str:
     """The instruction set of the CPU kernels: avx512, avx2 or portable."""
@@ -105,8 +134,10 @@ def slot_bank(
     pinned: Sequence[int],
     patience: float,
 ) -> SlotBank: ...
-def slots_resolve(bank: SlotBank, experts: mlx.core.array) -> mlx.core.array:
-    """Slots of experts int32 [tokens, top_k], whose reads may go on."""
+def slots_resolve(bank: SlotBank, experts: mlx.core.array) -> tuple[mlx.core.array, mlx.core.array]:
+    """
+    Slots of experts int32 [tokens, top_k], whose reads may go on, and an array to come after.
+    """
 
 def slots_wait(
     bank: SlotBank, slots: mlx.core.array, after: mlx.core.array | None

@@ -5,11 +5,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from .cache import Span
+from . import ops
+from .cache import Span, append
 from .config import ModelArgs
 from .indexer import Indexer
 from .layers import Linear, MultiLinear
-from .mla import attend
 from .rope import Angles, rotate
 
 
@@ -22,6 +22,7 @@ class Attention(nn.Module):
         self.nope_dim = args.qk_nope_head_dim
         self.latent_dim = args.kv_lora_rank
         self.scale = args.rope.softmax_scale(args.qk_head_dim)
+        self.kv_format = "auto"
         hidden, bias = args.hidden_size, args.attention_bias
         self.q_a_proj = Linear(hidden, args.q_lora_rank, bias)
         self.q_a_layernorm = nn.RMSNorm(args.q_lora_rank, eps=1e-6)
@@ -52,14 +53,21 @@ class Attention(nn.Module):
         q_nope, q_pe = mx.split(q, [self.nope_dim], axis=-1)
         latents, k_pe = mx.split(self.kv_a_proj_with_mqa(x)[:, None], [self.latent_dim], axis=-1)
         latents, k_pe = self.kv_a_layernorm(latents), rotate(k_pe, angles)
-        if cache is not None:
-            latents, k_pe = cache[0].update_and_fetch(latents, k_pe)
+        latents, ropes = append(None if cache is None else cache[0], latents, k_pe, self.kv_format)
         if "indexer" in self:
             indexer_cache = None if cache is None else cache[1]
             selection, keys = self.indexer(x, q_latent, span, angles, indexer_cache)
             # Unscored keys would otherwise stay a growing chain of unevaluated updates.
             latents = mx.depends(latents, keys)
         queries = mx.concatenate([self.embed_q(q_nope), rotate(q_pe, angles)], axis=-1)
-        out = attend(queries, latents[:, 0], k_pe[:, 0], span, selection, self.scale)
-        out = self.unembed_out(out.astype(x.dtype))
+        out = ops.sparse_mla_decode(
+            queries.swapaxes(1, 2),
+            latents,
+            ropes,
+            selection,
+            rank=self.latent_dim,
+            scale=self.scale,
+            start=span.start,
+        )
+        out = self.unembed_out(out.swapaxes(1, 2).astype(x.dtype))
         return self.o_proj(out.swapaxes(1, 2).reshape(b, length, -1)), selection

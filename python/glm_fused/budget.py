@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .cache import bytes_per_token
 from .chunks import BUDGET_BYTES
 from .config import ModelArgs
-from .report import kv_bytes_per_token
 
 if TYPE_CHECKING:
     from .streaming import StreamOptions
@@ -43,15 +43,6 @@ class Shares:
     dense: int
     kv: int
     staging: int
-
-    @classmethod
-    def of(cls, args: ModelArgs, dense: int, context: int, buffers: int) -> Shares:
-        """``buffers`` are the reader's; staging adds the temporaries of one prompt chunk."""
-        cached = -(-context // 256) * 256  # what mlx-lm's cache grows by
-        # Twice: a cache that grows is copied, one layer of one at a time.
-        kv = kv_bytes_per_token(args) * cached
-        kv += kv // args.num_hidden_layers
-        return cls(resident_bytes(), dense, kv, buffers + _prompt_bytes(args, context))
 
     @property
     def total(self) -> int:
@@ -146,7 +137,15 @@ def affordable_bytes(direct: bool) -> int:
     return int(total * (0.85 if direct else 0.6))
 
 
-def _prompt_bytes(args: ModelArgs, context: int) -> int:
+def cache_bytes(args: ModelArgs, context: int, kv_format: str) -> int:
+    """Of a KV cache that grew to ``context`` tokens."""
+    # It grows in steps of 256 tokens or an eighth, and is copied, a layer at a time.
+    tokens = context + max(256, context // 8)
+    cached = bytes_per_token(args, kv_format) * tokens
+    return cached + cached // args.num_hidden_layers
+
+
+def prompt_bytes(args: ModelArgs, context: int) -> int:
     """An estimate of the temporaries of one prompt chunk."""
     tokens = min(PREFILL_TOKENS, context)
     # Float32 at worst: rows gathered for experts, their outputs, the same joined and reordered.

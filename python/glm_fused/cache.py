@@ -2,7 +2,8 @@
 
 A layer's cache is a ``CacheList``: [0] holds the latents (keys [b, 1, t, kv_lora_rank], values
 [b, 1, t, rope]); a full layer's [1] holds the indexer keys [b, 1, t, index_head_dim] with values of
-zero width. A shared layer has no [1].
+zero width. A shared layer has no [1]. In a packed format (`glm_fused.rows`) the keys are whole rows
+of bytes and all values have zero width, so mlx-lm trims, batches and saves them like any other.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import CacheList, KVCache
 
 from .config import ModelArgs
+from .rows import FLOATS, PACKED, format_of, pack, row_bytes
 
 
 def make_cache(args: ModelArgs) -> list[CacheList]:
@@ -19,6 +21,13 @@ def make_cache(args: ModelArgs) -> list[CacheList]:
         CacheList(KVCache(), KVCache()) if args.is_full(i) else CacheList(KVCache())
         for i in range(args.num_hidden_layers)
     ]
+
+
+def bytes_per_token(args: ModelArgs, kv_format: str = "bf16") -> int:
+    """Cache growth per token: latents and RoPE keys, and on full layers indexer keys."""
+    full = sum(args.is_full(i) for i in range(args.num_hidden_layers))
+    latents = row_bytes(kv_format, args.kv_lora_rank, args.qk_rope_head_dim)
+    return args.num_hidden_layers * latents + full * row_bytes(kv_format, args.index_head_dim, 0)
 
 
 def check_cache(cache: Sequence[Any], args: ModelArgs) -> None:
@@ -37,12 +46,31 @@ def check_cache(cache: Sequence[Any], args: ModelArgs) -> None:
             )
 
 
-def append_indexer_keys(cache: Any, keys: mx.array) -> mx.array:
-    """Append ``keys`` [b, 1, l, d] and return all, [b, 1, t, d]."""
-    keys, _ = cache.update_and_fetch(keys, keys[..., :0])
-    # Nothing reads the zero-width values, so their updates would pile up unevaluated.
-    cache.values = mx.zeros(cache.values.shape, cache.values.dtype)
-    return keys
+def append(
+    cache: Any | None, values: mx.array, rope: mx.array | None, kv_format: str
+) -> tuple[mx.array, mx.array | None]:
+    """Append values [b, 1, l, r] and rope [b, 1, l, p] to ``cache``; returns all of its rows.
+
+    They are float [b, t, r] and [b, t, p], or packed and None. A cache that is not empty keeps its
+    own format; an empty one, or None, takes ``kv_format``.
+    """
+    if cache is not None and cache.keys is not None:
+        kv_format = format_of(cache.keys.dtype)
+    if kv_format in PACKED:
+        values, rope = pack(values, rope, kv_format), None
+    elif kv_format in FLOATS:
+        values = values.astype(FLOATS[kv_format])
+        rope = None if rope is None else rope.astype(values.dtype)
+    if cache is not None:
+        # A growing cache is copied to a larger one: seldom enough to cost little per token.
+        cache.step = max(type(cache).step, cache.size() // 8)
+        values, other = cache.update_and_fetch(values, values[..., :0] if rope is None else rope)
+        if rope is not None:
+            rope = other
+        else:
+            # Nothing reads the zero-width values, so their updates would pile up unevaluated.
+            cache.values = mx.zeros(cache.values.shape, cache.values.dtype)
+    return values[:, 0], None if rope is None else rope[:, 0]
 
 
 class Span(NamedTuple):
@@ -73,18 +101,3 @@ class Span(NamedTuple):
         """Token positions [b or 1, l]; those of padding are negative."""
         columns = mx.arange(self.first, self.total)[None]
         return columns if self.start is None else columns - self.start[:, None]
-
-    def allows(self, columns: mx.array, lo: int, hi: int) -> mx.array | None:
-        """Whether queries lo..hi - 1 may see ``columns`` [b or 1, hi - lo or 1, n]: causal, not
-        padding. None where every column of the cache is visible."""
-        if self.length == 1 and self.start is None:
-            return None
-        queries = mx.arange(self.first + lo, self.first + hi)[None, :, None]
-        allowed = columns <= queries
-        if self.start is not None:
-            allowed = allowed & (columns >= self.start[:, None, None])
-        return allowed
-
-    def mask(self, lo: int, hi: int) -> mx.array | None:
-        """``allows`` for all cached keys: [b or 1, hi - lo, t]."""
-        return self.allows(mx.arange(self.total)[None, None], lo, hi)

@@ -13,10 +13,12 @@ from typing import NoReturn
 
 from . import cli_streaming
 from .arguments import integer, number
-from .commands import run_demo, run_doctor, run_generate, run_inspect
+from .commands import run_demo, run_doctor, run_generate, run_inspect, run_selftest
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 plus the signal, as a shell reports it
 MAX_THREADS = 1024
+KV_FORMATS = ("auto", "bf16", "fp16", "fp32", "fp8", "int8")  # those of rows.py, without mlx
+BACKENDS = ("cpu", "metal", "metal-sim", "all-available")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,13 +78,20 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check the installation and this machine")
     doctor.set_defaults(run=run_doctor)
 
+    selftest = commands.add_parser("selftest", help="check every kernel, measure, make a report")
+    selftest.set_defaults(run=run_selftest)
+    _add_selftest(selftest)
+
     inspect = commands.add_parser("inspect", help="say what a checkpoint is and what it costs")
     inspect.set_defaults(run=run_inspect)
     inspect.add_argument("path", metavar="PATH", help="folder of a checkpoint")
 
     cli_streaming.add_commands(commands)
 
-    for command in (generate, demo, doctor):
+    for command in (generate, demo):
+        text = "how the cache stores keys (default: as the activations)"
+        command.add_argument("--kv-format", choices=KV_FORMATS, default="auto", help=text)
+    for command in (generate, demo, doctor, selftest):
         threads = integer(1, MAX_THREADS)
         command.add_argument("--threads", type=threads, metavar="N", help="of the CPU kernels")
     for command in (generate, demo, doctor, inspect):
@@ -104,6 +113,15 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--ab", action="store_true", help="run the fused and the reference path and compare bits")
     add("--verbose", action="store_true", help="speeds on stderr, in a pipe too")
     cli_streaming.add_options(parser)
+
+
+def _add_selftest(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    text = f"{', '.join(BACKENDS)} (default: all-available)"
+    add("--backend", choices=BACKENDS, default="all-available", metavar="NAME", help=text)
+    add("--quick", action="store_true", help="a part of the cases, under half a minute")
+    add("--no-bench", dest="bench", action="store_false", help="do not measure speed")
+    add("--json", metavar="FILE", help="write the report to FILE; - prints it instead of a summary")
 
 
 def _add_length(parser: argparse.ArgumentParser, default: int) -> None:

@@ -7,10 +7,10 @@ compiled extension does not load.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
     prompt = _read_prompt(args.prompt)
     stream = stream_options(args, DEFAULT_CONTEXT + args.max_tokens)
-    model, tokenizer = _load(_folder(args.model), args.threads, stream)
+    model, tokenizer = _load(_folder(args.model), args, stream)
     if model.streaming is not None:
         print(model.streaming.plan.format(), file=sys.stderr)
     tokens = encode(model, tokenizer, prompt, args.raw)
@@ -62,7 +62,7 @@ def run_demo(args: argparse.Namespace) -> int:
     from .generate import Options
 
     prompt = demo.PROMPT if args.prompt is None else _read_prompt(args.prompt)
-    model, tokenizer = _load(demo.checkpoint_folder(), args.threads)
+    model, tokenizer = _load(demo.checkpoint_folder(), args)
     write = _discard if args.json else _write
     options = Options(args.max_tokens, demo.TEMP, demo.TOP_P, demo.SEED)
     result = demo.run(model, tokenizer, prompt, options, write)
@@ -91,6 +91,44 @@ def run_inspect(args: argparse.Namespace) -> int:
     else:
         print(format_report(description))
     return 0
+
+
+def run_selftest(args: argparse.Namespace) -> int:
+    from . import set_num_threads
+    from .selftest import report
+
+    target = None if args.json in (None, "-") else _new_file(args.json)
+    if args.threads is not None:
+        set_num_threads(args.threads)
+    with _progress() as step:
+        result = report.examine(args.backend, quick=args.quick, bench=args.bench, step=step)
+    if args.json == "-":
+        _print_json(result)
+    else:
+        print(report.format_report(result))
+    if target is not None:
+        report.write(result, target)
+        print(f"report written to {target}")
+    return 0 if result["ok"] else 1
+
+
+def _new_file(text: str) -> Path:
+    """A file to write later; refused now where it cannot be."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"{text} is a folder, expected a file to write.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} does not exist, to write {path.name} into.")
+    return path
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Shows what is being done, on a terminal."""
+    from tqdm import tqdm
+
+    with tqdm(bar_format="{elapsed} {desc}", disable=not sys.stderr.isatty(), leave=False) as bar:
+        yield bar.set_description_str
 
 
 def _compare(
@@ -124,7 +162,7 @@ def _folder(text: str) -> Path:
     raise FileNotFoundError(f"{text} does not exist; models are read from local folders.{hint}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _traced(
     model: Model, path: str | None, write: Callable[[str], None]
 ) -> Iterator[Callable[[str], None]]:
@@ -147,15 +185,15 @@ def _traced(
 
 
 def _load(
-    path: Path, threads: int | None, stream: StreamOptions | None = None
+    path: Path, args: argparse.Namespace, stream: StreamOptions | None = None
 ) -> tuple[Model, TokenizerWrapper]:
     from . import load, set_num_threads
 
-    if threads is not None:
-        set_num_threads(threads)
+    if args.threads is not None:
+        set_num_threads(args.threads)
     if (path / "config.json").exists() and not (path / "tokenizer_config.json").exists():
         raise FileNotFoundError(f"{path} has no tokenizer_config.json.")
-    return load(path, stream)
+    return load(path, kv_format=args.kv_format, stream=stream)
 
 
 def _read_prompt(text: str) -> str:
@@ -190,6 +228,7 @@ def _print_speeds(completion: Completion) -> None:
     print(
         f"prompt      {c.prompt_tokens} tokens, {c.prompt_tps:.1f} tok/s\n"
         f"generated   {len(c.tokens)} tokens{speed} ({c.path})\n"
-        f"peak memory {c.peak_memory_bytes / 1e9:.2f} GB",
+        f"peak memory {c.peak_memory_bytes / 1e9:.2f} GB\n"
+        f"cache       {c.kv_bytes / 1e6:.2f} MB in {c.kv_format} for {c.kv_tokens} tokens",
         file=sys.stderr,
     )

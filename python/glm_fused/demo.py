@@ -69,4 +69,5 @@ def run(
         completion = generate(model, tokenizer, tokens, options, write)
     comparison = compare(model, tokens, options)
     write(f"\n---\n{format_comparison(comparison)}\n")
-    return {"prompt": prompt, "text": completion.text, "ab": comparison.describe()}
+    kv = {"format": completion.kv_format, "bytes": completion.kv_bytes}
+    return {"prompt": prompt, "text": completion.text, "ab": comparison.describe(), "kv": kv}

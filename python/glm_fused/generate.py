@@ -15,6 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from . import _ext, ops, paths
 from .model import Model
 from .moe import MoE
+from .rows import format_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Completion:
-    """A generated text. ``tokens`` ends with the stop token where ``finish_reason`` is "stop"."""
+    """A generated text. ``tokens`` ends with the stop token where ``finish_reason`` is "stop".
+
+    ``kv_bytes`` is what the cache of ``kv_tokens`` tokens has allocated, with room to grow.
+    """
 
     text: str
     tokens: list[int]
@@ -42,6 +46,9 @@ class Completion:
     prompt_tps: float
     generation_tps: float | None
     peak_memory_bytes: int
+    kv_format: str
+    kv_bytes: int
+    kv_tokens: int
 
     def describe(self) -> dict[str, Any]:
         return asdict(self) | {"generation_tokens": len(self.tokens)}
@@ -86,8 +93,14 @@ def generate(
         mx.random.seed(options.seed)
     mx.reset_peak_memory()
     text, tokens, ticks, response = "", [], [], None
+    kv = model.make_cache()
     for response in stream_generate(
-        model, tokenizer, list(prompt), options.max_tokens, sampler=options.sampler()
+        model,
+        tokenizer,
+        list(prompt),
+        options.max_tokens,
+        sampler=options.sampler(),
+        prompt_cache=kv,
     ):
         ticks.append(time.perf_counter())
         tokens.append(int(response.token))
@@ -103,6 +116,9 @@ def generate(
         prompt_tps=response.prompt_tps,
         generation_tps=ratio(len(ticks) - 1, ticks[-1] - ticks[0]),
         peak_memory_bytes=mx.get_peak_memory(),
+        kv_format=format_of(kv[0][0].keys.dtype),
+        kv_bytes=sum(layer.nbytes for layer in kv),
+        kv_tokens=kv[0].size(),
     )
 
 

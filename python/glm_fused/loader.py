@@ -22,6 +22,7 @@ from .formats import Quantization, infer_format, quantization_from_config
 from .layout import unused
 from .manifest import check_tensors
 from .model import Model
+from .rows import check_kv_format
 from .streaming import StreamOptions, attach_banks, find_source, plan_streaming
 
 _SCALE_SUFFIXES = (".weight_scale_inv", ".kv_b_proj.scales", ".kv_b_proj.biases")
@@ -36,28 +37,32 @@ class _Scales(NamedTuple):
 
 
 def load_model(
-    path: str | os.PathLike[str], lazy: bool = False, stream: StreamOptions | None = None
+    path: str | os.PathLike[str],
+    lazy: bool = False,
+    kv_format: str = "auto",
+    stream: StreamOptions | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Load the model in the folder ``path``; returns it and its config.
 
-    With ``stream``, routed experts are read as they are needed; ``model.streaming`` has the plan
-    and counters, and scales of experts are not checked for NaN.
+    ``kv_format`` is how its caches store keys, one of `glm_fused.rows.KV_FORMATS`. With ``stream``,
+    routed experts are read as they are needed; ``model.streaming`` has the plan and counters, and
+    scales of experts are not checked for NaN.
 
     Raises FileNotFoundError for missing files and ValueError for anything that does not fit, naming
     file and tensor with what was found and expected. With ``lazy`` parameters are read when they
     are first used, and scales are not checked for NaN.
     """
-    model, checkpoint, sources = _build(path, stream)
+    model, checkpoint, sources = _build(path, kv_format, stream)
     if not lazy:
         _materialize(model, checkpoint, sources)
     return model, checkpoint.config
 
 
 def load(
-    path: str | os.PathLike[str], stream: StreamOptions | None = None
+    path: str | os.PathLike[str], kv_format: str = "auto", stream: StreamOptions | None = None
 ) -> tuple[Model, TokenizerWrapper]:
-    """Load model and tokenizer; the same as ``load_model``, errors too."""
-    model, checkpoint, sources = _build(path, stream)
+    """Load model and tokenizer; arguments and errors are those of ``load_model``."""
+    model, checkpoint, sources = _build(path, kv_format, stream)
     tokenizer = _load_tokenizer(checkpoint)
     _materialize(model, checkpoint, sources)
     return model, tokenizer
@@ -75,18 +80,20 @@ def _load_tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
 
 
 def _build(
-    path: str | os.PathLike[str], stream: StreamOptions | None
+    path: str | os.PathLike[str], kv_format: str, stream: StreamOptions | None
 ) -> tuple[Model, Checkpoint, list[_Scales]]:
     """The model over lazy weights, and those scales that no parameter of it will show."""
+    check_kv_format(kv_format)
     checkpoint = Checkpoint.open(path)
     args = args_from_config(checkpoint.config)
     quantization = quantization_from_config(checkpoint.config)
-    check_tensors(args, quantization, checkpoint.tensors)
+    manifest = check_tensors(args, quantization, checkpoint.tensors)
     if stream is not None:
         source = find_source(checkpoint, args, stream.sidecar)
-        plan = plan_streaming(checkpoint, args, source, stream)
+        plan = plan_streaming(manifest, args, source, stream, kv_format)
     weights = _read_lazily(checkpoint)
     model = Model(args)
+    model.kv_format = kv_format
     if stream is not None:
         _allow_open_files(len(checkpoint.files) + len(source.files))
         model.streaming = attach_banks(model, args, source, plan, stream)

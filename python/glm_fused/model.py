@@ -16,6 +16,8 @@ from .config import ModelArgs
 from .layers import MLP, Linear, embedding_weight
 from .moe import MoE
 from .rope import Angles, Rope
+from .rows import check_kv_format
+from .stock import visible_columns
 
 if TYPE_CHECKING:
     from .streaming import Streaming
@@ -74,7 +76,9 @@ class Decoder(nn.Module):
 
 
 def _every_key(tokens: mx.array, span: Span) -> mx.array:
-    return mx.broadcast_to(mx.arange(span.total, dtype=mx.int32), (*tokens.shape, span.total))
+    columns = mx.arange(span.total, dtype=mx.int32)[None, None]
+    visible = visible_columns(columns, span.length, span.total, 0, span.length, span.start)
+    return mx.broadcast_to(mx.where(visible, columns, -1), (*tokens.shape, span.total))
 
 
 class Model(nn.Module):
@@ -100,7 +104,7 @@ class Model(nn.Module):
 
         A ``trace`` list receives, per full layer in order, the indexer's choice: int32
         [b, l, min(topk, t)], ascending columns of the cache. A query with fewer visible keys
-        than that also lists keys it cannot see (later ones, or left padding).
+        than that also has entries of -1.
         """
         _check_tokens(tokens)
         if cache is not None:
@@ -118,6 +122,19 @@ class Model(nn.Module):
     def cast_predicate(self) -> Callable[[str], bool]:
         """Which parameters ``mlx_lm.convert --dtype`` may cast."""
         return lambda name: not name.endswith("e_score_correction_bias")
+
+    @property
+    def kv_format(self) -> str:
+        """How new caches store keys: one of `glm_fused.rows.KV_FORMATS`, ``auto`` at first."""
+        return self.layers[0].self_attn.kv_format
+
+    @kv_format.setter
+    def kv_format(self, name: str) -> None:
+        check_kv_format(name)
+        for layer in self.layers:
+            layer.self_attn.kv_format = name
+            if "indexer" in layer.self_attn:
+                layer.self_attn.indexer.kv_format = name
 
     def make_cache(self) -> list[CacheList]:
         """One ``CacheList`` per layer: two ``KVCache`` on full layers, one on shared ones."""

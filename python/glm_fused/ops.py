@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
-from . import _ext, metal_sim, paths
+from . import _ext, metal_sim, paths, stock
 
 Mode = Literal["dense", "affine", "mxfp4", "mxfp8", "nvfp4"]
 
@@ -110,7 +110,8 @@ def moe_decode(
 
     Raises:
         ValueError: a shape, dtype or format does not fit; the message names the argument.
-        RuntimeError: when the result is evaluated, a slot is out of range.
+        RuntimeError: when the result is evaluated on the CPU, a slot is out of range; a GPU cannot
+            raise, and gives NaN.
     """
     use_reference = paths.use_reference(reference)
     metal = not use_reference and _on_metal() and _metal_takes(x, slots)
@@ -171,9 +172,95 @@ def router_topk(
     )
 
 
+def indexer_topk(
+    q: mx.array,
+    keys: mx.array,
+    weights: mx.array,
+    k: int,
+    *,
+    scale: float,
+    start: mx.array | None = None,
+    reference: bool | None = None,
+) -> mx.array:
+    """The cached keys that each query attends to (lightning indexer, DeepSeek-V3.2).
+
+    The queries are the cache's last ``l`` tokens; query ``i`` sees the keys ``start`` to
+    ``t - l + i``. Scores are ``sum_h weights[h] * relu(q[h] . key * scale)`` in fp32; the `k` best
+    are selected, the lowest index among equals; a NaN ranks with -inf. Holds at most 64 MiB of
+    scores at once (one query's, where `t` is beyond 2^24), however many queries there are.
+
+    Args:
+        q: float [b, l, heads, dim].
+        keys: float [b, t, dim], or packed rows of `glm_fused.rows`.
+        weights: float [b, l, heads].
+        k: how many keys to select, at least 1.
+        start: int32 [b], each sequence's first key that is not padding; None: 0.
+        reference: True or False overrides the current path.
+
+    Returns:
+        int32 [b, l, k], ascending, then -1 where fewer than `k` keys are visible.
+
+    Raises:
+        ValueError: a shape or dtype does not fit; the message names the argument.
+    """
+    use_reference = paths.use_reference(reference)
+    metal = not use_reference and _on_metal()
+    if _on_gpu() and not (metal or use_reference):
+        return stock.indexer_topk(q, keys, weights, k, scale, start)
+    return _ext.indexer_topk(q, keys, weights, k, scale, start, use_reference, metal)
+
+
+def sparse_mla_decode(
+    q: mx.array,
+    latents: mx.array,
+    ropes: mx.array | None = None,
+    selected: mx.array | None = None,
+    *,
+    rank: int,
+    scale: float,
+    start: mx.array | None = None,
+    reference: bool | None = None,
+) -> mx.array:
+    """Absorbed multi-head latent attention over the selected cached rows (DeepSeek-V2).
+
+    ``softmax(q . row * scale) row[:rank]`` in fp32. The queries are the cache's last ``l`` tokens
+    and see what `indexer_topk` lets them see; an entry of `selected` outside that, such as -1, is
+    skipped. A query without keys gives zeros. Results depend neither on the number of queries nor
+    on threads. Needs, per query and listed key, heads * 4 bytes, for 32 MiB of queries (at least
+    one) at a time.
+
+    Args:
+        q: float [b, l, heads, rank + rope].
+        latents: float [b, t, rank], or packed rows of `glm_fused.rows`, which include `ropes`.
+        ropes: float [b, t, rope].
+        selected: int32 [b, l, k]; None: every visible key.
+        start: int32 [b], each sequence's first key that is not padding; None: 0.
+        reference: True or False overrides the current path.
+
+    Returns:
+        float32 [b, l, heads, rank].
+
+    Raises:
+        ValueError: a shape or dtype does not fit; the message names the argument.
+    """
+    use_reference = paths.use_reference(reference)
+    metal = not use_reference and _on_metal()
+    if metal:
+        listed = (latents if selected is None else selected).shape
+        obstacle = _ext.sparse_mla_decode_obstacle(listed[1 if selected is None else -1])
+        if obstacle:
+            paths.fall_back("sparse_mla_decode", obstacle)
+        metal = not obstacle
+    if _on_gpu() and not (metal or use_reference):
+        return stock.sparse_mla_decode(q, latents, ropes, selected, rank, scale, start)
+    return _ext.sparse_mla_decode(
+        q, latents, ropes, selected, rank, scale, start, use_reference, metal
+    )
+
+
 def stock_matmul(x: mx.array, w: Weight) -> mx.array:
     if w.scales is None:
-        return x @ w.weight.swapaxes(-1, -2)
+        return (x @ w.weight.swapaxes(-1, -2)).astype(x.dtype)
     return mx.quantized_matmul(
         x,
         w.weight,
@@ -183,23 +270,25 @@ def stock_matmul(x: mx.array, w: Weight) -> mx.array:
         group_size=w.group_size,
         bits=w.bits,
         mode=w.mode,
-    )
+    ).astype(x.dtype)
 
 
 def stock_gather(x: mx.array, w: Weight, slots: mx.array) -> mx.array:
     if w.scales is None:
-        return mx.gather_mm(x, w.weight.swapaxes(-1, -2), rhs_indices=slots)
-    return mx.gather_qmm(
-        x,
-        w.weight,
-        w.scales,
-        w.biases,
-        rhs_indices=slots,
-        transpose=True,
-        group_size=w.group_size,
-        bits=w.bits,
-        mode=w.mode,
-    )
+        y = mx.gather_mm(x, w.weight.swapaxes(-1, -2), rhs_indices=slots)
+    else:
+        y = mx.gather_qmm(
+            x,
+            w.weight,
+            w.scales,
+            w.biases,
+            rhs_indices=slots,
+            transpose=True,
+            group_size=w.group_size,
+            bits=w.bits,
+            mode=w.mode,
+        )
+    return y.astype(x.dtype)
 
 
 def stock_moe(

@@ -7,6 +7,7 @@ from math import prod
 from textwrap import wrap
 from typing import Any
 
+from .cache import bytes_per_token
 from .checkpoint import Checkpoint
 from .config import DeepseekV32Args, ModelArgs, args_from_config
 from .formats import quantization_from_config
@@ -14,7 +15,6 @@ from .layout import Module, modules
 from .manifest import Manifest, Stored, check_tensors
 
 WIDTH = 100
-CACHE_BYTES = 2  # bfloat16
 RELEASED_EXPERTS = 256
 
 
@@ -38,7 +38,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "bytes_on_disk": sum(checkpoint.files.values()),
         "bytes_loaded": sum(kind.loaded for kind in kinds.values()),
         "bytes_read_per_token": round(sum(kind.read for kind in kinds.values())),
-        "kv_bytes_per_token": kv_bytes_per_token(args),
+        "kv_bytes_per_token": bytes_per_token(args),
         "formats": {name: kind.describe() for name, kind in kinds.items()},
         "layers": args.num_hidden_layers,
         "full_layers": _ranges(i for i in range(args.num_hidden_layers) if args.is_full(i)),
@@ -63,13 +63,6 @@ def variant(args: ModelArgs) -> str:
     count = args.n_routed_experts
     pruned = count is not None and count < RELEASED_EXPERTS
     return f"{name}, REAP-pruned to {count} of {RELEASED_EXPERTS} experts" if pruned else name
-
-
-def kv_bytes_per_token(args: ModelArgs) -> int:
-    """Cache growth per token: latents and RoPE keys, and on full layers indexer keys."""
-    full = sum(args.is_full(i) for i in range(args.num_hidden_layers))
-    latents = args.num_hidden_layers * (args.kv_lora_rank + args.qk_rope_head_dim)
-    return CACHE_BYTES * (latents + full * args.index_head_dim)
 
 
 def activity(args: ModelArgs, module: Module) -> float:

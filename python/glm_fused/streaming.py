@@ -11,11 +11,12 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext, ops
-from .budget import Plan, Shares, make_plan
+from .budget import Plan, Shares, cache_bytes, make_plan, prompt_bytes, resident_bytes
 from .checkpoint import Checkpoint
 from .config import ModelArgs
 from .expert_source import ExpertSource, LayerExperts, checkpoint_source
 from .layout import PROJECTIONS
+from .manifest import Manifest
 from .model import Model
 from .moe import MoE
 from .slots import StreamedExperts
@@ -95,17 +96,33 @@ def find_source(
 
 
 def plan_streaming(
-    checkpoint: Checkpoint, args: ModelArgs, source: ExpertSource, options: StreamOptions
+    manifest: Manifest,
+    args: ModelArgs,
+    source: ExpertSource,
+    options: StreamOptions,
+    kv_format: str,
 ) -> Plan:
     """Share the budget out; raises ValueError, with the numbers, where it is too small."""
-    experts = sum(
-        layer.experts * layer.expert_bytes
-        for layer in checkpoint_source(checkpoint, args).layers.values()
+    dense = sum(
+        stored.nbytes * (2 if stored.format == "fp8" else 1)  # becomes bfloat16
+        for stored in manifest.stored
+        if not stored.source.module.experts
     )
-    dense = sum(checkpoint.files.values()) - experts
-    shares = Shares.of(args, dense, options.context, options.depth * (options.split + 8192))
+    kv_format = _float_format(manifest) if kv_format == "auto" else kv_format
+    shares = Shares(
+        process=resident_bytes(),
+        dense=dense,
+        kv=cache_bytes(args, options.context, kv_format),
+        staging=options.depth * (options.split + 8192) + prompt_bytes(args, options.context),
+    )
     layers = [layer.expert_bytes for layer in source.layers.values()]
     return make_plan(args, shares, layers, options)
+
+
+def _float_format(manifest: Manifest) -> str:
+    """The format of the activations, which are of the embedding's type."""
+    kinds = {str(s.format) for s in manifest.stored if s.source.kind in ("norms", "embedding")}
+    return "fp32" if "F32" in kinds else "bf16"
 
 
 def attach_banks(

@@ -216,6 +216,11 @@ void CommandEncoder::add_temporary(array arr) {
   cpu::get_command_encoder(state_of(this).stream).add_temporary(arr);
 }
 
+void CommandEncoder::add_temporaries(std::vector<array> arrays) {
+  cpu::get_command_encoder(state_of(this).stream)
+      .add_temporaries(std::move(arrays));
+}
+
 void CommandEncoder::dispatch_threadgroups(MTL::Size grid, MTL::Size group) {
   dispatch(this, grid, group, false);
 }

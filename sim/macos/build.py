@@ -34,6 +34,10 @@ def work_dir() -> Path:
     return REPOSITORY / "build" / "macos"
 
 
+def cmake_dir() -> Path:
+    return work_dir() / "cmake"
+
+
 def build_wheel(mlx: Path, to: Path) -> Path:
     """Compile, link and pack; warnings are errors.
 
@@ -42,7 +46,8 @@ def build_wheel(mlx: Path, to: Path) -> Path:
     """
     sdk.make(mlx, work_dir() / "sdk")
     to.mkdir(parents=True, exist_ok=True)
-    for old in to.glob("*.whl"):
+    # Linked anew each time: ninja does not know of the stubs that the link reads.
+    for old in [*to.glob("*.whl"), *cmake_dir().glob("_ext*.so")]:
         old.unlink()
     run = subprocess.run(
         [sys.executable, "-c", BUILD_WHEEL, to, json.dumps(_settings(mlx))],
@@ -95,7 +100,7 @@ def _settings(mlx: Path) -> dict[str, object]:
         "Python_SOABI": sysconfig.get_config_var("SOABI"),
     }
     return {
-        "build-dir": str(work_dir() / "cmake"),
+        "build-dir": str(cmake_dir()),
         "cmake.python-hints": "false",
         "cmake.args": [f"-D{name}={value}" for name, value in defines.items()],
     }

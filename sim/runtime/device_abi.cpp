@@ -12,11 +12,16 @@ using sim::Worker;
 
 namespace {
 
-void trace(const void* address, uint64_t size, Access access, void* pc) {
+void trace(
+    const void* address,
+    uint64_t size,
+    Access access,
+    void* pc,
+    uint64_t alignment = 1) {
   Worker* worker = Worker::running();
   if (worker && worker->launch().tracer) {
     worker->launch().tracer->access(
-        *worker, uint64_t(address), size, access, uintptr_t(pc));
+        *worker, uint64_t(address), size, access, uintptr_t(pc), alignment);
   }
 }
 
@@ -135,7 +140,8 @@ sim_rt_atomic(uint32_t op, uint32_t type, uint64_t address, uint64_t value) {
       op == kLoad        ? Access::kAtomicRead
           : op == kStore ? Access::kAtomicWrite
                          : Access::kAtomic,
-      __builtin_return_address(0));
+      __builtin_return_address(0),
+      size);
   switch (type) {
     case kBool:
       return apply<uint8_t>(op, address, value);
@@ -159,21 +165,23 @@ bool sim_rt_compare_exchange(
       reinterpret_cast<void*>(address),
       size,
       Access::kAtomic,
-      __builtin_return_address(0));
+      __builtin_return_address(0),
+      size);
   return size == 1 ? compare_exchange<uint8_t>(address, expected, desired)
       : size == 4  ? compare_exchange<uint32_t>(address, expected, desired)
                    : compare_exchange<uint64_t>(address, expected, desired);
 }
 
-#define SIM_TRACE(name, size, kind)                          \
-  void __tsan_##name(void* address) {                        \
-    trace(address, size, kind, __builtin_return_address(0)); \
+#define SIM_TRACE(name, size, kind, alignment)                          \
+  void __tsan_##name(void* address) {                                   \
+    trace(address, size, kind, __builtin_return_address(0), alignment); \
   }
-#define SIM_TRACE_SIZE(size)                           \
-  SIM_TRACE(read##size, size, Access::kRead)           \
-  SIM_TRACE(write##size, size, Access::kWrite)         \
-  SIM_TRACE(unaligned_read##size, size, Access::kRead) \
-  SIM_TRACE(unaligned_write##size, size, Access::kWrite)
+// The compiler calls an access aligned from 8 bytes on.
+#define SIM_TRACE_SIZE(size)                                        \
+  SIM_TRACE(read##size, size, Access::kRead, size < 8 ? size : 8)   \
+  SIM_TRACE(write##size, size, Access::kWrite, size < 8 ? size : 8) \
+  SIM_TRACE(unaligned_read##size, size, Access::kRead, 1)           \
+  SIM_TRACE(unaligned_write##size, size, Access::kWrite, 1)
 SIM_TRACE_SIZE(1)
 SIM_TRACE_SIZE(2)
 SIM_TRACE_SIZE(4)

@@ -127,6 +127,7 @@ enum sim_finding_kind {
   SIM_OUT_OF_BOUNDS = 1,
   SIM_UNINITIALISED = 2,  // threadgroup memory read before it is written
   SIM_DIVERGENCE = 3,  // threads wait at different barriers or simd functions
+  SIM_MISALIGNED = 4,  // an address that is no multiple of the type's alignment
 };
 
 enum { SIM_THREADGROUP_MEMORY = -1, SIM_NO_BUFFER = -2 };

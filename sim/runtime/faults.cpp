@@ -3,7 +3,7 @@
 #include <signal.h>
 #include <ucontext.h>
 
-#include <initializer_list>
+#include <iterator>
 #include <mutex>
 
 #include "fiber.h"
@@ -12,8 +12,9 @@ namespace sim {
 namespace {
 
 constexpr size_t kAlternateStack = 256 * 1024;
-constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE};
-struct sigaction previous[3];
+constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP};
+constexpr int kCount = std::size(kSignals);
+struct sigaction previous[kCount];
 
 uintptr_t program_counter(const void* context) {
   auto* machine = &static_cast<const ucontext_t*>(context)->uc_mcontext;
@@ -30,7 +31,7 @@ void on_fault(int signal, siginfo_t* info, void* context) {
   Worker* worker = Worker::running();
   if (!worker) {
     // Not ours: the previous handler sees it when the instruction runs again.
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < kCount; i++) {
       if (kSignals[i] == signal) {
         sigaction(signal, &previous[i], nullptr);
       }
@@ -39,6 +40,8 @@ void on_fault(int signal, siginfo_t* info, void* context) {
   }
   auto address = uint64_t(info->si_addr);
   std::string problem = signal == SIGFPE ? "integer division by zero"
+      : signal == SIGILL || signal == SIGTRAP
+      ? "undefined behaviour, such as an index outside an array"
       : worker->on_guard_page(address)
       ? "a thread's stack overflows 64 KB"
       : "stray access: " + worker->launch().memory->describe(address);
@@ -49,7 +52,7 @@ void install() {
   struct sigaction action{};
   action.sa_sigaction = on_fault;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-  for (int i = 0; i < 3; i++) {
+  for (int i = 0; i < kCount; i++) {
     sigaction(kSignals[i], &action, &previous[i]);
   }
 }

@@ -44,6 +44,22 @@ bool Worker::on_guard_page(uint64_t address) const {
   return stacks_->guards(address);
 }
 
+bool Worker::owns(uint64_t address) const {
+  auto in = [&](const void* start, size_t size) {
+    return address - uint64_t(start) < size;
+  };
+  auto holds = [&](const auto& table) {
+    return in(table.data(), table.size() * sizeof table[0]);
+  };
+  bool partial = false;
+  for (const Exchange& x : partial_exchanges_) {
+    partial |= in(&x, sizeof x);
+  }
+  return partial || holds(threads_) || holds(simdgroups_) ||
+      holds(group_arguments_) || holds(launch_.memory->table()) ||
+      address - launch_.library_base < launch_.library_size;
+}
+
 // Sets up threadgroup number `id`: its threads, their positions, simdgroups.
 void Worker::place(uint32_t id) {
   const sim_dispatch& d = *launch_.dispatch;
@@ -112,7 +128,7 @@ bool Worker::run(uint32_t id) {
 void Worker::fiber() {
   Worker* worker = running_worker;
   worker->launch_.kernel->entry(
-      worker->launch_.memory->addresses(),
+      worker->launch_.memory->table().data(),
       worker->group_arguments_.data(),
       &worker->current_->position);
   worker->finish();

@@ -67,7 +67,7 @@ struct Launch {
   const sim_kernel* kernel;
   const sim_dispatch* dispatch;
   std::string library;  // its file, and where it is loaded
-  uintptr_t library_base;
+  uintptr_t library_base, library_size;
   Memory* memory;
   sim_report* report;
   Tracer* tracer;  // null when untraced
@@ -105,6 +105,8 @@ class Worker {
   }
   bool on_guard_page(uint64_t address) const;
   bool on_stack(uint64_t address) const;
+  // Whether shader code may read there: constants and the executor's tables.
+  bool owns(uint64_t address) const;
 
   // The worker whose fiber runs on this OS thread, if one does.
   static Worker* running();

@@ -1,4 +1,5 @@
 #include <dlfcn.h>
+#include <link.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -25,7 +26,7 @@ namespace sim {
 // A loaded copy of a library: function constants are its global variables.
 struct Image {
   const sim_contents* contents;
-  uintptr_t base;
+  uintptr_t base, size;
 };
 
 }  // namespace sim
@@ -33,6 +34,20 @@ struct Image {
 namespace {
 
 using sim::Image;
+
+// Bytes from a loaded library's first segment to the end of its last.
+uintptr_t extent(uintptr_t base) {
+  const auto* header = reinterpret_cast<const ElfW(Ehdr)*>(base);
+  const auto* segments =
+      reinterpret_cast<const ElfW(Phdr)*>(base + header->e_phoff);
+  uintptr_t end = 0;
+  for (int i = 0; i < header->e_phnum; i++) {
+    if (segments[i].p_type == PT_LOAD) {
+      end = std::max(end, segments[i].p_vaddr + segments[i].p_memsz);
+    }
+  }
+  return end;
+}
 
 Image load(const std::string& path) {
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
@@ -44,8 +59,8 @@ Image load(const std::string& path) {
   if (!contents || !dladdr(contents, &info)) {
     throw std::runtime_error(path + " is not a shader library");
   }
-  return {
-      static_cast<const sim_contents*>(contents), uintptr_t(info.dli_fbase)};
+  const auto base = uintptr_t(info.dli_fbase);
+  return {static_cast<const sim_contents*>(contents), base, extent(base)};
 }
 
 // The loader knows a file it has loaded, so another image needs another file.
@@ -79,7 +94,7 @@ void explain(const std::exception& e, char* error, size_t size) {
 struct sim_pipeline {
   const sim_kernel* kernel;
   const sim_library* library;
-  uintptr_t base;
+  uintptr_t base, size;
 };
 
 struct sim_library {
@@ -167,6 +182,7 @@ class Run {
         &dispatch_,
         pipeline_.library->path,
         pipeline_.base,
+        pipeline_.size,
         &memory,
         &report_,
         tracer.get(),
@@ -205,13 +221,25 @@ class Run {
     if (groups < 1 || groups >> 32) {
       throw std::invalid_argument("the grid is empty or too large");
     }
+    check_threadgroup_memory();
+  }
+
+  void check_threadgroup_memory() const {
+    uint64_t total = 0;
     for (uint32_t i = 0; i < dispatch_.threadgroup_memory_count; i++) {
       const sim_buffer& m = dispatch_.threadgroup_memory[i];
-      if (m.index < 0 || m.index > 30 ||
-          m.size > sim::ThreadgroupMemory::kLimit) {
+      const std::string what = "threadgroup memory " + std::to_string(m.index) +
+          " of " + std::to_string(m.size) + " bytes: ";
+      if (m.index < 0 || m.index > 30) {
+        throw std::invalid_argument(what + "the index must be 0 to 30");
+      }
+      if (m.size % 16) {
+        throw std::invalid_argument(what + "must be a multiple of 16");
+      }
+      total += m.size;
+      if (total > sim::ThreadgroupMemory::kLimit) {
         throw std::invalid_argument(
-            "threadgroup memory " + std::to_string(m.index) + " of " +
-            std::to_string(m.size) + " bytes: 0..30 and 32768 are the limits");
+            what + std::to_string(total) + " in all, 32768 is the limit");
       }
     }
   }
@@ -304,7 +332,7 @@ sim_pipeline* sim_specialize(
     for (uint32_t i = 0; i < image.contents->kernel_count; i++) {
       const sim_kernel& k = image.contents->kernels[i];
       if (strcmp(k.name, kernel) == 0) {
-        sim_pipeline pipeline{&k, library, image.base};
+        sim_pipeline pipeline{&k, library, image.base, image.size};
         return &library->pipelines.emplace(key, pipeline).first->second;
       }
     }

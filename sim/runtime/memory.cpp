@@ -9,7 +9,8 @@
 namespace sim {
 namespace {
 
-constexpr uint64_t kGap = 64 * 1024;
+// Address space only. A stray further off than this may hit another buffer.
+constexpr uint64_t kGap = 64 << 20;
 constexpr uint64_t kIndices = 64;
 constexpr int kFill = 0xef;  // between a buffer's end and its guard page
 

@@ -30,8 +30,8 @@ class Memory {
   Memory& operator=(const Memory&) = delete;
 
   // The address of each buffer index, as entry points take them.
-  const uint64_t* addresses() const {
-    return addresses_.data();
+  const std::vector<uint64_t>& table() const {
+    return addresses_;
   }
   const std::vector<Buffer>& buffers() const {
     return buffers_;

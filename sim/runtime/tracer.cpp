@@ -99,13 +99,49 @@ void Tracer::access(
     uint64_t address,
     uint64_t size,
     Access access,
-    uintptr_t pc) {
+    uintptr_t pc,
+    uint64_t alignment) {
+  if (worker.on_stack(address)) {
+    return;
+  }
   auto place = uint32_t(pc - library_base_);
+  if (address % alignment) {
+    check_alignment(worker, address, alignment, place);
+  }
   if (worker.memory().contains(address)) {
     group_access(worker, address, size, access, place);
-  } else if (!worker.on_stack(address)) {
+  } else if (memory_.contains(address)) {
     device_access(worker, address, size, access, place);
+  } else if (!worker.owns(address)) {
+    worker.abandon("stray access: no buffer there", pc);
   }
+}
+
+void Tracer::check_alignment(
+    Worker& worker,
+    uint64_t address,
+    uint64_t alignment,
+    uint32_t pc) {
+  Where where{SIM_THREADGROUP_MEMORY, int64_t(address % alignment)};
+  if (!worker.memory().contains(address)) {
+    const Buffer* b =
+        memory_.contains(address) ? memory_.nearest(address) : nullptr;
+    if (!b) {
+      return;
+    }
+    where = {b->index, int64_t(address - uint64_t(b->data))};
+  }
+  report(
+      worker,
+      SIM_MISALIGNED,
+      where,
+      pc,
+      "access to " +
+          (where.buffer == SIM_THREADGROUP_MEMORY
+               ? "threadgroup memory"
+               : "byte " + std::to_string(where.offset) + " of buffer " +
+                   std::to_string(where.buffer)) +
+          ", whose address is no multiple of " + std::to_string(alignment));
 }
 
 void Tracer::count(uint64_t address, uint64_t size, Access access) {
@@ -149,18 +185,16 @@ void Tracer::device_access(
     }
   }
   if (!b) {
-    if (!memory_.contains(address)) {
-      return;  // the program's own constants
-    }
     b = memory_.nearest(address);
     int64_t offset = b ? int64_t(address - uint64_t(b->data)) : 0;
+    const bool starts_inside = b && offset >= 0 && uint64_t(offset) < b->size;
     report(
         worker,
         SIM_OUT_OF_BOUNDS,
         {b ? b->index : SIM_NO_BUFFER, offset},
         pc,
-        verb(access) + std::to_string(size) +
-            " bytes: " + memory_.describe(address));
+        verb(access) + std::to_string(size) + " bytes: " +
+            memory_.describe(address + (starts_inside ? size - 1 : 0)));
     return;
   }
   count(address, size, access);
@@ -267,21 +301,34 @@ Tracer::conflict(const Byte& byte, const Past& now, Access access) const {
 }
 
 void Tracer::remember(Byte& byte, const Past& now, Access access) {
+  // One that other simdgroups are not yet in order with stands for it too.
+  auto replace = [&](Past& past) {
+    const bool plain = past.group == now.group && !past.atomic &&
+        past.group_epoch == now.group_epoch;
+    past = now;
+    past.atomic = now.atomic && !plain;
+  };
   if (writes(access)) {
-    byte.write = now;
+    replace(byte.write);
   }
   if (!reads(access)) {
     return;
   }
   for (Past& read : byte.reads) {
     if (!read.group || ordered(read, now)) {
-      read = now;
+      replace(read);
       return;
     }
   }
   auto simdgroup = [](const Past& p) {
     return uint64_t(p.group) << 32 | p.thread / kSimdWidth;
   };
+  for (Past& read : byte.reads) {
+    if (read.atomic && !now.atomic) {
+      read = now;
+      return;
+    }
+  }
   if (simdgroup(byte.reads[0]) == simdgroup(byte.reads[1])) {
     byte.reads[1] = now;
   }

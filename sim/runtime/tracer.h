@@ -40,7 +40,8 @@ class Tracer {
       uint64_t address,
       uint64_t size,
       Access access,
-      uintptr_t pc);
+      uintptr_t pc,
+      uint64_t alignment);
   std::vector<sim_traffic> traffic() const;
 
  private:
@@ -81,6 +82,7 @@ class Tracer {
 
   void* zeroed(uint64_t size);
   void add_span(uint64_t start, uint64_t size);
+  void check_alignment(Worker&, uint64_t, uint64_t alignment, uint32_t pc);
   void count(uint64_t address, uint64_t size, Access access);
   Byte* device_bytes(uint64_t address, uint64_t size);
   void device_access(Worker&, uint64_t, uint64_t, Access, uint32_t pc);

@@ -1,0 +1,178 @@
+"""One GLM layer's long-context part: the lightning indexer and sparse MLA, over cached contexts.
+
+    python bench/bench_attention.py --contexts 2048 32768 131072 --formats bf16 fp8
+    python bench/bench_attention.py --plot attention.png         # needs matplotlib
+
+GLM-5.2's geometry: indexer of 32 heads x 128, 2048 keys selected, 64 heads over rows of 512 + 64.
+Prints, per context and cache format, of the indexer with its top-k and of the attention: µs, GB/s
+of cached rows read, GFLOP/s, the fraction of the time that the rows' bytes would take at the
+streaming bandwidth, or the multiply-adds at the rate that registers allow, whichever is more (both
+measured between the calls, with the same threads), and how many times slower stock MLX ops are
+(one call each, up to --stock-up-to). Several copies of the cache are used in turn, so that it comes
+from memory, as it does when a model's layers follow one another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from common import median, multiply_add_rate, parser, report
+
+import glm_fused
+from glm_fused import ops, rows, stock
+from glm_fused.benchmark import read_bandwidth, seconds
+
+INDEX_HEADS, INDEX_DIM, TOPK = 32, 128, 2048
+HEADS, RANK, ROPE = 64, 512, 64
+FORMATS = ("bf16", "fp16", "fp32", "fp8", "int8")
+CONTEXTS = [2**i for i in range(11, 21)]
+BEYOND_CACHE = 100e6  # bytes of cached rows used in turn
+
+COLUMNS = {
+    "format": "",
+    "context": "d",
+    "tokens": "d",
+    "indexer us": ".0f",
+    "ix GB/s": ".2f",
+    "ix GFLOP/s": ".1f",
+    "ix fraction": ".2f",
+    "ix x stock": ".1f",
+    "attention us": ".0f",
+    "at GB/s": ".2f",
+    "at GFLOP/s": ".1f",
+    "at fraction": ".2f",
+    "at x stock": ".1f",
+}
+
+
+class Layer:
+    """One layer's cache and the queries of one step."""
+
+    def __init__(self, kv_format: str, context: int, tokens: int, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+
+        def random(*shape: int) -> mx.array:
+            values = rng.standard_normal(min(1 << 22, int(np.prod(shape))), dtype=np.float32)
+            return mx.array(np.resize(values, shape)).astype(mx.bfloat16)
+
+        # Packed in pieces: the float32 values of a million rows would not fit.
+        pieces = [min(1 << 15, context - i) for i in range(0, context, 1 << 15)]
+        packed = kv_format in rows.PACKED
+        keys, latents, ropes = [], [], []
+        for n in pieces:
+            k, c, r = random(1, n, INDEX_DIM), random(1, n, RANK), random(1, n, ROPE)
+            if packed:
+                keys.append(rows.pack(k, None, kv_format))
+                latents.append(rows.pack(c, r, kv_format))
+            else:
+                dtype = rows.FLOATS[kv_format]
+                keys.append(k.astype(dtype))
+                latents.append(c.astype(dtype))
+                ropes.append(r.astype(dtype))
+            mx.eval(keys[-1], latents[-1])
+        self.keys, self.latents = mx.concatenate(keys, 1), mx.concatenate(latents, 1)
+        self.ropes = None if packed else mx.concatenate(ropes, 1)
+        self.weights = random(1, tokens, INDEX_HEADS).astype(mx.float32)
+        self.index_q = random(1, tokens, INDEX_HEADS, INDEX_DIM)
+        self.q = random(1, tokens, HEADS, RANK + ROPE)
+        self.selected = self.indexer()
+        mx.eval(self.keys, self.latents, self.ropes, self.selected, self.q)
+
+    def indexer(self, op: Callable[..., mx.array] = ops.indexer_topk) -> mx.array:
+        scale = INDEX_DIM**-0.5
+        return op(self.index_q, self.keys, self.weights, TOPK, scale=scale)
+
+    def attention(self, op: Callable[..., mx.array] = ops.sparse_mla_decode) -> mx.array:
+        return op(self.q, self.latents, self.ropes, self.selected, rank=RANK, scale=0.0625)
+
+
+def measure(kv_format: str, context: int, options: argparse.Namespace) -> dict[str, Any]:
+    tokens = options.tokens
+    selected = min(context, TOPK)
+    size = {
+        "ix": context * rows.row_bytes(kv_format, INDEX_DIM, 0),
+        "at": selected * rows.row_bytes(kv_format, RANK, ROPE) * tokens,
+    }
+    work = {
+        "ix": context * INDEX_HEADS * INDEX_DIM * tokens if context > TOPK else 0,
+        "at": selected * HEADS * (2 * RANK + ROPE) * tokens,
+    }
+    copies = max(1, min(16, int(BEYOND_CACHE / (context * rows.row_bytes(kv_format, 128, 0)))))
+    layers = [Layer(kv_format, context, tokens, seed) for seed in range(copies)]
+    calls = {"ix": Layer.indexer, "at": Layer.attention}
+    times: dict[str, list[float]] = {"ix": [], "at": []}
+    fractions: dict[str, list[float]] = {"ix": [], "at": []}
+    for layer in itertools.islice(itertools.cycle(layers), options.repeats + 2):
+        for part, call in calls.items():
+            rate, bandwidth = multiply_add_rate(), read_bandwidth(layer.latents) * 1e9
+            times[part].append(seconds(lambda call=call, layer=layer: call(layer)))
+            bound = max(size[part] / bandwidth, work[part] / rate)
+            fractions[part].append(bound / times[part][-1])
+    row: dict[str, Any] = {"format": kv_format, "context": context, "tokens": tokens}
+    for part, name in (("ix", "indexer"), ("at", "attention")):
+        took = median(times[part][2:])
+        row[f"{name} us"] = took * 1e6
+        if work[part]:
+            row[f"{part} GB/s"] = size[part] / took / 1e9
+            row[f"{part} GFLOP/s"] = 2e-9 * work[part] / took
+            row[f"{part} fraction"] = median(fractions[part][2:])
+        if context <= options.stock_up_to:
+            slow = getattr(stock, "indexer_topk" if part == "ix" else "sparse_mla_decode")
+            call = calls[part]
+            row[f"{part} x stock"] = seconds(lambda call=call, slow=slow: call(layers[0], slow))
+            row[f"{part} x stock"] /= took
+    return row
+
+
+def plot(made: list[dict[str, Any]], path: str) -> None:
+    """µs over context, one pair of lines per format."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for kv_format in dict.fromkeys(row["format"] for row in made):
+        lines = [row for row in made if row["format"] == kv_format]
+        contexts = [row["context"] for row in lines]
+        for name, style in (("indexer", "-o"), ("attention", "--s")):
+            times = [row[f"{name} us"] for row in lines]
+            axes.loglog(contexts, times, style, base=2, label=f"{name}, {kv_format}")
+    axes.set_xlabel("cached tokens")
+    axes.set_ylabel("µs per layer and token")
+    axes.set_yscale("log", base=10)
+    axes.grid(True, alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    arguments = parser(__doc__ or "", FORMATS)
+    arguments.formatter_class = argparse.RawDescriptionHelpFormatter
+    arguments.set_defaults(formats=["bf16", "fp8"])
+    arguments.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
+    arguments.add_argument("--tokens", type=int, default=1, help="query tokens of a call")
+    arguments.add_argument("--stock-up-to", type=int, default=32768, metavar="CONTEXT")
+    arguments.add_argument("--plot", metavar="FILE", help="draw the times, with matplotlib")
+    options = arguments.parse_args()
+    mx.set_default_device(mx.cpu)
+    if options.threads:
+        glm_fused.set_num_threads(options.threads)
+    made = [
+        measure(kv_format, context, options)
+        for kv_format in options.formats
+        for context in options.contexts
+    ]
+    report(made, COLUMNS, options.json)
+    if options.plot:
+        plot(made, options.plot)
+
+
+if __name__ == "__main__":
+    main()

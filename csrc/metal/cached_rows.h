@@ -1,0 +1,23 @@
+// Cached rows as the shaders see them.
+#pragma once
+
+#include "metal/kernels.h"
+#include "metal/params.h"
+#include "rows.h"
+
+namespace glm_fused::metal {
+
+// The shader's name for rows of `layout` in `latents` and, if there, `ropes`.
+std::string rows_name(
+    const RowLayout& layout,
+    const mx::array& latents,
+    const mx::array* ropes);
+
+// Throws unless the last axis is contiguous. `queries` per sequence.
+RowsParams rows_params(
+    const RowLayout& layout,
+    const mx::array& latents,
+    const mx::array* ropes,
+    int queries);
+
+}  // namespace glm_fused::metal

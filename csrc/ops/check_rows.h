@@ -1,0 +1,87 @@
+// Checks that the long-context ops share.
+#pragma once
+
+#include "checks.h"
+#include "rows.h"
+
+namespace glm_fused {
+
+// The layout of cached rows [b, t, width] of `rank` values, `rope` of them
+// RoPE's. A packed row carries its RoPE part, a floating one does not.
+inline RowLayout check_rows(
+    const std::string& op,
+    const std::string& name,
+    const mx::array& rows,
+    int batch,
+    int rank,
+    int rope) {
+  RowFormat format = RowFormat::floating;
+  if (rows.dtype() == mx::uint8) {
+    format = RowFormat::fp8;
+  } else if (rows.dtype() == mx::int8) {
+    format = RowFormat::int8;
+  } else if (
+      rows.dtype() != mx::float32 && rows.dtype() != mx::float16 &&
+      rows.dtype() != mx::bfloat16) {
+    invalid(
+        op,
+        name,
+        " must be float32, float16, bfloat16, uint8 (e4m3 rows) or int8 but "
+        "is ",
+        rows.dtype(),
+        ".");
+  }
+  const int width = format == RowFormat::floating
+      ? rank
+      : static_cast<int>(packed_row_bytes(format, rank, rope));
+  if (rows.ndim() != 3 || rows.shape(0) != batch || rows.shape(2) != width) {
+    invalid(
+        op,
+        name,
+        " must be [",
+        batch,
+        ", keys, ",
+        width,
+        "] but has shape ",
+        shape_of(rows),
+        ".");
+  }
+  return {format, rank, rope};
+}
+
+inline void check_keys(const std::string& op, int keys, int queries) {
+  if (keys < queries) {
+    invalid(
+        op,
+        "the cache must hold the queries' own keys, at least ",
+        queries,
+        ", but has ",
+        keys,
+        ".");
+  }
+}
+
+inline mx::array int_array(
+    const std::string& op,
+    const std::string& name,
+    const mx::array& a,
+    const mx::Shape& shape,
+    mx::StreamOrDevice s) {
+  if (a.dtype() != mx::int32 && a.dtype() != mx::uint32) {
+    invalid(op, name, " must be int32 or uint32 but is ", a.dtype(), ".");
+  }
+  check_shape(op, name, a, shape);
+  return mx::contiguous(mx::astype(a, mx::int32, s), false, s);
+}
+
+// The first key of each sequence, 0 where there is no padding.
+inline mx::array first_keys(
+    const std::string& op,
+    const std::optional<mx::array>& start,
+    int batch,
+    mx::StreamOrDevice s) {
+  return start ? int_array(op, "start", *start, {batch}, s)
+               : mx::zeros({batch}, mx::int32, s);
+}
+
+}  // namespace glm_fused

@@ -1,0 +1,1 @@
+#include "indexer_topk.h"

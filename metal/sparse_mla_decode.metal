@@ -1,0 +1,1 @@
+#include "sparse_mla_decode.h"

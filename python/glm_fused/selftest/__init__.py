@@ -1,0 +1,1 @@
+"""``glm-fused selftest``: every kernel against its reference and golden digests, and its speed."""

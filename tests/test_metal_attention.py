@@ -1,0 +1,211 @@
+"""The Metal kernels of indexer_topk and sparse_mla_decode, from Python to the shader: equal to the
+CPU bit for bit, clean under the tracer."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from formats_under_test import assert_same_bits
+from long_context import KEY_FORMATS, random, random_rows
+from metal_backend import cpu, metal, on_both, simulated_only
+
+from glm_fused import metal_sim, ops, paths
+
+DTYPES = [mx.float32, mx.float16, mx.bfloat16]
+
+
+def random_selection(rng, b, queries, total, k):
+    """Visible keys, scattered -1 and keys that the query does not see."""
+    chosen = np.stack([rng.permutation(total + 9)[:k] for _ in range(b * queries)]).astype(np.int32)
+    return mx.array(np.where(chosen >= total + 5, -1, chosen).reshape(b, queries, k))
+
+
+def attend(seed, kv_format, dtype=mx.bfloat16, b=1, queries=1, heads=5, rank=96, rope=32, total=200,
+           k=130, start=None):  # fmt: skip
+    rng = np.random.default_rng(seed)
+    latents, ropes = random_rows(rng, kv_format, b, total, rank, rope)
+    q = random(rng, (b, queries, heads, rank + rope), dtype)
+    selected = None if k is None else random_selection(rng, b, queries, total, k)
+    start = None if start is None else mx.array(start, mx.int32)
+    return lambda: ops.sparse_mla_decode(
+        q, latents, ropes, selected, rank=rank, scale=0.09, start=start
+    )
+
+
+def choose(seed, kv_format, dtype=mx.float32, b=1, queries=1, heads=4, dim=64, total=700, k=64,
+           start=None, zeros=0.0):  # fmt: skip
+    rng = np.random.default_rng(seed)
+    keys, _ = random_rows(rng, kv_format, b, total, dim, 0)
+    if zeros:
+        keys = mx.where(mx.array(rng.random((b, total, 1)) < zeros), mx.zeros_like(keys), keys)
+    q = random(rng, (b, queries, heads, dim), dtype)
+    weights = random(rng, (b, queries, heads))
+    start = None if start is None else mx.array(start, mx.int32)
+    return lambda: ops.indexer_topk(q, keys, weights, k, scale=0.12, start=start)
+
+
+@pytest.mark.parametrize("kv_format", KEY_FORMATS)
+def test_attention_in_every_format(kv_format):
+    assert_same_bits(*on_both(attend(1, kv_format, queries=2)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_in_every_dtype(dtype):
+    assert_same_bits(*on_both(attend(2, "bf16", dtype)))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"k": None, "b": 2, "queries": 3, "start": [0, 77]},
+        {"k": None, "total": 1},
+        {"k": 1, "heads": 1},
+        {"k": 64, "heads": 65},
+        {"k": 200, "rank": 31, "rope": 0, "heads": 3},
+        {"k": 3, "rank": 65, "rope": 7},
+        {"k": 20, "start": [200]},
+        {"k": 70, "queries": 16, "heads": 2},
+    ],
+    ids=str,
+)
+def test_attention_sizes(sizes):
+    assert_same_bits(*on_both(attend(3, "fp32", mx.float32, **sizes)))
+
+
+def test_attention_in_pieces_of_scratch_is_the_same():
+    run = attend(4, "bf16", queries=40, heads=64, rank=512, rope=64, total=300, k=256)
+    assert_same_bits(*on_both(run))
+
+
+def test_attention_at_the_real_geometry():
+    run = attend(5, "fp8", heads=64, rank=512, rope=64, total=2500, k=2048)
+    assert_same_bits(*on_both(run))
+
+
+def test_a_nan_in_a_key_reaches_only_who_reads_it():
+    rng = np.random.default_rng(6)
+    latents, ropes = random_rows(rng, "fp32", 1, 150, 64, 16)
+    latents[0, 100] = float("nan")
+    q = random(rng, (1, 2, 3, 80))
+    selected = mx.array([[[3, 100, 120, -1], [4, 99, 101, 149]]])
+    there, here = on_both(
+        lambda: ops.sparse_mla_decode(q, latents, ropes, selected, rank=64, scale=0.1)
+    )
+    assert mx.isnan(there[0, 0]).all() and not mx.isnan(there[0, 1]).any()
+    assert_same_bits(there[0, 1], here[0, 1])
+
+
+def test_lists_too_long_for_a_threadgroup_warn_and_are_right(monkeypatch):
+    monkeypatch.setattr(paths, "_fallen_back", set())
+    rng = np.random.default_rng(7)
+    latents = random(rng, (1, 40, 8))
+    q = random(rng, (1, 1, 1, 8))
+    selected = mx.full((1, 1, 524289), -1, mx.int32)
+    selected[0, 0, :40] = mx.arange(40)
+    with metal(), pytest.warns(RuntimeWarning, match="524289 listed keys are more than 524288"):
+        y = ops.sparse_mla_decode(q, latents, None, selected, rank=8, scale=1.0)
+        mx.eval(y)
+    with cpu():
+        expected = ops.sparse_mla_decode(q, latents, None, None, rank=8, scale=1.0)
+    np.testing.assert_allclose(np.array(y), np.array(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kv_format", KEY_FORMATS)
+def test_indexer_in_every_format(kv_format):
+    assert_same_selection(choose(10, kv_format, queries=2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_indexer_in_every_dtype(dtype):
+    assert_same_selection(choose(11, "bf16", dtype))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"b": 2, "queries": 3, "start": [0, 300]},
+        {"total": 1, "k": 1},
+        {"total": 300, "k": 299},
+        {"total": 300, "k": 300},
+        {"total": 300, "k": 1000},
+        {"k": 1, "heads": 33, "dim": 17},
+        {"total": 257, "heads": 1, "dim": 1, "k": 40},
+        {"queries": 16, "total": 400, "k": 130},
+        {"start": [690], "k": 8},
+    ],
+    ids=str,
+)
+def test_indexer_sizes(sizes):
+    assert_same_selection(choose(12, "fp32", **sizes))
+
+
+@pytest.mark.parametrize("zeros", [0.5, 0.97, 1.0])
+def test_indexer_on_plateaus_takes_the_lowest(zeros):
+    assert_same_selection(choose(13, "fp32", zeros=zeros, total=1500, k=200))
+
+
+def test_indexer_at_the_real_geometry():
+    assert_same_selection(choose(14, "bf16", heads=32, dim=128, total=9000, k=2048))
+
+
+def test_indexer_ranks_nan_and_infinity():
+    rng = np.random.default_rng(15)
+    keys = np.array(random(rng, (1, 500, 16)))
+    keys[0, ::7] = np.nan
+    keys[0, 3::50] = np.inf
+    q, weights = random(rng, (1, 1, 2, 16)), random(rng, (1, 1, 2))
+    assert_same_selection(lambda: ops.indexer_topk(q, mx.array(keys), weights, 60, scale=1.0))
+
+
+@pytest.mark.slow
+def test_indexer_of_a_million_keys():
+    assert_same_selection(choose(16, "fp8", heads=2, dim=32, total=1 << 20, k=2048))
+
+
+def assert_same_selection(run):
+    there, here = on_both(run)
+    assert np.array_equal(np.array(there), np.array(here))
+
+
+@simulated_only
+@pytest.mark.parametrize(
+    "run, kernels",
+    [
+        (attend(20, "bf16", queries=2, k=70), ["mla_split", "mla_combine"]),
+        (attend(21, "fp8", mx.float16, rank=40, rope=8, k=65), ["mla_split", "mla_combine"]),
+        (attend(22, "int8", k=None, total=66, start=[5]), ["mla_split", "mla_combine"]),
+        (choose(23, "bf16", queries=2, total=520), ["index_scores", "index_select"]),
+        (choose(24, "fp8", heads=33, dim=24, zeros=0), ["index_scores", "index_select"]),
+        (choose(25, "fp32", zeros=0.8), ["index_scores", "index_select"]),
+    ],
+    ids=["bf16", "fp8", "dense", "index", "index-fp8", "plateau"],
+)
+def test_two_launches_without_findings(run, kernels):
+    with metal(trace=True):
+        mx.eval(run())
+    launches = metal_sim.take_launches()
+    assert len(launches) == len(kernels)
+    for launch, kernel in zip(launches, kernels, strict=True):
+        assert launch.kernel.removeprefix("glm_fused_").startswith(kernel)
+        assert launch.report.clean, launch.report
+        assert launch.report.threadgroup_bytes < 32768
+
+
+@simulated_only
+def test_attention_reads_each_selected_row_twice_and_no_other():
+    """Once for the scores, once for the values, whatever the heads."""
+    rank, rope, k, total = 96, 32, 128, 400
+    run = attend(26, "bf16", heads=64, rank=rank, rope=rope, total=total, k=None, start=[total - k])
+    with metal(trace=True):
+        mx.eval(run())
+    split = metal_sim.take_launches()[0].report
+    assert split.traffic[1].unique_read == k * rank * 2
+    assert split.traffic[1].read == 2 * split.traffic[1].unique_read
+    assert split.traffic[2].read == k * rope * 2
+
+
+@simulated_only
+def test_indexer_reads_each_key_once():
+    with metal(trace=True):
+        mx.eval(choose(27, "bf16", heads=32, dim=64, total=700)())
+    scores = metal_sim.take_launches()[0].report
+    assert scores.traffic[2].read == scores.traffic[2].unique_read == 700 * 64 * 2
