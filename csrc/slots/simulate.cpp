@@ -9,16 +9,21 @@ namespace glm_fused::slots {
 
 namespace {
 
+// In the order of their first appearance, as a bank takes them.
 std::vector<int>
 distinct(const std::vector<int>& request, int experts, int slots) {
-  std::vector<int> result = request;
-  std::sort(result.begin(), result.end());
-  result.erase(std::unique(result.begin(), result.end()), result.end());
-  if (!result.empty() && (result.front() < 0 || result.back() >= experts)) {
-    throw std::invalid_argument(
-        "[replay] a request names expert " +
-        std::to_string(result.front() < 0 ? result.front() : result.back()) +
-        " of " + std::to_string(experts) + ".");
+  std::vector<int> result;
+  std::vector<bool> seen(experts);
+  for (int expert : request) {
+    if (expert < 0 || expert >= experts) {
+      throw std::invalid_argument(
+          "[replay] a request names expert " + std::to_string(expert) + " of " +
+          std::to_string(experts) + ".");
+    }
+    if (!seen[expert]) {
+      seen[expert] = true;
+      result.push_back(expert);
+    }
   }
   if (static_cast<int>(result.size()) > slots) {
     throw std::invalid_argument(

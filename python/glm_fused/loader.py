@@ -15,6 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 from tqdm import tqdm
 
+from . import _ext
 from .checkpoint import Checkpoint
 from .config import args_from_config
 from .expert_source import is_expert
@@ -192,12 +193,16 @@ def _check_scales(scales: _Scales, checkpoint: Checkpoint) -> None:
 @contextmanager
 def _lean_memory() -> Iterator[None]:
     """No cache of freed buffers, and no reading ahead of what consumes the data."""
-    cache, limit = mx.set_cache_limit(0), mx.set_memory_limit(1)
+    mx.synchronize()
+    cache = mx.set_cache_limit(0)
+    # Above its limit MLX waits for the tasks that it counts, for ever if one of them is over.
+    limit = mx.set_memory_limit(1) if _ext.active_tasks() == 0 else None
     try:
         yield
     finally:
         mx.set_cache_limit(cache)
-        mx.set_memory_limit(limit)
+        if limit is not None:
+            mx.set_memory_limit(limit)
 
 
 def _progress(total: int) -> "tqdm[Any]":

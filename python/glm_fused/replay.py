@@ -120,7 +120,7 @@ def replay(
 def _waves(requests: Sequence[Sequence[int]], slots: int) -> list[list[int]]:
     result = []
     for request in requests:
-        experts = sorted(set(request))
+        experts = list(dict.fromkeys(request))
         step = len(experts) if len(experts) <= slots else max(1, slots // 2)
         result += [experts[i : i + step] for i in range(0, len(experts), step)]
     return result
