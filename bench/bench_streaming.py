@@ -3,10 +3,10 @@
     python bench/bench_streaming.py --folder /scratch/experts --slots 32 128
 
 Writes experts of the true shapes (affine-4: 21.2 MB each, 256 a layer) in the sidecar's layout,
-deletes them afterwards, and prints, for every bank, past the page cache, with a cold and with a warm
-one: tokens a second through the slice's MoE layers, hit rate, bytes per token, the rate of reads
-beside that of plain reads of whole experts in the same run, and the share of the time spent waiting
-for them. The hidden states are a random walk, so that neighbouring tokens share experts.
+deletes them afterwards, and prints, for every bank, past the page cache, with a cold and with a
+warm one: tokens a second through the slice's MoE layers, hit rate, bytes per token, the rate of
+reads beside that of plain reads of whole experts in the same run, and the share of the time spent
+waiting for them. The hidden states are a random walk, so that neighbouring tokens share experts.
 """
 
 from __future__ import annotations

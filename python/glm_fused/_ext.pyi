@@ -91,6 +91,11 @@ def multiply_adds(rounds: int) -> float:
 def cpu_kernels() -> str:
     """The instruction set of the CPU kernels: avx512, avx2 or portable."""
 
+def active_tasks() -> int:
+    """
+    Tasks that MLX counts as running; what an error cuts short it counts for good.
+    """
+
 class SlotFiles:
     """Open files that experts are read from."""
 
