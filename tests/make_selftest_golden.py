@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python tests/make_selftest_golden.py
 
-With contraction: what the CPU computes, which the simulated shaders must equal. Without: what the
-simulated shaders compute, or MLX's own kernels for quantized_matvec.
+Needs a build with -C cmake.define.GLM_FUSED_METAL_SIM=ON. With contraction: what the CPU computes,
+which the simulated shaders must equal. Without: what the simulated shaders compute, or MLX's own
+kernels for quantized_matvec.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import numpy as np
 import sim
 from tqdm import tqdm
 
-from glm_fused import selftest
+from glm_fused import metal_sim, selftest
 from glm_fused.formats import Format
-from glm_fused.selftest.cases import Case, MoeDecode, QuantizedMatvec, RouterTopk, cases
+from glm_fused.selftest.case import Case
+from glm_fused.selftest.cases import cases
 from glm_fused.selftest.compare import GOLDEN, Outputs, digest, evaluated, first_difference
+from glm_fused.selftest.expert_cases import MoeDecode, QuantizedMatvec, RouterTopk
 
 TARGET = Path(selftest.__file__).parent / GOLDEN
 DENSE = ("dense", 0, 0)
@@ -57,8 +60,10 @@ class Simulator:
             return self.run_moe(case, contract)
         if isinstance(case, RouterTopk):
             return run_router(case, contract)
-        assert isinstance(case, QuantizedMatvec)
-        return self.run_matvec(case, contract)
+        if isinstance(case, QuantizedMatvec):
+            return self.run_matvec(case, contract)
+        with metal_sim.simulated(contract=contract):
+            return evaluated(case.call(case.arguments(), reference=False))
 
     def run_moe(self, case: MoeDecode, contract: bool) -> Outputs:
         a = case.arguments()

@@ -7,6 +7,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,17 @@ class Libraries:
         text = "".join(f'#include "{_KERNELS}{h}"\n' for h in _MLX_HEADERS[family])
         wanted = [f for f in functions if f.startswith(family) and f"<{METAL_TYPES[dtype]}," in f]
         return self._compile(text, wanted, contract=contract)
+
+    def prepare(self, case: Case, contract: bool) -> None:
+        """Compile what a case and its chain run on, two at a time."""
+        families = {"dense": "gemv", "affine": "affine"}
+        used = {families.get(f[0], "fp") for f in (case.gate, case.up, case.down)}
+        with ThreadPoolExecutor(2) as compilers:
+            started = [compilers.submit(self.fused, case.dtype, contract, False)]
+            started += [compilers.submit(self.mlx, f, case.dtype, contract) for f in used]
+            started.append(compilers.submit(self.swiglu, contract))
+        for library in started:
+            library.result()
 
     @functools.cache  # noqa: B019
     def swiglu(self, contract: bool) -> Any:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -174,6 +178,33 @@ def test_memory_around_the_keys_is_not_read():
     assert np.array_equal(both(q, transposed, weights, 70, start), expected)
     buffer[1, :50] = float("nan")
     assert np.array_equal(both(q, buffer[:, :400], weights, 70, start), expected)
+
+
+PREFILL = """
+import mlx.core as mx
+from glm_fused import ops
+def peak():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+q, keys = mx.ones((1, 2048, 1, 1)), mx.random.uniform(shape=(1, 1 << 16, 1))
+mx.eval(q, keys, ops.indexer_topk(q[:, :1], keys, mx.ones((1, 1, 1)), 8, scale=1.0))
+before = peak()
+mx.eval(ops.indexer_topk(q, keys, mx.ones((1, 2048, 1)), 8, scale=1.0))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_long_prefill_holds_a_bounded_tile_of_scores():
+    """All scores of 2048 queries over 65,536 keys would be 512 MiB."""
+    run = subprocess.run(
+        [sys.executable, "-c", PREFILL],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(run.stdout) <= 72 << 20
 
 
 def test_a_nan_or_infinite_query_selects_the_lowest_keys():

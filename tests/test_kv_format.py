@@ -6,11 +6,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache, trim_prompt_cache
 
 import glm_fused
 from glm_fused.cache import append, bytes_per_token
 from glm_fused.config import ModelArgs
+from glm_fused.demo import checkpoint_folder
 from glm_fused.rows import FLOATS, KV_FORMATS, PACKED, pack, row_bytes, unpack
 
 VECTORS = Path(__file__).parent / "vectors"
@@ -123,3 +125,21 @@ def test_unknown_format():
     assert model.kv_format == "int8"
     with pytest.raises(ValueError, match="got None"):
         model.kv_format = None
+
+
+@pytest.mark.parametrize("kv_format", ["auto", "fp8"])
+def test_decoding_does_not_copy_the_cache(kv_format):
+    """As mlx-lm generates: the next step is started before the last one is done."""
+    model, _ = glm_fused.load_model(checkpoint_folder(), kv_format=kv_format)
+    kv = model.make_cache()
+    mx.eval(model(mx.array([[1, 2, 3]]), kv))
+    for cache in (cache for layer in kv for cache in layer.caches):
+        room = [(0, 0), (0, 0), (0, 40_000), (0, 0)]
+        cache.keys, cache.values = mx.pad(cache.keys, room), mx.pad(cache.values, room)
+        cache.offset = 40_000
+        mx.eval(cache.keys, cache.values)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for _ in generate_step(mx.array([5]), model, max_tokens=8, prompt_cache=kv):
+        pass
+    assert mx.get_peak_memory() - before <= kv[0][0].nbytes / 10

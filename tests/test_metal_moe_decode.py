@@ -97,6 +97,7 @@ def case_id(c):
 
 def check(libs, case, contract):
     layer = make_layer(case)
+    libs.prepare(case, contract)
     y = run_fused(libs.fused(case.dtype, contract, False), layer)
     assert_same(y, run_chain(libs, layer, contract))
     if contract:

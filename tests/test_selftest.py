@@ -17,7 +17,8 @@ from glm_fused import _ext, metal_sim, ops, synthetic
 from glm_fused.cli import main
 from glm_fused.formats import Format
 from glm_fused.selftest import backends, compare, machine, microbench, report
-from glm_fused.selftest.cases import MoeDecode, QuantizedMatvec, RouterTopk, cases
+from glm_fused.selftest.cases import cases
+from glm_fused.selftest.expert_cases import MoeDecode, QuantizedMatvec, RouterTopk
 from glm_fused.selftest.run import run_backend
 
 AFFINE4 = Format("affine", 4, 64)

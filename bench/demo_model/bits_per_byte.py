@@ -3,6 +3,7 @@
     python bits_per_byte.py --original demo_hf                  # transformers, HF checkpoint
     python bits_per_byte.py --model demo_mlx --limit 64         # glm_fused, MLX checkpoint
     python bits_per_byte.py --original demo_hf --model demo_mlx --json
+    python bits_per_byte.py --model demo_mlx --kv-formats auto fp8 int8
 
 Teacher forcing over windows of ``--window`` tokens that advance by ``--stride``; every token of
 every file is predicted exactly once, by the first window that reaches it, through the real
@@ -67,13 +68,13 @@ def load_original(path: str) -> Callable[[list[int]], np.ndarray]:
     return logits
 
 
-def load_model(path: str) -> Callable[[list[int]], np.ndarray]:
+def load_model(path: str, kv_format: str) -> Callable[[list[int]], np.ndarray]:
     """The MLX-layout checkpoint, run by glm_fused."""
     import mlx.core as mx
 
     import glm_fused
 
-    model, _ = glm_fused.load_model(path)
+    model, _ = glm_fused.load_model(path, kv_format=kv_format)
 
     def logits(tokens: list[int]) -> np.ndarray:
         return np.array(model(mx.array(tokens)[None])[0].astype(mx.float32))
@@ -104,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--original", help="HF checkpoint, evaluated with transformers")
     parser.add_argument("--model", help="MLX-layout checkpoint, evaluated with glm_fused")
+    parser.add_argument("--kv-formats", nargs="+", default=["auto"], help="of --model's cache")
     parser.add_argument("--limit", type=float, help="KiB of held-out text (default: all of it)")
     parser.add_argument("--window", type=int, default=512, help="tokens seen at once")
     parser.add_argument("--stride", type=int, default=256, help="tokens between windows")
@@ -120,20 +122,22 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.original or arguments.model)
     windows = make_windows(tokenizer, texts, arguments.window, arguments.stride)
 
+    runs = {}
+    if arguments.original:
+        runs["original"] = load_original(arguments.original)
+    for kv_format in arguments.kv_formats if arguments.model else ():
+        name = "model" if kv_format == "auto" else f"kv {kv_format}"
+        runs[name] = load_model(arguments.model, kv_format)
     results = {}
-    for name, path, load in (
-        ("original", arguments.original, load_original),
-        ("model", arguments.model, load_model),
-    ):
-        if path:
-            result = measure(load(path), windows)
-            bits = result["nats"] / math.log(2)
-            results[name] = {
-                "path": path,
-                "bits_per_byte": bits / size,
-                "nats_per_token": result["nats"] / result["tokens"],
-                **result,
-            }
+    for name, logits in runs.items():
+        result = measure(logits, windows)
+        bits = result["nats"] / math.log(2)
+        results[name] = {
+            "path": arguments.original if name == "original" else arguments.model,
+            "bits_per_byte": bits / size,
+            "nats_per_token": result["nats"] / result["tokens"],
+            **result,
+        }
     if arguments.json:
         report = {"bytes": size, "files": len(texts), "windows": len(windows), "results": results}
         print(json.dumps(report, indent=2))

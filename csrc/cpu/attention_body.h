@@ -2,10 +2,10 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 
 #include "cpu/aligned_floats.h"
 #include "cpu/attention_kernels.h"
+#include "cpu/attention_rows.h"
 #include "cpu/attention_select.h"
 #include "cpu/attention_simd.h"
 
@@ -16,114 +16,12 @@ using namespace glm_fused::cpu;
 
 #if defined(GLM_AVX512)
 constexpr int kKeyVectors = 2, kHeads = 8;  // accumulators of the indexer
-constexpr int kWide = 2, kDeep = 8;         // and of the attention
+constexpr int kWide = 4, kDeep = 4;         // and of the attention
 #else
 constexpr int kKeyVectors = 1, kHeads = 4;
 constexpr int kWide = 1, kDeep = 4;
 #endif
 constexpr int kKeys = kKeyVectors * kHalf;
-
-inline float read_float(const uint8_t* p) {
-  float f;
-  memcpy(&f, p, 4);
-  return f;
-}
-
-inline void prefetch(const uint8_t* from, size_t bytes) {
-  for (size_t at = 0; at < bytes; at += 64) {
-    __builtin_prefetch(from + at);
-  }
-}
-
-GLM_INLINE F16 load16(const uint8_t* p, FloatType type) {
-  if (type == FloatType::float32) {
-    return as_float(load_words(p));
-  }
-  const U16 v = load_shorts(p);
-  return type == FloatType::bfloat16 ? as_float(shift_left<16>(v))
-                                     : half_to_float(v);
-}
-
-// The low byte of every word; 0x7f, e4m3's NaN, reads as 480.
-GLM_INLINE F16 e4m3(U16 v) {
-  const U16 sign = shift_left<8>(bits_and(v, 0x80u));
-  const U16 half = bits_or(sign, shift_left<7>(bits_and(v, 0x7fu)));
-  return mul(half_to_float(half), splat(256.0f));
-}
-
-// The low byte of every word, as int8.
-GLM_INLINE F16 signed_byte(U16 v) {
-  return sub(to_float(bits_and(add_words(v, 128u), 0xffu)), splat(128.0f));
-}
-
-// out[0, count rounded up to 16) = load(from + i * size), zeros past count.
-template <class Load>
-GLM_INLINE void
-load_many(const uint8_t* from, int size, int count, float* out, Load&& load16) {
-  int i = 0;
-  for (; i + kHalf <= count; i += kHalf) {
-    store(out + i, load16(from + i * size));
-  }
-  if (i < count) {
-    uint8_t tail[4 * kHalf] = {};
-    memcpy(tail, from + i * size, static_cast<size_t>(count - i) * size);
-    store(out + i, load16(tail));
-  }
-}
-
-inline void
-load_floats(const uint8_t* from, FloatType type, int count, float* out) {
-  const int size = static_cast<int>(size_of(type));
-  switch (type) {
-    case FloatType::float32:
-      return load_many(from, size, count, out, [](const uint8_t* p) {
-        return load16(p, FloatType::float32);
-      });
-    case FloatType::float16:
-      return load_many(from, size, count, out, [](const uint8_t* p) {
-        return load16(p, FloatType::float16);
-      });
-    default:
-      return load_many(from, size, count, out, [](const uint8_t* p) {
-        return load16(p, FloatType::bfloat16);
-      });
-  }
-}
-
-// Columns [begin, begin + count) of a row's latent or RoPE part as fp32; in the
-// latent they lie within one scale tile.
-inline void
-load_latent(const Rows& rows, const Row& row, int begin, int count, float* to) {
-  if (rows.format == RowFormat::floating) {
-    const size_t size = size_of(rows.latent_type);
-    return load_floats(row.latent + begin * size, rows.latent_type, count, to);
-  }
-  const bool fp8 = rows.format == RowFormat::fp8;
-  const size_t tile = fp8 ? begin / kScaleTile : 0;
-  const F16 scale = splat(read_float(row.scales + 4 * tile));
-  const uint8_t* from = row.latent + begin;
-  if (fp8) {
-    load_many(from, 1, count, to, [&](const uint8_t* p) {
-      return mul(e4m3(load_bytes(p)), scale);
-    });
-  } else {
-    load_many(from, 1, count, to, [&](const uint8_t* p) {
-      return mul(signed_byte(load_bytes(p)), scale);
-    });
-  }
-}
-
-inline void prefetch_latent(const Rows& rows, int key, int begin, int count) {
-  const bool floating = rows.format == RowFormat::floating;
-  const size_t size = floating ? size_of(rows.latent_type) : 1;
-  prefetch(rows[key].latent + begin * size, count * size);
-}
-
-inline void
-load_rope(const Rows& rows, const Row& row, int begin, int count, float* to) {
-  const size_t size = size_of(rows.rope_type);
-  load_floats(row.rope + begin * size, rows.rope_type, count, to);
-}
 
 int round_up(int n, int unit) {
   return (n + unit - 1) / unit * unit;
@@ -144,82 +42,6 @@ void index_pack(const float* q, int heads, int dim, float* packed) {
   }
 }
 
-// Value d of sixteen rows goes to to[d * kKeys]. A word holds 4 / size values;
-// convert(words, j, scale) makes value j of each, scale(at) being that of the
-// block at byte `at`.
-template <int size, class Scale, class Convert>
-GLM_INLINE void load_columns(
-    const uint8_t* const* rows,
-    int dim,
-    float* to,
-    Scale&& scale,
-    Convert&& convert) {
-  constexpr int per_word = 4 / size, block = 4 * kHalf;
-  for (int at = 0; at < dim * size; at += block) {
-    U16 words[kHalf];
-    const int left = dim * size - at;
-    if (left >= block) {
-      transpose_words(rows, at, words);
-    } else {
-      uint8_t padded[kHalf][block] = {};
-      const uint8_t* tail[kHalf];
-      for (int i = 0; i < kHalf; i++) {
-        memcpy(padded[i], rows[i] + at, left);
-        tail[i] = padded[i];
-      }
-      transpose_words(tail, 0, words);
-    }
-    const F16 by = scale(at);
-    float* column = to + at / size * kKeys;
-    unroll<kHalf>(GLM_EACH(w) {
-      unroll<per_word>(GLM_EACH(j) {
-        store(column + (w * per_word + j) * kKeys, convert(words[w], j, by));
-      });
-    });
-  }
-}
-
-// Of values [at, at + 64) of each row.
-GLM_INLINE F16 load_scales(const Rows& rows, const Row* row, int at) {
-  float scales[kHalf];
-  const size_t tile = rows.format == RowFormat::fp8 ? at / kScaleTile : 0;
-  for (int i = 0; i < kHalf; i++) {
-    scales[i] = read_float(row[i].scales + 4 * tile);
-  }
-  return load(scales);
-}
-
-void load_transposed(const Rows& rows, const Row* row, float* to) {
-  const uint8_t* from[kHalf];
-  for (int i = 0; i < kHalf; i++) {
-    from[i] = row[i].latent;
-  }
-  const int dim = rows.rank;
-  const auto unscaled = [](int) { return zero(); };
-  const auto scale = [&](int at) { return load_scales(rows, row, at); };
-  if (rows.format == RowFormat::fp8) {
-    load_columns<1>(from, dim, to, scale, [](U16 words, auto j, F16 by) {
-      return mul(e4m3(shift_right<8 * j>(words)), by);
-    });
-  } else if (rows.format == RowFormat::int8) {
-    load_columns<1>(from, dim, to, scale, [](U16 words, auto j, F16 by) {
-      return mul(signed_byte(shift_right<8 * j>(words)), by);
-    });
-  } else if (rows.latent_type == FloatType::float32) {
-    load_columns<4>(from, dim, to, unscaled, [](U16 words, auto, F16) {
-      return as_float(words);
-    });
-  } else if (rows.latent_type == FloatType::bfloat16) {
-    load_columns<2>(from, dim, to, unscaled, [](U16 words, auto j, F16) {
-      return as_float(j ? bits_and(words, 0xffff0000u) : shift_left<16>(words));
-    });
-  } else {
-    load_columns<2>(from, dim, to, unscaled, [](U16 words, auto j, F16) {
-      return half_to_float(shift_right<16 * j>(words));
-    });
-  }
-}
-
 // Keys [begin, end) transposed: tile[d * kKeys + key].
 void load_keys(const IndexArgs& a, int begin, int end, float* tile) {
   for (int first = 0; first < kKeys; first += kHalf) {
@@ -228,7 +50,7 @@ void load_keys(const IndexArgs& a, int begin, int end, float* tile) {
       // Past the end the last key again: its scores are not stored.
       row[i] = a.keys[std::min(begin + first + i, end - 1)];
     }
-    load_transposed(a.keys, row, tile + first);
+    load_transposed(a.keys, row, tile + first, kKeys);
   }
 }
 
@@ -396,19 +218,14 @@ void split(const SplitArgs& a) {
   const auto part = [&](int dims, const float* q, auto load_part) {
     for (int d = 0; d < dims; d += kSplit) {
       const int depth = std::min(kSplit, dims - d);
-      for (int i = 0; i < a.count; i++) {
-        load_part(rows, rows[a.keys[i]], d, depth, block + i * kSplit);
-      }
-      for (int i = 0; i < a.next_count; i++) {
-        prefetch_latent(rows, a.keys[a.count + i], d, depth);
-      }
+      load_part({rows, a.keys, a.count, a.next_count, d, depth, block});
       const float* at = q + static_cast<size_t>(d) * a.lanes;
       multiply_block(at, a.lanes, block, depth, a.count, a.p);
     }
   };
-  part(rows.rank, a.q, load_latent);
+  part(rows.rank, a.q, load_latents);
   const size_t ropes = static_cast<size_t>(rows.rank) * a.lanes;
-  part(rows.rope_dim, a.q + ropes, load_rope);
+  part(rows.rope_dim, a.q + ropes, load_ropes);
   for (int lane = 0; lane < a.lanes; lane += kHalf) {
     softmax_lanes(a, lane);
   }
@@ -493,13 +310,7 @@ void combine(const CombineArgs& a) {
     const int next = s + 1 < a.splits ? a.counts[s + 1] : 0;
     for (int first = 0; first < a.columns; first += kSplit) {
       const int columns = std::min(kSplit, a.columns - first);
-      for (int i = 0; i < count; i++) {
-        const Row row = (*a.rows)[keys[i]];
-        load_latent(*a.rows, row, a.column + first, columns, v + i * kSplit);
-      }
-      for (int i = 0; i < next; i++) {
-        prefetch_latent(*a.rows, keys[count + i], a.column + first, columns);
-      }
+      load_latents({*a.rows, keys, count, next, a.column + first, columns, v});
       float* to = out.get() + first;
       int c = 0;
       for (; c + kWide * kHalf <= columns; c += kWide * kHalf) {

@@ -101,11 +101,14 @@ class Block {
     }
   }
 
-  // A task takes a few splits, so that it can fetch one's keys during another.
+  // A task takes several splits, so that it can fetch one's keys during
+  // another.
   void split() {
-    constexpr int group = 4;
-    const int groups =
-        (static_cast<int>(Query::splits(list_)) + group - 1) / group;
+    constexpr int most = 16;
+    const int splits = static_cast<int>(Query::splits(list_));
+    const int share = splits * count_ / (2 * num_threads());
+    const int group = std::clamp(share, 1, most);
+    const int groups = (splits + group - 1) / group;
     const auto task = [&](int t) {
       const Query& q = *queries_[t / groups];
       const int begin = t % groups * group;
@@ -151,7 +154,7 @@ class Block {
   // A query's columns are divided no further than the threads need: each part
   // walks all of its rows.
   void combine() {
-    const int wanted = (2 * num_threads() + count_ - 1) / count_;
+    const int wanted = (num_threads() + count_ - 1) / count_;
     const int blocks = (rows_.rank + kColumns - 1) / kColumns;
     const int columns = (blocks + wanted - 1) / wanted * kColumns;
     const int tasks = (rows_.rank + columns - 1) / columns;

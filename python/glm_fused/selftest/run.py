@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from ..synthetic import DTYPES
 from .backends import CPU, Backend
-from .cases import Case
+from .case import Case
 from .compare import Outputs, contraction, digest, evaluated, first_difference, ulps
 from .machine import without_paths
 

@@ -1,0 +1,168 @@
+"""The self-test's cases of moe_decode, router_topk and quantized_matvec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from .. import _ext
+from ..formats import BITS, GROUP_SIZES, Format
+from ..synthetic import DTYPES
+from .case import Case
+
+DENSE = None
+AFFINE4, MXFP4 = Format("affine", 4, 64), Format("mxfp4", 4, 32)
+FORMATS: tuple[Format | None, ...] = (
+    *(Format(m, bits, group) for m in BITS for bits in BITS[m] for group in GROUP_SIZES[m]),
+    DENSE,
+)
+
+
+def format_name(fmt: Format | None) -> str:
+    if fmt is None:
+        return "dense"
+    return f"affine{fmt.bits}g{fmt.group_size}" if fmt.mode == "affine" else fmt.mode
+
+
+@dataclass(frozen=True)
+class MoeDecode(Case):
+    gate: Format | None
+    up: Format | None
+    down: Format | None
+    hidden: int
+    intermediate: int
+    bank: int = 3
+    top_k: int = 2
+
+    op = "moe_decode"
+
+    def label(self) -> str:
+        formats = [format_name(f) for f in (self.gate, self.up, self.down)]
+        name = formats[0] if len(set(formats)) == 1 else "+".join(formats)
+        return f"{name}-{self.hidden}x{self.intermediate}-top{self.top_k}of{self.bank}"
+
+    def arguments(self) -> dict[str, Any]:
+        bits, dtype = self.bits(), DTYPES[self.dtype]
+        inner = (self.bank, self.intermediate, self.hidden)
+        return {
+            "x": bits.floats((self.tokens, self.hidden), dtype),
+            "gate": bits.weight(inner, self.gate, dtype),
+            "up": bits.weight(inner, self.up, dtype),
+            "down": bits.weight((self.bank, self.hidden, self.intermediate), self.down, dtype),
+            "slots": mx.array(bits.choices(self.tokens, self.top_k, self.bank)),
+            "scores": mx.abs(bits.floats((self.tokens, self.top_k), mx.float32, -1)),
+        }
+
+    def obstacle(self) -> str:
+        return _ext.moe_decode_obstacle(self.tokens, self.top_k)
+
+
+@dataclass(frozen=True)
+class RouterTopk(Case):
+    weight_dtype: str
+    experts: int
+    hidden: int
+    top_k: int
+    n_group: int = 1
+    topk_group: int = 1
+
+    op = "router_topk"
+
+    def label(self) -> str:
+        groups = f"-groups{self.topk_group}of{self.n_group}" if self.n_group > 1 else ""
+        of = f"top{self.top_k}of{self.experts}{groups}"
+        return f"{of}-{self.hidden}-{self.weight_dtype}weight"
+
+    def arguments(self) -> dict[str, Any]:
+        bits = self.bits()
+        weight = bits.weight((self.experts, self.hidden), DENSE, DTYPES[self.weight_dtype])
+        return {
+            "x": bits.floats((self.tokens, self.hidden), DTYPES[self.dtype]),
+            "weight": weight.weight,
+            "correction_bias": bits.floats((self.experts,), mx.float32, -3),
+            "top_k": self.top_k,
+            "n_group": self.n_group,
+            "topk_group": self.topk_group,
+            "routed_scaling_factor": 2.5,
+        }
+
+    def obstacle(self) -> str:
+        return _ext.router_topk_obstacle(self.experts)
+
+
+@dataclass(frozen=True)
+class QuantizedMatvec(Case):
+    fmt: Format | None
+    n: int
+    k: int
+
+    op = "quantized_matvec"
+    has_metal_kernel = False  # stock MLX on a GPU
+
+    def label(self) -> str:
+        return f"{format_name(self.fmt)}-{self.n}x{self.k}"
+
+    def arguments(self) -> dict[str, Any]:
+        bits, dtype = self.bits(), DTYPES[self.dtype]
+        return {
+            "x": bits.floats((self.tokens, self.k), dtype),
+            "w": bits.weight((self.n, self.k), self.fmt, dtype),
+        }
+
+
+def _by_format(dtypes_each: int) -> list[Case]:
+    """Each format in MLX's fast order, with one or more activation dtypes."""
+    names = list(DTYPES)
+    return [
+        MoeDecode(names[(i + j) % 3], (1, 2, 5, 16)[(i + j) % 4], fmt, fmt, fmt, 512, 512)
+        for i, fmt in enumerate(FORMATS)
+        for j in range(dtypes_each)
+    ]
+
+
+def _odd_sizes() -> list[Case]:
+    """Each format in MLX's general order, with odd row counts."""
+    made: list[Case] = []
+    for i, fmt in enumerate(FORMATS):
+        dtypes, tokens = [list(DTYPES)[(i + j) % 3] for j in range(2)], (1, 2, 5)[i % 3]
+        made.append(MoeDecode(dtypes[0], tokens, fmt, fmt, DENSE, 384, 45))
+        made.append(MoeDecode(dtypes[1], tokens, DENSE, DENSE, fmt, 77, 384))
+    return made
+
+
+def _shapes() -> list[Case]:
+    """Every token count of one format, mixed formats, odd sizes, GLM-5's own shape."""
+    mixed = (AFFINE4, MXFP4, Format("affine", 6, 64))
+    one = (AFFINE4, AFFINE4, AFFINE4)
+    counts = [MoeDecode("bfloat16", t, *one, 512, 512, 5, 3) for t in (1, 2, 5, 16)]
+    return [
+        *counts,
+        *(MoeDecode("bfloat16", t, *mixed, 512, 64, 5, 3) for t in (1, 16)),
+        MoeDecode("float16", 3, DENSE, DENSE, DENSE, 129, 7, 2, 1),
+        *(MoeDecode("bfloat16", 1, f, f, f, 6144, 2048, 3, 2) for f in (AFFINE4, MXFP4)),
+    ]
+
+
+_ROUTERS: list[Case] = [
+    RouterTopk("bfloat16", 2, "bfloat16", 256, 6144, 8),
+    RouterTopk("float16", 3, "float32", 36, 131, 5, 4, 2),
+]
+
+
+def _matvecs(dtypes: list[str]) -> list[Case]:
+    made: list[Case] = []
+    for i, fmt in enumerate(FORMATS):
+        for n, k in ((40, 1024), (13, 384)):
+            made.append(QuantizedMatvec(dtypes[i % len(dtypes)], 1 + 2 * (i % 2), fmt, n, k))
+    return made
+
+
+def expert_cases(quick: bool) -> list[Case]:
+    """Every format, the quick cases first."""
+    made = [*_by_format(1), *_ROUTERS, *_matvecs(["bfloat16"])]
+    if not quick:
+        made += [*_by_format(3), *_odd_sizes(), *_shapes(), *_matvecs(["float16", "float32"])]
+        made.append(RouterTopk("float32", 1, "float32", 37, 130, 8))
+    return list(dict.fromkeys(made))
