@@ -1,3 +1,5 @@
+#include "slots/bindings.h"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -9,6 +11,7 @@
 #include "cpu/matrix.h"
 #include "cpu/thread_pool.h"
 #include "metal/limits.h"
+#include "mlx/scheduler.h"
 #include "ops.h"
 #include "ops/placement.h"
 #ifdef GLM_FUSED_METAL_SIM
@@ -239,6 +242,13 @@ NB_MODULE(_ext, m) {
       "cpu_kernels",
       [] { return std::string(cpu::kernels().name); },
       "The instruction set of the CPU kernels: avx512, avx2 or portable.");
+  m.def(
+      "active_tasks",
+      [] { return mx::scheduler::n_active_tasks(); },
+      "Tasks that MLX counts as running; what an error cuts short it counts "
+      "for "
+      "good.");
+  slots::bind(m);
 #ifdef GLM_FUSED_METAL_SIM
   bind_simulator(m);
 #endif

@@ -1,5 +1,7 @@
 """Compiled kernels of glm_fused; call them through glm_fused.ops."""
 
+from collections.abc import Sequence
+
 import mlx.core
 
 built_with_mlx: str = "0.32.4"
@@ -88,3 +90,80 @@ def multiply_adds(rounds: int) -> float:
 
 def cpu_kernels() -> str:
     """The instruction set of the CPU kernels: avx512, avx2 or portable."""
+
+def active_tasks() -> int:
+    """
+    Tasks that MLX counts as running; what an error cuts short it counts for good.
+    """
+
+class SlotFiles:
+    """Open files that experts are read from."""
+
+    def __init__(self, paths: Sequence[str], sizes: Sequence[int], direct: bool) -> None: ...
+
+class SlotReader:
+    """A pool of positional reads."""
+
+    def __init__(self, depth: int, split: int) -> None: ...
+
+class SlotBank:
+    """Resident experts of one layer."""
+
+    @property
+    def arrays(self) -> list[mlx.core.array]:
+        """[slots, ...] for each part of an expert."""
+
+    @property
+    def capacity(self) -> int:
+        """The most experts that a request may name."""
+
+    def resident(self) -> list[int]:
+        """The experts in slots now."""
+
+    def stats(self) -> dict[str, int]:
+        """Counts since the bank was made."""
+
+    def take_requests(self) -> list[dict[str, object]]:
+        """The requests since the last call; the first call starts recording."""
+
+def slot_bank(
+    reader: SlotReader,
+    files: SlotFiles,
+    layer: int,
+    parts: Sequence[tuple[Sequence[int], mlx.core.Dtype]],
+    locations: Sequence[tuple[int, int]],
+    checksums: Sequence[int],
+    slots: int,
+    spares: int,
+    policy: str,
+    pinned: Sequence[int],
+    patience: float,
+) -> SlotBank: ...
+def slots_resolve(bank: SlotBank, experts: mlx.core.array) -> tuple[mlx.core.array, mlx.core.array]:
+    """
+    Slots of experts int32 [tokens, top_k], whose reads may go on, and an array to come after.
+    """
+
+def slots_wait(
+    bank: SlotBank, slots: mlx.core.array, after: mlx.core.array | None
+) -> mlx.core.array:
+    """The same slots, read, once `after` is computed."""
+
+def slots_release(bank: SlotBank, y: mlx.core.array, slots: mlx.core.array) -> mlx.core.array:
+    """`y`, computed with `slots`, which are held until then."""
+
+def slots_prefetch(bank: SlotBank, experts: mlx.core.array, x: mlx.core.array) -> mlx.core.array:
+    """`x`; starts to read experts into spare slots."""
+
+def checksum(parts: Sequence[bytes]) -> int:
+    """The checksum of an expert's tensors, as a bank compares it."""
+
+def slots_simulate(
+    policy: str, experts: int, slots: int, pinned: Sequence[int], requests: Sequence[Sequence[int]]
+) -> tuple[int, int]:
+    """(hits, misses) of one layer's requests."""
+
+def slots_simulate_optimum(
+    experts: int, slots: int, requests: Sequence[Sequence[int]]
+) -> tuple[int, int]:
+    """(hits, misses) of Belady's optimum."""

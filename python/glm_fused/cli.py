@@ -7,10 +7,12 @@ import io
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from typing import NoReturn
 
+from . import cli_streaming
+from .arguments import integer, number
 from .commands import run_demo, run_doctor, run_generate, run_inspect, run_selftest
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 plus the signal, as a shell reports it
@@ -84,11 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(run=run_inspect)
     inspect.add_argument("path", metavar="PATH", help="folder of a checkpoint")
 
+    cli_streaming.add_commands(commands)
+
     for command in (generate, demo):
         text = "how the cache stores keys (default: as the activations)"
         command.add_argument("--kv-format", choices=KV_FORMATS, default="auto", help=text)
     for command in (generate, demo, doctor, selftest):
-        threads = _integer(1, MAX_THREADS)
+        threads = integer(1, MAX_THREADS)
         command.add_argument("--threads", type=threads, metavar="N", help="of the CPU kernels")
     for command in (generate, demo, doctor, inspect):
         command.add_argument("--json", action="store_true", help="print one JSON document")
@@ -100,14 +104,15 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="PATH", help="folder of a checkpoint")
     add("--prompt", required=True, metavar="TEXT", help="the prompt; - for stdin")
     _add_length(parser, 256)
-    number = _number(lambda value: 0 <= value < math.inf, "a number of at least 0")
-    add("--temp", type=number, default=0.0, metavar="T", help="temperature; 0 (default): greedy")
-    number = _number(lambda value: 0 < value <= 1, "a number above 0, up to 1")
-    add("--top-p", type=number, default=1.0, metavar="P", help="nucleus of this probability")
-    add("--seed", type=_integer(0, 2**64 - 1), metavar="S", help="makes sampling reproducible")
+    kind = number(lambda value: 0 <= value < math.inf, "a number of at least 0")
+    add("--temp", type=kind, default=0.0, metavar="T", help="temperature; 0 (default): greedy")
+    kind = number(lambda value: 0 < value <= 1, "a number above 0, up to 1")
+    add("--top-p", type=kind, default=1.0, metavar="P", help="nucleus of this probability")
+    add("--seed", type=integer(0, 2**64 - 1), metavar="S", help="makes sampling reproducible")
     add("--raw", action="store_true", help="do not apply the chat template")
     add("--ab", action="store_true", help="run the fused and the reference path and compare bits")
     add("--verbose", action="store_true", help="speeds on stderr, in a pipe too")
+    cli_streaming.add_options(parser)
 
 
 def _add_selftest(parser: argparse.ArgumentParser) -> None:
@@ -120,32 +125,6 @@ def _add_selftest(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_length(parser: argparse.ArgumentParser, default: int) -> None:
-    kind = _integer(1, 2**31 - 1)
+    kind = integer(1, 2**31 - 1)
     text = f"tokens to generate (default: {default})"
     parser.add_argument("--max-tokens", type=kind, default=default, metavar="N", help=text)
-
-
-def _integer(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected an integer from {low} to {high}: {text!r}")
-        return value
-
-    return parse
-
-
-def _number(valid: Callable[[float], bool], expected: str) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not valid(value):
-            raise argparse.ArgumentTypeError(f"expected {expected}: {text!r}")
-        return value
-
-    return parse

@@ -14,29 +14,46 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .commands_streaming import stream_options
+
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from .generate import Completion, Options
     from .model import Model
+    from .streaming import StreamOptions
+
+DEFAULT_CONTEXT = 4096  # tokens of a prompt that memory is planned for, unless more are asked for
 
 
 def run_generate(args: argparse.Namespace) -> int:
     from .generate import Options, encode, generate
 
     prompt = _read_prompt(args.prompt)
-    model, tokenizer = _load(_folder(args.model), args)
+    stream = stream_options(args, DEFAULT_CONTEXT + args.max_tokens)
+    model, tokenizer = _load(_folder(args.model), args, stream)
+    if model.streaming is not None:
+        print(model.streaming.plan.format(), file=sys.stderr)
     tokens = encode(model, tokenizer, prompt, args.raw)
     options = Options(args.max_tokens, args.temp, args.top_p, args.seed)
+    if stream is not None and len(tokens) + args.max_tokens > stream.context:
+        raise ValueError(
+            f"{len(tokens)} prompt tokens and {args.max_tokens} more exceed the"
+            f" {stream.context} that memory was planned for; give --context."
+        )
     if args.ab:
         return _compare(model, tokenizer, tokens, options, args.json)
-    completion = generate(model, tokenizer, tokens, options, _discard if args.json else _write)
+    write = _discard if args.json else _write
+    with _traced(model, args.trace, write) as on_text:
+        completion = generate(model, tokenizer, tokens, options, on_text)
     if args.json:
-        _print_json(completion.describe())
+        streaming = {"streaming": model.streaming.stats()} if model.streaming else {}
+        _print_json(completion.describe() | streaming)
         return 0
     print()
     if args.verbose or sys.stderr.isatty():
         _print_speeds(completion)
+        _print_streaming(model)
     return 0
 
 
@@ -145,14 +162,38 @@ def _folder(text: str) -> Path:
     raise FileNotFoundError(f"{text} does not exist; models are read from local folders.{hint}")
 
 
-def _load(path: Path, args: argparse.Namespace) -> tuple[Model, TokenizerWrapper]:
+@contextlib.contextmanager
+def _traced(
+    model: Model, path: str | None, write: Callable[[str], None]
+) -> Iterator[Callable[[str], None]]:
+    """``write``, which also appends to the trace file, if there is to be one."""
+    if path is None:
+        yield write
+        return
+    from .replay import TraceWriter
+
+    assert model.streaming is not None  # or --trace was refused
+    with open(path, "w") as file:
+        trace = TraceWriter(model.streaming, file, model.args.num_experts_per_tok)
+
+        def both(text: str) -> None:
+            trace.write()
+            write(text)
+
+        yield both
+        trace.write()
+
+
+def _load(
+    path: Path, args: argparse.Namespace, stream: StreamOptions | None = None
+) -> tuple[Model, TokenizerWrapper]:
     from . import load, set_num_threads
 
     if args.threads is not None:
         set_num_threads(args.threads)
     if (path / "config.json").exists() and not (path / "tokenizer_config.json").exists():
         raise FileNotFoundError(f"{path} has no tokenizer_config.json.")
-    return load(path, kv_format=args.kv_format)
+    return load(path, kv_format=args.kv_format, stream=stream)
 
 
 def _read_prompt(text: str) -> str:
@@ -170,6 +211,15 @@ def _discard(_: str) -> None:
 
 def _print_json(document: dict[str, Any]) -> None:
     print(json.dumps(document, indent=1, allow_nan=False))
+
+
+def _print_streaming(model: Model) -> None:
+    if model.streaming is None:
+        return
+    stats = model.streaming.stats()
+    rate, nbytes = stats["hit_rate"] or 0.0, stats["bytes"]
+    text = f"experts     hit rate {rate:.3f}, {nbytes / 1e9:.2f} GB read, "
+    print(f"{text}{stats['wait_us'] / 1e6:.2f} s waited for", file=sys.stderr)
 
 
 def _print_speeds(completion: Completion) -> None:

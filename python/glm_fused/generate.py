@@ -135,8 +135,7 @@ def debug_paths(model: Model) -> None:
     for i, layer in enumerate(model.layers):
         indexer = "full" if "indexer" in layer.self_attn else "shared"
         mlp = layer.mlp.switch_mlp if isinstance(layer.mlp, MoE) else layer.mlp
-        weights = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        formats = "/".join(_format(projection.as_weight()) for projection in weights)
+        formats = "/".join(_format(weight) for weight in mlp.weights())
         kind = "moe_decode" if isinstance(layer.mlp, MoE) else "dense mlp"
         paths.debug("layer %d: %s indexer, %s %s: %s", i, indexer, kind, formats, path)
 

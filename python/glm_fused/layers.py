@@ -102,6 +102,10 @@ class MLP(nn.Module):
         self.up_proj = Linear(hidden, intermediate)
         self.down_proj = Linear(intermediate, hidden)
 
+    def weights(self) -> tuple[ops.Weight, ops.Weight, ops.Weight]:
+        """Of gate, up and down."""
+        return self.gate_proj.as_weight(), self.up_proj.as_weight(), self.down_proj.as_weight()
+
     def __call__(self, x: mx.array) -> mx.array:
         # Not nn.silu: it is mx.compile'd, which on the CPU wants a C++ compiler at run time.
         gate = self.gate_proj(x)

@@ -15,13 +15,16 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 from tqdm import tqdm
 
+from . import _ext
 from .checkpoint import Checkpoint
 from .config import args_from_config
+from .expert_source import is_expert
 from .formats import Quantization, infer_format, quantization_from_config
 from .layout import unused
 from .manifest import check_tensors
 from .model import Model
 from .rows import check_kv_format
+from .streaming import StreamOptions, attach_banks, find_source, plan_streaming
 
 _SCALE_SUFFIXES = (".weight_scale_inv", ".kv_b_proj.scales", ".kv_b_proj.biases")
 
@@ -35,29 +38,32 @@ class _Scales(NamedTuple):
 
 
 def load_model(
-    path: str | os.PathLike[str], lazy: bool = False, kv_format: str = "auto"
+    path: str | os.PathLike[str],
+    lazy: bool = False,
+    kv_format: str = "auto",
+    stream: StreamOptions | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Load the model in the folder ``path``; returns it and its config.
 
-    ``kv_format`` is how its caches store keys, one of `glm_fused.rows.KV_FORMATS`.
+    ``kv_format`` is how its caches store keys, one of `glm_fused.rows.KV_FORMATS`. With ``stream``,
+    routed experts are read as they are needed; ``model.streaming`` has the plan and counters, and
+    scales of experts are not checked for NaN.
 
     Raises FileNotFoundError for missing files and ValueError for anything that does not fit, naming
     file and tensor with what was found and expected. With ``lazy`` parameters are read when they
     are first used, and scales are not checked for NaN.
     """
-    check_kv_format(kv_format)
-    model, checkpoint, sources = _build(path)
-    model.kv_format = kv_format
+    model, checkpoint, sources = _build(path, kv_format, stream)
     if not lazy:
         _materialize(model, checkpoint, sources)
     return model, checkpoint.config
 
 
-def load(path: str | os.PathLike[str], kv_format: str = "auto") -> tuple[Model, TokenizerWrapper]:
-    """Load model and tokenizer; ``kv_format`` and errors are those of ``load_model``."""
-    check_kv_format(kv_format)
-    model, checkpoint, sources = _build(path)
-    model.kv_format = kv_format
+def load(
+    path: str | os.PathLike[str], kv_format: str = "auto", stream: StreamOptions | None = None
+) -> tuple[Model, TokenizerWrapper]:
+    """Load model and tokenizer; arguments and errors are those of ``load_model``."""
+    model, checkpoint, sources = _build(path, kv_format, stream)
     tokenizer = _load_tokenizer(checkpoint)
     _materialize(model, checkpoint, sources)
     return model, tokenizer
@@ -74,14 +80,26 @@ def _load_tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
         raise ValueError(text) from error
 
 
-def _build(path: str | os.PathLike[str]) -> tuple[Model, Checkpoint, list[_Scales]]:
+def _build(
+    path: str | os.PathLike[str], kv_format: str, stream: StreamOptions | None
+) -> tuple[Model, Checkpoint, list[_Scales]]:
     """The model over lazy weights, and those scales that no parameter of it will show."""
+    check_kv_format(kv_format)
     checkpoint = Checkpoint.open(path)
     args = args_from_config(checkpoint.config)
     quantization = quantization_from_config(checkpoint.config)
-    check_tensors(args, quantization, checkpoint.tensors)
+    manifest = check_tensors(args, quantization, checkpoint.tensors)
+    if stream is not None:
+        source = find_source(checkpoint, args, stream.sidecar)
+        plan = plan_streaming(manifest, args, source, stream, kv_format)
     weights = _read_lazily(checkpoint)
     model = Model(args)
+    model.kv_format = kv_format
+    if stream is not None:
+        _allow_open_files(len(checkpoint.files) + len(source.files))
+        model.streaming = attach_banks(model, args, source, plan, stream)
+        mx.set_cache_limit(plan.shares.staging)
+        weights = {name: array for name, array in weights.items() if not is_expert(name)}
     sources = []
     for name, array in weights.items():
         if name.endswith(_SCALE_SUFFIXES) and unused(name, args) is None:
@@ -175,12 +193,16 @@ def _check_scales(scales: _Scales, checkpoint: Checkpoint) -> None:
 @contextmanager
 def _lean_memory() -> Iterator[None]:
     """No cache of freed buffers, and no reading ahead of what consumes the data."""
-    cache, limit = mx.set_cache_limit(0), mx.set_memory_limit(1)
+    mx.synchronize()
+    cache = mx.set_cache_limit(0)
+    # Above its limit MLX waits for the tasks that it counts, for ever if one of them is over.
+    limit = mx.set_memory_limit(1) if _ext.active_tasks() == 0 else None
     try:
         yield
     finally:
         mx.set_cache_limit(cache)
-        mx.set_memory_limit(limit)
+        if limit is not None:
+            mx.set_memory_limit(limit)
 
 
 def _progress(total: int) -> "tqdm[Any]":

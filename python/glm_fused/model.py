@@ -1,7 +1,9 @@
 """The decoder: ``glm_moe_dsa`` and ``deepseek_v32`` as mlx-lm loads and calls them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +18,9 @@ from .moe import MoE
 from .rope import Angles, Rope
 from .rows import check_kv_format
 from .stock import visible_columns
+
+if TYPE_CHECKING:
+    from .streaming import Streaming
 
 
 class DecoderLayer(nn.Module):
@@ -84,6 +89,7 @@ class Model(nn.Module):
         self.args = args
         self.model_type = args.model_type
         self.model = Decoder(args)
+        self.streaming: Streaming | None = None
         if not args.tie_word_embeddings:
             self.lm_head = Linear(args.hidden_size, args.vocab_size)
 

@@ -8,6 +8,7 @@ import mlx.nn as nn
 from . import ops
 from .config import ModelArgs
 from .layers import MLP, SwitchLinear
+from .slots import Meanwhile, StreamedExperts
 
 
 class Router(nn.Module):
@@ -41,10 +42,15 @@ class SwitchMLP(nn.Module):
         self.up_proj = SwitchLinear(hidden, intermediate, experts)
         self.down_proj = SwitchLinear(intermediate, hidden, experts)
 
-    def __call__(self, x: mx.array, experts: mx.array, scores: mx.array) -> mx.array:
-        """x [n, hidden], experts and scores [n, top_k] -> [n, hidden]."""
-        gate, up, down = (p.as_weight() for p in (self.gate_proj, self.up_proj, self.down_proj))
-        return ops.moe_decode(x, gate, up, down, experts, scores)
+    def weights(self) -> tuple[ops.Weight, ops.Weight, ops.Weight]:
+        """Of gate, up and down: [experts, …]."""
+        return self.gate_proj.as_weight(), self.up_proj.as_weight(), self.down_proj.as_weight()
+
+    def __call__(
+        self, x: mx.array, experts: mx.array, scores: mx.array, meanwhile: Meanwhile
+    ) -> tuple[mx.array, mx.array]:
+        """x [n, hidden], experts and scores [n, top_k] -> ([n, hidden], ``meanwhile(x)``)."""
+        return ops.moe_decode(x, *self.weights(), experts, scores), meanwhile(x)
 
 
 class MoE(nn.Module):
@@ -55,12 +61,16 @@ class MoE(nn.Module):
         experts = args.n_routed_experts
         assert experts is not None  # a config with sparse layers names it
         self.gate = Router(args, experts)
-        self.switch_mlp = SwitchMLP(args.hidden_size, args.moe_intermediate_size, experts)
+        self.switch_mlp: SwitchMLP | StreamedExperts = SwitchMLP(
+            args.hidden_size, args.moe_intermediate_size, experts
+        )
         if args.n_shared_experts:
             width = args.moe_intermediate_size * args.n_shared_experts
             self.shared_experts = MLP(args.hidden_size, width)
 
     def __call__(self, x: mx.array) -> mx.array:
         flat = x.reshape(-1, x.shape[-1])
-        y = self.switch_mlp(flat, *self.gate(flat)).reshape(x.shape)
-        return y + self.shared_experts(x) if "shared_experts" in self else y
+        shared = self.shared_experts if "shared_experts" in self else mx.zeros_like
+        routed, other = self.switch_mlp(flat, *self.gate(flat), shared)
+        y = routed + other if "shared_experts" in self else routed
+        return y.reshape(x.shape)

@@ -1,0 +1,121 @@
+// The resident experts of one layer, read from files as requests need them.
+//
+// A request holds a lease on its slots. `resolve` (slots/ops.cpp) ties the
+// lease to the buffer of its output: MLX keeps that until all work that was
+// given the slots has run, on a GPU until the command buffer has completed. So
+// a slot is overwritten only when nothing in flight may read it, whichever
+// streams are used and also where a graph is dropped half way. That the next
+// request of a layer comes after the last one's use, and need not wait for its
+// leases, is arranged by `release` (slots/ops.cpp).
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "slots/reader.h"
+#include "slots/table.h"
+
+namespace glm_fused::slots {
+
+// One tensor of an expert, as slots [slots, bytes] in memory.
+struct Part {
+  int64_t bytes;
+  std::byte* memory;
+};
+
+struct Location {
+  int file;
+  int64_t offset;
+};
+
+struct BankOptions {
+  int layer;
+  std::shared_ptr<const Files> files;
+  std::vector<Part> parts;
+  std::shared_ptr<const void> memory;  // owner of the parts' memory
+  std::vector<Location> locations;     // [experts, parts]
+  std::vector<uint64_t> checksums;     // [experts], or none
+  std::chrono::milliseconds patience{60000};
+};
+
+struct Request {
+  int64_t first_token;           // of this layer, counted over all requests
+  std::vector<int32_t> experts;  // [tokens, top_k]
+  int top_k;
+  int hits, misses;  // of distinct experts
+  int64_t bytes;
+  int64_t wait_us;
+};
+
+struct BankStats {
+  int64_t hits = 0, misses = 0, bytes = 0, wait_us = 0;
+  int64_t prefetches = 0;
+};
+
+class Bank;
+
+// Slots that a request may read, until this is gone.
+class Lease {
+ public:
+  ~Lease();
+  Lease(const Lease&) = delete;
+  Lease& operator=(const Lease&) = delete;
+
+ private:
+  friend class Bank;
+  struct State;  // of the bank
+  Lease(std::shared_ptr<State> state, std::vector<int> slots)
+      : state_(std::move(state)), slots_(std::move(slots)) {}
+  std::shared_ptr<State> state_;
+  std::vector<int> slots_;
+};
+
+class Bank {
+ public:
+  Bank(
+      std::shared_ptr<Reader> reader,
+      BankOptions options,
+      std::unique_ptr<SlotTable> table);
+  ~Bank();
+
+  // Writes the slot of each of the [tokens, top_k] experts and starts to read
+  // those that are not resident. Waits while leases leave too few slots;
+  // throws std::runtime_error if that takes longer than `patience`.
+  std::shared_ptr<Lease>
+  acquire(const int32_t* experts, int tokens, int top_k, int32_t* slots);
+
+  // Returns when the slots, on which the caller has a lease, are read; throws
+  // std::runtime_error, naming layer, expert and file, if one could not be.
+  void wait(const int32_t* slots, size_t count);
+
+  // Starts to read experts into spare slots, as far as there are any.
+  void prefetch(const int32_t* experts, size_t count);
+
+  int capacity() const;
+  std::vector<int> resident() const;
+  BankStats stats() const;
+  // The requests since the last call; recording starts with the first call.
+  std::vector<Request> take_requests();
+
+ private:
+  using State = Lease::State;
+  std::vector<int> distinct(const int32_t* experts, size_t count) const;
+  void record(
+      const int32_t* experts,
+      int tokens,
+      int top_k,
+      size_t hits,
+      size_t misses);
+  void load(int expert, int slot, bool urgent);
+
+  std::shared_ptr<Reader> reader_;
+  std::shared_ptr<Lease::State> state_;
+  int64_t expert_bytes_ = 0;
+};
+
+}  // namespace glm_fused::slots

@@ -1,0 +1,168 @@
+#include "slots/policy.h"
+
+#include <algorithm>
+#include <deque>
+#include <list>
+#include <stdexcept>
+
+namespace glm_fused::slots {
+
+namespace {
+
+using Test = std::function<bool(int)>;
+
+class Lru : public Policy {
+ public:
+  explicit Lru(int experts) : where_(experts, order_.end()) {}
+
+  void hit(int expert) override {
+    order_.splice(order_.begin(), order_, where_[expert]);
+  }
+  void admit(int expert) override {
+    where_[expert] = order_.insert(order_.begin(), expert);
+  }
+  void drop(int expert) override {
+    order_.erase(where_[expert]);
+  }
+  int evict(const Test& evictable) override {
+    const auto oldest = std::find_if(order_.rbegin(), order_.rend(), evictable);
+    const int expert = *oldest;
+    drop(expert);
+    return expert;
+  }
+
+ private:
+  std::list<int> order_;  // latest first
+  std::vector<std::list<int>::iterator> where_;
+};
+
+class PinnedLru : public Lru {
+ public:
+  PinnedLru(int experts, const std::vector<int>& pinned)
+      : Lru(experts), pinned_(experts) {
+    for (int expert : pinned) {
+      pinned_.at(expert) = true;
+    }
+  }
+
+  bool may_evict(int expert) const override {
+    return !pinned_[expert];
+  }
+  int pinned() const override {
+    return static_cast<int>(std::count(pinned_.begin(), pinned_.end(), true));
+  }
+  int evict(const Test& evictable) override {
+    return Lru::evict(
+        [&](int expert) { return !pinned_[expert] && evictable(expert); });
+  }
+
+ private:
+  std::vector<bool> pinned_;
+};
+
+// S3-FIFO (https://doi.org/10.1145/3600006.3613147): a small queue filters
+// experts used once, a ghost queue readmits those evicted too early.
+class S3Fifo : public Policy {
+ public:
+  S3Fifo(int experts, int slots)
+      : small_size_(std::max<size_t>(1, slots / 10)),
+        ghost_size_(std::max<size_t>(1, slots - small_size_)),
+        uses_(experts) {}
+
+  void hit(int expert) override {
+    uses_[expert] = std::min(uses_[expert] + 1, 3);
+  }
+  void admit(int expert) override {
+    uses_[expert] = 0;
+    const auto ghost = std::find(ghost_.begin(), ghost_.end(), expert);
+    if (ghost == ghost_.end()) {
+      small_.push_front(expert);
+    } else {
+      ghost_.erase(ghost);
+      main_.push_front(expert);
+    }
+  }
+  void drop(int expert) override {
+    std::erase(small_, expert);
+    std::erase(main_, expert);
+  }
+  int evict(const Test& evictable) override {
+    const bool small_first = small_.size() >= small_size_ || main_.empty();
+    int expert = small_first ? from_small(evictable) : from_main(evictable);
+    if (expert < 0) {
+      expert = small_first ? from_main(evictable) : from_small(evictable);
+    }
+    return expert;
+  }
+
+ private:
+  // Takes the oldest evictable expert out of the queue; -1 if there is none.
+  static int take(std::deque<int>& queue, const Test& evictable) {
+    const auto at = std::find_if(queue.rbegin(), queue.rend(), evictable);
+    if (at == queue.rend()) {
+      return -1;
+    }
+    const int expert = *at;
+    queue.erase(std::next(at).base());
+    return expert;
+  }
+
+  int from_small(const Test& evictable) {
+    while (true) {
+      const int expert = take(small_, evictable);
+      if (expert < 0) {
+        return -1;
+      }
+      if (uses_[expert] <= 1) {
+        remember(expert);
+        return expert;
+      }
+      uses_[expert] = 0;
+      main_.push_front(expert);
+    }
+  }
+
+  int from_main(const Test& evictable) {
+    while (true) {
+      const int expert = take(main_, evictable);
+      if (expert < 0 || uses_[expert] == 0) {
+        return expert;
+      }
+      uses_[expert]--;
+      main_.push_front(expert);
+    }
+  }
+
+  void remember(int expert) {
+    ghost_.push_front(expert);
+    if (ghost_.size() > ghost_size_) {
+      ghost_.pop_back();
+    }
+  }
+
+  const size_t small_size_, ghost_size_;
+  std::vector<int> uses_;  // while resident, at most 3
+  std::deque<int> small_, main_, ghost_;
+};
+
+}  // namespace
+
+std::unique_ptr<Policy> make_policy(
+    const std::string& name,
+    int experts,
+    int slots,
+    const std::vector<int>& pinned) {
+  if (name == "lru") {
+    return std::make_unique<Lru>(experts);
+  }
+  if (name == "pinned") {
+    return std::make_unique<PinnedLru>(experts, pinned);
+  }
+  if (name == "s3fifo") {
+    return std::make_unique<S3Fifo>(experts, slots);
+  }
+  throw std::invalid_argument(
+      "[slots] policy must be lru, s3fifo or pinned but is " + name + ".");
+}
+
+}  // namespace glm_fused::slots

@@ -1,0 +1,42 @@
+// Which resident expert gives way to one that is needed.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace glm_fused::slots {
+
+// One layer's policy. Not thread-safe: a bank calls it under its lock.
+class Policy {
+ public:
+  virtual ~Policy() = default;
+
+  // A request used a resident expert.
+  virtual void hit(int expert) = 0;
+  // The expert has become resident.
+  virtual void admit(int expert) = 0;
+  // The expert is no longer resident though the policy did not choose so.
+  virtual void drop(int expert) = 0;
+  // Takes out and returns a resident expert for which `evictable` holds.
+  // Called only if there is one that `may_evict`.
+  virtual int evict(const std::function<bool(int)>& evictable) = 0;
+  virtual bool may_evict(int) const {
+    return true;
+  }
+  // How many experts it never evicts.
+  virtual int pinned() const {
+    return 0;
+  }
+};
+
+// `name`: lru, s3fifo, or pinned (LRU over all experts but those in `pinned`).
+// Throws std::invalid_argument for other names.
+std::unique_ptr<Policy> make_policy(
+    const std::string& name,
+    int experts,
+    int slots,
+    const std::vector<int>& pinned);
+
+}  // namespace glm_fused::slots

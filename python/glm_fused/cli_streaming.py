@@ -1,0 +1,60 @@
+"""Arguments of expert streaming: options of ``generate``, ``sidecar`` and ``replay``."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .arguments import integer
+from .commands_streaming import run_inspect, run_pack, run_replay, run_verify
+
+POLICIES = ("lru", "s3fifo", "pinned")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """``generate``'s."""
+    group = parser.add_argument_group("expert streaming", "run a model larger than memory")
+    add = group.add_argument
+    add(
+        "--memory-budget",
+        metavar="SIZE",
+        help="keep within 24GB, say, reading experts as needed; or auto",
+    )
+    add("--context", type=integer(1, 2**31 - 1), metavar="N", help="tokens to plan the cache for")
+    add("--sidecar", metavar="DIR", help="read experts packed by `glm-fused sidecar pack`")
+    add("--slots", type=integer(1, 2**20), metavar="N", help="experts resident per layer")
+    add("--policy", choices=POLICIES, default="lru", help="which expert gives way (default: lru)")
+    add("--pins", metavar="FILE", help="JSON, {layer: [experts]}, for --policy pinned")
+    help = "slots per layer for what the next layer's router may choose (default: 0)"
+    add("--lookahead", type=integer(0, 2**20), default=0, metavar="N", help=help)
+    add("--direct-io", action="store_true", help="read past the page cache")
+    add("--read-depth", type=integer(1, 256), default=8, metavar="N", help="reads in flight")
+    add("--read-split", default="4MiB", metavar="SIZE", help="bytes per read (default: 4MiB)")
+    add("--trace", metavar="FILE", help="write every request for experts, as JSON lines")
+
+
+def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
+    """``sidecar pack|verify|inspect`` and ``replay``."""
+    sidecar = commands.add_parser("sidecar", help="pack experts into files made for streaming")
+    actions = sidecar.add_subparsers(dest="action", required=True, metavar="ACTION")
+    pack = actions.add_parser("pack", help="write a sidecar; goes on where an earlier run ended")
+    pack.add_argument("--model", required=True, metavar="PATH", help="folder of a checkpoint")
+    pack.set_defaults(run=run_pack)
+    verify = actions.add_parser("verify", help="hash every file")
+    verify.set_defaults(run=run_verify)
+    inspect = actions.add_parser("inspect", help="say what a sidecar holds")
+    inspect.set_defaults(run=run_inspect)
+    for action in (pack, verify, inspect):
+        action.add_argument("path", metavar="DIR", help="folder of the sidecar")
+        action.add_argument("--json", action="store_true", help="print one JSON document")
+
+    replay = commands.add_parser("replay", help="hit rates of a trace for other banks and policies")
+    replay.set_defaults(run=run_replay)
+    add = replay.add_argument
+    add("trace", metavar="FILE", help="what generate --trace wrote")
+    add("--bank", default="16,32,64,128", metavar="N,N…", help="slots per layer")
+    add("--policy", default="lru,s3fifo", metavar="P,P…", help=f"of {', '.join(POLICIES)}")
+    add("--read-rate", metavar="SIZE", help="bytes a second the SSD reads, to predict speeds")
+    add("--compute-ms", type=float, default=0.0, metavar="MS", help="of a token, without reads")
+    add("--plot", metavar="FILE", help="draw hit rates, and speeds (needs matplotlib)")
+    add("--json", action="store_true", help="print one JSON document")
