@@ -133,9 +133,8 @@ def attach_banks(
     Raises RuntimeError, naming the file, for one that does not open or has another size, and
     ValueError for options that do not fit.
     """
-    files = _ext.SlotFiles(
-        [str(path) for path in source.files], list(source.files.values()), options.direct
-    )
+    paths, sizes = [str(path) for path in source.files], list(source.files.values())
+    files = _ext.SlotFiles(paths, sizes, options.direct)
     reader = _ext.SlotReader(options.depth, options.split)
     banks: dict[int, _ext.SlotBank] = {}
     last: StreamedExperts | None = None
