@@ -25,6 +25,7 @@ PYTHON = "Python"
 _ALSO_IN_LIBCXX = {
     "__ZNSt3__19to_stringEj",  # duckdb 2.0.0, macOS 11
     "__ZNSt3__19to_stringEl",  # sentencepiece 0.2.3, macOS 11
+    "__ZNSt3__19to_stringEx",  # duckdb 2.0.0, macOS 11
 }
 
 
