@@ -2,6 +2,7 @@
 
     python bench/bench_attention.py --contexts 2048 32768 131072 --formats bf16 fp8
     python bench/bench_attention.py --plot attention.png         # needs matplotlib
+    python bench/bench_attention.py --formats fp16 --ggml FOLDER # beside llama.cpp: ggml_peer.py
 
 GLM-5.2's geometry: indexer of 32 heads x 128, 2048 keys selected, 64 heads over rows of 512 + 64.
 Prints, per context and cache format, of the indexer with its top-k and of the attention: µs, GB/s
@@ -10,15 +11,21 @@ streaming bandwidth, or the multiply-adds at the rate that registers allow, whic
 measured between the calls, with the same threads), and how many times slower stock MLX ops are
 (one call each, up to --stock-up-to). Several copies of the cache are used in turn, so that it comes
 from memory, as it does when a model's layers follow one another.
+
+With --ggml also llama.cpp's indexer, top-k and attention, called alternately with ours on the same
+keys, and how many times slower its whole chain is. Both must select the same keys (but for ties and
+rounding) and agree on the output.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import ggml_peer
 import mlx.core as mx
 import numpy as np
 from common import median, multiply_add_rate, parser, report
@@ -28,7 +35,7 @@ from glm_fused import ops, rows, stock
 from glm_fused.benchmark import read_bandwidth, seconds
 
 INDEX_HEADS, INDEX_DIM, TOPK = 32, 128, 2048
-HEADS, RANK, ROPE = 64, 512, 64
+HEADS, RANK, ROPE, SCALE = 64, 512, 64, 0.0625
 FORMATS = ("bf16", "fp16", "fp32", "fp8", "int8")
 CONTEXTS = [2**i for i in range(11, 21)]
 BEYOND_CACHE = 100e6  # bytes of cached rows used in turn
@@ -48,6 +55,7 @@ COLUMNS = {
     "at fraction": ".2f",
     "at x stock": ".1f",
 }
+GGML_COLUMNS = {"ggml indexer us": ".0f", "ggml attention us": ".0f", "chain x ggml": ".1f"}
 
 
 class Layer:
@@ -83,15 +91,42 @@ class Layer:
         self.selected = self.indexer()
         mx.eval(self.keys, self.latents, self.ropes, self.selected, self.q)
 
+    def in_ggml(self, ggml: ggml_peer.Library) -> tuple[ggml_peer.Indexer, ggml_peer.Attention]:
+        """The same step of llama.cpp, checked to have the same result."""
+
+        def numpy(a: mx.array, dtype: Any) -> Any:
+            return np.array(a.astype(mx.float32))[0].astype(dtype)
+
+        assert self.ropes is not None
+        keys, weights = numpy(self.keys, np.float16), numpy(self.weights, np.float32)[0]
+        q, rows = numpy(self.index_q, np.float32)[0], mx.concatenate([self.latents, self.ropes], -1)
+        indexer = ggml_peer.Indexer(ggml, q, keys, weights * INDEX_DIM**-0.5, TOPK)
+        indexer.run()
+        selected = np.array(self.selected)[0, 0]
+        common = np.intersect1d(indexer.selected(), selected).size
+        attention = ggml_peer.Attention(
+            ggml, numpy(self.q, np.float32)[0], numpy(rows, np.float16), selected, RANK, SCALE
+        )
+        attention.run()
+        ours = numpy(self.attention(), np.float32)[0]
+        error = np.abs(attention.result() - ours).max() / np.abs(ours).max()
+        if common < 0.99 * TOPK or not error < 0.02:
+            raise SystemExit(
+                f"ggml selects {common} of {TOPK} same keys, attention differs {error}."
+            )
+        return indexer, attention
+
     def indexer(self, op: Callable[..., mx.array] = ops.indexer_topk) -> mx.array:
         scale = INDEX_DIM**-0.5
         return op(self.index_q, self.keys, self.weights, TOPK, scale=scale)
 
     def attention(self, op: Callable[..., mx.array] = ops.sparse_mla_decode) -> mx.array:
-        return op(self.q, self.latents, self.ropes, self.selected, rank=RANK, scale=0.0625)
+        return op(self.q, self.latents, self.ropes, self.selected, rank=RANK, scale=SCALE)
 
 
-def measure(kv_format: str, context: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    kv_format: str, context: int, options: argparse.Namespace, ggml: ggml_peer.Library | None
+) -> dict[str, Any]:
     tokens = options.tokens
     selected = min(context, TOPK)
     size = {
@@ -105,14 +140,21 @@ def measure(kv_format: str, context: int, options: argparse.Namespace) -> dict[s
     copies = max(1, min(16, int(BEYOND_CACHE / (context * rows.row_bytes(kv_format, 128, 0)))))
     layers = [Layer(kv_format, context, tokens, seed) for seed in range(copies)]
     calls = {"ix": Layer.indexer, "at": Layer.attention}
+    peers = [layer.in_ggml(ggml) for layer in layers] if ggml else []
+    peer_times: list[list[float]] = [[], []]
     times: dict[str, list[float]] = {"ix": [], "at": []}
     fractions: dict[str, list[float]] = {"ix": [], "at": []}
-    for layer in itertools.islice(itertools.cycle(layers), options.repeats + 2):
+    for turn in range(options.repeats + 2):
+        layer = layers[turn % copies]
         for part, call in calls.items():
             rate, bandwidth = multiply_add_rate(), read_bandwidth(layer.latents) * 1e9
             times[part].append(seconds(lambda call=call, layer=layer: call(layer)))
             bound = max(size[part] / bandwidth, work[part] / rate)
             fractions[part].append(bound / times[part][-1])
+        for graph, taken in zip(peers[turn % copies] if peers else (), peer_times, strict=False):
+            start = time.perf_counter()
+            graph.run()
+            taken.append(time.perf_counter() - start)
     row: dict[str, Any] = {"format": kv_format, "context": context, "tokens": tokens}
     for part, name in (("ix", "indexer"), ("at", "attention")):
         took = median(times[part][2:])
@@ -126,6 +168,11 @@ def measure(kv_format: str, context: int, options: argparse.Namespace) -> dict[s
             call = calls[part]
             row[f"{part} x stock"] = seconds(lambda call=call, slow=slow: call(layers[0], slow))
             row[f"{part} x stock"] /= took
+    if peers:
+        indexer, attention = (median(taken[2:]) for taken in peer_times)
+        chain = 1e-6 * (row["indexer us"] + row["attention us"])
+        row |= {"ggml indexer us": 1e6 * indexer, "ggml attention us": 1e6 * attention}
+        row["chain x ggml"] = (indexer + attention) / chain
     return row
 
 
@@ -159,17 +206,21 @@ def main() -> None:
     arguments.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     arguments.add_argument("--tokens", type=int, default=1, help="query tokens of a call")
     arguments.add_argument("--stock-up-to", type=int, default=32768, metavar="CONTEXT")
+    arguments.add_argument("--ggml", type=Path, metavar="FOLDER", help="with ggml's libraries")
     arguments.add_argument("--plot", metavar="FILE", help="draw the times, with matplotlib")
     options = arguments.parse_args()
     mx.set_default_device(mx.cpu)
     if options.threads:
         glm_fused.set_num_threads(options.threads)
+    ggml = ggml_peer.Library(options.ggml, glm_fused.num_threads()) if options.ggml else None
+    if ggml and (options.formats != ["fp16"] or options.tokens > 1 or min(options.contexts) < TOPK):
+        arguments.error(f"--ggml compares one token, --formats fp16, contexts from {TOPK}.")
     made = [
-        measure(kv_format, context, options)
+        measure(kv_format, context, options, ggml)
         for kv_format in options.formats
         for context in options.contexts
     ]
-    report(made, COLUMNS, options.json)
+    report(made, COLUMNS | (GGML_COLUMNS if ggml else {}), options.json)
     if options.plot:
         plot(made, options.plot)
 

@@ -1,4 +1,5 @@
-// The long-context kernels, compiled once per instruction set.
+// sparse_mla_decode, compiled once per instruction set, and the table of the
+// long-context kernels.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +9,7 @@
 #include "cpu/attention_rows.h"
 #include "cpu/attention_select.h"
 #include "cpu/attention_simd.h"
+#include "cpu/indexer_body.h"
 
 namespace {
 
@@ -15,122 +17,10 @@ using namespace glm_fused;
 using namespace glm_fused::cpu;
 
 #if defined(GLM_AVX512)
-constexpr int kKeyVectors = 2, kHeads = 8;  // accumulators of the indexer
-constexpr int kWide = 4, kDeep = 4;         // and of the attention
+constexpr int kWide = 4, kDeep = 4;  // accumulators
 #else
-constexpr int kKeyVectors = 1, kHeads = 4;
 constexpr int kWide = 1, kDeep = 4;
 #endif
-constexpr int kKeys = kKeyVectors * kHalf;
-
-int round_up(int n, int unit) {
-  return (n + unit - 1) / unit * unit;
-}
-
-size_t index_packed(int heads, int dim) {
-  return static_cast<size_t>(round_up(heads, kHeads)) * dim;
-}
-
-// [head group][dim][kHeads], zeros for the heads that are not there.
-void index_pack(const float* q, int heads, int dim, float* packed) {
-  for (int first = 0; first < heads; first += kHeads) {
-    for (int d = 0; d < dim; d++) {
-      for (int h = first; h < first + kHeads; h++) {
-        *packed++ = h < heads ? q[static_cast<size_t>(h) * dim + d] : 0.0f;
-      }
-    }
-  }
-}
-
-// Keys [begin, end) transposed: tile[d * kKeys + key].
-void load_keys(const IndexArgs& a, int begin, int end, float* tile) {
-  for (int first = 0; first < kKeys; first += kHalf) {
-    Row row[kHalf];
-    for (int i = 0; i < kHalf; i++) {
-      // Past the end the last key again: its scores are not stored.
-      row[i] = a.keys[std::min(begin + first + i, end - 1)];
-    }
-    load_transposed(a.keys, row, tile + first, kKeys);
-  }
-}
-
-// score += weight * relu(dot * scale) for heads [0, heads) of one group.
-GLM_INLINE void score_group(
-    const float* q,
-    const float* tile,
-    const float* weight,
-    int dim,
-    int heads,
-    F16 scale,
-    F16 score[kKeyVectors]) {
-  F16 dot[kHeads * kKeyVectors];
-  unroll<kHeads * kKeyVectors>(GLM_EACH(i) { dot[i] = zero(); });
-  for (int d = 0; d < dim; d++) {
-    F16 key[kKeyVectors];
-    unroll<kKeyVectors>(
-        GLM_EACH(v) { key[v] = load(tile + d * kKeys + v * kHalf); });
-    unroll<kHeads>(GLM_EACH(h) {
-      const F16 query = splat(q[d * kHeads + h]);
-      unroll<kKeyVectors>(GLM_EACH(v) {
-        F16& sum = dot[h * kKeyVectors + v];
-        sum = fma(query, key[v], sum);
-      });
-    });
-  }
-  unroll<kHeads>(GLM_EACH(h) {
-    if (h < heads) {
-      const F16 w = splat(weight[h]);
-      unroll<kKeyVectors>(GLM_EACH(v) {
-        const F16 term = relu(mul(dot[h * kKeyVectors + v], scale));
-        score[v] = fma(w, term, score[v]);
-      });
-    }
-  });
-}
-
-// Meanwhile fetches `next`, in equal shares, from memory.
-void score_keys(
-    const IndexArgs& a,
-    int query,
-    const float* tile,
-    const uint8_t* next,
-    size_t next_bytes,
-    uint32_t* to) {
-  const size_t share = next_bytes / (round_up(a.heads, kHeads) / kHeads);
-  const float* q = a.q + query * index_packed(a.heads, a.dim);
-  const float* weight = a.weights + static_cast<size_t>(query) * a.heads;
-  F16 score[kKeyVectors];
-  unroll<kKeyVectors>(GLM_EACH(v) { score[v] = zero(); });
-  for (int h = 0; h < a.heads; h += kHeads) {
-    prefetch(next, share);
-    next += share;
-    const float* group = q + static_cast<size_t>(h) * a.dim;
-    const int heads = std::min(kHeads, a.heads - h);
-    score_group(group, tile, weight + h, a.dim, heads, splat(a.scale), score);
-  }
-  unroll<kKeyVectors>(
-      GLM_EACH(v) { store_words(to + v * kHalf, ordered(score[v])); });
-}
-
-void index_scores(const IndexArgs& a) {
-  const AlignedFloats tile(
-      static_cast<size_t>(round_up(a.dim, 4 * kHalf)) * kKeys);
-  for (int begin = a.begin; begin < a.end; begin += kKeys) {
-    const int end = std::min(begin + kKeys, a.end);
-    load_keys(a, begin, end, tile.get());
-    // For one query the next keys come while these are scored.
-    const int more = a.queries == 1 ? std::min(kKeys, a.end - end) : 0;
-    const uint8_t* next = a.keys.latents + end * a.keys.latent_stride;
-    for (int i = 0; i < a.queries; i++) {
-      if (end <= a.low[i] || begin >= a.high[i]) {
-        continue;
-      }
-      uint32_t words[kKeys];
-      score_keys(a, i, tile.get(), next, more * a.keys.latent_stride, words);
-      std::copy_n(words, end - begin, a.scores + i * a.stride + begin);
-    }
-  }
-}
 
 // s[key][lane] += sum over d of q[d][lane] k[key][d], `vectors` vectors of
 // lanes by `keys` keys in registers.

@@ -2,6 +2,7 @@
 // per instruction set.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "attention.h"
@@ -120,33 +121,31 @@ void load_ropes(const BlockArgs& a) {
   load_floats(a, a.rows.rope_type, [](const Row& row) { return row.rope; });
 }
 
-// Value d of sixteen rows goes to to[d * stride]. A word holds 4 / size values;
-// convert(words, j, scale) makes value j of each, scale(at) being that of the
-// block at byte `at`.
-template <int size, class Scale, class Convert>
+// Value d of `count` rows, at most 16, `row_bytes` apart, goes to
+// to[d * stride], for d in [0, depth). A word holds 4 / size values;
+// convert(words, j, by) makes value j of each.
+template <int size, int stride, class Convert>
 GLM_INLINE void load_columns(
-    const uint8_t* const* rows,
-    int dim,
+    const uint8_t* rows,
+    size_t row_bytes,
+    int count,
+    int depth,
     float* to,
-    int stride,
-    Scale&& scale,
+    F16 by,
     Convert&& convert) {
   constexpr int per_word = 4 / size, block = 4 * kHalf;
-  for (int at = 0; at < dim * size; at += block) {
+  for (int at = 0; at < depth * size; at += block) {
     U16 words[kHalf];
-    const int left = dim * size - at;
-    if (left >= block) {
-      transpose_words(rows, at, words);
+    const int left = std::min(depth * size - at, block);
+    if (count == kHalf && left == block) {
+      transpose_words(rows + at, row_bytes, words);
     } else {
       uint8_t padded[kHalf][block] = {};
-      const uint8_t* tail[kHalf];
-      for (int i = 0; i < kHalf; i++) {
-        memcpy(padded[i], rows[i] + at, left);
-        tail[i] = padded[i];
+      for (int i = 0; i < count; i++) {
+        memcpy(padded[i], rows + i * row_bytes + at, left);
       }
-      transpose_words(tail, 0, words);
+      transpose_words(padded[0], block, words);
     }
-    const F16 by = scale(at);
     float* column = to + at / size * stride;
     unroll<kHalf>(GLM_EACH(w) {
       unroll<per_word>(GLM_EACH(j) {
@@ -156,49 +155,54 @@ GLM_INLINE void load_columns(
   }
 }
 
-// Of values [at, at + 64) of each row.
-GLM_INLINE F16 load_scales(const Rows& rows, const Row* row, int at) {
-  float scales[kHalf];
+// What value `at` of rows [first, first + count) is multiplied by.
+GLM_INLINE F16 load_scales(const Rows& rows, int first, int count, int at) {
+  float scales[kHalf] = {};
   const size_t tile = rows.format == RowFormat::fp8 ? at / kScaleTile : 0;
-  for (int i = 0; i < kHalf; i++) {
-    scales[i] = read_float(row[i].scales + 4 * tile);
+  for (int i = 0; i < count; i++) {
+    scales[i] = read_float(rows[first + i].scales + 4 * tile);
   }
   return load(scales);
 }
 
-void load_transposed(const Rows& rows, const Row* row, float* to, int stride) {
-  const uint8_t* from[kHalf];
-  for (int i = 0; i < kHalf; i++) {
-    from[i] = row[i].latent;
-  }
-  const int dim = rows.rank;
-  const auto unscaled = [](int) { return zero(); };
-  const auto scale = [&](int at) { return load_scales(rows, row, at); };
-  if (rows.format == RowFormat::fp8) {
-    load_columns<1>(
-        from, dim, to, stride, scale, [](U16 words, auto j, F16 by) {
-          return mul(e4m3(shift_right<8 * j>(words)), by);
-        });
-  } else if (rows.format == RowFormat::int8) {
-    load_columns<1>(
-        from, dim, to, stride, scale, [](U16 words, auto j, F16 by) {
-          return mul(signed_byte(shift_right<8 * j>(words)), by);
-        });
+// Columns [begin, begin + depth), within one scale tile, of the rows
+// [first, first + count), at most 16: to[d * stride + row].
+template <int stride>
+void load_transposed(
+    const Rows& rows,
+    int first,
+    int count,
+    int begin,
+    int depth,
+    float* to) {
+  const auto columns = [&](auto size, F16 by, auto convert) {
+    const size_t step = rows.latent_stride;
+    const uint8_t* from = rows.latents + first * step + begin * size;
+    load_columns<size, stride>(from, step, count, depth, to, by, convert);
+  };
+  if (rows.format != RowFormat::floating) {
+    const F16 by = load_scales(rows, first, count, begin);
+    if (rows.format == RowFormat::fp8) {
+      columns(Constant<1>(), by, [](U16 words, auto j, F16 scale) {
+        return mul(e4m3(shift_right<8 * j>(words)), scale);
+      });
+    } else {
+      columns(Constant<1>(), by, [](U16 words, auto j, F16 scale) {
+        return mul(signed_byte(shift_right<8 * j>(words)), scale);
+      });
+    }
   } else if (rows.latent_type == FloatType::float32) {
-    load_columns<4>(from, dim, to, stride, unscaled, [](U16 words, auto, F16) {
+    columns(Constant<4>(), zero(), [](U16 words, auto, F16) {
       return as_float(words);
     });
   } else if (rows.latent_type == FloatType::bfloat16) {
-    load_columns<2>(
-        from, dim, to, stride, unscaled, [](U16 words, auto j, F16) {
-          return as_float(
-              j ? bits_and(words, 0xffff0000u) : shift_left<16>(words));
-        });
+    columns(Constant<2>(), zero(), [](U16 words, auto j, F16) {
+      return as_float(j ? bits_and(words, 0xffff0000u) : shift_left<16>(words));
+    });
   } else {
-    load_columns<2>(
-        from, dim, to, stride, unscaled, [](U16 words, auto j, F16) {
-          return half_to_float(shift_right<16 * j>(words));
-        });
+    columns(Constant<2>(), zero(), [](U16 words, auto j, F16) {
+      return half_to_float(shift_right<16 * j>(words));
+    });
   }
 }
 

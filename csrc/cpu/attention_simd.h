@@ -54,9 +54,11 @@ GLM_INLINE U16 load_shorts(const uint8_t* p) {
   return _mm512_cvtepu16_epi32(
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-// to[c] = word c of each of the 16 rows.
+// to[c] = word c of each of 16 rows, `stride` bytes apart.
 GLM_INLINE void
-transpose_words(const uint8_t* const* rows, size_t offset, U16 to[16]) {
+transpose_words(const uint8_t* rows, size_t stride, U16 to[16]) {
+  const uint8_t* fourth[] = {
+      rows, rows + 4 * stride, rows + 8 * stride, rows + 12 * stride};
   __m512i a[16], b[16];
   // Four rows' quarters in one register, so that two unpacks finish a 4 x 4.
   unroll<16>(GLM_EACH(i) {
@@ -64,12 +66,12 @@ transpose_words(const uint8_t* const* rows, size_t offset, U16 to[16]) {
     const auto words = [&](int r) {
       return _mm_loadu_si128(
           reinterpret_cast<const __m128i*>(
-              rows[row + r] + offset + 16 * quarter));
+              fourth[r] + row * stride + 16 * quarter));
     };
     __m512i v = _mm512_castsi128_si512(words(0));
-    v = _mm512_inserti32x4(v, words(4), 1);
-    v = _mm512_inserti32x4(v, words(8), 2);
-    a[i] = _mm512_inserti32x4(v, words(12), 3);
+    v = _mm512_inserti32x4(v, words(1), 1);
+    v = _mm512_inserti32x4(v, words(2), 2);
+    a[i] = _mm512_inserti32x4(v, words(3), 3);
   });
   unroll<4>(GLM_EACH(q) {
     const __m512i* x = a + 4 * q;
@@ -160,7 +162,7 @@ GLM_INLINE U16 load_shorts(const uint8_t* p) {
       _mm256_cvtepu16_epi32(_mm_loadu_si128(q + 1))};
 }
 GLM_INLINE void
-transpose_words(const uint8_t* const* rows, size_t offset, U16 to[16]) {
+transpose_words(const uint8_t* rows, size_t stride, U16 to[16]) {
   for (int c = 0; c < 16; c += 4) {  // four columns
     __m256i out[2][4];
     for (int g = 0; g < 2; g++) {  // eight rows
@@ -168,7 +170,7 @@ transpose_words(const uint8_t* const* rows, size_t offset, U16 to[16]) {
       for (int r = 0; r < 4; r++) {
         const auto words = [&](int row) {
           return _mm_loadu_ps(
-              reinterpret_cast<const float*>(rows[row] + offset + 4 * c));
+              reinterpret_cast<const float*>(rows + row * stride + 4 * c));
         };
         a[r] = _mm256_insertf128_ps(
             _mm256_castps128_ps256(words(8 * g + r)), words(8 * g + r + 4), 1);
@@ -256,11 +258,11 @@ GLM_INLINE U16 load_shorts(const uint8_t* p) {
   return out;
 }
 GLM_INLINE void
-transpose_words(const uint8_t* const* rows, size_t offset, U16 to[16]) {
+transpose_words(const uint8_t* rows, size_t stride, U16 to[16]) {
   for (int c = 0; c < 16; c++) {
     for (int r = 0; r < 16; r++) {
       uint32_t word;
-      memcpy(&word, rows[r] + offset + 4 * c, 4);
+      memcpy(&word, rows + r * stride + 4 * c, 4);
       to[c][r] = word;
     }
   }

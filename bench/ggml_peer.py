@@ -1,0 +1,191 @@
+"""llama.cpp's long-context ops, called in this process: the chain that it builds for GLM-5's DSA.
+
+Needs ggml's shared libraries, of llama.cpp's `ggml` folder (b11434 was used):
+
+    cmake -S ggml -B build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON
+    cmake --build build
+
+Caches are fp16, as they are there by default. One query, all cached keys visible.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32, F16 = 0, 1  # enum ggml_type
+ACCUMULATE_F32 = 10  # GGML_PREC_F32
+TENSORS = 64  # more than a graph here has
+
+
+class InitParams(ctypes.Structure):
+    _fields_ = [
+        ("mem_size", ctypes.c_size_t),
+        ("mem_buffer", ctypes.c_void_p),
+        ("no_alloc", ctypes.c_bool),
+    ]
+
+
+class Library:
+    """The functions that are used, by name: ``call("ggml_add", pointer, …)`` returns a pointer."""
+
+    def __init__(self, folder: Path, threads: int) -> None:
+        # In the order in which they need one another.
+        names = ("libggml-base.so", "libggml-cpu.so")
+        paths = [next(folder.rglob(name), None) for name in names]
+        if None in paths:
+            raise SystemExit(f"{folder} does not hold {' and '.join(names)}.")
+        self._libraries = [ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL) for path in paths]
+        self.version = self._text("ggml_version")
+        self.backend = self("ggml_backend_cpu_init")
+        self("ggml_backend_cpu_set_n_threads", self.backend, ctypes.c_int(threads))
+
+    def _find(self, name: str) -> Any:
+        for library in self._libraries:
+            if hasattr(library, name):
+                return getattr(library, name)
+        raise SystemExit(f"ggml has no {name}: a version with GGML_OP_LIGHTNING_INDEXER is needed.")
+
+    def _text(self, name: str) -> str:
+        function = self._find(name)
+        function.restype = ctypes.c_char_p
+        return str(function().decode())
+
+    def __call__(self, name: str, *arguments: Any) -> ctypes.c_void_p:
+        function = self._find(name)
+        function.restype = ctypes.c_void_p
+        return ctypes.c_void_p(function(*arguments))
+
+
+def sizes(*values: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(value) for value in values]
+
+
+class Graph:
+    """Tensors, and the nodes between them, in memory of their own."""
+
+    def __init__(self, ggml: Library) -> None:
+        self.ggml = ggml
+        node = self._count("ggml_tensor_overhead") + self._count("ggml_graph_overhead")
+        self.context = ggml("ggml_init", InitParams(TENSORS * node, None, True))
+        self.graph = ggml("ggml_new_graph", self.context)
+
+    def _count(self, name: str) -> int:
+        return self.ggml(name).value or 0
+
+    def tensor(self, kind: int, *shape: int) -> ctypes.c_void_p:
+        """``shape`` as ggml counts: the fastest dimension first."""
+        shape = shape + (1,) * (4 - len(shape))
+        return self.ggml("ggml_new_tensor_4d", self.context, ctypes.c_int(kind), *sizes(*shape))
+
+    def view(self, a: ctypes.c_void_p, shape: list[int], strides: list[int]) -> ctypes.c_void_p:
+        """``strides`` in bytes, of all but the first dimension."""
+        bytes_of = [ctypes.c_size_t(stride) for stride in (*strides, 0)]
+        return self.node("ggml_view_4d", a, *sizes(*shape), *bytes_of)
+
+    def node(self, name: str, *arguments: Any) -> ctypes.c_void_p:
+        return self.ggml(name, self.context, *arguments)
+
+    def finish(self, result: ctypes.c_void_p) -> None:
+        """Ends the graph with ``result`` and allocates all tensors."""
+        self.ggml("ggml_build_forward_expand", self.graph, result)
+        self.ggml("ggml_backend_alloc_ctx_tensors", self.context, self.ggml.backend)
+
+    def write(self, tensor: ctypes.c_void_p, values: NDArray[Any]) -> None:
+        values = np.ascontiguousarray(values)
+        size = ctypes.c_size_t(values.nbytes)
+        self.ggml(
+            "ggml_backend_tensor_set",
+            tensor,
+            ctypes.c_void_p(values.ctypes.data),
+            ctypes.c_size_t(0),
+            size,
+        )
+
+    def read(self, tensor: ctypes.c_void_p, like: NDArray[Any]) -> NDArray[Any]:
+        out = np.empty_like(like)
+        size = ctypes.c_size_t(out.nbytes)
+        self.ggml(
+            "ggml_backend_tensor_get",
+            tensor,
+            ctypes.c_void_p(out.ctypes.data),
+            ctypes.c_size_t(0),
+            size,
+        )
+        return out
+
+    def run(self) -> None:
+        self.ggml("ggml_backend_graph_compute", self.ggml.backend, self.graph)
+
+
+class Indexer(Graph):
+    """Scores of all keys, and the indices of the ``topk`` largest, in no order."""
+
+    def __init__(
+        self,
+        ggml: Library,
+        q: NDArray[np.float32],  # [heads, dim]
+        keys: NDArray[np.float16],  # [context, dim]
+        weights: NDArray[np.float32],  # [heads], with the scale
+        topk: int,
+    ) -> None:
+        super().__init__(ggml)
+        context, dim = keys.shape
+        heads = len(q)
+        inputs = [
+            (self.tensor(F32, dim, heads, 1), q),
+            (self.tensor(F16, dim, 1, context), keys),
+            (self.tensor(F32, heads, 1), weights),
+            (self.tensor(F16, context, 1), np.zeros(context, np.float16)),  # the causal mask
+        ]
+        scores = self.node("ggml_lightning_indexer", *(tensor for tensor, _ in inputs))
+        self.topk = topk
+        self.best = self.node("ggml_cont", self.node("ggml_top_k", scores, ctypes.c_int(topk)))
+        self.finish(self.best)
+        for tensor, values in inputs:
+            self.write(tensor, values)
+
+    def selected(self) -> NDArray[np.int32]:
+        return self.read(self.best, np.empty(self.topk, np.int32))
+
+
+class Attention(Graph):
+    """A mask that lets the selected keys through, and flash attention over all of them."""
+
+    def __init__(
+        self,
+        ggml: Library,
+        q: NDArray[np.float32],  # [heads, rank + rope]
+        rows: NDArray[np.float16],  # [context, rank + rope]
+        selected: NDArray[np.int32],
+        rank: int,
+        scale: float,
+    ) -> None:
+        super().__init__(ggml)
+        (context, width), heads, topk = rows.shape, len(q), len(selected)
+        queries, keys = self.tensor(F32, width, 1, heads), self.tensor(F16, width, context)
+        mask, best = self.tensor(F16, context, 1), self.tensor(26, topk, 1)  # GGML_TYPE_I32
+        hidden = self.node("ggml_fill", mask, ctypes.c_float(float("-inf")))
+        hidden = self.view(hidden, [1, context, 1, 1], [2, 2 * context, 2 * context])
+        zeros = self.tensor(F32, 1, topk)
+        zeros = self.node("ggml_fill", zeros, ctypes.c_float(0))
+        seen = self.node("ggml_set_rows", hidden, zeros, best)
+        seen = self.view(seen, [context, 1, 1, 1], [2 * context] * 3)
+        seen = self.node("ggml_add", seen, mask)
+        values = self.view(keys, [rank, context, 1, 1], [2 * width, *[2 * width * context] * 2])
+        floats = [ctypes.c_float(value) for value in (scale, 0, 0)]
+        self.out = self.node("ggml_flash_attn_ext", queries, keys, values, seen, *floats)
+        ggml("ggml_flash_attn_ext_set_n_kv_max", self.out, ctypes.c_int32(topk))
+        ggml("ggml_prec_set_acc", self.out, ctypes.c_int(ACCUMULATE_F32))
+        self.finish(self.out)
+        self.shape = (heads, rank)
+        for tensor, data in ((queries, q), (keys, rows), (best, selected)):
+            self.write(tensor, data)
+        self.write(mask, np.zeros(context, np.float16))
+
+    def result(self) -> NDArray[np.float32]:
+        return self.read(self.out, np.empty(self.shape, np.float32))
