@@ -1,33 +1,16 @@
-// e^x for x <= 0 in fp32, the softmax's exponential. One text for the shaders
-// and the CPU. The includer brings multiply_add, bits_of and float_of.
+// e^x for x <= 0 in fp32, the softmax's exponential.
 #pragma once
+
+#include "exp.h"
 
 namespace glm_fused {
 
-// Within 0.67 ulp; 0 below -87, so that no result is subnormal. The arithmetic
-// is that of swiglu.h's exp_positive.
+// 0 below -87, so that no result is subnormal.
 static inline float exp_negative(float x) {
   if (!(x >= -87.0f)) {
     return x < 0 ? 0.0f : x;  // also NaN
   }
-  const float shifter = 12582912.0f;  // 1.5 * 2^23: leaves n in the low bits
-  const float shifted = multiply_add(x, 1.44269504f, shifter);
-  const float n = shifted - shifter;
-  const float head = multiply_add(n, -0.693145752f, x);  // exact
-  const float r = multiply_add(n, -1.42860677e-6f, head);
-  const float r_rest = multiply_add(n, -1.42860677e-6f, head - r);
-  float p = 2.48015873e-5f;
-  p = multiply_add(p, r, 1.98412698e-4f);
-  p = multiply_add(p, r, 1.38888889e-3f);
-  p = multiply_add(p, r, 8.33333333e-3f);
-  p = multiply_add(p, r, 4.16666667e-2f);
-  p = multiply_add(p, r, 1.66666667e-1f);
-  p = multiply_add(p, r, 0.5f);
-  // 1 + r + r^2 p, with what rounding 1 + r dropped added back.
-  const float sum = 1.0f + r;
-  const float dropped = (1.0f - sum) + r;
-  const float tail = multiply_add(r * r, p, dropped) + r_rest;
-  return float_of(bits_of(sum + tail) + (bits_of(shifted) << 23));
+  return exp_finite(x);
 }
 
 }  // namespace glm_fused
