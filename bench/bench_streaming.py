@@ -143,10 +143,12 @@ class Slice:
     @staticmethod
     def _layer(args, bank, experts: int) -> MoE:
         moe = MoE(args)
+        moe.set_dtype(mx.bfloat16)
         a = bank.arrays
         weights = tuple(ops.Weight(*a[i : i + 3], GROUP, 4, "affine") for i in (0, 3, 6))
         moe.switch_mlp = StreamedExperts(bank, experts, weights)
-        moe.gate.weight = mx.random.normal((experts, HIDDEN)) * HIDDEN**-0.5
+        weight = mx.random.normal((experts, HIDDEN)) * HIDDEN**-0.5
+        moe.gate.weight = weight.astype(mx.bfloat16)
         for name in SHAPES:
             linear = getattr(moe.shared_experts, name)
             setattr(moe.shared_experts, name, linear.to_quantized(GROUP, 4))
