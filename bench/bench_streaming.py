@@ -4,9 +4,11 @@
 
 Writes experts of the true shapes (affine-4: 21.2 MB each, 256 a layer) in the sidecar's layout,
 deletes them afterwards, and prints, for every bank, past the page cache, with a cold and with a
-warm one: tokens a second through the slice's MoE layers, hit rate, bytes per token, the rate of
-reads beside that of plain reads of whole experts in the same run, and the share of the time spent
-waiting for them. The hidden states are a random walk, so that neighbouring tokens share experts.
+warm one: tokens a second through the slice's MoE layers, hit rate, bytes per token, the rate at
+which misses are read beside that of plain reads of whole experts, the share of the time in which
+nothing could be computed for want of them. Plain reads and decoding take turns, so that both meet
+the same disk. The hidden states are a random walk, so that neighbouring tokens share experts; a
+layer sees it from elsewhere than the next, so that lookahead does not help here as in a model.
 """
 
 from __future__ import annotations
