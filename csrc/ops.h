@@ -3,10 +3,12 @@
 // expected.
 #pragma once
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 
+#include "arrivals.h"
 #include "formats.h"
 #include "mlx/mlx.h"
 
@@ -33,7 +35,8 @@ mx::array quantized_matvec(
     mx::StreamOrDevice s = {});
 
 // [t, hidden]: sum over i of scores[t, i] * down(silu(gate x) * up x), each
-// projection taken from slot slots[t, i].
+// projection taken from slot slots[t, i]. With `arrivals`, for the fused path
+// on the CPU alone, experts are computed as their slots are filled.
 mx::array moe_decode(
     const mx::array& x,
     const Weight& gate,
@@ -42,6 +45,7 @@ mx::array moe_decode(
     const mx::array& slots,
     const mx::array& scores,
     bool reference,
+    const std::shared_ptr<Arrivals>& arrivals = nullptr,
     mx::StreamOrDevice s = {});
 
 // The steps of moe_decode that MLX has no op for, rounded as there: with

@@ -1,6 +1,8 @@
 // The graph nodes behind the ops.
 #pragma once
 
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "mlx/primitives.h"
@@ -47,8 +49,13 @@ class MoeDecode : public FusedPrimitive {
       bool reference,
       Format gate,
       Format up,
-      Format down)
-      : FusedPrimitive(stream, reference), gate_(gate), up_(up), down_(down) {}
+      Format down,
+      std::shared_ptr<Arrivals> arrivals)
+      : FusedPrimitive(stream, reference),
+        gate_(gate),
+        up_(up),
+        down_(down),
+        arrivals_(std::move(arrivals)) {}
   void eval_cpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override;
@@ -61,6 +68,7 @@ class MoeDecode : public FusedPrimitive {
 
  private:
   Format gate_, up_, down_;
+  std::shared_ptr<Arrivals> arrivals_;  // null: all slots are filled
 };
 
 // inputs: x [t, hidden], weight [e, hidden], correction_bias [e].

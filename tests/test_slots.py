@@ -47,7 +47,7 @@ def make_bank(file, slots, *, policy="lru", spares=0, pins=(), direct=False, che
 
 def request(bank, experts):
     """The slots of a request, read."""
-    slots = _ext.slots_wait(bank, _ext.slots_resolve(bank, mx.array([experts], mx.int32))[0], None)
+    slots = _ext.slots_wait(bank, _ext.slots_resolve(bank, mx.array([experts], mx.int32))[0])
     mx.eval(slots)
     return slots
 
@@ -123,7 +123,7 @@ def test_requests_of_one_graph_take_turns(file):
     results = []
     for experts in ([0, 1], [2, 3], [0, 4]):
         pending, _ = _ext.slots_resolve(bank, mx.array([experts], mx.int32))
-        slots = _ext.slots_wait(bank, pending, None)
+        slots = _ext.slots_wait(bank, pending)
         read = bank.arrays[0][slots[0]].astype(mx.int32).sum(axis=-1)
         results.append((experts, _ext.slots_release(bank, read, slots)))
         del pending, slots, read
@@ -148,7 +148,7 @@ def test_what_is_overwritten_was_released(file):
     for i in range(60):
         experts = [i % EXPERTS, (i * 5 + 1) % EXPERTS]
         pending, _ = _ext.slots_resolve(bank, mx.array([experts], mx.int32))
-        slots = _ext.slots_wait(bank, pending, None)
+        slots = _ext.slots_wait(bank, pending)
         read = bank.arrays[0][slots[0]].max(axis=-1)
         read = _ext.slots_release(bank, read, slots)
         del pending, slots

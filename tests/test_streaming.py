@@ -1,12 +1,16 @@
 """Streamed models: the same bits as resident ones, within a budget, and clear errors."""
 
+import os
 import re
+import subprocess
+import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import make_tensors, tiny_config, write_checkpoint
 from test_generate import write_tokenizer
+from test_slots import ROOT, build
 
 from glm_fused import metal_sim, ops, reference_path
 from glm_fused.budget import parse_size, resident_bytes
@@ -281,6 +285,40 @@ def test_a_file_that_shrinks_while_it_is_used(tmp_path):
     model, _ = load_model(tmp_path, stream=stream(4))
     file.unlink()  # open files stay readable
     assert same(run(model), expected)
+
+
+BACKWARDS = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_streaming import load_model, mx, run, same, stream
+expected = run(load_model({folder!r})[0])
+for slots, spares in ((4, 0), (5, 1), (8, 0)):
+    options = stream(slots, spares=spares, sidecar={folder!r} + "/sidecar")
+    model, _ = load_model({folder!r}, stream=options)
+    if (slots, spares) == (4, 0):
+        try:
+            for token in range(250):
+                mx.eval(model(mx.array([[token]])))
+        except RuntimeError as error:
+            print(error)
+    assert same(run(model), expected), slots
+print("fine")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD")
+def test_experts_that_arrive_last_first(tmp_path):
+    """The first read of the first expert fails, after those of the others."""
+    write_checkpoint(tmp_path, tiny_config(num_experts_per_tok=4), quantization=AFFINE)
+    pack(tmp_path, tmp_path / "sidecar")
+    shim = build(tmp_path, "faults.so", "-shared", "-fPIC", ROOT / "tests/cpp/faulty_preadv.cpp")
+    code = BACKWARDS.format(tests=str(ROOT / "tests"), folder=str(tmp_path))
+    env = os.environ | {"LD_PRELOAD": str(shim), "FAULT": "BACKWARDS"}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    error, *rest = result.stdout.splitlines()
+    assert re.search(r"layer \d, expert 0: .*layer_00\d\.bin: Input/output error", error)
+    assert rest == ["fine"]
 
 
 def test_a_trace_and_its_replay(folder, tmp_path):

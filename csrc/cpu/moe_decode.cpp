@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <numeric>
 
 #include "checks.h"
 #include "cpu/dispatch.h"
@@ -58,17 +59,64 @@ class Chunk {
         act_(uninitialized(static_cast<size_t>(tokens) * top_k_ * moe.gate.n)) {
   }
 
-  void run() {
+  // With `arrivals`, experts are computed as they come.
+  void run(Arrivals* arrivals) {
     pack_inputs();
-    gate_up();
-    pack_activations();
-    down_sum();
+    down_inputs_.resize(panels_.size());
+    std::vector<int> pending = distinct_slots();
+    Panels batch = arrivals ? take(*arrivals, pending) : all_panels();
+    if (batch.size() == panels_.size()) {
+      project(batch);
+      down_sum(batch);
+      return;
+    }
+    const Floats y =
+        uninitialized(static_cast<size_t>(tokens_) * top_k_ * moe_.down.n);
+    while (true) {
+      project(batch);
+      down(batch, y.get());
+      if (pending.empty()) {
+        break;
+      }
+      batch = take(*arrivals, pending);
+    }
+    sum(y.get());
   }
 
  private:
-  double work(int matrices) const {
-    return static_cast<double>(moe_.gate.n) * moe_.gate.k * matrices * tokens_ *
-        top_k_;
+  using Panels = std::vector<int>;  // indices
+
+  Panels all_panels() const {
+    Panels all(panels_.size());
+    std::iota(all.begin(), all.end(), 0);
+    return all;
+  }
+
+  std::vector<int> distinct_slots() const {
+    std::vector<int> slots;
+    for (const auto& panel : panels_) {
+      if (slots.empty() || slots.back() != panel.slot) {
+        slots.push_back(panel.slot);
+      }
+    }
+    return slots;
+  }
+
+  Panels take(Arrivals& arrivals, std::vector<int>& pending) const {
+    const std::vector<int> slots = arrivals.take(pending);
+    Panels panels = all_panels();
+    std::erase_if(panels, [&](int i) {
+      return std::ranges::find(slots, panels_[i].slot) == slots.end();
+    });
+    return panels;
+  }
+
+  double work(const Panels& batch, int matrices) const {
+    int pairs = 0;
+    for (int i : batch) {
+      pairs += panels_[i].width();
+    }
+    return static_cast<double>(moe_.gate.n) * moe_.gate.k * matrices * pairs;
   }
 
   // Panels over the same tokens share their packed x: with one token, all.
@@ -104,12 +152,20 @@ class Chunk {
     return scratch_.back().get();
   }
 
-  void gate_up() {
-    const int n = moe_.gate.n, tile = tile_rows(n, panels());
+  // All but the down projection.
+  void project(const Panels& batch) {
+    gate_up(batch);
+    pack_activations(batch);
+  }
+
+  void gate_up(const Panels& batch) {
+    const int count = static_cast<int>(batch.size());
+    const int n = moe_.gate.n, tile = tile_rows(n, count);
     const int tiles = (n + tile - 1) / tile;
     const auto task = [&](int t) {
-      const auto& panel = panels_[t / tiles];
-      const auto [gate_x, up_x] = inputs_[t / tiles];
+      const int i = batch[t / tiles];
+      const auto& panel = panels_[i];
+      const auto [gate_x, up_x] = inputs_[i];
       const int first = t % tiles * tile, rows = std::min(tile, n - first);
       const int width = panel.width();
       float gate[8 * kMaxTileRows], up[8 * kMaxTileRows];
@@ -121,15 +177,16 @@ class Chunk {
             gate + m * rows, up + m * rows, act + first, rows, moe_.type);
       }
     };
-    parallel_for(panels() * tiles, task, work(2));
+    parallel_for(count * tiles, task, work(batch, 2));
   }
 
-  void pack_activations() {
+  void pack_activations(const Panels& batch) {
     const Matrix& down = moe_.down;
-    for (const auto& panel : panels_) {
-      down_inputs_.push_back(allocate(down, panel.width()));
+    for (int i : batch) {
+      down_inputs_[i] = allocate(down, panels_[i].width());
     }
-    const auto task = [&](int i) {
+    const auto task = [&](int b) {
+      const int i = batch[b];
       const auto& panel = panels_[i];
       for (int m = 0; m < panel.width(); m++) {
         const float* act =
@@ -137,58 +194,87 @@ class Chunk {
         down.kernel->pack(act, down.k, down_inputs_[i], m, panel.width());
       }
     };
-    parallel_for(panels(), task, work(2));
+    parallel_for(static_cast<int>(batch.size()), task, work(batch, 2));
   }
 
-  // Every projection is rounded as the unfused chain stores it; a token's
-  // choices are summed in order, one rounding per multiply and per add.
-  void down_sum() {
-    // All choices' outputs for a tile of rows stay in a core's L2 cache.
+  // Rows of y, [pair] every `stride` values; each projection is rounded as the
+  // unfused chain stores it.
+  void down_rows(int i, int first, int rows, float* y, size_t stride) const {
+    const auto& panel = panels_[i];
+    float out[8 * kMaxTileRows];
+    moe_.down.dot(panel.slot, first, rows, down_inputs_[i], panel.width(), out);
+    for (int m = 0; m < panel.width(); m++) {
+      float* to = y + panel.pairs[m] * stride;
+      for (int r = 0; r < rows; r++) {
+        to[r] = round_to(out[m * rows + r], moe_.type);
+      }
+    }
+  }
+
+  // A token's choices are summed in order, one rounding per multiply and per
+  // add.
+  void sum_rows(int first, int rows, const float* y, size_t stride) const {
+    const float* scores = moe_.scores.data<float>() + first_ * top_k_;
+    for (int token = 0; token < tokens_; token++) {
+      float sum[kMaxTileRows] = {};
+      for (int j = token * top_k_; j < (token + 1) * top_k_; j++) {
+        for (int r = 0; r < rows; r++) {
+          const float term = y[j * stride + r] * scores[j];
+          sum[r] = sum[r] + term;
+        }
+      }
+      const size_t row = static_cast<size_t>(first_ + token);
+      store_row(moe_.y, row * moe_.down.n + first, sum, rows);
+    }
+  }
+
+  // y [pair, n] of the batch.
+  void down(const Panels& batch, float* y) const {
+    const int count = static_cast<int>(batch.size());
+    const int n = moe_.down.n, tile = tile_rows(n, count);
+    const int tiles = (n + tile - 1) / tile;
+    const auto task = [&](int t) {
+      const int first = t % tiles * tile, rows = std::min(tile, n - first);
+      down_rows(batch[t / tiles], first, rows, y + first, n);
+    };
+    parallel_for(count * tiles, task, work(batch, 1));
+  }
+
+  void sum(const float* y) const {
+    const int n = moe_.down.n, tile = tile_rows(n, 1);
+    const auto task = [&](int t) {
+      const int first = t * tile;
+      sum_rows(first, std::min(tile, n - first), y + first, n);
+    };
+    parallel_for(
+        (n + tile - 1) / tile, task, static_cast<double>(n) * tokens_ * top_k_);
+  }
+
+  // `down` of all panels, then `sum`, a tile of rows at a time: the choices'
+  // outputs stay in a core's L2 cache.
+  void down_sum(const Panels& all) const {
     constexpr int kMaxValues = 1 << 16;
     const int n = moe_.down.n;
     const int most = std::max(32, kMaxValues / (tokens_ * top_k_));
-    const int tile = std::min(tile_rows(n, panels()), most);
-    const float* scores = moe_.scores.data<float>() + first_ * top_k_;
+    const int count = static_cast<int>(all.size());
+    const int tile = std::min(tile_rows(n, count), most);
     const auto task = [&](int t) {
       const int first = t * tile, rows = std::min(tile, n - first);
       const Floats y =
           uninitialized(static_cast<size_t>(tokens_) * top_k_ * rows);
-      float out[8 * kMaxTileRows];
-      for (int i = 0; i < panels(); i++) {
-        const auto& panel = panels_[i];
-        moe_.down.dot(
-            panel.slot, first, rows, down_inputs_[i], panel.width(), out);
-        for (int m = 0; m < panel.width(); m++) {
-          float* to = y.get() + static_cast<size_t>(panel.pairs[m]) * rows;
-          for (int r = 0; r < rows; r++) {
-            to[r] = round_to(out[m * rows + r], moe_.type);
-          }
-        }
+      for (int i : all) {
+        down_rows(i, first, rows, y.get(), rows);
       }
-      for (int token = 0; token < tokens_; token++) {
-        float sum[kMaxTileRows] = {};
-        for (int j = token * top_k_; j < (token + 1) * top_k_; j++) {
-          for (int r = 0; r < rows; r++) {
-            const float term = y[static_cast<size_t>(j) * rows + r] * scores[j];
-            sum[r] = sum[r] + term;
-          }
-        }
-        const size_t row = static_cast<size_t>(first_ + token);
-        store_row(moe_.y, row * n + first, sum, rows);
-      }
+      sum_rows(first, rows, y.get(), rows);
     };
-    parallel_for((n + tile - 1) / tile, task, work(1));
-  }
-
-  int panels() const {
-    return static_cast<int>(panels_.size());
+    parallel_for((n + tile - 1) / tile, task, work(all, 1));
   }
 
   const Moe& moe_;
   const int first_, tokens_, top_k_;
   const int32_t* slots_;
-  const std::vector<Panel> panels_;
-  const Floats act_;  // [pair, intermediate]
+  const std::vector<Panel> panels_;  // by slot
+  const Floats act_;                 // [pair, intermediate]
   std::vector<std::pair<const float*, const float*>> inputs_;  // gate, up
   std::vector<float*> down_inputs_;
   std::vector<Floats> scratch_;
@@ -215,10 +301,10 @@ void check_slots(const Moe& moe) {
 
 }  // namespace
 
-void moe_decode(const Moe& moe) {
+void moe_decode(const Moe& moe, Arrivals* arrivals) {
   const int tokens = moe.x.shape(0);
   for (int first = 0; first < tokens; first += kMaxTokens) {
-    Chunk(moe, first, std::min(kMaxTokens, tokens - first)).run();
+    Chunk(moe, first, std::min(kMaxTokens, tokens - first)).run(arrivals);
   }
 }
 
@@ -230,7 +316,8 @@ void MoeDecode::eval_cpu(
   const auto task = [gate_format = gate_,
                      up_format = up_,
                      down_format = down_,
-                     reference = reference_](const auto& in, auto& out) {
+                     reference = reference_,
+                     arrivals = arrivals_](const auto& in, auto& out) {
     size_t next = 3;
     const cpu::Matrix gate(in, next, gate_format);
     const cpu::Matrix up(in, next, up_format);
@@ -241,7 +328,7 @@ void MoeDecode::eval_cpu(
     if (reference) {
       reference::moe_decode(moe);
     } else {
-      cpu::moe_decode(moe);
+      cpu::moe_decode(moe, arrivals.get());
     }
   };
   cpu::dispatch(stream(), inputs, outputs, task);

@@ -12,6 +12,7 @@ mx::array moe_decode(
     const mx::array& slots,
     const mx::array& scores,
     bool reference,
+    const std::shared_ptr<Arrivals>& arrivals,
     mx::StreamOrDevice s) {
   const std::string op = "moe_decode";
   check_float(op, "x", x);
@@ -60,7 +61,12 @@ mx::array moe_decode(
   append_arrays(inputs, down, s);
   auto primitive = place(
       std::make_shared<MoeDecode>(
-          mx::to_stream(s), reference, gate_format, up_format, down_format));
+          mx::to_stream(s),
+          reference,
+          gate_format,
+          up_format,
+          down_format,
+          arrivals));
   return mx::array(x.shape(), x.dtype(), primitive, std::move(inputs));
 }
 

@@ -1,5 +1,6 @@
 #include "slots/bank.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <utility>
 
@@ -121,13 +122,17 @@ Bank::acquire(const int32_t* experts, int tokens, int top_k, int32_t* slots) {
   return lease;
 }
 
-void Bank::wait(const int32_t* slots, size_t count) {
+std::vector<int> Bank::take(std::vector<int>& pending) {
   State& s = *state_;
   const auto start = std::chrono::steady_clock::now();
   std::unique_lock lock(s.mutex);
-  for (size_t i = 0; i < count; i++) {
-    s.changed.wait(lock, [&] { return !s.table->loading(slots[i]); });
-  }
+  std::vector<int>::iterator read;
+  s.changed.wait(lock, [&] {
+    read = std::stable_partition(pending.begin(), pending.end(), [&](int slot) {
+      return s.table->loading(slot);
+    });
+    return read != pending.end();
+  });
   const auto elapsed = std::chrono::steady_clock::now() - start;
   const int64_t us =
       std::chrono::duration_cast<std::chrono::microseconds>(elapsed).count();
@@ -135,10 +140,20 @@ void Bank::wait(const int32_t* slots, size_t count) {
   if (!s.requests.empty()) {
     s.requests.back().wait_us += us;
   }
-  for (size_t i = 0; i < count; i++) {
-    if (!s.table->error(slots[i]).empty()) {
-      throw std::runtime_error(s.table->error(slots[i]));
+  const std::vector<int> slots(read, pending.end());
+  pending.erase(read, pending.end());
+  for (int slot : slots) {
+    if (!s.table->error(slot).empty()) {
+      throw std::runtime_error(s.table->error(slot));
     }
+  }
+  return slots;
+}
+
+void Bank::wait(const int32_t* slots, size_t count) {
+  std::vector<int> pending(slots, slots + count);
+  while (!pending.empty()) {
+    take(pending);
   }
 }
 

@@ -17,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "arrivals.h"
 #include "slots/reader.h"
 #include "slots/table.h"
 
@@ -75,13 +76,13 @@ class Lease {
   std::vector<int> slots_;
 };
 
-class Bank {
+class Bank : public Arrivals {
  public:
   Bank(
       std::shared_ptr<Reader> reader,
       BankOptions options,
       std::unique_ptr<SlotTable> table);
-  ~Bank();
+  ~Bank() override;
 
   // Writes the slot of each of the [tokens, top_k] experts and starts to read
   // those that are not resident. Waits while leases leave too few slots;
@@ -89,8 +90,10 @@ class Bank {
   std::shared_ptr<Lease>
   acquire(const int32_t* experts, int tokens, int top_k, int32_t* slots);
 
-  // Returns when the slots, on which the caller has a lease, are read; throws
-  // std::runtime_error, naming layer, expert and file, if one could not be.
+  // Of slots on which the caller has a lease; an error names layer, expert and
+  // file. The others go on being read after one.
+  std::vector<int> take(std::vector<int>& pending) override;
+  // Returns when all are read.
   void wait(const int32_t* slots, size_t count);
 
   // Starts to read experts into spare slots, as far as there are any.

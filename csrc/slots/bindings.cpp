@@ -17,15 +17,8 @@ namespace glm_fused::slots {
 
 namespace {
 
-// nanobind's own shared_ptr to an object of Python's takes the GIL when it is
-// destroyed, which threads of streams and readers must not wait for.
-template <class T>
-struct Handle {
-  std::shared_ptr<T> value;
-};
 using FilesHandle = Handle<Files>;
 using ReaderHandle = Handle<Reader>;
-using BankHandle = Handle<SlotBank>;
 
 BankHandle make_bank(
     const ReaderHandle& reader,
@@ -131,15 +124,12 @@ void bind_bank(nb::module_& m) {
       "array to come after.");
   m.def(
       "slots_wait",
-      [](const BankHandle& bank,
-         const mx::array& slots,
-         const std::optional<mx::array>& after) {
-        return wait(bank.value, slots, after);
+      [](const BankHandle& bank, const mx::array& slots) {
+        return wait(bank.value, slots);
       },
       "bank"_a,
       "slots"_a,
-      "after"_a.none(),
-      "The same slots, read, once `after` is computed.");
+      "The same slots, read.");
   m.def(
       "slots_release",
       [](const BankHandle& bank, const mx::array& y, const mx::array& slots) {

@@ -62,7 +62,7 @@ class Resolve : public SlotPrimitive {
          lease,
          experts = mx::array::unsafe_weak_copy(inputs[0]),
          slots = mx::array::unsafe_weak_copy(out)]() mutable {
-          // Until it succeeds; `wait` looks.
+          // Until it succeeds; `wait` and moe_decode look.
           std::fill_n(slots.data<int32_t>(), slots.size(), -1);
           *lease = bank->bank().acquire(
               experts.data<int32_t>(),
@@ -260,20 +260,17 @@ std::pair<mx::array, mx::array> resolve(
   return {outputs[0], outputs[1]};
 }
 
-mx::array wait(
-    const std::shared_ptr<SlotBank>& bank,
-    const mx::array& slots,
-    const std::optional<mx::array>& after) {
+mx::array wait(const std::shared_ptr<SlotBank>& bank, const mx::array& slots) {
   check_slots("slots.wait", slots);
-  Arrays inputs{slots};
-  if (after) {
-    inputs.push_back(*after);
-  }
   return mx::array(
       slots.shape(),
       mx::int32,
       std::make_shared<Wait>(cpu_stream(), bank),
-      std::move(inputs));
+      Arrays{slots});
+}
+
+std::shared_ptr<Arrivals> arrivals(const std::shared_ptr<SlotBank>& bank) {
+  return {bank, &bank->bank()};
 }
 
 mx::array release(

@@ -2,16 +2,21 @@
 //
 //   pending, started = resolve(bank, experts);
 //   shared = …;  // of an x that depends on `started`
-//   slots = wait(bank, pending, shared);
-//   y = release(bank, moe_decode(x, bank.arrays…, slots, scores), slots);
+//   y = moe_decode(x, bank.arrays…, pending, scores, arrivals(bank));
+//   y = release(bank, y, pending);
 //
 // `resolve` is evaluated when its turn comes: it leases slots, starts to read
-// what is missing and returns, so that the shared expert computes meanwhile.
+// what is missing and returns, so that the shared expert computes meanwhile,
+// and then each expert that is read. A GPU cannot wait for the disk half way:
+// there moe_decode has no `arrivals` but the slots of wait(bank, pending).
 // All run on a CPU stream, `release` on that of `y`.
 #pragma once
 
+#include <memory>
 #include <mutex>
-#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "mlx/mlx.h"
 #include "slots/bank.h"
@@ -73,11 +78,11 @@ std::pair<mx::array, mx::array> resolve(
     const std::shared_ptr<SlotBank>& bank,
     const mx::array& experts);
 
-// The same slots, read, once `after` is computed as well.
-mx::array wait(
-    const std::shared_ptr<SlotBank>& bank,
-    const mx::array& slots,
-    const std::optional<mx::array>& after);
+// The same slots, read.
+mx::array wait(const std::shared_ptr<SlotBank>& bank, const mx::array& slots);
+
+// For moe_decode, of the bank's slots.
+std::shared_ptr<Arrivals> arrivals(const std::shared_ptr<SlotBank>& bank);
 
 // `y`, computed with `slots`, which are held until then.
 mx::array release(

@@ -25,6 +25,7 @@ def moe_decode(
     down: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
     slots: mlx.core.array,
     scores: mlx.core.array,
+    bank: SlotBank | None,
     reference: bool,
     metal: bool,
 ) -> mlx.core.array: ...
@@ -144,10 +145,8 @@ def slots_resolve(bank: SlotBank, experts: mlx.core.array) -> tuple[mlx.core.arr
     Slots of experts int32 [tokens, top_k], whose reads may go on, and an array to come after.
     """
 
-def slots_wait(
-    bank: SlotBank, slots: mlx.core.array, after: mlx.core.array | None
-) -> mlx.core.array:
-    """The same slots, read, once `after` is computed."""
+def slots_wait(bank: SlotBank, slots: mlx.core.array) -> mlx.core.array:
+    """The same slots, read."""
 
 def slots_release(bank: SlotBank, y: mlx.core.array, slots: mlx.core.array) -> mlx.core.array:
     """`y`, computed with `slots`, which are held until then."""

@@ -70,8 +70,8 @@ class StreamedExperts(nn.Module):
         return meanwhile(x if self._prefetch is None else self._prefetch(x))
 
     def _apply(self, x: mx.array, pending: mx.array, scores: mx.array, after: mx.array) -> mx.array:
-        slots = _ext.slots_wait(self._bank, pending, after)
-        y = ops.moe_decode(x, *self._weights, slots, scores)
+        slots = mx.depends(pending, after)
+        y = ops.moe_decode(x, *self._weights, slots, scores, bank=self._bank)
         return _ext.slots_release(self._bank, y, slots)
 
     def _resolve(self, wave: Wave) -> tuple[mx.array, mx.array]:
