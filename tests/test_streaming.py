@@ -64,7 +64,7 @@ def resident(folder):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["shards", "sidecar"])
-@pytest.mark.parametrize("policy", ["lru", "s3fifo", "pinned"])
+@pytest.mark.parametrize("policy", ["learned", "lru", "s3fifo", "pinned"])
 @pytest.mark.parametrize("slots", [2, 3, 5, 8])
 def test_every_bank_gives_the_bits_of_the_resident_model(
     folder, sidecar, resident, slots, policy, packed
@@ -292,13 +292,14 @@ def test_a_trace_and_its_replay(folder, tmp_path):
     trace = read_trace(tmp_path / "trace.jsonl")
     assert trace.tokens >= len(completion.tokens) + 1
     assert sorted(trace.requests) == [1, 2, 3, 4]
-    result = replay(trace, [2, 4, 8], ["lru", "s3fifo", "pinned"], read_rate=1e9)
+    policies = ["learned", "lru", "s3fifo", "pinned"]
+    result = replay(trace, [2, 4, 8], policies, read_rate=1e9)
     rates = {(row["slots"], row["policy"]): row["hit_rate"] for row in result["rows"]}
     stats = model.streaming.stats()
-    assert rates[4, "lru"] == stats["hit_rate"]  # what the replay says is what happened
+    assert rates[4, "learned"] == stats["hit_rate"]  # what the replay says is what happened
     for slots in (2, 4, 8):
         best = rates[slots, "optimum"]
-        assert all(rates[slots, p] <= best for p in ("lru", "s3fifo", "pinned"))
+        assert all(rates[slots, p] <= best for p in policies)
     assert rates[2, "lru"] < rates[4, "lru"] < rates[8, "lru"]
 
 

@@ -152,7 +152,16 @@ def prompt_bytes(args: ModelArgs, context: int) -> int:
     routed = 4 * tokens * args.num_experts_per_tok * args.hidden_size * 4
     widest = max(args.intermediate_size, args.num_attention_heads * args.qk_head_dim)
     dense = 4 * tokens * (4 * widest + 8 * args.hidden_size)
-    return routed + dense + 4 * BUDGET_BYTES
+    return routed + dense + _attention_bytes(args, tokens, context)
+
+
+def _attention_bytes(args: ModelArgs, tokens: int, context: int) -> int:
+    """Of scores and what is computed from them, as over_queries limits them."""
+    sparse = context > args.index_topk
+    scores = tokens * context * args.index_n_heads if sparse else 0
+    row = args.num_attention_heads + sparse * (args.kv_lora_rank + args.qk_rope_head_dim)
+    attended = tokens * min(context, args.index_topk) * row
+    return 4 * min(BUDGET_BYTES, 4 * max(scores, attended))
 
 
 def size(n: int) -> str:

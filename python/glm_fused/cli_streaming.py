@@ -8,7 +8,7 @@ from typing import Any
 from .arguments import integer
 from .commands_streaming import run_inspect, run_pack, run_replay, run_verify
 
-POLICIES = ("lru", "s3fifo", "pinned")
+POLICIES = ("learned", "lru", "s3fifo", "pinned")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--context", type=integer(1, 2**31 - 1), metavar="N", help="tokens to plan the cache for")
     add("--sidecar", metavar="DIR", help="read experts packed by `glm-fused sidecar pack`")
     add("--slots", type=integer(1, 2**20), metavar="N", help="experts resident per layer")
-    add("--policy", choices=POLICIES, default="lru", help="which expert gives way (default: lru)")
+    help = "which expert gives way (default: learned)"
+    add("--policy", choices=POLICIES, default="learned", help=help)
     add("--pins", metavar="FILE", help="JSON, {layer: [experts]}, for --policy pinned")
     help = "slots per layer for what the next layer's router may choose (default: 0)"
     add("--lookahead", type=integer(0, 2**20), default=0, metavar="N", help=help)
@@ -53,7 +54,7 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     add = replay.add_argument
     add("trace", metavar="FILE", help="what generate --trace wrote")
     add("--bank", default="16,32,64,128", metavar="N,N…", help="slots per layer")
-    add("--policy", default="lru,s3fifo", metavar="P,P…", help=f"of {', '.join(POLICIES)}")
+    add("--policy", default="learned,lru,s3fifo", metavar="P,P…", help=f"of {', '.join(POLICIES)}")
     add("--read-rate", metavar="SIZE", help="bytes a second the SSD reads, to predict speeds")
     add("--compute-ms", type=float, default=0.0, metavar="MS", help="of a token, without reads")
     add("--plot", metavar="FILE", help="draw hit rates, and speeds (needs matplotlib)")

@@ -39,7 +39,8 @@ class StreamOptions:
         slots: experts resident per layer, in place of as many as the budget allows.
         context: tokens to keep room for in the KV cache.
         sidecar: folder of a packed sidecar; None reads the checkpoint's own shards.
-        policy: which expert gives way: "lru", "s3fifo" or "pinned" (LRU but for ``pins``).
+        policy: which expert gives way: "learned" (the one least likely to be asked for next, as
+            learned from the requests so far), "lru", "s3fifo" or "pinned" (LRU but for ``pins``).
         pins: per layer, experts that stay once they are read.
         spares: slots per layer for experts that the next layer's router is likely to choose.
         direct: bypass the page cache.
@@ -52,7 +53,7 @@ class StreamOptions:
     slots: int | None = None
     context: int = 4096
     sidecar: str | os.PathLike[str] | None = None
-    policy: str = "lru"
+    policy: str = "learned"
     pins: Mapping[int, Sequence[int]] = field(default_factory=dict)
     spares: int = 0
     direct: bool = False
