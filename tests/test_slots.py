@@ -9,7 +9,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-
 from policy_model import Table
 
 from glm_fused import _ext

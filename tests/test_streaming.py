@@ -1,5 +1,6 @@
 """Streamed models: the same bits as resident ones, within a budget, and clear errors."""
 
+import json
 import re
 
 import mlx.core as mx
@@ -10,10 +11,11 @@ from test_generate import write_tokenizer
 
 from glm_fused import metal_sim, ops, reference_path
 from glm_fused.budget import parse_size, resident_bytes
+from glm_fused.cli import main
 from glm_fused.generate import Options, generate
 from glm_fused.loader import load, load_model
 from glm_fused.pack import pack
-from glm_fused.replay import TraceWriter, read_trace, replay
+from glm_fused.replay import TraceWriter, plot, read_trace, replay
 from glm_fused.slots import plan_waves
 from glm_fused.streaming import StreamOptions
 
@@ -290,7 +292,7 @@ def test_a_trace_and_its_replay(folder, tmp_path):
         completion = generate(model, tokenizer, [3, 4, 5], Options(max_tokens=30, temp=1.0))
         trace.write()
     trace = read_trace(tmp_path / "trace.jsonl")
-    assert trace.tokens >= len(completion.tokens) + 1
+    assert trace.tokens in (len(completion.tokens) + 2, len(completion.tokens) + 3)
     assert sorted(trace.requests) == [1, 2, 3, 4]
     policies = ["learned", "lru", "s3fifo", "pinned"]
     result = replay(trace, [2, 4, 8], policies, read_rate=1e9)
@@ -303,14 +305,73 @@ def test_a_trace_and_its_replay(folder, tmp_path):
     assert rates[2, "lru"] < rates[4, "lru"] < rates[8, "lru"]
 
 
-def test_what_is_no_trace_is_refused(tmp_path):
+HEADER = '{"experts": 8, "top_k": 2, "expert_bytes": {"1": 10}}\n'
+REQUESTS = "".join(f'{{"layer": 1, "experts": [[{i % 5}, {i % 3 + 5}]]}}\n' for i in range(40))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no requests"),
+        (HEADER, "has no requests"),
+        ("[1]\n", r"line 1: .* expected the header"),
+        (HEADER + "{\n", r"line 2: .* expected the request"),
+        (HEADER + '{"layer": 1}\n', r"line 2: .* expected the request"),
+        (HEADER + '{"layer": 3, "experts": [[1, 2]]}\n', "layer or expert the model lacks"),
+        (HEADER + '{"layer": 1, "experts": [[1, 8]]}\n', "layer or expert the model lacks"),
+        ("\udcff", "is not text"),
+        (None, "No such file or directory, expected a trace"),
+    ],
+)
+def test_what_is_no_trace_is_refused(tmp_path, text, message):
     path = tmp_path / "trace.jsonl"
-    path.write_text('{"experts": 8, "expert_bytes": {"1": 10}}\n{"layer": 3}\n')
-    with pytest.raises(ValueError, match="line 2"):
+    if text is not None:
+        path.write_text(text, errors="surrogateescape")
+    with pytest.raises(ValueError, match=message):
         read_trace(path)
-    path.write_text("")
-    with pytest.raises(ValueError, match="has no requests"):
-        read_trace(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bank", "0"], "a bank of 0 slots, expected 2 to 8: a token needs 2."),
+        (["--bank", "9"], "a bank of 9 slots, expected 2 to 8: a token needs 2."),
+        (["--bank", "many"], "--bank: expected numbers of slots, found 'many'."),
+        (["--policy", "fifo"], "'fifo', expected some of learned, lru, s3fifo, pinned."),
+        (["--read-rate", "0"], "--read-rate: expected bytes a second, found '0'."),
+    ],
+)
+def test_a_replay_says_what_is_wrong(tmp_path, capsys, options, message):
+    path = tmp_path / "trace.jsonl"
+    path.write_text(HEADER + REQUESTS)
+    assert main(["replay", str(path), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("glm-fused: error: ")
+    assert error.endswith(message + "\n")
+    assert error.count("\n") == 1
+
+
+def test_a_replay_takes_parts_of_the_experts(tmp_path, capsys):
+    path = tmp_path / "trace.jsonl"
+    path.write_text(HEADER + REQUESTS)
+    assert main(["replay", str(path), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["tokens"] == 40
+    assert {row["slots"] for row in result["rows"]} == {2, 4, 6}
+
+
+@pytest.mark.parametrize("rate", [None, 1e9])
+def test_a_replay_is_drawn(tmp_path, rate):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "trace.jsonl").write_text(HEADER + REQUESTS)
+    result = replay(read_trace(tmp_path / "trace.jsonl"), [4, 2, 8], ["learned", "lru"], rate, 0.1)
+    plot(result, tmp_path / "plot.svg")
+    drawing = (tmp_path / "plot.svg").read_text()
+    assert ("predicted speed" in drawing) == (rate is not None)
+    for label in ("slots per layer (experts)", "hit rate (%)", "learned", "optimum (Belady)"):
+        assert f"<!-- {label} -->" in drawing
+    with pytest.raises(ValueError, match="--plot: .*No such file"):
+        plot(result, tmp_path / "none" / "plot.png")
 
 
 def test_the_optimum_is_belady():

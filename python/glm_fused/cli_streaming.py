@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
-from .arguments import integer
+from .arguments import integer, number
 from .commands_streaming import run_inspect, run_pack, run_replay, run_verify
 
 POLICIES = ("learned", "lru", "s3fifo", "pinned")
@@ -53,9 +54,11 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     replay.set_defaults(run=run_replay)
     add = replay.add_argument
     add("trace", metavar="FILE", help="what generate --trace wrote")
-    add("--bank", default="16,32,64,128", metavar="N,N…", help="slots per layer")
+    help = "slots per layer (default: 1/8, 1/4, 1/2 and 3/4 of the experts)"
+    add("--bank", metavar="N,N…", help=help)
     add("--policy", default="learned,lru,s3fifo", metavar="P,P…", help=f"of {', '.join(POLICIES)}")
     add("--read-rate", metavar="SIZE", help="bytes a second the SSD reads, to predict speeds")
-    add("--compute-ms", type=float, default=0.0, metavar="MS", help="of a token, without reads")
+    kind = number(lambda value: 0 <= value < math.inf, "a number of at least 0")
+    add("--compute-ms", type=kind, default=0.0, metavar="MS", help="of a token, without reads")
     add("--plot", metavar="FILE", help="draw hit rates, and speeds (needs matplotlib)")
     add("--json", action="store_true", help="print one JSON document")

@@ -110,14 +110,22 @@ def plan_streaming(
         if not stored.source.module.experts
     )
     kv_format = _float_format(manifest) if kv_format == "auto" else kv_format
+    layers = [layer.expert_bytes for layer in source.layers.values()]
     shares = Shares(
         process=resident_bytes(),
         dense=dense,
         kv=cache_bytes(args, options.context, kv_format),
-        staging=options.depth * (options.split + 8192) + prompt_bytes(args, options.context),
+        staging=_buffer_bytes(args, layers, options) + prompt_bytes(args, options.context),
     )
-    layers = [layer.expert_bytes for layer in source.layers.values()]
     return make_plan(args, shares, layers, options)
+
+
+def _buffer_bytes(args: ModelArgs, layers: Sequence[int], options: StreamOptions) -> int:
+    """Of reads past the page cache, in whole blocks, and of the policy."""
+    block = 4096
+    reads = options.depth * (min(options.split, max(layers)) + 2 * block) if options.direct else 0
+    followers = 4 * len(layers) * (args.n_routed_experts or 0) ** 2
+    return reads + (followers if options.policy == "learned" else 0)
 
 
 def _float_format(manifest: Manifest) -> str:
