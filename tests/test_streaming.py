@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +12,7 @@ from conftest import make_tensors, tiny_config, write_checkpoint
 from test_generate import write_tokenizer
 
 from glm_fused import metal_sim, ops, reference_path
-from glm_fused.budget import parse_size, resident_bytes
+from glm_fused.budget import parse_size
 from glm_fused.cli import main
 from glm_fused.generate import Options, generate
 from glm_fused.loader import load, load_model
@@ -254,17 +256,49 @@ def test_sizes_that_are_none(text):
         parse_size(text)
 
 
-def test_memory_stays_within_the_budget(tmp_path):
-    """Large experts, a bank of a quarter of them."""
-    config = tiny_config(moe_intermediate_size=1024, hidden_size=512, n_routed_experts=32)
+MEASURE = """
+import json, sys
+import numpy as np
+from glm_fused.generate import Options, generate
+from glm_fused.loader import load
+from glm_fused.streaming import StreamOptions
+
+path, budget, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+options = StreamOptions(budget=budget, context=300 + tokens)
+model, tokenizer = load(path, stream=options)
+prompt = np.random.default_rng(0).integers(3, 250, 300).tolist()
+completion = generate(model, tokenizer, prompt, Options(max_tokens=tokens, temp=1.0, seed=1))
+status = dict(line.split(":") for line in open("/proc/self/status"))
+plan, stats = model.streaming.plan, model.streaming.stats()
+print(json.dumps({
+    "tokens": len(completion.tokens), "process": plan.shares.process, "dense": plan.shares.dense,
+    "slots": plan.slots, "slot_bytes": plan.slot_bytes, "planned": plan.total,
+    "peak": int(status["VmHWM"].split()[0]) << 10, "end": int(status["VmRSS"].split()[0]) << 10,
+    "hit_rate": stats["hit_rate"], "read": stats["bytes"],
+}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize("tokens", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_memory_stays_within_the_budget(tmp_path, tokens):
+    """Experts of 400 MB in a budget of 400 MB: the bank is most of what is resident."""
+    config = tiny_config(
+        moe_intermediate_size=1024, hidden_size=512, n_routed_experts=32, eos_token_id=None
+    )
     write_checkpoint(tmp_path, config, dtype="bfloat16")
     write_tokenizer(tmp_path)
-    model, tokenizer = load(tmp_path, stream=stream(8, context=512))
-    plan = model.streaming.plan
-    prompt = [int(t) for t in np.random.default_rng(0).integers(3, 250, 200)]
-    generate(model, tokenizer, prompt, Options(max_tokens=60, temp=1.0))
-    assert resident_bytes() <= plan.total
-    assert plan.slot_bytes < 0.3 * 32 * plan.expert_bytes
+    budget = 400 << 20
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), str(budget), str(tokens)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    print(found)
+    assert 0.5 * tokens < found["tokens"] <= tokens
+    assert 8 <= found["slots"] < 32
+    assert found["slot_bytes"] > 0.3 * budget
+    held = found["process"] + found["dense"] + found["slot_bytes"]
+    assert held <= found["end"] <= found["peak"] <= found["planned"] <= budget
 
 
 def test_a_file_that_shrinks_while_it_is_used(tmp_path):
@@ -370,7 +404,7 @@ def test_a_replay_is_drawn(tmp_path, rate):
     assert ("predicted speed" in drawing) == (rate is not None)
     for label in ("slots per layer (experts)", "hit rate (%)", "learned", "optimum (Belady)"):
         assert f"<!-- {label} -->" in drawing
-    with pytest.raises(ValueError, match="--plot: .*No such file"):
+    with pytest.raises(ValueError, match=r"--plot: .*No such file"):
         plot(result, tmp_path / "none" / "plot.png")
 
 
