@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .streaming import StreamOptions
 
 PREFILL_TOKENS = 2048  # mlx-lm's chunk of a prompt
+PROCESS_GROWTH = 48 << 20  # after planning: tokenizer, code, heaps of threads; 30 MB are usual
 MAX_SCRATCH = 64 << 20  # of indexer_topk and of sparse_mla_decode
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)

@@ -11,7 +11,15 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext, ops
-from .budget import Plan, Shares, cache_bytes, make_plan, prompt_bytes, resident_bytes
+from .budget import (
+    PROCESS_GROWTH,
+    Plan,
+    Shares,
+    cache_bytes,
+    make_plan,
+    prompt_bytes,
+    resident_bytes,
+)
 from .checkpoint import Checkpoint
 from .config import ModelArgs
 from .expert_source import ExpertSource, LayerExperts, checkpoint_source
@@ -112,7 +120,7 @@ def plan_streaming(
     kv_format = _float_format(manifest) if kv_format == "auto" else kv_format
     layers = [layer.expert_bytes for layer in source.layers.values()]
     shares = Shares(
-        process=resident_bytes(),
+        process=resident_bytes() + PROCESS_GROWTH,
         dense=dense,
         kv=cache_bytes(args, options.context, kv_format),
         staging=_buffer_bytes(args, layers, options) + prompt_bytes(args, options.context),
