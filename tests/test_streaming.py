@@ -1,5 +1,6 @@
 """Streamed models: the same bits as resident ones, within a budget, and clear errors."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -17,7 +18,7 @@ from glm_fused.cli import main
 from glm_fused.generate import Options, generate
 from glm_fused.loader import load, load_model
 from glm_fused.pack import pack
-from glm_fused.replay import TraceWriter, plot, read_trace, replay
+from glm_fused.replay import TraceWriter, read_trace, replay
 from glm_fused.slots import plan_waves
 from glm_fused.streaming import StreamOptions
 
@@ -395,18 +396,26 @@ def test_a_replay_takes_parts_of_the_experts(tmp_path, capsys):
     assert {row["slots"] for row in result["rows"]} == {2, 4, 6}
 
 
-@pytest.mark.parametrize("rate", [None, 1e9])
+@pytest.mark.parametrize("rate", [[], ["--read-rate", "1GB", "--compute-ms", "5"]])
 def test_a_replay_is_drawn(tmp_path, rate):
-    pytest.importorskip("matplotlib")
-    (tmp_path / "trace.jsonl").write_text(HEADER + REQUESTS)
-    result = replay(read_trace(tmp_path / "trace.jsonl"), [4, 2, 8], ["learned", "lru"], rate, 0.1)
-    plot(result, tmp_path / "plot.svg")
-    drawing = (tmp_path / "plot.svg").read_text()
-    assert ("predicted speed" in drawing) == (rate is not None)
+    if importlib.util.find_spec("matplotlib") is None:
+        pytest.skip("no matplotlib")
+    trace, drawing = tmp_path / "trace.jsonl", tmp_path / "plot.svg"
+    trace.write_text(HEADER + REQUESTS)
+
+    def draw(file):
+        command = [sys.executable, "-m", "glm_fused", "replay", str(trace), "--bank", "4,2,8"]
+        command += ["--plot", str(file), *rate]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert draw(drawing).returncode == 0
+    text = drawing.read_text()
+    assert ("predicted speed" in text) == bool(rate)
     for label in ("slots per layer (experts)", "hit rate (%)", "learned", "optimum (Belady)"):
-        assert f"<!-- {label} -->" in drawing
-    with pytest.raises(ValueError, match=r"--plot: .*No such file"):
-        plot(result, tmp_path / "none" / "plot.png")
+        assert f"<!-- {label} -->" in text
+    failed = draw(tmp_path / "none" / "plot.png")
+    assert failed.returncode == 2
+    assert re.fullmatch(r"glm-fused: error: --plot: .*No such file.*\n", failed.stderr)
 
 
 def test_the_optimum_is_belady():
