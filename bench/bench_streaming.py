@@ -251,7 +251,7 @@ def parse() -> argparse.Namespace:
     add("--tokens", type=int, default=48)
     add("--warm-up", type=int, default=24)
     add("--locality", type=float, default=0.9, help="correlation of a token's state with the last")
-    add("--policy", default="lru")
+    add("--policy", default="learned")
     add("--lookahead", type=int, default=0)
     add("--depth", type=int, default=8)
     add("--split", type=int, default=4 << 20)

@@ -9,11 +9,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from policy_model import Table
 
 from glm_fused import _ext
 
 EXPERTS, BYTES = 16, (4096, 100)
-CORE = ("policy", "table", "files", "reader", "bank")
+CORE = ("learned_policy", "policy", "table", "files", "reader", "bank")
 ROOT = Path(__file__).parents[1]
 
 
@@ -57,7 +58,7 @@ def holds(bank, slots, experts):
     return all((part == np.array(experts)[:, None]).all() for part in contents)
 
 
-@pytest.mark.parametrize("policy", ["lru", "s3fifo", "pinned"])
+@pytest.mark.parametrize("policy", ["learned", "lru", "s3fifo", "pinned"])
 @pytest.mark.parametrize("direct", [False, True])
 def test_slots_hold_what_was_asked_for(file, policy, direct):
     bank = make_bank(file, 5, policy=policy, direct=direct, pins=[3])
@@ -91,6 +92,38 @@ def test_lru_and_pins_choose_their_victims(file):
     assert lru.resident() == [1, 2, 3]
     assert pinned.resident() == [0, 2, 3]
     assert (lru.capacity, pinned.capacity) == (3, 2)
+
+
+@pytest.mark.parametrize("policy", ["learned", "lru", "pinned"])
+@pytest.mark.parametrize("slots", [7, 11])
+def test_policies_evict_what_their_models_do(file, policy, slots):
+    """Requests that follow each other with some chance; some keep their slots for a while."""
+    rng = np.random.default_rng(slots)
+    bank = make_bank(file, slots, policy=policy, pins=[3])
+    table = Table(policy, EXPERTS, slots, [3])
+    held, at = {}, 0
+    for step in range(400):
+        at = (3 * at + int(rng.integers(0, 3))) % EXPERTS
+        experts = [(at + int(i)) % EXPERTS for i in rng.permutation(5)[: rng.integers(1, 4)]]
+        table.reserve(experts, {e for of, _ in held.values() for e in of})
+        slots_of = request(bank, experts)
+        assert holds(bank, slots_of, experts)
+        assert bank.resident() == sorted(table.resident), step
+        held.pop(step - 2, None)
+        if step % 5 == 0:
+            held[step] = experts, slots_of
+        del slots_of
+    assert bank.stats()["hits"] > 300
+
+
+def test_the_learned_policy_learns_who_follows_whom(file):
+    """Two experts alternate with others of their own: lru evicts just those that come next."""
+    requests = [[a, b] for i in range(100) for a, b in ((0, 4 + i % 2), (1, 6 + i % 2), (2, 8))]
+    learned, _ = _ext.slots_simulate("learned", EXPERTS, 4, [], requests)
+    lru, _ = _ext.slots_simulate("lru", EXPERTS, 4, [], requests)
+    optimum, _ = _ext.slots_simulate_optimum(EXPERTS, 4, requests)
+    assert lru == 0
+    assert 0.8 * optimum < learned <= optimum
 
 
 def test_s3fifo_survives_a_scan(file):
@@ -203,7 +236,7 @@ def test_impossible_requests(file, experts, message):
 def test_impossible_banks(file):
     with pytest.raises(ValueError, match="16 experts takes 1 to 16 slots but is given 17"):
         make_bank(file, 17)
-    with pytest.raises(ValueError, match="policy must be lru, s3fifo or pinned but is fifo"):
+    with pytest.raises(ValueError, match="policy must be learned, lru, s3fifo or pinned but is"):
         make_bank(file, 4, policy="fifo")
     with pytest.raises(ValueError, match="no room for 2 spare and 2 pinned"):
         make_bank(file, 4, policy="pinned", spares=2, pins=[1, 2])
@@ -265,7 +298,8 @@ def test_concurrent_requests_are_clean_under_thread_sanitizer(tmp_path):
     program = build(tmp_path, "stress", *flags, stress, *sources)
     file = tmp_path / "stress.bin"
     file.write_bytes(b"".join(bytes([e]) * sum(BYTES) for e in range(32)))
-    for slots, spares, policy in ((13, 0, "lru"), (16, 3, "s3fifo"), (20, 2, "pinned")):
+    cases = ((13, 0, "lru"), (16, 3, "s3fifo"), (20, 2, "pinned"), (13, 1, "learned"))
+    for slots, spares, policy in cases:
         command = [program, file, "32", str(slots), str(spares), policy, "1"]
         result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         assert result.returncode == 0, result.stderr

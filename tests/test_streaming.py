@@ -1,5 +1,7 @@
 """Streamed models: the same bits as resident ones, within a budget, and clear errors."""
 
+import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -13,7 +15,8 @@ from test_generate import write_tokenizer
 from test_slots import ROOT, build
 
 from glm_fused import metal_sim, ops, reference_path
-from glm_fused.budget import parse_size, resident_bytes
+from glm_fused.budget import parse_size
+from glm_fused.cli import main
 from glm_fused.generate import Options, generate
 from glm_fused.loader import load, load_model
 from glm_fused.pack import pack
@@ -68,7 +71,7 @@ def resident(folder):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["shards", "sidecar"])
-@pytest.mark.parametrize("policy", ["lru", "s3fifo", "pinned"])
+@pytest.mark.parametrize("policy", ["learned", "lru", "s3fifo", "pinned"])
 @pytest.mark.parametrize("slots", [2, 3, 5, 8])
 def test_every_bank_gives_the_bits_of_the_resident_model(
     folder, sidecar, resident, slots, policy, packed
@@ -256,17 +259,50 @@ def test_sizes_that_are_none(text):
         parse_size(text)
 
 
-def test_memory_stays_within_the_budget(tmp_path):
-    """Large experts, a bank of a quarter of them."""
-    config = tiny_config(moe_intermediate_size=1024, hidden_size=512, n_routed_experts=32)
+MEASURE = """
+import json, sys
+import numpy as np
+from glm_fused.generate import Options, generate
+from glm_fused.loader import load
+from glm_fused.streaming import StreamOptions
+
+path, budget, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+options = StreamOptions(budget=budget, context=300 + tokens)
+model, tokenizer = load(path, stream=options)
+tokenizer._eos_token_ids = set()  # random text would end early
+prompt = np.random.default_rng(0).integers(3, 250, 300).tolist()
+completion = generate(model, tokenizer, prompt, Options(max_tokens=tokens, temp=1.0, seed=1))
+status = dict(line.split(":") for line in open("/proc/self/status"))
+plan, stats = model.streaming.plan, model.streaming.stats()
+print(json.dumps({
+    "tokens": len(completion.tokens), "process": plan.shares.process, "dense": plan.shares.dense,
+    "slots": plan.slots, "slot_bytes": plan.slot_bytes, "planned": plan.total,
+    "peak": int(status["VmHWM"].split()[0]) << 10, "end": int(status["VmRSS"].split()[0]) << 10,
+    "hit_rate": stats["hit_rate"], "read": stats["bytes"],
+}))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize("tokens", [100, pytest.param(2000, marks=pytest.mark.slow)])
+def test_memory_stays_within_the_budget(tmp_path, tokens):
+    """Experts of 400 MB in a budget of 400 MB: the bank is most of what is resident."""
+    config = tiny_config(
+        moe_intermediate_size=1024, hidden_size=512, n_routed_experts=32, eos_token_id=None
+    )
     write_checkpoint(tmp_path, config, dtype="bfloat16")
     write_tokenizer(tmp_path)
-    model, tokenizer = load(tmp_path, stream=stream(8, context=512))
-    plan = model.streaming.plan
-    prompt = [int(t) for t in np.random.default_rng(0).integers(3, 250, 200)]
-    generate(model, tokenizer, prompt, Options(max_tokens=60, temp=1.0))
-    assert resident_bytes() <= plan.total
-    assert plan.slot_bytes < 0.3 * 32 * plan.expert_bytes
+    budget = 400 << 20
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), str(budget), str(tokens)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    print(found)
+    assert found["tokens"] == tokens
+    assert 8 <= found["slots"] < 32
+    assert found["slot_bytes"] > 0.3 * budget
+    held = found["process"] // 2 + found["dense"] + found["slot_bytes"]
+    assert held <= found["end"] <= found["peak"] <= found["planned"] <= budget
 
 
 def test_a_file_that_shrinks_while_it_is_used(tmp_path):
@@ -328,26 +364,94 @@ def test_a_trace_and_its_replay(folder, tmp_path):
         completion = generate(model, tokenizer, [3, 4, 5], Options(max_tokens=30, temp=1.0))
         trace.write()
     trace = read_trace(tmp_path / "trace.jsonl")
-    assert trace.tokens >= len(completion.tokens) + 1
+    assert trace.tokens in (len(completion.tokens) + 2, len(completion.tokens) + 3)
     assert sorted(trace.requests) == [1, 2, 3, 4]
-    result = replay(trace, [2, 4, 8], ["lru", "s3fifo", "pinned"], read_rate=1e9)
+    policies = ["learned", "lru", "s3fifo", "pinned"]
+    result = replay(trace, [2, 4, 8], policies, read_rate=1e9)
     rates = {(row["slots"], row["policy"]): row["hit_rate"] for row in result["rows"]}
     stats = model.streaming.stats()
-    assert rates[4, "lru"] == stats["hit_rate"]  # what the replay says is what happened
+    assert rates[4, "learned"] == stats["hit_rate"]  # what the replay says is what happened
     for slots in (2, 4, 8):
         best = rates[slots, "optimum"]
-        assert all(rates[slots, p] <= best for p in ("lru", "s3fifo", "pinned"))
+        assert all(rates[slots, p] <= best for p in policies)
     assert rates[2, "lru"] < rates[4, "lru"] < rates[8, "lru"]
 
 
-def test_what_is_no_trace_is_refused(tmp_path):
+HEADER = '{"experts": 8, "top_k": 2, "expert_bytes": {"1": 10}}\n'
+REQUESTS = "".join(f'{{"layer": 1, "experts": [[{i % 5}, {i % 3 + 5}]]}}\n' for i in range(40))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no requests"),
+        (HEADER, "has no requests"),
+        ("[1]\n", r"line 1: .* expected the header"),
+        (HEADER + "{\n", r"line 2: .* expected the request"),
+        (HEADER + '{"layer": 1}\n', r"line 2: .* expected the request"),
+        (HEADER + '{"layer": 3, "experts": [[1, 2]]}\n', "layer or expert the model lacks"),
+        (HEADER + '{"layer": 1, "experts": [[1, 8]]}\n', "layer or expert the model lacks"),
+        ("\udcff", "is not text"),
+        (None, "No such file or directory, expected a trace"),
+    ],
+)
+def test_what_is_no_trace_is_refused(tmp_path, text, message):
     path = tmp_path / "trace.jsonl"
-    path.write_text('{"experts": 8, "expert_bytes": {"1": 10}}\n{"layer": 3}\n')
-    with pytest.raises(ValueError, match="line 2"):
+    if text is not None:
+        path.write_text(text, errors="surrogateescape")
+    with pytest.raises(ValueError, match=message):
         read_trace(path)
-    path.write_text("")
-    with pytest.raises(ValueError, match="has no requests"):
-        read_trace(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--bank", "0"], "a bank of 0 slots, expected 2 to 8: a token needs 2."),
+        (["--bank", "9"], "a bank of 9 slots, expected 2 to 8: a token needs 2."),
+        (["--bank", "many"], "--bank: expected numbers of slots, found 'many'."),
+        (["--policy", "fifo"], "'fifo', expected some of learned, lru, s3fifo, pinned."),
+        (["--read-rate", "0"], "--read-rate: expected bytes a second, found '0'."),
+    ],
+)
+def test_a_replay_says_what_is_wrong(tmp_path, capsys, options, message):
+    path = tmp_path / "trace.jsonl"
+    path.write_text(HEADER + REQUESTS)
+    assert main(["replay", str(path), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("glm-fused: error: ")
+    assert error.endswith(message + "\n")
+    assert error.count("\n") == 1
+
+
+def test_a_replay_takes_parts_of_the_experts(tmp_path, capsys):
+    path = tmp_path / "trace.jsonl"
+    path.write_text(HEADER + REQUESTS)
+    assert main(["replay", str(path), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["tokens"] == 40
+    assert {row["slots"] for row in result["rows"]} == {2, 4, 6}
+
+
+@pytest.mark.parametrize("rate", [[], ["--read-rate", "1GB", "--compute-ms", "5"]])
+def test_a_replay_is_drawn(tmp_path, rate):
+    if importlib.util.find_spec("matplotlib") is None:
+        pytest.skip("no matplotlib")
+    trace, drawing = tmp_path / "trace.jsonl", tmp_path / "plot.svg"
+    trace.write_text(HEADER + REQUESTS)
+
+    def draw(file):
+        command = [sys.executable, "-m", "glm_fused", "replay", str(trace), "--bank", "4,2,8"]
+        command += ["--plot", str(file), *rate]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert draw(drawing).returncode == 0
+    text = drawing.read_text()
+    assert ("predicted speed" in text) == bool(rate)
+    for label in ("slots per layer (experts)", "hit rate (%)", "learned", "optimum (Belady)"):
+        assert f"<!-- {label} -->" in text
+    failed = draw(tmp_path / "none" / "plot.png")
+    assert failed.returncode == 2
+    assert re.fullmatch(r"glm-fused: error: --plot: .*No such file.*\n", failed.stderr)
 
 
 def test_the_optimum_is_belady():

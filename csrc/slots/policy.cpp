@@ -5,6 +5,8 @@
 #include <list>
 #include <stdexcept>
 
+#include "slots/learned_policy.h"
+
 namespace glm_fused::slots {
 
 namespace {
@@ -152,6 +154,9 @@ std::unique_ptr<Policy> make_policy(
     int experts,
     int slots,
     const std::vector<int>& pinned) {
+  if (name == "learned") {
+    return std::make_unique<LearnedPolicy>(experts);
+  }
   if (name == "lru") {
     return std::make_unique<Lru>(experts);
   }
@@ -162,7 +167,8 @@ std::unique_ptr<Policy> make_policy(
     return std::make_unique<S3Fifo>(experts, slots);
   }
   throw std::invalid_argument(
-      "[slots] policy must be lru, s3fifo or pinned but is " + name + ".");
+      "[slots] policy must be learned, lru, s3fifo or pinned but is " + name +
+      ".");
 }
 
 }  // namespace glm_fused::slots

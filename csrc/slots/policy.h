@@ -13,6 +13,9 @@ class Policy {
  public:
   virtual ~Policy() = default;
 
+  // Before the hits, evictions and admissions of a request for `experts`,
+  // which differ.
+  virtual void begin_request(const std::vector<int>&) {}
   // A request used a resident expert.
   virtual void hit(int expert) = 0;
   // The expert has become resident.
@@ -31,7 +34,8 @@ class Policy {
   }
 };
 
-// `name`: lru, s3fifo, or pinned (LRU over all experts but those in `pinned`).
+// `name`: learned, lru, s3fifo, or pinned (LRU over all experts but those in
+// `pinned`).
 // Throws std::invalid_argument for other names.
 std::unique_ptr<Policy> make_policy(
     const std::string& name,

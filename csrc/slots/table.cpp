@@ -38,6 +38,7 @@ bool SlotTable::reserve(
   if (wanted > available(needed)) {
     return false;
   }
+  policy_->begin_request(experts);
   for (int expert : experts) {
     if (const int slot = where_[expert]; slot >= 0) {
       slots_[slot].leases++;

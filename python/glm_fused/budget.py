@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import mlx.core as mx
+
 from .cache import bytes_per_token
 from .chunks import BUDGET_BYTES
 from .config import ModelArgs
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from .streaming import StreamOptions
 
 PREFILL_TOKENS = 2048  # mlx-lm's chunk of a prompt
+PROCESS_GROWTH = 48 << 20  # after planning: tokenizer, code, heaps of threads; 30 MB are usual
+MAX_SCRATCH = 64 << 20  # of indexer_topk and of sparse_mla_decode
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
@@ -150,9 +154,22 @@ def prompt_bytes(args: ModelArgs, context: int) -> int:
     tokens = min(PREFILL_TOKENS, context)
     # Float32 at worst: rows gathered for experts, their outputs, the same joined and reordered.
     routed = 4 * tokens * args.num_experts_per_tok * args.hidden_size * 4
-    widest = max(args.intermediate_size, args.num_attention_heads * args.qk_head_dim)
-    dense = 4 * tokens * (4 * widest + 8 * args.hidden_size)
-    return routed + dense + 4 * BUDGET_BYTES
+    latent = args.kv_lora_rank + args.qk_rope_head_dim
+    widest = max(3 * args.intermediate_size, 4 * args.num_attention_heads * latent)
+    dense = 4 * tokens * (widest + 8 * args.hidden_size)
+    return routed + dense + _attention_bytes(args, tokens, context)
+
+
+def _attention_bytes(args: ModelArgs, tokens: int, context: int) -> int:
+    """Of scores and what is computed from them, within the limits that the ops keep."""
+    sparse, listed = context > args.index_topk, min(context, args.index_topk)
+    scores = 4 * tokens * context if sparse else 0
+    attended = 4 * tokens * listed
+    if mx.default_device() == mx.gpu:  # stock ops, where a Metal kernel does not apply
+        row = args.num_attention_heads + sparse * (args.kv_lora_rank + args.qk_rope_head_dim)
+        return 4 * min(BUDGET_BYTES, max(scores * args.index_n_heads, attended * row))
+    heads = args.num_attention_heads
+    return min(MAX_SCRATCH, scores) + min(MAX_SCRATCH, attended * heads) + sparse * attended
 
 
 def size(n: int) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
-from .arguments import integer
+from .arguments import integer, number
 from .commands_streaming import run_inspect, run_pack, run_replay, run_verify
 
-POLICIES = ("lru", "s3fifo", "pinned")
+POLICIES = ("learned", "lru", "s3fifo", "pinned")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +24,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--context", type=integer(1, 2**31 - 1), metavar="N", help="tokens to plan the cache for")
     add("--sidecar", metavar="DIR", help="read experts packed by `glm-fused sidecar pack`")
     add("--slots", type=integer(1, 2**20), metavar="N", help="experts resident per layer")
-    add("--policy", choices=POLICIES, default="lru", help="which expert gives way (default: lru)")
+    help = "which expert gives way (default: learned)"
+    add("--policy", choices=POLICIES, default="learned", help=help)
     add("--pins", metavar="FILE", help="JSON, {layer: [experts]}, for --policy pinned")
     help = "slots per layer for what the next layer's router may choose (default: 0)"
     add("--lookahead", type=integer(0, 2**20), default=0, metavar="N", help=help)
@@ -52,9 +54,11 @@ def add_commands(commands: argparse._SubParsersAction[Any]) -> None:
     replay.set_defaults(run=run_replay)
     add = replay.add_argument
     add("trace", metavar="FILE", help="what generate --trace wrote")
-    add("--bank", default="16,32,64,128", metavar="N,N…", help="slots per layer")
-    add("--policy", default="lru,s3fifo", metavar="P,P…", help=f"of {', '.join(POLICIES)}")
+    help = "slots per layer (default: 1/8, 1/4, 1/2 and 3/4 of the experts)"
+    add("--bank", metavar="N,N…", help=help)
+    add("--policy", default="learned,lru,s3fifo", metavar="P,P…", help=f"of {', '.join(POLICIES)}")
     add("--read-rate", metavar="SIZE", help="bytes a second the SSD reads, to predict speeds")
-    add("--compute-ms", type=float, default=0.0, metavar="MS", help="of a token, without reads")
+    kind = number(lambda value: 0 <= value < math.inf, "a number of at least 0")
+    add("--compute-ms", type=kind, default=0.0, metavar="MS", help="of a token, without reads")
     add("--plot", metavar="FILE", help="draw hit rates, and speeds (needs matplotlib)")
     add("--json", action="store_true", help="print one JSON document")

@@ -99,17 +99,36 @@ def _print_sidecar(sidecar: Any, as_json: bool) -> int:
 
 
 def run_replay(args: argparse.Namespace) -> int:
-    from .budget import parse_size
+    from .cli_streaming import POLICIES
     from .replay import format_replay, plot, read_trace, replay
 
+    policies = args.policy.split(",")
+    for policy in policies:
+        if policy not in POLICIES:
+            raise ValueError(f"--policy: {policy!r}, expected some of {', '.join(POLICIES)}.")
+    rate = None if args.read_rate is None else _read_rate(args.read_rate)
     trace = read_trace(Path(args.trace))
-    try:
-        banks = [int(text) for text in args.bank.split(",")]
-    except ValueError:
-        raise ValueError(f"--bank: expected numbers of slots, found {args.bank!r}.") from None
-    rate = None if args.read_rate is None else parse_size(args.read_rate)
-    result = replay(trace, banks, args.policy.split(","), rate, args.compute_ms / 1000)
+    parts = (trace.experts * eighths // 8 for eighths in (1, 2, 4, 6))
+    default = sorted({max(part, trace.top_k) for part in parts})
+    banks = default if args.bank is None else _numbers(args.bank)
+    result = replay(trace, banks, policies, rate, args.compute_ms / 1000)
     if args.plot:
         plot(result, Path(args.plot))
     print(json.dumps(result, indent=1) if args.json else format_replay(result), file=sys.stdout)
     return 0
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--bank: expected numbers of slots, found {text!r}.") from None
+
+
+def _read_rate(text: str) -> int:
+    from .budget import parse_size
+
+    rate = parse_size(text)
+    if rate == 0:
+        raise ValueError(f"--read-rate: expected bytes a second, found {text!r}.")
+    return rate

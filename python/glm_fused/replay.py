@@ -1,9 +1,9 @@
 """Traces of requests for experts, and what other banks and policies would have made of them.
 
 A trace is JSON lines. The first says what the model is: ``{"experts": 256, "top_k": 8,
-"expert_bytes": {"3": 21233664, …}, "slots": 64, "policy": "lru"}``; every other is one request:
-``{"layer", "token", "experts", "hits", "misses", "bytes", "wait_us"}``, with one list of experts
-per token.
+"expert_bytes": {"3": 21233664, …}, "slots": 64}``; every other is one request: ``{"layer",
+"token", "experts", "hits", "misses", "bytes", "wait_us"}``, with one list of experts per token, or
+of one expert per choice where a prompt is taken in waves. ``token`` counts those before it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ from . import _ext
 from .streaming import Streaming
 from .validation import show
 
+OPTIMUM = "optimum (Belady)"
+
 
 class TraceWriter:
     """Writes what the banks of a model are asked for."""
 
     def __init__(self, streaming: Streaming, file: IO[str], top_k: int):
-        self._streaming, self._file = streaming, file
+        self._streaming, self._file, self._top_k = streaming, file, top_k
+        self._choices = dict.fromkeys(streaming.banks, 0)
         layers = streaming.source.layers
         header = {
             "experts": streaming.plan.experts,
@@ -39,9 +42,11 @@ class TraceWriter:
         """Append the requests since the last call."""
         for layer, bank in self._streaming.banks.items():
             for request in bank.take_requests():
-                experts, top_k = request.pop("experts"), request.pop("top_k")
-                assert isinstance(experts, list) and isinstance(top_k, int)
-                rows = [experts[i : i + top_k] for i in range(0, len(experts), top_k)]
+                experts, width = request.pop("experts"), request.pop("top_k")
+                assert isinstance(experts, list) and isinstance(width, int)
+                rows = [experts[i : i + width] for i in range(0, len(experts), width)]
+                request["token"] = self._choices[layer] // self._top_k
+                self._choices[layer] += len(experts)
                 line = {"layer": layer, **request, "experts": rows}
                 self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -52,9 +57,15 @@ class Trace:
     """``requests`` lists, per layer, the experts of each request, in order."""
 
     experts: int
+    top_k: int
     expert_bytes: dict[int, int]
     requests: dict[int, list[list[int]]] = field(default_factory=dict)
-    tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        # Layers may differ: a prompt's last chunk needs no experts of the last one.
+        choices = (sum(map(len, requests)) for requests in self.requests.values())
+        return max(choices, default=0) // self.top_k
 
     def pins(self, layer: int, count: int) -> list[int]:
         """The experts of a layer that were asked for most often."""
@@ -63,31 +74,36 @@ class Trace:
 
 
 def read_trace(path: Path) -> Trace:
-    """Read a trace; ValueError names the line that is not one of a trace."""
-    with path.open() as file:
-        trace: Trace | None = None
-        for number, line in enumerate(file, 1):
-            try:
-                entry = json.loads(line)
-                if trace is None:
-                    sizes = {int(i): int(n) for i, n in entry["expert_bytes"].items()}
-                    trace = Trace(int(entry["experts"]), sizes)
-                else:
-                    _add(trace, entry)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}, line {number}: {show(line)}: {error!r}.") from None
+    """Read a trace; ValueError names the file, and the line that is not one of a trace."""
+    trace: Trace | None = None
+    try:
+        with path.open() as file:
+            for number, line in enumerate(file, 1):
+                trace = _add(trace, line, f"{path}, line {number}")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}, expected a trace.") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text, expected a trace.") from None
     if trace is None or not trace.requests:
-        raise ValueError(f"{path} has no requests.")
+        raise ValueError(f"{path} has no requests, expected what generate --trace wrote.")
     return trace
 
 
-def _add(trace: Trace, entry: dict[str, Any]) -> None:
-    layer, rows = entry["layer"], entry["experts"]
-    request = [expert for row in rows for expert in row]
-    if layer not in trace.expert_bytes or not all(type(e) is int for e in request):
-        raise ValueError("not a request of this trace")
+def _add(trace: Trace | None, line: str, where: str) -> Trace:
+    try:
+        entry = json.loads(line)
+        if trace is None:
+            sizes = {int(i): int(n) for i, n in entry["expert_bytes"].items()}
+            return Trace(int(entry["experts"]), int(entry["top_k"]), sizes)
+        layer, request = entry["layer"], [expert for row in entry["experts"] for expert in row]
+        known = set(request) <= set(range(trace.experts))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        kind = "header" if trace is None else "request"
+        raise ValueError(f"{where}: {show(line)}, expected the {kind} of a trace.") from None
+    if layer not in trace.expert_bytes or not known:
+        raise ValueError(f"{where}: {show(line)} names a layer or expert the model lacks.")
     trace.requests.setdefault(layer, []).append(request)
-    trace.tokens = max(trace.tokens, entry["token"] + len(rows))
+    return trace
 
 
 def replay(
@@ -105,8 +121,11 @@ def replay(
     """
     rows = []
     for slots in banks:
-        if not 1 <= slots <= trace.experts:
-            raise ValueError(f"a bank of {slots} slots, expected 1 to {trace.experts}.")
+        if not trace.top_k <= slots <= trace.experts:
+            raise ValueError(
+                f"a bank of {slots} slots, expected {trace.top_k} to {trace.experts}: a token needs"
+                f" {trace.top_k}."
+            )
         waves = {i: _waves(requests, slots) for i, requests in trace.requests.items()}
         for policy in (*policies, "optimum"):
             row = _run(trace, waves, slots, policy)
@@ -156,7 +175,7 @@ def format_replay(result: dict[str, Any]) -> str:
         speed = row.get("tokens_per_second")
         lines.append(
             f"{row['slots']:>6}  {row['policy']:<8}{row['hit_rate']:>10.3f}"
-            f"{row['bytes_per_token'] / 1e6:>12.1f}{'-' if speed is None else f'{speed:.2f}':>8}"
+            f"{row['bytes_per_token'] / 1e6:>12.3f}{'-' if speed is None else f'{speed:.2f}':>8}"
         )
     return "\n".join(lines)
 
@@ -164,23 +183,31 @@ def format_replay(result: dict[str, Any]) -> str:
 def plot(result: dict[str, Any], path: Path) -> None:
     """Draw hit rate, and speed where it is predicted, against the bank's size.
 
-    Raises ImportError without matplotlib.
+    Raises ImportError without matplotlib, ValueError for a file that it cannot write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    keys = ["hit_rate"]
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError:
+        raise ImportError("a plot needs matplotlib: pip install 'glm-fused[plot]'.") from None
+    panels = [("hit_rate", "hit rate (%)", 100)]
     if all(row.get("tokens_per_second") for row in result["rows"]):
-        keys.append("tokens_per_second")
-    figure, axes = pyplot.subplots(1, len(keys), figsize=(6 * len(keys), 4), squeeze=False)
-    for axis, key in zip(axes[0], keys, strict=True):
+        panels.append(("tokens_per_second", "predicted speed (tokens/s)", 1))
+    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    for i, (key, label, scale) in enumerate(panels, 1):
+        axis = figure.add_subplot(1, len(panels), i)
         for policy in dict.fromkeys(row["policy"] for row in result["rows"]):
-            rows = [row for row in result["rows"] if row["policy"] == policy]
-            axis.plot([r["slots"] for r in rows], [r[key] for r in rows], "o-", label=policy)
-        axis.set_xlabel("slots per layer")
-        axis.set_ylabel(key.replace("_", " "))
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path)
+            rows = sorted((r["slots"], scale * r[key]) for r in result["rows"]
+                          if r["policy"] == policy)  # fmt: skip
+            best = policy == "optimum"
+            name, style, color = (OPTIMUM, "--", "black") if best else (policy, "o-", None)
+            axis.plot(*zip(*rows, strict=True), style, color=color, markersize=4, label=name)
+        axis.set_xlabel("slots per layer (experts)")
+        axis.set_ylabel(label)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise ValueError(f"--plot: {path}: {error.strerror}.") from None

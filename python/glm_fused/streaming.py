@@ -11,7 +11,15 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext, ops
-from .budget import Plan, Shares, cache_bytes, make_plan, prompt_bytes, resident_bytes
+from .budget import (
+    PROCESS_GROWTH,
+    Plan,
+    Shares,
+    cache_bytes,
+    make_plan,
+    prompt_bytes,
+    resident_bytes,
+)
 from .checkpoint import Checkpoint
 from .config import ModelArgs
 from .expert_source import ExpertSource, LayerExperts, checkpoint_source
@@ -39,7 +47,8 @@ class StreamOptions:
         slots: experts resident per layer, in place of as many as the budget allows.
         context: tokens to keep room for in the KV cache.
         sidecar: folder of a packed sidecar; None reads the checkpoint's own shards.
-        policy: which expert gives way: "lru", "s3fifo" or "pinned" (LRU but for ``pins``).
+        policy: which expert gives way: "learned" (the one least likely to be asked for next, as
+            learned from the requests so far), "lru", "s3fifo" or "pinned" (LRU but for ``pins``).
         pins: per layer, experts that stay once they are read.
         spares: slots per layer for experts that the next layer's router is likely to choose.
         direct: bypass the page cache.
@@ -52,7 +61,7 @@ class StreamOptions:
     slots: int | None = None
     context: int = 4096
     sidecar: str | os.PathLike[str] | None = None
-    policy: str = "lru"
+    policy: str = "learned"
     pins: Mapping[int, Sequence[int]] = field(default_factory=dict)
     spares: int = 0
     direct: bool = False
@@ -109,14 +118,22 @@ def plan_streaming(
         if not stored.source.module.experts
     )
     kv_format = _float_format(manifest) if kv_format == "auto" else kv_format
+    layers = [layer.expert_bytes for layer in source.layers.values()]
     shares = Shares(
-        process=resident_bytes(),
+        process=resident_bytes() + PROCESS_GROWTH,
         dense=dense,
         kv=cache_bytes(args, options.context, kv_format),
-        staging=options.depth * (options.split + 8192) + prompt_bytes(args, options.context),
+        staging=_buffer_bytes(args, layers, options) + prompt_bytes(args, options.context),
     )
-    layers = [layer.expert_bytes for layer in source.layers.values()]
     return make_plan(args, shares, layers, options)
+
+
+def _buffer_bytes(args: ModelArgs, layers: Sequence[int], options: StreamOptions) -> int:
+    """Of reads past the page cache, in whole blocks, and of the policy."""
+    block = 4096
+    reads = options.depth * (min(options.split, max(layers)) + 2 * block) if options.direct else 0
+    followers = 4 * len(layers) * (args.n_routed_experts or 0) ** 2
+    return reads + (followers if options.policy == "learned" else 0)
 
 
 def _float_format(manifest: Manifest) -> str:
