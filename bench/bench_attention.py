@@ -8,9 +8,9 @@ GLM-5.2's geometry: indexer of 32 heads x 128, 2048 keys selected, 64 heads over
 Prints, per context and cache format, of the indexer with its top-k and of the attention: µs, GB/s
 of cached rows read, GFLOP/s, the fraction of the time that the rows' bytes would take at the
 streaming bandwidth, or the multiply-adds at the rate that registers allow, whichever is more (both
-measured between the calls, with the same threads), and how many times slower stock MLX ops are
-(one call each, up to --stock-up-to). Several copies of the cache are used in turn, so that it comes
-from memory, as it does when a model's layers follow one another.
+measured before and after every call, with the same threads), and how many times slower stock MLX
+ops are (one call each, up to --stock-up-to). Several copies of the cache are used in turn, so that
+it comes from memory, as it does when a model's layers follow one another.
 
 With --ggml also llama.cpp's indexer, top-k and attention, called alternately with ours on the same
 keys, and how many times slower its whole chain is. Both must select the same keys (but for ties and
@@ -124,6 +124,12 @@ class Layer:
         return op(self.q, self.latents, self.ropes, self.selected, rank=RANK, scale=SCALE)
 
 
+def floor(layer: Layer, size: int, work: int) -> float:
+    """Seconds that `size` bytes or `work` multiply-adds take, whichever is more, just now."""
+    bandwidth = read_bandwidth(layer.latents) * 1e9
+    return max(size / bandwidth, work / multiply_add_rate())
+
+
 def measure(
     kv_format: str, context: int, options: argparse.Namespace, ggml: ggml_peer.Library | None
 ) -> dict[str, Any]:
@@ -147,10 +153,10 @@ def measure(
     for turn in range(options.repeats + 2):
         layer = layers[turn % copies]
         for part, call in calls.items():
-            rate, bandwidth = multiply_add_rate(), read_bandwidth(layer.latents) * 1e9
+            before = floor(layer, size[part], work[part])
             times[part].append(seconds(lambda call=call, layer=layer: call(layer)))
-            bound = max(size[part] / bandwidth, work[part] / rate)
-            fractions[part].append(bound / times[part][-1])
+            after = floor(layer, size[part], work[part])
+            fractions[part].append((before + after) / 2 / times[part][-1])
         for graph, taken in zip(peers[turn % copies] if peers else (), peer_times, strict=False):
             start = time.perf_counter()
             graph.run()
@@ -202,7 +208,7 @@ def plot(made: list[dict[str, Any]], path: str) -> None:
 def main() -> None:
     arguments = parser(__doc__ or "", FORMATS)
     arguments.formatter_class = argparse.RawDescriptionHelpFormatter
-    arguments.set_defaults(formats=["bf16", "fp8"])
+    arguments.set_defaults(formats=["bf16", "fp8"], repeats=25)
     arguments.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     arguments.add_argument("--tokens", type=int, default=1, help="query tokens of a call")
     arguments.add_argument("--stock-up-to", type=int, default=32768, metavar="CONTEXT")
