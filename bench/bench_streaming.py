@@ -253,8 +253,8 @@ def parse() -> argparse.Namespace:
     add("--locality", type=float, default=0.9, help="correlation of a token's state with the last")
     add("--policy", default="learned")
     add("--lookahead", type=int, default=0)
-    add("--depth", type=int, default=8)
-    add("--split", type=int, default=4 << 20)
+    add("--depth", type=int, default=16)
+    add("--split", type=int, default=1 << 20)
     add("--json", type=Path)
     return parser.parse_args()
 

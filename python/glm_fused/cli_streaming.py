@@ -30,8 +30,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     help = "slots per layer for what the next layer's router may choose (default: 0)"
     add("--lookahead", type=integer(0, 2**20), default=0, metavar="N", help=help)
     add("--direct-io", action="store_true", help="read past the page cache")
-    add("--read-depth", type=integer(1, 256), default=8, metavar="N", help="reads in flight")
-    add("--read-split", default="4MiB", metavar="SIZE", help="bytes per read (default: 4MiB)")
+    add("--read-depth", type=integer(1, 256), default=16, metavar="N", help="reads in flight")
+    add("--read-split", default="1MiB", metavar="SIZE", help="bytes per read (default: 1MiB)")
     add("--trace", metavar="FILE", help="write every request for experts, as JSON lines")
 
 

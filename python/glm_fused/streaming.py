@@ -65,8 +65,8 @@ class StreamOptions:
     pins: Mapping[int, Sequence[int]] = field(default_factory=dict)
     spares: int = 0
     direct: bool = False
-    depth: int = 8
-    split: int = 4 << 20
+    depth: int = 16
+    split: int = 1 << 20
     patience: float = 60.0
 
 
