@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,36 @@ class Layer:
         return op(self.q, self.latents, self.ropes, self.selected, rank=RANK, scale=SCALE)
 
 
+CALLS: dict[str, Callable[..., mx.array]] = {"ix": Layer.indexer, "at": Layer.attention}
+STOCK = {"ix": stock.indexer_topk, "at": stock.sparse_mla_decode}
+
+
 def floor(layer: Layer, size: int, work: int) -> float:
     """Seconds that `size` bytes or `work` multiply-adds take, whichever is more, just now."""
     bandwidth = read_bandwidth(layer.latents) * 1e9
     return max(size / bandwidth, work / multiply_add_rate())
+
+
+@dataclass
+class Samples:
+    """Seconds of every call, and those of its bound in parts of them."""
+
+    times: list[float] = field(default_factory=list)
+    fractions: list[float] = field(default_factory=list)
+
+    def take(self, layer: Layer, call: Callable[[Layer], mx.array], size: int, work: int) -> None:
+        before = floor(layer, size, work)
+        self.times.append(seconds(lambda: call(layer)))
+        after = floor(layer, size, work)
+        self.fractions.append((before + after) / 2 / self.times[-1])
+
+
+def measure_ggml(peers: Sequence[ggml_peer.Graph], taken: Sequence[list[float]]) -> None:
+    for graph, times in zip(peers, taken, strict=True):
+        start = time.perf_counter()
+        graph.run()
+        times.append(time.perf_counter() - start)
+        time.sleep(0.02)  # its threads spin a while before they sleep
 
 
 def measure(
@@ -145,40 +172,29 @@ def measure(
     }
     copies = max(1, min(16, int(BEYOND_CACHE / (context * rows.row_bytes(kv_format, 128, 0)))))
     layers = [Layer(kv_format, context, tokens, seed) for seed in range(copies)]
-    calls = {"ix": Layer.indexer, "at": Layer.attention}
     peers = [layer.in_ggml(ggml) for layer in layers] if ggml else []
-    peer_times: list[list[float]] = [[], []]
-    times: dict[str, list[float]] = {"ix": [], "at": []}
-    fractions: dict[str, list[float]] = {"ix": [], "at": []}
+    samples = {"ix": Samples(), "at": Samples()}
+    theirs: tuple[list[float], list[float]] = ([], [])
     for turn in range(options.repeats + 2):
-        layer = layers[turn % copies]
-        for part, call in calls.items():
-            before = floor(layer, size[part], work[part])
-            times[part].append(seconds(lambda call=call, layer=layer: call(layer)))
-            after = floor(layer, size[part], work[part])
-            fractions[part].append((before + after) / 2 / times[part][-1])
-        for graph, taken in zip(peers[turn % copies] if peers else (), peer_times, strict=False):
-            start = time.perf_counter()
-            graph.run()
-            taken.append(time.perf_counter() - start)
-            time.sleep(0.02)  # its threads spin a while before they sleep
+        for part, sample in samples.items():
+            sample.take(layers[turn % copies], CALLS[part], size[part], work[part])
+        if peers:
+            measure_ggml(peers[turn % copies], theirs)
     row: dict[str, Any] = {"format": kv_format, "context": context, "tokens": tokens}
     for part, name in (("ix", "indexer"), ("at", "attention")):
-        took = median(times[part][2:])
+        took = median(samples[part].times[2:])
         row[f"{name} us"] = took * 1e6
         if work[part]:
             row[f"{part} GB/s"] = size[part] / took / 1e9
             row[f"{part} GFLOP/s"] = 2e-9 * work[part] / took
-            row[f"{part} fraction"] = median(fractions[part][2:])
+            row[f"{part} fraction"] = median(samples[part].fractions[2:])
         if context <= options.stock_up_to:
-            slow = getattr(stock, "indexer_topk" if part == "ix" else "sparse_mla_decode")
-            call = calls[part]
-            row[f"{part} x stock"] = seconds(lambda call=call, slow=slow: call(layers[0], slow))
-            row[f"{part} x stock"] /= took
+            slow = seconds(lambda part=part: CALLS[part](layers[0], STOCK[part]))
+            row[f"{part} x stock"] = slow / took
     if peers:
-        indexer, attention = (median(taken[2:]) for taken in peer_times)
-        chain = 1e-6 * (row["indexer us"] + row["attention us"])
-        row |= {"ggml indexer us": 1e6 * indexer, "ggml attention us": 1e6 * attention}
+        indexer, attention = (1e6 * median(times[2:]) for times in theirs)
+        row |= {"ggml indexer us": indexer, "ggml attention us": attention}
+        chain = row["indexer us"] + row["attention us"]
         row["chain x ggml"] = (indexer + attention) / chain
     return row
 

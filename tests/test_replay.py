@@ -1,6 +1,5 @@
 """Replaying traces: what a bank would have done, beside Belady's optimum."""
 
-import importlib.util
 import json
 import lzma
 import re
@@ -73,8 +72,6 @@ def test_a_replay_takes_parts_of_the_experts(tmp_path, capsys):
 
 @pytest.mark.parametrize("rate", [[], ["--read-rate", "1GB", "--compute-ms", "5"]])
 def test_a_replay_is_drawn(tmp_path, rate):
-    if importlib.util.find_spec("matplotlib") is None:
-        pytest.skip("no matplotlib")
     trace, drawing = tmp_path / "trace.jsonl", tmp_path / "plot.svg"
     trace.write_text(HEADER + REQUESTS)
 
