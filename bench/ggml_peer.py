@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-F32, F16 = 0, 1  # enum ggml_type
+F32, F16, I32 = 0, 1, 26  # enum ggml_type
 ACCUMULATE_F32 = 10  # GGML_PREC_F32
 TENSORS = 64  # more than a graph here has
 
@@ -96,27 +96,16 @@ class Graph:
         self.ggml("ggml_backend_alloc_ctx_tensors", self.context, self.ggml.backend)
 
     def write(self, tensor: ctypes.c_void_p, values: NDArray[Any]) -> None:
-        values = np.ascontiguousarray(values)
-        size = ctypes.c_size_t(values.nbytes)
-        self.ggml(
-            "ggml_backend_tensor_set",
-            tensor,
-            ctypes.c_void_p(values.ctypes.data),
-            ctypes.c_size_t(0),
-            size,
-        )
+        self._copy("ggml_backend_tensor_set", tensor, np.ascontiguousarray(values))
 
-    def read(self, tensor: ctypes.c_void_p, like: NDArray[Any]) -> NDArray[Any]:
-        out = np.empty_like(like)
-        size = ctypes.c_size_t(out.nbytes)
-        self.ggml(
-            "ggml_backend_tensor_get",
-            tensor,
-            ctypes.c_void_p(out.ctypes.data),
-            ctypes.c_size_t(0),
-            size,
-        )
+    def read(self, tensor: ctypes.c_void_p, out: NDArray[Any]) -> NDArray[Any]:
+        """Fills ``out``."""
+        self._copy("ggml_backend_tensor_get", tensor, out)
         return out
+
+    def _copy(self, name: str, tensor: ctypes.c_void_p, values: NDArray[Any]) -> None:
+        offset, size = ctypes.c_size_t(0), ctypes.c_size_t(values.nbytes)
+        self.ggml(name, tensor, ctypes.c_void_p(values.ctypes.data), offset, size)
 
     def run(self) -> None:
         self.ggml("ggml_backend_graph_compute", self.ggml.backend, self.graph)
@@ -168,7 +157,7 @@ class Attention(Graph):
         super().__init__(ggml)
         (context, width), heads, topk = rows.shape, len(q), len(selected)
         queries, keys = self.tensor(F32, width, 1, heads), self.tensor(F16, width, context)
-        mask, best = self.tensor(F16, context, 1), self.tensor(26, topk, 1)  # GGML_TYPE_I32
+        mask, best = self.tensor(F16, context, 1), self.tensor(I32, topk, 1)
         hidden = self.node("ggml_fill", mask, ctypes.c_float(float("-inf")))
         hidden = self.view(hidden, [1, context, 1, 1], [2, 2 * context, 2 * context])
         zeros = self.tensor(F32, 1, topk)
