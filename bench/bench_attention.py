@@ -2,7 +2,7 @@
 
     python bench/bench_attention.py --contexts 2048 32768 131072 --formats bf16 fp8
     python bench/bench_attention.py --plot attention.png         # needs matplotlib
-    python bench/bench_attention.py --formats fp16 --ggml FOLDER # beside llama.cpp: ggml_peer.py
+    python bench/bench_attention.py --formats fp16 --ggml FOLDER # and peers/llama_cpp.py
 
 GLM-5.2's geometry: indexer of 32 heads x 128, 2048 keys selected, 64 heads over rows of 512 + 64.
 Prints, per context and cache format, of the indexer with its top-k and of the attention: µs, GB/s
@@ -26,10 +26,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ggml_peer
 import mlx.core as mx
 import numpy as np
 from common import median, multiply_add_rate, parser, report
+from peers import llama_cpp
 
 import glm_fused
 from glm_fused import ops, rows, stock
@@ -92,7 +92,7 @@ class Layer:
         self.selected = self.indexer()
         mx.eval(self.keys, self.latents, self.ropes, self.selected, self.q)
 
-    def in_ggml(self, ggml: ggml_peer.Library) -> tuple[ggml_peer.Indexer, ggml_peer.Attention]:
+    def in_ggml(self, ggml: llama_cpp.Library) -> tuple[llama_cpp.Indexer, llama_cpp.Attention]:
         """The same step of llama.cpp, checked to have the same result."""
 
         def numpy(a: mx.array, dtype: Any) -> Any:
@@ -101,11 +101,11 @@ class Layer:
         assert self.ropes is not None
         keys, weights = numpy(self.keys, np.float16), numpy(self.weights, np.float32)[0]
         q, rows = numpy(self.index_q, np.float32)[0], mx.concatenate([self.latents, self.ropes], -1)
-        indexer = ggml_peer.Indexer(ggml, q, keys, weights * INDEX_DIM**-0.5, TOPK)
+        indexer = llama_cpp.Indexer(ggml, q, keys, weights * INDEX_DIM**-0.5, TOPK)
         indexer.run()
         selected = np.array(self.selected)[0, 0]
         common = np.intersect1d(indexer.selected(), selected).size
-        attention = ggml_peer.Attention(
+        attention = llama_cpp.Attention(
             ggml, numpy(self.q, np.float32)[0], numpy(rows, np.float16), selected, RANK, SCALE
         )
         attention.run()
@@ -149,7 +149,7 @@ class Samples:
         self.fractions.append((before + after) / 2 / self.times[-1])
 
 
-def measure_ggml(peers: Sequence[ggml_peer.Graph], taken: Sequence[list[float]]) -> None:
+def measure_ggml(peers: Sequence[llama_cpp.Graph], taken: Sequence[list[float]]) -> None:
     for graph, times in zip(peers, taken, strict=True):
         start = time.perf_counter()
         graph.run()
@@ -158,7 +158,7 @@ def measure_ggml(peers: Sequence[ggml_peer.Graph], taken: Sequence[list[float]])
 
 
 def measure(
-    kv_format: str, context: int, options: argparse.Namespace, ggml: ggml_peer.Library | None
+    kv_format: str, context: int, options: argparse.Namespace, ggml: llama_cpp.Library | None
 ) -> dict[str, Any]:
     tokens = options.tokens
     selected = min(context, TOPK)
@@ -235,7 +235,7 @@ def main() -> None:
     mx.set_default_device(mx.cpu)
     if options.threads:
         glm_fused.set_num_threads(options.threads)
-    ggml = ggml_peer.Library(options.ggml, glm_fused.num_threads()) if options.ggml else None
+    ggml = llama_cpp.Library(options.ggml, glm_fused.num_threads()) if options.ggml else None
     if ggml and (options.formats != ["fp16"] or options.tokens > 1 or min(options.contexts) < TOPK):
         arguments.error(f"--ggml compares one token, --formats fp16, contexts from {TOPK}.")
     made = [
