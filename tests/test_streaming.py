@@ -16,8 +16,9 @@ from test_slots import ROOT, build
 
 from glm_fused import metal_sim, ops, reference_path
 from glm_fused.budget import parse_size
-from glm_fused.generate import Options, generate
+from glm_fused.generation import generate
 from glm_fused.loader import load, load_model
+from glm_fused.options import Options
 from glm_fused.pack import pack
 from glm_fused.replay import TraceWriter, read_trace, replay
 from glm_fused.slots import plan_waves
@@ -276,7 +277,8 @@ def test_sizes_that_are_none(text):
 MEASURE = """
 import json, sys
 import numpy as np
-from glm_fused.generate import Options, generate
+from glm_fused.generation import generate
+from glm_fused.options import Options
 from glm_fused.loader import load
 from glm_fused.streaming import StreamOptions
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 PREFILL_TOKENS = 2048  # mlx-lm's chunk of a prompt
 PROCESS_GROWTH = 48 << 20  # after planning: tokenizer, code, heaps of threads; 30 MB are usual
-DEFAULT_CONTEXT = 4096  # tokens that memory is planned for, unless more are asked for
 SHORTEST_CONTEXT = 256  # that a refusal proposes
 MAX_SCRATCH = 64 << 20  # of indexer_topk and of sparse_mla_decode
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -115,7 +114,7 @@ def make_plan(
     and, with the numbers and what would fit, if fewer than a token needs fit, or if the asked
     number does not.
     """
-    context = planned_context(args, options.context)
+    context = planned_context(args, options.context, options.default_context)
     experts = args.n_routed_experts or 0
     per_slot, least = sum(expert_bytes), args.num_experts_per_tok + options.spares
     budget = affordable_bytes(options.direct) if options.budget is None else options.budget
@@ -135,11 +134,11 @@ def make_plan(
     return plan
 
 
-def planned_context(args: ModelArgs, context: int | None) -> int:
-    """The tokens to plan for: ``context``, or the default within the model's own context."""
+def planned_context(args: ModelArgs, context: int | None, default: int) -> int:
+    """The tokens to plan for: ``context``, or ``default`` within the model's own context."""
     limit = args.max_position_embeddings
     if context is None:
-        return min(DEFAULT_CONTEXT, limit)
+        return min(default, limit)
     if not 1 <= context <= limit:
         raise ValueError(
             f"[budget] a context of {context:,} tokens, expected 1 to {limit:,}, the model's own"
@@ -188,6 +187,16 @@ def resident_bytes() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
     except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process has kept in memory."""
+    try:  # not ru_maxrss, which a child inherits from the process that started it
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 

@@ -15,6 +15,7 @@ from .cache import Span, check_cache, make_cache
 from .config import ModelArgs
 from .layers import MLP, Linear, embedding_weight
 from .moe import MoE
+from .options import Options
 from .rope import Angles, Rope
 from .rows import check_kv_format
 from .stock import visible_columns
@@ -93,6 +94,7 @@ class Model(nn.Module):
         self.model_type = args.model_type
         self.model = Decoder(args)
         self.streaming: Streaming | None = None
+        self.options = Options()  # what `glm_fused.generate` takes for those it is not given
         if not args.tie_word_embeddings:
             self.lm_head = Linear(args.hidden_size, args.vocab_size)
 

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext, ops
+from .arguments import DEFAULT_CONTEXT
 from .budget import (
     PROCESS_GROWTH,
     Plan,
@@ -45,8 +46,9 @@ class StreamOptions:
     Attributes:
         budget: bytes that the process may keep resident, or None for what this machine affords.
         slots: experts resident per layer, in place of as many as the budget allows.
-        context: tokens to keep room for in the KV cache; None: 4096, or the model's whole context
-            where that is less.
+        context: tokens to keep room for in the KV cache; None: ``default_context``.
+        default_context: what is planned for without ``context``, or the model's whole context where
+            that is less.
         sidecar: folder of a packed sidecar; None reads the checkpoint's own shards.
         policy: which expert gives way: "learned" (the one least likely to be asked for next, as
             learned from the requests so far), "lru", "s3fifo" or "pinned" (LRU but for ``pins``).
@@ -61,6 +63,7 @@ class StreamOptions:
     budget: int | None = None
     slots: int | None = None
     context: int | None = None
+    default_context: int = DEFAULT_CONTEXT
     sidecar: str | os.PathLike[str] | None = None
     policy: str = "learned"
     pins: Mapping[int, Sequence[int]] = field(default_factory=dict)
