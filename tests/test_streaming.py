@@ -18,9 +18,10 @@ from glm_fused.budget import parse_size
 from glm_fused.generate import Options, generate
 from glm_fused.loader import load, load_model
 from glm_fused.pack import pack
-from glm_fused.replay import TraceWriter, read_trace, replay
+from glm_fused.replay import TraceWriter, replay
 from glm_fused.slots import plan_waves
 from glm_fused.streaming import StreamOptions
+from glm_fused.trace import read_trace
 
 AFFINE = {"group_size": 32, "bits": 4}
 PROMPT = mx.array([[3, 5, 7, 9, 11, 200, 31, 44, 50, 61]])

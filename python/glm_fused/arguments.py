@@ -6,6 +6,8 @@ import argparse
 import math
 from collections.abc import Callable
 
+from .validation import show
+
 
 def integer(low: int, high: int) -> Callable[[str], int]:
     """An integer from ``low`` to ``high``."""
@@ -16,7 +18,9 @@ def integer(low: int, high: int) -> Callable[[str], int]:
         except ValueError:
             value = low - 1
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected an integer from {low} to {high}: {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"expected an integer from {low} to {high}: {show(text)}"
+            )
         return value
 
     return parse
@@ -31,7 +35,7 @@ def number(valid: Callable[[float], bool], expected: str) -> Callable[[str], flo
         except ValueError:
             value = math.nan
         if not valid(value):
-            raise argparse.ArgumentTypeError(f"expected {expected}: {text!r}")
+            raise argparse.ArgumentTypeError(f"expected {expected}: {show(text)}")
         return value
 
     return parse

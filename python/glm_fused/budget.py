@@ -17,6 +17,7 @@ import mlx.core as mx
 from .cache import bytes_per_token
 from .chunks import BUDGET_BYTES
 from .config import ModelArgs
+from .validation import show
 
 if TYPE_CHECKING:
     from .streaming import StreamOptions
@@ -29,14 +30,17 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Bytes in texts such as "24GB", "512MiB" or "1000"; ValueError for others."""
+    """Bytes in texts such as "24GB", "512MiB" or "1000"; ValueError for others and from 2^63 on."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"expected a size such as 24GB or 512MiB: {text!r}")
+        raise ValueError(f"expected a size such as 24GB or 512MiB: {show(text)}")
     number, unit, binary = match.groups()
     power = "kmgt".find(unit.lower()) + 1 if unit else 0
     factor = 1024**power if binary else _UNITS[unit.lower()]
-    return int(float(number) * factor)
+    nbytes = float(number) * factor
+    if nbytes >= 2**63:
+        raise ValueError(f"expected a size below 2^63 bytes: {show(text)}")
+    return int(nbytes)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 def stream_options(args: argparse.Namespace, context: int) -> StreamOptions | None:
     """The options that were given; None without any of those that ask for streaming."""
     from .budget import parse_size
+    from .pins import read_pins
     from .streaming import StreamOptions
 
     if args.memory_budget is None and args.slots is None and args.sidecar is None:
@@ -28,24 +30,12 @@ def stream_options(args: argparse.Namespace, context: int) -> StreamOptions | No
         context=args.context or context,
         sidecar=args.sidecar,
         policy=args.policy,
-        pins={} if args.pins is None else _read_pins(Path(args.pins)),
+        pins={} if args.pins is None else read_pins(Path(args.pins)),
         spares=args.lookahead,
         direct=args.direct_io,
         depth=args.read_depth,
         split=parse_size(args.read_split),
     )
-
-
-def _read_pins(path: Path) -> dict[int, list[int]]:
-    from .checkpoint import read_json
-    from .validation import show
-
-    pins = read_json(path)
-    for layer, experts in pins.items():
-        numbers = isinstance(experts, list) and all(type(e) is int and e >= 0 for e in experts)
-        if not layer.isdecimal() or not numbers:
-            raise ValueError(f"{path}: {show({layer: experts})}, expected {{layer: [experts]}}.")
-    return {int(layer): experts for layer, experts in pins.items()}
 
 
 def run_pack(args: argparse.Namespace) -> int:
@@ -100,7 +90,8 @@ def _print_sidecar(sidecar: Any, as_json: bool) -> int:
 
 def run_replay(args: argparse.Namespace) -> int:
     from .cli_streaming import POLICIES
-    from .replay import format_replay, plot, read_trace, replay
+    from .replay import format_replay, plot, replay
+    from .trace import read_trace
 
     policies = args.policy.split(",")
     for policy in policies:
@@ -119,10 +110,13 @@ def run_replay(args: argparse.Namespace) -> int:
 
 
 def _numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--bank: expected numbers of slots, found {text!r}.") from None
+    from .validation import MAX_SIZE, show
+
+    with contextlib.suppress(ValueError):
+        numbers = [int(number) for number in text.split(",")]
+        if max(numbers) <= MAX_SIZE:
+            return numbers
+    raise ValueError(f"--bank: expected numbers of slots, found {show(text)}.")
 
 
 def _read_rate(text: str) -> int:

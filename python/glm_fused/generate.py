@@ -5,17 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import stream_generate
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from . import _ext, ops, paths
+from . import _ext, chat, ops, paths
 from .model import Model
 from .moe import MoE
 from .rows import format_of
+from .sampling import sampler
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Options:
     seed: int | None = None
 
     def sampler(self) -> Callable[[mx.array], mx.array]:
-        return make_sampler(self.temp, self.top_p)
+        return sampler(self.temp, self.top_p)
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,7 @@ def encode(model: Model, tokenizer: TokenizerWrapper, prompt: str, raw: bool = F
     if raw or not tokenizer.has_chat_template:
         tokens = tokenizer.encode(prompt)
     else:
-        message = {"role": "user", "content": prompt}
-        render = cast(Callable[..., list[int]], tokenizer.apply_chat_template)
-        tokens = render([message], add_generation_prompt=True)
+        tokens = chat.render(tokenizer, prompt)
     limit = model.args.max_position_embeddings
     if not 0 < len(tokens) < limit:
         raise ValueError(f"the prompt is {len(tokens)} tokens, expected 1 to {limit - 1}.")

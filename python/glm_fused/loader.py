@@ -17,14 +17,16 @@ from tqdm import tqdm
 
 from . import _ext
 from .checkpoint import Checkpoint
-from .config import args_from_config
+from .config import ModelArgs, args_from_config
 from .expert_source import is_expert
+from .foreign import foreign
 from .formats import Quantization, infer_format, quantization_from_config
 from .layout import unused
 from .manifest import check_tensors
 from .model import Model
 from .rows import check_kv_format
 from .streaming import StreamOptions, attach_banks, find_source, plan_streaming
+from .validation import show
 
 _SCALE_SUFFIXES = (".weight_scale_inv", ".kv_b_proj.scales", ".kv_b_proj.biases")
 
@@ -71,13 +73,8 @@ def load(
 
 def _load_tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
     eos = checkpoint.config.get("eos_token_id")
-    try:
+    with foreign(f"[loader] the tokenizer in {checkpoint.path} does not load"):
         return cast(TokenizerWrapper, load_tokenizer(checkpoint.path, eos_token_ids=eos))
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # transformers raises anything for a corrupt tokenizer.json
-        text = f"[loader] the tokenizer in {checkpoint.path} does not load: {error!r}"
-        raise ValueError(text) from error
 
 
 def _build(
@@ -87,6 +84,7 @@ def _build(
     check_kv_format(kv_format)
     checkpoint = Checkpoint.open(path)
     args = args_from_config(checkpoint.config)
+    _check_stop_tokens(checkpoint, args)
     quantization = quantization_from_config(checkpoint.config)
     manifest = check_tensors(args, quantization, checkpoint.tensors)
     if stream is not None:
@@ -110,6 +108,17 @@ def _build(
     model.eval()
     model.load_weights(list(weights.items()), strict=True)
     return model, checkpoint, sources
+
+
+def _check_stop_tokens(checkpoint: Checkpoint, args: ModelArgs) -> None:
+    """A text would never end at a token that the model cannot choose."""
+    found = checkpoint.config.get("eos_token_id")
+    for token in found if isinstance(found, list) else [found]:
+        if token is not None and token >= args.vocab_size:
+            raise ValueError(
+                f"[loader] {checkpoint.path}: eos_token_id {show(token)}, expected 0 to"
+                f" {args.vocab_size - 1}, as vocab_size says."
+            )
 
 
 def _declared_mode(quantization: Quantization | None, module: str) -> str:
