@@ -53,8 +53,11 @@ def request(experts, **changes):
         (header(expert_bytes={"1": 1.5}), "1 1.5, expected an integer"),
         (header(expert_bytes={"1": 0}), "1 0, expected an integer"),
         ('{"experts": 1e400}\n', "experts inf, expected"),
-        ('{"experts": ' + "9" * 5000 + "}\n", "line 1 is not valid JSON.* expected the header"),
-        ("[" * 100_000 + "\n", "line 1 is not valid JSON.* expected the header"),
+        (
+            '{"experts": ' + "9" * 5000 + "}\n",
+            "line 1 is not valid JSON: a number of thousands.* expected the header",
+        ),
+        ("[" * 100_000 + "\n", "line 1 is nested too deeply, expected the header"),
         (HEADER + "{\n", r"line 2 is not valid JSON: .* expected the request"),
         (HEADER + '{"layer": 1}\n', r"line 2: .* expected the request"),
         (HEADER + HEADER, r"line 2: .* expected the request"),
@@ -73,7 +76,7 @@ def request(experts, **changes):
         (request([[1, 2], [3]]), "expected 2 experts, as before it"),
         (request(5), "expected the request"),
         (request([5]), "expected the request"),
-        ("\udcff", "line 1 is not valid JSON: 'utf-8'"),
+        ("\udcff", "line 1 is not UTF-8: byte 0 is wrong, expected"),
         (None, "No such file or directory, expected a trace"),
     ],
 )

@@ -67,7 +67,7 @@ def _entry(line: bytes, where: str, kind: str) -> dict[str, Any]:
     try:
         return parse_json_object(line, where)
     except ValueError as error:
-        raise ValueError(f"{error}, expected the {kind} of a trace.") from None
+        raise ValueError(f"{str(error).rstrip('.')}, expected the {kind} of a trace.") from None
 
 
 def _header(entry: dict[str, Any], where: str) -> Trace:
