@@ -8,7 +8,13 @@ from unittest import mock
 
 from tests.adversarial.harness import Wrong, clear_error
 from tests.adversarial.kinds import _preload
-from tests.adversarial.kinds._streamed import Fixture, check, random_options
+from tests.adversarial.kinds._streamed import (
+    Fixture,
+    check,
+    generate,
+    generate_exactly,
+    random_options,
+)
 
 from glm_fused.slots import StreamedExperts
 
@@ -68,13 +74,13 @@ def case(seed, folder):
     fault = rng.choice(HARMLESS + HARMFUL)
     if fault == "wrong byte":
         options["packed"] = True  # nothing but a checksum can tell
-    prompt = rng.choice(fixture.prompts)
+    prompt, how = rng.choice(fixture.prompts), rng.choice([generate, generate_exactly])
     reads.disarm()
     model = fixture.model(**options)
     arm(rng, reads, fault)
     outcome = "right"
     try:
-        check(model, prompt)
+        check(model, prompt, how=how)
     except Wrong as error:
         raise Wrong(f"{fault} at {reads.hits} of {reads.calls} reads, {options}: {error}") from None
     except Exception as error:
@@ -85,8 +91,12 @@ def case(seed, folder):
     reads.disarm()
     if outcome != "right" and (fault in HARMLESS or hits == 0):
         raise Wrong(f"{fault} at {hits} reads, {options}: {outcome}")
-    if outcome == "right" and fault in HARMFUL and hits > 0 and options["spares"] == 0:
+    # Of lookahead, of mlx-lm's last step, or of blocks around what is read past the page cache.
+    unused = options["spares"] or how is generate or (fault == "wrong byte" and options["direct"])
+    if outcome == "right" and fault in HARMFUL and hits > 0 and not unused:
         raise Wrong(f"{fault} at {hits} reads passed unnoticed, {options}")
+    if outcome == "right" and rng.random() < 0.8:
+        return outcome
     try:
         check(model, prompt)
     except Exception as error:
