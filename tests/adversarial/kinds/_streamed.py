@@ -96,7 +96,7 @@ def check(model, prompt, steps=STEPS, how=generate_exactly):
 
 
 class Fixture:
-    """A checkpoint with its sidecar; `model` puts new banks into one and the same model."""
+    """A checkpoint with its sidecar; `model` puts new banks into the one model, `shared`."""
 
     def __init__(self, folder, prompts=8, steps=STEPS):
         self.folder = folder / "model"
@@ -110,7 +110,7 @@ class Fixture:
         self._manifest = check_tensors(self._args, quantization, checkpoint.tensors)
         sidecars = {False: None, True: self.folder / "sidecar"}
         self._sources = {p: find_source(checkpoint, self._args, s) for p, s in sidecars.items()}
-        self._model, _ = load_model(self.folder, stream=StreamOptions(budget=8 << 30, slots=4))
+        self.shared, _ = load_model(self.folder, stream=StreamOptions(budget=8 << 30, slots=4))
 
     @staticmethod
     def _prompt(model, number, steps):
@@ -125,9 +125,9 @@ class Fixture:
         options = StreamOptions(budget=8 << 30, patience=5.0, **options)
         source = self._sources[packed]
         plan = plan_streaming(self._manifest, self._args, source, options, "auto")
-        self._model.streaming = None
-        self._model.streaming = attach_banks(self._model, self._args, source, plan, options)
-        return self._model
+        self.shared.streaming = None
+        self.shared.streaming = attach_banks(self.shared, self._args, source, plan, options)
+        return self.shared
 
 
 def random_options(rng):

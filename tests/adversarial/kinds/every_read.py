@@ -7,7 +7,7 @@ from tests.adversarial.kinds._streamed import Fixture, check
 NAME = "every_read"
 STEPS = 50
 QUICK_CASES = 24
-SLOW_CASES = 3200  # all of them, as `case` makes sure
+SLOW_CASES = 2400  # all of them, as `prepare` makes sure
 TIMEOUT = 60.0
 SLOTS = 3
 WAYS = [(packed, direct) for packed in (False, True) for direct in (False, True)]

@@ -2,12 +2,11 @@
 
 import errno
 import random
-import sys
 from contextlib import contextmanager
 from unittest import mock
 
 from tests.adversarial.harness import Wrong, clear_error
-from tests.adversarial.kinds import _preload
+from tests.adversarial.kinds import _preload, slots
 from tests.adversarial.kinds._streamed import (
     Fixture,
     check,
@@ -25,19 +24,8 @@ ERRORS = (errno.EIO, errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ENOMEM, errno.
 # What a reader has to put up with.
 HARMLESS = ("interrupted", "short", "late")
 HARMFUL = ("error", "end", "wrong byte")
+unavailable, environment = slots.unavailable, slots.environment
 _state = {}
-
-
-def unavailable():
-    """Why this kind cannot run here, or "" ."""
-    if sys.platform != "linux":
-        return "LD_PRELOAD is Linux's"
-    return "" if _preload.compiler() else "no C++ compiler"
-
-
-def environment(folder):
-    """A `preadv` that fails where it is told to."""
-    return {"LD_PRELOAD": _preload.build("faulty_preadv")}
 
 
 def prepare(folder):
