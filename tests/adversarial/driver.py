@@ -132,9 +132,10 @@ class Worker:
         return self.printed()
 
     def printed(self):
-        """The end of what it printed."""
+        """Begin and end of what it printed."""
         self.log.seek(0)
-        return self.log.read().decode(errors="replace")[-3000:]
+        text = self.log.read().decode(errors="replace")
+        return text if len(text) < 3000 else f"{text[:1500]}\n...\n{text[-1500:]}"
 
     def how_it_died(self):
         """The signal's name or the exit code; None if it ended well."""
@@ -254,15 +255,17 @@ def table(tallies):
     return "\n".join(lines)
 
 
-def failures(tallies):
-    """Every failed case with the command that repeats it."""
+def failures(tallies, most=12):
+    """Failed cases, up to `most` of a kind, with the command that repeats each."""
     lines = []
     for tally in tallies.values():
-        for seed, outcome, detail in tally.failures:
+        command = f"python -m tests.adversarial --kind {tally.kind} --seeds"
+        for seed, outcome, detail in tally.failures[:most]:
             lines.append(f"{outcome}: {tally.kind}, seed {seed}: {detail}")
             if isinstance(seed, int):
-                command = f"python -m tests.adversarial --kind {tally.kind}"
-                lines.append(f"    {command} --seeds {seed}:{seed + 1}")
+                lines.append(f"    {command} {seed}:{seed + 1}")
+        if len(tally.failures) > most:
+            lines.append(f"{tally.kind}: {len(tally.failures) - most} more failed")
         if tally.planted == "":
             lines.append(f"{tally.kind}: the planted fault was not caught")
     return "\n".join(lines)

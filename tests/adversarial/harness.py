@@ -68,6 +68,11 @@ def load_kind(name):
     return importlib.import_module(f"{kinds.__name__}.{name}")
 
 
+def unavailable(name):
+    """Why a kind cannot run on this machine, or ""."""
+    return getattr(load_kind(name), "unavailable", str)()
+
+
 def setting(kind, name):
     """A kind's own setting, or the default: seconds of a case, cases of the two forms."""
     return getattr(kind, name, {"TIMEOUT": 30.0, "QUICK_CASES": 40, "SLOW_CASES": 5000}[name])

@@ -24,7 +24,7 @@ def judge(case, seed, folder):
         return "clear error", text
     if text == "right":
         return "right", ""
-    if not text.startswith("error: "):
+    if not str(text).startswith("error: "):
         return "wrong", f"a case must return right or error: ..., returned {text!r}"
     return "clear error", text.removeprefix("error: ")
 
@@ -43,7 +43,8 @@ def run(kind, seeds, folder, pipe, end, **marks):
             return
         send(pipe, begin=seed, **marks)
         outcome, detail = judge(kind.case, seed, folder)
-        send(pipe, end=seed, outcome=outcome, detail=detail[:1000], **marks)
+        detail = detail.replace(str(folder), "<folder>")[:1000]
+        send(pipe, end=seed, outcome=outcome, detail=detail, **marks)
         yield outcome
 
 
