@@ -20,9 +20,10 @@ from glm_fused.generation import generate
 from glm_fused.loader import load, load_model
 from glm_fused.options import Options
 from glm_fused.pack import pack
-from glm_fused.replay import TraceWriter, read_trace, replay
+from glm_fused.replay import TraceWriter, replay
 from glm_fused.slots import plan_waves
 from glm_fused.streaming import StreamOptions
+from glm_fused.trace import read_trace
 
 AFFINE = {"group_size": 32, "bits": 4}
 PROMPT = mx.array([[3, 5, 7, 9, 11, 200, 31, 44, 50, 61]])

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from .validation import show
+
 DEFAULT_CONTEXT = 4096  # tokens that memory is planned for, unless more are asked for
 DEFAULT_TOKENS = 256  # to generate, where the context has room for them
 
@@ -74,7 +76,7 @@ def _parser(
         except ValueError:
             fits = False
         if not fits:
-            raise argparse.ArgumentTypeError(f"expected {expected}: {text!r}")
+            raise argparse.ArgumentTypeError(f"expected {expected}: {show(text)}")
         return value
 
     return parse

@@ -17,6 +17,7 @@ import mlx.core as mx
 from .cache import bytes_per_token
 from .chunks import BUDGET_BYTES
 from .config import ModelArgs
+from .validation import show
 
 if TYPE_CHECKING:
     from .streaming import StreamOptions
@@ -25,24 +26,25 @@ PREFILL_TOKENS = 2048  # mlx-lm's chunk of a prompt
 PROCESS_GROWTH = 48 << 20  # after planning: tokenizer, code, heaps of threads; 30 MB are usual
 SHORTEST_CONTEXT = 256  # that a refusal proposes
 MAX_SCRATCH = 64 << 20  # of indexer_topk and of sparse_mla_decode
-_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])(i?)b?|b)", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Bytes in texts such as "24GB", "512MiB" or "1000B"; ValueError for others.
+    """Bytes in texts such as "24GB", "512MiB" or "1000B"; ValueError for others and from 2^63 on.
 
     A number without a unit is none: whoever writes 24 does not mean bytes.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"expected a size with its unit, such as 24GB or 512MiB: {text!r}")
+        raise ValueError(f"expected a size with its unit, such as 24GB or 512MiB: {show(text)}")
     number, unit, binary = match.groups()
-    if unit is None:
-        return int(float(number))
-    power = "kmgt".find(unit.lower()) + 1
-    factor = 1024**power if binary else _UNITS[unit.lower()]
-    return int(float(number) * factor)
+    power = "kmgt".find(unit.lower()) + 1 if unit else 0
+    factor = 1024**power if binary else _UNITS[(unit or "").lower()]
+    nbytes = float(number) * factor
+    if nbytes >= 2**63:
+        raise ValueError(f"expected a size below 2^63 bytes: {show(text)}")
+    return int(nbytes)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ from .commands import run_demo, run_doctor, run_generate, run_inspect, run_selft
 from .doctor import VARIABLES
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 plus the signal, as a shell reports it
+OUR_FAULT = 70  # EX_SOFTWARE of sysexits.h
+EXPECTED = (ImportError, OSError, RuntimeError, ValueError)
+UNEXPECTED = (RecursionError, NotImplementedError)  # though they are RuntimeErrors
 MAX_THREADS = 1024
 KV_FORMATS = ("auto", "bf16", "fp16", "fp32", "fp8", "int8")  # those of rows.py, without mlx
 BACKENDS = ("cpu", "metal", "metal-sim", "all-available")
@@ -47,7 +50,7 @@ exit codes:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0 is success, 1 a failed check, 2 an error, which is one line on stderr.
+    0 is success, 1 a failed check, 2 an error, which is one line on stderr; 70 is a bug.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
@@ -64,13 +67,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return BROKEN_PIPE
     except UsageError as error:
-        parser: _Parser = args.parser
-        parser.error(str(error).removesuffix("."))
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        print(args.parser.complaint(str(error).removesuffix(".")), file=sys.stderr, end="")
+        return 2
+    except Exception as error:
         if _debugging():
             raise
-        print(f"glm-fused: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    """Say in one line what went wrong; the exit code tells a bug from what a user can mend."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        code, text = 2, f"error: out of memory{text and f': {text}'}"
+    elif isinstance(error, EXPECTED) and not isinstance(error, UNEXPECTED):
+        code, text = 2, f"error: {text}"
+    else:
+        code = OUR_FAULT
+        text = (
+            f"a bug of glm-fused: {type(error).__name__}: {text} (please report it, with what"
+            " GLM_FUSED_DEBUG=1 prints)"
+        )
+    print(f"glm-fused: {text}", file=sys.stderr)
+    return code
 
 
 def _debugging() -> bool:
@@ -86,7 +105,11 @@ class _Parser(argparse.ArgumentParser):
         self.set_defaults(parser=self)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"glm-fused: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, self.complaint(message))
+
+    def complaint(self, message: str) -> str:
+        """One line about arguments that do not fit, with where they are explained."""
+        return f"glm-fused: error: {' '.join(message.split())} (see {self.prog} --help)\n"
 
 
 class _Version(argparse.Action):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ def stream_options(args: argparse.Namespace, context: int) -> StreamOptions | No
         return None
     if ("pins" in given) != (given.get("policy") == "pinned"):
         raise UsageError("--pins and --policy pinned need one another.")
+    from .pins import read_pins
     from .streaming import StreamOptions
 
     names = ("slots", "sidecar", "context", "policy")
@@ -48,7 +50,7 @@ def stream_options(args: argparse.Namespace, context: int) -> StreamOptions | No
     if "read_split" in given:
         options["split"] = _size("--read-split", args.read_split)
     if "pins" in given:
-        options["pins"] = _read_pins(Path(args.pins))
+        options["pins"] = read_pins(Path(args.pins))
     return StreamOptions(default_context=context, **options)
 
 
@@ -59,18 +61,6 @@ def _size(flag: str, text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise UsageError(f"{flag}: {error}") from None
-
-
-def _read_pins(path: Path) -> dict[int, list[int]]:
-    from .checkpoint import read_json
-    from .validation import show
-
-    pins = read_json(path)
-    for layer, experts in pins.items():
-        numbers = isinstance(experts, list) and all(type(e) is int and e >= 0 for e in experts)
-        if not layer.isdecimal() or not numbers:
-            raise ValueError(f"{path}: {show({layer: experts})}, expected {{layer: [experts]}}.")
-    return {int(layer): experts for layer, experts in pins.items()}
 
 
 def run_pack(args: argparse.Namespace) -> int:
@@ -125,7 +115,8 @@ def _print_sidecar(sidecar: Any, as_json: bool) -> int:
 
 def run_replay(args: argparse.Namespace) -> int:
     from .cli_streaming import POLICIES
-    from .replay import format_replay, plot, read_trace, replay
+    from .replay import format_replay, plot, replay
+    from .trace import read_trace
 
     if args.compute_ms is not None and args.read_rate is None:
         raise UsageError("--compute-ms: needs --read-rate, to predict speeds.")
@@ -146,10 +137,13 @@ def run_replay(args: argparse.Namespace) -> int:
 
 
 def _numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--bank: expected numbers of slots, found {text!r}.") from None
+    from .validation import MAX_SIZE, show
+
+    with contextlib.suppress(ValueError):
+        numbers = [int(number) for number in text.split(",")]
+        if max(numbers) <= MAX_SIZE:
+            return numbers
+    raise ValueError(f"--bank: expected numbers of slots, found {show(text)}.")
 
 
 def _read_rate(text: str) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import cast
 
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from . import chat
 from .arguments import DEFAULT_TOKENS
 from .model import Model
 from .validation import show
@@ -30,7 +31,7 @@ def encode(
     if not isinstance(prompt, (str, mx.array)) and prompt and isinstance(prompt[0], Mapping):
         if not tokenizer.has_chat_template:
             raise ValueError("[prompt] messages need a chat template, which the tokenizer lacks.")
-        tokens = _render(tokenizer, cast(Sequence[Mapping[str, str]], prompt))
+        tokens = chat.render(tokenizer, cast(Sequence[Mapping[str, str]], prompt))
     elif isinstance(prompt, str):
         tokens = _text_tokens(tokenizer, prompt, raw)
     else:
@@ -87,13 +88,7 @@ def _text_tokens(tokenizer: TokenizerWrapper, prompt: str, raw: bool) -> list[in
     if raw or not tokenizer.has_chat_template:
         # Not verbose: transformers would warn of a prompt that is refused just below.
         return list(tokenizer.encode(prompt, verbose=False))
-    return _render(tokenizer, [{"role": "user", "content": prompt}])
-
-
-def _render(tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    render = cast(Callable[..., list[int]], tokenizer.apply_chat_template)
-    quiet = {"verbose": False}
-    return list(render(list(messages), add_generation_prompt=True, tokenizer_kwargs=quiet))
+    return chat.render(tokenizer, prompt)
 
 
 def _listed(prompt: object, vocabulary: int) -> list[int]:

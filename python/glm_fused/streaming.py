@@ -28,6 +28,7 @@ from .layout import PROJECTIONS
 from .manifest import Manifest
 from .model import Model
 from .moe import MoE
+from .pins import check_pins
 from .slots import StreamedExperts
 
 _DTYPES = {
@@ -115,7 +116,11 @@ def plan_streaming(
     options: StreamOptions,
     kv_format: str,
 ) -> Plan:
-    """Share the budget out; raises ValueError, with the numbers, where it is too small."""
+    """Share the budget out; raises ValueError, with the numbers, where it is too small.
+
+    Pins that the model does not have are refused too.
+    """
+    check_pins(options.pins, {i: layer.experts for i, layer in source.layers.items()})
     dense = sum(
         stored.nbytes * (2 if stored.format == "fp8" else 1)  # becomes bfloat16
         for stored in manifest.stored
