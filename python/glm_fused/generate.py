@@ -12,6 +12,7 @@ from mlx_lm.generate import stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import _ext, chat, ops, paths
+from .foreign import foreign
 from .model import Model
 from .moe import MoE
 from .rows import format_of
@@ -64,7 +65,8 @@ def encode(model: Model, tokenizer: TokenizerWrapper, prompt: str, raw: bool = F
     except UnicodeEncodeError:
         raise ValueError("the prompt is not valid UTF-8.") from None
     if raw or not tokenizer.has_chat_template:
-        tokens = tokenizer.encode(prompt)
+        with foreign("[tokenizer] the tokenizer does not take the prompt"):
+            tokens = list(tokenizer.encode(prompt))
     else:
         tokens = chat.render(tokenizer, prompt)
     limit = model.args.max_position_embeddings
