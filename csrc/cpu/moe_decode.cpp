@@ -331,7 +331,7 @@ void MoeDecode::eval_cpu(
       cpu::moe_decode(moe, arrivals.get());
     }
   };
-  cpu::dispatch(stream(), inputs, outputs, task);
+  cpu::dispatch(*this, inputs, outputs, task);
 }
 
 }  // namespace glm_fused

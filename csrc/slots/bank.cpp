@@ -1,12 +1,38 @@
 #include "slots/bank.h"
 
 #include <algorithm>
+#include <new>
 #include <stdexcept>
 #include <utility>
 
 #include "slots/checksum.h"
 
 namespace glm_fused::slots {
+
+namespace {
+
+// So short that a string of it needs no memory of its own.
+constexpr const char* kOutOfMemory = "out of memory.";
+
+// Reads, checksums and waits rely on these.
+void check(const BankOptions& o) {
+  const std::string layer = "[slots] layer " + std::to_string(o.layer) + ": ";
+  const size_t experts = o.locations.size() / o.parts.size();
+  for (const Part& part : o.parts) {
+    if (part.bytes < 1) {
+      throw std::invalid_argument(layer + "a part of an expert has no bytes.");
+    }
+  }
+  if (!o.checksums.empty() && o.checksums.size() != experts) {
+    throw std::invalid_argument(
+        layer + std::to_string(o.checksums.size()) +
+        " checksums are not one "
+        "for each of " +
+        std::to_string(experts) + " experts.");
+  }
+}
+
+}  // namespace
 
 // Apart from the bank, so that a read in flight keeps the memory alive but not
 // the reader, which cannot be destroyed on a thread of its own.
@@ -26,9 +52,8 @@ struct Lease::State {
   std::byte* memory(int slot, const Part& part) const {
     return part.memory + slot * part.bytes;
   }
-  std::string name(int expert) const {
-    return "[slots] layer " + std::to_string(options.layer) + ", expert " +
-        std::to_string(expert) + ": ";
+  std::string layer() const {
+    return "[slots] layer " + std::to_string(options.layer);
   }
 
   std::string damage(int expert, int slot) const {
@@ -46,21 +71,42 @@ struct Lease::State {
             std::to_string(at.offset) + ", the checksum differs.";
   }
 
-  void finish(int expert, int slot, std::string error) {
-    if (error.empty()) {
-      error = damage(expert, slot);
+  // The end of a load. Whatever memory is left, it ends.
+  void finish(int expert, int slot, const std::string& error) noexcept {
+    std::string text;
+    try {
+      text = error.empty() ? damage(expert, slot) : error;
+      if (!text.empty()) {
+        text = "expert " + std::to_string(expert) + ": " + text;
+      }
+    } catch (const std::exception&) {
+      text = kOutOfMemory;
     }
     {
       std::lock_guard lock(mutex);
-      if (error.empty()) {
+      if (text.empty()) {
         table->loaded(slot);
       } else {
-        table->failed(slot, name(expert) + error);
+        table->failed(slot, std::move(text));
       }
     }
     changed.notify_all();
   }
 };
+
+namespace {
+
+// MLX keeps the text of an error alone, so that one of memory says where.
+template <class State, class Run>
+auto with_memory(const State& state, const Run& run) {
+  try {
+    return run();
+  } catch (const std::bad_alloc&) {
+    throw std::runtime_error(state.layer() + ": " + kOutOfMemory);
+  }
+}
+
+}  // namespace
 
 Lease::~Lease() {
   {
@@ -75,6 +121,7 @@ Bank::Bank(
     BankOptions options,
     std::unique_ptr<SlotTable> table)
     : reader_(std::move(reader)), state_(std::make_shared<Lease::State>()) {
+  check(options);
   for (const Part& part : options.parts) {
     expert_bytes_ += part.bytes;
   }
@@ -86,38 +133,59 @@ Bank::~Bank() = default;
 
 std::shared_ptr<Lease>
 Bank::acquire(const int32_t* experts, int tokens, int top_k, int32_t* slots) {
+  return with_memory(
+      *state_, [&] { return lease(experts, tokens, top_k, slots); });
+}
+
+// An exception ends the leases that it has taken and the loads that it has not
+// started.
+std::shared_ptr<Lease>
+Bank::lease(const int32_t* experts, int tokens, int top_k, int32_t* slots) {
   const size_t count = static_cast<size_t>(tokens) * top_k;
   const auto wanted = distinct(experts, count);
   State& s = *state_;
   std::vector<Placement> hits, misses;
+  std::vector<int> leased;
+  leased.reserve(wanted.size());
+  // Made before it holds anything: from the reservation on, nothing is lost.
+  std::shared_ptr<Lease> lease(new Lease(state_, std::move(leased)));
   std::unique_lock lock(s.mutex);
   if (static_cast<int>(wanted.size()) > s.table->capacity()) {
     throw std::runtime_error(
-        "[slots] layer " + std::to_string(s.options.layer) + ": " +
-        std::to_string(wanted.size()) +
+        s.layer() + ": " + std::to_string(wanted.size()) +
         " experts at once need a larger bank than " +
         std::to_string(s.table->capacity()) + " slots.");
   }
   const auto fits = [&] { return s.table->reserve(wanted, hits, misses); };
   if (!s.changed.wait_for(lock, s.options.patience, fits)) {
     throw std::runtime_error(
-        "[slots] layer " + std::to_string(s.options.layer) +
+        s.layer() +
         ": too many slots are held by arrays that were not released.");
   }
-  std::vector<int> leased;
   for (const auto* placements : {&hits, &misses}) {
     for (const Placement& p : *placements) {
-      leased.push_back(p.slot);
+      lease->slots_.push_back(p.slot);
     }
   }
   for (size_t i = 0; i < count; i++) {
     slots[i] = s.table->slot_of(experts[i]);
   }
-  record(experts, tokens, top_k, hits.size(), misses.size());
-  lock.unlock();
-  std::shared_ptr<Lease> lease(new Lease(state_, std::move(leased)));
-  for (const Placement& miss : misses) {
-    load(miss.expert, miss.slot, true);
+  size_t begun = 0;
+  try {
+    record(experts, tokens, top_k, hits.size(), misses.size());
+    lock.unlock();
+    while (begun < misses.size()) {
+      const Placement& miss = misses[begun++];
+      load(miss.expert, miss.slot, true);
+    }
+  } catch (...) {
+    if (lock.owns_lock()) {
+      lock.unlock();
+    }
+    for (; begun < misses.size(); begun++) {
+      s.finish(misses[begun].expert, misses[begun].slot, kOutOfMemory);
+    }
+    throw;
   }
   return lease;
 }
@@ -144,20 +212,26 @@ std::vector<int> Bank::take(std::vector<int>& pending) {
   pending.erase(read, pending.end());
   for (int slot : slots) {
     if (!s.table->error(slot).empty()) {
-      throw std::runtime_error(s.table->error(slot));
+      throw std::runtime_error(s.layer() + ", " + s.table->error(slot));
     }
   }
   return slots;
 }
 
 void Bank::wait(const int32_t* slots, size_t count) {
-  std::vector<int> pending(slots, slots + count);
-  while (!pending.empty()) {
-    take(pending);
-  }
+  with_memory(*state_, [&] {
+    std::vector<int> pending(slots, slots + count);
+    while (!pending.empty()) {
+      take(pending);
+    }
+  });
 }
 
 void Bank::prefetch(const int32_t* experts, size_t count) {
+  with_memory(*state_, [&] { read_ahead(experts, count); });
+}
+
+void Bank::read_ahead(const int32_t* experts, size_t count) {
   // No more than fit: one would replace another of the same call.
   int left = state_->table->spares();
   for (int expert : distinct(experts, count)) {
@@ -208,8 +282,8 @@ std::vector<int> Bank::distinct(const int32_t* experts, size_t count) const {
     const int expert = experts[i];
     if (expert < 0 || expert >= state_->experts()) {
       throw std::runtime_error(
-          state_->name(expert) + "there are " +
-          std::to_string(state_->experts()) + " experts.");
+          state_->layer() + ", expert " + std::to_string(expert) +
+          ": there are " + std::to_string(state_->experts()) + " experts.");
     }
     if (!seen[expert]) {
       seen[expert] = true;
@@ -245,22 +319,27 @@ void Bank::record(
 
 void Bank::load(int expert, int slot, bool urgent) {
   const BankOptions& o = state_->options;
-  std::vector<Extent> extents;
-  for (size_t i = 0; i < o.parts.size(); i++) {
-    const Location& at = o.locations[expert * o.parts.size() + i];
-    extents.push_back(
-        {at.file,
-         at.offset,
-         o.parts[i].bytes,
-         state_->memory(slot, o.parts[i])});
+  try {
+    std::vector<Extent> extents;
+    for (size_t i = 0; i < o.parts.size(); i++) {
+      const Location& at = o.locations[expert * o.parts.size() + i];
+      extents.push_back(
+          {at.file,
+           at.offset,
+           o.parts[i].bytes,
+           state_->memory(slot, o.parts[i])});
+    }
+    reader_->read(
+        o.files,
+        extents,
+        urgent,
+        [state = state_, expert, slot](const std::string& error) noexcept {
+          state->finish(expert, slot, error);
+        });
+  } catch (...) {
+    state_->finish(expert, slot, kOutOfMemory);
+    throw;
   }
-  reader_->read(
-      o.files,
-      extents,
-      urgent,
-      [state = state_, expert, slot](const std::string& error) {
-        state->finish(expert, slot, error);
-      });
 }
 
 }  // namespace glm_fused::slots

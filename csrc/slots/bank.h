@@ -86,7 +86,9 @@ class Bank : public Arrivals {
 
   // Writes the slot of each of the [tokens, top_k] experts and starts to read
   // those that are not resident. Waits while leases leave too few slots;
-  // throws std::runtime_error if that takes longer than `patience`.
+  // throws std::runtime_error if that takes longer than `patience`, or if there
+  // is no memory; then nothing is leased and what it had not begun to read is
+  // not resident.
   std::shared_ptr<Lease>
   acquire(const int32_t* experts, int tokens, int top_k, int32_t* slots);
 
@@ -107,6 +109,9 @@ class Bank : public Arrivals {
 
  private:
   using State = Lease::State;
+  std::shared_ptr<Lease>
+  lease(const int32_t* experts, int tokens, int top_k, int32_t* slots);
+  void read_ahead(const int32_t* experts, size_t count);
   std::vector<int> distinct(const int32_t* experts, size_t count) const;
   void record(
       const int32_t* experts,
@@ -114,6 +119,7 @@ class Bank : public Arrivals {
       int top_k,
       size_t hits,
       size_t misses);
+  // Where it throws, the load has failed.
   void load(int expert, int slot, bool urgent);
 
   std::shared_ptr<Reader> reader_;
