@@ -5,94 +5,31 @@
 #include <stdexcept>
 #include <utility>
 
-#include "slots/checksum.h"
+#include "slots/bank_state.h"
 
 namespace glm_fused::slots {
 
 namespace {
 
-// So short that a string of it needs no memory of its own.
-constexpr const char* kOutOfMemory = "out of memory.";
-
 // Reads, checksums and waits rely on these.
 void check(const BankOptions& o) {
-  const std::string layer = "[slots] layer " + std::to_string(o.layer) + ": ";
+  const std::string layer = "[slots] layer " + std::to_string(o.layer);
   const size_t experts = o.locations.size() / o.parts.size();
   for (const Part& part : o.parts) {
     if (part.bytes < 1) {
-      throw std::invalid_argument(layer + "a part of an expert has no bytes.");
+      throw std::invalid_argument(
+          layer + ": a part of an expert has no bytes.");
     }
   }
   if (!o.checksums.empty() && o.checksums.size() != experts) {
     throw std::invalid_argument(
-        layer + std::to_string(o.checksums.size()) +
-        " checksums are not one "
-        "for each of " +
-        std::to_string(experts) + " experts.");
+        layer + ": " + std::to_string(o.checksums.size()) +
+        " checksums are not one for each of " + std::to_string(experts) +
+        " experts.");
   }
 }
 
 }  // namespace
-
-// Apart from the bank, so that a read in flight keeps the memory alive but not
-// the reader, which cannot be destroyed on a thread of its own.
-struct Lease::State {
-  BankOptions options;
-  std::unique_ptr<SlotTable> table;  // this and all below: under `mutex`
-  BankStats stats;
-  bool recording = false;
-  int64_t tokens = 0;
-  std::vector<Request> requests;
-  mutable std::mutex mutex;
-  std::condition_variable changed;
-
-  int experts() const {
-    return static_cast<int>(options.locations.size() / options.parts.size());
-  }
-  std::byte* memory(int slot, const Part& part) const {
-    return part.memory + slot * part.bytes;
-  }
-  std::string layer() const {
-    return "[slots] layer " + std::to_string(options.layer);
-  }
-
-  std::string damage(int expert, int slot) const {
-    if (options.checksums.empty()) {
-      return "";
-    }
-    Checksum sum;
-    for (const Part& part : options.parts) {
-      sum.add(memory(slot, part), part.bytes);
-    }
-    const Location& at = options.locations[expert * options.parts.size()];
-    return sum.value() == options.checksums[expert]
-        ? ""
-        : options.files->path(at.file) + ": damaged at offset " +
-            std::to_string(at.offset) + ", the checksum differs.";
-  }
-
-  // The end of a load. Whatever memory is left, it ends.
-  void finish(int expert, int slot, const std::string& error) noexcept {
-    std::string text;
-    try {
-      text = error.empty() ? damage(expert, slot) : error;
-      if (!text.empty()) {
-        text = "expert " + std::to_string(expert) + ": " + text;
-      }
-    } catch (const std::exception&) {
-      text = kOutOfMemory;
-    }
-    {
-      std::lock_guard lock(mutex);
-      if (text.empty()) {
-        table->loaded(slot);
-      } else {
-        table->failed(slot, std::move(text));
-      }
-    }
-    changed.notify_all();
-  }
-};
 
 namespace {
 
@@ -111,6 +48,7 @@ auto with_memory(const State& state, const Run& run) {
 Lease::~Lease() {
   {
     std::lock_guard lock(state_->mutex);
+    state_->open.remove(this);
     state_->table->release(slots_);
   }
   state_->changed.notify_all();
@@ -131,63 +69,121 @@ Bank::Bank(
 
 Bank::~Bank() = default;
 
-std::shared_ptr<Lease>
-Bank::acquire(const int32_t* experts, int tokens, int top_k, int32_t* slots) {
-  return with_memory(
-      *state_, [&] { return lease(experts, tokens, top_k, slots); });
+// A request, where its experts are and the lease that it gets. Made before it
+// holds anything, so that nothing which it holds is lost with an exception.
+struct Bank::Reservation {
+  const int32_t* experts;
+  int tokens, top_k;
+  std::vector<int> wanted;  // distinct
+  std::shared_ptr<Lease> lease;
+  std::list<Lease*> open;  // the lease
+  std::vector<Placement> hits, misses;
+
+  size_t count() const {
+    return static_cast<size_t>(tokens) * top_k;
+  }
+};
+
+Bank::Reservation
+Bank::reserve_for(const int32_t* experts, int tokens, int top_k) const {
+  Reservation r{experts, tokens, top_k, {}, nullptr, {}, {}, {}};
+  r.wanted = distinct(experts, r.count());
+  if (static_cast<int>(r.wanted.size()) > capacity()) {
+    throw std::runtime_error(
+        state_->layer() + ": " + std::to_string(r.wanted.size()) +
+        " experts at once need a larger bank than " +
+        std::to_string(capacity()) + " slots.");
+  }
+  r.lease.reset(new Lease(state_));
+  r.lease->slots_.reserve(r.wanted.size());
+  r.open.push_back(r.lease.get());
+  return r;
 }
 
-// An exception ends the leases that it has taken and the loads that it has not
-// started.
-std::shared_ptr<Lease>
-Bank::lease(const int32_t* experts, int tokens, int top_k, int32_t* slots) {
-  const size_t count = static_cast<size_t>(tokens) * top_k;
-  const auto wanted = distinct(experts, count);
-  State& s = *state_;
-  std::vector<Placement> hits, misses;
-  std::vector<int> leased;
-  leased.reserve(wanted.size());
-  // Made before it holds anything: from the reservation on, nothing is lost.
-  std::shared_ptr<Lease> lease(new Lease(state_, std::move(leased)));
-  std::unique_lock lock(s.mutex);
-  if (static_cast<int>(wanted.size()) > s.table->capacity()) {
-    throw std::runtime_error(
-        s.layer() + ": " + std::to_string(wanted.size()) +
-        " experts at once need a larger bank than " +
-        std::to_string(s.table->capacity()) + " slots.");
-  }
-  const auto fits = [&] { return s.table->reserve(wanted, hits, misses); };
-  if (!s.changed.wait_for(lock, s.options.patience, fits)) {
-    throw std::runtime_error(
-        s.layer() +
-        ": too many slots are held by arrays that were not released.");
-  }
-  for (const auto* placements : {&hits, &misses}) {
+// After the table has reserved the slots; unlocks. An exception ends the loads
+// that have not begun.
+void Bank::begin(
+    const Reservation& r,
+    std::unique_lock<std::mutex> lock,
+    int32_t* slots,
+    bool again) {
+  for (const auto* placements : {&r.hits, &r.misses}) {
     for (const Placement& p : *placements) {
-      lease->slots_.push_back(p.slot);
+      r.lease->slots_.push_back(p.slot);
     }
   }
-  for (size_t i = 0; i < count; i++) {
-    slots[i] = s.table->slot_of(experts[i]);
+  for (size_t i = 0; i < r.count(); i++) {
+    slots[i] = state_->table->slot_of(r.experts[i]);
   }
   size_t begun = 0;
   try {
-    record(experts, tokens, top_k, hits.size(), misses.size());
+    record(r, again);
     lock.unlock();
-    while (begun < misses.size()) {
-      const Placement& miss = misses[begun++];
+    while (begun < r.misses.size()) {
+      const Placement& miss = r.misses[begun++];
       load(miss.expert, miss.slot, true);
     }
   } catch (...) {
     if (lock.owns_lock()) {
       lock.unlock();
     }
-    for (; begun < misses.size(); begun++) {
-      s.finish(misses[begun].expert, misses[begun].slot, kOutOfMemory);
+    for (; begun < r.misses.size(); begun++) {
+      const Placement& miss = r.misses[begun];
+      state_->finish(miss.expert, miss.slot, kOutOfMemory);
     }
     throw;
   }
-  return lease;
+}
+
+std::shared_ptr<Lease> Bank::acquire(
+    const int32_t* experts,
+    int tokens,
+    int top_k,
+    int32_t* slots,
+    bool again) {
+  return with_memory(*state_, [&] {
+    auto r = reserve_for(experts, tokens, top_k);
+    State& s = *state_;
+    const auto fits = [&] {
+      do {
+        if (s.table->reserve(r.wanted, r.hits, r.misses)) {
+          return true;
+        }
+      } while (s.take_back());
+      return false;
+    };
+    std::unique_lock lock(s.mutex);
+    if (!s.changed.wait_for(lock, s.options.patience, fits)) {
+      throw std::runtime_error(
+          s.layer() +
+          ": too many slots are held by arrays that were not released.");
+    }
+    begin(r, std::move(lock), slots, again);
+    return r.lease;
+  });
+}
+
+std::shared_ptr<Lease> Bank::try_acquire(
+    const int32_t* experts,
+    int tokens,
+    int top_k,
+    int32_t* slots) {
+  return with_memory(*state_, [&]() -> std::shared_ptr<Lease> {
+    auto r = reserve_for(experts, tokens, top_k);
+    std::unique_lock lock(state_->mutex);
+    if (!state_->table->reserve(r.wanted, r.hits, r.misses)) {
+      return nullptr;
+    }
+    state_->open.splice(state_->open.end(), r.open);
+    begin(r, std::move(lock), slots, false);
+    return r.lease;
+  });
+}
+
+bool Bank::hold(Lease& lease) {
+  std::lock_guard lock(state_->mutex);
+  state_->open.remove(&lease);
+  return !lease.slots_.empty();
 }
 
 std::vector<int> Bank::take(std::vector<int>& pending) {
@@ -293,28 +289,26 @@ std::vector<int> Bank::distinct(const int32_t* experts, size_t count) const {
   return result;
 }
 
-void Bank::record(
-    const int32_t* experts,
-    int tokens,
-    int top_k,
-    size_t hits,
-    size_t misses) {
+void Bank::record(const Reservation& r, bool again) {
   State& s = *state_;
-  const int64_t bytes = static_cast<int64_t>(misses) * expert_bytes_;
-  s.stats.hits += hits;
-  s.stats.misses += misses;
+  const int64_t bytes = static_cast<int64_t>(r.misses.size()) * expert_bytes_;
   s.stats.bytes += bytes;
+  if (again) {
+    return;
+  }
+  s.stats.hits += r.hits.size();
+  s.stats.misses += r.misses.size();
   if (s.recording) {
     s.requests.push_back(
         {s.tokens,
-         {experts, experts + static_cast<size_t>(tokens) * top_k},
-         top_k,
-         static_cast<int>(hits),
-         static_cast<int>(misses),
+         {r.experts, r.experts + r.count()},
+         r.top_k,
+         static_cast<int>(r.hits.size()),
+         static_cast<int>(r.misses.size()),
          bytes,
          0});
   }
-  s.tokens += tokens;
+  s.tokens += r.tokens;
 }
 
 void Bank::load(int expert, int slot, bool urgent) {

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList
 
-from . import ops
+from . import _ext, ops
 from .attention import Attention
 from .cache import Span, check_cache, make_cache
 from .config import ModelArgs
@@ -17,6 +17,7 @@ from .layers import MLP, Linear, embedding_weight
 from .moe import MoE
 from .rope import Angles, Rope
 from .rows import check_kv_format
+from .slots import reads_for
 from .stock import visible_columns
 
 if TYPE_CHECKING:
@@ -109,6 +110,14 @@ class Model(nn.Module):
         _check_tokens(tokens)
         if cache is not None:
             check_cache(cache, self.args)
+        if self.streaming is None:
+            return self._logits(tokens, cache, trace)
+        with reads_for(cache) as reads:
+            return _ext.slots_verify(reads, self._logits(tokens, cache, trace))
+
+    def _logits(
+        self, tokens: mx.array, cache: Sequence[Any] | None, trace: list[mx.array] | None
+    ) -> mx.array:
         x = self.model(tokens, cache, trace)
         if "lm_head" in self:
             return self.lm_head(x)
