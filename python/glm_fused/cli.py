@@ -38,10 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return BROKEN_PIPE
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
         if _debugging():
             raise
-        print(f"glm-fused: error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        if isinstance(error, MemoryError):
+            text = f"out of memory: {text}" if text else "out of memory."
+        print(f"glm-fused: error: {text}", file=sys.stderr)
         return 2
 
 
