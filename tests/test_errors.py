@@ -39,7 +39,7 @@ def run(capsys, *args):
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (MemoryError(), 2, "error: out of memory\n"),
+        (MemoryError(), 2, "error: out of memory.\n"),
         (MemoryError("[malloc] 8 EB"), 2, "error: out of memory: [malloc] 8 EB\n"),
         (KeyError("x"), 70, "a bug of glm-fused: KeyError: 'x' (please report it, with"),
         (OverflowError("int too big"), 70, "a bug of glm-fused: OverflowError: int too big"),

@@ -17,6 +17,7 @@ from .commands import run_demo, run_doctor, run_generate, run_inspect, run_selft
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 plus the signal, as a shell reports it
 OUR_FAULT = 70  # EX_SOFTWARE of sysexits.h
+LONGEST = 900  # characters of an error
 EXPECTED = (ImportError, OSError, RuntimeError, ValueError)
 UNEXPECTED = (RecursionError, NotImplementedError)  # though they are RuntimeErrors
 MAX_THREADS = 1024
@@ -49,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _failed(error: Exception) -> int:
     """Say in one line what went wrong; the exit code tells a bug from what a user can mend."""
-    text = " ".join(str(error).split())
+    text = _one_line(str(error))
     if isinstance(error, MemoryError):
-        code, text = 2, f"error: out of memory{text and f': {text}'}"
+        code, text = 2, f"error: out of memory{f': {text}' if text else '.'}"
     elif isinstance(error, EXPECTED) and not isinstance(error, UNEXPECTED):
         code, text = 2, f"error: {text}"
     else:
@@ -64,6 +65,12 @@ def _failed(error: Exception) -> int:
     return code
 
 
+def _one_line(text: str) -> str:
+    """Without what a file or an argument may have put into it: line ends, thousands of letters."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
+
+
 def _debugging() -> bool:
     from .paths import flag
 
@@ -72,7 +79,7 @@ def _debugging() -> bool:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"glm-fused: error: {' '.join(message.split())}\n")
+        self.exit(2, f"glm-fused: error: {_one_line(message)}\n")
 
 
 class _Version(argparse.Action):
