@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -16,29 +16,29 @@ from .foreign import foreign
 
 SECONDS = 10.0  # usual templates take milliseconds
 GROWTH_BYTES = 2 << 30
-MAX_ADDED = 1_000_000  # characters, beside four times the prompt's
+MAX_ADDED = 1_000_000  # characters, beside four times the messages'
 
 
-def render(tokenizer: TokenizerWrapper, prompt: str) -> list[int]:
-    """The tokens of one user message within the tokenizer's chat template.
+def render(tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """The tokens of a chat, of ``{"role", "content"}``, within the tokenizer's chat template.
 
     Raises ValueError, naming the template's file and what it said, for a template that fails, does
     not end, or gives nothing or far more than a prompt.
     """
     where = f"[chat] the chat template in {_file(tokenizer)}"
     apply = cast(Callable[..., str], tokenizer.apply_chat_template)
-    message = {"role": "user", "content": prompt}
+    given = sum(len(str(text)) for message in messages for text in message.values())
     with foreign(f"{where} fails"), _limited():
-        text = apply([message], add_generation_prompt=True, tokenize=False)
+        text = apply(list(messages), add_generation_prompt=True, tokenize=False)
     if not isinstance(text, str) or not text:
-        raise ValueError(f"{where} renders nothing for a user's message.")
-    if len(text) > 4 * len(prompt) + MAX_ADDED:
+        raise ValueError(f"{where} renders nothing.")
+    if len(text) > 4 * given + MAX_ADDED:
         raise ValueError(
-            f"{where} makes {len(text)} characters of a prompt of {len(prompt)}, expected at most"
-            f" {4 * len(prompt) + MAX_ADDED}."
+            f"{where} makes {len(text)} characters of {given}, expected at most"
+            f" {4 * given + MAX_ADDED}."
         )
     with foreign(f"{where} renders what the tokenizer does not take"):
-        return list(tokenizer.encode(text, add_special_tokens=False))
+        return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
 def _file(tokenizer: TokenizerWrapper) -> Path:

@@ -22,6 +22,7 @@ from .formats import Quantization, infer_format, quantization_from_config
 from .layout import unused
 from .manifest import check_tensors
 from .model import Model
+from .options import checkpoint_options
 from .rows import check_kv_format
 from .streaming import StreamOptions, attach_banks, find_source, plan_streaming
 from .tokenizer import load_tokenizer
@@ -46,9 +47,10 @@ def load_model(
 ) -> tuple[Model, dict[str, Any]]:
     """Load the model in the folder ``path``; returns it and its config.
 
-    ``kv_format`` is how its caches store keys, one of `glm_fused.rows.KV_FORMATS`. With ``stream``,
-    routed experts are read as they are needed; ``model.streaming`` has the plan and counters, and
-    scales of experts are not checked for NaN.
+    ``path`` "demo" is the bundled model where there is no folder of that name. ``kv_format`` is how
+    the model's caches store keys, one of `glm_fused.rows.KV_FORMATS`. With ``stream``, routed
+    experts are read as they are needed; ``model.streaming`` has the plan and counters, and scales
+    of experts are not checked for NaN.
 
     Raises FileNotFoundError for missing files and ValueError for anything that does not fit, naming
     file and tensor with what was found and expected, and RuntimeError, naming the parameter, for
@@ -87,6 +89,7 @@ def _build(
     weights = _read_lazily(checkpoint)
     model = Model(args)
     model.kv_format = kv_format
+    model.options = checkpoint_options(checkpoint.path)
     if stream is not None:
         _allow_open_files(len(checkpoint.files) + len(source.files))
         model.streaming = attach_banks(model, args, source, plan, stream)

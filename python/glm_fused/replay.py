@@ -108,13 +108,23 @@ def _run(
 def format_replay(result: dict[str, Any]) -> str:
     """The result as a table."""
     lines = [f"{result['tokens']} tokens, {result['layers']} layers"]
-    lines.append(f"{'slots':>6}  {'policy':<8}{'hit rate':>10}{'MB a token':>12}{'tok/s':>8}")
+    rows = [("slots", "policy", "hit rate", "MB a token", "tok/s")]
     for row in result["rows"]:
         speed = row.get("tokens_per_second")
-        lines.append(
-            f"{row['slots']:>6}  {row['policy']:<8}{row['hit_rate']:>10.3f}"
-            f"{row['bytes_per_token'] / 1e6:>12.3f}{'-' if speed is None else f'{speed:.2f}':>8}"
+        rows.append(
+            (
+                f"{row['slots']}",
+                row["policy"],
+                f"{row['hit_rate']:.3f}",
+                f"{row['bytes_per_token'] / 1e6:,.3f}",
+                "-" if speed is None else f"{speed:,.2f}",
+            )
         )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for slots, policy, *numbers in rows:
+        cells = [f"{slots:>{widths[0]}}", f"{policy:<{widths[1]}}"]
+        cells += [f"{text:>{width}}" for text, width in zip(numbers, widths[2:], strict=True)]
+        lines.append("  ".join(cells))
     return "\n".join(lines)
 
 

@@ -20,9 +20,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
     """
     eos = checkpoint.config.get("eos_token_id")
     with foreign(f"[tokenizer] the tokenizer in {checkpoint.path} does not load"):
-        tokenizer = cast(
-            TokenizerWrapper, utils.load_tokenizer(checkpoint.path, eos_token_ids=eos)
-        )
+        tokenizer = cast(TokenizerWrapper, utils.load_tokenizer(checkpoint.path, eos_token_ids=eos))
         _guard(tokenizer._detokenizer, checkpoint.path)
     return tokenizer
 

@@ -177,6 +177,8 @@ def spoil(rng, value):
         return spoil_array(rng, value)
     if isinstance(value, bool):
         return not value
+    if value is None:
+        return None
     return rng.choice(SCALES if isinstance(value, float) else NUMBERS)
 
 

@@ -10,8 +10,10 @@ from tests.adversarial.harness import Unclear, Wrong
 from tests.adversarial.kinds import _command, _model
 
 from glm_fused import arguments, cli
-from glm_fused.generate import Options, encode, generate
+from glm_fused.generation import generate
 from glm_fused.loader import load
+from glm_fused.options import Options
+from glm_fused.prompts import encode
 
 NAME = "cli"
 SLOW_CASES = 6_000

@@ -102,14 +102,14 @@ def case(seed, folder):
     tokenizer = prepare.tokenizer
     tokenizer._tokenizer.chat_template = text
     prompt = rng.choice(["w7", "w1 w2 w3", "", "é" * 50])
+    messages = [{"role": "user", "content": prompt}]
     try:
-        tokens = chat.render(tokenizer, prompt)
+        tokens = chat.render(tokenizer, messages)
     except ValueError as error:
         if str(folder / "good") not in str(error):
             raise Wrong(f"{text!r}: no file is named: {error}") from error
         raise
-    message = {"role": "user", "content": prompt}
-    if tokens != list(tokenizer.apply_chat_template([message], add_generation_prompt=True)):
+    if tokens != list(tokenizer.apply_chat_template(messages, add_generation_prompt=True)):
         raise Wrong(f"{text!r}: other tokens than transformers'")
     return "right"
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from glm_fused import tokenizer as loader
 from glm_fused.checkpoint import Checkpoint
-from glm_fused.generate import encode
+from glm_fused.prompts import encode
 
 NAME = "tokenizer"
 SLOW_CASES = 8_000
