@@ -1,6 +1,7 @@
 """Arrays of any shape, type, stride and content into the ops and the model: both paths agree."""
 
 import random
+import resource
 from contextlib import contextmanager
 from unittest import mock
 
@@ -21,12 +22,13 @@ FORMATS = [
     ("mxfp8", 32, 8), ("nvfp4", 16, 4),
 ]  # fmt: skip
 SIZES = [0, 1, 2, 3, 5, 17, 32, 64, 100, 5000]
-NUMBERS = [0, 1, -1, 2, 7, 2**31 - 1, -(2**31), 2**31, 2**63, 2**64, 10**400, 1.5, True]
+NUMBERS = [0, 1, -1, 2, 7, 2**31 - 1, -(2**31), 2**31, 2**63, 2**64, 10**400]
 SCALES = [0.0, -1.0, 1e-300, 1e300, float("inf"), float("nan"), 10**400]
 
 
 def prepare(folder):
-    """A model for the calls of it."""
+    """A model for the calls of it; not more memory than a few GB."""
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.RLIM_INFINITY))
     prepare.model = load_model(_model.write(folder / "good"))[0]
 
 
