@@ -13,6 +13,7 @@ from glm_fused import chat
 from glm_fused.cli import main
 from glm_fused.loader import load
 
+MESSAGES = [{"role": "user", "content": "w1 w2"}]
 TEMPLATES = {
     "{{ raise_exception('no system role') }}": "fails: no system role",
     "{{ messages[0]['tools']['x'] }}": "fails: 'dict object' has no attribute 'tools'",
@@ -26,10 +27,10 @@ TEMPLATES = {
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "fails: RecursionError",
     "{{ 'x' * 10 ** 17 }}": "fails: (MemoryError|OverflowError)",
     "{{ 2 ** 100000 }}": "fails: Exceeds the limit",
-    "{{ 'x' * 2000000 }}": "makes 2000000 characters of a prompt of 2, expected at most 1000008",
+    "{{ 'x' * 2000000 }}": "makes 2000000 characters of 6, expected at most 1000024",
     "{{ '\\ud800' }}": "renders what the tokenizer does not take",
-    "{{ nothing }}": "renders nothing for a user's message",
-    "": "renders nothing for a user's message",
+    "{{ nothing }}": "renders nothing",
+    "": "renders nothing",
 }
 
 
@@ -80,7 +81,7 @@ def test_a_template_that_does_not_end_is_stopped(monkeypatch, folder, threaded):
 
     def render():
         with pytest.raises(ValueError, match=r"stopped after 0\.3 s") as error:
-            chat.render(tokenizer, "w1")
+            chat.render(tokenizer, MESSAGES)
         errors.append(error.value)
         time.sleep(0.2)  # nothing comes after it
 
@@ -100,13 +101,12 @@ def test_a_template_that_takes_all_memory_is_stopped(monkeypatch, folder):
     _, tokenizer = load(folder)
     with_template(folder, None)
     with pytest.raises(ValueError, match=r"stopped after .*MB"):
-        chat.render(tokenizer, "w1")
+        chat.render(tokenizer, MESSAGES)
 
 
 def test_a_template_that_works_gives_transformers_tokens(folder):
     with_template(folder, "w7 {% for m in messages %}{{ m.content }}{% endfor %} w8")
     _, tokenizer = load(folder)
     with_template(folder, None)
-    message = {"role": "user", "content": "w1 w2"}
-    expected = tokenizer.apply_chat_template([message], add_generation_prompt=True)
-    assert chat.render(tokenizer, "w1 w2") == list(expected) == [7, 1, 2, 8]
+    expected = tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)
+    assert chat.render(tokenizer, MESSAGES) == list(expected) == [7, 1, 2, 8]

@@ -38,7 +38,7 @@ def run(capsys, *args):
 @pytest.mark.parametrize(
     ("error", "code", "text"),
     [
-        (MemoryError(), 2, "error: out of memory\n"),
+        (MemoryError(), 2, "error: out of memory.\n"),
         (MemoryError("[malloc] 8 EB"), 2, "error: out of memory: [malloc] 8 EB\n"),
         (KeyError("x"), 70, "a bug of glm-fused: KeyError: 'x' (please report it, with"),
         (OverflowError("int too big"), 70, "a bug of glm-fused: OverflowError: int too big"),
@@ -46,13 +46,13 @@ def run(capsys, *args):
         (RuntimeError("a file\nis gone"), 2, "error: a file is gone\n"),
     ],
 )
-def test_a_bug_is_told_from_what_a_user_can_mend(capsys, monkeypatch, error, code, text):
+def test_a_bug_is_told_from_what_a_user_can_mend(capsys, monkeypatch, folder, error, code, text):
     def fail(_):
         raise error
 
     monkeypatch.setattr("glm_fused.report.describe", fail)
     monkeypatch.delenv("GLM_FUSED_DEBUG", raising=False)
-    found, err = run(capsys, "inspect", "x")
+    found, err = run(capsys, "inspect", folder)
     assert found == code
     assert err.startswith(f"glm-fused: {text}")
 
@@ -82,7 +82,7 @@ def test_numbers_beyond_64_bits(capsys, folder, arguments):
 
 def test_sizes_up_to_63_bits():
     assert parse_size("8000000TB") == 8 * 10**18
-    for text in ("9223372036854775808B", "10000000TB", f"{HUGE}B"):
+    for text in ("9223372036854775808B", "10000000TB", f"{HUGE}GB"):
         with pytest.raises(ValueError, match="a size below 2\\^63 bytes"):
             parse_size(text)
 

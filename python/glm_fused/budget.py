@@ -26,7 +26,6 @@ PREFILL_TOKENS = 2048  # mlx-lm's chunk of a prompt
 PROCESS_GROWTH = 48 << 20  # after planning: tokenizer, code, heaps of threads; 30 MB are usual
 SHORTEST_CONTEXT = 256  # that a refusal proposes
 MAX_SCRATCH = 64 << 20  # of indexer_topk and of sparse_mla_decode
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])(i?)b?|b)", re.IGNORECASE)
 
 
@@ -39,9 +38,9 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ValueError(f"expected a size with its unit, such as 24GB or 512MiB: {show(text)}")
     number, unit, binary = match.groups()
-    power = "kmgt".find(unit.lower()) + 1 if unit else 0
-    factor = 1024**power if binary else _UNITS[(unit or "").lower()]
-    nbytes = float(number) * factor
+    unit = "" if unit is None else unit.lower()
+    power = "kmgt".find(unit) + 1 if unit else 0
+    nbytes = float(number) * (1024**power if binary else 1000**power)
     if nbytes >= 2**63:
         raise ValueError(f"expected a size below 2^63 bytes: {show(text)}")
     return int(nbytes)

@@ -16,31 +16,28 @@ from .foreign import foreign
 
 SECONDS = 10.0  # usual templates take milliseconds
 GROWTH_BYTES = 2 << 30
-MAX_ADDED = 1_000_000  # characters, beside four times the prompt's
+MAX_ADDED = 1_000_000  # characters, beside four times the messages'
 
 
-def render(tokenizer: TokenizerWrapper, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
-    """The tokens of a chat, or of one user message, within the tokenizer's chat template.
+def render(tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """The tokens of a chat, of ``{"role", "content"}``, within the tokenizer's chat template.
 
     Raises ValueError, naming the template's file and what it said, for a template that fails, does
     not end, or gives nothing or far more than a prompt.
     """
     where = f"[chat] the chat template in {_file(tokenizer)}"
     apply = cast(Callable[..., str], tokenizer.apply_chat_template)
-    text_alone = isinstance(prompt, str)
-    messages = [{"role": "user", "content": prompt}] if text_alone else list(prompt)
-    length = len(prompt) if text_alone else len(str(messages))
+    given = sum(len(str(text)) for message in messages for text in message.values())
     with foreign(f"{where} fails"), _limited():
-        text = apply(messages, add_generation_prompt=True, tokenize=False)
+        text = apply(list(messages), add_generation_prompt=True, tokenize=False)
     if not isinstance(text, str) or not text:
-        raise ValueError(f"{where} renders nothing for a user's message.")
-    if len(text) > 4 * length + MAX_ADDED:
+        raise ValueError(f"{where} renders nothing.")
+    if len(text) > 4 * given + MAX_ADDED:
         raise ValueError(
-            f"{where} makes {len(text)} characters of a prompt of {length}, expected at most"
-            f" {4 * length + MAX_ADDED}."
+            f"{where} makes {len(text)} characters of {given}, expected at most"
+            f" {4 * given + MAX_ADDED}."
         )
     with foreign(f"{where} renders what the tokenizer does not take"):
-        # Not verbose: transformers would warn of a prompt beyond the context, which is refused.
         return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 

@@ -18,6 +18,7 @@ from .doctor import VARIABLES
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 plus the signal, as a shell reports it
 OUR_FAULT = 70  # EX_SOFTWARE of sysexits.h
+LONGEST = 900  # characters of an error
 EXPECTED = (ImportError, OSError, RuntimeError, ValueError)
 UNEXPECTED = (RecursionError, NotImplementedError)  # though they are RuntimeErrors
 MAX_THREADS = 1024
@@ -43,6 +44,7 @@ exit codes:
   0  success
   1  a check failed: paths differ in bits, a file is damaged
   2  an error, which is one line on stderr
+  70 a bug of glm-fused
   130, 141  interrupted; the reader of the output went away
 """
 
@@ -77,9 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _failed(error: Exception) -> int:
     """Say in one line what went wrong; the exit code tells a bug from what a user can mend."""
-    text = " ".join(str(error).split())
+    text = _one_line(str(error))
     if isinstance(error, MemoryError):
-        code, text = 2, f"error: out of memory{text and f': {text}'}"
+        code, text = 2, f"error: out of memory{f': {text}' if text else '.'}"
     elif isinstance(error, EXPECTED) and not isinstance(error, UNEXPECTED):
         code, text = 2, f"error: {text}"
     else:
@@ -90,6 +92,12 @@ def _failed(error: Exception) -> int:
         )
     print(f"glm-fused: {text}", file=sys.stderr)
     return code
+
+
+def _one_line(text: str) -> str:
+    """Without what a file or an argument may have put into it: line ends, thousands of letters."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
 
 
 def _debugging() -> bool:
@@ -109,7 +117,7 @@ class _Parser(argparse.ArgumentParser):
 
     def complaint(self, message: str) -> str:
         """One line about arguments that do not fit, with where they are explained."""
-        return f"glm-fused: error: {' '.join(message.split())} (see {self.prog} --help)\n"
+        return f"glm-fused: error: {_one_line(message)} (see {self.prog} --help)\n"
 
 
 class _Version(argparse.Action):

@@ -143,7 +143,7 @@ def _numbers(text: str) -> list[int]:
         numbers = [int(number) for number in text.split(",")]
         if max(numbers) <= MAX_SIZE:
             return numbers
-    raise ValueError(f"--bank: expected numbers of slots, found {show(text)}.")
+    raise UsageError(f"--bank: expected numbers of slots, found {show(text)}.")
 
 
 def _read_rate(text: str) -> int:

@@ -12,14 +12,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_tokenizer
 from tqdm import tqdm
 
 from . import _ext
 from .checkpoint import Checkpoint
 from .config import ModelArgs, args_from_config
 from .expert_source import is_expert
-from .foreign import foreign
 from .formats import Quantization, infer_format, quantization_from_config
 from .layout import unused
 from .manifest import check_tensors
@@ -27,6 +25,7 @@ from .model import Model
 from .options import checkpoint_options
 from .rows import check_kv_format
 from .streaming import StreamOptions, attach_banks, find_source, plan_streaming
+from .tokenizer import load_tokenizer
 from .validation import show
 
 _SCALE_SUFFIXES = (".weight_scale_inv", ".kv_b_proj.scales", ".kv_b_proj.biases")
@@ -69,15 +68,9 @@ def load(
 ) -> tuple[Model, TokenizerWrapper]:
     """Load model and tokenizer; arguments and errors are those of ``load_model``."""
     model, checkpoint, sources = _build(path, kv_format, stream)
-    tokenizer = _load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     _materialize(model, checkpoint, sources)
     return model, tokenizer
-
-
-def _load_tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
-    eos = checkpoint.config.get("eos_token_id")
-    with foreign(f"[loader] the tokenizer in {checkpoint.path} does not load"):
-        return cast(TokenizerWrapper, load_tokenizer(checkpoint.path, eos_token_ids=eos))
 
 
 def _build(

@@ -11,6 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import chat
 from .arguments import DEFAULT_TOKENS
+from .foreign import foreign
 from .model import Model
 from .validation import show
 
@@ -87,8 +88,9 @@ def _text_tokens(tokenizer: TokenizerWrapper, prompt: str, raw: bool) -> list[in
         raise ValueError("[prompt] the prompt is not valid UTF-8.") from None
     if raw or not tokenizer.has_chat_template:
         # Not verbose: transformers would warn of a prompt that is refused just below.
-        return list(tokenizer.encode(prompt, verbose=False))
-    return chat.render(tokenizer, prompt)
+        with foreign("[prompt] the tokenizer does not take it"):
+            return list(tokenizer.encode(prompt, verbose=False))
+    return chat.render(tokenizer, [{"role": "user", "content": prompt}])
 
 
 def _listed(prompt: object, vocabulary: int) -> list[int]:

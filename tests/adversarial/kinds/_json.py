@@ -52,7 +52,7 @@ def _change(rng, parent, key, raw):
     elif kind == 1:
         parent.insert(key, old)
     elif kind == 2 and type(old) in (int, float):
-        parent[key] = rng.choice([old + 1, old - 1, old * 2, -old, str(old), [old], float(old)])
+        parent[key] = rng.choice([old + 1, old - 1, old * 2, -old, "7", [old]])
     elif kind == 3:
         parent[key], raw = MARK, rng.choice(RAW)
     elif kind == 4 and isinstance(old, list):

@@ -16,6 +16,7 @@ from glm_fused.loader import load_model
 
 NAME = "header"
 SLOW_CASES = 15_000
+QUICK_CASES = 100
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
