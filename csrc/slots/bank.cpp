@@ -111,10 +111,8 @@ struct Bank::Reservation {
   }
 };
 
-Bank::Reservation Bank::reserve_for(
-    const int32_t* experts,
-    int tokens,
-    int top_k) const {
+Bank::Reservation
+Bank::reserve_for(const int32_t* experts, int tokens, int top_k) const {
   Reservation r{experts, tokens, top_k, {}, nullptr, {}, {}};
   r.wanted = distinct(experts, r.count());
   if (static_cast<int>(r.wanted.size()) > capacity()) {
