@@ -38,6 +38,12 @@ BankHandle make_bank(
   for (const auto& [shape, dtype] : parts) {
     types.push_back({mx::Shape(shape.begin(), shape.end()), dtype});
   }
+  constexpr double kMostSeconds = 1e9;
+  if (!(patience >= 0 && patience <= kMostSeconds)) {
+    throw std::invalid_argument(
+        "[slots] patience must be 0 to 1e9 seconds but is " +
+        std::to_string(patience) + ".");
+  }
   BankOptions options;
   options.layer = layer;
   options.files = files.value;

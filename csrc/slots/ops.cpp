@@ -19,6 +19,15 @@ using Arrays = std::vector<mx::array>;
 mx::array allocate(const PartType& part, int slots) {
   mx::Shape shape{slots};
   shape.insert(shape.end(), part.shape.begin(), part.shape.end());
+  constexpr int64_t kMostBytes = 1ll << 46;
+  int64_t bytes = part.dtype.size();
+  for (const int64_t size : shape) {
+    if (size < 1 || bytes > kMostBytes / size) {
+      invalid(
+          "slots", "a part of shape ", part.shape, " cannot be given memory.");
+    }
+    bytes *= size;
+  }
   mx::array a(shape, part.dtype, nullptr, {});
   auto data = mx::allocator::malloc(a.nbytes() + kAlign);
   const auto address = reinterpret_cast<uintptr_t>(data.buffer().raw_ptr());
@@ -224,6 +233,9 @@ SlotBank::SlotBank(
     invalid("slots", count, " locations are not one for each expert's part.");
   }
   const int experts = static_cast<int>(count / parts.size());
+  if (spares < 0) {
+    invalid("slots", "spares must not be negative but is ", spares, ".");
+  }
   if (slots < 1 || slots > experts) {
     invalid(
         "slots",
