@@ -14,6 +14,7 @@
 #include "mlx/scheduler.h"
 #include "ops.h"
 #include "ops/placement.h"
+#include "shutdown.h"
 #ifdef GLM_FUSED_METAL_SIM
 #include "sim/host/bindings.h"
 #endif
@@ -251,6 +252,8 @@ NB_MODULE(_ext, m) {
       "Tasks that MLX counts as running; what an error cuts short it counts "
       "for "
       "good.");
+  nb::module_::import_("atexit").attr("register")(
+      nb::cpp_function(&park_threads_that_unwind));
   slots::bind(m);
 #ifdef GLM_FUSED_METAL_SIM
   bind_simulator(m);

@@ -374,7 +374,7 @@ void MoeDecode::eval_cpu(
       throw;
     }
   };
-  cpu::dispatch(stream(), inputs, outputs, task);
+  cpu::dispatch(*this, inputs, outputs, task);
 }
 
 }  // namespace glm_fused

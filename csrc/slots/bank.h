@@ -85,7 +85,9 @@ class Bank {
   // Writes the slot of each of the [tokens, top_k] experts and starts to read
   // those that are not resident. The lease is held. Waits while leases leave
   // too few slots; throws std::runtime_error if that takes longer than
-  // `patience`. A request that comes `again` is not counted as another.
+  // `patience`, or if there is no memory: then nothing is leased, and what it
+  // had not begun to read is not resident. A request that comes `again` is not
+  // counted as another.
   std::shared_ptr<Lease> acquire(
       const int32_t* experts,
       int tokens,
@@ -118,9 +120,15 @@ class Bank {
   using State = Lease::State;
   struct Reservation;
   Reservation reserve_for(const int32_t* experts, int tokens, int top_k) const;
-  void begin(const Reservation& r, int32_t* slots, bool again);
+  void begin(
+      const Reservation& r,
+      std::unique_lock<std::mutex> lock,
+      int32_t* slots,
+      bool again);
+  void read_ahead(const int32_t* experts, size_t count);
   std::vector<int> distinct(const int32_t* experts, size_t count) const;
   void record(const Reservation& r, bool again);
+  // Where it throws, the load has failed.
   void load(int expert, int slot, bool urgent);
 
   std::shared_ptr<Reader> reader_;

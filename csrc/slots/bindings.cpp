@@ -38,6 +38,12 @@ BankHandle make_bank(
   for (const auto& [shape, dtype] : parts) {
     types.push_back({mx::Shape(shape.begin(), shape.end()), dtype});
   }
+  constexpr double kMostSeconds = 1e9;
+  if (!(patience >= 0 && patience <= kMostSeconds)) {
+    throw std::invalid_argument(
+        "[slots] patience must be 0 to 1e9 seconds but is " +
+        std::to_string(patience) + ".");
+  }
   BankOptions options;
   options.layer = layer;
   options.files = files.value;
@@ -93,7 +99,9 @@ void bind_bank(nb::module_& m) {
           "The experts in slots now.")
       .def(
           "stats",
-          [](const BankHandle& b) { return describe(b.value->bank()->stats()); },
+          [](const BankHandle& b) {
+            return describe(b.value->bank()->stats());
+          },
           nb::sig("def stats(self) -> dict[str, int]"),
           "Counts since the bank was made.")
       .def(

@@ -19,6 +19,15 @@ using Arrays = std::vector<mx::array>;
 mx::array allocate(const PartType& part, int slots) {
   mx::Shape shape{slots};
   shape.insert(shape.end(), part.shape.begin(), part.shape.end());
+  constexpr int64_t kMostBytes = 1ll << 46;
+  int64_t bytes = part.dtype.size();
+  for (const int64_t size : shape) {
+    if (size < 1 || bytes > kMostBytes / size) {
+      invalid(
+          "slots", "a part of shape ", part.shape, " cannot be given memory.");
+    }
+    bytes *= size;
+  }
   mx::array a(shape, part.dtype, nullptr, {});
   auto data = mx::allocator::malloc(a.nbytes() + kAlign);
   const auto address = reinterpret_cast<uintptr_t>(data.buffer().raw_ptr());
@@ -90,8 +99,7 @@ class Wait : public SlotPrimitive {
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     outputs[0].copy_shared_buffer(inputs[0]);
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [use = use_,
-         slots = mx::array::unsafe_weak_copy(inputs[0])]() mutable {
+        [use = use_, slots = mx::array::unsafe_weak_copy(inputs[0])]() mutable {
           use->wait(slots.data<int32_t>(), slots.size());
         });
   }
@@ -143,9 +151,11 @@ class Verify : public SlotPrimitive {
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     outputs[0].copy_shared_buffer(inputs[0]);
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [reads = reads_, y = mx::array::unsafe_weak_copy(outputs[0])]() mutable {
+        [reads = reads_,
+         y = mx::array::unsafe_weak_copy(outputs[0])]() mutable {
           if (const std::string error = reads->error(); !error.empty()) {
-            // All bits set is NaN. MLX keeps the result of what has failed.
+            // All bits set is NaN. MLX keeps the result of what has failed, and
+            // forgets the error once it has raised it.
             std::memset(y.data<std::byte>(), 0xff, y.nbytes());
             throw std::runtime_error(error);
           }
@@ -223,6 +233,9 @@ SlotBank::SlotBank(
     invalid("slots", count, " locations are not one for each expert's part.");
   }
   const int experts = static_cast<int>(count / parts.size());
+  if (spares < 0) {
+    invalid("slots", "spares must not be negative but is ", spares, ".");
+  }
   if (slots < 1 || slots > experts) {
     invalid(
         "slots",
@@ -321,10 +334,7 @@ mx::array SlotUse::release(const mx::array& y, const mx::array& slots) {
     inputs.push_back(*result);
   }
   const auto held = std::make_shared<const mx::array>(
-      y.shape(),
-      y.dtype(),
-      std::make_shared<Hold>(stream),
-      std::move(inputs));
+      y.shape(), y.dtype(), std::make_shared<Hold>(stream), std::move(inputs));
   std::erase_if(bank_->last_, [](const auto& entry) {
     return entry.second.result.expired();
   });

@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
 from . import paths
-from .generate import Options, debug_paths, ratio
+from .generate import Options, debug_paths, ratio, settled
 from .model import Model
 
 _BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
@@ -101,6 +101,7 @@ def format_comparison(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
+@settled()
 def _run(model: Model, prompt: Sequence[int], options: Options, reference: bool) -> Run:
     logits: list[mx.array] = []
 

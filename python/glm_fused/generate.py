@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import mlx.core as mx
-from mlx_lm.generate import stream_generate
+from mlx_lm.generate import generation_stream, stream_generate
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import _ext, ops, paths
+from .host import settle
 from .model import Model
 from .moe import MoE
 from .rows import format_of
+from .slots import check_reads
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,19 @@ def encode(model: Model, tokenizer: TokenizerWrapper, prompt: str, raw: bool = F
     return list(tokens)
 
 
+@contextmanager
+def settled() -> Iterator[None]:
+    """Within the block mlx-lm generates; at its end, wait for what was evaluated ahead.
+
+    That is a step which nobody asks for: what fails in it concerns no later generation.
+    """
+    try:
+        yield
+    finally:
+        settle(generation_stream)
+
+
+@settled()
 def generate(
     model: Model,
     tokenizer: TokenizerWrapper,
@@ -102,6 +118,7 @@ def generate(
         sampler=options.sampler(),
         prompt_cache=kv,
     ):
+        check_reads(kv)
         ticks.append(time.perf_counter())
         tokens.append(int(response.token))
         text += response.text
