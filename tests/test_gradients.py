@@ -5,8 +5,8 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from test_mlx_lm import CONFIG, PROMPT, TYPES
 from tests.formats_under_test import dequantized, format_id, random_weight
-from tests.test_mlx_lm import CONFIG, PROMPT, TYPES
 
 from glm_fused import ops
 from glm_fused.config import args_from_config

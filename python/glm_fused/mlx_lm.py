@@ -109,6 +109,7 @@ def _our_options(command: str) -> Iterator[None]:
         yield
     finally:
         argparse.ArgumentParser.parse_args = stock  # type: ignore[method-assign]
+        register()  # what comes after loads without the options of this command
 
 
 def _add_ours(parser: argparse.ArgumentParser) -> None:
