@@ -15,7 +15,9 @@ import mlx_lm
 import numpy as np
 import openai
 import pytest
+from conftest import write_checkpoint
 from mlx.utils import tree_flatten
+from test_generate import write_tokenizer
 from test_mlx_lm import command, environment
 
 import glm_fused
@@ -77,6 +79,18 @@ def continuation(path: Path, tokens: int = 8) -> str:
     return generate(model, tokenizer, tokenizer.encode(PROMPT), Options(tokens)).text
 
 
+def dense_weights(path: Path) -> dict[str, mx.array]:
+    """Every parameter in float32, packed weights dequantized."""
+    model, _ = glm_fused.load_model(path)
+    weights = dict(tree_flatten(model.parameters()))
+    for name, module in model.named_modules():
+        if "scales" in module:
+            parts = [weights.pop(f"{name}.{p}", None) for p in ("weight", "scales", "biases")]
+            layout = module.group_size, module.bits, module.mode
+            weights[f"{name}.weight"] = mx.dequantize(*parts, *layout)
+    return {name: value.astype(mx.float32) for name, value in weights.items()}
+
+
 def one_line(code: int, err: str, pattern: str) -> None:
     assert code == 2, err
     lines = err.strip().splitlines()
@@ -98,17 +112,11 @@ def dense(folder) -> Path:
 
 def test_convert_dequantizes_every_weight(folder, dense):
     assert "quantization" not in json.loads((dense / "config.json").read_text())
-    packed, _ = glm_fused.load_model(folder / "model")
-    expected = dict(tree_flatten(packed.parameters()))
-    for name, module in packed.named_modules():
-        if "scales" in module:
-            parts = (expected.pop(f"{name}.{part}") for part in ("weight", "scales", "biases"))
-            expected[f"{name}.weight"] = mx.dequantize(*parts, module.group_size, module.bits)
-    found, _ = glm_fused.load_model(dense)  # strict
-    parameters = dict(tree_flatten(found.parameters()))
-    assert parameters.keys() == expected.keys()
+    expected, found = dense_weights(folder / "model"), dense_weights(dense)
+    assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert mx.array_equal(parameters[name], value), name
+        assert mx.array_equal(found[name], value), name
+    assert continuation(dense).strip() == continuation(folder / "model").strip()
 
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4"])
@@ -120,10 +128,8 @@ def test_convert_quantizes_and_back(run, dense, folder, mode):
     assert config["quantization"]["mode"] == mode
     assert {m.mode for m in model.modules() if "scales" in m} == {mode}
     assert run("convert", "--hf-path", packed, "-d", "--mlx-path", back)[0] == 0
-    tokens = mx.array([[1, 2, 3]])
-    logits, expected = glm_fused.load_model(back)[0](tokens), model(tokens)
-    difference = mx.abs((logits - expected).astype(mx.float32)).max().item()
-    assert difference < 0.05 * expected.astype(mx.float32).max().item()
+    expected, found = dense_weights(packed), dense_weights(back)
+    assert all(mx.array_equal(found[name], value) for name, value in expected.items())
 
 
 def test_convert_with_a_recipe(run, dense, folder):
@@ -139,6 +145,32 @@ def test_convert_with_a_recipe(run, dense, folder):
     code, out, _ = run(*generating("--model", "mixed"))
     assert code == 0
     assert continuation(folder / "mixed").strip() == out.strip()
+
+
+GROUPS = {"group_size": 32, "bits": 4}
+
+
+@pytest.mark.parametrize("options", [(), ("-d",), ("-q", "--q-bits", 8)], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "quantization"),
+    [("hf", None), ("hf", GROUPS), ("hf", GROUPS | {"group_size": 128}), ("hf-fused", None),
+     ("fp8", None), ("mlx", GROUPS)],
+    ids=["hf", "hf-g32", "hf-g128", "hf-fused", "fp8", "mlx-g32"],
+)  # fmt: skip
+def test_convert_every_layout(run, tmp_path, layout, quantization, options):
+    source, target = tmp_path / "source", tmp_path / "target"
+    write_checkpoint(source, layout=layout, quantization=quantization)
+    write_tokenizer(source)
+    code, _, err = run("convert", "--hf-path", source, "--mlx-path", target, *options)
+    assert code == 0, err
+    expected, found = dense_weights(source), dense_weights(target)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        tolerance = 0.02 * mx.abs(value).max().item()  # of eight bits, or of bfloat16
+        assert mx.abs(found[name] - value).max().item() <= tolerance, name
+    if options == ("-d",):
+        files = [mx.load(str(path)) for path in target.glob("*.safetensors")]
+        assert not any(".scales" in name for file in files for name in file)
 
 
 @pytest.fixture
@@ -399,7 +431,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def test_the_openai_client(folder):
+def test_the_openai_client(folder, adapter):
     port = free_port()
     server = subprocess.Popen(
         command("server", "--model", "model", "--port", str(port), "--kv-format", "int8"),
@@ -423,6 +455,11 @@ def test_the_openai_client(folder):
         cached = second.usage.prompt_tokens_details.cached_tokens
         assert cached >= first.usage.prompt_tokens - 4
         assert second.usage.prompt_tokens > first.usage.prompt_tokens
+        trained = client.completions.create(
+            model="model", prompt=PROMPT, max_tokens=8, temperature=0,
+            extra_body={"adapters": str(adapter)},
+        )  # fmt: skip
+        assert trained.choices[0].text.strip() == "a + b"
     finally:
         server.terminate()
         server.wait(30)
