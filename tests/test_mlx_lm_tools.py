@@ -119,7 +119,7 @@ def test_convert_dequantizes_every_weight(folder, dense):
     assert continuation(dense).strip() == continuation(folder / "model").strip()
 
 
-@pytest.mark.parametrize("mode", ["affine", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("mode", ["mxfp4", pytest.param("nvfp4", marks=pytest.mark.slow)])
 def test_convert_quantizes_and_back(run, dense, folder, mode):
     packed, back = folder / mode, folder / f"{mode}-back"
     arguments = ("--hf-path", dense, "-q", "--q-mode", mode, "--mlx-path", packed)
@@ -150,12 +150,24 @@ def test_convert_with_a_recipe(run, dense, folder):
 GROUPS = {"group_size": 32, "bits": 4}
 
 
-@pytest.mark.parametrize("options", [(), ("-d",), ("-q", "--q-bits", 8)], ids=str)
+LAYOUTS = {
+    "hf": ("hf", None), "hf-g32": ("hf", GROUPS), "hf-g128": ("hf", GROUPS | {"group_size": 128}),
+    "hf-fused": ("hf-fused", None), "fp8": ("fp8", None), "mlx-g32": ("mlx", GROUPS),
+}  # fmt: skip
+CHANGES = {"as it is": (), "-d": ("-d",), "-q": ("-q", "--q-bits", 8)}
+QUICK = {("hf-g32", "-d"), ("fp8", "as it is"), ("hf-fused", "-q"), ("hf-g128", "-d")}
+
+
 @pytest.mark.parametrize(
-    ("layout", "quantization"),
-    [("hf", None), ("hf", GROUPS), ("hf", GROUPS | {"group_size": 128}), ("hf-fused", None),
-     ("fp8", None), ("mlx", GROUPS)],
-    ids=["hf", "hf-g32", "hf-g128", "hf-fused", "fp8", "mlx-g32"],
+    ("layout", "quantization", "options"),
+    [
+        pytest.param(
+            *made, options, id=f"{name}, {change}",
+            marks=() if (name, change) in QUICK else pytest.mark.slow,
+        )
+        for name, made in LAYOUTS.items()
+        for change, options in CHANGES.items()
+    ],
 )  # fmt: skip
 def test_convert_every_layout(run, tmp_path, layout, quantization, options):
     source, target = tmp_path / "source", tmp_path / "target"
@@ -245,6 +257,7 @@ def test_lora_in_a_process_of_its_own(folder):
     assert len(found) == 5 and found[-1] < 0.5 * found[0], done.stdout
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_of_dense_weights(run, dense, interpreted):
     code, out, err = run(
         "lora", "--model", dense, "--train", "--fine-tune-type", "full", "--data", "data",
@@ -302,6 +315,13 @@ def test_what_our_caches_ignored_is_refused(run):
     model, tokenizer = mlx_lm.load("model")
     with pytest.raises(ValueError, match=r"kv_bits=4 .* --kv-format"):
         list(mlx_lm.stream_generate(model, tokenizer, PROMPT, max_tokens=2, kv_bits=4))
+
+
+def test_commands_that_would_leave_our_layers_out_are_refused(run):
+    code, _, err = run("gptq", "--model", "model")
+    one_line(code, err, "gptq finds none of these models' layers")
+    code, _, err = run("awq", "--model", "model")
+    one_line(code, err, "AWQ support for glm_moe_dsa models")
 
 
 @pytest.mark.parametrize("name", ["convert", "lora", "fuse"])
@@ -391,6 +411,7 @@ def test_other_models_go_on_through_stock_code(run, folder):
     one_line(code, err, "is 'llama', but --kv-format is for glm_moe_dsa and deepseek_v32 only")
 
 
+@pytest.mark.slow
 def test_perplexity(run):
     pytest.importorskip("datasets")
     code, out, err = run(

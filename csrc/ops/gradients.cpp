@@ -78,7 +78,8 @@ mx::array as_float32(const mx::array& a, const mx::Stream& s) {
 }
 
 // x W^T; `next` is the position of the weight's first array, then moves on.
-// With `slots`, W is a stack and each row of x takes its own matrix of it.
+// With `slots`, W is a stack and each of x [rows, 1, k] takes its own matrix of
+// it; they are ascending, for which MLX sums a matrix's gradient as it goes.
 mx::array project(
     const mx::array& x,
     const Arrays& inputs,
@@ -89,7 +90,7 @@ mx::array project(
   const mx::array& w = inputs[next++];
   if (format.mode == Mode::dense) {
     const mx::array columns = mx::swapaxes(as_float32(w, s), -1, -2, s);
-    return slots ? mx::gather_mm(x, columns, std::nullopt, slots, false, s)
+    return slots ? mx::gather_mm(x, columns, std::nullopt, slots, true, s)
                  : mx::matmul(x, columns, s);
   }
   const mx::array& scales = inputs[next++];
@@ -109,7 +110,7 @@ mx::array project(
                      bits,
                      mode,
                      std::nullopt,
-                     false,
+                     true,
                      s)
                : mx::quantized_matmul(
                      x, w, scales, biases, true, group_size, bits, mode, s);
@@ -156,15 +157,24 @@ Arrays MoeDecode::vjp(
     invalid("moe_decode", "streamed experts have no gradient.");
   }
   const mx::Stream s = stream();
+  const int top_k = primals[1].shape(1);
+  const mx::array flat = mx::flatten(primals[1], s);
+  const mx::array order = mx::argsort(flat, s);
+  const mx::array back = mx::argsort(order, s);
+  const mx::array slots = mx::take(flat, order, s);
+  const mx::array token =
+      mx::floor_divide(order, mx::array(top_k, mx::uint32), s);
   auto chain = [&](const Arrays& inputs) {
     size_t next = 3;
-    const mx::array& slots = primals[1];
-    const mx::array rows = mx::expand_dims(as_float32(inputs[0], s), {1, 2}, s);
+    const mx::array rows =
+        mx::expand_dims(mx::take(as_float32(inputs[0], s), token, 0, s), 1, s);
     const mx::array gate = project(rows, inputs, next, gate_, slots, s);
     const mx::array up = project(rows, inputs, next, up_, slots, s);
     const mx::array act = swiglu_chain(gate, up, s);
-    const mx::array y = project(act, inputs, next, down_, slots, s);
-    return expert_sum_chain(mx::squeeze(y, -2, s), inputs[2], s);
+    mx::array y = project(act, inputs, next, down_, slots, s);
+    y = mx::take(mx::squeeze(y, 1, s), back, 0, s);
+    y = mx::unflatten(y, 0, {-1, top_k}, s);
+    return expert_sum_chain(y, inputs[2], s);
   };
   return differentiate(chain, primals, as_float32(cotangents[0], s), argnums);
 }

@@ -24,6 +24,8 @@ PROGRAM = "python -m glm_fused.mlx_lm"
 GENERATING = (
     "benchmark", "cache_prompt", "chat", "evaluate", "generate", "perplexity", "server",
 )  # fmt: skip
+# What finds layers by their exact type and leaves the others out without a word.
+REFUSALS = {"gptq": "gptq finds none of these models' layers; use convert -q or dynamic_quant"}
 ERRORS = (ImportError, OSError, RuntimeError, ValueError)
 READING_ALL = ("awq", "convert", "dwq", "dynamic_quant", "fuse", "gptq", "lora")  # weights
 
@@ -96,6 +98,7 @@ def _our_options(command: str) -> Iterator[None]:
         argparse.ArgumentParser.parse_args = stock  # type: ignore[method-assign]
         if command in READING_ALL:
             _refuse_ours(command, parser)
+            register(Loading(refusal=REFUSALS.get(command)))
         elif command in GENERATING:
             _add_ours(parser)
         parsed: argparse.Namespace = stock(parser, args, namespace)

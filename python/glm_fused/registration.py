@@ -40,12 +40,14 @@ class Loading:
         given: options on the command line that only this package's models take.
         unsupported: options of mlx-lm's on the command line, with their values, that
             these models do not take.
+        refusal: why the command does not work on these models, or None.
     """
 
     kv_format: str = "auto"
     stream: StreamOptions | None = None
     given: list[str] = field(default_factory=list)
     unsupported: Mapping[str, Any] = field(default_factory=dict)
+    refusal: str | None = None
 
 
 _loading = Loading()
@@ -120,6 +122,8 @@ def _model_type(path: Path) -> str:
 
 
 def _check_options(path: Path, strict: bool, model_config: Mapping[str, Any]) -> None:
+    if _loading.refusal is not None:
+        raise ValueError(f"[mlx_lm] {path}: {_loading.refusal}.")
     if not strict:
         raise ValueError(
             f"[mlx_lm] {path}: models of this type run in one process; start without mlx.launch."
