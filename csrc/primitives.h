@@ -1,4 +1,5 @@
-// The graph nodes behind the ops.
+// The graph nodes behind the ops. Their gradients (ops/gradients.cpp) are those
+// of the same computation in MLX's own ops.
 #pragma once
 
 #include <memory>
@@ -32,6 +33,11 @@ class QuantizedMatvec : public FusedPrimitive {
   void eval_cpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
   const char* name() const override {
     return "QuantizedMatvec";
   }
@@ -62,6 +68,11 @@ class MoeDecode : public FusedPrimitive {
   void eval_gpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
   const char* name() const override {
     return "MoeDecode";
   }
@@ -83,6 +94,11 @@ class RouterTopk : public FusedPrimitive {
   void eval_gpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
   const char* name() const override {
     return "RouterTopk";
   }
@@ -101,6 +117,11 @@ class Swiglu : public FusedPrimitive {
   void eval_gpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
   const char* name() const override {
     return "Swiglu";
   }
@@ -116,6 +137,11 @@ class ExpertSum : public FusedPrimitive {
   void eval_gpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
   const char* name() const override {
     return "ExpertSum";
   }
@@ -133,6 +159,11 @@ class IndexerTopk : public FusedPrimitive {
   void eval_gpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
   const char* name() const override {
     return "IndexerTopk";
   }
@@ -165,6 +196,11 @@ class SparseMlaDecode : public FusedPrimitive {
   void eval_gpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
   const char* name() const override {
     return "SparseMlaDecode";
   }

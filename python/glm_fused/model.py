@@ -130,7 +130,11 @@ class Model(nn.Module):
         x = self.model(tokens, cache, trace)
         if "lm_head" in self:
             return self.lm_head(x)
-        return ops.quantized_matvec(x, embedding_weight(self.model.embed_tokens))
+        embedding = self.model.embed_tokens
+        if "weight" not in embedding:  # it has a trained adapter
+            adapted: mx.array = embedding.as_linear(x)
+            return adapted
+        return ops.quantized_matvec(x, embedding_weight(embedding))
 
     @property
     def layers(self) -> list[DecoderLayer]:

@@ -43,14 +43,20 @@ class SwitchMLP(nn.Module):
         self.down_proj = SwitchLinear(intermediate, hidden, experts)
 
     def weights(self) -> tuple[ops.Weight, ops.Weight, ops.Weight]:
-        """Of gate, up and down: [experts, …]."""
+        """Of gate, up and down: [experts, …]; None for one with a trained adapter."""
         return self.gate_proj.as_weight(), self.up_proj.as_weight(), self.down_proj.as_weight()
 
     def __call__(
         self, x: mx.array, experts: mx.array, scores: mx.array, meanwhile: Meanwhile
     ) -> tuple[mx.array, mx.array]:
         """x [n, hidden], experts and scores [n, top_k] -> ([n, hidden], ``meanwhile(x)``)."""
-        return ops.moe_decode(x, *self.weights(), experts, scores), meanwhile(x)
+        gate, up, down = self.weights()
+        if gate is None or up is None or down is None:
+            from .lora import adapted_experts
+
+            projections = self.gate_proj, self.up_proj, self.down_proj
+            return adapted_experts(projections, x, experts, scores), meanwhile(x)
+        return ops.moe_decode(x, gate, up, down, experts, scores), meanwhile(x)
 
 
 class MoE(nn.Module):

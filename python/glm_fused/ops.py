@@ -302,9 +302,10 @@ def stock_matmul(x: mx.array, w: Weight) -> mx.array:
     ).astype(x.dtype)
 
 
-def stock_gather(x: mx.array, w: Weight, slots: mx.array) -> mx.array:
+def stock_gather(x: mx.array, w: Weight, slots: mx.array, sorted_indices: bool = False) -> mx.array:
     if w.scales is None:
-        y = mx.gather_mm(x, w.weight.swapaxes(-1, -2), rhs_indices=slots)
+        columns = w.weight.swapaxes(-1, -2)
+        y = mx.gather_mm(x, columns, rhs_indices=slots, sorted_indices=sorted_indices)
     else:
         y = mx.gather_qmm(
             x,
@@ -316,6 +317,7 @@ def stock_gather(x: mx.array, w: Weight, slots: mx.array) -> mx.array:
             group_size=w.group_size,
             bits=w.bits,
             mode=w.mode,
+            sorted_indices=sorted_indices,
         )
     return y.astype(x.dtype)
 
@@ -324,6 +326,7 @@ def stock_moe(
     x: mx.array, gate: Weight, up: Weight, down: Weight, slots: mx.array, scores: mx.array
 ) -> mx.array:
     """moe_decode by MLX's own matrix kernels, each step stored in x's dtype."""
+    slots = mx.stop_gradient(slots)  # which MLX refuses to differentiate
     rows = x[:, None, None, :]
     act = swiglu(stock_gather(rows, gate, slots), stock_gather(rows, up, slots))
     return expert_sum(stock_gather(act, down, slots).squeeze(-2), scores)

@@ -1,0 +1,312 @@
+// Vector-Jacobian products: each op again, in MLX's own ops and in float32.
+#include <algorithm>
+#include <functional>
+#include <limits>
+
+#include "checks.h"
+#include "primitives.h"
+
+namespace glm_fused {
+
+namespace {
+
+using Arrays = std::vector<mx::array>;
+using Chain = std::function<mx::array(const Arrays&)>;
+
+const char* mode_name(Mode mode) {
+  switch (mode) {
+    case Mode::affine:
+      return "affine";
+    case Mode::mxfp4:
+      return "mxfp4";
+    case Mode::mxfp8:
+      return "mxfp8";
+    case Mode::nvfp4:
+      return "nvfp4";
+    case Mode::dense:
+      break;
+  }
+  return "dense";
+}
+
+// The gradients of `chain`, which computes `cotangent`'s output from `primals`.
+// Integers, such as the experts that were chosen, have none: zeros.
+Arrays differentiate(
+    const Chain& chain,
+    const Arrays& primals,
+    const mx::array& cotangent,
+    const std::vector<int>& argnums) {
+  std::vector<int> floats;
+  Arrays chosen;
+  for (int i : argnums) {
+    if (mx::issubdtype(primals[i].dtype(), mx::floating)) {
+      floats.push_back(i);
+      chosen.push_back(primals[i]);
+    }
+  }
+  auto given = [&](const Arrays& values) {
+    Arrays all = primals;
+    for (size_t j = 0; j < floats.size(); j++) {
+      all[floats[j]] = values[j];
+    }
+    return Arrays{chain(all)};
+  };
+  Arrays grads;
+  if (!chosen.empty()) {
+    grads = mx::vjp(given, chosen, {cotangent}).second;
+  }
+  Arrays result;
+  for (int i : argnums) {
+    const auto found = std::find(floats.begin(), floats.end(), i);
+    result.push_back(
+        found == floats.end() ? mx::zeros_like(primals[i])
+                              : grads[found - floats.begin()]);
+  }
+  return result;
+}
+
+Arrays zeros_for(const Arrays& primals, const std::vector<int>& argnums) {
+  Arrays result;
+  for (int i : argnums) {
+    result.push_back(mx::zeros_like(primals[i]));
+  }
+  return result;
+}
+
+mx::array as_float32(const mx::array& a, const mx::Stream& s) {
+  return mx::astype(a, mx::float32, s);
+}
+
+// x W^T; `next` is the position of the weight's first array, then moves on.
+// With `slots`, W is a stack and each of x [rows, 1, k] takes its own matrix of
+// it; they are ascending, for which MLX sums a matrix's gradient as it goes.
+mx::array project(
+    const mx::array& x,
+    const Arrays& inputs,
+    size_t& next,
+    const Format& format,
+    const std::optional<mx::array>& slots,
+    const mx::Stream& s) {
+  const mx::array& w = inputs[next++];
+  if (format.mode == Mode::dense) {
+    const mx::array columns = mx::swapaxes(as_float32(w, s), -1, -2, s);
+    return slots ? mx::gather_mm(x, columns, std::nullopt, slots, true, s)
+                 : mx::matmul(x, columns, s);
+  }
+  const mx::array& scales = inputs[next++];
+  const bool affine = format.mode == Mode::affine;
+  const auto biases = affine ? std::optional(inputs[next++]) : std::nullopt;
+  const auto mode = mode_name(format.mode);
+  const int group_size = format.group_size, bits = format.bits;
+  return slots ? mx::gather_qmm(
+                     x,
+                     w,
+                     scales,
+                     biases,
+                     std::nullopt,
+                     slots,
+                     true,
+                     group_size,
+                     bits,
+                     mode,
+                     std::nullopt,
+                     true,
+                     s)
+               : mx::quantized_matmul(
+                     x, w, scales, biases, true, group_size, bits, mode, s);
+}
+
+mx::array
+swiglu_chain(const mx::array& gate, const mx::array& up, const mx::Stream& s) {
+  const mx::array g = as_float32(gate, s);
+  const mx::array silu = mx::multiply(g, mx::sigmoid(g, s), s);
+  return mx::multiply(silu, as_float32(up, s), s);
+}
+
+mx::array expert_sum_chain(
+    const mx::array& y,
+    const mx::array& scores,
+    const mx::Stream& s) {
+  const mx::array weighted =
+      mx::multiply(as_float32(y, s), mx::expand_dims(scores, -1, s), s);
+  return mx::sum(weighted, 1, false, s);
+}
+
+}  // namespace
+
+Arrays QuantizedMatvec::vjp(
+    const Arrays& primals,
+    const Arrays& cotangents,
+    const std::vector<int>& argnums,
+    const Arrays&) {
+  const mx::Stream s = stream();
+  auto chain = [&](const Arrays& inputs) {
+    size_t next = 1;
+    const mx::array x = as_float32(inputs[0], s);
+    return project(x, inputs, next, format_, std::nullopt, s);
+  };
+  return differentiate(chain, primals, as_float32(cotangents[0], s), argnums);
+}
+
+Arrays MoeDecode::vjp(
+    const Arrays& primals,
+    const Arrays& cotangents,
+    const std::vector<int>& argnums,
+    const Arrays&) {
+  if (arrivals_) {
+    invalid("moe_decode", "streamed experts have no gradient.");
+  }
+  const mx::Stream s = stream();
+  const int top_k = primals[1].shape(1);
+  const mx::array flat = mx::flatten(primals[1], s);
+  const mx::array order = mx::argsort(flat, s);
+  const mx::array back = mx::argsort(order, s);
+  const mx::array slots = mx::take(flat, order, s);
+  const mx::array token =
+      mx::floor_divide(order, mx::array(top_k, mx::uint32), s);
+  auto chain = [&](const Arrays& inputs) {
+    size_t next = 3;
+    const mx::array rows =
+        mx::expand_dims(mx::take(as_float32(inputs[0], s), token, 0, s), 1, s);
+    const mx::array gate = project(rows, inputs, next, gate_, slots, s);
+    const mx::array up = project(rows, inputs, next, up_, slots, s);
+    const mx::array act = swiglu_chain(gate, up, s);
+    mx::array y = project(act, inputs, next, down_, slots, s);
+    y = mx::take(mx::squeeze(y, 1, s), back, 0, s);
+    y = mx::unflatten(y, 0, {-1, top_k}, s);
+    return expert_sum_chain(y, inputs[2], s);
+  };
+  return differentiate(chain, primals, as_float32(cotangents[0], s), argnums);
+}
+
+// Which experts are chosen has no gradient; how much each weighs has.
+Arrays RouterTopk::vjp(
+    const Arrays& primals,
+    const Arrays& cotangents,
+    const std::vector<int>& argnums,
+    const Arrays& outputs) {
+  const mx::Stream s = stream();
+  auto chain = [&](const Arrays& inputs) {
+    const mx::array w = mx::swapaxes(as_float32(inputs[1], s), 0, 1, s);
+    const mx::array logits = mx::matmul(as_float32(inputs[0], s), w, s);
+    const mx::array all = mx::sigmoid(logits, s);
+    mx::array scores = mx::take_along_axis(all, outputs[0], 1, s);
+    if (routing_.norm_topk_prob) {
+      const mx::array tiny(1e-20f);
+      const mx::array total = mx::add(mx::sum(scores, 1, true, s), tiny, s);
+      scores = mx::divide(scores, total, s);
+    }
+    return mx::multiply(scores, mx::array(routing_.routed_scaling_factor), s);
+  };
+  return differentiate(chain, primals, cotangents[1], argnums);
+}
+
+Arrays Swiglu::vjp(
+    const Arrays& primals,
+    const Arrays& cotangents,
+    const std::vector<int>& argnums,
+    const Arrays&) {
+  const mx::Stream s = stream();
+  auto chain = [&](const Arrays& in) { return swiglu_chain(in[0], in[1], s); };
+  return differentiate(chain, primals, as_float32(cotangents[0], s), argnums);
+}
+
+Arrays ExpertSum::vjp(
+    const Arrays& primals,
+    const Arrays& cotangents,
+    const std::vector<int>& argnums,
+    const Arrays&) {
+  const mx::Stream s = stream();
+  auto chain = [&](const Arrays& in) {
+    return expert_sum_chain(in[0], in[1], s);
+  };
+  return differentiate(chain, primals, as_float32(cotangents[0], s), argnums);
+}
+
+Arrays IndexerTopk::vjp(
+    const Arrays& primals,
+    const Arrays&,
+    const std::vector<int>& argnums,
+    const Arrays&) {
+  return zeros_for(primals, argnums);
+}
+
+namespace {
+
+// Whether each query sees each of `total` keys: [b, l, total].
+mx::array visible_keys(
+    const Arrays& inputs,
+    bool selected,
+    int length,
+    int total,
+    const mx::Stream& s) {
+  const mx::array keys = mx::arange(total, s);
+  const mx::array queries =
+      mx::expand_dims(mx::arange(total - length, total, s), 1, s);
+  const mx::array start = mx::expand_dims(inputs[1], {1, 2}, s);
+  const mx::array seen = mx::logical_and(
+      mx::less_equal(keys, queries, s), mx::greater_equal(keys, start, s), s);
+  if (!selected) {
+    return seen;
+  }
+  // An extra column takes what selects no key.
+  const mx::array& list = inputs.back();
+  const mx::array column(total);
+  const mx::array valid = mx::logical_and(
+      mx::greater_equal(list, mx::array(0), s), mx::less(list, column, s), s);
+  const mx::array columns = mx::where(valid, list, column, s);
+  const mx::array chosen = mx::put_along_axis(
+      mx::zeros({list.shape(0), length, total + 1}, mx::bool_, s),
+      columns,
+      mx::full(list.shape(), true, mx::bool_, s),
+      -1,
+      s);
+  const mx::Shape stop = {list.shape(0), length, total};
+  return mx::logical_and(seen, mx::slice(chosen, {0, 0, 0}, stop, s), s);
+}
+
+}  // namespace
+
+Arrays SparseMlaDecode::vjp(
+    const Arrays& primals,
+    const Arrays& cotangents,
+    const std::vector<int>& argnums,
+    const Arrays&) {
+  if (layout_.format != RowFormat::floating) {
+    invalid(
+        "sparse_mla_decode",
+        "packed rows have no gradient; leave kv_format at auto.");
+  }
+  const mx::Stream s = stream();
+  const mx::Shape& shape = primals[0].shape();
+  const int batch = shape[0], length = shape[1], heads = shape[2];
+  const int total = primals[2].shape(1);
+  const mx::array visible =
+      mx::expand_dims(visible_keys(primals, selected_, length, total, s), 2, s);
+  auto chain = [&](const Arrays& inputs) {
+    const mx::array latents = as_float32(inputs[2], s);
+    const mx::array rows = ropes_
+        ? mx::concatenate({latents, as_float32(inputs[3], s)}, -1, s)
+        : latents;
+    mx::array q = as_float32(inputs[0], s);
+    q = mx::reshape(q, {batch, length * heads, shape[3]}, s);
+    mx::array scores = mx::matmul(q, mx::swapaxes(rows, 1, 2, s), s);
+    scores = mx::reshape(scores, {batch, length, heads, total}, s);
+    scores = mx::multiply(scores, mx::array(scale_), s);
+    // Not -inf: a query without keys would have a gradient of NaN.
+    const mx::array lowest(std::numeric_limits<float>::lowest());
+    const mx::array weights =
+        mx::softmax(mx::where(visible, scores, lowest, s), -1, false, s);
+    const mx::array out = mx::matmul(
+        mx::reshape(
+            mx::where(visible, weights, mx::array(0.0f), s),
+            {batch, length * heads, total},
+            s),
+        latents,
+        s);
+    return mx::reshape(out, {batch, length, heads, layout_.rank}, s);
+  };
+  return differentiate(chain, primals, cotangents[0], argnums);
+}
+
+}  // namespace glm_fused
