@@ -62,6 +62,15 @@ NB_MODULE(_ext, m) {
       "a"_a,
       "Return `a`: fails where this build and the installed mlx disagree.");
   m.def(
+      "check_tokens",
+      [](const mx::array& tokens, int vocabulary) {
+        return check_tokens(tokens, vocabulary, mx::Device::cpu);
+      },
+      "tokens"_a,
+      "vocabulary"_a,
+      "`tokens` [b, l]: evaluation raises where one is outside the "
+      "vocabulary.");
+  m.def(
       "quantized_matvec",
       [](const mx::array& x, const WeightTuple& w, bool reference) {
         return quantized_matvec(x, weight(w), reference, mx::Device::cpu);

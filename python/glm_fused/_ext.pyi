@@ -13,6 +13,11 @@ built_with_nanobind: str = "3.1.0"
 def probe(a: mlx.core.array) -> mlx.core.array:
     """Return `a`: fails where this build and the installed mlx disagree."""
 
+def check_tokens(tokens: mlx.core.array, vocabulary: int) -> mlx.core.array:
+    """
+    `tokens` [b, l]: evaluation raises where one is outside the vocabulary.
+    """
+
 def quantized_matvec(
     x: mlx.core.array,
     w: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],

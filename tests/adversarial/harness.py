@@ -13,9 +13,11 @@ FAULTS = OUTCOMES[2:]
 # What Python itself says, which names nothing that a user could mend.
 _BARE = re.compile(
     r"list index out of range|not enough values|too many values|could not convert|invalid literal"
-    r"|cannot convert|math domain error|Expecting|Exceeds the limit|not in list|unpack"
+    r"|cannot convert|math domain error|^Expecting|Exceeds the limit|not in list|unpack"
     r"|must be real|codec can't|bad_alloc|std::|vector::|basic_string|map::at|stoi|nanobind"
 )
+# Where an error of ours names a file and goes on with what somebody else's code said of it.
+_QUOTED = re.compile(r"(does not load|template in \S+ fails|not take\w*|text for token \d+): .*")
 
 
 class Wrong(Exception):
@@ -28,10 +30,9 @@ class Unclear(Exception):
 
 def clear_message(text):
     """Whether a message is about a sentence, on one line, and not Python's own."""
-    words = text.split()
-    return (
-        len(words) >= 3 and len(text) < 1000 and "\n" not in text.strip() and not _BARE.search(text)
-    )
+    ours = _QUOTED.sub("", text)
+    short = len(text.split()) < 3 or len(text) >= 1000
+    return not short and "\n" not in text.strip() and not _BARE.search(ours)
 
 
 def clear_error(error):
