@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <string>
 #include <vector>
 
 namespace glm_fused {
@@ -25,7 +24,7 @@ class Arrivals {
 
   // The kernel has run, or has `failed`.
   virtual void end() = 0;
-  virtual void failed(const std::string& error) = 0;
+  virtual void failed(const char* error) noexcept = 0;
 };
 
 }  // namespace glm_fused

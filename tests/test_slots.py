@@ -1,5 +1,6 @@
 """The slot bank: what is resident where, under concurrency, policies and failing reads."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -180,6 +181,47 @@ def test_a_graph_that_is_dropped_is_neither_kept_nor_evaluated(file):
     assert bank.stats()["misses"] == 2
 
 
+def test_a_lease_that_no_kernel_uses_yet_is_taken_back(file):
+    """Its thread may be waiting for the one that needs the slots; its own turn is served too."""
+    bank = make_bank(file, 2, patience=20)
+    held = []
+    for experts in ([0, 1], [2, 3], [0, 4]):  # only the first gets slots to read into at once
+        use = _ext.SlotUse(bank, _ext.SlotReads())
+        pending, started = use.resolve(mx.array([experts], mx.int32))
+        mx.eval(started)
+        held.append((use, pending, experts))
+    assert bank.resident() == [0, 1]
+    for use, pending, experts in reversed(held):
+        slots = use.wait(pending)
+        mx.eval(slots)
+        assert holds(bank, slots, experts)
+        del slots, pending
+        held.pop()
+        del use
+    stats = bank.stats()
+    assert stats["hits"] + stats["misses"] == 6  # each request is counted once
+    assert stats["bytes"] > stats["misses"] * sum(BYTES)  # though one was read again
+
+
+def test_after_a_failure_a_use_reads_nothing_and_verify_raises(file):
+    bank, reads = make_bank(file, 4), _ext.SlotReads()
+    with pytest.raises(RuntimeError, match="there are 16 experts"):
+        mx.eval(resolve(bank, [16], reads)[1])
+    assert "layer 7, expert 16" in reads.error
+    copied, fresh = copy.deepcopy(reads), _ext.SlotReads()
+    assert copied.error == reads.error
+    assert fresh.error == ""
+    mx.eval(resolve(bank, [1, 2], reads)[1])
+    assert bank.resident() == []
+    x = mx.zeros((2, 3), mx.bfloat16)
+    for failed in (reads, copied):
+        y = _ext.slots_verify(failed, x + 1)
+        with pytest.raises(RuntimeError, match="there are 16 experts"):
+            mx.eval(y)
+        assert mx.isnan(y).all().item()  # read again, it is still no result
+    assert (_ext.slots_verify(fresh, x + 1) == 1).all().item()
+
+
 def test_what_is_overwritten_was_released(file):
     """The result of a graph evaluated asynchronously is right though others follow at once."""
     bank = make_bank(file, 2)
@@ -303,8 +345,8 @@ def test_concurrent_requests_are_clean_under_thread_sanitizer(tmp_path):
     program = build(tmp_path, "stress", *flags, stress, *sources)
     file = tmp_path / "stress.bin"
     file.write_bytes(b"".join(bytes([e]) * sum(BYTES) for e in range(32)))
-    cases = ((13, 0, "lru"), (16, 3, "s3fifo"), (20, 2, "pinned"), (13, 1, "learned"))
-    for slots, spares, policy in cases:
+    cases = ((4, 0, "lru"), (13, 0, "lru"), (16, 3, "s3fifo"), (20, 2, "pinned"))
+    for slots, spares, policy in (*cases, (13, 1, "learned")):
         command = [program, file, "32", str(slots), str(spares), policy, "1"]
         result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         assert result.returncode == 0, result.stderr

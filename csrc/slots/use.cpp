@@ -1,14 +1,19 @@
 #include "slots/use.h"
 
 #include <algorithm>
+#include <new>
 #include <stdexcept>
 
 namespace glm_fused::slots {
 
-void Reads::fail(const std::string& error) {
+void Reads::fail(const char* error) noexcept {
   std::lock_guard lock(mutex_);
   if (error_.empty()) {
-    error_ = error;
+    try {
+      error_ = error;
+    } catch (const std::bad_alloc&) {
+      error_ = "out of memory.";  // so short that it takes none
+    }
   }
 }
 
@@ -68,7 +73,7 @@ void Use::end() {
   lease_.reset();
 }
 
-void Use::failed(const std::string& error) {
+void Use::failed(const char* error) noexcept {
   reads_->fail(error);
   lease_.reset();
 }

@@ -21,7 +21,7 @@ class Reads {
   explicit Reads(std::shared_ptr<const Reads> origin = nullptr)
       : origin_(std::move(origin)) {}
 
-  void fail(const std::string& error);
+  void fail(const char* error) noexcept;
   // Of the first failure, or empty.
   std::string error() const;
 
@@ -43,7 +43,7 @@ class Use : public Arrivals {
   bool begin(int32_t* slots, size_t count) override;
   std::vector<int> take(std::vector<int>& pending) override;
   void end() override;
-  void failed(const std::string& error) override;
+  void failed(const char* error) noexcept override;
 
   // In place of `take`; all but the last wait in a graph that failed give slots
   // that a kernel can take.
