@@ -1,6 +1,7 @@
 // How a graph node's work reaches MLX's CPU stream.
 #pragma once
 
+#include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -12,6 +13,15 @@
 #include "mlx/primitives.h"
 
 namespace glm_fused::cpu {
+
+// Enqueues `work`, allocating all that it takes first: MLX counts a task before
+// it makes one of a function too large for a pointer, and waits for ever for
+// those that were counted and not made.
+template <class Work>
+void enqueue(mlx::core::cpu::CommandEncoder& encoder, Work work) {
+  auto* kept = new Work(std::move(work));
+  encoder.dispatch([kept] { (*std::unique_ptr<Work>(kept))(); });
+}
 
 // Allocates the outputs and enqueues task(inputs, outputs); nothing is enqueued
 // for empty outputs. MLX keeps the arrays alive until the task has run, so the
@@ -35,17 +45,19 @@ void dispatch(
     out.push_back(mlx::core::array::unsafe_weak_copy(output));
   }
   if (outputs[0].size() > 0) {
-    encoder.dispatch([name = primitive.name(),
-                      in = std::move(in),
-                      out = std::move(out),
-                      task = std::move(task)]() mutable {
-      try {
-        task(in, out);
-      } catch (const std::bad_alloc&) {
-        throw std::runtime_error(
-            "[" + std::string(name) + "] out of memory for its scratch.");
-      }
-    });
+    enqueue(
+        encoder,
+        [name = primitive.name(),
+         in = std::move(in),
+         out = std::move(out),
+         task = std::move(task)]() mutable {
+          try {
+            task(in, out);
+          } catch (const std::bad_alloc&) {
+            throw std::runtime_error(
+                "[" + std::string(name) + "] out of memory for its scratch.");
+          }
+        });
   }
 }
 

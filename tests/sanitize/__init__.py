@@ -1,0 +1,1 @@
+"""The extension under sanitizers: ``python -m tests.sanitize address|thread``."""

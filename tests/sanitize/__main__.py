@@ -1,0 +1,154 @@
+"""Build the extension with sanitizers in a folder of its own and run tests with it.
+
+    python -m tests.sanitize address              # ASan + UBSan: ops, weights, slots
+    python -m tests.sanitize thread               # TSan: slots, pool, two threads on one model
+    python -m tests.sanitize address --compiler clang++-19
+
+Before the tests it plants a bug of each kind, which has to be found. Exit code 0: all was clean.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+PLANT = "import ctypes, sys; from glm_fused import _ext; print(_ext.__file__); "
+PLANT += "ctypes.CDLL(_ext.__file__).glm_fused_plant(sys.argv[1].encode())"
+# The finder of an editable install would find the plain extension.
+SITE = """import sys
+sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuildRedirectingFinder"]
+"""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Sanitizers that go together, and what is run under them."""
+
+    flags: str
+    runtime: str
+    planted: dict[str, str]  # a bug, and what its report says
+    options: dict[str, str]
+    tests: list[str]
+
+
+# Left out: programs of their own, which are preloaded or built otherwise, and limits of memory,
+# which the sanitizers' shadow exceeds.
+OTHERWISE = "not sanitizer and not preload and not interrupted and not threads_that_there_are"
+OTHERWISE += " and not loads_for_ever and not task_throws and not daemon and not ctrl_c"
+KINDS = {
+    "address": Kind(
+        "address,undefined",
+        "asan",
+        {"overflow": "heap-buffer-overflow", "shift": "shift exponent 40 is too large"},
+        # Leaks are Python's own, which frees nothing at exit.
+        {
+            "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+        },
+        ["test_ops.py", "test_weights.py", "test_topk.py", "test_slots.py", "test_crashes.py",
+         "test_indexer_topk.py", "test_sparse_mla_decode.py", "test_streaming.py"],
+    ),
+    "thread": Kind(
+        "thread",
+        "tsan",
+        {"race": "data race"},
+        {"TSAN_OPTIONS": f"suppressions={HERE / 'thread.supp'}:ignore_noninstrumented_modules=1"
+         ":halt_on_error=1:exitcode=66"},
+        ["test_slots.py", "sanitize/test_two_threads.py"],
+    ),
+}  # fmt: skip
+
+
+def runtime(compiler: str, name: str) -> Path:
+    """The sanitizer's library, which has to be loaded before Python: it replaces malloc."""
+    for file in (f"lib{name}.so", f"libclang_rt.{name}-x86_64.so", f"libclang_rt.{name}.so"):
+        command = [compiler, f"-print-file-name={file}"]
+        path = Path(subprocess.run(command, capture_output=True, text=True).stdout.strip())
+        if path.is_absolute() and path.exists():
+            return path.resolve()
+    raise SystemExit(f"{compiler} has no {name} runtime.")
+
+
+def build(kind: Kind, compiler: str, folder: Path) -> Path:
+    """A folder for PYTHONPATH with the package and the instrumented extension."""
+    configure = ["cmake", "-S", ROOT, "-B", folder, "-DCMAKE_BUILD_TYPE=Release"]
+    configure += [f"-DGLM_FUSED_SANITIZE={kind.flags}", f"-DCMAKE_CXX_COMPILER={compiler}"]
+    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+    if shutil.which("ninja"):
+        configure += ["-G", "Ninja"]
+    for command in (configure, ["cmake", "--build", folder, "--parallel"]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
+    site = folder / "site"
+    shutil.rmtree(site, ignore_errors=True)
+    package = site / "glm_fused"
+    package.mkdir(parents=True)
+    for file in (ROOT / "python" / "glm_fused").iterdir():
+        if file.suffix != ".so" and file.name != "__pycache__":
+            (package / file.name).symlink_to(file)
+    (extension,) = folder.glob("_ext*.so")
+    (package / extension.name).symlink_to(extension)
+    (site / "sitecustomize.py").write_text(SITE)
+    return site
+
+
+def environment(kind: Kind, compiler: str, site: Path) -> dict[str, str]:
+    """Variables of an instrumented Python; MLX's library lies where its package does."""
+    code = "import mlx.core; print(mlx.core.__file__)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    mlx = Path(found.stdout.strip()).parent
+    # The C++ runtime too: the sanitizer looks for it when it starts, before the extension is there.
+    preload = f"{runtime(compiler, kind.runtime)}:{runtime('g++', 'stdc++')}"
+    return os.environ | kind.options | {
+        "LD_PRELOAD": preload,
+        "LD_LIBRARY_PATH": f"{mlx}/lib",
+        "PYTHONPATH": str(site),
+        "PYTHONMALLOC": "malloc",
+        "GLM_FUSED_NUM_THREADS": "4",
+    }  # fmt: skip
+
+
+def finds_planted_bugs(kind: Kind, variables: dict[str, str], site: Path) -> bool:
+    """Whether a report comes for each bug, and none without."""
+    found = True
+    for bug, report in {"none": "", **kind.planted}.items():
+        command = [sys.executable, "-c", PLANT, bug]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+        caught = done.returncode != 0 and report in done.stderr if report else not done.returncode
+        assert str(site) in done.stdout, done.stdout + done.stderr
+        print(f"planted {bug}: {'as expected' if caught else done.stderr[-2000:] or 'missed'}")
+        found = found and caught
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("--compiler", default="g++")
+    args, pytest_arguments = parser.parse_known_args()
+    kind = KINDS[args.kind]
+    folder = ROOT / "build" / f"sanitize-{args.kind}-{Path(args.compiler).name}"
+    start = time.perf_counter()
+    site = build(kind, args.compiler, folder)
+    variables = environment(kind, args.compiler, site)
+    print(f"built in {time.perf_counter() - start:.0f} s", flush=True)
+    if not finds_planted_bugs(kind, variables, site):
+        return 1
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    tests = [str(ROOT / "tests" / name) for name in kind.tests]
+    code = subprocess.run(
+        [*command, "-k", OTHERWISE, *(pytest_arguments or tests)], env=variables, cwd=ROOT
+    ).returncode
+    print(f"{args.kind}, {args.compiler}: exit code {code}, {time.perf_counter() - start:.0f} s")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

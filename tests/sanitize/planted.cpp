@@ -1,0 +1,29 @@
+// Bugs for the sanitizers to find, in instrumented builds of the extension
+// alone: a run that finds none of them proves nothing.
+#include <string>
+#include <vector>
+
+#include "cpu/thread_pool.h"
+
+extern "C" __attribute__((visibility("default"))) int glm_fused_plant(
+    const char* bug) {
+  const std::string name = bug;
+  int shared = 0;
+  volatile int shift = 40;
+  std::vector<int> memory(4);
+  int* past = memory.data() + memory.size();
+  glm_fused::cpu::set_num_threads(4);
+  glm_fused::cpu::parallel_for(
+      4096,
+      [&](int) {
+        if (name == "race") {
+          shared++;
+        } else if (name == "overflow") {
+          *past = 1;
+        } else if (name == "shift") {
+          shared = 1 << shift;
+        }
+      },
+      1e9);
+  return shared;
+}
