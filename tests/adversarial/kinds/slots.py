@@ -15,7 +15,7 @@ from glm_fused import _ext
 
 NAME = "slots"
 QUICK_CASES = 150
-SLOW_CASES = 50_000
+SLOW_CASES = 65_000
 EXPERTS, BYTES = 16, (4096, 100)
 FAULTS = (_preload.ERROR, _preload.END, _preload.SHORT, _preload.DELAY, _preload.WRONG_BYTE)
 _SUMS = [
