@@ -51,11 +51,6 @@ class Prompt:
     logits: tuple[np.ndarray, ...] = ()
 
 
-# An evaluation that fails on the main thread may leave a task in MLX's count of active ones, and
-# with ten of them MLX waits for one that is over: so many errors are not asked of one process.
-MOST_ERRORS = 150
-
-
 def generate(model, prompt, steps=STEPS):
     """Yield (token, logits), greedily, as `glm_fused.generate` does with mlx-lm's loop."""
     cache = model.make_cache()

@@ -7,7 +7,7 @@ from unittest import mock
 import mlx.core as mx
 from tests.adversarial.harness import Unclear, Wrong, clear_error
 from tests.adversarial.kinds import _preload, reads, slots
-from tests.adversarial.kinds._streamed import MOST_ERRORS, Fixture, check
+from tests.adversarial.kinds._streamed import Fixture, check
 
 from glm_fused import loader
 from glm_fused.streaming import StreamOptions
@@ -15,7 +15,7 @@ from glm_fused.streaming import StreamOptions
 NAME = "loads"
 QUICK_CASES = 40
 SLOW_CASES = 5000
-PIECE = 2 * MOST_ERRORS
+PIECE = 2 * slots.MOST_ERRORS
 unavailable, environment = slots.unavailable, slots.environment
 _state = {}
 

@@ -9,7 +9,6 @@ from unittest import mock
 from tests.adversarial.harness import Wrong, clear_error
 from tests.adversarial.kinds import _preload, slots
 from tests.adversarial.kinds._streamed import (
-    MOST_ERRORS,
     Fixture,
     check,
     drain,
@@ -23,7 +22,7 @@ from glm_fused.slots import StreamedExperts
 NAME = "reads"
 QUICK_CASES = 60
 SLOW_CASES = 25_000
-PIECE = 2 * MOST_ERRORS
+PIECE = 2 * slots.MOST_ERRORS
 ERRORS = (errno.EIO, errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ENOMEM, errno.EINVAL)
 # What a reader has to put up with.
 HARMLESS = ("interrupted", "short", "late")
