@@ -15,13 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .harness import FAULTS, OUTCOMES
+from .harness import FAULTS, OUTCOMES, load_kind, setting
 
 ROOT = Path(__file__).parents[2]
 WORKERS = 2
 PREPARATION = 300.0  # seconds, compilers and loaded machines included
 MOST_DEATHS = 25  # of the workers of one piece
-PIECE = 2500  # cases of one worker
 
 
 @dataclass
@@ -210,8 +209,8 @@ def _count(tally, seed, outcome, detail, planted):
 
 
 def split(kind, seeds, seconds, planted, pieces):
-    """At least `pieces` pieces, and none of more than `PIECE` cases."""
-    count = max(pieces, -(-len(seeds) // PIECE))
+    """At least `pieces` pieces, and none of more cases than a worker of the kind takes."""
+    count = max(pieces, -(-len(seeds) // setting(load_kind(kind), "PIECE")))
     count = max(1, min(count, len(seeds)))
     size = -(-len(seeds) // count)
     parts = [seeds[i : i + size] for i in range(0, len(seeds), size)] or [seeds]

@@ -74,9 +74,12 @@ def unavailable(name):
     return getattr(load_kind(name), "unavailable", str)()
 
 
+_SETTINGS = {"TIMEOUT": 30.0, "PIECE": 2500, "QUICK_CASES": 40, "SLOW_CASES": 5000}
+
+
 def setting(kind, name):
-    """A kind's own setting, or the default: seconds of a case, cases of the two forms."""
-    return getattr(kind, name, {"TIMEOUT": 30.0, "QUICK_CASES": 40, "SLOW_CASES": 5000}[name])
+    """A kind's own setting, or the default: seconds of a case; cases of a worker, of a form."""
+    return getattr(kind, name, _SETTINGS[name])
 
 
 def send(pipe, **record):

@@ -3,16 +3,15 @@
 import errno
 import os
 import random
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from unittest import mock
 
-import mlx.core as mx
-from mlx_lm.generate import generation_stream
 from tests.adversarial.harness import Wrong, clear_error
 from tests.adversarial.kinds import _preload, slots
 from tests.adversarial.kinds._streamed import (
     Fixture,
     check,
+    drain,
     generate,
     generate_exactly,
     random_options,
@@ -23,6 +22,7 @@ from glm_fused.slots import StreamedExperts
 NAME = "reads"
 QUICK_CASES = 60
 SLOW_CASES = 25_000
+PIECE = slots.PIECE
 ERRORS = (errno.EIO, errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ENOMEM, errno.EINVAL)
 # What a reader has to put up with.
 HARMLESS = ("interrupted", "short", "late")
@@ -68,13 +68,6 @@ def changed(files):
     finally:
         for file, both in times.items():
             os.utime(file, ns=both)
-
-
-def drain():
-    """Wait for mlx-lm's last step, which nobody asks for: if it failed, MLX would tell the next."""
-    for stream in (mx.default_stream(mx.cpu), generation_stream):
-        with suppress(RuntimeError):
-            mx.synchronize(stream)
 
 
 def under(fault, rng, model, prompt, how):

@@ -15,7 +15,10 @@ from glm_fused import _ext
 
 NAME = "slots"
 QUICK_CASES = 150
-SLOW_CASES = 50_000
+SLOW_CASES = 40_000
+# Of one process. An evaluation that fails may leave a task in MLX's count of active ones, which
+# `_ext.active_tasks` shows, and with more than ten of them MLX waits for one that is over.
+PIECE = 100
 EXPERTS, BYTES = 16, (4096, 100)
 FAULTS = (_preload.ERROR, _preload.END, _preload.SHORT, _preload.DELAY, _preload.WRONG_BYTE)
 _SUMS = [
@@ -93,7 +96,7 @@ def request(bank, experts):
 def in_good_times(rng, file):
     """Without faults a bank holds what the model of its policy says."""
     policy = rng.choice(["learned", "lru", "pinned"])
-    slots = rng.randrange(7, EXPERTS + 1)
+    slots = rng.randrange(10, EXPERTS + 1)  # a request, two that are held, and a pinned one
     bank, table = (
         make_bank(rng, file, policy=policy, slots=slots),
         Table(policy, EXPERTS, slots, [3]),
@@ -134,7 +137,9 @@ def in_bad_times(rng, file):
                 raise Wrong(f"fault {fault}, {reads.hits} hits: {error}") from None
             outcome = f"error: {error}"
         else:
-            if fault == _preload.ERROR and reads.hits > before and not spares:
+            # After an error others of its request may still be read, for nobody.
+            alone = outcome == "right" and not spares
+            if fault == _preload.ERROR and reads.hits > before and alone:
                 raise Wrong(f"{reads.hits - before} failed reads passed unnoticed")
     reads.disarm()
     experts = rng.sample(range(EXPERTS), 4)
