@@ -14,6 +14,7 @@
 #include "mlx/scheduler.h"
 #include "ops.h"
 #include "ops/placement.h"
+#include "shutdown.h"
 #ifdef GLM_FUSED_METAL_SIM
 #include "sim/host/bindings.h"
 #endif
@@ -61,6 +62,15 @@ NB_MODULE(_ext, m) {
       "a"_a,
       "Return `a`: fails where this build and the installed mlx disagree.");
   m.def(
+      "check_tokens",
+      [](const mx::array& tokens, int vocabulary) {
+        return check_tokens(tokens, vocabulary, mx::Device::cpu);
+      },
+      "tokens"_a,
+      "vocabulary"_a,
+      "`tokens` [b, l]: evaluation raises where one is outside the "
+      "vocabulary.");
+  m.def(
       "quantized_matvec",
       [](const mx::array& x, const WeightTuple& w, bool reference) {
         return quantized_matvec(x, weight(w), reference, mx::Device::cpu);
@@ -76,7 +86,7 @@ NB_MODULE(_ext, m) {
          const WeightTuple& down,
          const mx::array& slots,
          const mx::array& scores,
-         const slots::BankHandle* bank,
+         const slots::UseHandle* use,
          bool reference,
          bool metal) {
         return moe_decode(
@@ -87,7 +97,7 @@ NB_MODULE(_ext, m) {
             slots,
             scores,
             reference,
-            bank ? slots::arrivals(bank->value) : nullptr,
+            use ? use->value->use() : nullptr,
             on(metal));
       },
       "x"_a,
@@ -96,7 +106,7 @@ NB_MODULE(_ext, m) {
       "down"_a,
       "slots"_a,
       "scores"_a,
-      "bank"_a.none(),
+      "use"_a.none(),
       "reference"_a,
       "metal"_a);
   m.def(
@@ -251,6 +261,8 @@ NB_MODULE(_ext, m) {
       "Tasks that MLX counts as running; what an error cuts short it counts "
       "for "
       "good.");
+  nb::module_::import_("atexit").attr("register")(
+      nb::cpp_function(&park_threads_that_unwind));
   slots::bind(m);
 #ifdef GLM_FUSED_METAL_SIM
   bind_simulator(m);

@@ -1,6 +1,9 @@
 // Argument checks shared by the ops: each throws std::invalid_argument.
 #pragma once
 
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -58,9 +61,25 @@ inline void check_shape(
   }
 }
 
+// Counts are kept in int: the product of `factors`, which are not negative,
+// must be one. `what` says of what.
+inline void check_count(
+    const std::string& op,
+    const std::string& what,
+    std::initializer_list<int64_t> factors) {
+  constexpr int64_t most = std::numeric_limits<int>::max();
+  int64_t product = 1;
+  for (int64_t factor : factors) {
+    if (factor > 0 && product > most / factor) {
+      invalid(op, what, " are more than ", most, ".");
+    }
+    product *= factor;
+  }
+}
+
 FloatType float_type_of(mx::Dtype dtype);
 
-// The format of `w`; its columns must be `k`.
+// The format of `w`; its columns must be `k`, at least one.
 Format check_weight(
     const std::string& op,
     const std::string& name,

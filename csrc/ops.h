@@ -26,6 +26,13 @@ struct Weight {
   std::string mode = "dense";
 };
 
+// `tokens` [b, l] as int32; evaluation throws where one is not from 0 to
+// vocabulary - 1. On the CPU alone.
+mx::array check_tokens(
+    const mx::array& tokens,
+    int vocabulary,
+    mx::StreamOrDevice s = {});
+
 // y[..., m, n] = sum_k x[..., m, k] W[..., n, k]; W is [n, k], or [h, n, k]
 // with x [..., h, m, k]. fp32 accumulation, result in x's dtype.
 mx::array quantized_matvec(

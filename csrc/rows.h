@@ -20,7 +20,7 @@ constexpr int kScaleTile = 128;  // values that share an fp8 scale
 inline size_t scale_count(RowFormat format, int rank) {
   return format == RowFormat::floating ? 0
       : format == RowFormat::int8      ? 1
-                                       : (rank + kScaleTile - 1) / kScaleTile;
+                                       : (rank - 1) / kScaleTile + 1;
 }
 
 inline size_t packed_row_bytes(RowFormat format, int rank, int rope) {

@@ -33,8 +33,8 @@ def entry(begin=0, end=8, dtype="F32", shape=(2,)):
 
 HEADER_ERRORS = {
     "not JSON": (b"{nope}", "not valid JSON"),
-    "not UTF-8": (b'{"\xff": 1}', "not valid JSON"),
-    "too deep": (b"[" * 100_000, "not valid JSON"),
+    "not UTF-8": (b'{"\xff": 1}', "not UTF-8"),
+    "too deep": (b"[" * 100_000, "nested too deeply"),
     "a list": (b"[]", "JSON object"),
     "duplicate": (b'{"a": {}, "a": {}}', "duplicate key 'a'"),
     "metadata": ({"__metadata__": {"a": 1}}, "__metadata__"),

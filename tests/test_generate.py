@@ -8,7 +8,9 @@ from transformers import PreTrainedTokenizerFast
 
 from glm_fused import load, ops, paths
 from glm_fused.ab import compare, differing, format_comparison
-from glm_fused.generate import Options, encode, generate
+from glm_fused.generation import generate
+from glm_fused.options import Options
+from glm_fused.prompts import encode
 
 VOCAB = 256
 WORDS = " ".join(f"w{i}" for i in range(3, 43))  # over twice index_topk

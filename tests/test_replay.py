@@ -5,18 +5,30 @@ import lzma
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from glm_fused import _ext
 from glm_fused.cli import main
-from glm_fused.replay import read_trace, replay
+from glm_fused.replay import replay
+from glm_fused.trace import MAX_EXPERTS, read_trace
 
 TRACES = Path(__file__).parent / "vectors" / "traces"
 
 HEADER = '{"experts": 8, "top_k": 2, "expert_bytes": {"1": 10}}\n'
+NINES = "'999999999999...9999999999999'"
 REQUESTS = "".join(f'{{"layer": 1, "experts": [[{i % 5}, {i % 3 + 5}]]}}\n' for i in range(40))
+
+
+def header(**changes):
+    entry = {"experts": 8, "top_k": 2, "expert_bytes": {"1": 10}} | changes
+    return json.dumps(entry) + "\n"
+
+
+def request(experts, **changes):
+    return HEADER + json.dumps({"layer": 1, "experts": experts} | changes) + "\n"
 
 
 @pytest.mark.parametrize(
@@ -24,12 +36,47 @@ REQUESTS = "".join(f'{{"layer": 1, "experts": [[{i % 5}, {i % 3 + 5}]]}}\n' for 
     [
         ("", "has no requests"),
         (HEADER, "has no requests"),
-        ("[1]\n", r"line 1: .* expected the header"),
-        (HEADER + "{\n", r"line 2: .* expected the request"),
+        ("[1]\n", r"line 1 must be a JSON object.* expected the header"),
+        (header(experts=0), "experts 0, expected an integer from 1 to 4096 in the header"),
+        (header(experts=10**9), "experts 1000000000, expected an integer from 1 to 4096"),
+        (header(experts=10**400), "experts an integer of 1329 bits, expected"),
+        (header(experts=float("inf")), "experts inf, expected"),
+        (header(experts=8.0), "experts 8.0, expected"),
+        (header(experts=True), "experts True, expected"),
+        (header(experts=[8]), r"experts \[8\], expected"),
+        (header(top_k=0), "top_k 0, expected an integer from 1 to 8"),
+        (header(top_k=9), "top_k 9, expected an integer from 1 to 8"),
+        (header(expert_bytes={}), "expert_bytes {}, expected a size for every layer"),
+        (header(expert_bytes=[10]), r"expert_bytes \[10\], expected a size"),
+        (header(expert_bytes={"01": 10}), "expert_bytes {'01': 10}, expected a size"),
+        (header(expert_bytes={"9" * 400: 10}), "expert_bytes .*, expected a size"),
+        (header(expert_bytes={"1": 1.5}), "1 1.5, expected an integer"),
+        (header(expert_bytes={"1": 0}), "1 0, expected an integer"),
+        ('{"experts": 1e400}\n', "experts inf, expected"),
+        (
+            '{"experts": ' + "9" * 5000 + "}\n",
+            "line 1 is not valid JSON: a number of thousands.* expected the header",
+        ),
+        ("[" * 100_000 + "\n", "line 1 is nested too deeply, expected the header"),
+        (HEADER + "{\n", r"line 2 is not valid JSON: .* expected the request"),
         (HEADER + '{"layer": 1}\n', r"line 2: .* expected the request"),
-        (HEADER + '{"layer": 3, "experts": [[1, 2]]}\n', "layer or expert the model lacks"),
-        (HEADER + '{"layer": 1, "experts": [[1, 8]]}\n', "layer or expert the model lacks"),
-        ("\udcff", "is not text"),
+        (HEADER + HEADER, r"line 2: .* expected the request"),
+        (request([[1, 2]], layer=3), "layer 3, which the header does not name"),
+        (request([[1, 2]], layer=True), "expected the request"),
+        (request([[1, 2]], layer=[1]), "expected the request"),
+        (request([[1, 8]]), "expert 8, expected 0 to 7, as the header says"),
+        (request([[1, -1]]), "expert -1, expected 0 to 7"),
+        (request([[1, 1.5]]), "expert 1.5, expected 0 to 7"),
+        (request([[1, True]]), "expert True, expected 0 to 7"),
+        (request([[1, float("nan")]]), "expert nan, expected 0 to 7"),
+        (request([[1, [2]]]), r"expert \[2\], expected 0 to 7"),
+        (request([]), "expected the request"),
+        (request([[]]), r"\[\], expected the request of a trace: 2 experts a token"),
+        (request([[1, 2, 3]]), "2 experts a token"),
+        (request([[1, 2], [3]]), "expected 2 experts, as before it"),
+        (request(5), "expected the request"),
+        (request([5]), "expected the request"),
+        ("\udcff", "line 1 is not UTF-8: byte 0 is wrong, expected"),
         (None, "No such file or directory, expected a trace"),
     ],
 )
@@ -37,8 +84,21 @@ def test_what_is_no_trace_is_refused(tmp_path, text, message):
     path = tmp_path / "trace.jsonl"
     if text is not None:
         path.write_text(text, errors="surrogateescape")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         read_trace(path)
+    assert str(path) in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+def test_the_largest_trace_replays_in_a_moment(tmp_path):
+    """Time and memory follow the requests, not what a header claims."""
+    path = tmp_path / "trace.jsonl"
+    requests = "".join(f'{{"layer": 1, "experts": [[{7 * i % 4096}]]}}\n' for i in range(40))
+    path.write_text(header(experts=MAX_EXPERTS, top_k=1) + requests)
+    began = time.monotonic()
+    rows = replay(read_trace(path), [1, MAX_EXPERTS], ["learned", "lru", "s3fifo", "pinned"])
+    assert {row["hit_rate"] for row in rows["rows"]} == {0.0}
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(
@@ -46,8 +106,16 @@ def test_what_is_no_trace_is_refused(tmp_path, text, message):
     [
         (["--bank", "0"], "a bank of 0 slots, expected 2 to 8: a token needs 2."),
         (["--bank", "9"], "a bank of 9 slots, expected 2 to 8: a token needs 2."),
+        (
+            ["--bank", "9" * 400],
+            "--bank: expected numbers of slots, found '999999999999...9999999999999'.",
+        ),
         (["--bank", "many"], "--bank: expected numbers of slots, found 'many'."),
         (["--policy", "fifo"], "'fifo', expected some of learned, lru, s3fifo, pinned."),
+        (
+            ["--read-rate", "9" * 400],
+            f"expected a size below 2^63 bytes: {NINES}",
+        ),
         (["--read-rate", "0"], "--read-rate: expected bytes a second, found '0'."),
     ],
 )

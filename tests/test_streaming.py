@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -15,12 +16,14 @@ from test_slots import ROOT, build
 
 from glm_fused import metal_sim, ops, reference_path
 from glm_fused.budget import parse_size
-from glm_fused.generate import Options, generate
+from glm_fused.generation import generate
 from glm_fused.loader import load, load_model
+from glm_fused.options import Options
 from glm_fused.pack import pack
-from glm_fused.replay import TraceWriter, read_trace, replay
+from glm_fused.replay import TraceWriter, replay
 from glm_fused.slots import plan_waves
 from glm_fused.streaming import StreamOptions
+from glm_fused.trace import read_trace
 
 AFFINE = {"group_size": 32, "bits": 4}
 PROMPT = mx.array([[3, 5, 7, 9, 11, 200, 31, 44, 50, 61]])
@@ -218,7 +221,11 @@ def test_a_model_without_experts_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (StreamOptions(budget=50 << 20), r"52\.43 MB cannot hold .* 2 slots a layer 245\.76 kB"),
+        (
+            StreamOptions(budget=50 << 20),
+            r"52\.43 MB cannot hold .* 245\.76 kB for 2 e.*; a budget of \d+\.\d\dMB would fit\.",
+        ),
+        (stream(3, context=4097), "context of 4,097 tokens, expected 1 to 4,096, the model's own"),
         (stream(1), "1 slots a layer, expected 2 to 8"),
         (stream(9), "9 slots a layer, expected 2 to 8"),
         (stream(2, spares=1), "2 slots a layer, expected 3 to 8: a token needs 2 and 1 are spare"),
@@ -243,15 +250,26 @@ def test_a_budget_sizes_the_bank(folder):
     assert load_model(folder, stream=StreamOptions())[0].streaming.plan.slots == 8
 
 
+def test_a_refusal_says_what_would_fit(folder):
+    """A context that fits is named, and does fit."""
+    shares = load_model(folder, stream=stream(2))[0].streaming.plan.shares
+    short = StreamOptions(budget=shares.total - shares.kv // 3)
+    with pytest.raises(ValueError, match="a context of at most") as refusal:
+        load_model(folder, stream=short)
+    context = int(re.search(r"at most ([0-9,]+) tokens", str(refusal.value))[1].replace(",", ""))
+    assert 256 <= context < 4096
+    load_model(folder, stream=replace(short, context=context - 200))  # the process may have grown
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("24GB", 24 * 10**9), ("1.5 MiB", 3 << 19), ("512k", 512000), ("77", 77)],
+    [("24GB", 24 * 10**9), ("1.5 MiB", 3 << 19), ("512k", 512000), ("77B", 77)],
 )
 def test_sizes(text, value):
     assert parse_size(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1e9", "12 parsecs"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1e9", "12 parsecs", "24", "24iB"])
 def test_sizes_that_are_none(text):
     with pytest.raises(ValueError, match="expected a size"):
         parse_size(text)
@@ -260,7 +278,8 @@ def test_sizes_that_are_none(text):
 MEASURE = """
 import json, sys
 import numpy as np
-from glm_fused.generate import Options, generate
+from glm_fused.generation import generate
+from glm_fused.options import Options
 from glm_fused.loader import load
 from glm_fused.streaming import StreamOptions
 

@@ -1,24 +1,29 @@
 // How a graph node's work reaches MLX's CPU stream.
 #pragma once
 
+#include <new>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
+#include "mlx/primitives.h"
 
 namespace glm_fused::cpu {
 
 // Allocates the outputs and enqueues task(inputs, outputs); nothing is enqueued
 // for empty outputs. MLX keeps the arrays alive until the task has run, so the
-// task holds weak copies. What it throws, evaluation raises.
+// task holds weak copies. What it throws, evaluation raises: MLX keeps the text
+// alone, so that of a failed allocation is made one that names the primitive.
 template <class Task>
 void dispatch(
-    mlx::core::Stream stream,
+    mlx::core::Primitive& primitive,
     const std::vector<mlx::core::array>& inputs,
     std::vector<mlx::core::array>& outputs,
     Task task) {
-  auto& encoder = mlx::core::cpu::get_command_encoder(stream);
+  auto& encoder = mlx::core::cpu::get_command_encoder(primitive.stream());
   std::vector<mlx::core::array> in, out;
   for (const auto& input : inputs) {
     encoder.set_input_array(input);
@@ -30,9 +35,17 @@ void dispatch(
     out.push_back(mlx::core::array::unsafe_weak_copy(output));
   }
   if (outputs[0].size() > 0) {
-    encoder.dispatch([in = std::move(in),
+    encoder.dispatch([name = primitive.name(),
+                      in = std::move(in),
                       out = std::move(out),
-                      task = std::move(task)]() mutable { task(in, out); });
+                      task = std::move(task)]() mutable {
+      try {
+        task(in, out);
+      } catch (const std::bad_alloc&) {
+        throw std::runtime_error(
+            "[" + std::string(name) + "] out of memory for its scratch.");
+      }
+    });
   }
 }
 

@@ -140,7 +140,7 @@ void IndexerTopk::eval_cpu(
       cpu::indexer_topk(a);
     }
   };
-  cpu::dispatch(stream(), inputs, outputs, task);
+  cpu::dispatch(*this, inputs, outputs, task);
 }
 
 }  // namespace glm_fused

@@ -43,7 +43,7 @@ struct Indexer {
 // All of [low, high), then -1 up to k; high - low <= k.
 inline void select_all(int low, int high, int k, int32_t* out) {
   for (int i = 0; i < k; i++) {
-    out[i] = low + i < high ? low + i : -1;
+    out[i] = i < high - low ? low + i : -1;
   }
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "checks.h"
 #include "cpu/thread_pool.h"
 #include "rounding.h"
 
@@ -19,7 +20,9 @@ Matrix::Matrix(
   const mx::array w = take();
   slots = w.ndim() == 3 ? w.shape(0) : 1;
   n = w.shape(-2);
-  k = format.mode == Mode::dense ? w.shape(-1) : w.shape(-1) * 32 / format.bits;
+  const int64_t words = w.shape(-1);
+  k = format.mode == Mode::dense ? w.shape(-1)
+                                 : static_cast<int>(words * 32 / format.bits);
   fast_order = uses_fast_order(format, n, k);
   kernel = &kernels().find(format, fast_order);
   weight = w.data<uint8_t>();
@@ -53,15 +56,19 @@ void Matrix::dot(
 }
 
 void load_row(const mx::array& x, size_t row, int k, float* out) {
+  load_values(x, row * k, k, out);
+}
+
+void load_values(const mx::array& x, size_t offset, int count, float* out) {
   if (x.dtype() == mx::float32) {
-    std::copy_n(x.data<float>() + row * k, k, out);
+    std::copy_n(x.data<float>() + offset, count, out);
     return;
   }
-  const uint16_t* from = x.data<uint16_t>() + row * k;
+  const uint16_t* from = x.data<uint16_t>() + offset;
   if (x.dtype() == mx::bfloat16) {
-    std::transform(from, from + k, out, from_bfloat16);
+    std::transform(from, from + count, out, from_bfloat16);
   } else {
-    std::transform(from, from + k, out, from_float16);
+    std::transform(from, from + count, out, from_float16);
   }
 }
 
@@ -79,6 +86,9 @@ void store_row(mx::array& a, size_t offset, const float* values, int count) {
 }
 
 uint32_t stream_read(const mx::array& a) {
+  if (!a.flags().row_contiguous) {
+    invalid("stream_read", "a must be contiguous.");
+  }
   constexpr size_t kChunk = 1 << 18;
   const size_t chunks = (a.nbytes() + kChunk - 1) / kChunk;
   std::atomic<uint32_t> result{0};
@@ -92,8 +102,10 @@ uint32_t stream_read(const mx::array& a) {
 }
 
 int tile_rows(int n, int matrices) {
-  const int per_task = n * matrices / (4 * num_threads());
-  return std::clamp(per_task / 4 * 4, 4, kMaxTileRows);
+  const int64_t per_task =
+      static_cast<int64_t>(n) * matrices / (4 * num_threads());
+  return static_cast<int>(
+      std::clamp<int64_t>(per_task / 4 * 4, 4, kMaxTileRows));
 }
 
 }  // namespace glm_fused::cpu

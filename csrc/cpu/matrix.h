@@ -33,6 +33,13 @@ struct Matrix {
 // Row `row` of x [rows, k] as fp32.
 void load_row(const mlx::core::array& x, size_t row, int k, float* out);
 
+// `count` values of x from element `offset` on, as fp32.
+void load_values(
+    const mlx::core::array& x,
+    size_t offset,
+    int count,
+    float* out);
+
 // Rounds `count` values to a's dtype and stores them from element `offset`.
 void store_row(
     mlx::core::array& a,

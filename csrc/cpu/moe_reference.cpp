@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "checks.h"
 #include "cpu/dispatch.h"
 #include "cpu/matrix.h"
@@ -13,14 +15,17 @@ using Arrays = std::vector<mx::array>;
 // act = swiglu(gate, up), arrays of one shape.
 void swiglu_all(const Arrays& in, Arrays& out) {
   const FloatType type = float_type_of(out[0].dtype());
-  const int count = static_cast<int>(out[0].size());
-  std::vector<float> gate(count), up(count);
-  cpu::load_row(in[0], 0, count, gate.data());
-  cpu::load_row(in[1], 0, count, up.data());
-  for (int i = 0; i < count; i++) {
-    gate[i] = swiglu(gate[i], up[i], type);
+  constexpr size_t kValues = 4096;  // at once
+  float gate[kValues], up[kValues];
+  for (size_t at = 0; at < out[0].size(); at += kValues) {
+    const int count = static_cast<int>(std::min(kValues, out[0].size() - at));
+    cpu::load_values(in[0], at, count, gate);
+    cpu::load_values(in[1], at, count, up);
+    for (int i = 0; i < count; i++) {
+      gate[i] = swiglu(gate[i], up[i], type);
+    }
+    cpu::store_row(out[0], at, gate, count);
   }
-  cpu::store_row(out[0], 0, gate.data(), count);
 }
 
 void sum_experts(const Arrays& in, Arrays& out) {
@@ -44,11 +49,11 @@ void sum_experts(const Arrays& in, Arrays& out) {
 }  // namespace
 
 void Swiglu::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  cpu::dispatch(stream(), inputs, outputs, swiglu_all);
+  cpu::dispatch(*this, inputs, outputs, swiglu_all);
 }
 
 void ExpertSum::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  cpu::dispatch(stream(), inputs, outputs, sum_experts);
+  cpu::dispatch(*this, inputs, outputs, sum_experts);
 }
 
 }  // namespace glm_fused

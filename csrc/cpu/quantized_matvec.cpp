@@ -92,7 +92,7 @@ void QuantizedMatvec::eval_cpu(
       cpu::quantized_matvec(w, in[0], out[0]);
     }
   };
-  cpu::dispatch(stream(), inputs, outputs, task);
+  cpu::dispatch(*this, inputs, outputs, task);
 }
 
 }  // namespace glm_fused

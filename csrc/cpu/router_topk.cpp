@@ -145,7 +145,7 @@ void RouterTopk::eval_cpu(
           out[1].template data<float>() + row);
     }
   };
-  cpu::dispatch(stream(), inputs, outputs, task);
+  cpu::dispatch(*this, inputs, outputs, task);
 }
 
 }  // namespace glm_fused

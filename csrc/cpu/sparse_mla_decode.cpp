@@ -221,7 +221,7 @@ void SparseMlaDecode::eval_cpu(
       cpu::sparse_mla_decode(a);
     }
   };
-  cpu::dispatch(stream(), inputs, outputs, task);
+  cpu::dispatch(*this, inputs, outputs, task);
 }
 
 }  // namespace glm_fused

@@ -6,12 +6,17 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
+
+#include "threads.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -67,10 +72,9 @@ int default_threads() {
 
 class Pool {
  public:
-  explicit Pool(int threads) {
-    for (int i = 1; i < threads; i++) {
-      workers_.emplace_back([this] { work(); });
-    }
+  explicit Pool(int threads)
+      : workers_(
+            start_threads("the CPU kernels", threads - 1, [this] { work(); })) {
   }
 
   ~Pool() {
@@ -89,6 +93,7 @@ class Pool {
     return static_cast<int>(workers_.size()) + 1;
   }
 
+  // Throws what a task threw first, once no worker runs any more.
   void run(int count, const std::function<void(int)>& task) {
     task_ = &task;
     count_ = count;
@@ -103,12 +108,24 @@ class Pool {
     while (busy_.load(std::memory_order_acquire) != 0) {
       relax();
     }
+    if (error_) {
+      std::rethrow_exception(std::exchange(error_, nullptr));
+    }
   }
 
  private:
-  void drain() {
-    for (int i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
-      (*task_)(i);
+  void drain() noexcept {
+    for (int64_t i;
+         (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
+      try {
+        (*task_)(static_cast<int>(i));
+      } catch (...) {
+        std::lock_guard lock(mutex_);
+        if (!error_) {
+          error_ = std::current_exception();
+        }
+        next_.store(count_, std::memory_order_relaxed);  // the rest is in vain
+      }
     }
   }
 
@@ -131,47 +148,50 @@ class Pool {
     }
   }
 
-  std::vector<std::thread> workers_;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::atomic<uint64_t> generation_{0};
-  std::atomic<int> next_{0};
+  std::atomic<int64_t> next_{0};
   std::atomic<int> busy_{0};
-  int count_ = 0;
+  int64_t count_ = 0;
   const std::function<void(int)>* task_ = nullptr;
+  std::exception_ptr error_;  // of a region, the first
   bool stop_ = false;
+  std::vector<std::thread> workers_;  // last: they use the others
 };
 
-std::mutex region;           // held for the whole of a parallel region
-std::unique_ptr<Pool> pool;  // guarded by `region`
-int threads = 0;             // guarded by `region`; 0: not decided yet
+struct Shared {
+  std::mutex region;           // held for the whole of a parallel region
+  std::unique_ptr<Pool> pool;  // guarded by `region`
+  int threads = 0;             // guarded by `region`; 0: not decided yet
+};
+
+// Never destroyed: MLX's threads may still compute while the process ends.
+Shared& shared() {
+  static Shared& shared = *new Shared;
+  return shared;
+}
 
 // A forked child has the parent's memory but none of its threads.
 void forget_pool_in_child() {
-  pool.release();
-  region.unlock();
+  static_cast<void>(shared().pool.release());
+  shared().region.unlock();
 }
 
-Pool& current_pool() {
-  if (threads == 0) {
-    threads = default_threads();
+Pool& current_pool(Shared& s) {
+  if (s.threads == 0) {
+    s.threads = default_threads();
   }
-  if (!pool) {
+  if (!s.pool) {
     static const int registered = pthread_atfork(
-        [] { region.lock(); }, [] { region.unlock(); }, forget_pool_in_child);
+        [] { shared().region.lock(); },
+        [] { shared().region.unlock(); },
+        forget_pool_in_child);
     static_cast<void>(registered);
-    pool = std::make_unique<Pool>(threads);
+    s.pool = std::make_unique<Pool>(s.threads);
   }
-  return *pool;
+  return *s.pool;
 }
-
-// The pool must not outlive the process's other statics or be joined from a
-// library unload: it is leaked at exit.
-struct LeakAtExit {
-  ~LeakAtExit() {
-    pool.release();
-  }
-} leak_at_exit;
 
 }  // namespace
 
@@ -180,8 +200,9 @@ void parallel_for(
     const std::function<void(int)>& task,
     double work) {
   if (count > 1 && work >= kMinParallelWork) {
-    std::lock_guard lock(region);
-    Pool& p = current_pool();
+    Shared& s = shared();
+    std::lock_guard lock(s.region);
+    Pool& p = current_pool(s);
     if (p.threads() > 1) {
       p.run(count, task);
       return;
@@ -193,15 +214,17 @@ void parallel_for(
 }
 
 int num_threads() {
-  std::lock_guard lock(region);
-  return current_pool().threads();
+  Shared& s = shared();
+  std::lock_guard lock(s.region);
+  return current_pool(s).threads();
 }
 
 void set_num_threads(int n) {
   checked(n, "[set_num_threads] n");
-  std::lock_guard lock(region);
-  threads = n;
-  pool.reset();
+  Shared& s = shared();
+  std::lock_guard lock(s.region);
+  s.threads = n;
+  s.pool.reset();
 }
 
 }  // namespace glm_fused::cpu

@@ -20,8 +20,9 @@ std::string moe_decode_obstacle(int tokens, int top_k) {
     return std::to_string(tokens) + " tokens are more than " +
         std::to_string(kMaxTokens);
   }
-  if (tokens * top_k > kMaxPairs) {
-    return std::to_string(tokens * top_k) + " choices are more than " +
+  if (const int64_t pairs = static_cast<int64_t>(tokens) * top_k;
+      pairs > kMaxPairs) {
+    return std::to_string(pairs) + " choices are more than " +
         std::to_string(kMaxPairs);
   }
   return "";

@@ -31,9 +31,9 @@ inline RowLayout check_rows(
         rows.dtype(),
         ".");
   }
-  const int width = format == RowFormat::floating
+  const int64_t width = format == RowFormat::floating
       ? rank
-      : static_cast<int>(packed_row_bytes(format, rank, rope));
+      : static_cast<int64_t>(packed_row_bytes(format, rank, rope));
   if (rows.ndim() != 3 || rows.shape(0) != batch || rows.shape(2) != width) {
     invalid(
         op,
@@ -50,6 +50,16 @@ inline RowLayout check_rows(
 }
 
 inline void check_keys(const std::string& op, int keys, int queries) {
+  constexpr int kMaxKeys = 1 << 30;
+  if (keys > kMaxKeys) {
+    invalid(
+        op,
+        "the cache must hold at most ",
+        kMaxKeys,
+        " keys but has ",
+        keys,
+        ".");
+  }
   if (keys < queries) {
     invalid(
         op,

@@ -23,6 +23,7 @@ mx::array indexer_topk(
         ".");
   }
   const int batch = q.shape(0), queries = q.shape(1);
+  check_count(op, "the values of a query", {q.shape(2), q.shape(3)});
   const RowLayout layout = check_rows(op, "keys", keys, batch, q.shape(3), 0);
   check_keys(op, keys.shape(1), queries);
   check_float(op, "weights", weights);
@@ -30,6 +31,7 @@ mx::array indexer_topk(
   if (k < 1) {
     invalid(op, "k must be at least 1 but is ", k, ".");
   }
+  check_count(op, "the selected keys", {batch, queries, k});
   auto primitive = place(
       std::make_shared<IndexerTopk>(
           mx::to_stream(s), reference, layout, scale));

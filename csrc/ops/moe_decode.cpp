@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "checks.h"
 #include "ops/placement.h"
 #include "primitives.h"
@@ -28,6 +30,10 @@ mx::array moe_decode(
         shape_of(slots),
         ".");
   }
+  if (slots.shape(1) < 1) {
+    invalid(op, "slots must name at least one expert for each token.");
+  }
+  check_count(op, "the tokens' choices", {slots.shape(0), slots.shape(1)});
   if (slots.dtype() != mx::int32 && slots.dtype() != mx::uint32) {
     invalid(op, "slots must be int32 or uint32 but is ", slots.dtype(), ".");
   }
@@ -39,6 +45,9 @@ mx::array moe_decode(
   const int intermediate = gate.weight.shape(1);
   const Format down_format = check_weight(op, "down", down, 3, intermediate);
   const int bank = gate.weight.shape(0);
+  if (bank < 1) {
+    invalid(op, "gate, up and down must have at least one slot.");
+  }
   if (up.weight.shape(0) != bank || down.weight.shape(0) != bank ||
       up.weight.shape(1) != intermediate || down.weight.shape(1) != hidden) {
     invalid(
@@ -52,6 +61,11 @@ mx::array moe_decode(
         shape_of(down.weight),
         ".");
   }
+  // Of the tokens that are taken together (cpu/moe_decode.cpp).
+  const int64_t choices =
+      std::min(x.shape(0), 256) * static_cast<int64_t>(slots.shape(1));
+  check_count(
+      op, "the choices' values", {choices, std::max(intermediate, hidden)});
   std::vector<mx::array> inputs = {
       mx::contiguous(x, false, s),
       mx::contiguous(mx::astype(slots, mx::int32, s), false, s),

@@ -32,6 +32,7 @@ expert_sum(const mx::array& y, const mx::array& scores, mx::StreamOrDevice s) {
   }
   check_float(op, "scores", scores);
   check_shape(op, "scores", scores, {y.shape(0), y.shape(1)});
+  check_count(op, "the tokens' choices", {y.shape(0), y.shape(1)});
   return mx::array(
       {y.shape(0), y.shape(2)},
       y.dtype(),

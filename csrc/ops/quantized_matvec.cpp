@@ -37,6 +37,8 @@ mx::array quantized_matvec(
         shape_of(x),
         ".");
   }
+  check_count(
+      op, "the rows of x", {static_cast<int64_t>(x.size()) / x.shape(-1)});
   auto shape = x.shape();
   shape.back() = w.weight.shape(-2);
   std::vector<mx::array> inputs = {mx::contiguous(x, false, s)};

@@ -64,6 +64,9 @@ std::pair<mx::array, mx::array> router_topk(
         shape_of(weight),
         ".");
   }
+  if (x.shape(1) < 1) {
+    invalid(op, "x must have at least one column but has none.");
+  }
   const int experts = weight.shape(0);
   check_shape(op, "correction_bias", correction_bias, {experts});
   check_float(op, "correction_bias", correction_bias);

@@ -55,6 +55,8 @@ mx::array sparse_mla_decode(
         ".");
   }
   const int batch = q.shape(0), queries = q.shape(1);
+  // Heads are padded to whole vectors.
+  check_count(op, "the values of a query", {q.shape(2) + 15ll, q.shape(3)});
   const int rope = q.shape(3) - rank;
   const RowLayout layout =
       check_rows(op, "latents", latents, batch, rank, rope);

@@ -14,7 +14,8 @@ struct ModeRule {
 };
 
 const std::vector<ModeRule>& rules() {
-  static const std::vector<ModeRule> table = {
+  // Never destroyed: threads may build graphs while the process ends.
+  static const auto& table = *new std::vector<ModeRule>{
       {"affine", Mode::affine, {2, 3, 4, 5, 6, 8}, {32, 64, 128}},
       {"mxfp4", Mode::mxfp4, {4}, {32}},
       {"mxfp8", Mode::mxfp8, {8}, {32}},
@@ -115,6 +116,9 @@ Format check_weight(
         shape_of(w.weight),
         ".");
   }
+  if (k < 1) {
+    invalid(op, name, " must have at least one column but has ", k, ".");
+  }
   auto shape = w.weight.shape();
   if (w.mode == "dense") {
     check_float(op, name + ".weight", w.weight);
@@ -153,7 +157,7 @@ Format check_weight(
   if (!w.scales) {
     invalid(op, name, ".scales is required in mode ", w.mode, ".");
   }
-  if (k % w.group_size != 0 || k * w.bits % 32 != 0) {
+  if (k % w.group_size != 0 || static_cast<int64_t>(k) * w.bits % 32 != 0) {
     invalid(
         op,
         name,

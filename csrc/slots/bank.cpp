@@ -1,70 +1,54 @@
 #include "slots/bank.h"
 
 #include <algorithm>
+#include <new>
 #include <stdexcept>
 #include <utility>
 
-#include "slots/checksum.h"
+#include "slots/bank_state.h"
 
 namespace glm_fused::slots {
 
-// Apart from the bank, so that a read in flight keeps the memory alive but not
-// the reader, which cannot be destroyed on a thread of its own.
-struct Lease::State {
-  BankOptions options;
-  std::unique_ptr<SlotTable> table;  // this and all below: under `mutex`
-  BankStats stats;
-  bool recording = false;
-  int64_t tokens = 0;
-  std::vector<Request> requests;
-  mutable std::mutex mutex;
-  std::condition_variable changed;
+namespace {
 
-  int experts() const {
-    return static_cast<int>(options.locations.size() / options.parts.size());
+// Reads, checksums and waits rely on these.
+void check(const BankOptions& o) {
+  const std::string layer = "[slots] layer " + std::to_string(o.layer);
+  const size_t experts = o.locations.size() / o.parts.size();
+  for (const Part& part : o.parts) {
+    if (part.bytes < 1) {
+      throw std::invalid_argument(
+          layer + ": a part of an expert has no bytes.");
+    }
   }
-  std::byte* memory(int slot, const Part& part) const {
-    return part.memory + slot * part.bytes;
+  if (!o.checksums.empty() && o.checksums.size() != experts) {
+    throw std::invalid_argument(
+        layer + ": " + std::to_string(o.checksums.size()) +
+        " checksums are not one for each of " + std::to_string(experts) +
+        " experts.");
   }
-  std::string name(int expert) const {
-    return "[slots] layer " + std::to_string(options.layer) + ", expert " +
-        std::to_string(expert) + ": ";
-  }
+}
 
-  std::string damage(int expert, int slot) const {
-    if (options.checksums.empty()) {
-      return "";
-    }
-    Checksum sum;
-    for (const Part& part : options.parts) {
-      sum.add(memory(slot, part), part.bytes);
-    }
-    const Location& at = options.locations[expert * options.parts.size()];
-    return sum.value() == options.checksums[expert]
-        ? ""
-        : options.files->path(at.file) + ": damaged at offset " +
-            std::to_string(at.offset) + ", the checksum differs.";
-  }
+}  // namespace
 
-  void finish(int expert, int slot, std::string error) {
-    if (error.empty()) {
-      error = damage(expert, slot);
-    }
-    {
-      std::lock_guard lock(mutex);
-      if (error.empty()) {
-        table->loaded(slot);
-      } else {
-        table->failed(slot, name(expert) + error);
-      }
-    }
-    changed.notify_all();
+namespace {
+
+// MLX keeps the text of an error alone, so that one of memory says where.
+template <class State, class Run>
+auto with_memory(const State& state, const Run& run) {
+  try {
+    return run();
+  } catch (const std::bad_alloc&) {
+    throw std::runtime_error(state.layer() + ": " + kOutOfMemory);
   }
-};
+}
+
+}  // namespace
 
 Lease::~Lease() {
   {
     std::lock_guard lock(state_->mutex);
+    state_->open.remove(this);
     state_->table->release(slots_);
   }
   state_->changed.notify_all();
@@ -75,6 +59,7 @@ Bank::Bank(
     BankOptions options,
     std::unique_ptr<SlotTable> table)
     : reader_(std::move(reader)), state_(std::make_shared<Lease::State>()) {
+  check(options);
   for (const Part& part : options.parts) {
     expert_bytes_ += part.bytes;
   }
@@ -84,42 +69,121 @@ Bank::Bank(
 
 Bank::~Bank() = default;
 
-std::shared_ptr<Lease>
-Bank::acquire(const int32_t* experts, int tokens, int top_k, int32_t* slots) {
-  const size_t count = static_cast<size_t>(tokens) * top_k;
-  const auto wanted = distinct(experts, count);
-  State& s = *state_;
+// A request, where its experts are and the lease that it gets. Made before it
+// holds anything, so that nothing which it holds is lost with an exception.
+struct Bank::Reservation {
+  const int32_t* experts;
+  int tokens, top_k;
+  std::vector<int> wanted;  // distinct
+  std::shared_ptr<Lease> lease;
+  std::list<Lease*> open;  // the lease
   std::vector<Placement> hits, misses;
-  std::unique_lock lock(s.mutex);
-  if (static_cast<int>(wanted.size()) > s.table->capacity()) {
+
+  size_t count() const {
+    return static_cast<size_t>(tokens) * top_k;
+  }
+};
+
+Bank::Reservation
+Bank::reserve_for(const int32_t* experts, int tokens, int top_k) const {
+  Reservation r{experts, tokens, top_k, {}, nullptr, {}, {}, {}};
+  r.wanted = distinct(experts, r.count());
+  if (static_cast<int>(r.wanted.size()) > capacity()) {
     throw std::runtime_error(
-        "[slots] layer " + std::to_string(s.options.layer) + ": " +
-        std::to_string(wanted.size()) +
+        state_->layer() + ": " + std::to_string(r.wanted.size()) +
         " experts at once need a larger bank than " +
-        std::to_string(s.table->capacity()) + " slots.");
+        std::to_string(capacity()) + " slots.");
   }
-  const auto fits = [&] { return s.table->reserve(wanted, hits, misses); };
-  if (!s.changed.wait_for(lock, s.options.patience, fits)) {
-    throw std::runtime_error(
-        "[slots] layer " + std::to_string(s.options.layer) +
-        ": too many slots are held by arrays that were not released.");
-  }
-  std::vector<int> leased;
-  for (const auto* placements : {&hits, &misses}) {
+  r.lease.reset(new Lease(state_));
+  r.lease->slots_.reserve(r.wanted.size());
+  r.open.push_back(r.lease.get());
+  return r;
+}
+
+// After the table has reserved the slots; unlocks. An exception ends the loads
+// that have not begun.
+void Bank::begin(
+    const Reservation& r,
+    std::unique_lock<std::mutex> lock,
+    int32_t* slots,
+    bool again) {
+  for (const auto* placements : {&r.hits, &r.misses}) {
     for (const Placement& p : *placements) {
-      leased.push_back(p.slot);
+      r.lease->slots_.push_back(p.slot);
     }
   }
-  for (size_t i = 0; i < count; i++) {
-    slots[i] = s.table->slot_of(experts[i]);
+  for (size_t i = 0; i < r.count(); i++) {
+    slots[i] = state_->table->slot_of(r.experts[i]);
   }
-  record(experts, tokens, top_k, hits.size(), misses.size());
-  lock.unlock();
-  std::shared_ptr<Lease> lease(new Lease(state_, std::move(leased)));
-  for (const Placement& miss : misses) {
-    load(miss.expert, miss.slot, true);
+  size_t begun = 0;
+  try {
+    record(r, again);
+    lock.unlock();
+    while (begun < r.misses.size()) {
+      const Placement& miss = r.misses[begun++];
+      load(miss.expert, miss.slot, true);
+    }
+  } catch (...) {
+    if (lock.owns_lock()) {
+      lock.unlock();
+    }
+    for (; begun < r.misses.size(); begun++) {
+      const Placement& miss = r.misses[begun];
+      state_->finish(miss.expert, miss.slot, kOutOfMemory);
+    }
+    throw;
   }
-  return lease;
+}
+
+std::shared_ptr<Lease> Bank::acquire(
+    const int32_t* experts,
+    int tokens,
+    int top_k,
+    int32_t* slots,
+    bool again) {
+  return with_memory(*state_, [&] {
+    auto r = reserve_for(experts, tokens, top_k);
+    State& s = *state_;
+    const auto fits = [&] {
+      do {
+        if (s.table->reserve(r.wanted, r.hits, r.misses)) {
+          return true;
+        }
+      } while (s.take_back());
+      return false;
+    };
+    std::unique_lock lock(s.mutex);
+    if (!s.changed.wait_for(lock, s.options.patience, fits)) {
+      throw std::runtime_error(
+          s.layer() +
+          ": too many slots are held by arrays that were not released.");
+    }
+    begin(r, std::move(lock), slots, again);
+    return r.lease;
+  });
+}
+
+std::shared_ptr<Lease> Bank::try_acquire(
+    const int32_t* experts,
+    int tokens,
+    int top_k,
+    int32_t* slots) {
+  return with_memory(*state_, [&]() -> std::shared_ptr<Lease> {
+    auto r = reserve_for(experts, tokens, top_k);
+    std::unique_lock lock(state_->mutex);
+    if (!state_->table->reserve(r.wanted, r.hits, r.misses)) {
+      return nullptr;
+    }
+    state_->open.splice(state_->open.end(), r.open);
+    begin(r, std::move(lock), slots, false);
+    return r.lease;
+  });
+}
+
+bool Bank::hold(Lease& lease) {
+  std::lock_guard lock(state_->mutex);
+  state_->open.remove(&lease);
+  return !lease.slots_.empty();
 }
 
 std::vector<int> Bank::take(std::vector<int>& pending) {
@@ -144,20 +208,26 @@ std::vector<int> Bank::take(std::vector<int>& pending) {
   pending.erase(read, pending.end());
   for (int slot : slots) {
     if (!s.table->error(slot).empty()) {
-      throw std::runtime_error(s.table->error(slot));
+      throw std::runtime_error(s.layer() + ", " + s.table->error(slot));
     }
   }
   return slots;
 }
 
 void Bank::wait(const int32_t* slots, size_t count) {
-  std::vector<int> pending(slots, slots + count);
-  while (!pending.empty()) {
-    take(pending);
-  }
+  with_memory(*state_, [&] {
+    std::vector<int> pending(slots, slots + count);
+    while (!pending.empty()) {
+      take(pending);
+    }
+  });
 }
 
 void Bank::prefetch(const int32_t* experts, size_t count) {
+  with_memory(*state_, [&] { read_ahead(experts, count); });
+}
+
+void Bank::read_ahead(const int32_t* experts, size_t count) {
   // No more than fit: one would replace another of the same call.
   int left = state_->table->spares();
   for (int expert : distinct(experts, count)) {
@@ -208,8 +278,8 @@ std::vector<int> Bank::distinct(const int32_t* experts, size_t count) const {
     const int expert = experts[i];
     if (expert < 0 || expert >= state_->experts()) {
       throw std::runtime_error(
-          state_->name(expert) + "there are " +
-          std::to_string(state_->experts()) + " experts.");
+          state_->layer() + ", expert " + std::to_string(expert) +
+          ": there are " + std::to_string(state_->experts()) + " experts.");
     }
     if (!seen[expert]) {
       seen[expert] = true;
@@ -219,48 +289,51 @@ std::vector<int> Bank::distinct(const int32_t* experts, size_t count) const {
   return result;
 }
 
-void Bank::record(
-    const int32_t* experts,
-    int tokens,
-    int top_k,
-    size_t hits,
-    size_t misses) {
+void Bank::record(const Reservation& r, bool again) {
   State& s = *state_;
-  const int64_t bytes = static_cast<int64_t>(misses) * expert_bytes_;
-  s.stats.hits += hits;
-  s.stats.misses += misses;
+  const int64_t bytes = static_cast<int64_t>(r.misses.size()) * expert_bytes_;
   s.stats.bytes += bytes;
+  if (again) {
+    return;
+  }
+  s.stats.hits += r.hits.size();
+  s.stats.misses += r.misses.size();
   if (s.recording) {
     s.requests.push_back(
         {s.tokens,
-         {experts, experts + static_cast<size_t>(tokens) * top_k},
-         top_k,
-         static_cast<int>(hits),
-         static_cast<int>(misses),
+         {r.experts, r.experts + r.count()},
+         r.top_k,
+         static_cast<int>(r.hits.size()),
+         static_cast<int>(r.misses.size()),
          bytes,
          0});
   }
-  s.tokens += tokens;
+  s.tokens += r.tokens;
 }
 
 void Bank::load(int expert, int slot, bool urgent) {
   const BankOptions& o = state_->options;
-  std::vector<Extent> extents;
-  for (size_t i = 0; i < o.parts.size(); i++) {
-    const Location& at = o.locations[expert * o.parts.size() + i];
-    extents.push_back(
-        {at.file,
-         at.offset,
-         o.parts[i].bytes,
-         state_->memory(slot, o.parts[i])});
+  try {
+    std::vector<Extent> extents;
+    for (size_t i = 0; i < o.parts.size(); i++) {
+      const Location& at = o.locations[expert * o.parts.size() + i];
+      extents.push_back(
+          {at.file,
+           at.offset,
+           o.parts[i].bytes,
+           state_->memory(slot, o.parts[i])});
+    }
+    reader_->read(
+        o.files,
+        extents,
+        urgent,
+        [state = state_, expert, slot](const std::string& error) noexcept {
+          state->finish(expert, slot, error);
+        });
+  } catch (...) {
+    state_->finish(expert, slot, kOutOfMemory);
+    throw;
   }
-  reader_->read(
-      o.files,
-      extents,
-      urgent,
-      [state = state_, expert, slot](const std::string& error) {
-        state->finish(expert, slot, error);
-      });
 }
 
 }  // namespace glm_fused::slots

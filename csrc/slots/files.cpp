@@ -41,9 +41,14 @@ Files::Files(
     const std::vector<int64_t>& sizes,
     bool direct)
     : direct_(direct) {
+  if (paths.size() != sizes.size()) {
+    throw std::invalid_argument(
+        "[slots] " + std::to_string(paths.size()) + " files have " +
+        std::to_string(sizes.size()) + " sizes.");
+  }
   try {
     for (size_t i = 0; i < paths.size(); i++) {
-      open_file(paths[i], sizes.at(i));
+      open_file(paths[i], sizes[i]);
     }
   } catch (...) {
     close_all();

@@ -23,8 +23,11 @@ LearnedPolicy::LearnedPolicy(int experts)
       last_use_(experts, -1),
       features_(experts),
       logits_(experts),
+      follows_(experts),
       weights_{-std::log(experts), 1, 0, -0.5},
-      squares_{1, 1, 1, 1} {}
+      squares_{1, 1, 1, 1} {
+  request_.reserve(experts);
+}
 
 void LearnedPolicy::begin_request(const std::vector<int>& request) {
   used_.assign(experts_, false);
@@ -73,14 +76,14 @@ void LearnedPolicy::count(const std::vector<int>& request) {
 }
 
 void LearnedPolicy::predict() {
-  std::vector<double> follows(experts_);
+  follows_.assign(experts_, 0);
   for (int leader : request_) {
     const float* followers =
         &followers_[static_cast<size_t>(leader) * experts_];
     const double weight = 1 /
         ((requests_[leader] + kPrior) * static_cast<double>(request_.size()));
     for (int e = 0; e < experts_; e++) {
-      follows[e] += (followers[e] + kPrior * frequency_[e]) * weight;
+      follows_[e] += (followers[e] + kPrior * frequency_[e]) * weight;
     }
   }
   for (int e = 0; e < experts_; e++) {
@@ -88,7 +91,7 @@ void LearnedPolicy::predict() {
     // Shares as multiples of 1 / experts, kept from the logarithm's pole.
     features_[e] = {
         1,
-        std::log(0.5 + experts_ * follows[e]),
+        std::log(0.5 + experts_ * follows_[e]),
         std::log(0.5 + experts_ * frequency_[e]),
         std::log(1 + age)};
     logits_[e] = 0;

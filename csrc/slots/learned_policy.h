@@ -43,7 +43,8 @@ class LearnedPolicy : public Policy {
   std::vector<int64_t> last_use_;
   int64_t now_ = -1;
   std::vector<Features> features_;
-  std::vector<double> logits_;  // of being in the next request
+  std::vector<double> logits_;   // of being in the next request
+  std::vector<double> follows_;  // scratch: the shares of `predict`
   Features weights_, squares_;
 };
 

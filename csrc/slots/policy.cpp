@@ -1,9 +1,9 @@
 #include "slots/policy.h"
 
 #include <algorithm>
-#include <deque>
 #include <list>
 #include <stdexcept>
+#include <string>
 
 #include "slots/learned_policy.h"
 
@@ -15,16 +15,20 @@ using Test = std::function<bool(int)>;
 
 class Lru : public Policy {
  public:
-  explicit Lru(int experts) : where_(experts, order_.end()) {}
+  explicit Lru(int experts) {
+    for (int e = 0; e < experts; e++) {
+      where_.push_back(absent_.insert(absent_.end(), e));
+    }
+  }
 
   void hit(int expert) override {
     order_.splice(order_.begin(), order_, where_[expert]);
   }
   void admit(int expert) override {
-    where_[expert] = order_.insert(order_.begin(), expert);
+    order_.splice(order_.begin(), absent_, where_[expert]);
   }
   void drop(int expert) override {
-    order_.erase(where_[expert]);
+    absent_.splice(absent_.begin(), order_, where_[expert]);
   }
   int evict(const Test& evictable) override {
     const auto oldest = std::find_if(order_.rbegin(), order_.rend(), evictable);
@@ -34,7 +38,8 @@ class Lru : public Policy {
   }
 
  private:
-  std::list<int> order_;  // latest first
+  std::list<int> order_;   // latest first
+  std::list<int> absent_;  // the others' nodes
   std::vector<std::list<int>::iterator> where_;
 };
 
@@ -43,7 +48,13 @@ class PinnedLru : public Lru {
   PinnedLru(int experts, const std::vector<int>& pinned)
       : Lru(experts), pinned_(experts) {
     for (int expert : pinned) {
-      pinned_.at(expert) = true;
+      if (expert < 0 || expert >= experts) {
+        throw std::invalid_argument(
+            "[slots] expert " + std::to_string(expert) +
+            " cannot be pinned: there are " + std::to_string(experts) +
+            " experts.");
+      }
+      pinned_[expert] = true;
     }
   }
 
@@ -69,7 +80,11 @@ class S3Fifo : public Policy {
   S3Fifo(int experts, int slots)
       : small_size_(std::max<size_t>(1, slots / 10)),
         ghost_size_(std::max<size_t>(1, slots - small_size_)),
-        uses_(experts) {}
+        uses_(experts) {
+    small_.reserve(experts);
+    main_.reserve(experts);
+    ghost_.reserve(experts + 1);
+  }
 
   void hit(int expert) override {
     uses_[expert] = std::min(uses_[expert] + 1, 3);
@@ -78,10 +93,10 @@ class S3Fifo : public Policy {
     uses_[expert] = 0;
     const auto ghost = std::find(ghost_.begin(), ghost_.end(), expert);
     if (ghost == ghost_.end()) {
-      small_.push_front(expert);
+      push_front(small_, expert);
     } else {
       ghost_.erase(ghost);
-      main_.push_front(expert);
+      push_front(main_, expert);
     }
   }
   void drop(int expert) override {
@@ -98,8 +113,14 @@ class S3Fifo : public Policy {
   }
 
  private:
+  using Queue = std::vector<int>;  // latest first; never outgrows its memory
+
+  static void push_front(Queue& queue, int expert) {
+    queue.insert(queue.begin(), expert);
+  }
+
   // Takes the oldest evictable expert out of the queue; -1 if there is none.
-  static int take(std::deque<int>& queue, const Test& evictable) {
+  static int take(Queue& queue, const Test& evictable) {
     const auto at = std::find_if(queue.rbegin(), queue.rend(), evictable);
     if (at == queue.rend()) {
       return -1;
@@ -120,7 +141,7 @@ class S3Fifo : public Policy {
         return expert;
       }
       uses_[expert] = 0;
-      main_.push_front(expert);
+      push_front(main_, expert);
     }
   }
 
@@ -131,12 +152,12 @@ class S3Fifo : public Policy {
         return expert;
       }
       uses_[expert]--;
-      main_.push_front(expert);
+      push_front(main_, expert);
     }
   }
 
   void remember(int expert) {
-    ghost_.push_front(expert);
+    push_front(ghost_, expert);
     if (ghost_.size() > ghost_size_) {
       ghost_.pop_back();
     }
@@ -144,7 +165,7 @@ class S3Fifo : public Policy {
 
   const size_t small_size_, ghost_size_;
   std::vector<int> uses_;  // while resident, at most 3
-  std::deque<int> small_, main_, ghost_;
+  Queue small_, main_, ghost_;
 };
 
 }  // namespace
@@ -154,6 +175,13 @@ std::unique_ptr<Policy> make_policy(
     int experts,
     int slots,
     const std::vector<int>& pinned) {
+  constexpr int kMaxExperts = 1 << 16;
+  if (experts < 1 || experts > kMaxExperts || slots < 0) {
+    throw std::invalid_argument(
+        "[slots] a layer has 1 to " + std::to_string(kMaxExperts) +
+        " experts and no fewer than 0 slots but is given " +
+        std::to_string(experts) + " and " + std::to_string(slots) + ".");
+  }
   if (name == "learned") {
     return std::make_unique<LearnedPolicy>(experts);
   }

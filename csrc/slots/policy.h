@@ -8,7 +8,9 @@
 
 namespace glm_fused::slots {
 
-// One layer's policy. Not thread-safe: a bank calls it under its lock.
+// One layer's policy. Not thread-safe: a bank calls it under its lock. All its
+// memory is allocated when it is made: no call below throws, so that a failed
+// allocation never leaves a request half way.
 class Policy {
  public:
   virtual ~Policy() = default;
@@ -36,7 +38,7 @@ class Policy {
 
 // `name`: learned, lru, s3fifo, or pinned (LRU over all experts but those in
 // `pinned`).
-// Throws std::invalid_argument for other names.
+// Throws std::invalid_argument for other names and impossible counts.
 std::unique_ptr<Policy> make_policy(
     const std::string& name,
     int experts,

@@ -6,6 +6,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
+
+#include "threads.h"
 
 namespace glm_fused::slots {
 
@@ -134,8 +137,10 @@ Reader::Reader(int depth, int64_t split) : split_(split) {
         "blocks, got " +
         std::to_string(depth) + " and " + std::to_string(split) + ".");
   }
-  for (int i = 0; i < depth; i++) {
-    threads_.emplace_back([this] { work(); });
+  threads_ = start_threads("reads", depth, [this] { work(); });
+  if (threads_.empty()) {
+    throw std::runtime_error(
+        "[slots] experts cannot be read: no thread could be created.");
   }
 }
 
@@ -159,11 +164,19 @@ void Reader::read(
   job->files = std::move(files);
   job->done = std::move(done);
   auto pieces = split(job, extents);
+  if (pieces.empty()) {
+    job->done("");
+    return;
+  }
   job->left = static_cast<int>(pieces.size());
   {
     std::lock_guard lock(mutex_);
     auto& queue = urgent ? urgent_ : later_;
-    std::move(pieces.begin(), pieces.end(), std::back_inserter(queue));
+    // All of them or, if there is no memory, none.
+    queue.insert(
+        queue.end(),
+        std::make_move_iterator(pieces.begin()),
+        std::make_move_iterator(pieces.end()));
   }
   wake_.notify_all();
 }
@@ -202,19 +215,33 @@ std::string read_piece(
     int64_t offset,
     int64_t bytes,
     Bounce& bounce) {
+  const int fd = files.fd(file);
+  const int64_t got = files.aligned_only() && !aligned(to, offset)
+      ? read_bounced(bounce, fd, to, offset, bytes)
+      : read_some(fd, to, offset);
+  if (got >= bytes) {
+    return files.changed(file);
+  }
+  return "ends after " + std::to_string(std::max<int64_t>(got, 0)) + " of " +
+      std::to_string(bytes) + " bytes at offset " + std::to_string(offset) +
+      " (truncated?)";
+}
+
+// The same, with the file's name, whatever memory is left.
+template <class Piece>
+std::string outcome(const Piece& piece, Bounce& bounce) noexcept {
+  const Files& files = *piece.job->files;
   try {
-    const int fd = files.fd(file);
-    const int64_t got = files.aligned_only() && !aligned(to, offset)
-        ? read_bounced(bounce, fd, to, offset, bytes)
-        : read_some(fd, to, offset);
-    if (got >= bytes) {
-      return files.changed(file);
+    std::string error;
+    try {
+      error = read_piece(
+          files, piece.file, piece.to, piece.offset, piece.bytes, bounce);
+    } catch (const std::runtime_error& failure) {
+      error = failure.what();
     }
-    return "ends after " + std::to_string(std::max<int64_t>(got, 0)) + " of " +
-        std::to_string(bytes) + " bytes at offset " + std::to_string(offset) +
-        " (truncated?)";
-  } catch (const std::exception& error) {
-    return error.what();
+    return error.empty() ? error : files.path(piece.file) + ": " + error;
+  } catch (const std::exception&) {
+    return "out of memory.";  // so short that it takes none
   }
 }
 
@@ -233,21 +260,15 @@ void Reader::work() {
     const Piece piece = std::move(queue.front());
     queue.pop_front();
     lock.unlock();
-    const Files& files = *piece.job->files;
-    std::string error = read_piece(
-        files, piece.file, piece.to, piece.offset, piece.bytes, bounce);
-    if (!error.empty()) {
-      error = files.path(piece.file) + ": " + error;
-    }
-    finish(*piece.job, error);
+    finish(*piece.job, outcome(piece, bounce));
   }
 }
 
-void Reader::finish(Job& job, const std::string& error) {
+void Reader::finish(Job& job, std::string error) noexcept {
   if (!error.empty()) {
     std::lock_guard lock(job.mutex);
     if (job.error.empty()) {
-      job.error = error;
+      job.error = std::move(error);
     }
   }
   if (job.left.fetch_sub(1, std::memory_order_acq_rel) == 1) {

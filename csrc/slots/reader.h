@@ -27,10 +27,12 @@ struct Extent {
 
 class Reader {
  public:
-  // Called on a reader's thread with an empty text, or with what went wrong.
+  // Called on a reader's thread with an empty text, or with what went wrong; it
+  // must not throw.
   using Done = std::function<void(const std::string& error)>;
 
-  // Up to `depth` reads of up to `split` bytes are in flight at a time.
+  // Up to `depth` reads of up to `split` bytes are in flight at a time, fewer
+  // where the system gives fewer threads; throws std::runtime_error if none.
   Reader(int depth, int64_t split);
   // Finishes what was asked for.
   ~Reader();
@@ -38,7 +40,8 @@ class Reader {
   Reader& operator=(const Reader&) = delete;
 
   // Reads all `extents`, then calls `done`. Extents that follow one another in
-  // their file become one read. `urgent` reads go before the others.
+  // their file become one read. `urgent` reads go before the others. If it
+  // throws, nothing is read and `done` is not called.
   void read(
       std::shared_ptr<const Files> files,
       const std::vector<Extent>& extents,
@@ -59,7 +62,7 @@ class Reader {
       const std::shared_ptr<Job>& job,
       const std::vector<Extent>& extents) const;
   void work();
-  static void finish(Job& job, const std::string& error);
+  static void finish(Job& job, std::string error) noexcept;
 
   const int64_t split_;
   std::mutex mutex_;

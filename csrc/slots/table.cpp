@@ -1,6 +1,7 @@
 #include "slots/table.h"
 
 #include <stdexcept>
+#include <utility>
 
 namespace glm_fused::slots {
 
@@ -38,7 +39,12 @@ bool SlotTable::reserve(
   if (wanted > available(needed)) {
     return false;
   }
-  policy_->begin_request(experts);
+  // Nothing from here on allocates.
+  hits.reserve(experts.size());
+  misses.reserve(experts.size());
+  if (!experts.empty()) {
+    policy_->begin_request(experts);
+  }
   for (int expert : experts) {
     if (const int slot = where_[expert]; slot >= 0) {
       slots_[slot].leases++;
@@ -62,7 +68,7 @@ bool SlotTable::reserve(
   return true;
 }
 
-void SlotTable::release(const std::vector<int>& slots) {
+void SlotTable::release(const std::vector<int>& slots) noexcept {
   for (int slot : slots) {
     slots_[slot].leases--;
   }
@@ -86,11 +92,11 @@ int SlotTable::reserve_spare(int expert) {
   return -1;
 }
 
-void SlotTable::loaded(int slot) {
+void SlotTable::loaded(int slot) noexcept {
   slots_[slot].loading = false;
 }
 
-void SlotTable::failed(int slot, const std::string& error) {
+void SlotTable::failed(int slot, std::string error) noexcept {
   Slot& s = slots_[slot];
   if (!s.spare) {
     policy_->drop(s.expert);
@@ -98,7 +104,7 @@ void SlotTable::failed(int slot, const std::string& error) {
   where_[s.expert] = -1;
   s.expert = -1;
   s.loading = false;
-  s.error = error;
+  s.error = std::move(error);
 }
 
 int SlotTable::available(const std::vector<bool>& needed) const {

@@ -21,21 +21,22 @@ class SlotTable {
 
   // Leases a slot to each of `experts`, which must differ: all hits first, so
   // that no victim is an expert of the same request. Returns false and changes
-  // nothing if leases leave too few slots. `misses` have to be read.
+  // nothing if leases leave too few slots, or if it throws. `misses` have to be
+  // read.
   bool reserve(
       const std::vector<int>& experts,
       std::vector<Placement>& hits,
       std::vector<Placement>& misses);
   // Ends one lease per entry.
-  void release(const std::vector<int>& slots);
+  void release(const std::vector<int>& slots) noexcept;
 
   // A spare slot to read `expert` into; -1 if it is resident or none is free.
   // Never evicts what a request brought in.
   int reserve_spare(int expert);
 
-  void loaded(int slot);
+  void loaded(int slot) noexcept;
   // The slot's content is undefined: the next request reads again.
-  void failed(int slot, const std::string& error);
+  void failed(int slot, std::string error) noexcept;
 
   bool loading(int slot) const {
     return slots_[slot].loading;

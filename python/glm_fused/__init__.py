@@ -1,4 +1,8 @@
-"""GLM-5 (`glm_moe_dsa`) on MLX with fused decode kernels, checked bit for bit."""
+"""GLM-5 (`glm_moe_dsa`) on MLX with fused decode kernels, checked bit for bit.
+
+model, tokenizer = glm_fused.load("demo")  # or the folder of a checkpoint
+print(glm_fused.generate(model, tokenizer, "def main():", max_tokens=40).text)
+"""
 
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -9,24 +13,41 @@ from ._ext import num_threads, set_num_threads
 from .paths import reference_path
 
 if TYPE_CHECKING:
+    from .generation import generate, stream_generate
     from .loader import load, load_model
+    from .streaming import StreamOptions
 
 __version__ = metadata.version("glm-fused")
 
 __all__ = [
+    "StreamOptions",
+    "generate",
     "load",
     "load_model",
     "num_threads",
     "ops",
     "reference_path",
     "set_num_threads",
+    "stream_generate",
 ]
+
+# mlx-lm takes seconds to import, which the kernels and the command line's help do not need.
+_LAZY = {
+    "StreamOptions": "streaming",
+    "generate": "generation",
+    "load": "loader",
+    "load_model": "loader",
+    "stream_generate": "generation",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # mlx-lm takes seconds to import, which the kernels and the command line's help do not need.
-    if name in ("load", "load_model"):
-        from . import loader
+    if name in _LAZY:
+        from importlib import import_module
 
-        return getattr(loader, name)
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

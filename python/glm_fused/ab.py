@@ -13,9 +13,13 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
 from . import paths
-from .generate import Options, debug_paths, ratio
+from .generation import OnProgress, debug_paths, ratio
 from .model import Model
+from .options import Options
+from .prompts import room
 
+# A speed of fewer tokens says what a start costs, and little of what a token does.
+MEANINGFUL_TOKENS = 16
 _BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
 
@@ -31,6 +35,9 @@ class Run:
 
     @property
     def prefill_tps(self) -> float | None:
+        """Tokens per second; None where the prompt is too short for it to mean anything."""
+        if self.prompt_tokens < MEANINGFUL_TOKENS:
+            return None
         return ratio(self.prompt_tokens, self.prefill_seconds)
 
     @property
@@ -69,15 +76,24 @@ class Comparison:
         }
 
 
-def compare(model: Model, prompt: Sequence[int], options: Options) -> Comparison:
-    """Run both paths from fresh caches for ``max_tokens`` steps; stop tokens do not end them.
+def compare(
+    model: Model,
+    prompt: Sequence[int],
+    options: Options,
+    on_progress: OnProgress = lambda what, done, total: None,
+) -> Comparison:
+    """Run both paths from fresh caches for ``max_tokens`` steps; nothing ends them before.
 
     Step 0's logits are those after the prompt, so they depend on all that the prefill computed.
+    ``on_progress`` gets what is being done, its tokens and their total.
     """
     debug_paths(model)
+    steps = room(model, len(prompt), options.max_tokens)
     for reference in (False, True):  # the first touch of the weights is not to be timed
-        _run(model, prompt[-1:], Options(max_tokens=1), reference)
-    fused, reference_run = (_run(model, prompt, options, which) for which in (False, True))
+        _run(model, prompt[-1:], 1, Options(), reference, lambda what, done, total: None)
+    fused, reference_run = (
+        _run(model, prompt, steps, options, which, on_progress) for which in (False, True)
+    )
     return Comparison(fused, reference_run, _first_difference(fused, reference_run))
 
 
@@ -101,8 +117,16 @@ def format_comparison(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _run(model: Model, prompt: Sequence[int], options: Options, reference: bool) -> Run:
+def _run(
+    model: Model,
+    prompt: Sequence[int],
+    steps: int,
+    options: Options,
+    reference: bool,
+    on_progress: OnProgress,
+) -> Run:
     logits: list[mx.array] = []
+    path = "reference" if reference else "fused"
 
     def record(_: mx.array, step_logits: mx.array) -> mx.array:
         logits.append(step_logits)
@@ -115,13 +139,15 @@ def _run(model: Model, prompt: Sequence[int], options: Options, reference: bool)
         for token, _ in generate_step(
             mx.array(list(prompt)),
             model,
-            max_tokens=options.max_tokens,
-            sampler=options.sampler(),
-            logits_processors=[record],
+            max_tokens=steps,
+            sampler=options.sampler(model.args.vocab_size),
+            logits_processors=[*options.processors(), record],
             prompt_cache=model.make_cache(),
+            prompt_progress_callback=lambda done, n: on_progress(f"{path}, prompt", done, n),
         ):
             ticks.append(time.perf_counter())
             tokens.append(int(token))
+            on_progress(f"{path}, generation", len(tokens), steps)
     seconds = [after - before for before, after in pairwise(ticks)]
     return Run(len(prompt), tokens, logits[: len(tokens)], seconds[0], seconds[1:])
 

@@ -7,8 +7,8 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,31 +17,43 @@ import mlx.core as mx
 from .cache import bytes_per_token
 from .chunks import BUDGET_BYTES
 from .config import ModelArgs
+from .validation import show
 
 if TYPE_CHECKING:
     from .streaming import StreamOptions
 
 PREFILL_TOKENS = 2048  # mlx-lm's chunk of a prompt
 PROCESS_GROWTH = 48 << 20  # after planning: tokenizer, code, heaps of threads; 30 MB are usual
+SHORTEST_CONTEXT = 256  # that a refusal proposes
 MAX_SCRATCH = 64 << 20  # of indexer_topk and of sparse_mla_decode
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])(i?)b?|b)", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Bytes in texts such as "24GB", "512MiB" or "1000"; ValueError for others."""
+    """Bytes in texts such as "24GB", "512MiB" or "1000B"; ValueError for others and from 2^63 on.
+
+    A number without a unit is none: whoever writes 24 does not mean bytes.
+    """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise ValueError(f"expected a size such as 24GB or 512MiB: {text!r}")
+        raise ValueError(f"expected a size with its unit, such as 24GB or 512MiB: {show(text)}")
     number, unit, binary = match.groups()
-    power = "kmgt".find(unit.lower()) + 1 if unit else 0
-    factor = 1024**power if binary else _UNITS[unit.lower()]
-    return int(float(number) * factor)
+    unit = "" if unit is None else unit.lower()
+    power = "kmgt".find(unit) + 1 if unit else 0
+    nbytes = float(number) * (1024**power if binary else 1000**power)
+    if nbytes >= 2**63:
+        raise ValueError(f"expected a size below 2^63 bytes: {show(text)}")
+    return int(nbytes)
 
 
 @dataclass(frozen=True)
 class Shares:
-    """Bytes that do not depend on the number of slots."""
+    """Bytes that do not depend on the number of slots.
+
+    ``process`` is what is resident before loading, and its usual growth; ``staging`` is read
+    buffers and the temporaries of a prompt.
+    """
 
     process: int
     dense: int
@@ -77,24 +89,34 @@ class Plan:
         """A table for a terminal."""
         s = self.shares
         rows = [
-            ("process", s.process, ""),
-            ("dense weights", s.dense, ""),
+            ("program", s.process, "code, tokenizer, and what is resident already"),
+            ("dense weights", s.dense, "all but routed experts"),
             ("KV cache", s.kv, f"{self.context:,} tokens"),
-            ("staging", s.staging, "read buffers and a prompt chunk's temporaries"),
-            ("slots", self.slot_bytes, f"{self.slots} of {self.experts} x {self.layers} layers"),
+            ("buffers", s.staging, "of reads, and a prompt chunk's temporaries"),
+            (
+                "slots",
+                self.slot_bytes,
+                f"{self.slots} of {self.experts} x {self.layers} layers, for experts",
+            ),
             ("total", self.total, f"of a budget of {size(self.budget)}"),
         ]
         return "\n".join(f"{name:<14}{size(n):>11}  {note}".rstrip() for name, n, note in rows)
 
 
 def make_plan(
-    args: ModelArgs, shares: Shares, expert_bytes: Sequence[int], options: StreamOptions
+    args: ModelArgs,
+    shares_for: Callable[[int], Shares],
+    expert_bytes: Sequence[int],
+    options: StreamOptions,
 ) -> Plan:
     """As many slots a layer as the budget holds, or ``options.slots``.
 
-    ``expert_bytes`` is the size of one expert in each layer. Raises ValueError, with the numbers,
-    if fewer than a token needs fit, or if the asked number does not.
+    ``shares_for`` gives the shares of a context, ``expert_bytes`` the size of one expert in each
+    layer. Raises ValueError for a context beyond the model's and for an impossible number of slots,
+    and, with the numbers and what would fit, if fewer than a token needs fit, or if the asked
+    number does not.
     """
+    context = planned_context(args, options.context, options.default_context)
     experts = args.n_routed_experts or 0
     per_slot, least = sum(expert_bytes), args.num_experts_per_tok + options.spares
     budget = affordable_bytes(options.direct) if options.budget is None else options.budget
@@ -104,19 +126,61 @@ def make_plan(
             f"[budget] {wanted} slots a layer, expected {least} to {experts}: a token needs"
             f" {args.num_experts_per_tok} and {options.spares} are spare."
         )
+    shares = shares_for(context)
     needed = shares.total + wanted * per_slot
+    plan = Plan(max(budget, needed), shares, context, len(expert_bytes), experts, per_slot, wanted)
     if needed > budget and (options.budget is not None or options.slots is None):
-        raise ValueError(
-            f"[budget] {size(budget)} cannot hold {size(needed)}: process {size(shares.process)},"
-            f" dense weights {size(shares.dense)}, KV cache {size(shares.kv)} for"
-            f" {options.context:,} tokens, staging {size(shares.staging)} and {wanted} slots a"
-            f" layer {size(wanted * per_slot)}."
-        )
+        raise ValueError(_refusal(plan, budget, least, shares_for))
     if options.slots is None:
-        wanted = min(experts, (budget - shares.total) // per_slot)
-    return Plan(
-        max(budget, needed), shares, options.context, len(expert_bytes), experts, per_slot, wanted
+        plan = replace(plan, slots=min(experts, (budget - shares.total) // per_slot))
+    return plan
+
+
+def planned_context(args: ModelArgs, context: int | None, default: int) -> int:
+    """The tokens to plan for: ``context``, or ``default`` within the model's own context."""
+    limit = args.max_position_embeddings
+    if context is None:
+        return min(default, limit)
+    if not 1 <= context <= limit:
+        raise ValueError(
+            f"[budget] a context of {context:,} tokens, expected 1 to {limit:,}, the model's own"
+            " (max_position_embeddings)."
+        )
+    return context
+
+
+def _refusal(plan: Plan, budget: int, least: int, shares_for: Callable[[int], Shares]) -> str:
+    """Why a plan does not fit, and what would."""
+    shares = plan.shares
+    reason = (
+        f"[budget] {size(budget)} cannot hold {size(plan.total)}: {size(shares.process)} for the"
+        f" program, {size(shares.dense)} for all weights but routed experts, {size(shares.kv)} for"
+        f" a KV cache of {plan.context:,} tokens, {size(shares.staging)} for buffers and"
+        f" {size(plan.slot_bytes)} for {plan.slots} experts a layer (a token needs {least})"
     )
+    ways = [f"a budget of {_upwards(plan.total)}"]
+    context = _largest(plan.context, lambda n: shares_for(n).total + plan.slot_bytes <= budget)
+    if context >= SHORTEST_CONTEXT:
+        ways.append(f"a context of at most {context:,} tokens")
+    slots_left = (budget - shares.total) // plan.expert_bytes
+    if least <= slots_left < plan.slots:
+        ways.append(f"{slots_left} slots a layer")
+    return f"{reason}; {' or '.join(ways)} would fit."
+
+
+def _largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest n up to ``limit`` that fits, of those below which all do; 0 if none does."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _upwards(n: int) -> str:
+    """A size to type that holds n bytes, and what the program grows by from run to run."""
+    number, unit = size(n + n // 50).split()
+    return f"{number}{unit}"
 
 
 def resident_bytes() -> int:
@@ -125,6 +189,16 @@ def resident_bytes() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
     except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process has kept in memory."""
+    try:  # not ru_maxrss, which a child inherits from the process that started it
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 

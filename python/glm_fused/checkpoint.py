@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .folders import checkpoint_folder
 from .safetensors_header import (
     TensorInfo,
     parse_json_object,
@@ -34,14 +35,12 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Checkpoint":
-        """Read configs, index and headers.
+        """Read configs, index and headers; ``path`` is what `glm_fused.folders` takes.
 
         Raises FileNotFoundError for a missing folder, config or shard and ValueError, naming the
         file and tensor, for anything malformed or inconsistent.
         """
-        path = Path(path)
-        if not path.is_dir():
-            raise FileNotFoundError(f"[checkpoint] {path} is not a folder.")
+        path = checkpoint_folder(path)
         config = _read_config(path)
         index = path / INDEX_FILE
         if index.exists():

@@ -8,66 +8,157 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arguments import DEFAULT_CONTEXT, DEFAULT_TOKENS, SAMPLING, UsageError
 from .commands_streaming import stream_options
+from .output import discard, print_json, print_summary, write
+from .progress import Progress
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from .generate import Completion, Options
     from .model import Model
+    from .options import Options
     from .streaming import StreamOptions
-
-DEFAULT_CONTEXT = 4096  # tokens of a prompt that memory is planned for, unless more are asked for
 
 
 def run_generate(args: argparse.Namespace) -> int:
-    from .generate import Options, encode, generate
+    from .prompts import encode
 
+    _check_ab(args)
+    if args.trace is not None:
+        _new_file(args.trace)
     prompt = _read_prompt(args.prompt)
-    stream = stream_options(args, DEFAULT_CONTEXT + args.max_tokens)
-    model, tokenizer = _load(_folder(args.model), args, stream)
+    stream = stream_options(args, DEFAULT_CONTEXT + (args.max_tokens or DEFAULT_TOKENS))
+    model, tokenizer = _load(args.model, args, stream)
     if model.streaming is not None:
         print(model.streaming.plan.format(), file=sys.stderr)
+    options = _options(args, model.options)
     tokens = encode(model, tokenizer, prompt, args.raw)
-    options = Options(args.max_tokens, args.temp, args.top_p, args.seed)
-    if stream is not None and len(tokens) + args.max_tokens > stream.context:
-        raise ValueError(
-            f"{len(tokens)} prompt tokens and {args.max_tokens} more exceed the"
-            f" {stream.context} that memory was planned for; give --context."
-        )
-    if args.ab:
-        return _compare(model, tokenizer, tokens, options, args.json)
-    write = _discard if args.json else _write
-    with _traced(model, args.trace, write) as on_text:
-        completion = generate(model, tokenizer, tokens, options, on_text)
+    run = _compare if args.ab else _generate
+    with Progress() as progress:
+        return run(args, model, tokenizer, tokens, options, progress)
+
+
+def _generate(
+    args: argparse.Namespace,
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    tokens: list[int],
+    options: Options,
+    progress: Progress,
+) -> int:
+    from .generation import generate
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        if args.json or what == "prompt":  # a text shows how its generation goes on
+            progress(what, done, total)
+
+    sampling = options.describe() | {"from_checkpoint": _from_checkpoint(args, model)}
+    with _traced(model, args.trace, discard if args.json else write) as on_text:
+        completion = generate(model, tokenizer, tokens, options, on_text, on_progress=on_progress)
     if args.json:
         streaming = {"streaming": model.streaming.stats()} if model.streaming else {}
-        _print_json(completion.describe() | streaming)
-        return 0
-    print()
-    if args.verbose or sys.stderr.isatty():
-        _print_speeds(completion)
-        _print_streaming(model)
+        print_json(completion.describe() | {"sampling": sampling} | streaming)
+    else:
+        print()
+    if args.verbose or (sys.stderr.isatty() and not args.json):
+        print_summary(completion, sampling, model.streaming)
     return 0
+
+
+def _compare(
+    args: argparse.Namespace,
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    tokens: list[int],
+    options: Options,
+    progress: Progress,
+) -> int:
+    from .ab import compare, format_comparison
+
+    comparison = compare(model, tokens, options, progress)
+    sampling = options.describe() | {"from_checkpoint": _from_checkpoint(args, model)}
+    if args.json:
+        text = tokenizer.decode(comparison.fused.tokens)
+        print_json(comparison.describe() | {"text": text, "sampling": sampling})
+    else:
+        print(format_comparison(comparison))
+    return 0 if comparison.bit_identical else 1
+
+
+def _check_ab(args: argparse.Namespace) -> None:
+    """Refuse what a comparison would ignore."""
+    ignored = [name for name in ("stop", "trace") if args.ab and getattr(args, name)]
+    if ignored:
+        raise UsageError(
+            f"{_flags(ignored)}: not with --ab, which runs both paths for all of --max-tokens."
+        )
+
+
+def _options(args: argparse.Namespace, defaults: Options) -> Options:
+    """What the checkpoint asks for, with what the command line says in its place."""
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    seed = {} if args.seed is None else {"seed": args.seed}
+    options = replace(
+        defaults, max_tokens=args.max_tokens, stop=tuple(args.stop or ()), **seed, **given
+    )
+    _check_sampling(options, given)
+    return options
+
+
+def _check_sampling(options: Options, given: dict[str, Any]) -> None:
+    """Refuse options that would do nothing.
+
+    A seed is none of them: greedy decoding is as reproducible as it asks for. Nor is an option
+    with the value that means "do nothing", such as --top-p 1.
+    """
+    from .options import changed
+
+    asked = [name for name in given if name in changed(options)]
+    idle = [name for name in ("top_p", "top_k", "min_p") if options.greedy and name in asked]
+    if idle:
+        raise UsageError(
+            f"{_flags(idle)}: greedy decoding always takes the likeliest token; give --temp above"
+            " 0 too."
+        )
+    if "repetition_context_size" in given and options.repetition_penalty == 1:
+        raise UsageError("--repetition-context-size needs --repetition-penalty.")
+
+
+def _from_checkpoint(args: argparse.Namespace, model: Model) -> list[str]:
+    """Options that the checkpoint's generation_config.json decided."""
+    from .options import changed
+
+    return [name for name in changed(model.options) if getattr(args, name) is None]
+
+
+def _flags(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def run_demo(args: argparse.Namespace) -> int:
     from . import demo
-    from .generate import Options
+    from .options import Options
 
     prompt = demo.PROMPT if args.prompt is None else _read_prompt(args.prompt)
     model, tokenizer = _load(demo.checkpoint_folder(), args)
-    write = _discard if args.json else _write
-    options = Options(args.max_tokens, demo.TEMP, demo.TOP_P, demo.SEED)
-    result = demo.run(model, tokenizer, prompt, options, write)
+    options = Options(
+        max_tokens=demo.MAX_TOKENS if args.max_tokens is None else args.max_tokens,
+        temp=demo.TEMP,
+        top_p=demo.TOP_P,
+        seed=demo.SEED,
+    )
+    with Progress() as progress:
+        show = discard if args.json else write
+        result = demo.run(model, tokenizer, prompt, options, show, progress)
     if args.json:
-        _print_json(result)
+        print_json(result)
     return 0 if result["ab"]["bit_identical"] else 1
 
 
@@ -76,7 +167,7 @@ def run_doctor(args: argparse.Namespace) -> int:
 
     result = doctor.examine(args.threads)
     if args.json:
-        _print_json(result)
+        print_json(result)
     else:
         print(doctor.format_result(result))
     return 0 if result["ok"] else 1
@@ -85,9 +176,9 @@ def run_doctor(args: argparse.Namespace) -> int:
 def run_inspect(args: argparse.Namespace) -> int:
     from .report import describe, format_report
 
-    description = describe(_folder(args.path))
+    description = describe(args.path)
     if args.json:
-        _print_json(description)
+        print_json(description)
     else:
         print(format_report(description))
     return 0
@@ -100,10 +191,10 @@ def run_selftest(args: argparse.Namespace) -> int:
     target = None if args.json in (None, "-") else _new_file(args.json)
     if args.threads is not None:
         set_num_threads(args.threads)
-    with _progress() as step:
+    with _steps() as step:
         result = report.examine(args.backend, quick=args.quick, bench=args.bench, step=step)
     if args.json == "-":
-        _print_json(result)
+        print_json(result)
     else:
         print(report.format_report(result))
     if target is not None:
@@ -123,43 +214,12 @@ def _new_file(text: str) -> Path:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
+def _steps() -> Iterator[Callable[[str], None]]:
     """Shows what is being done, on a terminal."""
     from tqdm import tqdm
 
     with tqdm(bar_format="{elapsed} {desc}", disable=not sys.stderr.isatty(), leave=False) as bar:
         yield bar.set_description_str
-
-
-def _compare(
-    model: Model,
-    tokenizer: TokenizerWrapper,
-    tokens: list[int],
-    options: Options,
-    as_json: bool,
-) -> int:
-    from .ab import compare, format_comparison
-
-    comparison = compare(model, tokens, options)
-    if as_json:
-        _print_json(comparison.describe() | {"text": tokenizer.decode(comparison.fused.tokens)})
-    else:
-        print(format_comparison(comparison))
-    return 0 if comparison.bit_identical else 1
-
-
-def _folder(text: str) -> Path:
-    """A local checkpoint folder; where it looks like a repository's name, how to download it."""
-    path = Path(text).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ValueError(f"{text} is a file, expected the folder of a checkpoint.")
-    hint = ""
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
-        target = text.rpartition("/")[2]
-        hint = f" To download it: hf download {text} --local-dir {target}"
-    raise FileNotFoundError(f"{text} does not exist; models are read from local folders.{hint}")
 
 
 @contextlib.contextmanager
@@ -185,50 +245,27 @@ def _traced(
 
 
 def _load(
-    path: Path, args: argparse.Namespace, stream: StreamOptions | None = None
+    path: str | Path, args: argparse.Namespace, stream: StreamOptions | None = None
 ) -> tuple[Model, TokenizerWrapper]:
     from . import load, set_num_threads
+    from .folders import DEMO, checkpoint_folder
 
+    folder = checkpoint_folder(path)
+    if path == DEMO and folder == Path(DEMO):
+        print(f"{DEMO} is the folder ./{DEMO} here, not the bundled model.", file=sys.stderr)
     if args.threads is not None:
         set_num_threads(args.threads)
-    if (path / "config.json").exists() and not (path / "tokenizer_config.json").exists():
-        raise FileNotFoundError(f"{path} has no tokenizer_config.json.")
-    return load(path, kv_format=args.kv_format, stream=stream)
+    if not (folder / "tokenizer_config.json").exists():
+        raise FileNotFoundError(f"{folder} has no tokenizer_config.json.")
+    return load(folder, kv_format=args.kv_format, stream=stream)
 
 
 def _read_prompt(text: str) -> str:
-    return sys.stdin.read() if text == "-" else text
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def _discard(_: str) -> None:
-    pass
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, indent=1, allow_nan=False))
-
-
-def _print_streaming(model: Model) -> None:
-    if model.streaming is None:
-        return
-    stats = model.streaming.stats()
-    rate, nbytes = stats["hit_rate"] or 0.0, stats["bytes"]
-    text = f"experts     hit rate {rate:.3f}, {nbytes / 1e9:.2f} GB read, "
-    print(f"{text}{stats['wait_us'] / 1e6:.2f} s waited for", file=sys.stderr)
-
-
-def _print_speeds(completion: Completion) -> None:
-    c, decode = completion, completion.generation_tps
-    speed = "" if decode is None else f", {decode:.1f} tok/s"
-    print(
-        f"prompt      {c.prompt_tokens} tokens, {c.prompt_tps:.1f} tok/s\n"
-        f"generated   {len(c.tokens)} tokens{speed} ({c.path})\n"
-        f"peak memory {c.peak_memory_bytes / 1e9:.2f} GB\n"
-        f"cache       {c.kv_bytes / 1e6:.2f} MB in {c.kv_format} for {c.kv_tokens} tokens",
-        file=sys.stderr,
-    )
+    if text != "-":
+        return text
+    if sys.stdin is None:  # what Python makes of a closed one
+        raise ValueError("--prompt -: stdin is closed.")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise ValueError("--prompt -: stdin is not valid UTF-8.") from None

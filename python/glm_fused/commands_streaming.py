@@ -3,49 +3,64 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arguments import UsageError
+
 if TYPE_CHECKING:
     from .streaming import StreamOptions
 
 
+_STARTING = ("memory_budget", "slots", "sidecar")
+_NEEDING_THEM = (
+    "context", "policy", "pins", "lookahead", "direct_io", "read_depth", "read_split", "trace",
+)  # fmt: skip
+
+
 def stream_options(args: argparse.Namespace, context: int) -> StreamOptions | None:
-    """The options that were given; None without any of those that ask for streaming."""
-    from .budget import parse_size
+    """The options that were given; None without any of those that ask for streaming.
+
+    ``context`` is what memory is planned for unless ``--context`` says otherwise.
+    """
+    given = {
+        name: value
+        for name in (*_STARTING, *_NEEDING_THEM)
+        if (value := getattr(args, name)) is not None
+    }
+    if not given.keys() & set(_STARTING):
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UsageError(f"{flags}: needs --memory-budget, --slots or --sidecar.")
+        return None
+    if ("pins" in given) != (given.get("policy") == "pinned"):
+        raise UsageError("--pins and --policy pinned need one another.")
+    from .pins import read_pins
     from .streaming import StreamOptions
 
-    if args.memory_budget is None and args.slots is None and args.sidecar is None:
-        if args.trace is not None:
-            raise ValueError("--trace needs --memory-budget, --slots or --sidecar.")
-        return None
-    automatic = args.memory_budget in (None, "auto")
-    return StreamOptions(
-        budget=None if automatic else parse_size(args.memory_budget),
-        slots=args.slots,
-        context=args.context or context,
-        sidecar=args.sidecar,
-        policy=args.policy,
-        pins={} if args.pins is None else _read_pins(Path(args.pins)),
-        spares=args.lookahead,
-        direct=args.direct_io,
-        depth=args.read_depth,
-        split=parse_size(args.read_split),
-    )
+    names = ("slots", "sidecar", "context", "policy")
+    other_names = {"lookahead": "spares", "direct_io": "direct", "read_depth": "depth"}
+    options: dict[str, Any] = {name: given[name] for name in names if name in given}
+    options |= {new: given[name] for name, new in other_names.items() if name in given}
+    if given.get("memory_budget", "auto") != "auto":
+        options["budget"] = _size("--memory-budget", args.memory_budget)
+    if "read_split" in given:
+        options["split"] = _size("--read-split", args.read_split)
+    if "pins" in given:
+        options["pins"] = read_pins(Path(args.pins))
+    return StreamOptions(default_context=context, **options)
 
 
-def _read_pins(path: Path) -> dict[int, list[int]]:
-    from .checkpoint import read_json
-    from .validation import show
+def _size(flag: str, text: str) -> int:
+    from .budget import parse_size
 
-    pins = read_json(path)
-    for layer, experts in pins.items():
-        numbers = isinstance(experts, list) and all(type(e) is int and e >= 0 for e in experts)
-        if not layer.isdecimal() or not numbers:
-            raise ValueError(f"{path}: {show({layer: experts})}, expected {{layer: [experts]}}.")
-    return {int(layer): experts for layer, experts in pins.items()}
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"{flag}: {error}") from None
 
 
 def run_pack(args: argparse.Namespace) -> int:
@@ -100,8 +115,11 @@ def _print_sidecar(sidecar: Any, as_json: bool) -> int:
 
 def run_replay(args: argparse.Namespace) -> int:
     from .cli_streaming import POLICIES
-    from .replay import format_replay, plot, read_trace, replay
+    from .replay import format_replay, plot, replay
+    from .trace import read_trace
 
+    if args.compute_ms is not None and args.read_rate is None:
+        raise UsageError("--compute-ms: needs --read-rate, to predict speeds.")
     policies = args.policy.split(",")
     for policy in policies:
         if policy not in POLICIES:
@@ -111,7 +129,7 @@ def run_replay(args: argparse.Namespace) -> int:
     parts = (trace.experts * eighths // 8 for eighths in (1, 2, 4, 6))
     default = sorted({max(part, trace.top_k) for part in parts})
     banks = default if args.bank is None else _numbers(args.bank)
-    result = replay(trace, banks, policies, rate, args.compute_ms / 1000)
+    result = replay(trace, banks, policies, rate, (args.compute_ms or 0) / 1000)
     if args.plot:
         plot(result, Path(args.plot))
     print(json.dumps(result, indent=1) if args.json else format_replay(result), file=sys.stdout)
@@ -119,16 +137,17 @@ def run_replay(args: argparse.Namespace) -> int:
 
 
 def _numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--bank: expected numbers of slots, found {text!r}.") from None
+    from .validation import MAX_SIZE, show
+
+    with contextlib.suppress(ValueError):
+        numbers = [int(number) for number in text.split(",")]
+        if max(numbers) <= MAX_SIZE:
+            return numbers
+    raise UsageError(f"--bank: expected numbers of slots, found {show(text)}.")
 
 
 def _read_rate(text: str) -> int:
-    from .budget import parse_size
-
-    rate = parse_size(text)
+    rate = _size("--read-rate", text)
     if rate == 0:
-        raise ValueError(f"--read-rate: expected bytes a second, found {text!r}.")
+        raise UsageError(f"--read-rate: expected bytes a second, found {text!r}.")
     return rate

@@ -10,6 +10,7 @@ from .layer_types import FULL, SPARSE, indexer_types, mlp_types
 from .rope import RopeParameters
 
 MAX_LAYERS = 1024  # bounds the work that a corrupt config can cause
+LEAST = 1e-20  # of what divides or scales: smaller numbers are 0 in float32
 
 SIZES = (
     "vocab_size",
@@ -135,8 +136,8 @@ class ModelArgs(BaseModelArgs):
         check.integer("num_nextn_predict_layers", self.num_nextn_predict_layers, 0, MAX_LAYERS)
         for key in FLAGS:
             check.boolean(key, getattr(self, key))
-        self.rms_norm_eps = check.positive("rms_norm_eps", self.rms_norm_eps, 1.0)
-        scaling = check.positive("routed_scaling_factor", self.routed_scaling_factor, 1e6)
+        self.rms_norm_eps = check.number("rms_norm_eps", self.rms_norm_eps, LEAST, 1.0)
+        scaling = check.number("routed_scaling_factor", self.routed_scaling_factor, LEAST, 1e6)
         self.routed_scaling_factor = scaling
         check.choice("hidden_act", self.hidden_act, "silu")
         check.choice("scoring_func", self.scoring_func, "sigmoid")

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .ab import compare, format_comparison
-from .generate import Options, encode, generate
+from .folders import bundled_folder as checkpoint_folder
+from .generation import OnProgress, generate
 from .model import Model
+from .options import Options
 from .paths import reference_path
+from .prompts import encode
+
+__all__ = ["checkpoint_folder", "run"]
 
 ABOUT = """\
 An 8 M parameter model of GLM-5.2's shape (experts, sparse attention, shared indexers), trained on
@@ -41,18 +44,7 @@ def write_config(path, data):
 
 
 # Greedy decoding of so small a model repeats itself.
-TEMP, TOP_P, SEED = 0.4, 0.95, 3
-
-
-def checkpoint_folder() -> Path:
-    """The checkpoint that comes with the package.
-
-    Raises FileNotFoundError where the package was built without it.
-    """
-    folder = Path(str(resources.files("glm_fused") / "demo_model"))
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is missing; reinstall glm-fused.")
-    return folder
+TEMP, TOP_P, SEED, MAX_TOKENS = 0.4, 0.95, 3, 64
 
 
 def run(
@@ -61,13 +53,19 @@ def run(
     prompt: str,
     options: Options,
     write: Callable[[str], None],
+    on_progress: OnProgress,
 ) -> dict[str, Any]:
     """Continue the prompt on the fused path, then compare both; ``write`` gets the text to show."""
     tokens = encode(model, tokenizer, prompt, raw=True)
     write(f"{ABOUT}\n\n--- prompt, {len(tokens)} tokens\n{prompt}\n--- continuation\n")
+
+    def on_prompt(what: str, done: int, total: int) -> None:
+        if what == "prompt":  # the text shows how its generation goes on
+            on_progress(what, done, total)
+
     with reference_path(False):
-        completion = generate(model, tokenizer, tokens, options, write)
-    comparison = compare(model, tokens, options)
+        completion = generate(model, tokenizer, tokens, options, write, on_progress=on_prompt)
+    comparison = compare(model, tokens, options, on_progress)
     write(f"\n---\n{format_comparison(comparison)}\n")
     kv = {"format": completion.kv_format, "bytes": completion.kv_bytes}
     return {"prompt": prompt, "text": completion.text, "ab": comparison.describe(), "kv": kv}

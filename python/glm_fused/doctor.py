@@ -13,13 +13,13 @@ from importlib import import_module, metadata
 from typing import Any
 
 PACKAGES = ("glm-fused", "mlx", "mlx-lm")
-VARIABLES = (
-    "GLM_FUSED_REFERENCE",
-    "GLM_FUSED_DEBUG",
-    "GLM_FUSED_KERNELS",
-    "GLM_FUSED_METAL_TILES",
-    "GLM_FUSED_NUM_THREADS",
-)
+VARIABLES = {
+    "GLM_FUSED_REFERENCE": "take the unfused reference path (0, false, off, no: do not)",
+    "GLM_FUSED_DEBUG": "say which path each layer takes, and show tracebacks",
+    "GLM_FUSED_NUM_THREADS": "threads of the CPU kernels (default: every processor)",
+    "GLM_FUSED_KERNELS": "avx512, avx2 or portable, in place of the best one",
+    "GLM_FUSED_METAL_TILES": "rows,gate_up,down,router: for tuning",
+}
 STREAM_BYTES = 256 << 20
 
 

@@ -12,19 +12,21 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_tokenizer
 from tqdm import tqdm
 
 from . import _ext
 from .checkpoint import Checkpoint
-from .config import args_from_config
+from .config import ModelArgs, args_from_config
 from .expert_source import is_expert
 from .formats import Quantization, infer_format, quantization_from_config
 from .layout import unused
 from .manifest import check_tensors
 from .model import Model
+from .options import checkpoint_options
 from .rows import check_kv_format
 from .streaming import StreamOptions, attach_banks, find_source, plan_streaming
+from .tokenizer import load_tokenizer
+from .validation import show
 
 _SCALE_SUFFIXES = (".weight_scale_inv", ".kv_b_proj.scales", ".kv_b_proj.biases")
 
@@ -45,13 +47,15 @@ def load_model(
 ) -> tuple[Model, dict[str, Any]]:
     """Load the model in the folder ``path``; returns it and its config.
 
-    ``kv_format`` is how its caches store keys, one of `glm_fused.rows.KV_FORMATS`. With ``stream``,
-    routed experts are read as they are needed; ``model.streaming`` has the plan and counters, and
-    scales of experts are not checked for NaN.
+    ``path`` "demo" is the bundled model where there is no folder of that name. ``kv_format`` is how
+    the model's caches store keys, one of `glm_fused.rows.KV_FORMATS`. With ``stream``, routed
+    experts are read as they are needed; ``model.streaming`` has the plan and counters, and scales
+    of experts are not checked for NaN.
 
     Raises FileNotFoundError for missing files and ValueError for anything that does not fit, naming
-    file and tensor with what was found and expected. With ``lazy`` parameters are read when they
-    are first used, and scales are not checked for NaN.
+    file and tensor with what was found and expected, and RuntimeError, naming the parameter, for
+    one that cannot be read. With ``lazy`` parameters are read when they are first used, and scales
+    are not checked for NaN; one that could not be read then is undefined, so load the model anew.
     """
     model, checkpoint, sources = _build(path, kv_format, stream)
     if not lazy:
@@ -64,20 +68,9 @@ def load(
 ) -> tuple[Model, TokenizerWrapper]:
     """Load model and tokenizer; arguments and errors are those of ``load_model``."""
     model, checkpoint, sources = _build(path, kv_format, stream)
-    tokenizer = _load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     _materialize(model, checkpoint, sources)
     return model, tokenizer
-
-
-def _load_tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
-    eos = checkpoint.config.get("eos_token_id")
-    try:
-        return cast(TokenizerWrapper, load_tokenizer(checkpoint.path, eos_token_ids=eos))
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # transformers raises anything for a corrupt tokenizer.json
-        text = f"[loader] the tokenizer in {checkpoint.path} does not load: {error!r}"
-        raise ValueError(text) from error
 
 
 def _build(
@@ -87,6 +80,7 @@ def _build(
     check_kv_format(kv_format)
     checkpoint = Checkpoint.open(path)
     args = args_from_config(checkpoint.config)
+    _check_stop_tokens(checkpoint, args)
     quantization = quantization_from_config(checkpoint.config)
     manifest = check_tensors(args, quantization, checkpoint.tensors)
     if stream is not None:
@@ -95,6 +89,7 @@ def _build(
     weights = _read_lazily(checkpoint)
     model = Model(args)
     model.kv_format = kv_format
+    model.options = checkpoint_options(checkpoint.path)
     if stream is not None:
         _allow_open_files(len(checkpoint.files) + len(source.files))
         model.streaming = attach_banks(model, args, source, plan, stream)
@@ -110,6 +105,17 @@ def _build(
     model.eval()
     model.load_weights(list(weights.items()), strict=True)
     return model, checkpoint, sources
+
+
+def _check_stop_tokens(checkpoint: Checkpoint, args: ModelArgs) -> None:
+    """A text would never end at a token that the model cannot choose."""
+    found = checkpoint.config.get("eos_token_id")
+    for token in found if isinstance(found, list) else [found]:
+        if token is not None and token >= args.vocab_size:
+            raise ValueError(
+                f"[loader] {checkpoint.path}: eos_token_id {show(token)}, expected 0 to"
+                f" {args.vocab_size - 1}, as vocab_size says."
+            )
 
 
 def _declared_mode(quantization: Quantization | None, module: str) -> str:
@@ -159,13 +165,22 @@ def _materialize(model: Model, checkpoint: Checkpoint, sources: list[_Scales]) -
     total = sum(array.nbytes for _, array in parameters)
     with _lean_memory(), _progress(total) as bar:
         while sources:
+            _read(sources[-1].name, sources[-1].array, checkpoint)
             _check_scales(sources.pop(), checkpoint)
         for name, array in parameters:
-            mx.eval(array)
+            _read(name, array, checkpoint)
             module, _, leaf = name.rpartition(".")
             if leaf in ("scales", "biases"):
                 _check_scales(_Scales(name, array, modes[module]), checkpoint)
             bar.update(array.nbytes)
+
+
+def _read(name: str, array: mx.array, checkpoint: Checkpoint) -> None:
+    """Read a lazy array; the error of a failing disk says which."""
+    try:
+        mx.eval(array)
+    except RuntimeError as error:
+        raise RuntimeError(f"[loader] {checkpoint.path}: {name}: {error}") from None
 
 
 def _check_scales(scales: _Scales, checkpoint: Checkpoint) -> None:

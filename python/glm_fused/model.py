@@ -9,15 +9,18 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList
 
-from . import ops
+from . import _ext, ops
 from .attention import Attention
 from .cache import Span, check_cache, make_cache
 from .config import ModelArgs
 from .layers import MLP, Linear, embedding_weight
 from .moe import MoE
+from .options import Options
 from .rope import Angles, Rope
 from .rows import check_kv_format
+from .slots import reads_for
 from .stock import visible_columns
+from .tokens import check_length, check_tokens, embed
 
 if TYPE_CHECKING:
     from .streaming import Streaming
@@ -57,13 +60,15 @@ class Decoder(nn.Module):
         self.layers = [DecoderLayer(args, i) for i in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self._rope = Rope(args.rope, args.qk_rope_head_dim)
+        self._vocabulary, self._context = args.vocab_size, args.max_position_embeddings
 
     def __call__(
         self, tokens: mx.array, cache: Sequence[Any] | None, trace: list[mx.array] | None
     ) -> mx.array:
         """tokens [b, l] -> normed hidden states [b, l, hidden]."""
-        x = self.embed_tokens(tokens)
         span = Span.of(cache, tokens.shape[1])
+        check_length(span.first, span.length, self._context)
+        x = embed(self.embed_tokens, tokens, self._vocabulary)
         angles = self._rope.angles(span.positions())
         selection = None
         for i, layer in enumerate(self.layers):
@@ -90,6 +95,7 @@ class Model(nn.Module):
         self.model_type = args.model_type
         self.model = Decoder(args)
         self.streaming: Streaming | None = None
+        self.options = Options()  # what `glm_fused.generate` takes for those it is not given
         if not args.tie_word_embeddings:
             self.lm_head = Linear(args.hidden_size, args.vocab_size)
 
@@ -105,10 +111,22 @@ class Model(nn.Module):
         A ``trace`` list receives, per full layer in order, the indexer's choice: int32
         [b, l, min(topk, t)], ascending columns of the cache. A query with fewer visible keys
         than that also has entries of -1.
+
+        Raises ValueError for tokens of another kind, for caches of another model, and where cached
+        and new tokens exceed ``max_position_embeddings``. A token outside the vocabulary raises
+        RuntimeError when the logits are evaluated on the CPU; on a GPU they are NaN.
         """
-        _check_tokens(tokens)
+        check_tokens(tokens)
         if cache is not None:
             check_cache(cache, self.args)
+        if self.streaming is None:
+            return self._logits(tokens, cache, trace)
+        with reads_for(cache) as reads:
+            return _ext.slots_verify(reads, self._logits(tokens, cache, trace))
+
+    def _logits(
+        self, tokens: mx.array, cache: Sequence[Any] | None, trace: list[mx.array] | None
+    ) -> mx.array:
         x = self.model(tokens, cache, trace)
         if "lm_head" in self:
             return self.lm_head(x)
@@ -149,11 +167,3 @@ class Model(nn.Module):
         from .weights import sanitize
 
         return sanitize(weights, self.args)
-
-
-def _check_tokens(tokens: mx.array) -> None:
-    if not isinstance(tokens, mx.array) or not mx.issubdtype(tokens.dtype, mx.integer):
-        found = getattr(tokens, "dtype", type(tokens).__name__)
-        raise ValueError(f"[model] tokens must be an integer mx.array, got {found}.")
-    if tokens.ndim != 2 or tokens.size == 0:
-        raise ValueError(f"[model] tokens must be [batch, length], not empty, got {tokens.shape}.")

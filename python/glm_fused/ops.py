@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 
 from . import _ext, metal_sim, paths, stock
+from .unfit import unfit
 
 Mode = Literal["dense", "affine", "mxfp4", "mxfp8", "nvfp4"]
 
@@ -78,7 +79,10 @@ def quantized_matvec(x: mx.array, w: Weight, *, reference: bool | None = None) -
     """
     if _on_gpu():
         return stock_matmul(x, w)
-    return _ext.quantized_matvec(x, w, paths.use_reference(reference))
+    try:
+        return _ext.quantized_matvec(x, w, paths.use_reference(reference))
+    except TypeError:
+        raise unfit("quantized_matvec", x=x, w=w) from None
 
 
 def moe_decode(
@@ -89,7 +93,7 @@ def moe_decode(
     slots: mx.array,
     scores: mx.array,
     *,
-    bank: _ext.SlotBank | None = None,
+    use: _ext.SlotUse | None = None,
     reference: bool | None = None,
 ) -> mx.array:
     """The routed experts of one MoE layer, ``sum_i scores[t, i] * E[slots[t, i]](x[t])``.
@@ -104,8 +108,9 @@ def moe_decode(
         down: [slots, hidden, intermediate].
         slots: int32 or uint32 [tokens, top_k], each in [0, slots); repeats are allowed.
         scores: float [tokens, top_k].
-        bank: whose `slots` may still be read into, with `gate`, `up` and `down` from its arrays.
-            The CPU computes each expert once it is read; other paths wait for all.
+        use: of the bank whose arrays `gate`, `up` and `down` are, where `slots` are those that it
+            resolved and may still be read into. The CPU computes each expert once it is read;
+            other paths wait for all.
         reference: True or False overrides the current path.
 
     Returns:
@@ -114,15 +119,18 @@ def moe_decode(
     Raises:
         ValueError: a shape, dtype or format does not fit; the message names the argument.
         RuntimeError: when the result is evaluated on the CPU, a slot is out of range; a GPU cannot
-            raise, and gives NaN. On both, an expert of `bank` cannot be read.
+            raise, and gives NaN. On both, an expert of `use` cannot be read.
     """
     use_reference = paths.use_reference(reference)
     metal = not use_reference and _on_metal() and _metal_takes(x, slots)
-    if bank is not None and (use_reference or metal or _on_gpu()):
-        slots, bank = _ext.slots_wait(bank, slots), None
+    if use is not None and (metal or _on_gpu()):
+        slots, use = use.wait(slots), None
     if _on_gpu() and not metal:
         return stock_moe(x, gate, up, down, slots, scores)
-    return _ext.moe_decode(x, gate, up, down, slots, scores, bank, use_reference, metal)
+    try:
+        return _ext.moe_decode(x, gate, up, down, slots, scores, use, use_reference, metal)
+    except TypeError:
+        raise unfit("moe_decode", gate=gate, up=up, down=down, slots=slots) from None
 
 
 def router_topk(
@@ -163,18 +171,28 @@ def router_topk(
         if obstacle:
             paths.fall_back("router_topk", obstacle)
         metal = not obstacle
-    return _ext.router_topk(
-        x,
-        weight,
-        correction_bias,
-        top_k,
-        n_group,
-        topk_group,
-        norm_topk_prob,
-        routed_scaling_factor,
-        use_reference,
-        metal,
-    )
+    try:
+        return _ext.router_topk(
+            x,
+            weight,
+            correction_bias,
+            top_k,
+            n_group,
+            topk_group,
+            norm_topk_prob,
+            routed_scaling_factor,
+            use_reference,
+            metal,
+        )
+    except TypeError:
+        raise unfit(
+            "router_topk",
+            top_k=top_k,
+            n_group=n_group,
+            topk_group=topk_group,
+            norm_topk_prob=norm_topk_prob,
+            routed_scaling_factor=routed_scaling_factor,
+        ) from None
 
 
 def indexer_topk(
@@ -212,7 +230,10 @@ def indexer_topk(
     metal = not use_reference and _on_metal()
     if _on_gpu() and not (metal or use_reference):
         return stock.indexer_topk(q, keys, weights, k, scale, start)
-    return _ext.indexer_topk(q, keys, weights, k, scale, start, use_reference, metal)
+    try:
+        return _ext.indexer_topk(q, keys, weights, k, scale, start, use_reference, metal)
+    except TypeError:
+        raise unfit("indexer_topk", keys=keys, k=k, scale=scale, start=start) from None
 
 
 def sparse_mla_decode(
@@ -258,9 +279,12 @@ def sparse_mla_decode(
         metal = not obstacle
     if _on_gpu() and not (metal or use_reference):
         return stock.sparse_mla_decode(q, latents, ropes, selected, rank, scale, start)
-    return _ext.sparse_mla_decode(
-        q, latents, ropes, selected, rank, scale, start, use_reference, metal
-    )
+    try:
+        return _ext.sparse_mla_decode(
+            q, latents, ropes, selected, rank, scale, start, use_reference, metal
+        )
+    except TypeError:
+        raise unfit("sparse_mla_decode", rank=rank, scale=scale, start=start) from None
 
 
 def stock_matmul(x: mx.array, w: Weight) -> mx.array:

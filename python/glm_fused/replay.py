@@ -1,23 +1,15 @@
-"""Traces of requests for experts, and what other banks and policies would have made of them.
-
-A trace is JSON lines. The first says what the model is: ``{"experts": 256, "top_k": 8,
-"expert_bytes": {"3": 21233664, …}, "slots": 64}``; every other is one request: ``{"layer",
-"token", "experts", "hits", "misses", "bytes", "wait_us"}``, with one list of experts per token, or
-of one expert per choice where a prompt is taken in waves. ``token`` counts those before it.
-"""
+"""Writes traces of requests for experts; what other banks and policies would have made of them."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from . import _ext
 from .streaming import Streaming
-from .validation import show
+from .trace import Trace
 
 OPTIMUM = "optimum (Belady)"
 
@@ -52,60 +44,6 @@ class TraceWriter:
         self._file.flush()
 
 
-@dataclass
-class Trace:
-    """``requests`` lists, per layer, the experts of each request, in order."""
-
-    experts: int
-    top_k: int
-    expert_bytes: dict[int, int]
-    requests: dict[int, list[list[int]]] = field(default_factory=dict)
-
-    @property
-    def tokens(self) -> int:
-        # Layers may differ: a prompt's last chunk needs no experts of the last one.
-        choices = (sum(map(len, requests)) for requests in self.requests.values())
-        return max(choices, default=0) // self.top_k
-
-    def pins(self, layer: int, count: int) -> list[int]:
-        """The experts of a layer that were asked for most often."""
-        uses = Counter(expert for request in self.requests[layer] for expert in set(request))
-        return [expert for expert, _ in uses.most_common(count)]
-
-
-def read_trace(path: Path) -> Trace:
-    """Read a trace; ValueError names the file, and the line that is not one of a trace."""
-    trace: Trace | None = None
-    try:
-        with path.open() as file:
-            for number, line in enumerate(file, 1):
-                trace = _add(trace, line, f"{path}, line {number}")
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}, expected a trace.") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not text, expected a trace.") from None
-    if trace is None or not trace.requests:
-        raise ValueError(f"{path} has no requests, expected what generate --trace wrote.")
-    return trace
-
-
-def _add(trace: Trace | None, line: str, where: str) -> Trace:
-    try:
-        entry = json.loads(line)
-        if trace is None:
-            sizes = {int(i): int(n) for i, n in entry["expert_bytes"].items()}
-            return Trace(int(entry["experts"]), int(entry["top_k"]), sizes)
-        layer, request = entry["layer"], [expert for row in entry["experts"] for expert in row]
-        known = set(request) <= set(range(trace.experts))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        kind = "header" if trace is None else "request"
-        raise ValueError(f"{where}: {show(line)}, expected the {kind} of a trace.") from None
-    if layer not in trace.expert_bytes or not known:
-        raise ValueError(f"{where}: {show(line)} names a layer or expert the model lacks.")
-    trace.requests.setdefault(layer, []).append(request)
-    return trace
-
-
 def replay(
     trace: Trace,
     banks: Sequence[int],
@@ -123,8 +61,8 @@ def replay(
     for slots in banks:
         if not trace.top_k <= slots <= trace.experts:
             raise ValueError(
-                f"a bank of {slots} slots, expected {trace.top_k} to {trace.experts}: a token needs"
-                f" {trace.top_k}."
+                f"a bank of {slots} slots, expected {trace.top_k} to {trace.experts}: a token"
+                f" needs {trace.top_k}."
             )
         waves = {i: _waves(requests, slots) for i, requests in trace.requests.items()}
         for policy in (*policies, "optimum"):
@@ -170,13 +108,23 @@ def _run(
 def format_replay(result: dict[str, Any]) -> str:
     """The result as a table."""
     lines = [f"{result['tokens']} tokens, {result['layers']} layers"]
-    lines.append(f"{'slots':>6}  {'policy':<8}{'hit rate':>10}{'MB a token':>12}{'tok/s':>8}")
+    rows = [("slots", "policy", "hit rate", "MB a token", "tok/s")]
     for row in result["rows"]:
         speed = row.get("tokens_per_second")
-        lines.append(
-            f"{row['slots']:>6}  {row['policy']:<8}{row['hit_rate']:>10.3f}"
-            f"{row['bytes_per_token'] / 1e6:>12.3f}{'-' if speed is None else f'{speed:.2f}':>8}"
+        rows.append(
+            (
+                f"{row['slots']}",
+                row["policy"],
+                f"{row['hit_rate']:.3f}",
+                f"{row['bytes_per_token'] / 1e6:,.3f}",
+                "-" if speed is None else f"{speed:,.2f}",
+            )
         )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for slots, policy, *numbers in rows:
+        cells = [f"{slots:>{widths[0]}}", f"{policy:<{widths[1]}}"]
+        cells += [f"{text:>{width}}" for text, width in zip(numbers, widths[2:], strict=True)]
+        lines.append("  ".join(cells))
     return "\n".join(lines)
 
 

@@ -12,6 +12,8 @@ import numpy.typing as npt
 from . import validation as check
 
 DEFAULT_THETA = 10000.0
+LEAST = 1e-20  # of a factor: smaller ones are 0 in float32
+LEAST_TURNS = 1e-6  # keeps positions / turns, whose logarithm is taken, finite
 
 
 @dataclass(frozen=True)
@@ -115,16 +117,19 @@ def _yarn_values(key: str, values: Mapping[str, Any], max_positions: int) -> dic
     factor = value("factor", max(max_positions / original, 1.0))
     attention_factor = value("attention_factor", None)
     if attention_factor is not None:
-        attention_factor = check.positive(name("attention_factor"), attention_factor, 1e6)
-    # 0 stands for the default, as in transformers.
-    beta_fast = check.number(name("beta_fast"), value("beta_fast", 0), 0, 1e6) or 32.0
-    beta_slow = check.number(name("beta_slow"), value("beta_slow", 0), 0, 1e6) or 1.0
+        attention_factor = check.number(name("attention_factor"), attention_factor, LEAST, 1e6)
+
+    def turns(leaf: str, default: float) -> float:
+        if check.number(name(leaf), value(leaf, 0), 0, 1e6) == 0:
+            return default  # as in transformers
+        return check.number(name(leaf), value(leaf, 0), LEAST_TURNS, 1e6)
+
     return {
         "original_max_position_embeddings": original,
         "factor": check.number(name("factor"), factor, 1.0, 1e6),
         "attention_factor": attention_factor,
-        "beta_fast": beta_fast,
-        "beta_slow": beta_slow,
+        "beta_fast": turns("beta_fast", 32.0),
+        "beta_slow": turns("beta_slow", 1.0),
         "mscale": check.number(name("mscale"), value("mscale", 0), 0, 1e6),
         "mscale_all_dim": check.number(name("mscale_all_dim"), value("mscale_all_dim", 0), 0, 1e6),
         "truncate": check.boolean(name("truncate"), value("truncate", True)),

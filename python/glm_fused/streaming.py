@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import _ext, ops
+from .arguments import DEFAULT_CONTEXT
 from .budget import (
     PROCESS_GROWTH,
     Plan,
@@ -27,6 +28,7 @@ from .layout import PROJECTIONS
 from .manifest import Manifest
 from .model import Model
 from .moe import MoE
+from .pins import check_pins
 from .slots import StreamedExperts
 
 _DTYPES = {
@@ -45,7 +47,9 @@ class StreamOptions:
     Attributes:
         budget: bytes that the process may keep resident, or None for what this machine affords.
         slots: experts resident per layer, in place of as many as the budget allows.
-        context: tokens to keep room for in the KV cache.
+        context: tokens to keep room for in the KV cache; None: ``default_context``.
+        default_context: what is planned for without ``context``, or the model's whole context where
+            that is less.
         sidecar: folder of a packed sidecar; None reads the checkpoint's own shards.
         policy: which expert gives way: "learned" (the one least likely to be asked for next, as
             learned from the requests so far), "lru", "s3fifo" or "pinned" (LRU but for ``pins``).
@@ -59,7 +63,8 @@ class StreamOptions:
 
     budget: int | None = None
     slots: int | None = None
-    context: int = 4096
+    context: int | None = None
+    default_context: int = DEFAULT_CONTEXT
     sidecar: str | os.PathLike[str] | None = None
     policy: str = "learned"
     pins: Mapping[int, Sequence[int]] = field(default_factory=dict)
@@ -111,7 +116,11 @@ def plan_streaming(
     options: StreamOptions,
     kv_format: str,
 ) -> Plan:
-    """Share the budget out; raises ValueError, with the numbers, where it is too small."""
+    """Share the budget out; raises ValueError, with the numbers, where it is too small.
+
+    Pins that the model does not have are refused too.
+    """
+    check_pins(options.pins, {i: layer.experts for i, layer in source.layers.items()})
     dense = sum(
         stored.nbytes * (2 if stored.format == "fp8" else 1)  # becomes bfloat16
         for stored in manifest.stored
@@ -119,12 +128,13 @@ def plan_streaming(
     )
     kv_format = _float_format(manifest) if kv_format == "auto" else kv_format
     layers = [layer.expert_bytes for layer in source.layers.values()]
-    shares = Shares(
-        process=resident_bytes() + PROCESS_GROWTH,
-        dense=dense,
-        kv=cache_bytes(args, options.context, kv_format),
-        staging=_buffer_bytes(args, layers, options) + prompt_bytes(args, options.context),
-    )
+    process = resident_bytes() + PROCESS_GROWTH
+    buffers = _buffer_bytes(args, layers, options)
+
+    def shares(context: int) -> Shares:
+        staging = buffers + prompt_bytes(args, context)
+        return Shares(process, dense, cache_bytes(args, context, kv_format), staging)
+
     return make_plan(args, shares, layers, options)
 
 

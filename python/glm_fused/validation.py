@@ -35,12 +35,6 @@ def number(key: str, value: Any, low: float, high: float) -> float:
     return float(value)
 
 
-def positive(key: str, value: Any, high: float) -> float:
-    if type(value) not in (int, float) or not 0 < value <= high:
-        fail(key, f"a number above 0, up to {high:g}", value)
-    return float(value)
-
-
 def boolean(key: str, value: Any) -> bool:
     if type(value) is not bool:
         fail(key, "true or false", value)

@@ -1,0 +1,115 @@
+#include <cstdint>
+#include <utility>
+
+#include "checks.h"
+#include "mlx/allocator.h"
+#include "mlx/backend/cpu/encoder.h"
+#include "mlx/primitives.h"
+
+namespace glm_fused {
+
+namespace {
+
+// Copies ids, 0 for those outside the vocabulary: what follows in the stream
+// runs although this throws, and must find rows to read.
+template <class T>
+void copy_ids(const mx::array& tokens, int vocabulary, mx::array& out) {
+  const T* ids = tokens.data<T>();
+  int32_t* copies = out.data<int32_t>();
+  size_t wrong = tokens.size();
+  for (size_t i = tokens.size(); i-- > 0;) {
+    const bool known =
+        std::cmp_greater_equal(ids[i], 0) && std::cmp_less(ids[i], vocabulary);
+    copies[i] = known ? static_cast<int32_t>(ids[i]) : 0;
+    wrong = known ? wrong : i;
+  }
+  if (wrong < tokens.size()) {
+    const auto length = static_cast<size_t>(tokens.shape(-1));
+    invalid(
+        "model",
+        "tokens must be from 0 to ",
+        vocabulary - 1,
+        ", the vocabulary, but [",
+        wrong / length,
+        ", ",
+        wrong % length,
+        "] is ",
+        std::to_string(ids[wrong]),
+        ".");
+  }
+}
+
+void copy_ids(const mx::array& tokens, int vocabulary, mx::array& out) {
+  switch (tokens.dtype()) {
+    case mx::int8:
+      return copy_ids<int8_t>(tokens, vocabulary, out);
+    case mx::int16:
+      return copy_ids<int16_t>(tokens, vocabulary, out);
+    case mx::int32:
+      return copy_ids<int32_t>(tokens, vocabulary, out);
+    case mx::int64:
+      return copy_ids<int64_t>(tokens, vocabulary, out);
+    case mx::uint8:
+      return copy_ids<uint8_t>(tokens, vocabulary, out);
+    case mx::uint16:
+      return copy_ids<uint16_t>(tokens, vocabulary, out);
+    case mx::uint32:
+      return copy_ids<uint32_t>(tokens, vocabulary, out);
+    default:
+      return copy_ids<uint64_t>(tokens, vocabulary, out);
+  }
+}
+
+// inputs: tokens [b, l]. output: the same, int32.
+class CheckTokens : public mx::Primitive {
+ public:
+  CheckTokens(mx::Stream stream, int vocabulary)
+      : mx::Primitive(stream), vocabulary_(vocabulary) {}
+
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override {
+    auto& out = outputs[0];
+    out.set_data(mx::allocator::malloc(out.nbytes()));
+    auto& encoder = mx::cpu::get_command_encoder(stream());
+    encoder.set_input_array(inputs[0]);
+    encoder.set_output_array(out);
+    encoder.dispatch([tokens = mx::array::unsafe_weak_copy(inputs[0]),
+                      ids = mx::array::unsafe_weak_copy(out),
+                      vocabulary = vocabulary_]() mutable {
+      copy_ids(tokens, vocabulary, ids);
+    });
+  }
+  void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&)
+      override {
+    throw std::runtime_error("[CheckTokens] runs on a CPU stream.");
+  }
+  const char* name() const override {
+    return "CheckTokens";
+  }
+
+ private:
+  int vocabulary_;
+};
+
+}  // namespace
+
+mx::array
+check_tokens(const mx::array& tokens, int vocabulary, mx::StreamOrDevice s) {
+  if (!mx::issubdtype(tokens.dtype(), mx::integer) || tokens.ndim() != 2) {
+    invalid(
+        "check_tokens",
+        "tokens must be integers [batch, length] but are ",
+        tokens.dtype(),
+        " of shape ",
+        shape_of(tokens),
+        ".");
+  }
+  return mx::array(
+      tokens.shape(),
+      mx::int32,
+      std::make_shared<CheckTokens>(mx::to_stream(s), vocabulary),
+      {mx::contiguous(tokens, false, s)});
+}
+
+}  // namespace glm_fused

@@ -1,0 +1,37 @@
+"""Calls of other people's code on untrusted files: whatever they raise becomes one clear error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jinja2 import TemplateError
+
+_LONGEST = 300  # characters of somebody else's message
+
+
+@contextmanager
+def foreign(what: str) -> Iterator[None]:
+    """Within the block, every failure becomes a ValueError: ``what``, a colon and what it said.
+
+    For calls into transformers, tokenizers and jinja alone: a fault of this package has to stay
+    apart from what a file makes of them.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of tokenizers' Rust is no Exception
+        raise ValueError(f"{what}: {said(error)}") from error
+
+
+def said(error: BaseException) -> str:
+    """What an error says in one line, with its type where the text alone would not tell."""
+    text = " ".join(str(error).split())
+    kind = type(error).__name__
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}…"
+    if not text:
+        return kind
+    plain = isinstance(error, (OSError, ValueError, TemplateError))
+    return text if plain else f"{kind}: {text}"

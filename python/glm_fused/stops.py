@@ -1,0 +1,37 @@
+"""Texts that end a generated text, although they arrive in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopTexts:
+    """Lets text through up to the first of ``stops`` that appears in it.
+
+    What may be the beginning of one is held back until it is clear that it is none.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops, self._held = stops, ""
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """The text that can be shown now, and whether a stop text has ended it."""
+        text = self._held + text
+        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            self._held = ""
+            return text[: min(found)], True
+        shown = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[shown:]
+        return text[:shown], False
+
+    def rest(self) -> str:
+        """What is still held back when the text ends in another way."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of ``text`` are the beginning of ``stop``."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,145 @@
+"""A tiny streamed model, and what the resident one says to a few prompts."""
+
+import random
+from dataclasses import dataclass
+
+import mlx.core as mx
+from conftest import tiny_config, write_checkpoint
+from mlx_lm.generate import generate_step
+from tests.adversarial.harness import Wrong
+
+from glm_fused.checkpoint import Checkpoint
+from glm_fused.config import args_from_config
+from glm_fused.formats import quantization_from_config
+from glm_fused.loader import load_model
+from glm_fused.manifest import check_tensors
+from glm_fused.pack import pack
+from glm_fused.streaming import StreamOptions, attach_banks, find_source, plan_streaming
+
+STEPS = 5
+TOP_K, EXPERTS = 2, 8
+CONFIG = tiny_config(
+    num_hidden_layers=3,
+    indexer_types=["full", "full", "shared"],
+    hidden_size=64,
+    intermediate_size=64,
+    moe_intermediate_size=64,
+    q_lora_rank=64,
+    kv_lora_rank=64,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    qk_nope_head_dim=32,
+    v_head_dim=32,
+    index_n_heads=2,
+    num_experts_per_tok=TOP_K,
+    n_routed_experts=EXPERTS,
+    eos_token_id=None,
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, its chunks, and the resident model's tokens and logits."""
+
+    tokens: tuple[int, ...]
+    chunk: int
+    expected: tuple[int, ...] = ()
+    logits: tuple[mx.array, ...] = ()
+
+
+def generate(model, prompt, steps=STEPS):
+    """(tokens, logits), greedily, as mlx-lm generates them: a step is built while one computes."""
+    tokens, logits = [], []
+    for token, logit in generate_step(
+        mx.array(prompt.tokens),
+        model,
+        max_tokens=steps,
+        prompt_cache=model.make_cache(),
+        prefill_step_size=prompt.chunk,
+    ):
+        tokens.append(token)
+        logits.append(logit)
+    return tuple(tokens), tuple(logits)
+
+
+def generate_exactly(model, prompt, steps=STEPS):
+    """The same without mlx-lm's last step, which nobody uses: here every read is needed."""
+    cache, tokens, logits = model.make_cache(), [], []
+
+    def step(y):
+        logit = model(y[None], cache)[:, -1, :]
+        logit = (logit - mx.logsumexp(logit, keepdims=True)).squeeze(0)
+        return mx.argmax(logit, axis=-1, keepdims=True), logit
+
+    y, last = mx.array(prompt.tokens[:-1]), mx.array(prompt.tokens[-1:])
+    for chunk in [y[i : i + prompt.chunk] for i in range(0, y.size, prompt.chunk)]:
+        model(chunk[None], cache)
+        mx.eval([c.state for c in cache])
+    y, logit = step(last)
+    for i in range(steps):
+        mx.async_eval(y, logit)
+        following = step(y) if i + 1 < steps else (y, logit)
+        tokens.append(y.item())
+        logits.append(logit)
+        y, logit = following
+    return tuple(tokens), tuple(logits)
+
+
+def check(model, prompt, steps=STEPS, how=generate_exactly):
+    """Raise `Wrong` unless the model says what the resident one does, to the bit."""
+    tokens, logits = how(model, prompt, steps)
+    if tokens != prompt.expected[:steps]:
+        raise Wrong(f"tokens {tokens}, expected {prompt.expected[:steps]}")
+    for i, (found, expected) in enumerate(zip(logits, prompt.logits, strict=False)):
+        if not mx.array_equal(found, expected):
+            raise Wrong(f"the right tokens, but the logits of step {i} differ")
+
+
+class Fixture:
+    """A checkpoint with its sidecar; `model` puts new banks into the one model, `shared`."""
+
+    def __init__(self, folder, prompts=8, steps=STEPS):
+        self.folder = folder / "model"
+        write_checkpoint(self.folder, CONFIG, quantization={"group_size": 32, "bits": 4}, shards=2)
+        pack(self.folder, self.folder / "sidecar")
+        resident, _ = load_model(self.folder)
+        self.prompts = [self._prompt(resident, i, steps) for i in range(prompts)]
+        checkpoint = Checkpoint.open(self.folder)
+        self._args = args_from_config(checkpoint.config)
+        quantization = quantization_from_config(checkpoint.config)
+        self._manifest = check_tensors(self._args, quantization, checkpoint.tensors)
+        sidecars = {False: None, True: self.folder / "sidecar"}
+        self._sources = {p: find_source(checkpoint, self._args, s) for p, s in sidecars.items()}
+        self.shared, _ = load_model(self.folder, stream=StreamOptions(budget=8 << 30, slots=4))
+
+    @staticmethod
+    def _prompt(model, number, steps):
+        rng = random.Random(number)
+        length = (1, 10, 4, 16, 2, 24, 7, 12)[number % 8]
+        tokens = tuple(rng.randrange(3, 250) for _ in range(length))
+        prompt = Prompt(tokens, rng.choice([3, 8, 2048]))
+        return Prompt(tokens, prompt.chunk, *generate(model, prompt, steps))
+
+    def model(self, packed, **options):
+        """The model with new banks; those of the last call are gone."""
+        options = StreamOptions(budget=8 << 30, patience=5.0, **options)
+        source = self._sources[packed]
+        plan = plan_streaming(self._manifest, self._args, source, options, "auto")
+        self.shared.streaming = None
+        self.shared.streaming = attach_banks(self.shared, self._args, source, plan, options)
+        return self.shared
+
+
+def random_options(rng):
+    """How to stream, at random: files, bank, policy, lookahead, reads."""
+    spares = rng.choice([0, 0, 1, 2])
+    policy = rng.choice(["learned", "lru", "s3fifo", "pinned"])
+    return {
+        "packed": rng.random() < 0.5,
+        "slots": rng.randrange(TOP_K + spares, EXPERTS + 1),
+        "spares": spares,
+        "policy": policy,
+        "direct": rng.random() < 0.4,
+        "depth": rng.choice([1, 2, 8]),
+        "split": rng.choice([4096, 1 << 20]),
+    }

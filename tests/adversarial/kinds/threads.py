@@ -1,0 +1,175 @@
+"""Threads that share one streamed model, one bank or the pool: as if one after another."""
+
+import random
+import threading
+from contextlib import contextmanager
+from functools import partial
+from unittest import mock
+
+import mlx.core as mx
+import numpy as np
+from tests.adversarial.harness import Wrong
+from tests.adversarial.kinds import slots as bank_of_slots
+from tests.adversarial.kinds._streamed import (
+    Fixture,
+    check,
+    generate,
+    generate_exactly,
+    random_options,
+)
+from tests.adversarial.kinds.slots import BYTES, EXPERTS, check_slots, make_bank, resolve
+
+from glm_fused import _ext, ops
+from glm_fused.slots import StreamedExperts
+from glm_fused.synthetic import Bits
+
+NAME = "threads"
+QUICK_CASES = 24
+SLOW_CASES = 6000
+TIMEOUT = 60.0
+unavailable, environment = bank_of_slots.unavailable, bank_of_slots.environment
+_state = {}
+
+
+def prepare(folder):
+    """A tiny model, a file of experts, and operands of ops with their serial results."""
+    _state["fixture"] = Fixture(folder)
+    bank_of_slots.prepare(folder)
+    _state["ops"] = [(call, mx.array(call())) for call in _calls()]
+    mx.eval([result for _, result in _state["ops"]])
+
+
+def _calls():
+    """Ops on operands of their own."""
+    for seed in range(6):
+        bits = Bits(seed)
+        x = bits.floats((2, 128), mx.bfloat16)
+        gate, up = (bits.weight((8, 96, 128), None, mx.bfloat16) for _ in range(2))
+        down = bits.weight((8, 128, 96), None, mx.bfloat16)
+        chosen = mx.array(bits.choices(2, 3, 8))
+        scores = mx.abs(bits.floats((2, 3), mx.float32))
+        mx.eval(x, gate.weight, up.weight, down.weight, chosen, scores)
+        yield lambda a=(x, gate, up, down, chosen, scores): ops.moe_decode(*a)
+        w = bits.weight((512, 128), None, mx.bfloat16)
+        mx.eval(w.weight)
+        yield lambda a=(x, w): ops.quantized_matvec(*a)
+
+
+def together(jobs):
+    """Run every job in a thread of its own; raise what the first that failed raised."""
+    barrier, errors = threading.Barrier(len(jobs)), []
+
+    def run(job):
+        try:
+            barrier.wait()
+            job()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def seeded(rng, run):
+    """A job that has its own chance, drawn now."""
+    return partial(run, random.Random(rng.getrandbits(30)))
+
+
+def generations(rng, folder):
+    """Threads that generate, and some that drop what they built or change the pool's size."""
+    model = _state["fixture"].model(**random_options(rng))
+    others = [seeded(rng, partial(drop, model)), seeded(rng, resize)]
+    jobs = [seeded(rng, partial(say, model)) for _ in range(rng.choice([2, 2, 3, 4, 7]))]
+    return jobs + rng.choice([[], [], others[:1], others[1:], others])
+
+
+def say(model, rng):
+    """Generate, and compare."""
+    prompt, how = rng.choice(_state["fixture"].prompts), rng.choice([generate, generate_exactly])
+    check(model, prompt, 3, how)
+
+
+def drop(model, rng):
+    """Build graphs of steps and let them go, evaluated or not."""
+    for token in range(3, 3 + rng.randrange(1, 6)):
+        logits = model(mx.array([[token, 200]]))
+        if rng.random() < 0.5:
+            mx.async_eval(logits)
+
+
+def resize(rng):
+    """Change the pool's size a few times."""
+    for _ in range(10):
+        _ext.set_num_threads(rng.randrange(1, 6))
+
+
+def operations(rng, folder):
+    """Threads that run ops while another changes the pool's size."""
+    return [seeded(rng, operate) for _ in range(rng.randrange(2, 7))] + [seeded(rng, resize)]
+
+
+def operate(rng):
+    """Run ops, and compare."""
+    for _ in range(20):
+        call, expected = rng.choice(_state["ops"])
+        if not mx.array_equal(call(), expected):
+            raise Wrong("an op gives other bits than before")
+
+
+def requests(rng, folder):
+    """Threads that request experts of one bank, hold them and look at them."""
+    count = rng.randrange(2, 6)
+    bank = make_bank(rng, folder / "experts.bin", at_least=2 * count + 2)
+    return [seeded(rng, partial(use, bank)) for _ in range(count)]
+
+
+def use(bank, rng):
+    """Request experts; drop them, look at them as they are, or within the request's graph."""
+    for _ in range(15):
+        experts = rng.sample(range(EXPERTS), rng.randrange(1, 3))
+        (lease, slots), way = resolve(bank, experts), rng.choice(["drop", "hold", "graph", "graph"])
+        if way == "hold":
+            mx.eval(slots)
+            check_slots(bank, slots, experts)
+        elif way == "graph":
+            read = bank.arrays[0][slots[0]].astype(mx.int32).sum(axis=-1)
+            read = lease.release(read, slots)
+            del slots
+            if read.tolist() != [BYTES[0] * e for e in experts]:
+                raise Wrong(f"experts {experts} read as {read.tolist()}")
+
+
+def case(seed, folder):
+    """One storm; afterwards one thread alone gets the right tokens too."""
+    rng = random.Random(seed)
+    storm = rng.choice([generations, generations, operations, requests])
+    before = _ext.num_threads()
+    try:
+        together(storm(rng, folder))
+    except Wrong as error:
+        raise Wrong(f"{storm.__name__}: {error}") from None
+    except Exception as error:
+        # No read fails here, and no thread may feel another.
+        raise Wrong(f"{storm.__name__}: {type(error).__name__}: {error}") from None
+    finally:
+        _ext.set_num_threads(before)
+    if storm is generations:
+        check(_state["fixture"].shared, rng.choice(_state["fixture"].prompts), 2)
+    return "right"
+
+
+@contextmanager
+def planted():
+    """Leases end at once, and nobody waits for reads."""
+
+    def apply(self, use, x, pending, scores, after):
+        slots = mx.array(np.array(mx.depends(pending, after)))
+        return ops.moe_decode(x, *self._weights, slots, scores)
+
+    with mock.patch.object(StreamedExperts, "_apply", apply):
+        yield

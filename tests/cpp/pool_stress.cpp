@@ -1,0 +1,101 @@
+// Tasks that throw, from many threads, in pools of any size, for the sanitizers
+// too (tests/test_crashes.py, tests/sanitize). With an argument, a task
+// plants a bug for them: "race" writes what another reads, "overflow" writes
+// past its memory, "shift" shifts by more than an int has bits.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/thread_pool.h"
+
+using glm_fused::cpu::parallel_for;
+
+namespace {
+
+constexpr double kWork = 1e9;  // enough for the pool
+
+void require(bool holds, const char* what) {
+  if (!holds) {
+    std::fprintf(stderr, "%s\n", what);
+    std::abort();
+  }
+}
+
+// Each task counts itself; some throw. All that began have ended when it
+// returns, as their counts, which are no atomics, show.
+void region(int count, int thrower, int throwers) {
+  std::vector<int> done(count);
+  bool thrown = false;
+  try {
+    parallel_for(
+        count,
+        [&](int i) {
+          done[i]++;
+          if (i >= thrower && i < thrower + throwers) {
+            if (i % 2) {
+              throw std::bad_alloc();
+            }
+            throw std::runtime_error("task " + std::to_string(i));
+          }
+        },
+        kWork);
+  } catch (const std::bad_alloc&) {
+    thrown = true;
+  } catch (const std::runtime_error& error) {
+    thrown = !std::strncmp(error.what(), "task ", 5);
+  }
+  const bool throws = throwers > 0 && thrower < count;
+  require(thrown == throws, "an exception is lost or made up");
+  for (int n : done) {
+    require(n <= 1 && (throws || n == 1), "a task ran twice or never");
+  }
+}
+
+void plant(const char* bug) {
+  int shared = 0, shift = 40;
+  std::vector<int> memory(4);
+  int* past = memory.data() + memory.size();
+  parallel_for(
+      64,
+      [&](int) {
+        if (!std::strcmp(bug, "race")) {
+          shared++;
+        } else if (!std::strcmp(bug, "overflow")) {
+          *past = 1;
+        } else {
+          shared = 1 << shift;
+        }
+      },
+      kWork);
+  std::printf("%d\n", shared);
+}
+
+}  // namespace
+
+int main(int count, char** argv) {
+  glm_fused::cpu::set_num_threads(4);
+  if (count > 1) {
+    plant(argv[1]);
+    return 0;
+  }
+  for (int threads : {1, 2, 5}) {
+    glm_fused::cpu::set_num_threads(threads);
+    std::vector<std::thread> callers;
+    for (int caller = 0; caller < 3; caller++) {
+      callers.emplace_back([caller] {
+        for (int i = 0; i < 300; i++) {
+          region(i % 40, (i + caller) % 37, i % 4);
+        }
+      });
+    }
+    for (auto& caller : callers) {
+      caller.join();
+    }
+  }
+  std::printf("fine\n");
+}
