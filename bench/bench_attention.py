@@ -34,6 +34,7 @@ from peers import llama_cpp
 import glm_fused
 from glm_fused import ops, rows, stock
 from glm_fused.benchmark import read_bandwidth, seconds
+from glm_fused.host import to_numpy
 
 INDEX_HEADS, INDEX_DIM, TOPK = 32, 128, 2048
 HEADS, RANK, ROPE, SCALE = 64, 512, 64, 0.0625
@@ -96,14 +97,14 @@ class Layer:
         """The same step of llama.cpp, checked to have the same result."""
 
         def numpy(a: mx.array, dtype: Any) -> Any:
-            return np.array(a.astype(mx.float32))[0].astype(dtype)
+            return to_numpy(a.astype(mx.float32))[0].astype(dtype)
 
         assert self.ropes is not None
         keys, weights = numpy(self.keys, np.float16), numpy(self.weights, np.float32)[0]
         q, rows = numpy(self.index_q, np.float32)[0], mx.concatenate([self.latents, self.ropes], -1)
         indexer = llama_cpp.Indexer(ggml, q, keys, weights * INDEX_DIM**-0.5, TOPK)
         indexer.run()
-        selected = np.array(self.selected)[0, 0]
+        selected = to_numpy(self.selected)[0, 0]
         common = np.intersect1d(indexer.selected(), selected).size
         attention = llama_cpp.Attention(
             ggml, numpy(self.q, np.float32)[0], numpy(rows, np.float16), selected, RANK, SCALE

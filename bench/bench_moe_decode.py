@@ -21,6 +21,7 @@ from common import DTYPES, bits_per_weight, median, parser, report
 import glm_fused
 from glm_fused import ops
 from glm_fused.benchmark import FORMATS, RoutedExperts, read_bandwidth, seconds
+from glm_fused.host import to_numpy
 
 COLUMNS = {
     "format": "",
@@ -53,28 +54,31 @@ class Layer(RoutedExperts):
 
     def exact(self, slots: mx.array, scores: mx.array) -> np.ndarray:
         """The first token's output in float64."""
-        x = np.array(self.x[0].astype(mx.float32), dtype=np.float64)
+        x = in_float64(self.x[0])
         total = np.zeros(x.shape)
-        for e, score in zip(np.array(slots)[0], np.array(scores)[0], strict=True):
+        for e, score in zip(to_numpy(slots)[0], to_numpy(scores)[0], strict=True):
             gate, up, down = (dequantized(w, int(e)) for w in (self.gate, self.up, self.down))
             h = gate @ x
             total += score * (down @ (h / (1 + np.exp(-h)) * (up @ x)))
         return total
 
 
+def in_float64(a: mx.array) -> np.ndarray:
+    return to_numpy(a.astype(mx.float32)).astype(np.float64)
+
+
 def dequantized(w: ops.Weight, slot: int) -> np.ndarray:
     one = [a if a is None else a[slot] for a in w[:3]]
     if w.mode == "dense":
-        return np.array(one[0].astype(mx.float32), dtype=np.float64)
+        return in_float64(one[0])
     if w.mode == "affine":
         one[1:] = [a.astype(mx.float32) for a in one[1:]]
     values = mx.dequantize(*one, w.group_size, w.bits, mode=w.mode, dtype=mx.float32)
-    return np.array(values, dtype=np.float64)
+    return in_float64(values)
 
 
 def error(y: mx.array, exact: np.ndarray) -> float:
-    found = np.array(y[0].astype(mx.float32), dtype=np.float64)
-    return float(np.abs(found - exact).max() / np.abs(exact).max())
+    return float(np.abs(in_float64(y[0]) - exact).max() / np.abs(exact).max())
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -86,7 +90,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         took, read = [], []
         for _ in range(options.calls):
             slots, scores = layer.route()
-            distinct = len(np.unique(slots))
+            distinct = len(np.unique(to_numpy(slots)))
             took.append(seconds(lambda s=slots, c=scores: layer.fused(s, c)))
             read.append(distinct * layer.expert_bytes / took[-1] / 1e9)
         bandwidth = (bandwidth + read_bandwidth(layer.gate.weight)) / 2

@@ -3,16 +3,22 @@
 import io
 import json
 import os
+import pydoc
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from conftest import tiny_config, write_checkpoint
 from test_generate import WORDS, write_tokenizer
 
-from glm_fused import _abi, demo, num_threads, ops, paths, set_num_threads
+import glm_fused
+from glm_fused import _abi, demo, load, num_threads, ops, paths, set_num_threads
 from glm_fused.cli import main
+from glm_fused.folders import checkpoint_folder
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +245,176 @@ def test_bad_options(capsys, model, options, message):
     assert_one_line(run(capsys, *generate(model, *options)), message)
 
 
+STREAMED = ("--slots", "4")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policy", "lru"], "--policy: needs --memory-budget, --slots or --sidecar"),
+        (["--lookahead", "0"], "--lookahead: needs"),
+        (["--context", "64", "--direct-io"], "--context, --direct-io: needs"),
+        (["--read-depth", "4", "--read-split", "1MiB"], "--read-depth, --read-split: needs"),
+        (["--trace", "t.jsonl"], "--trace: needs"),
+        ([*STREAMED, "--policy", "pinned"], "--pins and --policy pinned need one another"),
+        ([*STREAMED, "--pins", "p.json"], "--pins and --policy pinned need one another"),
+        ([*STREAMED, "--pins", "p.json", "--policy", "lru"], "need one another"),
+        ([*STREAMED, "--context", "4097"], "context of 4,097 tokens, expected 1 to 4,096"),
+        ([*STREAMED, "--trace", "none/t.jsonl"], "none does not exist, to write t.jsonl into"),
+        (["--memory-budget", "24"], "--memory-budget: expected a size with its unit"),
+        ([*STREAMED, "--read-split", "24"], "--read-split: expected a size with its unit"),
+        (["--sidecar", ""], "--sidecar: expected a path, found an empty text"),
+        (["--max-tokens", "4057"], "40 prompt tokens and 4057 more"),
+        (["--top-p", "0.9"], "--top-p: greedy decoding"),
+        (["--temp", "0", "--top-k", "5", "--min-p", "0.1"], "--top-k, --min-p: greedy decoding"),
+        (["--repetition-context-size", "9"], "needs --repetition-penalty"),
+        (["--stop", ""], "not empty"),
+        (["--ab", "--stop", "x"], "--stop: not with --ab"),
+        (["--max-tok", "4"], "unrecognized arguments: --max-tok 4"),
+        (["--verb"], "unrecognized arguments: --verb"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(capsys, monkeypatch, tmp_path, model, options, message):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("generate", "--model", model, "--prompt", WORDS, "--raw", *options)
+    assert_one_line(run(capsys, *arguments), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_asks_for_nothing_is_not_refused(capsys, model):
+    _, plain, _ = run(capsys, *generate(model))
+    options = ("--temp", "0", "--top-p", "1", "--top-k", "0", "--min-p", "0", "--seed", "4")
+    assert run(capsys, *generate(model, *options)) == (0, plain, "")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("generate", "--frobnicate"), ("sidecar", "pack"), ("replay",), ("generate", "--model")],
+)
+def test_errors_of_arguments_name_the_help(capsys, command):
+    prog = " ".join(["glm-fused", *(word for word in command if not word.startswith("-"))])
+    assert_one_line(run(capsys, *command), f"(see {prog} --help)")
+
+
+def test_help_has_examples_exit_codes_and_variables(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    assert all(text in out for text in ("examples:", "exit codes:", "GLM_FUSED_NUM_THREADS"))
+    code, out, _ = run(capsys, "generate", "--help")
+    assert code == 0
+    assert all(text in out for text in ("examples:", "exit codes:", "--repetition-penalty"))
+
+
+def test_a_stop_text(capsys, model):
+    _, plain, _ = run(capsys, *generate(model))
+    words = plain.split()
+    code, out, _ = run(capsys, *generate(model, "--stop", "never", "--stop", words[2]))
+    assert (code, out) == (0, plain[: plain.index(words[2])] + "\n")
+
+
+def test_defaults_of_the_checkpoint(capsys, model, tmp_path):
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    config = tmp_path / "generation_config.json"
+    config.write_text('{"do_sample": true, "temperature": 2.0, "top_p": 0.9}')
+    code, out, err = run(capsys, *generate(tmp_path, "--json", "--verbose", "--top-p", "0.5"))
+    sampling = json.loads(out)["sampling"]
+    assert (code, sampling["temp"], sampling["top_p"]) == (0, 2.0, 0.5)
+    assert sampling["from_checkpoint"] == ["temp"]
+    assert "temp 2.0, top_p 0.5; generation_config.json says temp" in err
+    _, plain, _ = run(capsys, *generate(model))
+    assert run(capsys, *generate(tmp_path, "--temp", "0")) == (0, plain, "")
+    config.write_text('{"temperature": "hot"}')
+    assert_one_line(run(capsys, *generate(tmp_path)), f"{config}: temperature is 'hot'")
+
+
+def test_a_prompt_that_is_too_long_is_one_line(model):
+    """transformers would warn of it on stderr."""
+    config = json.loads((Path(model) / "tokenizer_config.json").read_text())
+    assert config.get("model_max_length", 10**30) > 4096
+    arguments = command("generate", "--model", "demo", "--prompt", "x = 1\n" * 5000)
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False, timeout=120)
+    assert_one_line((result.returncode, result.stdout, result.stderr), "expected 1 to 8191")
+
+
+def test_demo_names_the_bundled_model(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint_folder("demo") == demo.checkpoint_folder()
+    assert run(capsys, "inspect", "demo")[0] == 0
+    (tmp_path / "demo").mkdir()
+    assert_one_line(run(capsys, "inspect", "demo"), "only where there is no such folder")
+    write_checkpoint(tmp_path / "demo", tiny_config())
+    write_tokenizer(tmp_path / "demo")
+    code, _, err = run(capsys, *generate("demo"))
+    assert (code, err) == (0, "demo is the folder ./demo here, not the bundled model.\n")
+
+
+def test_folders_that_are_no_checkpoints(capsys, tmp_path):
+    def refused(message):
+        assert_one_line(
+            run(capsys, "sidecar", "pack", "--model", tmp_path, tmp_path / "s"), message
+        )
+        with pytest.raises(FileNotFoundError, match=re.escape(message)):
+            load(tmp_path)
+
+    refused("has no config.json, so it is no folder of a checkpoint. It is empty.")
+    (tmp_path / "GLM-Q4.gguf").touch()
+    refused("GGUF files are not read")
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "config.json").touch()
+    refused(f"Its folder {tmp_path / 'inner'} has one.")
+    snapshot = tmp_path / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").touch()
+    refused(f"a cache of the Hugging Face Hub; the model is {snapshot}")
+    with pytest.raises(ValueError, match="the path is empty"):
+        load("")
+    with pytest.raises(FileNotFoundError, match="hf download zai-org/GLM-5"):
+        load("zai-org/GLM-5")
+
+
+TERMINAL = """
+import fcntl, os, pty, struct, sys, termios
+pid, terminal = pty.fork()
+if pid == 0:
+    fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 90, 0, 0))
+    os.execv(sys.argv[1], sys.argv[1:])
+shown = b""
+try:
+    while data := os.read(terminal, 65536):
+        shown += data
+except OSError:  # the terminal has no writer any more
+    pass
+sys.stdout.buffer.write(shown)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux's terminals")
+def test_progress_on_a_terminal(model):
+    arguments = [*command(*generate(model)), "--ab"]
+    run = subprocess.run(
+        [sys.executable, "-c", TERMINAL, *arguments], capture_output=True, check=False, timeout=120
+    )
+    shown = run.stdout.decode()
+    assert run.returncode == 0
+    for path in ("fused", "reference"):
+        assert f"{path}, prompt:   0%" in shown
+        assert "/40 tokens" in shown
+        assert f"{path}, generation:   0%" in shown
+    assert "bit-identical: yes" in shown.rpartition("\r \r")[2]
+
+
+def test_the_library_is_listed():
+    names = dir(glm_fused)
+    assert {"load", "load_model", "generate", "stream_generate", "StreamOptions"} <= set(names)
+    text = pydoc.plain(pydoc.render_doc(glm_fused))
+    assert all(f"{name}(" in text for name in ("load", "load_model", "generate"))
+    code = "import sys, glm_fused; dir(glm_fused); print('mlx_lm' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
+    code = "import glm_fused.generation, glm_fused; print(callable(glm_fused.generate))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "True\n"
+
+
 def test_no_command(capsys):
     assert_one_line(run(capsys), "COMMAND")
 
@@ -250,6 +426,7 @@ def test_bad_paths(capsys, tmp_path, command):
     assert_one_line(run(capsys, *command, tmp_path), "config.json")
     (tmp_path / "config.json").write_text('{"model_type": ')
     assert_one_line(run(capsys, *command, tmp_path / "config.json"), "is a file")
+    assert_one_line(run(capsys, *command, ""), "expected a path, found an empty text")
     assert_one_line(run(capsys, *command, tmp_path), "config.json")
 
 

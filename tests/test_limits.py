@@ -1,5 +1,9 @@
 """Limits: of token ids, of the context and of what one command may ask for."""
 
+import os
+import subprocess
+import sys
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -45,3 +49,15 @@ def test_the_context_is_a_limit():
     model(mx.zeros((1, 2), mx.int32), kv)
     with pytest.raises(ValueError, match="0 cached and 9 new"):
         model(mx.zeros((1, 9), mx.int32))
+
+
+@pytest.mark.parametrize("text", ["abc", "0", "-1", "2x", "1025", "9" * 30])
+def test_a_number_of_threads_that_is_none_is_shown(text):
+    run = subprocess.run(
+        [sys.executable, "-c", "import glm_fused; glm_fused.num_threads()"],
+        env=os.environ | {"GLM_FUSED_NUM_THREADS": text},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"NUM_THREADS must be between 1 and 1024 threads but is '{text}'." in run.stderr

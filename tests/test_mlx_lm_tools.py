@@ -25,7 +25,8 @@ from glm_fused import demo
 from glm_fused import mlx_lm as ours
 from glm_fused.checkpoint import Checkpoint
 from glm_fused.formats import quantization_from_config
-from glm_fused.generate import Options, generate
+from glm_fused.generation import generate
+from glm_fused.options import Options
 from glm_fused.pack import pack
 
 PROMPT = "def add(a, b):\n    return"
@@ -490,6 +491,10 @@ def test_the_openai_client(folder, adapter):
         cached = second.usage.prompt_tokens_details.cached_tokens
         assert cached >= first.usage.prompt_tokens - 4
         assert second.usage.prompt_tokens > first.usage.prompt_tokens
+        for limits in ({"max_tokens": 8192}, {"temperature": 1.0, "seed": 1, "max_tokens": 8192}):
+            with pytest.raises(openai.APIStatusError, match=r"and 8192 more \(max_tokens\) exceed"):
+                client.chat.completions.create(messages=turns, **ask | limits)
+        assert client.chat.completions.create(messages=turns, **ask).choices  # it goes on
         trained = client.completions.create(
             model="model", prompt=PROMPT, max_tokens=8, temperature=0,
             extra_body={"adapters": str(adapter)},

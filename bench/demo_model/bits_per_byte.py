@@ -73,11 +73,12 @@ def load_model(path: str, kv_format: str) -> Callable[[list[int]], np.ndarray]:
     import mlx.core as mx
 
     import glm_fused
+    from glm_fused.host import to_numpy
 
     model, _ = glm_fused.load_model(path, kv_format=kv_format)
 
     def logits(tokens: list[int]) -> np.ndarray:
-        return np.array(model(mx.array(tokens)[None])[0].astype(mx.float32))
+        return to_numpy(model(mx.array(tokens)[None])[0].astype(mx.float32))
 
     return logits
 

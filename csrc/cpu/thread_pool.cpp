@@ -51,11 +51,10 @@ int usable_processors() {
   return n ? static_cast<int>(n) : 1;
 }
 
-int checked(long n, const std::string& from) {
+int checked(long n, const std::string& name, const std::string& found) {
   if (n < 1 || n > 1024) {
     throw std::invalid_argument(
-        from + " must be between 1 and 1024 threads but is " +
-        std::to_string(n) + ".");
+        name + " must be between 1 and 1024 threads but is " + found + ".");
   }
   return static_cast<int>(n);
 }
@@ -67,7 +66,8 @@ int default_threads() {
   }
   char* end = nullptr;
   const long n = std::strtol(text, &end, 10);
-  return checked(*end ? 0 : n, "GLM_FUSED_NUM_THREADS=" + std::string(text));
+  const std::string found = "'" + std::string(text) + "'";
+  return checked(*end ? 0 : n, "GLM_FUSED_NUM_THREADS", found);
 }
 
 class Pool {
@@ -220,7 +220,7 @@ int num_threads() {
 }
 
 void set_num_threads(int n) {
-  checked(n, "[set_num_threads] n");
+  checked(n, "[set_num_threads] n", std::to_string(n));
   Shared& s = shared();
   std::lock_guard lock(s.region);
   s.threads = n;

@@ -99,7 +99,9 @@ void bind_bank(nb::module_& m) {
           "The experts in slots now.")
       .def(
           "stats",
-          [](const BankHandle& b) { return describe(b.value->bank()->stats()); },
+          [](const BankHandle& b) {
+            return describe(b.value->bank()->stats());
+          },
           nb::sig("def stats(self) -> dict[str, int]"),
           "Counts since the bank was made.")
       .def(

@@ -99,8 +99,7 @@ class Wait : public SlotPrimitive {
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     outputs[0].copy_shared_buffer(inputs[0]);
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [use = use_,
-         slots = mx::array::unsafe_weak_copy(inputs[0])]() mutable {
+        [use = use_, slots = mx::array::unsafe_weak_copy(inputs[0])]() mutable {
           use->wait(slots.data<int32_t>(), slots.size());
         });
   }
@@ -152,9 +151,11 @@ class Verify : public SlotPrimitive {
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     outputs[0].copy_shared_buffer(inputs[0]);
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [reads = reads_, y = mx::array::unsafe_weak_copy(outputs[0])]() mutable {
+        [reads = reads_,
+         y = mx::array::unsafe_weak_copy(outputs[0])]() mutable {
           if (const std::string error = reads->error(); !error.empty()) {
-            // All bits set is NaN. MLX keeps the result of what has failed.
+            // All bits set is NaN. MLX keeps the result of what has failed, and
+            // forgets the error once it has raised it.
             std::memset(y.data<std::byte>(), 0xff, y.nbytes());
             throw std::runtime_error(error);
           }
@@ -333,10 +334,7 @@ mx::array SlotUse::release(const mx::array& y, const mx::array& slots) {
     inputs.push_back(*result);
   }
   const auto held = std::make_shared<const mx::array>(
-      y.shape(),
-      y.dtype(),
-      std::make_shared<Hold>(stream),
-      std::move(inputs));
+      y.shape(), y.dtype(), std::make_shared<Hold>(stream), std::move(inputs));
   std::erase_if(bank_->last_, [](const auto& entry) {
     return entry.second.result.expired();
   });

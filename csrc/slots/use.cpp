@@ -54,8 +54,7 @@ bool Use::begin(int32_t* slots, size_t count) {
   }
   if (!lease_ || !bank_->hold(*lease_)) {
     lease_.reset();
-    lease_ =
-        bank_->acquire(experts_.data(), tokens_, top_k_, slots, counted_);
+    lease_ = bank_->acquire(experts_.data(), tokens_, top_k_, slots, counted_);
     counted_ = true;
   }
   return true;

@@ -38,8 +38,7 @@ class Use : public Arrivals {
       : bank_(std::move(bank)), reads_(std::move(reads)) {}
 
   // Starts to read, if there are slots to read into; `begin` does otherwise.
-  void
-  resolve(const int32_t* experts, int tokens, int top_k, int32_t* slots);
+  void resolve(const int32_t* experts, int tokens, int top_k, int32_t* slots);
 
   bool begin(int32_t* slots, size_t count) override;
   std::vector<int> take(std::vector<int>& pending) override;

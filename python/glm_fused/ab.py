@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
 from . import paths
-from .generation import OnProgress, debug_paths, ratio
+from .generation import OnProgress, debug_paths, ratio, settled
 from .model import Model
 from .options import Options
 from .prompts import room
@@ -117,6 +117,7 @@ def format_comparison(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
+@settled()
 def _run(
     model: Model,
     prompt: Sequence[int],

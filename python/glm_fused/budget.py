@@ -26,7 +26,6 @@ PREFILL_TOKENS = 2048  # mlx-lm's chunk of a prompt
 PROCESS_GROWTH = 48 << 20  # after planning: tokenizer, code, heaps of threads; 30 MB are usual
 SHORTEST_CONTEXT = 256  # that a refusal proposes
 MAX_SCRATCH = 64 << 20  # of indexer_topk and of sparse_mla_decode
-_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])(i?)b?|b)", re.IGNORECASE)
 
 

@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return BROKEN_PIPE
     except UsageError as error:
-        parser: _Parser = args.parser
-        parser.error(str(error).removesuffix("."))
+        print(args.parser.complaint(str(error).removesuffix(".")), file=sys.stderr, end="")
+        return 2
     except Exception as error:
         if _debugging():
             raise
@@ -117,7 +117,11 @@ class _Parser(argparse.ArgumentParser):
         self.set_defaults(parser=self)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"glm-fused: error: {_one_line(message)} (see {self.prog} --help)\n")
+        self.exit(2, self.complaint(message))
+
+    def complaint(self, message: str) -> str:
+        """One line about arguments that do not fit, with where they are explained."""
+        return f"glm-fused: error: {_one_line(message)} (see {self.prog} --help)\n"
 
 
 class _Version(argparse.Action):

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.generate import generation_stream
 from mlx_lm.generate import stream_generate as mlx_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import _ext, ops, paths
 from .budget import peak_resident_bytes
+from .host import settle
 from .model import Model
 from .moe import MoE
 from .options import Options
 from .prompts import Prompt, encode, room
 from .rows import format_of
+from .slots import check_reads
 from .stops import StopTexts
 
 OnProgress = Callable[[str, int, int], None]
@@ -123,6 +126,18 @@ def stream_generate(
     return _Run.of(model, tokenizer, prompt, raw, options, changes, on_progress).pieces()
 
 
+@contextmanager
+def settled() -> Iterator[None]:
+    """Within the block mlx-lm generates; at its end, wait for what was evaluated ahead.
+
+    That is a step which nobody asks for: what fails in it concerns no later generation.
+    """
+    try:
+        yield
+    finally:
+        settle(generation_stream)
+
+
 class _Run:
     """One generation and what was measured of it."""
 
@@ -170,8 +185,9 @@ class _Run:
             mx.random.seed(self._options.seed)
         mx.reset_peak_memory()
         stops = StopTexts(self._options.stop)
-        with closing(self._responses()) as responses:
+        with settled(), closing(self._responses()) as responses:
             for response in responses:
+                check_reads(self._kv)
                 self._count(response)
                 reason = response.finish_reason
                 text, stopped = stops.feed(response.text)

@@ -1,4 +1,4 @@
-"""The one way from an ``mx.array`` to NumPy."""
+"""Where evaluation ends: the one way from an ``mx.array`` to NumPy, and waiting for the rest."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
+
+from . import paths
 
 
 def to_numpy(array: mx.array) -> NDArray[Any]:
@@ -24,3 +26,17 @@ def to_numpy(array: mx.array) -> NDArray[Any]:
         raise ValueError("[to_numpy] array is bfloat16, which NumPy does not have.")
     mx.eval(array)
     return np.array(array)
+
+
+def settle(stream: mx.Stream | mx.ThreadLocalStream) -> None:
+    """Wait until all that was enqueued on ``stream`` is over, whatever became of it.
+
+    For what is evaluated ahead and then not asked for, or abandoned after an error: MLX keeps its
+    error for whoever uses the stream next, and the arrays must not go before the work does.
+    """
+    while True:
+        try:
+            mx.synchronize(stream)
+            return
+        except RuntimeError as error:
+            paths.debug("abandoned: %s", error)

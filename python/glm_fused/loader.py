@@ -19,6 +19,7 @@ from .checkpoint import Checkpoint
 from .config import ModelArgs, args_from_config
 from .expert_source import is_expert
 from .formats import Quantization, infer_format, quantization_from_config
+from .host import to_numpy
 from .layout import unused
 from .manifest import check_tensors
 from .model import Model
@@ -197,7 +198,7 @@ def _check_scales(scales: _Scales, checkpoint: Checkpoint) -> None:
         bad, expected = ~mx.isfinite(array), "finite numbers"
     if not bad.any().item():
         return
-    index = np.argwhere(np.array(bad))[0].tolist()
+    index = np.argwhere(to_numpy(bad))[0].tolist()
     value = array[tuple(index)].item()
     expert = name.replace(".switch_mlp.", f".experts.{index[0]}.")
     if name not in checkpoint.tensors and expert in checkpoint.tensors:

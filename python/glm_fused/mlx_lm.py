@@ -12,9 +12,9 @@ from typing import Any
 
 from mlx_lm import cli
 
+from .arguments import DEFAULT_CONTEXT
 from .cli import BROKEN_PIPE, INTERRUPTED
 from .cli_streaming import add_options
-from .commands import DEFAULT_CONTEXT
 from .commands_streaming import stream_options
 from .paths import flag
 from .registration import UNSUPPORTED, Loading, register
@@ -44,7 +44,10 @@ def main() -> int:
     try:
         register()
         if command == "server":
+            from .serving import limit_requests
+
             _end_without_model()
+            limit_requests()
         with _our_options(command):
             cli.main()
         sys.stdout.flush()

@@ -26,8 +26,9 @@ _reads: contextvars.ContextVar[_ext.SlotReads | None] = contextvars.ContextVar(
 def check_reads(cache: Sequence[Any] | None) -> _ext.SlotReads:
     """What became of the reads for ``cache``, which remembers it; of none for None.
 
-    Raises RuntimeError if one failed: MLX keeps what it was evaluating then as if it were valid,
-    so the rows of the cache are not to be trusted.
+    Raises RuntimeError if one failed. MLX keeps what it was evaluating then as if it were valid,
+    so the rows of the cache are not to be trusted; and it raises the error once, to whoever asks
+    first, so a token is good only if this does not raise after it was read.
     """
     if cache is None:
         return _ext.SlotReads()

@@ -34,6 +34,9 @@ def plan(options):
     setting = "SLOW_CASES" if options.slow else "QUICK_CASES"
     result = {}
     for name in options.kind or harness.kind_names():
+        if reason := harness.unavailable(name):
+            print(f"{name} is left out: {reason}", file=sys.stderr)
+            continue
         count = options.cases
         if count is None:
             count = harness.setting(harness.load_kind(name), setting)

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import _ext, rows
+from ..host import to_numpy
 from ..synthetic import DTYPES, Bits
 from .case import Case
 
@@ -32,7 +33,7 @@ def cached_rows(
         mx.abs(bits.floats((count, scales), mx.float32, top)).view(mx.uint8),
         bits.floats((count, rope), mx.bfloat16).view(mx.uint8),
     )
-    packed = np.concatenate([codes, *(np.array(p) for p in parts)], axis=1)
+    packed = np.concatenate([codes, *(to_numpy(p) for p in parts)], axis=1)
     return mx.array(packed[None]).view(rows.PACKED[kv_format]), None
 
 

@@ -13,6 +13,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from ..host import to_numpy
+
 Outputs = Sequence[npt.NDArray[Any]]  # bit patterns of floats (unsigned), and integers (int32)
 GOLDEN = "golden.json"
 _VIEWS = {mx.bfloat16: mx.uint16, mx.float16: mx.uint16, mx.float32: mx.uint32}
@@ -22,7 +24,7 @@ def evaluated(arrays: Iterable[mx.array]) -> Outputs:
     """Evaluate and return bit patterns; NaN payloads included."""
     arrays = list(arrays)
     mx.eval(arrays)
-    return [np.array(a.view(_VIEWS[a.dtype]) if a.dtype in _VIEWS else a) for a in arrays]
+    return [to_numpy(a.view(_VIEWS[a.dtype]) if a.dtype in _VIEWS else a) for a in arrays]
 
 
 def digest(outputs: Outputs) -> str:
@@ -88,7 +90,7 @@ def ulps(found: Outputs, expected: Outputs, dtype: mx.Dtype) -> float | None:
 
 
 def _float64(bits: npt.NDArray[Any], dtype: mx.Dtype) -> npt.NDArray[np.float64]:
-    return np.array(mx.array(bits).view(dtype).astype(mx.float32)).astype(np.float64)
+    return to_numpy(mx.array(bits).view(dtype).astype(mx.float32)).astype(np.float64)
 
 
 def _mask(a: npt.NDArray[Any]) -> int:

@@ -48,23 +48,19 @@ class Prompt:
 
 
 def generate(model, prompt, steps=STEPS):
-    """(tokens, logits), greedily, as mlx-lm generates them: a step is built while one computes."""
-    tokens, logits = [], []
-    for token, logit in generate_step(
+    """Yield (token, logits), greedily, as mlx-lm does: a step is built while one computes."""
+    yield from generate_step(
         mx.array(prompt.tokens),
         model,
         max_tokens=steps,
         prompt_cache=model.make_cache(),
         prefill_step_size=prompt.chunk,
-    ):
-        tokens.append(token)
-        logits.append(logit)
-    return tuple(tokens), tuple(logits)
+    )
 
 
 def generate_exactly(model, prompt, steps=STEPS):
     """The same without mlx-lm's last step, which nobody uses: here every read is needed."""
-    cache, tokens, logits = model.make_cache(), [], []
+    cache = model.make_cache()
 
     def step(y):
         logit = model(y[None], cache)[:, -1, :]
@@ -79,20 +75,43 @@ def generate_exactly(model, prompt, steps=STEPS):
     for i in range(steps):
         mx.async_eval(y, logit)
         following = step(y) if i + 1 < steps else (y, logit)
-        tokens.append(y.item())
-        logits.append(logit)
+        yield y.item(), logit
         y, logit = following
-    return tuple(tokens), tuple(logits)
 
 
 def check(model, prompt, steps=STEPS, how=generate_exactly):
-    """Raise `Wrong` unless the model says what the resident one does, to the bit."""
-    tokens, logits = how(model, prompt, steps)
-    if tokens != prompt.expected[:steps]:
-        raise Wrong(f"tokens {tokens}, expected {prompt.expected[:steps]}")
-    for i, (found, expected) in enumerate(zip(logits, prompt.logits, strict=False)):
-        if not mx.array_equal(found, expected):
-            raise Wrong(f"the right tokens, but the logits of step {i} differ")
+    """Raise `Wrong` unless the model says what the resident one does, to the bit.
+
+    What it says before an error, too.
+    """
+    for _ in checked(model, prompt, steps, how):
+        pass
+
+
+def checked(model, prompt, steps, how):
+    """The same, token by token; one that is dropped compares what it has said."""
+    tokens, logits, fault = [], [], ""
+    try:
+        for token, logit in how(model, prompt, steps):
+            tokens.append(token)
+            logits.append(logit)
+            yield token
+        if len(tokens) < steps:
+            raise Wrong(f"{len(tokens)} tokens, expected {steps}")
+    except Exception as error:
+        fault = f", before {error!r}"
+        raise
+    finally:
+        _compare(tokens, logits, prompt, fault)
+
+
+def _compare(tokens, logits, prompt, fault):
+    expected = list(prompt.expected[: len(tokens)])
+    if tokens != expected:
+        raise Wrong(f"tokens {tokens}, expected {expected}{fault}")
+    for i, (found, right) in enumerate(zip(logits, prompt.logits, strict=False)):
+        if not mx.array_equal(found, right):
+            raise Wrong(f"the right tokens, but the logits of step {i} differ{fault}")
 
 
 class Fixture:
@@ -118,7 +137,8 @@ class Fixture:
         length = (1, 10, 4, 16, 2, 24, 7, 12)[number % 8]
         tokens = tuple(rng.randrange(3, 250) for _ in range(length))
         prompt = Prompt(tokens, rng.choice([3, 8, 2048]))
-        return Prompt(tokens, prompt.chunk, *generate(model, prompt, steps))
+        said = zip(*generate(model, prompt, steps), strict=True)
+        return Prompt(tokens, prompt.chunk, *map(tuple, said))
 
     def model(self, packed, **options):
         """The model with new banks; those of the last call are gone."""

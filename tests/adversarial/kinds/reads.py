@@ -1,10 +1,13 @@
-"""Reads of experts that fail, end early, are short, late, interrupted or wrong."""
+"""Reads of experts that fail, end early, are short, late, interrupted or wrong; changed files."""
 
 import errno
+import os
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from unittest import mock
 
+import mlx.core as mx
+from mlx_lm.generate import generation_stream
 from tests.adversarial.harness import Wrong, clear_error
 from tests.adversarial.kinds import _preload, slots
 from tests.adversarial.kinds._streamed import (
@@ -23,7 +26,7 @@ SLOW_CASES = 25_000
 ERRORS = (errno.EIO, errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ENOMEM, errno.EINVAL)
 # What a reader has to put up with.
 HARMLESS = ("interrupted", "short", "late")
-HARMFUL = ("error", "end", "wrong byte")
+HARMFUL = ("error", "end", "wrong byte", "changed file")
 unavailable, environment = slots.unavailable, slots.environment
 _state = {}
 
@@ -41,10 +44,10 @@ def arm(rng, reads, fault):
         count = rng.randrange(2, 200)
     elif where == "some":
         count, permille = 0, rng.choice([5, 30, 200, 900 if fault in HARMLESS else 300])
-    kind, error = _preload.ERROR, rng.choice(ERRORS)
+    kind, error = _preload.NONE if fault == "changed file" else _preload.ERROR, rng.choice(ERRORS)
     if fault == "interrupted":
         error = errno.EINTR
-    elif fault != "error":
+    elif fault not in ("error", "changed file"):
         kind = {
             "end": _preload.END,
             "short": _preload.SHORT,
@@ -54,33 +57,65 @@ def arm(rng, reads, fault):
     reads.arm(kind, first, count, permille, rng.getrandbits(63), error)
 
 
+@contextmanager
+def changed(files):
+    """As if somebody had written to the files."""
+    times = {file: (file.stat().st_atime_ns, file.stat().st_mtime_ns) for file in files}
+    try:
+        for file, (accessed, modified) in times.items():
+            os.utime(file, ns=(accessed, modified + 1_000_000))
+        yield
+    finally:
+        for file, both in times.items():
+            os.utime(file, ns=both)
+
+
+def drain():
+    """Wait for mlx-lm's last step, which nobody asks for: if it failed, MLX would tell the next."""
+    for stream in (mx.default_stream(mx.cpu), generation_stream):
+        with suppress(RuntimeError):
+            mx.synchronize(stream)
+
+
+def under(fault, rng, model, prompt, how):
+    """(outcome, how many reads were hit) of a generation."""
+    reads = _state["reads"]
+    files = model.streaming.source.files if fault == "changed file" else ()
+    arm(rng, reads, fault)
+    outcome = "right"
+    try:
+        with changed(files):
+            check(model, prompt, how=how)
+    except Wrong as error:
+        raise Wrong(f"{fault} at {reads.hits} of {reads.calls} reads: {error}") from None
+    except Exception as error:
+        if clear_error(error) is None:
+            raise
+        outcome = f"error: {error}"
+    hits = reads.calls if files else reads.hits
+    reads.disarm()
+    drain()
+    return outcome, hits
+
+
 def case(seed, folder):
     """A prompt and some tokens under a fault; then, without it, the same again."""
-    fixture, reads = _state["fixture"], _state["reads"]
     rng = random.Random(seed)
     options = random_options(rng)
     fault = rng.choice(HARMLESS + HARMFUL)
     if fault == "wrong byte":
         options["packed"] = True  # nothing but a checksum can tell
-    prompt, how = rng.choice(fixture.prompts), rng.choice([generate, generate_exactly])
-    reads.disarm()
+    fixture, how = _state["fixture"], rng.choice([generate, generate_exactly])
+    prompt = rng.choice(fixture.prompts)
+    _state["reads"].disarm()
     model = fixture.model(**options)
-    arm(rng, reads, fault)
-    outcome = "right"
-    try:
-        check(model, prompt, how=how)
-    except Wrong as error:
-        raise Wrong(f"{fault} at {reads.hits} of {reads.calls} reads, {options}: {error}") from None
-    except Exception as error:
-        if clear_error(error) is None:
-            raise
-        outcome = f"error: {error}"
-    hits = reads.hits
-    reads.disarm()
+    outcome, hits = under(fault, rng, model, prompt, how)
     if outcome != "right" and (fault in HARMLESS or hits == 0):
         raise Wrong(f"{fault} at {hits} reads, {options}: {outcome}")
     # Of lookahead, of mlx-lm's last step, or of blocks around what is read past the page cache.
     unused = options["spares"] or how is generate or (fault == "wrong byte" and options["direct"])
+    if fault == "changed file":
+        unused = False  # all reads are hit
     if outcome == "right" and fault in HARMFUL and hits > 0 and not unused:
         raise Wrong(f"{fault} at {hits} reads passed unnoticed, {options}")
     if outcome == "right" and rng.random() < 0.8:

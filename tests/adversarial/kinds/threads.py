@@ -8,11 +8,13 @@ from unittest import mock
 
 import mlx.core as mx
 import numpy as np
-from tests.adversarial.harness import Wrong
+from tests.adversarial.harness import Wrong, clear_error
+from tests.adversarial.kinds import _preload
 from tests.adversarial.kinds import slots as bank_of_slots
 from tests.adversarial.kinds._streamed import (
     Fixture,
     check,
+    checked,
     generate,
     generate_exactly,
     random_options,
@@ -35,6 +37,7 @@ def prepare(folder):
     """A tiny model, a file of experts, and operands of ops with their serial results."""
     _state["fixture"] = Fixture(folder)
     bank_of_slots.prepare(folder)
+    _state["reads"] = _preload.Reads()
     _state["ops"] = [(call, mx.array(call())) for call in _calls()]
     mx.eval([result for _, result in _state["ops"]])
 
@@ -86,6 +89,51 @@ def generations(rng, folder):
     others = [seeded(rng, partial(drop, model)), seeded(rng, resize)]
     jobs = [seeded(rng, partial(say, model)) for _ in range(rng.choice([2, 2, 3, 4, 7]))]
     return jobs + rng.choice([[], [], others[:1], others[1:], others])
+
+
+def failing(rng, folder):
+    """Threads that generate while reads fail: each ends with its tokens or with an error."""
+    model = _state["fixture"].model(**random_options(rng))
+    jobs = [seeded(rng, partial(try_to_say, model)) for _ in range(rng.choice([2, 3, 4]))]
+    seed, permille = rng.getrandbits(63), rng.choice([10, 50, 300])
+    _state["reads"].arm(rng.choice([_preload.ERROR, _preload.END]), 0, 0, permille, seed)
+    return jobs
+
+
+def interleaved(rng, folder):
+    """One thread with several generations, some of which are dropped; reads may fail."""
+    model = _state["fixture"].model(**random_options(rng))
+    if rng.random() < 0.5:
+        _state["reads"].arm(_preload.ERROR, rng.randrange(80), 1)
+    return [seeded(rng, partial(take_turns, model))]
+
+
+def take_turns(model, rng):
+    """A token of one, a token of another; each ends with its tokens or with an error."""
+    fixture = _state["fixture"]
+    voices = [
+        checked(model, rng.choice(fixture.prompts), 3, rng.choice([generate, generate_exactly]))
+        for _ in range(rng.choice([2, 3]))
+    ]
+    while voices:
+        voice = rng.choice(voices)
+        try:
+            if next(voice, None) is None or rng.random() < 0.05:
+                voices.remove(voice)
+                voice.close()
+        except RuntimeError as error:
+            if clear_error(error) is None or not _state["reads"].hits:
+                raise
+            voices.remove(voice)
+
+
+def try_to_say(model, rng):
+    """Generate, and compare what was said before the first error."""
+    try:
+        say(model, rng)
+    except RuntimeError as error:
+        if clear_error(error) is None or not _state["reads"].hits:
+            raise
 
 
 def say(model, rng):
@@ -147,18 +195,19 @@ def use(bank, rng):
 def case(seed, folder):
     """One storm; afterwards one thread alone gets the right tokens too."""
     rng = random.Random(seed)
-    storm = rng.choice([generations, generations, operations, requests])
+    storm = rng.choice([generations, generations, failing, interleaved, operations, requests])
     before = _ext.num_threads()
     try:
         together(storm(rng, folder))
     except Wrong as error:
         raise Wrong(f"{storm.__name__}: {error}") from None
     except Exception as error:
-        # No read fails here, and no thread may feel another.
+        # No thread may feel another.
         raise Wrong(f"{storm.__name__}: {type(error).__name__}: {error}") from None
     finally:
         _ext.set_num_threads(before)
-    if storm is generations:
+        _state["reads"].disarm()
+    if storm in (generations, failing, interleaved):
         check(_state["fixture"].shared, rng.choice(_state["fixture"].prompts), 2)
     return "right"
 
