@@ -11,7 +11,8 @@ from mlx_lm.models.cache import CacheList
 
 from . import ops
 from .attention import Attention
-from .cache import Span, check_cache, make_cache
+from .cache import Span, make_cache
+from .cache_check import check_cache
 from .config import ModelArgs
 from .layers import MLP, Linear, embedding_weight
 from .moe import MoE
@@ -108,7 +109,7 @@ class Model(nn.Module):
         """
         _check_tokens(tokens)
         if cache is not None:
-            check_cache(cache, self.args)
+            check_cache(cache, self.args, tokens.shape[0])
         x = self.model(tokens, cache, trace)
         if "lm_head" in self:
             return self.lm_head(x)
