@@ -1,6 +1,9 @@
 // Slots that are filled while a kernel works on those that already are.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+#include <string>
 #include <vector>
 
 namespace glm_fused {
@@ -9,10 +12,20 @@ class Arrivals {
  public:
   virtual ~Arrivals() = default;
 
+  // From now until `end` nothing overwrites the slots; rewrites those of
+  // `slots` that are others than when the graph ran up to here. False if what
+  // the kernel computes is lost already, and it need not run. Throws
+  // std::runtime_error when there are no slots to be had.
+  virtual bool begin(int32_t* slots, size_t count) = 0;
+
   // Moves the slots that are filled out of `pending`, which must not be empty,
   // and returns them; waits until there is one. Throws std::runtime_error when
   // a slot of `pending` cannot be filled.
   virtual std::vector<int> take(std::vector<int>& pending) = 0;
+
+  // The kernel has run, or has `failed`.
+  virtual void end() = 0;
+  virtual void failed(const std::string& error) = 0;
 };
 
 }  // namespace glm_fused

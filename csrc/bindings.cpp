@@ -76,7 +76,7 @@ NB_MODULE(_ext, m) {
          const WeightTuple& down,
          const mx::array& slots,
          const mx::array& scores,
-         const slots::BankHandle* bank,
+         const slots::UseHandle* use,
          bool reference,
          bool metal) {
         return moe_decode(
@@ -87,7 +87,7 @@ NB_MODULE(_ext, m) {
             slots,
             scores,
             reference,
-            bank ? slots::arrivals(bank->value) : nullptr,
+            use ? use->value->use() : nullptr,
             on(metal));
       },
       "x"_a,
@@ -96,7 +96,7 @@ NB_MODULE(_ext, m) {
       "down"_a,
       "slots"_a,
       "scores"_a,
-      "bank"_a.none(),
+      "use"_a.none(),
       "reference"_a,
       "metal"_a);
   m.def(

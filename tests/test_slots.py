@@ -48,9 +48,16 @@ def make_bank(file, slots, *, policy="lru", spares=0, pins=(), direct=False, che
 
 def request(bank, experts):
     """The slots of a request, read."""
-    slots = _ext.slots_wait(bank, _ext.slots_resolve(bank, mx.array([experts], mx.int32))[0])
+    slots = resolve(bank, experts)[1]
     mx.eval(slots)
     return slots
+
+
+def resolve(bank, experts, reads=None):
+    """A use, its slots and what has to come after."""
+    use = _ext.SlotUse(bank, reads or _ext.SlotReads())
+    pending, _ = use.resolve(mx.array([experts], mx.int32))
+    return use, use.wait(pending)
 
 
 def holds(bank, slots, experts):
@@ -155,11 +162,10 @@ def test_requests_of_one_graph_take_turns(file):
     bank = make_bank(file, 2)
     results = []
     for experts in ([0, 1], [2, 3], [0, 4]):
-        pending, _ = _ext.slots_resolve(bank, mx.array([experts], mx.int32))
-        slots = _ext.slots_wait(bank, pending)
+        use, slots = resolve(bank, experts)
         read = bank.arrays[0][slots[0]].astype(mx.int32).sum(axis=-1)
-        results.append((experts, _ext.slots_release(bank, read, slots)))
-        del pending, slots, read
+        results.append((experts, use.release(read, slots)))
+        del use, slots, read
     mx.eval([read for _, read in results])
     for experts, read in results:
         assert read.tolist() == [BYTES[0] * e for e in experts]
@@ -167,9 +173,9 @@ def test_requests_of_one_graph_take_turns(file):
 
 def test_a_graph_that_is_dropped_is_neither_kept_nor_evaluated(file):
     bank = make_bank(file, 2)
-    pending, _ = _ext.slots_resolve(bank, mx.array([[0, 1]], mx.int32))
-    y = _ext.slots_release(bank, mx.zeros((1, 4)) + 1, pending)
-    del pending, y
+    use, slots = resolve(bank, [0, 1])
+    y = use.release(mx.zeros((1, 4)) + 1, slots)
+    del use, slots, y
     assert holds(bank, request(bank, [2, 3]), [2, 3])
     assert bank.stats()["misses"] == 2
 
@@ -180,11 +186,10 @@ def test_what_is_overwritten_was_released(file):
     reads = []
     for i in range(60):
         experts = [i % EXPERTS, (i * 5 + 1) % EXPERTS]
-        pending, _ = _ext.slots_resolve(bank, mx.array([experts], mx.int32))
-        slots = _ext.slots_wait(bank, pending)
+        use, slots = resolve(bank, experts)
         read = bank.arrays[0][slots[0]].max(axis=-1)
-        read = _ext.slots_release(bank, read, slots)
-        del pending, slots
+        read = use.release(read, slots)
+        del use, slots
         mx.async_eval(read)
         reads.append((experts, read))
     for experts, read in reads:

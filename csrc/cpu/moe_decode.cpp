@@ -1,6 +1,7 @@
 #include "cpu/moe_decode.h"
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <numeric>
 
@@ -299,6 +300,25 @@ void check_slots(const Moe& moe) {
   }
 }
 
+// The slots may become others than MLX's array says so far.
+bool begin(const Moe& moe, Arrivals& arrivals) {
+  mx::array slots = moe.slots;
+  return arrivals.begin(slots.data<int32_t>(), slots.size());
+}
+
+void wait_for_all(const Moe& moe, Arrivals& arrivals) {
+  const int32_t* slots = moe.slots.data<int32_t>();
+  std::vector<int> pending(slots, slots + moe.slots.size());
+  while (!pending.empty()) {
+    arrivals.take(pending);
+  }
+}
+
+// Of any of the types that an activation has: all bits set is NaN.
+void fill_with_nan(mx::array& y) {
+  std::memset(y.data<std::byte>(), 0xff, y.nbytes());
+}
+
 }  // namespace
 
 void moe_decode(const Moe& moe, Arrivals* arrivals) {
@@ -324,11 +344,34 @@ void MoeDecode::eval_cpu(
     const cpu::Matrix down(in, next, down_format);
     const FloatType type = float_type_of(out[0].dtype());
     const cpu::Moe moe{in[0], in[1], in[2], gate, up, down, out[0], type};
-    cpu::check_slots(moe);
-    if (reference) {
+    const auto compute = [&](Arrivals* some) {
+      cpu::check_slots(moe);
+      if (!reference) {
+        cpu::moe_decode(moe, some);
+        return;
+      }
+      if (some) {
+        cpu::wait_for_all(moe, *some);
+      }
       reference::moe_decode(moe);
-    } else {
-      cpu::moe_decode(moe, arrivals.get());
+    };
+    try {
+      if (!arrivals) {
+        compute(nullptr);
+      } else if (cpu::begin(moe, *arrivals)) {
+        compute(arrivals.get());
+        arrivals->end();
+      } else {
+        cpu::fill_with_nan(out[0]);
+      }
+    } catch (const std::exception& error) {
+      // MLX goes on with what was enqueued, and keeps the results: they must
+      // not look like any.
+      cpu::fill_with_nan(out[0]);
+      if (arrivals) {
+        arrivals->failed(error.what());
+      }
+      throw;
     }
   };
   cpu::dispatch(stream(), inputs, outputs, task);

@@ -1,6 +1,7 @@
 #include "slots/bank.h"
 
 #include <algorithm>
+#include <list>
 #include <stdexcept>
 #include <utility>
 
@@ -13,6 +14,7 @@ namespace glm_fused::slots {
 struct Lease::State {
   BankOptions options;
   std::unique_ptr<SlotTable> table;  // this and all below: under `mutex`
+  std::list<Lease*> open;            // the oldest first
   BankStats stats;
   bool recording = false;
   int64_t tokens = 0;
@@ -46,6 +48,17 @@ struct Lease::State {
             std::to_string(at.offset) + ", the checksum differs.";
   }
 
+  // Ends the oldest open lease; false if there is none.
+  bool take_back() {
+    if (open.empty()) {
+      return false;
+    }
+    table->release(open.front()->slots_);
+    open.front()->slots_.clear();
+    open.pop_front();
+    return true;
+  }
+
   void finish(int expert, int slot, std::string error) {
     if (error.empty()) {
       error = damage(expert, slot);
@@ -65,6 +78,7 @@ struct Lease::State {
 Lease::~Lease() {
   {
     std::lock_guard lock(state_->mutex);
+    state_->open.remove(this);
     state_->table->release(slots_);
   }
   state_->changed.notify_all();
@@ -84,42 +98,104 @@ Bank::Bank(
 
 Bank::~Bank() = default;
 
-std::shared_ptr<Lease>
-Bank::acquire(const int32_t* experts, int tokens, int top_k, int32_t* slots) {
-  const size_t count = static_cast<size_t>(tokens) * top_k;
-  const auto wanted = distinct(experts, count);
-  State& s = *state_;
+// A request, where its experts are and the lease that it gets.
+struct Bank::Reservation {
+  const int32_t* experts;
+  int tokens, top_k;
+  std::vector<int> wanted;  // distinct
+  std::shared_ptr<Lease> lease;
   std::vector<Placement> hits, misses;
-  std::unique_lock lock(s.mutex);
-  if (static_cast<int>(wanted.size()) > s.table->capacity()) {
+
+  size_t count() const {
+    return static_cast<size_t>(tokens) * top_k;
+  }
+};
+
+Bank::Reservation Bank::reserve_for(
+    const int32_t* experts,
+    int tokens,
+    int top_k) const {
+  Reservation r{experts, tokens, top_k, {}, nullptr, {}, {}};
+  r.wanted = distinct(experts, r.count());
+  if (static_cast<int>(r.wanted.size()) > capacity()) {
     throw std::runtime_error(
-        "[slots] layer " + std::to_string(s.options.layer) + ": " +
-        std::to_string(wanted.size()) +
+        "[slots] layer " + std::to_string(state_->options.layer) + ": " +
+        std::to_string(r.wanted.size()) +
         " experts at once need a larger bank than " +
-        std::to_string(s.table->capacity()) + " slots.");
+        std::to_string(capacity()) + " slots.");
   }
-  const auto fits = [&] { return s.table->reserve(wanted, hits, misses); };
-  if (!s.changed.wait_for(lock, s.options.patience, fits)) {
-    throw std::runtime_error(
-        "[slots] layer " + std::to_string(s.options.layer) +
-        ": too many slots are held by arrays that were not released.");
-  }
-  std::vector<int> leased;
-  for (const auto* placements : {&hits, &misses}) {
+  r.lease.reset(new Lease(state_));
+  return r;
+}
+
+// After the table has reserved the slots.
+void Bank::begin(const Reservation& r, int32_t* slots, bool again) {
+  for (const auto* placements : {&r.hits, &r.misses}) {
     for (const Placement& p : *placements) {
-      leased.push_back(p.slot);
+      r.lease->slots_.push_back(p.slot);
     }
   }
-  for (size_t i = 0; i < count; i++) {
-    slots[i] = s.table->slot_of(experts[i]);
+  for (size_t i = 0; i < r.count(); i++) {
+    slots[i] = state_->table->slot_of(r.experts[i]);
   }
-  record(experts, tokens, top_k, hits.size(), misses.size());
-  lock.unlock();
-  std::shared_ptr<Lease> lease(new Lease(state_, std::move(leased)));
-  for (const Placement& miss : misses) {
+  record(r, again);
+}
+
+std::shared_ptr<Lease> Bank::acquire(
+    const int32_t* experts,
+    int tokens,
+    int top_k,
+    int32_t* slots,
+    bool again) {
+  auto r = reserve_for(experts, tokens, top_k);
+  State& s = *state_;
+  const auto fits = [&] {
+    do {
+      if (s.table->reserve(r.wanted, r.hits, r.misses)) {
+        return true;
+      }
+    } while (s.take_back());
+    return false;
+  };
+  {
+    std::unique_lock lock(s.mutex);
+    if (!s.changed.wait_for(lock, s.options.patience, fits)) {
+      throw std::runtime_error(
+          "[slots] layer " + std::to_string(s.options.layer) +
+          ": too many slots are held by arrays that were not released.");
+    }
+    begin(r, slots, again);
+  }
+  for (const Placement& miss : r.misses) {
     load(miss.expert, miss.slot, true);
   }
-  return lease;
+  return r.lease;
+}
+
+std::shared_ptr<Lease> Bank::try_acquire(
+    const int32_t* experts,
+    int tokens,
+    int top_k,
+    int32_t* slots) {
+  auto r = reserve_for(experts, tokens, top_k);
+  {
+    std::lock_guard lock(state_->mutex);
+    if (!state_->table->reserve(r.wanted, r.hits, r.misses)) {
+      return nullptr;
+    }
+    begin(r, slots, false);
+    state_->open.push_back(r.lease.get());
+  }
+  for (const Placement& miss : r.misses) {
+    load(miss.expert, miss.slot, true);
+  }
+  return r.lease;
+}
+
+bool Bank::hold(Lease& lease) {
+  std::lock_guard lock(state_->mutex);
+  state_->open.remove(&lease);
+  return !lease.slots_.empty();
 }
 
 std::vector<int> Bank::take(std::vector<int>& pending) {
@@ -219,28 +295,26 @@ std::vector<int> Bank::distinct(const int32_t* experts, size_t count) const {
   return result;
 }
 
-void Bank::record(
-    const int32_t* experts,
-    int tokens,
-    int top_k,
-    size_t hits,
-    size_t misses) {
+void Bank::record(const Reservation& r, bool again) {
   State& s = *state_;
-  const int64_t bytes = static_cast<int64_t>(misses) * expert_bytes_;
-  s.stats.hits += hits;
-  s.stats.misses += misses;
+  const int64_t bytes = static_cast<int64_t>(r.misses.size()) * expert_bytes_;
   s.stats.bytes += bytes;
+  if (again) {
+    return;
+  }
+  s.stats.hits += r.hits.size();
+  s.stats.misses += r.misses.size();
   if (s.recording) {
     s.requests.push_back(
         {s.tokens,
-         {experts, experts + static_cast<size_t>(tokens) * top_k},
-         top_k,
-         static_cast<int>(hits),
-         static_cast<int>(misses),
+         {r.experts, r.experts + r.count()},
+         r.top_k,
+         static_cast<int>(r.hits.size()),
+         static_cast<int>(r.misses.size()),
          bytes,
          0});
   }
-  s.tokens += tokens;
+  s.tokens += r.tokens;
 }
 
 void Bank::load(int expert, int slot, bool urgent) {

@@ -1,12 +1,11 @@
 // The resident experts of one layer, read from files as requests need them.
 //
-// A request holds a lease on its slots. `resolve` (slots/ops.cpp) ties the
-// lease to the buffer of its output: MLX keeps that until all work that was
-// given the slots has run, on a GPU until the command buffer has completed. So
-// a slot is overwritten only when nothing in flight may read it, whichever
-// streams are used and also where a graph is dropped half way. That the next
-// request of a layer comes after the last one's use, and need not wait for its
-// leases, is arranged by `release` (slots/ops.cpp).
+// A request holds a lease on its slots, and a slot that is leased is not
+// overwritten. A lease is open until the kernel that reads the slots begins,
+// then held until that has ended. Who waits for slots takes open leases back,
+// so it waits for kernels that run, never for one that another thread has yet
+// to enqueue: that thread may itself be kept from it by the one that waits
+// (MLX bounds the tasks in flight, of all streams together).
 #pragma once
 
 #include <chrono>
@@ -17,7 +16,6 @@
 #include <string>
 #include <vector>
 
-#include "arrivals.h"
 #include "slots/reader.h"
 #include "slots/table.h"
 
@@ -60,7 +58,8 @@ struct BankStats {
 
 class Bank;
 
-// Slots that a request may read, until this is gone.
+// Slots that a request may read, until this is gone or, while it is open, taken
+// back.
 class Lease {
  public:
   ~Lease();
@@ -70,29 +69,39 @@ class Lease {
  private:
   friend class Bank;
   struct State;  // of the bank
-  Lease(std::shared_ptr<State> state, std::vector<int> slots)
-      : state_(std::move(state)), slots_(std::move(slots)) {}
+  explicit Lease(std::shared_ptr<State> state) : state_(std::move(state)) {}
   std::shared_ptr<State> state_;
-  std::vector<int> slots_;
+  std::vector<int> slots_;  // under the state's mutex; none: taken back
 };
 
-class Bank : public Arrivals {
+class Bank {
  public:
   Bank(
       std::shared_ptr<Reader> reader,
       BankOptions options,
       std::unique_ptr<SlotTable> table);
-  ~Bank() override;
+  ~Bank();
 
   // Writes the slot of each of the [tokens, top_k] experts and starts to read
-  // those that are not resident. Waits while leases leave too few slots;
-  // throws std::runtime_error if that takes longer than `patience`.
+  // those that are not resident. The lease is held. Waits while leases leave
+  // too few slots; throws std::runtime_error if that takes longer than
+  // `patience`. A request that comes `again` is not counted as another.
+  std::shared_ptr<Lease> acquire(
+      const int32_t* experts,
+      int tokens,
+      int top_k,
+      int32_t* slots,
+      bool again = false);
+  // The same without waiting, and the lease is open; null where leases leave
+  // too few slots.
   std::shared_ptr<Lease>
-  acquire(const int32_t* experts, int tokens, int top_k, int32_t* slots);
+  try_acquire(const int32_t* experts, int tokens, int top_k, int32_t* slots);
+  // From now on the lease is held; false if it was taken back.
+  bool hold(Lease& lease);
 
   // Of slots on which the caller has a lease; an error names layer, expert and
   // file. The others go on being read after one.
-  std::vector<int> take(std::vector<int>& pending) override;
+  std::vector<int> take(std::vector<int>& pending);
   // Returns when all are read.
   void wait(const int32_t* slots, size_t count);
 
@@ -107,13 +116,11 @@ class Bank : public Arrivals {
 
  private:
   using State = Lease::State;
+  struct Reservation;
+  Reservation reserve_for(const int32_t* experts, int tokens, int top_k) const;
+  void begin(const Reservation& r, int32_t* slots, bool again);
   std::vector<int> distinct(const int32_t* experts, size_t count) const;
-  void record(
-      const int32_t* experts,
-      int tokens,
-      int top_k,
-      size_t hits,
-      size_t misses);
+  void record(const Reservation& r, bool again);
   void load(int expert, int slot, bool urgent);
 
   std::shared_ptr<Reader> reader_;

@@ -9,6 +9,7 @@
 #include "slots/checksum.h"
 #include "slots/ops.h"
 #include "slots/simulate.h"
+#include "slots/use.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -19,6 +20,7 @@ namespace {
 
 using FilesHandle = Handle<Files>;
 using ReaderHandle = Handle<Reader>;
+using ReadsHandle = Handle<Reads>;
 
 BankHandle make_bank(
     const ReaderHandle& reader,
@@ -61,7 +63,7 @@ nb::dict describe(const BankStats& s) {
 
 nb::list take_requests(const BankHandle& bank) {
   nb::list list;
-  for (const Request& r : bank.value->bank().take_requests()) {
+  for (const Request& r : bank.value->bank()->take_requests()) {
     nb::dict d;
     d["token"] = r.first_token;
     d["experts"] = nb::cast(r.experts);
@@ -83,15 +85,15 @@ void bind_bank(nb::module_& m) {
           "[slots, ...] for each part of an expert.")
       .def_prop_ro(
           "capacity",
-          [](const BankHandle& b) { return b.value->bank().capacity(); },
+          [](const BankHandle& b) { return b.value->bank()->capacity(); },
           "The most experts that a request may name.")
       .def(
           "resident",
-          [](const BankHandle& b) { return b.value->bank().resident(); },
+          [](const BankHandle& b) { return b.value->bank()->resident(); },
           "The experts in slots now.")
       .def(
           "stats",
-          [](const BankHandle& b) { return describe(b.value->bank().stats()); },
+          [](const BankHandle& b) { return describe(b.value->bank()->stats()); },
           nb::sig("def stats(self) -> dict[str, int]"),
           "Counts since the bank was made.")
       .def(
@@ -114,32 +116,6 @@ void bind_bank(nb::module_& m) {
       "pinned"_a,
       "patience"_a);
   m.def(
-      "slots_resolve",
-      [](const BankHandle& bank, const mx::array& experts) {
-        return resolve(bank.value, experts);
-      },
-      "bank"_a,
-      "experts"_a,
-      "Slots of experts int32 [tokens, top_k], whose reads may go on, and an "
-      "array to come after.");
-  m.def(
-      "slots_wait",
-      [](const BankHandle& bank, const mx::array& slots) {
-        return wait(bank.value, slots);
-      },
-      "bank"_a,
-      "slots"_a,
-      "The same slots, read.");
-  m.def(
-      "slots_release",
-      [](const BankHandle& bank, const mx::array& y, const mx::array& slots) {
-        return release(bank.value, y, slots);
-      },
-      "bank"_a,
-      "y"_a,
-      "slots"_a,
-      "`y`, computed with `slots`, which are held until then.");
-  m.def(
       "slots_prefetch",
       [](const BankHandle& bank, const mx::array& experts, const mx::array& x) {
         return prefetch(bank.value, experts, x);
@@ -148,6 +124,72 @@ void bind_bank(nb::module_& m) {
       "experts"_a,
       "x"_a,
       "`x`; starts to read experts into spare slots.");
+}
+
+void bind_use(nb::module_& m) {
+  nb::class_<ReadsHandle>(
+      m,
+      "SlotReads",
+      "Whether all experts could be read for what a cache holds.")
+      .def(
+          "__init__",
+          [](ReadsHandle* self) {
+            new (self) ReadsHandle{std::make_shared<Reads>()};
+          })
+      .def_prop_ro(
+          "error",
+          [](const ReadsHandle& r) { return r.value->error(); },
+          "Of the first read that failed, or empty.")
+      .def(
+          "__deepcopy__",
+          [](const ReadsHandle& r, const nb::object&) {
+            return ReadsHandle{std::make_shared<Reads>(r.value)};
+          },
+          "memo"_a,
+          "Of a copy of the cache: what failed for this one failed for it.");
+  nb::class_<UseHandle>(
+      m, "SlotUse", "One use of a bank in the graph that is being built.")
+      .def(
+          "__init__",
+          [](UseHandle* self,
+             const BankHandle& bank,
+             const ReadsHandle& reads) {
+            new (self)
+                UseHandle{std::make_shared<SlotUse>(bank.value, reads.value)};
+          },
+          "bank"_a,
+          "reads"_a)
+      .def(
+          "resolve",
+          [](const UseHandle& use, const mx::array& experts) {
+            return use.value->resolve(experts);
+          },
+          "experts"_a,
+          "Slots of experts int32 [tokens, top_k], whose reads may go on, and "
+          "an array to come after.")
+      .def(
+          "wait",
+          [](const UseHandle& use, const mx::array& slots) {
+            return use.value->wait(slots);
+          },
+          "slots"_a,
+          "The same slots, read.")
+      .def(
+          "release",
+          [](const UseHandle& use, const mx::array& y, const mx::array& slots) {
+            return use.value->release(y, slots);
+          },
+          "y"_a,
+          "slots"_a,
+          "`y`, computed with `slots`, which are leased until then.");
+  m.def(
+      "slots_verify",
+      [](const ReadsHandle& reads, const mx::array& y) {
+        return verify(reads.value, y);
+      },
+      "reads"_a,
+      "y"_a,
+      "`y`; evaluation raises if a read failed, and `y` is NaN then.");
 }
 
 }  // namespace
@@ -176,6 +218,7 @@ void bind(nb::module_& m) {
           "depth"_a,
           "split"_a);
   bind_bank(m);
+  bind_use(m);
   m.def(
       "checksum",
       [](const std::vector<nb::bytes>& parts) {

@@ -15,6 +15,7 @@ struct Handle {
   std::shared_ptr<T> value;
 };
 using BankHandle = Handle<SlotBank>;
+using UseHandle = Handle<SlotUse>;
 
 void bind(nanobind::module_& m);
 

@@ -1,6 +1,7 @@
 #include "slots/ops.h"
 
-#include <algorithm>
+#include <atomic>
+#include <cstring>
 
 #include "checks.h"
 #include "mlx/backend/cpu/encoder.h"
@@ -28,43 +29,45 @@ mx::array allocate(const PartType& part, int slots) {
   return a;
 }
 
+// Of this thread alone; ids of std::thread are used again.
+uint64_t thread_number() {
+  static std::atomic<uint64_t> last{0};
+  thread_local const uint64_t number = ++last;
+  return number;
+}
+
 // A node that shares the buffer of its first input.
 class SlotPrimitive : public mx::Primitive {
  public:
-  SlotPrimitive(mx::Stream stream, std::shared_ptr<SlotBank> bank)
-      : mx::Primitive(stream), bank_(std::move(bank)) {}
+  using mx::Primitive::Primitive;
 
   void eval_gpu(const Arrays&, Arrays&) override {
     throw std::runtime_error(
         "[" + std::string(name()) + "] runs on a CPU stream.");
   }
-
- protected:
-  std::shared_ptr<SlotBank> bank_;
 };
 
 class Resolve : public SlotPrimitive {
  public:
-  using SlotPrimitive::SlotPrimitive;
+  Resolve(mx::Stream stream, std::shared_ptr<Use> use)
+      : SlotPrimitive(stream), use_(std::move(use)) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     auto& out = outputs[0];
     outputs[1].set_data(mx::allocator::malloc(outputs[1].nbytes()));
-    auto lease = std::make_shared<std::shared_ptr<Lease>>();
+    // Whatever becomes of the graph, without the slots there is no use.
     out.set_data(
         mx::array::Data(
             mx::allocator::allocator().malloc(out.nbytes()),
-            [lease](mx::allocator::Buffer buffer) {
+            [use = use_](mx::allocator::Buffer buffer) {
+              use->end();
               mx::allocator::allocator().free(buffer);
             }));
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [bank = bank_,
-         lease,
+        [use = use_,
          experts = mx::array::unsafe_weak_copy(inputs[0]),
          slots = mx::array::unsafe_weak_copy(out)]() mutable {
-          // Until it succeeds; `wait` and moe_decode look.
-          std::fill_n(slots.data<int32_t>(), slots.size(), -1);
-          *lease = bank->bank().acquire(
+          use->resolve(
               experts.data<int32_t>(),
               experts.shape(0),
               experts.shape(1),
@@ -74,30 +77,30 @@ class Resolve : public SlotPrimitive {
   const char* name() const override {
     return "SlotsResolve";
   }
+
+ private:
+  std::shared_ptr<Use> use_;
 };
 
 class Wait : public SlotPrimitive {
  public:
-  using SlotPrimitive::SlotPrimitive;
+  Wait(mx::Stream stream, std::shared_ptr<Use> use)
+      : SlotPrimitive(stream), use_(std::move(use)) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     outputs[0].copy_shared_buffer(inputs[0]);
     mx::cpu::get_command_encoder(stream()).dispatch(
-        [bank = bank_,
+        [use = use_,
          slots = mx::array::unsafe_weak_copy(inputs[0])]() mutable {
-          // After an error MLX goes on with what was enqueued: no kernel must
-          // get an index that it cannot take.
-          int32_t* s = slots.data<int32_t>();
-          if (std::count(s, s + slots.size(), -1) > 0) {
-            std::fill_n(s, slots.size(), 0);
-            throw std::runtime_error("[slots] the experts were not resolved.");
-          }
-          bank->bank().wait(s, slots.size());
+          use->wait(slots.data<int32_t>(), slots.size());
         });
   }
   const char* name() const override {
     return "SlotsWait";
   }
+
+ private:
+  std::shared_ptr<Use> use_;
 };
 
 // inputs: y, slots, what to come after. MLX keeps the slots' buffer, and with
@@ -118,37 +121,62 @@ class Hold : public SlotPrimitive {
 };
 
 // Lives as long as the graph that it ends and that nobody has evaluated; while
-// it does, so does `use`.
+// it does, so does `result`.
 class Release : public Hold {
  public:
-  Release(
-      mx::Stream stream,
-      std::shared_ptr<SlotBank> bank,
-      std::shared_ptr<const mx::array> use)
-      : Hold(stream, std::move(bank)), use_(std::move(use)) {}
+  Release(mx::Stream stream, std::shared_ptr<const mx::array> result)
+      : Hold(stream), result_(std::move(result)) {}
 
   const char* name() const override {
     return "SlotsRelease";
   }
 
  private:
-  std::shared_ptr<const mx::array> use_;
+  std::shared_ptr<const mx::array> result_;
+};
+
+class Verify : public SlotPrimitive {
+ public:
+  Verify(mx::Stream stream, std::shared_ptr<const Reads> reads)
+      : SlotPrimitive(stream), reads_(std::move(reads)) {}
+
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    outputs[0].copy_shared_buffer(inputs[0]);
+    mx::cpu::get_command_encoder(stream()).dispatch(
+        [reads = reads_, y = mx::array::unsafe_weak_copy(outputs[0])]() mutable {
+          if (const std::string error = reads->error(); !error.empty()) {
+            // All bits set is NaN. MLX keeps the result of what has failed.
+            std::memset(y.data<std::byte>(), 0xff, y.nbytes());
+            throw std::runtime_error(error);
+          }
+        });
+  }
+  const char* name() const override {
+    return "SlotsVerify";
+  }
+
+ private:
+  std::shared_ptr<const Reads> reads_;
 };
 
 class Prefetch : public SlotPrimitive {
  public:
-  using SlotPrimitive::SlotPrimitive;
+  Prefetch(mx::Stream stream, std::shared_ptr<Bank> bank)
+      : SlotPrimitive(stream), bank_(std::move(bank)) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     outputs[0].copy_shared_buffer(inputs[0]);
     mx::cpu::get_command_encoder(stream()).dispatch(
         [bank = bank_, experts = mx::array::unsafe_weak_copy(inputs[1])] {
-          bank->bank().prefetch(experts.data<int32_t>(), experts.size());
+          bank->prefetch(experts.data<int32_t>(), experts.size());
         });
   }
   const char* name() const override {
     return "SlotsPrefetch";
   }
+
+ private:
+  std::shared_ptr<Bank> bank_;
 };
 
 mx::Stream cpu_stream() {
@@ -232,7 +260,7 @@ SlotBank::SlotBank(
     }
   }
   options.memory = std::make_shared<const Arrays>(arrays_);
-  bank_ = std::make_unique<Bank>(
+  bank_ = std::make_shared<Bank>(
       std::move(reader),
       std::move(options),
       std::make_unique<SlotTable>(
@@ -242,61 +270,78 @@ SlotBank::SlotBank(
           make_policy(policy, experts, slots - spares, pinned)));
 }
 
-std::pair<mx::array, mx::array> resolve(
-    const std::shared_ptr<SlotBank>& bank,
-    const mx::array& experts) {
+SlotUse::SlotUse(std::shared_ptr<SlotBank> bank, std::shared_ptr<Reads> reads)
+    : bank_(std::move(bank)),
+      use_(std::make_shared<Use>(bank_->bank(), std::move(reads))) {}
+
+// What to come after. Nothing comes after a graph that failed: it may live on,
+// and what is left of it would fail again.
+std::shared_ptr<const mx::array> SlotUse::last_result() const {
+  const auto last = bank_->last_.find(thread_number());
+  if (last == bank_->last_.end()) {
+    return nullptr;
+  }
+  const auto use = last->second.use.lock();
+  return use && use->error().empty() ? last->second.result.lock() : nullptr;
+}
+
+std::pair<mx::array, mx::array> SlotUse::resolve(const mx::array& experts) {
   Arrays inputs{rows_of("slots.resolve", experts)};
   {
-    std::lock_guard lock(bank->mutex_);
-    if (const auto use = bank->last_use_.lock()) {
-      inputs.push_back(*use);
+    std::lock_guard lock(bank_->mutex_);
+    if (const auto result = last_result()) {
+      inputs.push_back(*result);
     }
   }
   auto outputs = mx::array::make_arrays(
       {experts.shape(), {1}},
       {mx::int32, mx::int32},
-      std::make_shared<Resolve>(cpu_stream(), bank),
+      std::make_shared<Resolve>(cpu_stream(), use_),
       inputs);
   return {outputs[0], outputs[1]};
 }
 
-mx::array wait(const std::shared_ptr<SlotBank>& bank, const mx::array& slots) {
+mx::array SlotUse::wait(const mx::array& slots) const {
   check_slots("slots.wait", slots);
   return mx::array(
       slots.shape(),
       mx::int32,
-      std::make_shared<Wait>(cpu_stream(), bank),
+      std::make_shared<Wait>(cpu_stream(), use_),
       Arrays{slots});
 }
 
-std::shared_ptr<Arrivals> arrivals(const std::shared_ptr<SlotBank>& bank) {
-  return {bank, &bank->bank()};
-}
-
-mx::array release(
-    const std::shared_ptr<SlotBank>& bank,
-    const mx::array& y,
-    const mx::array& slots) {
+mx::array SlotUse::release(const mx::array& y, const mx::array& slots) {
   check_slots("slots.release", slots);
   const auto stream = y.has_primitive() ? y.primitive().stream() : cpu_stream();
   // The next request waits for this node, not for y: behind it in the stream
   // the lease has ended.
-  std::lock_guard lock(bank->mutex_);
+  std::lock_guard lock(bank_->mutex_);
   Arrays inputs{y, slots};
-  if (const auto use = bank->last_use_.lock()) {
-    inputs.push_back(*use);
+  if (const auto result = last_result()) {
+    inputs.push_back(*result);
   }
   const auto held = std::make_shared<const mx::array>(
       y.shape(),
       y.dtype(),
-      std::make_shared<Hold>(stream, bank),
+      std::make_shared<Hold>(stream),
       std::move(inputs));
-  bank->last_use_ = held;
+  std::erase_if(bank_->last_, [](const auto& entry) {
+    return entry.second.result.expired();
+  });
+  bank_->last_[thread_number()] = {held, use_};
   return mx::array(
       y.shape(),
       y.dtype(),
-      std::make_shared<Release>(stream, bank, held),
+      std::make_shared<Release>(stream, held),
       Arrays{*held});
+}
+
+mx::array verify(const std::shared_ptr<Reads>& reads, const mx::array& y) {
+  return mx::array(
+      y.shape(),
+      y.dtype(),
+      std::make_shared<Verify>(cpu_stream(), reads),
+      Arrays{y});
 }
 
 mx::array prefetch(
@@ -306,7 +351,7 @@ mx::array prefetch(
   return mx::array(
       x.shape(),
       x.dtype(),
-      std::make_shared<Prefetch>(cpu_stream(), bank),
+      std::make_shared<Prefetch>(cpu_stream(), bank->bank()),
       {x, rows_of("slots.prefetch", experts)});
 }
 

@@ -1,17 +1,20 @@
 // A slot bank as MLX arrays, and the graph nodes around its use:
 //
-//   pending, started = resolve(bank, experts);
+//   use = SlotUse(bank, reads);
+//   pending, started = resolve(use, experts);
 //   shared = …;  // of an x that depends on `started`
-//   y = moe_decode(x, bank.arrays…, pending, scores, arrivals(bank));
-//   y = release(bank, y, pending);
+//   y = moe_decode(x, bank.arrays…, pending, scores, use);
+//   y = release(use, y, pending);
+//   y = verify(reads, y);  // at the end of a forward
 //
 // `resolve` is evaluated when its turn comes: it leases slots, starts to read
 // what is missing and returns, so that the shared expert computes meanwhile,
 // and then each expert that is read. A GPU cannot wait for the disk half way:
-// there moe_decode has no `arrivals` but the slots of wait(bank, pending).
+// there moe_decode has no `use` but the slots of wait(use, pending).
 // All run on a CPU stream, `release` on that of `y`.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -20,6 +23,7 @@
 
 #include "mlx/mlx.h"
 #include "slots/bank.h"
+#include "slots/use.h"
 
 namespace glm_fused::slots {
 
@@ -43,8 +47,8 @@ class SlotBank {
       const std::string& policy,
       const std::vector<int>& pinned);
 
-  Bank& bank() {
-    return *bank_;
+  const std::shared_ptr<Bank>& bank() const {
+    return bank_;
   }
   // [slots, …] for each part; the bank writes into them.
   const std::vector<mx::array>& arrays() const {
@@ -52,43 +56,55 @@ class SlotBank {
   }
 
  private:
-  friend std::pair<mx::array, mx::array> resolve(
-      const std::shared_ptr<SlotBank>& bank,
-      const mx::array& experts);
-  friend mx::array release(
-      const std::shared_ptr<SlotBank>& bank,
-      const mx::array& y,
-      const mx::array& slots);
+  friend class SlotUse;
+
+  // The result that the last request's slots are for, while no evaluation has
+  // reached it: the next request of the same thread waits for it in the graph,
+  // as it did for the one before, so that a bank that both need whole is not
+  // read into twice. Weak, so that a graph that nobody evaluates is not kept,
+  // nor evaluated for the sake of its order. Another thread's is never an
+  // input: MLX evaluates a node in the thread that made it.
+  struct Last {
+    std::weak_ptr<const mx::array> result;
+    std::weak_ptr<const Use> use;
+  };
 
   std::vector<mx::array> arrays_;
-  std::unique_ptr<Bank> bank_;
-  std::mutex mutex_;  // of `last_use_`
-  // The result that the last request's slots are for, while no evaluation has
-  // reached it: the next request waits for it in the graph, as it did for the
-  // one before, or a bank that both need whole would be leased to neither.
-  // Weak, so that a graph that nobody evaluates is not kept, nor evaluated for
-  // the sake of its order.
-  std::weak_ptr<const mx::array> last_use_;
+  std::shared_ptr<Bank> bank_;
+  std::mutex mutex_;               // of `last_`
+  std::map<uint64_t, Last> last_;  // by thread
 };
 
-// int32 [tokens, top_k], the slots of `experts`, whose reads may go on; and
-// int32 [1], computed with them, for what has to come later: an input of a node
-// that is not evaluated lives, and the slots themselves would be held.
-std::pair<mx::array, mx::array> resolve(
-    const std::shared_ptr<SlotBank>& bank,
-    const mx::array& experts);
+// A use of `bank` in the graph that this thread builds.
+class SlotUse {
+ public:
+  SlotUse(std::shared_ptr<SlotBank> bank, std::shared_ptr<Reads> reads);
 
-// The same slots, read.
-mx::array wait(const std::shared_ptr<SlotBank>& bank, const mx::array& slots);
+  const std::shared_ptr<Use>& use() const {
+    return use_;
+  }
 
-// For moe_decode, of the bank's slots.
-std::shared_ptr<Arrivals> arrivals(const std::shared_ptr<SlotBank>& bank);
+  // int32 [tokens, top_k], the slots of `experts`, whose reads may go on; and
+  // int32 [1], computed with them, for what has to come later: an input of a
+  // node that is not evaluated lives, and the slots themselves would be leased.
+  std::pair<mx::array, mx::array> resolve(const mx::array& experts);
 
-// `y`, computed with `slots`, which are held until then.
-mx::array release(
-    const std::shared_ptr<SlotBank>& bank,
-    const mx::array& y,
-    const mx::array& slots);
+  // The same slots, read.
+  mx::array wait(const mx::array& slots) const;
+
+  // `y`, computed with `slots`, which are leased until then.
+  mx::array release(const mx::array& y, const mx::array& slots);
+
+ private:
+  std::shared_ptr<const mx::array> last_result() const;
+
+  std::shared_ptr<SlotBank> bank_;
+  std::shared_ptr<Use> use_;
+};
+
+// `y`, unless something failed in what it was computed from: then evaluation
+// raises that, and y is NaN.
+mx::array verify(const std::shared_ptr<Reads>& reads, const mx::array& y);
 
 // `x`; starts to read `experts` into spare slots.
 mx::array prefetch(

@@ -25,7 +25,7 @@ def moe_decode(
     down: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
     slots: mlx.core.array,
     scores: mlx.core.array,
-    bank: SlotBank | None,
+    use: SlotUse | None,
     reference: bool,
     metal: bool,
 ) -> mlx.core.array: ...
@@ -140,19 +140,37 @@ def slot_bank(
     pinned: Sequence[int],
     patience: float,
 ) -> SlotBank: ...
-def slots_resolve(bank: SlotBank, experts: mlx.core.array) -> tuple[mlx.core.array, mlx.core.array]:
-    """
-    Slots of experts int32 [tokens, top_k], whose reads may go on, and an array to come after.
-    """
-
-def slots_wait(bank: SlotBank, slots: mlx.core.array) -> mlx.core.array:
-    """The same slots, read."""
-
-def slots_release(bank: SlotBank, y: mlx.core.array, slots: mlx.core.array) -> mlx.core.array:
-    """`y`, computed with `slots`, which are held until then."""
-
 def slots_prefetch(bank: SlotBank, experts: mlx.core.array, x: mlx.core.array) -> mlx.core.array:
     """`x`; starts to read experts into spare slots."""
+
+class SlotReads:
+    """Whether all experts could be read for what a cache holds."""
+
+    def __init__(self) -> None: ...
+    @property
+    def error(self) -> str:
+        """Of the first read that failed, or empty."""
+
+    def __deepcopy__(self, memo: object) -> SlotReads:
+        """Of a copy of the cache: what failed for this one failed for it."""
+
+class SlotUse:
+    """One use of a bank in the graph that is being built."""
+
+    def __init__(self, bank: SlotBank, reads: SlotReads) -> None: ...
+    def resolve(self, experts: mlx.core.array) -> tuple[mlx.core.array, mlx.core.array]:
+        """
+        Slots of experts int32 [tokens, top_k], whose reads may go on, and an array to come after.
+        """
+
+    def wait(self, slots: mlx.core.array) -> mlx.core.array:
+        """The same slots, read."""
+
+    def release(self, y: mlx.core.array, slots: mlx.core.array) -> mlx.core.array:
+        """`y`, computed with `slots`, which are leased until then."""
+
+def slots_verify(reads: SlotReads, y: mlx.core.array) -> mlx.core.array:
+    """`y`; evaluation raises if a read failed, and `y` is NaN then."""
 
 def checksum(parts: Sequence[bytes]) -> int:
     """The checksum of an expert's tensors, as a bank compares it."""

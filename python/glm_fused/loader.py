@@ -50,8 +50,9 @@ def load_model(
     scales of experts are not checked for NaN.
 
     Raises FileNotFoundError for missing files and ValueError for anything that does not fit, naming
-    file and tensor with what was found and expected. With ``lazy`` parameters are read when they
-    are first used, and scales are not checked for NaN.
+    file and tensor with what was found and expected, and RuntimeError, naming the parameter, for
+    one that cannot be read. With ``lazy`` parameters are read when they are first used, and scales
+    are not checked for NaN; one that could not be read then is undefined, so load the model anew.
     """
     model, checkpoint, sources = _build(path, kv_format, stream)
     if not lazy:
@@ -159,13 +160,22 @@ def _materialize(model: Model, checkpoint: Checkpoint, sources: list[_Scales]) -
     total = sum(array.nbytes for _, array in parameters)
     with _lean_memory(), _progress(total) as bar:
         while sources:
+            _read(sources[-1].name, sources[-1].array, checkpoint)
             _check_scales(sources.pop(), checkpoint)
         for name, array in parameters:
-            mx.eval(array)
+            _read(name, array, checkpoint)
             module, _, leaf = name.rpartition(".")
             if leaf in ("scales", "biases"):
                 _check_scales(_Scales(name, array, modes[module]), checkpoint)
             bar.update(array.nbytes)
+
+
+def _read(name: str, array: mx.array, checkpoint: Checkpoint) -> None:
+    """Read a lazy array; the error of a failing disk says which."""
+    try:
+        mx.eval(array)
+    except RuntimeError as error:
+        raise RuntimeError(f"[loader] {checkpoint.path}: {name}: {error}") from None
 
 
 def _check_scales(scales: _Scales, checkpoint: Checkpoint) -> None:

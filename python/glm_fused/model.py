@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList
 
-from . import ops
+from . import _ext, ops
 from .attention import Attention
 from .cache import Span, make_cache
 from .cache_check import check_cache
@@ -18,6 +18,7 @@ from .layers import MLP, Linear, embedding_weight
 from .moe import MoE
 from .rope import Angles, Rope
 from .rows import check_kv_format
+from .slots import reads_for
 from .stock import visible_columns
 
 if TYPE_CHECKING:
@@ -110,6 +111,14 @@ class Model(nn.Module):
         _check_tokens(tokens)
         if cache is not None:
             check_cache(cache, self.args, tokens.shape[0])
+        if self.streaming is None:
+            return self._logits(tokens, cache, trace)
+        with reads_for(cache) as reads:
+            return _ext.slots_verify(reads, self._logits(tokens, cache, trace))
+
+    def _logits(
+        self, tokens: mx.array, cache: Sequence[Any] | None, trace: list[mx.array] | None
+    ) -> mx.array:
         x = self.model(tokens, cache, trace)
         if "lm_head" in self:
             return self.lm_head(x)

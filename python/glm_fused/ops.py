@@ -89,7 +89,7 @@ def moe_decode(
     slots: mx.array,
     scores: mx.array,
     *,
-    bank: _ext.SlotBank | None = None,
+    use: _ext.SlotUse | None = None,
     reference: bool | None = None,
 ) -> mx.array:
     """The routed experts of one MoE layer, ``sum_i scores[t, i] * E[slots[t, i]](x[t])``.
@@ -104,8 +104,9 @@ def moe_decode(
         down: [slots, hidden, intermediate].
         slots: int32 or uint32 [tokens, top_k], each in [0, slots); repeats are allowed.
         scores: float [tokens, top_k].
-        bank: whose `slots` may still be read into, with `gate`, `up` and `down` from its arrays.
-            The CPU computes each expert once it is read; other paths wait for all.
+        use: of the bank whose arrays `gate`, `up` and `down` are, where `slots` are those that it
+            resolved and may still be read into. The CPU computes each expert once it is read;
+            other paths wait for all.
         reference: True or False overrides the current path.
 
     Returns:
@@ -114,15 +115,15 @@ def moe_decode(
     Raises:
         ValueError: a shape, dtype or format does not fit; the message names the argument.
         RuntimeError: when the result is evaluated on the CPU, a slot is out of range; a GPU cannot
-            raise, and gives NaN. On both, an expert of `bank` cannot be read.
+            raise, and gives NaN. On both, an expert of `use` cannot be read.
     """
     use_reference = paths.use_reference(reference)
     metal = not use_reference and _on_metal() and _metal_takes(x, slots)
-    if bank is not None and (use_reference or metal or _on_gpu()):
-        slots, bank = _ext.slots_wait(bank, slots), None
+    if use is not None and (metal or _on_gpu()):
+        slots, use = use.wait(slots), None
     if _on_gpu() and not metal:
         return stock_moe(x, gate, up, down, slots, scores)
-    return _ext.moe_decode(x, gate, up, down, slots, scores, bank, use_reference, metal)
+    return _ext.moe_decode(x, gate, up, down, slots, scores, use, use_reference, metal)
 
 
 def router_topk(

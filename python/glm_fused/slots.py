@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,8 +14,42 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _ext, ops
+from .host import to_numpy
 
 Meanwhile = Callable[[mx.array], mx.array]
+
+_reads: contextvars.ContextVar[_ext.SlotReads | None] = contextvars.ContextVar(
+    "reads", default=None
+)
+
+
+def check_reads(cache: Sequence[Any] | None) -> _ext.SlotReads:
+    """What became of the reads for ``cache``, which remembers it; of none for None.
+
+    Raises RuntimeError if one failed: MLX keeps what it was evaluating then as if it were valid,
+    so the rows of the cache are not to be trusted.
+    """
+    if cache is None:
+        return _ext.SlotReads()
+    reads = cache[0].__dict__.setdefault("_reads", _ext.SlotReads())
+    assert isinstance(reads, _ext.SlotReads)
+    if reads.error:
+        raise RuntimeError(
+            "[slots] this cache is of no use since an expert could not be read for it; begin with"
+            f" a new one. It was {reads.error}"
+        )
+    return reads
+
+
+@contextlib.contextmanager
+def reads_for(cache: Sequence[Any] | None) -> Iterator[_ext.SlotReads]:
+    """Within the block, streamed experts are used for ``cache``; raises as `check_reads` does."""
+    reads = check_reads(cache)
+    token = _reads.set(reads)
+    try:
+        yield reads
+    finally:
+        _reads.reset(token)
 
 
 class StreamedExperts(nn.Module):
@@ -61,21 +97,24 @@ class StreamedExperts(nn.Module):
         """
         if min(experts.size, self._experts) > self._bank.capacity:
             return self._in_waves(x, experts, scores, meanwhile)
-        pending, started = _ext.slots_resolve(self._bank, experts)
+        use, pending, started = self._resolve(experts)
         other = self._while_reading(x, started, meanwhile)
-        return self._apply(x, pending, scores, other), other
+        return self._apply(use, x, pending, scores, other), other
 
     def _while_reading(self, x: mx.array, started: mx.array, meanwhile: Meanwhile) -> mx.array:
         x = mx.depends(x, started)
         return meanwhile(x if self._prefetch is None else self._prefetch(x))
 
-    def _apply(self, x: mx.array, pending: mx.array, scores: mx.array, after: mx.array) -> mx.array:
-        slots = mx.depends(pending, after)
-        y = ops.moe_decode(x, *self._weights, slots, scores, bank=self._bank)
-        return _ext.slots_release(self._bank, y, slots)
+    def _resolve(self, experts: mx.array) -> tuple[_ext.SlotUse, mx.array, mx.array]:
+        use = _ext.SlotUse(self._bank, _reads.get() or _ext.SlotReads())
+        return use, *use.resolve(experts)
 
-    def _resolve(self, wave: Wave) -> tuple[mx.array, mx.array]:
-        return _ext.slots_resolve(self._bank, wave.experts)
+    def _apply(
+        self, use: _ext.SlotUse, x: mx.array, pending: mx.array, scores: mx.array, after: mx.array
+    ) -> mx.array:
+        slots = mx.depends(pending, after)
+        y = ops.moe_decode(x, *self._weights, slots, scores, use=use)
+        return use.release(y, slots)
 
     def _in_waves(
         self, x: mx.array, experts: mx.array, scores: mx.array, meanwhile: Meanwhile
@@ -84,19 +123,19 @@ class StreamedExperts(nn.Module):
         # Two waves share the bank: one is read while the other computes.
         ahead = capacity > 1
         size = capacity // 2 if ahead else 1
-        waves = plan_waves(np.array(experts), set(self._bank.resident()), size)
+        waves = plan_waves(to_numpy(experts), set(self._bank.resident()), size)
         ones = mx.ones((experts.size, 1))
         parts: list[mx.array] = []
         other: mx.array | None = None
-        upcoming: tuple[mx.array, mx.array] | None = None
+        upcoming: tuple[_ext.SlotUse, mx.array, mx.array] | None = None
         for wave, following in zip_longest(waves, waves[1:]):
-            pending, started = self._resolve(wave) if upcoming is None else upcoming
-            upcoming = self._resolve(following) if ahead and following else None
-            after = started if upcoming is None else upcoming[1]
+            use, pending, started = self._resolve(wave.experts) if upcoming is None else upcoming
+            upcoming = self._resolve(following.experts) if ahead and following else None
+            after = started if upcoming is None else upcoming[2]
             if other is None:
                 after = other = self._while_reading(x, after, meanwhile)
             rows = x[mx.array(wave.pairs // top_k)]
-            parts.append(self._apply(rows, pending, ones[: len(wave.pairs)], after))
+            parts.append(self._apply(use, rows, pending, ones[: len(wave.pairs)], after))
         assert other is not None  # there is a token, so there is a wave
         order = np.argsort(np.concatenate([wave.pairs for wave in waves]))
         y = mx.concatenate(parts)[mx.array(order)]

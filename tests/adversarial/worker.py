@@ -24,7 +24,7 @@ def judge(case, seed, folder):
         return "clear error", text
     if text == "right":
         return "right", ""
-    if not text.startswith("error: "):
+    if not str(text).startswith("error: "):
         return "wrong", f"a case must return right or error: ..., returned {text!r}"
     return "clear error", text.removeprefix("error: ")
 

@@ -1,4 +1,5 @@
-// preadv with faults, to preload. FAULT in the environment is EINTR (every
+// preadv (experts are read with it) and pread (MLX loads with it) with faults,
+// to preload. For preadv FAULT in the environment is EINTR (every
 // other call), SHORT (a few bytes at a time), EIO (every call) or BACKWARDS (of
 // the reads in flight the one furthest in its file ends first, and the first at
 // the first expert of a sidecar fails). Without it, `faults_arm` says from
@@ -34,9 +35,14 @@ struct Plan {
   uint64_t seed = 0;
 };
 
-std::mutex plan_mutex;
-Plan plan;
-int64_t calls = 0, hits = 0;
+// Of one of the two functions.
+struct State {
+  std::mutex mutex;
+  Plan plan;
+  int64_t calls = 0, hits = 0;
+};
+
+State states[2];  // of preadv, of pread
 
 uint64_t hash(uint64_t x) {
   x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
@@ -45,17 +51,18 @@ uint64_t hash(uint64_t x) {
 }
 
 // The plan of this call, of kind kNone if it is spared, and its chance.
-Plan next_call(uint64_t& chance) {
-  std::lock_guard lock(plan_mutex);
-  const int64_t call = calls++;
-  chance = hash(plan.seed + hash(call + 1));
-  const bool hit = (call >= plan.first && call < plan.first + plan.count) ||
-      static_cast<int>(chance % 1000) < plan.permille;
-  if (plan.kind == kNone || !hit) {
+Plan next_call(State& s, uint64_t& chance) {
+  std::lock_guard lock(s.mutex);
+  const int64_t call = s.calls++;
+  chance = hash(s.plan.seed + hash(call + 1));
+  const bool hit =
+      (call >= s.plan.first && call < s.plan.first + s.plan.count) ||
+      static_cast<int>(chance % 1000) < s.plan.permille;
+  if (s.plan.kind == kNone || !hit) {
     return {};
   }
-  hits++;
-  return plan;
+  s.hits++;
+  return s.plan;
 }
 
 // Returns when no read that is in flight is further in its file.
@@ -113,10 +120,15 @@ ssize_t read_wrong(
   return got;
 }
 
-ssize_t
-planned(Preadv real, int fd, const struct iovec* to, int count, off_t offset) {
+ssize_t planned(
+    State& state,
+    Preadv real,
+    int fd,
+    const struct iovec* to,
+    int count,
+    off_t offset) {
   uint64_t chance = 0;
-  const Plan p = next_call(chance);
+  const Plan p = next_call(state, chance);
   switch (p.kind) {
     case kError:
       return fail(p.error);
@@ -137,28 +149,31 @@ planned(Preadv real, int fd, const struct iovec* to, int count, off_t offset) {
 
 }  // namespace
 
-// From now on calls `first` to `first + count`, counted from 0, are hit, and
-// of the others about `permille` in a thousand.
+// From now on calls `first` to `first + count` of a function (0 is preadv, 1
+// pread), counted from 0, are hit, and of the others about `permille` in a
+// thousand.
 extern "C" void faults_arm(
+    int function,
     int kind,
     int error,
     int64_t first,
     int64_t count,
     int permille,
     uint64_t seed) {
-  std::lock_guard lock(plan_mutex);
-  plan = {kind, error, first, count, permille, seed};
-  calls = hits = 0;
+  State& s = states[function];
+  std::lock_guard lock(s.mutex);
+  s.plan = {kind, error, first, count, permille, seed};
+  s.calls = s.hits = 0;
 }
 
-extern "C" int64_t faults_calls() {
-  std::lock_guard lock(plan_mutex);
-  return calls;
+extern "C" int64_t faults_calls(int function) {
+  std::lock_guard lock(states[function].mutex);
+  return states[function].calls;
 }
 
-extern "C" int64_t faults_hits() {
-  std::lock_guard lock(plan_mutex);
-  return hits;
+extern "C" int64_t faults_hits(int function) {
+  std::lock_guard lock(states[function].mutex);
+  return states[function].hits;
 }
 
 extern "C" ssize_t
@@ -169,7 +184,7 @@ preadv(int fd, const struct iovec* to, int count, off_t offset) {
   static std::atomic<int> call{0};
   static std::atomic<bool> failed{false};
   if (fault.empty()) {
-    return planned(real, fd, to, count, offset);
+    return planned(states[0], real, fd, to, count, offset);
   }
   if (fault == "EIO" || (fault == "EINTR" && call++ % 2 == 0)) {
     return fail(fault == "EIO" ? EIO : EINTR);
@@ -184,4 +199,15 @@ preadv(int fd, const struct iovec* to, int count, off_t offset) {
     }
   }
   return real(fd, to, count, offset);
+}
+
+extern "C" ssize_t pread(int fd, void* to, size_t bytes, off_t offset) {
+  const iovec part{to, bytes};
+  const auto real =
+      [](int f, const struct iovec* parts, int, off_t at) -> ssize_t {
+    using Pread = ssize_t (*)(int, void*, size_t, off_t);
+    static const auto next = reinterpret_cast<Pread>(dlsym(RTLD_NEXT, "pread"));
+    return next(f, parts->iov_base, parts->iov_len, at);
+  };
+  return planned(states[1], real, fd, &part, 1, offset);
 }

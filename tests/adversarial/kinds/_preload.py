@@ -32,19 +32,23 @@ def build(name):
 
 
 class Reads:
-    """The faults of tests/cpp/faulty_preadv.cpp, in a process that was started with it."""
+    """The faults of tests/cpp/faulty_preadv.cpp, in a process that was started with it.
 
-    def __init__(self):
+    Of ``preadv``, which reads experts, or with ``loads`` of ``pread``, which MLX loads files with.
+    """
+
+    def __init__(self, loads=False):
         library = ctypes.CDLL(None)
         integer = ctypes.c_int64
+        self._function = int(loads)
         self._arm = library.faults_arm
-        self._arm.argtypes = [ctypes.c_int] * 2 + [integer] * 2 + [ctypes.c_int, ctypes.c_uint64]
+        self._arm.argtypes = [ctypes.c_int] * 3 + [integer] * 2 + [ctypes.c_int, ctypes.c_uint64]
         library.faults_calls.restype = library.faults_hits.restype = integer
         self._calls, self._hits = library.faults_calls, library.faults_hits
 
     def arm(self, kind, first=0, count=0, permille=0, seed=0, error=errno.EIO):
         """Hit calls ``first`` to ``first + count`` from now on, and ``permille`` of the others."""
-        self._arm(kind, error, first, count, permille, seed)
+        self._arm(self._function, kind, error, first, count, permille, seed)
 
     def disarm(self):
         """Count calls from 0, and hit none."""
@@ -53,9 +57,9 @@ class Reads:
     @property
     def calls(self):
         """Reads since the last `arm`."""
-        return self._calls()
+        return self._calls(self._function)
 
     @property
     def hits(self):
         """Those of them that failed."""
-        return self._hits()
+        return self._hits(self._function)

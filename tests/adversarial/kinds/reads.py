@@ -96,7 +96,7 @@ def case(seed, folder):
 def planted():
     """Nobody waits for what was asked for, as if a failed read were a good one."""
 
-    def apply(self, x, pending, scores, after):
+    def apply(self, use, x, pending, scores, after):
         from glm_fused import ops
 
         return ops.moe_decode(x, *self._weights, abs(pending), scores)

@@ -70,10 +70,21 @@ def check_slots(bank, slots, experts):
             raise Wrong(f"slots {slots.tolist()} do not hold experts {experts}")
 
 
+def resolve(bank, experts):
+    """A use of the bank, and the slots of its experts."""
+    use = _ext.SlotUse(bank, _ext.SlotReads())
+    pending, _ = use.resolve(mx.array([experts], mx.int32))
+    return use, wait(use, pending)
+
+
+def wait(use, slots):
+    """The same slots, read."""
+    return use.wait(slots)
+
+
 def request(bank, experts):
     """The slots of a request, read and compared."""
-    pending, _ = _ext.slots_resolve(bank, mx.array([experts], mx.int32))
-    slots = _ext.slots_wait(bank, pending)
+    slots = resolve(bank, experts)[1]
     mx.eval(slots)
     check_slots(bank, slots, experts)
     return slots
@@ -142,5 +153,5 @@ def case(seed, folder):
 @contextmanager
 def planted():
     """Nobody waits for reads."""
-    with mock.patch.object(_ext, "slots_wait", lambda bank, slots: slots + 0):
+    with mock.patch(f"{__name__}.wait", lambda use, slots: slots + 0):
         yield

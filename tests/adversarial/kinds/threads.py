@@ -17,7 +17,7 @@ from tests.adversarial.kinds._streamed import (
     generate_exactly,
     random_options,
 )
-from tests.adversarial.kinds.slots import BYTES, EXPERTS, check_slots, make_bank
+from tests.adversarial.kinds.slots import BYTES, EXPERTS, check_slots, make_bank, resolve
 
 from glm_fused import _ext, ops
 from glm_fused.slots import StreamedExperts
@@ -132,15 +132,14 @@ def use(bank, rng):
     """Request experts; drop them, look at them as they are, or within the request's graph."""
     for _ in range(15):
         experts = rng.sample(range(EXPERTS), rng.randrange(1, 3))
-        pending, _ = _ext.slots_resolve(bank, mx.array([experts], mx.int32))
-        slots, way = _ext.slots_wait(bank, pending), rng.choice(["drop", "hold", "graph", "graph"])
+        (lease, slots), way = resolve(bank, experts), rng.choice(["drop", "hold", "graph", "graph"])
         if way == "hold":
             mx.eval(slots)
             check_slots(bank, slots, experts)
         elif way == "graph":
             read = bank.arrays[0][slots[0]].astype(mx.int32).sum(axis=-1)
-            read = _ext.slots_release(bank, read, slots)
-            del pending, slots
+            read = lease.release(read, slots)
+            del slots
             if read.tolist() != [BYTES[0] * e for e in experts]:
                 raise Wrong(f"experts {experts} read as {read.tolist()}")
 
@@ -168,7 +167,7 @@ def case(seed, folder):
 def planted():
     """Leases end at once, and nobody waits for reads."""
 
-    def apply(self, x, pending, scores, after):
+    def apply(self, use, x, pending, scores, after):
         slots = mx.array(np.array(mx.depends(pending, after)))
         return ops.moe_decode(x, *self._weights, slots, scores)
 
