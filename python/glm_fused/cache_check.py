@@ -18,10 +18,11 @@ from mlx_lm.models import cache as stock
 from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache
 
 from .config import ModelArgs
-from .rows import PACKED, format_of, row_widths
+from .rows import FLOATS, PACKED, format_of, row_widths
 from .safetensors_header import read_header
 from .validation import show
 
+_DTYPES = list((FLOATS | PACKED).values())
 _NAMES = ("latents", "indexer keys")
 
 
@@ -42,6 +43,7 @@ class _Passed(NamedTuple):
     shared: _Shared
     room: int
     arrays: list[weakref.ref[mx.array]]
+    empty: list[tuple[int, ...]]
 
 
 _passed: weakref.WeakKeyDictionary[Any, _Passed] = weakref.WeakKeyDictionary()  # by first cache
@@ -69,9 +71,9 @@ def check_cache(cache: Sequence[Any], args: ModelArgs, batch: int | None = None)
         for j, entry in enumerate(caches):
             shared = _check(entry, i, j, args, shared, batch)
     if shared is not None and shared.dtype is not None:
-        arrays = _arrays(cache, shared)
-        room = min(array.shape[2] for array in arrays)
-        _passed[cache[0].caches[0]] = _Passed(args, shared, room, list(map(weakref.ref, arrays)))
+        arrays, empty = _arrays(cache, shared)
+        room, known = min(array.shape[2] for array in arrays), list(map(weakref.ref, arrays))
+        _passed[cache[0].caches[0]] = _Passed(args, shared, room, known, empty)
 
 
 def _passed_before(cache: Sequence[Any], args: ModelArgs, batch: int | None) -> bool:
@@ -87,7 +89,7 @@ def _passed_before(cache: Sequence[Any], args: ModelArgs, batch: int | None) -> 
             return False
         batched = passed.shared.kind is BatchKVCache
         lengths = [entry._idx if batched else entry.offset for entry in entries]
-        arrays = _arrays(cache, passed.shared)
+        arrays, empty = _arrays(cache, passed.shared)
     except (AttributeError, LookupError, TypeError):  # entries of some other kind
         return False
     return (
@@ -97,15 +99,18 @@ def _passed_before(cache: Sequence[Any], args: ModelArgs, batch: int | None) -> 
         and len(arrays) == len(passed.arrays)
         and set(map(type, arrays)) == {mx.array}  # a reference to a freed array is None
         and all(map(operator.is_, arrays, [known() for known in passed.arrays]))
+        and empty == passed.empty
     )
 
 
-def _arrays(cache: Sequence[Any], shared: _Shared) -> list[mx.array]:
-    """All keys, and the values that have a width: the others are new ones at every step."""
-    keys = [entry.keys for layer in cache for entry in layer.caches]
+def _arrays(cache: Sequence[Any], shared: _Shared) -> tuple[list[mx.array], list[tuple[int, ...]]]:
+    """The arrays that stay the same, and the shapes of values without width, which do not."""
+    entries = [entry for layer in cache for entry in layer.caches]
+    keys = [entry.keys for entry in entries]
     if shared.dtype in PACKED.values():
-        return keys
-    return keys + [layer.caches[0].values for layer in cache]
+        return keys, [entry.values.shape for entry in entries]
+    values = [layer.caches[0].values for layer in cache]
+    return keys + values, [e.values.shape for layer in cache for e in layer.caches[1:]]
 
 
 def load_prompt_cache(path: str | os.PathLike[str], args: ModelArgs) -> list[CacheList]:
@@ -173,6 +178,9 @@ def _check_arrays(
         return None, None
     if not isinstance(keys, mx.array) or not isinstance(values, mx.array):
         _refuse(i, j, f"keys {_text(keys)} and values {_text(values)}", "two arrays")
+    if keys.dtype not in _DTYPES:
+        expected = " or ".join(str(dtype) for dtype in _DTYPES)
+        _refuse(i, j, f"keys of {keys.dtype}", expected)
     kv_format = format_of(keys.dtype)
     rank, rope = (args.index_head_dim, 0) if j else (args.kv_lora_rank, args.qk_rope_head_dim)
     widths = row_widths(kv_format, rank, rope)

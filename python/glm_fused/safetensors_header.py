@@ -87,8 +87,14 @@ def parse_json_object(text: bytes, what: str) -> dict[str, Any]:
     """A JSON object without duplicate keys, from untrusted bytes; ``what`` begins the error."""
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is not valid JSON: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} is not UTF-8: byte {error.start} is wrong.") from None
+    except RecursionError:
+        raise ValueError(f"{what} is nested too deeply.") from None
+    except ValueError as error:
+        long = "integer string conversion" in str(error)  # CPython's limit
+        problem = "a number of thousands of digits" if long else error
+        raise ValueError(f"{what} is not valid JSON: {problem}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{what} must be a JSON object, found a {type(value).__name__}.")
     return value

@@ -249,12 +249,16 @@ def _part(entry: Any, what: str) -> Part:
 
 def _expect(right: object, what: str, found: object, expected: str) -> None:
     if not right:
-        raise ValueError(f"{what} is {show(found)}, expected {expected}")
+        text = show(found)
+        if len(text) > 120 and isinstance(found, (dict, list)):
+            text = f"a {type(found).__name__} of {len(found)}"
+        raise ValueError(f"{what} is {text}, expected {expected}")
 
 
 def _expect_keys(entry: Any, what: str, *keys: str) -> None:
-    same = isinstance(entry, dict) and entry.keys() == set(keys)
-    _expect(same, what, entry, f"an object of {', '.join(keys)}")
+    expected = f"an object of {', '.join(keys)}"
+    _expect(isinstance(entry, dict), what, entry, expected)
+    _expect(entry.keys() == set(keys), f"the list of keys of {what}", list(entry), ", ".join(keys))
 
 
 def _expect_hex(text: Any, what: str, digits: int) -> None:
