@@ -119,7 +119,7 @@ class _Packer:
         finished = (self._path / MANIFEST).exists()
         known = self._known(MANIFEST if finished else UNFINISHED)
         with _progress(layers) as bar:
-            for i in layers.keys() & known.keys():
+            for i in sorted(layers.keys() & known.keys()):
                 self._keep(known[i], bar)
             left = {i: layer for i, layer in layers.items() if i not in self._done}
             _check_space(self._path, left)

@@ -55,7 +55,7 @@ def sidecar_source(path: Path, checkpoint: Checkpoint, args: ModelArgs) -> Exper
     check_described(sidecar, checkpoint, source)
     changed = changed_shards(sidecar, source)
     if changed:
-        raise ValueError(f"[sidecar] {path}: {changed}.")
+        raise ValueError(f"[sidecar] {path} {changed}.")
     check_sample(sidecar, source)
     return sidecar.source()
 
@@ -166,7 +166,9 @@ def changed_shards(sidecar: Sidecar, source: ExpertSource) -> str:
     elif found[0] != packed[0]:
         what = f"was packed from {name!r} of {packed[0]} bytes, which has {found[0]} now"
     else:
-        what = f"was packed before {name!r} was written or copied ({packed[1]} ns, now {found[1]})"
+        what = (
+            f"was packed before {name!r} was written or copied (at {packed[1]} ns, now {found[1]})"
+        )
     return f"{what}; `glm-fused sidecar pack` again compares everything and keeps what is right"
 
 
