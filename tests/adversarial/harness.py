@@ -13,7 +13,7 @@ FAULTS = OUTCOMES[2:]
 # What Python itself says, which names nothing that a user could mend.
 _BARE = re.compile(
     r"list index out of range|not enough values|too many values|could not convert|invalid literal"
-    r"|cannot convert|math domain error|Expecting|Exceeds the limit|not in list|unpack"
+    r"|cannot convert|math domain error|^Expecting|Exceeds the limit|not in list|unpack"
     r"|must be real|codec can't|bad_alloc|std::|vector::|basic_string|map::at|stoi|nanobind"
 )
 
