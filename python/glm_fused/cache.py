@@ -30,22 +30,6 @@ def bytes_per_token(args: ModelArgs, kv_format: str = "bf16") -> int:
     return args.num_hidden_layers * latents + full * row_bytes(kv_format, args.index_head_dim, 0)
 
 
-def check_cache(cache: Sequence[Any], args: ModelArgs) -> None:
-    """Refuse caches of another model, as a prompt cache read from a file may be."""
-    if len(cache) != args.num_hidden_layers:
-        raise ValueError(
-            f"[cache] expected one entry per layer ({args.num_hidden_layers}), got {len(cache)}."
-        )
-    for i, layer in enumerate(cache):
-        found = len(getattr(layer, "caches", ()))
-        expected = 2 if args.is_full(i) else 1
-        if found != expected:
-            raise ValueError(
-                f"[cache] layer {i} is {(args.indexer_types or [])[i]!r} and needs a CacheList of "
-                f"{expected}, got {type(layer).__name__} of {found}."
-            )
-
-
 def append(
     cache: Any | None, values: mx.array, rope: mx.array | None, kv_format: str
 ) -> tuple[mx.array, mx.array | None]:

@@ -66,7 +66,10 @@ def _size(flag: str, text: str) -> int:
 def run_pack(args: argparse.Namespace) -> int:
     from .pack import pack
 
-    return _print_sidecar(pack(args.model, Path(args.path)), args.json)
+    def say(line: str) -> None:
+        print(f"glm-fused: {line}", file=sys.stderr)
+
+    return _print_sidecar(pack(args.model, Path(args.path), say), args.json)
 
 
 def run_inspect(args: argparse.Namespace) -> int:
@@ -77,9 +80,13 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     from .sidecar import Sidecar
+    from .sidecar_identity import check_described, checked_source, verify
 
-    wrong = {}
-    for file, problem in Sidecar.open(Path(args.path)).verify():
+    sidecar, source, wrong = Sidecar.open(Path(args.path)), None, {}
+    if args.model is not None:
+        checkpoint, source = checked_source(args.model)
+        check_described(sidecar, checkpoint, source)
+    for file, problem in verify(sidecar, source):
         if problem:
             wrong[file] = problem
         if not args.json:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import NamedTuple
 
 from .checkpoint import Checkpoint
@@ -14,7 +16,8 @@ from .formats import Format, infer_format
 from .layout import PROJECTIONS
 from .safetensors_header import ITEM_BYTES, TensorInfo
 
-_STREAMED = ("BF16", "F16", "F32", "U32", "U8")
+STREAMED = ("BF16", "F16", "F32", "U32", "U8")
+LEAVES = ("weight", "scales", "biases")
 
 
 class Part(NamedTuple):
@@ -48,6 +51,11 @@ class LayerExperts:
     def expert_bytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
+    def of_expert(self, expert: int) -> Sequence[tuple[int, int]]:
+        """Where the parts of one expert lie."""
+        first = expert * len(self.parts)
+        return self.locations[first : first + len(self.parts)]
+
     def format(self, projection: str, columns: int) -> Format | None:
         """How a projection of ``columns`` inputs is packed; None if it is dense."""
         found = {part.name: part for part in self.parts}
@@ -76,6 +84,56 @@ class ExpertSource:
         return sum(layer.experts * layer.expert_bytes for layer in self.layers.values())
 
 
+class ExpertReader:
+    """Reads experts of a source with ordinary reads; a context manager that closes its files.
+
+    Files are opened when they are first read from. Several threads may not share one.
+    """
+
+    def __init__(self, source: ExpertSource) -> None:
+        self._paths = list(source.files)
+        self._open: dict[int, int] = {}
+
+    def __enter__(self) -> ExpertReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def read(self, file: int, offset: int, nbytes: int) -> bytes:
+        """Bytes ``offset`` to ``offset + nbytes`` of the source's file number ``file``.
+
+        Raises OSError, naming the file, where reading fails and ValueError where the file ends.
+        """
+        path = self._paths[file]
+        try:
+            if file not in self._open:
+                self._open[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            blocks, left = [], nbytes
+            while left:
+                block = os.pread(self._open[file], left, offset + nbytes - left)
+                if not block:
+                    raise ValueError(f"[sidecar] {path} ends before byte {offset + nbytes}.")
+                blocks.append(block)
+                left -= len(block)
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
+        return blocks[0] if len(blocks) == 1 else b"".join(blocks)
+
+    def expert(self, layer: LayerExperts, expert: int) -> list[bytes]:
+        """The parts of one expert, in order; errors are those of ``read``."""
+        return [
+            self.read(file, offset, part.nbytes)
+            for part, (file, offset) in zip(layer.parts, layer.of_expert(expert), strict=True)
+        ]
+
+
 def is_expert(name: str) -> bool:
     """Whether a checkpoint's tensor belongs to a routed expert."""
     return ".mlp.switch_mlp." in name or ".mlp.experts." in name
@@ -102,13 +160,13 @@ def _layer(
     parts: list[Part] = []
     columns: list[list[tuple[int, int]]] = []  # per part, the location of every expert
     for projection in PROJECTIONS:
-        for leaf in ("weight", "scales", "biases"):
+        for leaf in LEAVES:
             found = _find(tensors, prefix, f"{projection}.{leaf}", experts)
             if found is None:
                 continue
             infos, shape, strides = found
             dtype = infos[0].dtype
-            if dtype not in _STREAMED or f"{prefix}.experts.0.{projection}.weight_scale_inv" in (
+            if dtype not in STREAMED or f"{prefix}.experts.0.{projection}.weight_scale_inv" in (
                 tensors
             ):
                 raise ValueError(

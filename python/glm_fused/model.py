@@ -11,7 +11,8 @@ from mlx_lm.models.cache import CacheList
 
 from . import _ext, ops
 from .attention import Attention
-from .cache import Span, check_cache, make_cache
+from .cache import Span, make_cache
+from .cache_check import check_cache
 from .config import ModelArgs
 from .layers import MLP, Linear, embedding_weight
 from .moe import MoE
@@ -118,7 +119,7 @@ class Model(nn.Module):
         """
         check_tokens(tokens)
         if cache is not None:
-            check_cache(cache, self.args)
+            check_cache(cache, self.args, tokens.shape[0])
         if self.streaming is None:
             return self._logits(tokens, cache, trace)
         with reads_for(cache) as reads:

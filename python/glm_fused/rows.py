@@ -28,8 +28,20 @@ def check_kv_format(name: str) -> str:
 
 
 def format_of(dtype: mx.Dtype) -> str:
-    """The format of rows of ``dtype``."""
-    return next(name for name, found in (FLOATS | PACKED).items() if found == dtype)
+    """The format of rows of ``dtype``; raises ValueError if no format has it."""
+    formats = FLOATS | PACKED
+    for name, found in formats.items():
+        if found == dtype:
+            return name
+    expected = ", ".join(str(found) for found in formats.values())
+    raise ValueError(f"[cache] rows of {dtype} are in no format, expected one of {expected}.")
+
+
+def row_widths(kv_format: str, rank: int, rope: int) -> tuple[int, int]:
+    """Widths of cached keys and values: all bytes are keys in a packed format."""
+    if kv_format in FLOATS:
+        return rank, rope
+    return row_bytes(kv_format, rank, rope), 0
 
 
 def row_bytes(kv_format: str, rank: int, rope: int) -> int:

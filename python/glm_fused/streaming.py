@@ -104,7 +104,7 @@ def find_source(
         raise ValueError(f"[slots] {checkpoint.path} has no routed experts to stream.")
     if sidecar is None:
         return checkpoint_source(checkpoint, args)
-    from .sidecar import sidecar_source
+    from .sidecar_identity import sidecar_source
 
     return sidecar_source(Path(sidecar), checkpoint, args)
 
