@@ -104,12 +104,11 @@ def test_two_launches_and_clean():
 
 
 @simulated_only
-def test_tiles_change_the_grid_and_not_the_bits(monkeypatch):
+def test_tiles_change_the_grid_and_not_the_bits():
     arguments = layer(("mxfp4", 4, 32))
     found = []
-    for tiles in ("1,1,1,1", "8,4,16,2"):
-        monkeypatch.setenv("GLM_FUSED_METAL_TILES", tiles)
-        with metal():
+    for tiles in ((1, 1, 1, 1), (8, 4, 16, 2)):
+        with metal(tiles=tiles):
             y = ops.moe_decode(*arguments)
             mx.eval(y)
         found.append((y, [launch.groups for launch in metal_sim.take_launches()]))
@@ -162,13 +161,12 @@ def test_too_many_experts_are_routed_on_the_cpu(monkeypatch):
 
 
 @simulated_only
-def test_a_shader_that_does_not_compile_is_an_error(monkeypatch):
-    def refuse(*_, **__):
+def test_a_shader_that_does_not_compile_is_an_error():
+    def refuse(*_):
         raise RuntimeError("error: no such type")
 
-    monkeypatch.setattr(metal_sim._sim("compiler"), "compile_library", refuse)
-    arguments = layer(("affine", 8, 128), "float16", hidden=128)
-    with metal(), pytest.raises(RuntimeError, match="no such type"):
+    arguments = layer(("affine", 4, 64))
+    with metal(compiler=refuse), pytest.raises(RuntimeError, match="no such type"):
         mx.eval(ops.moe_decode(*arguments))
 
 
