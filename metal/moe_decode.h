@@ -13,7 +13,7 @@ constexpr int rows_at_once(int rows, int width) {
   return rows * width <= kMaxResults ? rows : kMaxResults / width;
 }
 
-// links[p] = 2 * next + leads, see Link. Without sharing every pair leads.
+// Sets links[p] to 2 * next + leads of its Link. Unshared, every pair leads.
 template <int most>
 METAL_FUNC void find_links(
     const device int* slots,
