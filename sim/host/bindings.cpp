@@ -75,7 +75,7 @@ std::vector<Taken> take_launches() {
   return taken;
 }
 
-// Why `host` cannot work, or "".
+// Tells why `host` cannot work, or "".
 std::string obstacle() {
   const std::filesystem::path source = GLM_FUSED_SOURCE_DIR;
   if (std::filesystem::is_regular_file(source / "sim/host/__init__.py")) {
@@ -85,8 +85,9 @@ std::string obstacle() {
       " that this was built from is gone";
 }
 
-// The Python half, sim/host/__init__.py. This module alone knows the source
-// tree it was made from; the package gets an object and imports no simulator.
+// Gives the Python half, sim/host/__init__.py. This module alone knows the
+// source tree it was made from; the package gets an object and imports no
+// simulator.
 nb::object load_host(nb::handle native) {
   nb::list path = nb::module_::import_("sys").attr("path");
   path.insert(0, GLM_FUSED_SOURCE_DIR);

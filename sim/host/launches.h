@@ -12,17 +12,17 @@
 
 namespace sim_host {
 
-// Gets a library's name and its shader text, gives the path of the compiled
+// Gets a library's name and its shader text. Gives the path of the compiled
 // library and what its kernels' names begin with. An empty path stands for a
-// library whose kernels are not run: their launches are noted, no more.
+// library whose kernels are not run; their launches are only noted.
 using Compile = std::function<
     std::pair<std::string, std::string>(std::string, std::string)>;
 
 struct Settings {
   std::shared_ptr<const Compile> compile;
   uint32_t workers = 1;
-  // Launches run on the arrays' own memory, not on copies that end at guard
-  // pages: for large weights.
+  // Launches run on the arrays' own memory, which serves large weights, and not
+  // on copies that end at guard pages.
   bool in_place = false;
   // Launches remember what their output arrays hold afterwards.
   bool keep_outputs = false;

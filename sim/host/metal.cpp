@@ -16,7 +16,7 @@ namespace metal {
 
 namespace {
 
-// What a Mac grants every kernel.
+// A Mac grants these to every kernel.
 constexpr size_t kMaxBytes = 4096;
 constexpr size_t kMaxThreadgroupMemory = 32768;
 constexpr size_t kMaxThreads = 1024;
@@ -163,7 +163,7 @@ MTL::Library* Device::get_library(
   if (compile_options.math_mode != MathMode::Safe) {
     throw std::runtime_error("[metal-sim] only safe math is simulated");
   }
-  // Handed through MLX's pointer, which nobody else looks behind.
+  // MLX hands the pointer through and does not look behind it.
   return reinterpret_cast<MTL::Library*>(
       const_cast<sim_host::Library*>(sim_host::library(name, builder)));
 }
