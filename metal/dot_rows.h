@@ -1,4 +1,4 @@
-// Rows of one slot times several vectors: every weight is read once.
+// Multiplies rows of one slot by several vectors; every weight is read once.
 #pragma once
 
 #include "numbers.h"
@@ -9,7 +9,7 @@ struct Matrix {
   const device typename F::scale_type* scales;
   const device typename F::scale_type* biases;
 
-  // The row `row` of all slots' rows, from a lane's first column on.
+  // Gives row `row` of all slots' rows, from a lane's first column on.
   METAL_FUNC Matrix<F> at(size_t row, int k, int lane) const thread {
     const int column = lane * F::values;
     const size_t scale = row * F::row_scales(k) + F::column_scales(column);
@@ -27,9 +27,9 @@ struct Matrix {
   }
 };
 
-// result[(i * rows + r) * width + m] = row r of matrix i, times vector m, for
-// every r < used. w[i] is at the lane's first column of row 0, x at its
-// first column of vector 0, and vector m starts offsets[m] values further on.
+// Sets result[(i * rows + r) * width + m] to row r of matrix i times vector m,
+// for every r < used. w[i] points to the lane's first column of row 0 and x to
+// its first column of vector 0; vector m starts offsets[m] values further on.
 template <typename T, typename F, int matrices, int rows, int width>
 METAL_FUNC void dot_rows(
     const thread Matrix<F>* w,

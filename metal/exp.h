@@ -1,12 +1,12 @@
-// e^x in fp32, within 0.67 ulp, one text for the shaders and the CPU. The
-// includer brings multiply_add, bits_of and float_of.
+// This is e^x in fp32, within 0.67 ulp, one text for the shaders and the CPU.
+// The includer brings multiply_add, bits_of and float_of.
 #pragma once
 
 namespace glm_fused {
 
-// For x whose result is neither subnormal nor infinite. No product is left to a
-// compiler's choice whether to contract it: each is an explicit multiply_add,
-// and the scaling by 2^n adds to the exponent's bits.
+// The result for x must be neither subnormal nor infinite. No product is left
+// to a compiler's choice whether to contract it: each is an explicit
+// multiply_add, and the scaling by 2^n adds to the exponent's bits.
 static inline float exp_finite(float x) {
   const float shifter = 12582912.0f;  // 1.5 * 2^23: leaves n in the low bits
   const float shifted = multiply_add(x, 1.44269504f, shifter);
@@ -21,7 +21,7 @@ static inline float exp_finite(float x) {
   p = multiply_add(p, r, 4.16666667e-2f);
   p = multiply_add(p, r, 1.66666667e-1f);
   p = multiply_add(p, r, 0.5f);
-  // 1 + r + r^2 p, with what rounding 1 + r dropped added back.
+  // The sum is 1 + r + r^2 p; what rounding 1 + r dropped is added back.
   const float sum = 1.0f + r;
   const float dropped = (1.0f - sum) + r;
   const float tail = multiply_add(r * r, p, dropped) + r_rest;

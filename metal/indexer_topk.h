@@ -1,5 +1,5 @@
-// The lightning indexer, the arithmetic of csrc/attention.h: one launch for
-// scores, one that selects the largest exactly.
+// The lightning indexer with the arithmetic of csrc/attention.h: one launch
+// computes scores, another selects the largest exactly.
 #pragma once
 
 #include "rows.h"
@@ -10,7 +10,7 @@ GLM_CONST int kKeyPitch = kScoreKeys + 1;
 GLM_CONST int kHeads = 32;  // scored together
 GLM_CONST int kDims = 16;   // in threadgroup memory
 
-// Words that compare as the scores do: -0 as 0, NaN as -infinity.
+// Gives words that compare as the scores do: -0 as 0, NaN as -infinity.
 METAL_FUNC uint ordered(float score) {
   const uint bits = as_type<uint>(isnan(score) ? -INFINITY : score + 0.0f);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -20,8 +20,8 @@ METAL_FUNC float relu(float x) {
   return x < 0 ? 0.0f : x;  // a NaN stays one
 }
 
-// words [queries of this dispatch, keys], of visible keys only;
-// the grid is (blocks of keys, queries).
+// Writes words [queries of this dispatch, keys], those of visible keys only.
+// The grid is (blocks of keys, queries).
 template <typename T, typename R>
 [[kernel]] void index_scores(
     const device T* q [[buffer(0)]],
@@ -113,7 +113,7 @@ struct Selection {
   int simdgroup;
   int simdgroups;
 
-  // How many words with `prefix` above `shift + kDigitBits` have each digit.
+  // Counts, for each digit, the words with `prefix` above shift + kDigitBits.
   METAL_FUNC void count(int shift, uint prefix, uint mask) const thread {
     const int thread_id = simdgroup * kLanes + lane;
     const int threads = simdgroups * kLanes;
@@ -141,8 +141,8 @@ struct Selection {
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 
-  // The digit at which the count of larger words reaches `wanted`; found is
-  // the digit and how many of its words are wanted.
+  // Finds the digit at which the count of larger words reaches `wanted`;
+  // `found` becomes the digit and how many of its words are wanted.
   METAL_FUNC void find(uint wanted) const thread {
     if (simdgroup == 0) {
       constexpr int share = kDigits / kLanes;
@@ -170,9 +170,9 @@ struct Selection {
   }
 };
 
-// chosen [tokens, top_k], of this dispatch: the largest words' keys, ascending,
-// among equal ones the lowest; -1 after the last where fewer are visible. A
-// threadgroup a query.
+// Writes chosen [tokens, top_k] of this dispatch: the keys of the largest
+// words, ascending, the lowest among equal ones, and -1 after the last where
+// fewer are visible. A threadgroup takes a query.
 [[kernel]] void index_select(
     const device uint* all_words [[buffer(0)]],
     const device int* start [[buffer(1)]],
@@ -209,8 +209,8 @@ struct Selection {
       int(simd_lid),
       int(simd_gid),
       int(simdgroups)};
-  // Digits of 11, 11 and 10 bits; the last reaches one bit into the second,
-  // which is the same in all words that count.
+  // The digits have 11, 11 and 10 bits. The last reaches one bit into the
+  // second, which is the same in all words that count.
   uint prefix = 0, mask = 0, wanted = top_k;
   for (int shift = 21; shift >= -1; shift -= kDigitBits) {
     const int at = max(shift, 0);

@@ -1,4 +1,4 @@
-// The routed experts of one layer for up to 16 tokens, in two launches.
+// Two launches compute the routed experts of one layer for up to 16 tokens.
 #pragma once
 
 #include "dot_rows.h"
@@ -6,14 +6,14 @@
 #include "sharing.h"
 #include "swiglu.h"
 
-// Results a lane holds at once: more would leave the registers.
+// A lane holds this many results at once; more would leave the registers.
 GLM_CONST int kMaxResults = 16;
 
 constexpr int rows_at_once(int rows, int width) {
   return rows * width <= kMaxResults ? rows : kMaxResults / width;
 }
 
-// links[p] = 2 * next + leads, see Link. Without sharing every pair leads.
+// Sets links[p] to 2 * next + leads of its Link. Unshared, every pair leads.
 template <int most>
 METAL_FUNC void find_links(
     const device int* slots,
@@ -81,8 +81,8 @@ struct GateUp {
   }
 };
 
-// act[pair] = silu(gate x) * up x. A threadgroup takes a tile of rows of the
-// group of pairs that pair tid.y leads.
+// Sets act[pair] to silu(gate x) * up x. A threadgroup takes a tile of rows of
+// the group of pairs that pair tid.y leads.
 template <typename T, typename Gate, typename Up, int rows, int most>
 [[kernel]] void moe_gate_up(
     const device T* x [[buffer(0)]],
@@ -191,7 +191,7 @@ struct Down {
   }
 };
 
-// y[token] = sum over its choices, in order, of score * down act. A
+// Sets y[token] to the sum over its choices, in order, of score * down act. A
 // threadgroup takes a tile of rows of all tokens; its simdgroups share out the
 // groups of pairs. The products pass through threadgroup memory, so that no
 // compiler contracts them with the sum.

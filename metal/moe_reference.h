@@ -1,5 +1,5 @@
-// What lies between and after the products of an unfused expert layer: MLX's
-// own kernels do the products, these two round where moe_decode does.
+// These kernels lie between and after the products of an unfused expert layer,
+// which MLX's own kernels compute; they round where moe_decode does.
 #pragma once
 
 #include "numbers.h"
@@ -15,7 +15,7 @@ template <typename T>
       static_cast<T>(glm_fused::swiglu(gate[i], up[i], glm_fused::As<T>()));
 }
 
-// sum[token] = sum over its choices, in order, of score * y[token, choice].
+// Sets sum[token] to the sum over its choices, in order, of score * y.
 template <typename T>
 [[kernel]] void expert_sum(
     const device T* y [[buffer(0)]],
@@ -29,7 +29,7 @@ template <typename T>
   for (int choice = 0; choice < top_k; choice++) {
     const int pair = token * top_k + choice;
     const float value = static_cast<float>(y[size_t(pair) * hidden + column]);
-    // A product that no compiler contracts with the sum; -0 becomes 0, which
+    // No compiler contracts this product with the sum. It makes -0 a 0, which
     // no sum shows.
     total = total + glm_fused::multiply_add(value, scores[pair], 0.0f);
   }

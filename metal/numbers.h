@@ -1,4 +1,4 @@
-// The activation types and the float helpers that swiglu.h asks for.
+// Defines the activation types and the float helpers that swiglu.h asks for.
 #pragma once
 
 #include <metal_simdgroup>

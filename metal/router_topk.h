@@ -1,5 +1,5 @@
-// Sigmoid routing with a correction bias that chooses but does not weigh, a
-// threadgroup per token.
+// Sigmoid routing with a correction bias that chooses but does not weigh. A
+// threadgroup takes a token.
 #pragma once
 
 #include "dot_rows.h"
@@ -7,15 +7,15 @@
 #include "params.h"
 #include "swiglu.h"
 
-// Whether score a of index i comes before score b of index j: larger first,
-// then the lowest index; NaN loses to everything.
+// Tells whether score a of index i comes before score b of index j: the larger
+// first, then the lowest index; NaN loses to everything.
 METAL_FUNC bool precedes(float a, int i, float b, int j) {
   const float x = isnan(a) ? -INFINITY : a;
   const float y = isnan(b) ? -INFINITY : b;
   return x > y || (x == y && i < j);
 }
 
-// How many of scores[begin, end) precede entry i.
+// Counts those of scores[begin, end) that precede entry i.
 METAL_FUNC int
 rank_of(const threadgroup float* scores, int begin, int end, int i) {
   const float score = scores[i];
@@ -26,7 +26,7 @@ rank_of(const threadgroup float* scores, int begin, int end, int i) {
   return rank;
 }
 
-// weights[e] = row e of `weight` times x.
+// Sets weights[e] to row e of `weight` times x.
 template <typename T, typename F, int experts>
 METAL_FUNC void router_logits(
     const device T* x,

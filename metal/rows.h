@@ -1,8 +1,13 @@
-// Cached rows as fp32: a latent and its RoPE key, or an indexer key.
-//   FloatRows<T, U>  rank values T in one array, rope values U in another
-//   Fp8Rows          rank e4m3 codes | fp32 scale per 128 | rope bfloat16
-//   values Int8Rows         rank int8 codes | one fp32 scale     | rope
-//   bfloat16 values
+// Cached rows are read as fp32: a latent and its RoPE key, or an indexer key.
+//
+// FloatRows<T, U>: `rank` values of type T in one array, `rope` of type U in
+// another.
+//
+// Fp8Rows: one array, whose rows are `rank` e4m3 codes, an fp32 scale for every
+// 128 of them, and `rope` bfloat16 values.
+//
+// Int8Rows: one array, whose rows are `rank` int8 codes, one fp32 scale, and
+// `rope` bfloat16 values.
 #pragma once
 
 #include "numbers.h"
@@ -83,7 +88,7 @@ struct PackedRows {
 typedef PackedRows<Fp8Code> Fp8Rows;
 typedef PackedRows<Int8Code> Int8Rows;
 
-// The rows of sequence `b`.
+// Gives the rows of sequence `b`.
 template <typename R>
 METAL_FUNC R rows_of(
     const device uint8_t* latents,

@@ -1,4 +1,4 @@
-// Pairs (token, choice), numbered token * top_k + choice, that share a slot.
+// Finds pairs (token, choice), numbered token * top_k + choice, of one slot.
 #pragma once
 
 #include "numbers.h"

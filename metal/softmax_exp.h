@@ -1,11 +1,11 @@
-// e^x for x <= 0 in fp32, the softmax's exponential.
+// The softmax's exponential is e^x for x <= 0 in fp32.
 #pragma once
 
 #include "exp.h"
 
 namespace glm_fused {
 
-// 0 below -87, so that no result is subnormal.
+// It is 0 below -87, so that no result is subnormal.
 static inline float exp_negative(float x) {
   if (!(x >= -87.0f)) {
     return x < 0 ? 0.0f : x;  // also NaN

@@ -1,5 +1,5 @@
-// Attention over chosen latent rows, the arithmetic of csrc/attention.h: one
-// launch for every split of 64 list entries, one that combines the splits.
+// Attention over chosen latent rows with the arithmetic of csrc/attention.h:
+// one launch takes every split of 64 list entries, another combines the splits.
 #pragma once
 
 #include "rows.h"
@@ -12,7 +12,8 @@ GLM_CONST int kMlaThreads = kSide * kSide;
 GLM_CONST int kDepth = 32;  // dimensions, or columns, in threadgroup memory
 GLM_CONST int kPitch = kSplit + 1;  // spares a column the bank of its neighbour
 
-// Entry `entry` of a token's list of keys, -1 where it is no visible key.
+// Gives entry `entry` of a token's list of keys, -1 where no such key is
+// visible.
 METAL_FUNC int listed_key(
     const device int* selected,
     const constant MlaParams& params,
@@ -28,7 +29,7 @@ METAL_FUNC int listed_key(
   return key >= visible.low && key < visible.high ? key : -1;
 }
 
-// A threadgroup's part: `heads` heads from `head` on, one split of one token.
+// A threadgroup takes `heads` heads from `head` on, of one split of one token.
 template <typename T, typename R>
 struct MlaSplit {
   const device T* q;  // [heads, rank + rope]
@@ -41,7 +42,7 @@ struct MlaSplit {
   int heads;
   int thread_id;
 
-  // q and k of dimensions [first, first + depth), transposed.
+  // Loads q and k of dimensions [first, first + depth), transposed.
   METAL_FUNC void load_dims(int first, int depth) const thread {
     threadgroup float* queries = p;
     threadgroup float* keys = p + kDepth * kPitch;
@@ -56,7 +57,7 @@ struct MlaSplit {
     }
   }
 
-  // p[key][head] = scale * (q . k), in order of dimensions.
+  // Sets p[key][head] to scale * (q . k), summed in order of dimensions.
   METAL_FUNC void scores(float scale) const thread {
     const int y = thread_id / kSide, x = thread_id % kSide;
     thread float sum[kEach * kEach];
@@ -111,7 +112,7 @@ struct MlaSplit {
     }
   }
 
-  // Columns [first, first + kDepth) of o [heads, rank].
+  // Writes columns [first, first + kDepth) of o [heads, rank].
   METAL_FUNC void values(int first, int rank, device float* o) const thread {
     for (int i = thread_id; i < kSplit * kDepth; i += kMlaThreads) {
       const int key = list[i / kDepth], column = first + i % kDepth;
@@ -144,8 +145,8 @@ struct MlaSplit {
   }
 };
 
-// m, l [tokens, splits, heads] and o [tokens, splits, heads, rank] of this
-// dispatch; the grid is (splits, blocks of 64 heads, tokens).
+// Writes m, l [tokens, splits, heads] and o [tokens, splits, heads, rank] of
+// this dispatch. The grid is (splits, blocks of 64 heads, tokens).
 template <typename T, typename R>
 [[kernel]] void mla_split(
     const device T* q [[buffer(0)]],
@@ -195,8 +196,9 @@ template <typename T, typename R>
   }
 }
 
-// y [tokens, heads, rank]; the grid is (heads, tokens), `weights` holds a float
-// per split. A split without keys has l = 0, any other has l >= 1 or NaN.
+// Writes y [tokens, heads, rank]. The grid is (heads, tokens); `weights` holds
+// a float per split. A split without keys has l = 0, any other has l >= 1 or
+// NaN.
 [[kernel]] void mla_combine(
     const device float* o [[buffer(0)]],
     const device float* m [[buffer(1)]],

@@ -1,13 +1,13 @@
-// silu(gate) * up as MLX's separate kernels compute it: every step rounded to
-// the activation type. One text for the shaders and the CPU. The includer
-// brings multiply_add, bits_of, float_of and round_to for its Type.
+// This is silu(gate) * up as MLX's separate kernels compute it, every step
+// rounded to the activation type; one text for the shaders and the CPU. The
+// includer brings multiply_add, bits_of, float_of and round_to for its Type.
 #pragma once
 
 #include "exp.h"
 
 namespace glm_fused {
 
-// e^x for x >= 0.
+// Gives e^x for x >= 0.
 static inline float exp_positive(float x) {
   if (!(x <= 88.72283f)) {  // e^x overflows; also NaN
     return x + float_of(0x7f800000u);
@@ -15,7 +15,7 @@ static inline float exp_positive(float x) {
   return exp_finite(x);
 }
 
-// 1 / (1 + e^|x|), mirrored for x >= 0: MLX's Sigmoid.
+// MLX's Sigmoid is 1 / (1 + e^|x|), mirrored for x >= 0.
 template <typename Type>
 static inline float sigmoid(float x, Type type) {
   const float e = round_to(exp_positive(x < 0 ? -x : x), type);

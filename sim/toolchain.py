@@ -43,6 +43,8 @@ _TRACE = [
     # Indices of a thread's own arrays, which the tracer does not see.
     *("-fsanitize=local-bounds", "-fsanitize-trap=local-bounds", "-fno-sanitize-merge"),
     *("-fno-builtin-memset", "-fno-builtin-memcpy"),
+    # A thread's own memory starts as NaN, so that a read before any write is no lucky zero.
+    "-ftrivial-auto-var-init=pattern",
     *("-mllvm", "-tsan-instrument-func-entry-exit=0"),
     *("-mllvm", "-tsan-instrument-read-before-write=1"),
 ]

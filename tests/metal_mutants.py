@@ -1,26 +1,57 @@
-"""Changed shaders, several in one library: each in a namespace of its own."""
+"""Changed shaders, run by the real launchers in place of the right ones.
+
+Several changed kernels are compiled into one library, each in a namespace of its own.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
-import sim
-from metal_kernels import flatten, instance, shader
+import mlx.core as mx
+from metal_backend import COMPILERS, metal, split_instance
+from shader_texts import mlx_arithmetic
+from sim.compiler import compile_library
+from sim.host import Launch, compiled
 
-_BATCH = 8
-_COMPILERS = ThreadPoolExecutor(2)
+from glm_fused import metal_sim
+
+_BATCH = 16
 _SHARED = """#include <metal_simdgroup>
 #include <metal_stdlib>
 using namespace metal;
 typedef half float16_t;
 typedef bfloat bfloat16_t;
 """
-_ARITHMETIC = flatten.mlx_arithmetic(sim.mlx_include())
-_OURS = re.compile(r"\b(moe_gate_up|moe_down_sum|router_topk|Affine|Dense|Fp)<")
+_OURS = re.compile(
+    r"\b((?:moe_gate_up|moe_down_sum|router_topk|index_scores|mla_split|Affine|Dense|Fp|FloatRows)<"
+    r"|(?:Fp8Rows|Int8Rows)\b)"
+)
+# Buffers that a kernel reads once, or twice, and where a mutant may not read more.
+_FRUGAL = {
+    "moe_gate_up": (2,),
+    "moe_down_sum": (2,),
+    "router_topk": (),
+    "index_scores": (0, 1, 2),
+    "index_select": (0,),
+    "mla_split": (0, 1, 2, 3),
+    "mla_combine": (0, 1, 2),
+}
+
+
+class Case(Protocol):
+    """Arguments of an op; equal cases are the same one."""
+
+    @property
+    def tiles(self) -> tuple[int, int, int, int] | None:
+        """GLM_FUSED_METAL_TILES."""
+
+    def run(self) -> Any:
+        """The op's arrays."""
 
 
 @dataclass(frozen=True)
@@ -45,45 +76,122 @@ class Mutation:
         return whole.join(left) + before + new + after + whole.join(right)
 
 
-def _own_text(source: str) -> str:
+@dataclass
+class Right:
+    """A case by the unchanged shaders: its launches, traced, and what the launchers compiled."""
+
+    launches: list[Launch] = field(default_factory=list)
+    texts: dict[str, tuple[str, str]] = field(default_factory=dict)  # name and text, by kernel
+
+
+def kernel_of(name: str) -> str:
+    """The kernel's function, of its host name."""
+    return next(k for k in _FRUGAL if name.removeprefix("glm_fused_").startswith(k))
+
+
+def _own_text(text: str) -> str:
     """The shader without what every mutant shares: system headers and MLX's arithmetic."""
-    text = shader(source).replace(_ARITHMETIC, "")
-    return re.sub(r"^#include <.*\n", "", text, flags=re.M)
+    text = re.sub(r"^#include <.*\n", "", text.replace(mlx_arithmetic(), ""), flags=re.M)
+    # A plain kernel would be in the library under its own name, once a namespace.
+    return re.sub(
+        r"(?<!>\n)^\[\[kernel\]\] void", "template <int>\n[[kernel]] void", text, flags=re.M
+    )
 
 
 class Mutants:
-    """The mutations of one shader source; `function` names the instance a mutation shows in."""
+    """Mutations, and how each is told from the right shader."""
 
-    def __init__(
-        self, source: str, mutations: list[Mutation], function: Callable[[Mutation], str]
-    ) -> None:
-        self._text = _own_text(source)
-        self._function = function
-        self._batches: dict[Mutation, tuple[Mutation, ...]] = {}
-        self._libraries: dict[tuple[Mutation, ...], Future[Any]] = {}
+    def __init__(self, mutations: list[Mutation]) -> None:
+        self._rights: dict[Any, Right] = {}
+        self._libraries: dict[tuple[Mutation, ...], Future[Path]] = {}
         groups: dict[Any, list[Mutation]] = {}
         for m in mutations:
             groups.setdefault((m.case, m.kernel), []).append(m)
-        for group in groups.values():
-            for i in range(0, len(group), _BATCH):
-                self._batches |= dict.fromkeys(group[i : i + _BATCH], tuple(group[i : i + _BATCH]))
+        self._batches = [
+            tuple(group[i : i + _BATCH])
+            for group in groups.values()
+            for i in range(0, len(group), _BATCH)
+        ]
 
-    def find(self, m: Mutation) -> tuple[Any, str]:
-        """The library that holds a mutation, traced and contracted, and its kernel's name."""
-        batch = self._batches[m]
-        batches = list(dict.fromkeys(self._batches.values()))
-        at = batches.index(batch)
-        for one in batches[at : at + 2]:  # the next one is compiled meanwhile
-            if one not in self._libraries:
-                self._libraries[one] = _COMPILERS.submit(self._compile, one)
-        return self._libraries[batch].result(), self._qualified(batch, m)
+    def right(self, case: Case) -> Right:
+        if case not in self._rights:
+            right = Right()
 
-    def _qualified(self, batch: tuple[Mutation, ...], m: Mutation) -> str:
-        return _OURS.sub(rf"mutant_{batch.index(m)}::\1<", self._function(m))
+            def compiler(name: str, text: str) -> tuple[Path, str]:
+                right.texts[kernel_of(name)] = name, text
+                return compiled(name, text, contract=True, trace=True)
 
-    def _compile(self, batch: tuple[Mutation, ...]) -> Any:
-        texts = [_SHARED + _ARITHMETIC]
+            right.launches = _launches(case, compiler)
+            self._rights[case] = right
+        return self._rights[case]
+
+    def caught_by(self, m: Mutation) -> str:
+        """What tells the changed shader from the right one: the tracer, the results or the traffic.
+
+        Empty where nothing does.
+        """
+        usual = [x for x in self.right(m.case).launches if kernel_of(x.kernel) == m.kernel]
+        compiler = self._compiler(m)
+        try:
+            launches = _launches(m.case, compiler)
+        except RuntimeError as problem:
+            metal_sim.take_launches()
+            return f"error: {problem}"
+        seen = [x for x in launches if kernel_of(x.kernel) == m.kernel]
+        assert len(seen) == len(usual)
+        for a, b in zip(seen, usual, strict=True):
+            if not a.report.clean:
+                return a.report.findings[0].kind
+            if a.outputs != b.outputs:
+                return "results"
+            if any(a.report.traffic[i].read > b.report.traffic[i].read for i in _FRUGAL[m.kernel]):
+                return "traffic"
+        return ""
+
+    def _compiler(self, m: Mutation) -> Callable[[str, str], tuple[Path, str] | None]:
+        order = [kernel_of(x.kernel) for x in self.right(m.case).launches]
+        batch, library = self._library(m)
+
+        def compiler(name: str, text: str) -> tuple[Path, str] | None:
+            kernel = kernel_of(name)
+            if kernel == m.kernel:
+                return library.result(), f"mutant_{batch.index(m)}_"
+            if order.index(kernel) > order.index(m.kernel):
+                return None  # not run: what comes after the changed kernel is of no interest
+            return compiled(name, text, contract=True, trace=False)
+
+        return compiler
+
+    def _library(self, m: Mutation) -> tuple[tuple[Mutation, ...], Future[Path]]:
+        at = next(i for i, batch in enumerate(self._batches) if m in batch)
+        for batch in self._batches[at : at + 2]:  # the next one is compiled meanwhile
+            if batch not in self._libraries:
+                text = self._text(batch)
+                made = COMPILERS.submit(compile_library, text, contract=True, trace=True)
+                self._libraries[batch] = made
+        return self._batches[at], self._libraries[self._batches[at]]
+
+    def _text(self, batch: tuple[Mutation, ...]) -> str:
+        host, text = self.right(batch[0].case).texts[batch[0].kernel]
+        source, line = split_instance(text)
+        own = _own_text(source)
+        function = re.search(r"decltype\((.*)\) ", line)[1] if line else f"{host_function(host)}<0>"
+        texts = [_SHARED, mlx_arithmetic()]
         for i, m in enumerate(batch):
-            texts.append(f"namespace mutant_{i} {{\n{m.apply(self._text)}\n}}\n")
-        texts += [instance(self._qualified(batch, m)) for m in batch]
-        return sim.compile("".join(texts), contract=True, trace=True)
+            texts.append(f"namespace mutant_{i} {{\n{m.apply(own)}\n}}\n")
+        for i in range(len(batch)):
+            here = _OURS.sub(rf"mutant_{i}::\1", function) if line else f"mutant_{i}::{function}"
+            name = f"mutant_{i}_{host if line else host_function(host)}"
+            texts.append(f'template [[host_name("{name}")]] [[kernel]] decltype({here}) {here};\n')
+        return "".join(texts)
+
+
+def host_function(library: str) -> str:
+    """The name of a plain kernel, of its library's name."""
+    return library.removeprefix("glm_fused_")
+
+
+def _launches(case: Case, compiler: Any) -> list[Launch]:
+    with metal(tiles=case.tiles, compiler=compiler, keep_outputs=True):
+        mx.eval(case.run())
+    return metal_sim.take_launches()

@@ -17,7 +17,7 @@ if sys.platform != "linux":
     pytest.skip("the macOS wheel is cross-compiled on Linux only", allow_module_level=True)
 
 import lief
-from metal_kernels import flatten
+from shader_texts import flatten
 from sim.macos import build, check, macho, mlx_wheels, providers
 from sim.macos.__main__ import build_and_check
 from sim.macos.errors import MacOSBuildError

@@ -2,6 +2,8 @@
 elsewhere the simulated host."""
 
 import logging
+import subprocess
+import sys
 import warnings
 
 import mlx.core as mx
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from formats_under_test import DTYPES, FORMATS, assert_same_bits, format_id, random_weight
 from metal_backend import GPU, cpu, metal, on_both, simulated_only
+from sim.host import compiled
 
 from glm_fused import load, metal_sim, ops, paths
 from glm_fused.demo import PROMPT, checkpoint_folder
@@ -104,12 +107,11 @@ def test_two_launches_and_clean():
 
 
 @simulated_only
-def test_tiles_change_the_grid_and_not_the_bits(monkeypatch):
+def test_tiles_change_the_grid_and_not_the_bits():
     arguments = layer(("mxfp4", 4, 32))
     found = []
-    for tiles in ("1,1,1,1", "8,4,16,2"):
-        monkeypatch.setenv("GLM_FUSED_METAL_TILES", tiles)
-        with metal():
+    for tiles in ((1, 1, 1, 1), (8, 4, 16, 2)):
+        with metal(tiles=tiles):
             y = ops.moe_decode(*arguments)
             mx.eval(y)
         found.append((y, [launch.groups for launch in metal_sim.take_launches()]))
@@ -162,14 +164,70 @@ def test_too_many_experts_are_routed_on_the_cpu(monkeypatch):
 
 
 @simulated_only
-def test_a_shader_that_does_not_compile_is_an_error(monkeypatch):
-    def refuse(*_, **__):
+def test_a_shader_that_does_not_compile_is_an_error():
+    def refuse(*_):
         raise RuntimeError("error: no such type")
 
-    monkeypatch.setattr(metal_sim._sim("compiler"), "compile_library", refuse)
-    arguments = layer(("affine", 8, 128), "float16", hidden=128)
-    with metal(), pytest.raises(RuntimeError, match="no such type"):
+    arguments = layer(("affine", 4, 64))
+    with metal(compiler=refuse), pytest.raises(RuntimeError, match="no such type"):
         mx.eval(ops.moe_decode(*arguments))
+
+
+@simulated_only
+def test_the_simulator_is_loaded_by_the_extension_on_first_use(tmp_path):
+    program = """
+import sys
+import mlx.core as mx
+from glm_fused import metal_sim, ops
+assert metal_sim.unavailable() == ""
+path = list(sys.path)
+assert not any(name.split(".")[0] == "sim" for name in sys.modules)
+with metal_sim.simulated():
+    mx.eval(ops.swiglu(mx.ones((2, 3)), mx.ones((2, 3))))
+print([launch.kernel for launch in metal_sim.take_launches()], sys.path == path)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "['glm_fused_swiglu_float_'] True\n"
+
+
+@simulated_only
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_no_kernel_writes_is_nan(dtype):
+    def writes_nothing(name, text):
+        return compiled(name, text.replace("act[i] =", "const T act_i ="), True, False)
+
+    gate = mx.ones((3, 5)).astype(DTYPES[dtype])
+    with metal(compiler=writes_nothing):
+        act = ops.swiglu(gate, gate)
+        mx.eval(act)
+    assert mx.isnan(act).all()
+
+
+@simulated_only
+def test_launches_that_are_not_run_are_noted():
+    asked = []
+
+    def no_library(name, text):
+        asked.append(name)
+
+    with metal(compiler=no_library):
+        mx.eval(ops.moe_decode(*layer(("affine", 4, 64))))
+    launches = metal_sim.take_launches()
+    assert [launch.kernel for launch in launches] == asked
+    assert [launch.groups for launch in launches] == [(16, 6, 1), (64, 1, 1)]
+    assert all(launch.report is None for launch in launches)
+
+
+@simulated_only
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_launch_that_fails_is_an_error_with_its_place(in_place):
+    def far_off(name, text):
+        return compiled(name, text.replace("act[i] =", "act[i + 9999999999ul] ="), True, False)
+
+    with metal(compiler=far_off, in_place=in_place), pytest.raises(RuntimeError, match="swiglu"):
+        mx.eval(ops.swiglu(mx.ones((3, 5)), mx.ones((3, 5))))
 
 
 @simulated_only

@@ -6,18 +6,18 @@ import itertools
 import mlx.core as mx
 import numpy as np
 import pytest
-from formats_under_test import FORMATS, format_id
-from metal_kernels import (
+from expert_layers import (
     Case,
-    Libraries,
     assert_same,
     make_layer,
     make_layer_of_bits,
-    run_chain,
     run_cpu,
     run_fused,
     to_mlx,
 )
+from formats_under_test import FORMATS, format_id
+from metal_backend import Batches
+from mlx_kernels import Libraries, run_chain
 
 DENSE = ("dense", 0, 0)
 AFFINE4, MXFP4 = ("affine", 4, 64), ("mxfp4", 4, 32)
@@ -85,9 +85,16 @@ GLM = [
     Case("bfloat16" if fmt == DENSE else c.dtype, fmt, fmt, fmt, 1, 8, 6144, 2048, 8)
     for fmt, c in zip(FORMATS, BY_FORMAT[::3], strict=True)
 ]
-default = Libraries([*BY_FORMAT, *BY_TOKENS, *SMALL, *GLM])
-sweep = Libraries([*EVERY_FORMAT, *EVERY_TOKENS])
-traced = Libraries([*TRACED, *TRACED_FORMATS])
+DEFAULT = [*BY_FORMAT, *BY_TOKENS, *SMALL]
+SWEEP = [*EVERY_FORMAT, *EVERY_TOKENS]
+
+
+def batches(cases):
+    return Batches(lambda case: make_layer_of_bits(case).moe(), cases)
+
+
+default, sweep, traced = batches(DEFAULT), batches(SWEEP), batches([*TRACED, *TRACED_FORMATS])
+mlx_default, mlx_sweep = Libraries([*DEFAULT, *GLM]), Libraries(SWEEP)
 
 
 def case_id(c):
@@ -95,36 +102,41 @@ def case_id(c):
     return f"{names}-{c.dtype}-{c.tokens}x{c.top_k}-{c.hidden}x{c.intermediate}"
 
 
-def check(libs, case, contract):
+def check(ours, mlx, case, contract):
+    mlx.prepare(case, contract)
     layer = make_layer(case)
-    libs.prepare(case, contract)
-    y = run_fused(libs.fused(case.dtype, contract, False), layer)
-    assert_same(y, run_chain(libs, layer, contract))
+    y = run_fused(layer, compiler=ours.compiler(contract=contract, trace=False))
+    assert_same(y, run_chain(mlx, layer, contract))
     if contract:
         assert_same(y, run_cpu(layer))
 
 
-@pytest.mark.parametrize("case", [*BY_FORMAT, *BY_TOKENS, *SMALL], ids=case_id)
+@pytest.mark.parametrize("case", DEFAULT, ids=case_id)
 def test_equals_mlx_chain_and_cpu(case):
-    check(default, case, contract=True)
+    check(default, mlx_default, case, contract=True)
 
 
-@pytest.mark.parametrize("case", [*BY_FORMAT, *BY_TOKENS, *SMALL], ids=case_id)
+@pytest.mark.parametrize("case", DEFAULT, ids=case_id)
 def test_equals_mlx_chain_without_contraction(case):
-    check(default, case, contract=False)
+    check(default, mlx_default, case, contract=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("contract", [False, True], ids=["separate", "contracted"])
-@pytest.mark.parametrize("case", [*EVERY_FORMAT, *EVERY_TOKENS], ids=case_id)
+@pytest.mark.parametrize("case", SWEEP, ids=case_id)
 def test_equals_mlx_chain_sweep(case, contract):
-    check(sweep, case, contract)
+    check(sweep, mlx_sweep, case, contract)
+
+
+def run_in_place(case):
+    layer = make_layer_of_bits(case)
+    compiler = default.compiler(contract=True, trace=False)
+    return layer, run_fused(layer, compiler=compiler, in_place=True)
 
 
 @pytest.mark.parametrize("case", GLM, ids=case_id)
 def test_glm_sizes_equal_cpu(case):
-    layer = make_layer_of_bits(case)
-    y = run_fused(default.fused(case.dtype, True, False), layer, threads=2, in_place=True)
+    layer, y = run_in_place(case)
     assert np.isfinite(np.array(to_mlx(y, case.dtype).astype(mx.float32))).all()
     assert_same(y, run_cpu(layer))
 
@@ -132,9 +144,12 @@ def test_glm_sizes_equal_cpu(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", GLM, ids=case_id)
 def test_glm_sizes_equal_mlx_chain(case):
-    layer = make_layer_of_bits(case)
-    y = run_fused(default.fused(case.dtype, True, False), layer, threads=2, in_place=True)
-    assert_same(y, run_chain(default, layer, True))
+    layer, y = run_in_place(case)
+    assert_same(y, run_chain(mlx_default, layer, True))
+
+
+def run_traced(layer):
+    return run_fused(layer, compiler=traced.compiler(contract=True, trace=True))
 
 
 def read_once(report, *weights):
@@ -146,7 +161,7 @@ def read_once(report, *weights):
 @pytest.mark.parametrize("case", [*TRACED, *TRACED_FORMATS], ids=case_id)
 def test_clean_and_reads_weights_once(case):
     layer = make_layer(case)
-    y = run_fused(traced.fused(case.dtype, True, True), layer)
+    y = run_traced(layer)
     assert_same(y, run_cpu(layer))
     gate_up, down_sum = layer.reports
     for report in layer.reports:
@@ -161,7 +176,7 @@ def test_clean_and_reads_weights_once(case):
 def test_tokens_that_share_one_expert_read_it_once():
     case = TRACED[1]
     layer = make_layer(case, slots=np.full((case.tokens, case.top_k), 2, np.int32))
-    run_fused(traced.fused(case.dtype, True, True), layer)
+    run_traced(layer)
     pairs = case.tokens * case.top_k
     for report, weights in zip(layer.reports, ([2, 5], [2]), strict=True):
         for index in weights:  # a slot's pairs are taken 16 at a time
@@ -171,7 +186,7 @@ def test_tokens_that_share_one_expert_read_it_once():
 def test_slots_that_repeat_within_a_token():
     case = TRACED[3]
     layer = make_layer(case, slots=np.tile(np.array([[2, 1, 2]], np.int32), (case.tokens, 1)))
-    y = run_fused(traced.fused(case.dtype, True, True), layer)
+    y = run_traced(layer)
     assert_same(y, run_cpu(layer))
 
 
@@ -179,6 +194,6 @@ def test_slots_that_repeat_within_a_token():
 def test_slot_out_of_range_gives_nan_and_reads_nothing(slot):
     case = TRACED[0]
     layer = make_layer(case, slots=np.array([[1, slot]], np.int32))
-    y = run_fused(traced.fused(case.dtype, True, True), layer)
+    y = run_traced(layer)
     assert all(report.clean for report in layer.reports)
     assert np.all((y & 0x7FFF) > 0x7F80)

@@ -2,40 +2,76 @@
 so. Changes that no run can show are listed with the reason."""
 
 import functools
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
-import sim
-from metal_kernels import (
-    Case,
-    Libraries,
-    fused_functions,
-    make_layer,
-    run_cpu,
-    run_down_sum,
-    run_gate_up,
-)
+from expert_layers import Case, make_layer, run_cpu, to_numpy
+from metal_backend import metal
 from metal_mutants import Mutants, Mutation
 
 DENSE, AFFINE4, AFFINE3 = ("dense", 0, 0), ("affine", 4, 32), ("affine", 3, 32)
 MXFP4, MXFP8 = ("mxfp4", 4, 32), ("mxfp8", 8, 32)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A layer of experts of a name, and the slots chosen in it where they matter."""
+
+    name: str
+    shape: Case
+    slots: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def tiles(self):
+        return self.shape.tiles
+
+    @functools.cache  # noqa: B019
+    def layer(self):
+        slots = None if self.slots is None else np.array(self.slots, np.int32)
+        return make_layer(self.shape, pad=False, slots=slots)
+
+    def run(self):
+        return self.layer().moe()
+
+
+def experts(name, *formats, slots=None, **sizes):
+    return Experts(name, Case("float32", *formats, **sizes), slots)
+
+
 # Slot 1 has a whole group and one pair more, slot 0 a group that is not whole.
-SHARED = Case("float32", AFFINE4, AFFINE4, DENSE, 4, 2, 288, 45, 2, simdgroups=(2, 2))
+SHARED = experts(
+    "shared", AFFINE4, AFFINE4, DENSE, tokens=4, hidden=288, intermediate=45, used=2,
+    simdgroups=(2, 2), slots=((1, 1), (0, 1), (1, 0), (1, 0)),
+)  # fmt: skip
 # Odd numbers of rows and columns.
-ODD = Case("float32", DENSE, DENSE, AFFINE4, 2, 2, 77, 64, 2, simdgroups=(2, 2))
+ODD = experts(
+    "odd", DENSE, DENSE, AFFINE4, tokens=2, hidden=77, intermediate=64, used=2, simdgroups=(2, 2)
+)
 # MLX's fast order, more simdgroups than rows need, one token.
-FAST = Case("float32", AFFINE4, AFFINE4, DENSE, 1, 1, 1024, 8, 1, rows=2, simdgroups=(5, 2))
-MIXED = Case("float32", AFFINE3, MXFP8, MXFP4, 1, 1, 288, 32, 1, simdgroups=(1, 1))
+FAST = experts(
+    "fast", AFFINE4, AFFINE4, DENSE, top_k=1, hidden=1024, intermediate=8, used=1, rows=2,
+    simdgroups=(5, 2),
+)  # fmt: skip
+MIXED = experts(
+    "mixed", AFFINE3, MXFP8, MXFP4, top_k=1, hidden=288, intermediate=32, used=1, simdgroups=(1, 1)
+)
 # Groups of 9, 5, 3, 2 and 13 pairs.
-WIDE = Case("float32", DENSE, DENSE, DENSE, 16, 2, 9, 3, 5, rows=1, simdgroups=(1, 2))
-WHOLE = Case("float32", AFFINE4, AFFINE4, DENSE, 1, 1, 256, 3, 1, rows=1, simdgroups=(1, 1))
+WIDE = experts(
+    "wide", DENSE, DENSE, DENSE, tokens=16, hidden=9, intermediate=3, used=5, rows=1,
+    simdgroups=(1, 2),
+    slots=tuple(map(tuple, np.repeat(np.arange(5), [9, 5, 3, 2, 13]).reshape(16, 2).tolist())),
+)  # fmt: skip
+WHOLE = experts(
+    "whole", AFFINE4, AFFINE4, DENSE, top_k=1, hidden=256, intermediate=3, used=1, rows=1,
+    simdgroups=(1, 1),
+)  # fmt: skip
 # Slots before the first and after the last.
-BAD = Case("float32", DENSE, DENSE, DENSE, 2, 2, 9, 3, 2, rows=2, simdgroups=(1, 2))
-SLOTS = {
-    SHARED: [[1, 1], [0, 1], [1, 0], [1, 0]],
-    WIDE: np.repeat(np.arange(5), [9, 5, 3, 2, 13]).reshape(16, 2),
-    BAD: [[-1, 1], [-1, 2]],
-}
+BAD = experts(
+    "bad", DENSE, DENSE, DENSE, tokens=2, hidden=9, intermediate=3, used=2, rows=2,
+    simdgroups=(1, 2), slots=((-1, 1), (-1, 2)),
+)  # fmt: skip
+CASES = [SHARED, ODD, FAST, MIXED, WIDE, WHOLE, BAD]
 
 # Name, case, change: its text, with @old@new@ where it differs. n of (…, n): the n-th such text.
 BARRIER = "@  threadgroup_barrier(mem_flags::mem_threadgroup);\n@@"
@@ -201,65 +237,30 @@ EQUIVALENT = [
 
 MUTATIONS = [
     Mutation(name, case, kernel, *change)
-    for kernel, table in (("gate_up", GATE_UP), ("down_sum", DOWN_SUM))
+    for kernel, table in (("moe_gate_up", GATE_UP), ("moe_down_sum", DOWN_SUM))
     for name, case, *change in table
 ]
-SAME = [Mutation(name, case, "gate_up", *change) for name, case, *change in EQUIVALENT]
-CASES = [SHARED, ODD, FAST, MIXED, WIDE, WHOLE, BAD]
-unchanged = Libraries(CASES)
-moe = Mutants(
-    "moe_decode", [*MUTATIONS, *SAME], lambda m: fused_functions(m.case)[m.kernel == "down_sum"]
-)
+SAME = [Mutation(name, case, "moe_gate_up", *change) for name, case, *change in EQUIVALENT]
+moe = Mutants([*MUTATIONS, *SAME])
 
 
-@functools.cache
-def layer_of(case):
-    slots = SLOTS.get(case)
-    return make_layer(case, pad=False, slots=None if slots is None else np.array(slots, np.int32))
-
-
-@functools.cache
-def right(case):
-    """act and y of the unchanged shader, and its reports."""
-    lib, layer = unchanged.fused(case.dtype, True, True), layer_of(case)
-    act, first = run_gate_up(lib, layer)
-    return act, *run_down_sum(lib, layer, act), first
-
-
-@pytest.mark.parametrize(
-    "case", CASES, ids=["shared", "odd", "fast", "mixed", "wide", "whole", "bad"]
-)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_shader_itself_is_clean(case):
-    _, y, *reports = right(case)
-    assert all(report.clean for report in reports), reports
+    launches = moe.right(case).launches
+    assert all(launch.report.clean for launch in launches), launches
+    with metal(tiles=case.tiles):
+        y = to_numpy(case.run())
     # The CPU refuses slots that do not exist; the shader answers NaN.
-    expected = np.full_like(y, np.nan) if case is BAD else run_cpu(layer_of(case))
+    expected = np.full_like(y, np.nan) if case is BAD else run_cpu(case.layer())
     np.testing.assert_array_equal(y, expected)
-
-
-def caught(mutation):
-    """Whether the tracer, the result or the traffic tells the changed shader from the right one."""
-    lib, function = moe.find(mutation)
-    layer = layer_of(mutation.case)
-    act, y, down_report, gate_report = right(mutation.case)
-    try:
-        if mutation.kernel == "gate_up":
-            expected, usual = act, gate_report
-            out, report = run_gate_up(lib, layer, function)
-        else:
-            expected, usual = y, down_report
-            out, report = run_down_sum(lib, layer, act, function)
-    except sim.LaunchError:
-        return True
-    more = report.traffic[2].read > usual.traffic[2].read
-    return not report.clean or more or out.tobytes() != expected.tobytes()
+    assert launches[1].outputs[6] == y.tobytes()
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_mutation_is_caught(mutation):
-    assert caught(mutation)
+    assert moe.caught_by(mutation)
 
 
 @pytest.mark.parametrize("mutation", SAME, ids=str)
 def test_equivalent_change_gives_the_same(mutation):
-    assert not caught(mutation)
+    assert not moe.caught_by(mutation)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import sim
-from metal_kernels import shader
+from shader_texts import shader
 from sim import lint
 from sim.__main__ import main
 

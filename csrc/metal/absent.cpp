@@ -1,4 +1,4 @@
-// In place of the launchers where MLX has no Metal.
+// This takes the place of the launchers where MLX has no Metal.
 #include "metal/limits.h"
 #include "primitives.h"
 

@@ -7,13 +7,14 @@
 
 namespace glm_fused::metal {
 
-// The shader's name for rows of `layout` in `latents` and, if there, `ropes`.
+// Gives the shader's name for rows of `layout` in `latents` and, if there,
+// `ropes`.
 std::string rows_name(
     const RowLayout& layout,
     const mx::array& latents,
     const mx::array* ropes);
 
-// Throws unless the last axis is contiguous. `queries` per sequence.
+// Throws unless the last axis is contiguous; `queries` is per sequence.
 RowsParams rows_params(
     const RowLayout& layout,
     const mx::array& latents,

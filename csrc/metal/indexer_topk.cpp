@@ -11,7 +11,7 @@ namespace {
 constexpr int kScoreKeys = 256;  // of a threadgroup
 constexpr int kScoreSimdgroups = 4;
 constexpr int kSelectSimdgroups = 32;
-// Scores held at once, 64 MiB.
+// This many scores are held at once, 64 MiB.
 constexpr int kMaxScores = 1 << 24;
 
 }  // namespace

@@ -13,7 +13,7 @@ std::string type_name(FloatType type) {
                                     : "bfloat16_t";
 }
 
-// Template arguments spelled in the characters of an identifier.
+// Spells template arguments in the characters of an identifier.
 std::string host_name(std::string function) {
   std::replace_if(
       function.begin(),

@@ -9,18 +9,19 @@
 
 namespace glm_fused::metal {
 
-// The shader's name for a type, and for a format in MLX's order for [n, k].
+// Gives the shader's name for a type, and for a format in the order that MLX
+// takes for [n, k].
 std::string type_name(mx::Dtype dtype);
 std::string format_name(const Format& format, int n, int k);
 
-// The kernel `function` of `source`, e.g. "index_select", or the instance
-// "moe_down_sum<half, Dense<half>, 4, 1>" of a template; compiled on first use.
+// Gives the kernel `function` of `source`, e.g. "index_select", or the instance
+// "moe_down_sum<half, Dense<half>, 4, 1>" of a template, compiled on first use.
 MTL::ComputePipelineState* kernel(
     mx::metal::Device& device,
     const char* source,
     const std::string& function);
 
-// A threadgroup of `simdgroups`, or as many as the kernel's registers allow.
+// Gives `wanted` simdgroups, or as many as the kernel's registers allow.
 int simdgroups(MTL::ComputePipelineState* kernel, int wanted);
 
 size_t threadgroup_bytes(size_t words);

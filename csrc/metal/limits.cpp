@@ -6,11 +6,11 @@ namespace glm_fused::metal {
 
 namespace {
 
-// 32 KB of threadgroup memory: a link and up to eight rows of terms per pair.
+// 32 KB of threadgroup memory hold a link and up to eight terms per pair.
 constexpr int kMaxPairs = 32 * 1024 / (4 + 8 * 4);
-// Five arrays of at most this many floats.
+// They hold five arrays of at most this many floats.
 constexpr int kMaxExperts = 1024;
-// A float per split.
+// They hold a float per split.
 constexpr int kMaxListed = 32 * 1024 / 4 * kSplit;
 
 }  // namespace

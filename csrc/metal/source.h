@@ -1,5 +1,5 @@
-// The shaders' text, one self-contained source each; written at build time by
-// metal/flatten.py.
+// Each shader's text is one self-contained source, which metal/flatten.py
+// writes at build time.
 #pragma once
 
 namespace glm_fused::metal_source {

@@ -12,8 +12,9 @@ struct Tiles {
   int router;
 };
 
-// By architecture string ("applegpu_g16s"), unless GLM_FUSED_METAL_TILES, e.g.
-// "4,2,8,32", gives rows and the three simdgroup counts.
+// Chooses by architecture string ("applegpu_g16s"), unless
+// GLM_FUSED_METAL_TILES, e.g. "4,2,8,32", gives rows and the three simdgroup
+// counts.
 Tiles tiles_for(const std::string& architecture);
 
 }  // namespace glm_fused::metal

@@ -1,4 +1,4 @@
-// A lane's bytes of a packed row: read once, in the widest units their
+// A lane's bytes of a packed row are read once, in the widest units that their
 // alignment allows, and kept as the cells that MLX's qdot picks apart.
 #pragma once
 

@@ -1,53 +1,56 @@
 """Metal kernels on Linux: the simulator in a build made for tests.
 
-A build with ``-C cmake.define.GLM_FUSED_METAL_SIM=ON`` holds the Metal host code and knows the
-source tree it was made from, whose ``sim`` package compiles and runs the shaders.
+A build with ``-C cmake.define.GLM_FUSED_METAL_SIM=ON`` holds the Metal host code and, as
+``_ext._simulator``, the way to the simulator of the source tree that it was made from. The package
+knows that hook alone: `obstacle()` says why there is no simulator, `host()` gives it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import os
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
-from typing import Any
+import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from . import _ext
 
-Size = tuple[int, int, int]
-_simulator: Any = getattr(_ext, "_simulator", None)
+_hook: Any = getattr(_ext, "_simulator", None)
 _depth = 0
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A kernel's launch: `groups` threadgroups of `threadgroup` threads, and what was seen.
+class Launch(Protocol):
+    """A kernel's launch: `groups` threadgroups of `threadgroup` threads.
 
     `report` is the simulator's: with tracing its findings and the traffic of every buffer.
     """
 
     kernel: str
-    groups: Size
-    threadgroup: Size
+    groups: tuple[int, int, int]
+    threadgroup: tuple[int, int, int]
     report: Any
+
+
+class Simulator(Protocol):
+    """What the hook's `host()` gives."""
+
+    def simulated(self, **settings: Any) -> AbstractContextManager[None]:
+        """Launches within are run by the simulator, with settings of its own."""
+
+    def take_launches(self) -> list[Any]:
+        """The launches since the last call, in order."""
 
 
 def unavailable() -> str:
     """Why this build cannot simulate Metal, or "" if it can."""
-    if _simulator is None:
+    if _hook is None:
         return (
             "this build has no Metal simulator; "
             "install with -C cmake.define.GLM_FUSED_METAL_SIM=ON from a source tree"
         )
-    if not (Path(_simulator.source_dir) / "sim" / "__init__.py").is_file():
-        return f"the source tree {_simulator.source_dir} that this was built from is gone"
-    return ""
+    return str(_hook.obstacle())
 
 
 def active() -> bool:
@@ -56,57 +59,42 @@ def active() -> bool:
 
 
 @contextlib.contextmanager
-def simulated(*, contract: bool = True, trace: bool = False) -> Iterator[None]:
-    """Run `moe_decode` and `router_topk` as on a GPU, their shaders in the simulator.
+def simulated(**settings: Any) -> Iterator[None]:
+    """Run ops that have Metal kernels as on a GPU, their shaders in the simulator.
 
     Applies to graphs built inside; evaluate them inside too. Every other op stays on the CPU.
 
     Args:
-        contract: let the shader compiler fuse ``a*b+c``, as the CPU kernels do.
-        trace: report races, stray reads and traffic of every launch; far slower.
+        settings: the simulator's, such as ``contract`` (whether the shader compiler fuses
+            ``a*b+c``, as the CPU kernels do; True unless given) and ``trace`` (report races, stray
+            reads and traffic of every launch; far slower).
+
+    Raises:
+        RuntimeError: this build has no simulator.
+        TypeError: the simulator has no such setting.
+    """
+    global _depth
+    with _simulator().simulated(**settings):
+        _depth += 1
+        try:
+            yield
+            mx.synchronize()
+        finally:
+            _depth -= 1
+
+
+def take_launches() -> list[Launch]:
+    """The launches since the last call, in order.
 
     Raises:
         RuntimeError: this build has no simulator.
     """
-    global _depth
-    reason = unavailable()
-    if reason:
+    return _simulator().take_launches()
+
+
+@functools.cache
+def _simulator() -> Simulator:
+    if reason := unavailable():
         raise RuntimeError(reason)
-    _simulator.load_executor(str(_sim("compiler").executor()))
-    variant = f"contract={contract} trace={trace}"
-    _simulator.configure(variant, _compiler(contract, trace), os.cpu_count() or 1)
-    _depth += 1
-    try:
-        yield
-        mx.synchronize()
-    finally:
-        _depth -= 1
-
-
-def take_launches() -> list[Launch]:
-    """The launches since the last call, in order."""
-    take_report = _sim("abi").take_report
-    return [
-        Launch(kernel, groups, group, take_report(report, kernel))
-        for kernel, groups, group, report in _simulator.take_launches()
-    ]
-
-
-def _compiler(contract: bool, trace: bool) -> Callable[[str, str], str]:
-    compile_library = _sim("compiler").compile_library
-
-    def compile_shader(name: str, text: str) -> str:
-        return str(compile_library(text, contract=contract, trace=trace))
-
-    return compile_shader
-
-
-def _sim(module: str) -> ModuleType:
-    """A module of the source tree's ``sim`` package."""
-    if "sim" not in sys.modules:
-        sys.path.insert(0, _simulator.source_dir)
-        try:
-            importlib.import_module("sim")
-        finally:
-            sys.path.pop(0)
-    return importlib.import_module(f"sim.{module}")
+    simulator: Simulator = _hook.host()
+    return simulator

@@ -1,9 +1,13 @@
 #include "sim/host/bindings.h"
 
 #include <nanobind/stl/function.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+
+#include <filesystem>
 
 #include "ops/placement.h"
 #include "sim/host/launches.h"
@@ -25,6 +29,11 @@ class OnMetal : public mx::Primitive {
   void eval_cpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override {
+    std::vector<const void*> allocations;
+    for (const auto& input : inputs) {
+      allocations.push_back(input.buffer().ptr());
+    }
+    sim_host::begin_op(allocations);
     inner_->eval_gpu(inputs, outputs);
   }
   void eval_gpu(
@@ -46,17 +55,51 @@ mx::Stream simulated_stream() {
 }
 
 using Size = std::tuple<uint32_t, uint32_t, uint32_t>;
+using Outputs = std::map<int, nb::bytes>;
+using Taken = std::tuple<std::string, Size, Size, uintptr_t, Outputs>;
 
-std::vector<std::tuple<std::string, Size, Size, uintptr_t>> take_launches() {
-  std::vector<std::tuple<std::string, Size, Size, uintptr_t>> taken;
+std::vector<Taken> take_launches() {
+  std::vector<Taken> taken;
   for (const auto& l : sim_host::take()) {
+    Outputs outputs;
+    for (const auto& [index, bytes] : l.outputs) {
+      outputs.emplace(index, nb::bytes(bytes.data(), bytes.size()));
+    }
     taken.emplace_back(
         l.kernel,
         Size{l.groups[0], l.groups[1], l.groups[2]},
         Size{l.group[0], l.group[1], l.group[2]},
-        reinterpret_cast<uintptr_t>(l.report));
+        reinterpret_cast<uintptr_t>(l.report),
+        std::move(outputs));
   }
   return taken;
+}
+
+// Tells why `host` cannot work, or "".
+std::string obstacle() {
+  const std::filesystem::path source = GLM_FUSED_SOURCE_DIR;
+  if (std::filesystem::is_regular_file(source / "sim/host/__init__.py")) {
+    return "";
+  }
+  return "the source tree " + source.string() +
+      " that this was built from is gone";
+}
+
+// Gives the Python half, sim/host/__init__.py. This module alone knows the
+// source tree it was made from; the package gets an object and imports no
+// simulator.
+nb::object load_host(nb::handle native) {
+  nb::list path = nb::module_::import_("sys").attr("path");
+  path.insert(0, GLM_FUSED_SOURCE_DIR);
+  nb::object module;
+  try {
+    module = nb::module_::import_("sim.host");
+  } catch (...) {
+    path.attr("pop")(0);
+    throw;
+  }
+  path.attr("pop")(0);
+  return module.attr("Host")(native);
 }
 
 }  // namespace
@@ -74,16 +117,25 @@ std::shared_ptr<mx::Primitive> place(std::shared_ptr<mx::Primitive> primitive) {
 
 void bind_simulator(nb::module_& parent) {
   nb::module_ m = parent.def_submodule("_simulator");
-  m.attr("source_dir") = GLM_FUSED_SOURCE_DIR;
+  m.def("obstacle", &obstacle);
+  m.def("host", [native = nb::handle(m)] { return load_host(native); });
   m.def("load_executor", &sim_host::load_executor, "path"_a);
   m.def(
       "configure",
-      [](std::string variant, sim_host::Compile compile, uint32_t workers) {
-        sim_host::configure({std::move(variant), std::move(compile), workers});
+      [](sim_host::Compile compile,
+         uint32_t workers,
+         bool in_place,
+         bool keep_outputs) {
+        sim_host::configure(
+            {std::make_shared<const sim_host::Compile>(std::move(compile)),
+             workers,
+             in_place,
+             keep_outputs});
       },
-      "variant"_a,
       "compile"_a,
-      "workers"_a);
+      "workers"_a,
+      "in_place"_a,
+      "keep_outputs"_a);
   m.def("take_launches", &take_launches);
 }
 

@@ -4,7 +4,7 @@
 
 namespace glm_fused {
 
-// `_simulator`: sets the simulated Metal host up and reads its launches.
+// Makes `_simulator`, the package's way to the simulated Metal host.
 void bind_simulator(nanobind::module_& parent);
 
 }  // namespace glm_fused

@@ -1,5 +1,5 @@
-// The executor's functions, found at run time: the extension imports without
-// it.
+// The executor's functions are found at run time, because the extension must
+// import without it.
 #pragma once
 
 #include <string>

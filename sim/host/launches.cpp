@@ -1,19 +1,19 @@
 #include "sim/host/launches.h"
 
-#include <map>
+#include <cstring>
 #include <mutex>
+#include <set>
 #include <stdexcept>
-#include <utility>
 
 namespace sim_host {
 
 namespace {
 
-// Never destroyed: `compile` is Python's, which ends first.
+// It is never destroyed, because `compile` is Python's, which ends first.
 struct State {
   std::mutex mutex;
   Settings settings;
-  std::map<std::pair<std::string, std::string>, sim_library*> libraries;
+  std::map<std::pair<std::string, std::string>, Library> libraries;
   std::vector<Launch> launches;
 };
 
@@ -22,44 +22,53 @@ State& state() {
   return *only;
 }
 
+// The allocations whose contents matter to the op that is being encoded.
+thread_local std::set<const void*> bound;
+
 }  // namespace
 
 void configure(Settings settings) {
   std::lock_guard lock(state().mutex);
-  state().settings = std::move(settings);
+  std::swap(state().settings, settings);
 }
 
-uint32_t workers() {
+Settings settings() {
   std::lock_guard lock(state().mutex);
-  return state().settings.workers;
+  return state().settings;
 }
 
-sim_library* library(
+const Library* library(
     const std::string& name,
     const std::function<std::string()>& builder) {
-  Settings settings;
-  {
-    std::lock_guard lock(state().mutex);
-    settings = state().settings;
-    const auto found = state().libraries.find({settings.variant, name});
-    if (found != state().libraries.end()) {
-      return found->second;
-    }
-  }
-  if (!settings.compile) {
+  const auto compile = settings().compile;
+  if (!compile) {
     throw std::runtime_error("[metal-sim] no shader compiler is set");
   }
-  // Unlocked: it needs Python's lock.
-  const std::string path = settings.compile(name, builder());
-  char error[4096] = "";
-  sim_library* opened = executor().open(path.c_str(), error, sizeof(error));
-  if (opened == nullptr) {
-    throw std::runtime_error("[metal-sim] " + name + ": " + error);
+  // The mutex is free here: the compiler needs Python's lock.
+  const auto found = (*compile)(name, builder());
+  const auto& [path, prefix] = found;
+  sim_library* opened = nullptr;
+  if (!path.empty()) {
+    char error[4096] = "";
+    opened = executor().open(path.c_str(), error, sizeof(error));
+    if (opened == nullptr) {
+      throw std::runtime_error("[metal-sim] " + name + ": " + error);
+    }
   }
   std::lock_guard lock(state().mutex);
-  return state()
-      .libraries.try_emplace({settings.variant, name}, opened)
-      .first->second;
+  return &state()
+              .libraries.try_emplace(found, Library{opened, prefix})
+              .first->second;
+}
+
+void begin_op(const std::vector<const void*>& inputs) {
+  bound = {inputs.begin(), inputs.end()};
+}
+
+void fill_new(const void* allocation, void* data, size_t size) {
+  if (bound.insert(allocation).second) {
+    std::memset(data, 0xff, size);
+  }
 }
 
 void keep(Launch launch) {

@@ -16,7 +16,7 @@ namespace metal {
 
 namespace {
 
-// What a Mac grants every kernel.
+// A Mac grants these to every kernel.
 constexpr size_t kMaxBytes = 4096;
 constexpr size_t kMaxThreadgroupMemory = 32768;
 constexpr size_t kMaxThreads = 1024;
@@ -50,11 +50,28 @@ uint32_t narrow(NS::UInteger n) {
   return static_cast<uint32_t>(n);
 }
 
+sim_host::Launch
+noted(const std::string& name, const MTL::Size& grid, const MTL::Size& group) {
+  return {
+      name,
+      {narrow(grid.width), narrow(grid.height), narrow(grid.depth)},
+      {narrow(group.width), narrow(group.height), narrow(group.depth)},
+      nullptr,
+      {}};
+}
+
 void launch(
     const MTL::ComputeCommandEncoder& bound,
     MTL::Size grid,
     MTL::Size group,
     bool threads) {
+  const sim_host::Settings settings = sim_host::settings();
+  sim_host::Launch done = noted(bound.state->name, grid, group);
+  auto* pipeline = static_cast<sim_pipeline*>(bound.state->pipeline);
+  if (pipeline == nullptr) {
+    sim_host::keep(std::move(done));
+    return;
+  }
   std::vector<sim_buffer> buffers, memory;
   for (const auto& [index, b] : bound.buffers) {
     buffers.push_back({index, b.first, b.second});
@@ -66,28 +83,26 @@ void launch(
     memory.push_back({index, nullptr, size});
   }
   sim_dispatch dispatch{};
-  const MTL::Size* sizes[] = {&grid, &group};
-  uint32_t* to[] = {dispatch.groups, dispatch.group};
-  for (int i = 0; i < 2; i++) {
-    to[i][0] = narrow(sizes[i]->width);
-    to[i][1] = narrow(sizes[i]->height);
-    to[i][2] = narrow(sizes[i]->depth);
-  }
+  std::copy_n(done.groups, 3, dispatch.groups);
+  std::copy_n(done.group, 3, dispatch.group);
   dispatch.threads = threads;
   dispatch.buffers = buffers.data();
   dispatch.buffer_count = narrow(buffers.size());
   dispatch.threadgroup_memory = memory.data();
   dispatch.threadgroup_memory_count = narrow(memory.size());
-  dispatch.workers = sim_host::workers();
+  dispatch.workers = settings.workers;
+  dispatch.in_place = settings.in_place;
   const auto& run = sim_host::executor();
-  auto* pipeline = static_cast<sim_pipeline*>(bound.state->pipeline);
-  sim_report* report = run.launch(pipeline, &dispatch);
-  const char* failed = run.error(report);
+  done.report = run.launch(pipeline, &dispatch);
+  const char* failed = run.error(done.report);
   const std::string error = failed ? failed : "";
-  const size_t used = run.counts(report)->threadgroup_bytes;
-  sim_host::Launch done{bound.state->name, {}, {}, report};
-  std::copy_n(dispatch.groups, 3, done.groups);
-  std::copy_n(dispatch.group, 3, done.group);
+  const size_t used = run.counts(done.report)->threadgroup_bytes;
+  if (settings.keep_outputs) {
+    for (const int index : bound.outputs) {
+      const auto& [data, size] = bound.buffers.at(index);
+      done.outputs[index].assign(static_cast<const char*>(data), size);
+    }
+  }
   sim_host::keep(std::move(done));
   if (!error.empty()) {
     throw std::runtime_error("[metal-sim] " + bound.state->name + ": " + error);
@@ -118,6 +133,7 @@ void dispatch(
         launch(bound, grid, group, threads);
       });
   e.metal.buffers.clear();
+  e.metal.outputs.clear();
   e.metal.bytes.clear();
   e.metal.threadgroup_memory.clear();
 }
@@ -147,7 +163,9 @@ MTL::Library* Device::get_library(
   if (compile_options.math_mode != MathMode::Safe) {
     throw std::runtime_error("[metal-sim] only safe math is simulated");
   }
-  return reinterpret_cast<MTL::Library*>(sim_host::library(name, builder));
+  // MLX hands the pointer through and does not look behind it.
+  return reinterpret_cast<MTL::Library*>(
+      const_cast<sim_host::Library*>(sim_host::library(name, builder)));
 }
 
 MTL::ComputePipelineState* Device::get_kernel(
@@ -165,6 +183,11 @@ MTL::ComputePipelineState* Device::get_kernel(
   if (slot) {
     return slot.get();
   }
+  const auto* library = reinterpret_cast<const sim_host::Library*>(mtl_lib);
+  if (library->opened == nullptr) {
+    slot.reset(new MTL::ComputePipelineState{base_name, nullptr});
+    return slot.get();
+  }
   std::vector<sim_constant> constants;
   for (const auto& [value, type, index] : func_consts) {
     const size_t size = type == MTL::DataTypeBool ? 1 : 4;
@@ -172,8 +195,8 @@ MTL::ComputePipelineState* Device::get_kernel(
   }
   char error[4096] = "";
   sim_pipeline* pipeline = sim_host::executor().specialize(
-      reinterpret_cast<sim_library*>(mtl_lib),
-      base_name.c_str(),
+      library->opened,
+      (library->prefix + base_name).c_str(),
       constants.data(),
       constants.size(),
       error,
@@ -210,6 +233,9 @@ void CommandEncoder::set_input_array(const array& a, int idx, int64_t offset) {
 
 void CommandEncoder::set_output_array(array& a, int idx, int64_t offset) {
   set_input_array(a, idx, offset);
+  state_of(this).metal.outputs.insert(idx);
+  const auto& [data, size] = state_of(this).metal.buffers[idx];
+  sim_host::fill_new(a.buffer().ptr(), data, size);
 }
 
 void CommandEncoder::add_temporary(array arr) {

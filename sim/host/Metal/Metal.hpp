@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -64,7 +65,7 @@ enum DataType : NS::UInteger {
 
 struct ComputePipelineState {
   std::string name;
-  void* pipeline;  // the executor's
+  void* pipeline;  // the executor's, or null: launches are noted, no more
   NS::UInteger maxTotalThreadsPerThreadgroup() const {
     return 1024;
   }
@@ -78,6 +79,7 @@ struct ComputeCommandEncoder {
   const ComputePipelineState* state = nullptr;
   std::map<int, std::vector<char>> bytes;
   std::map<int, std::pair<void*, size_t>> buffers;
+  std::set<int> outputs;  // those of `buffers` that the kernel writes
   std::map<int, size_t> threadgroup_memory;
 
   void setComputePipelineState(const ComputePipelineState* to) {
