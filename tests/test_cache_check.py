@@ -239,8 +239,14 @@ def test_a_broken_file_is_refused(model, tmp_path, fault):
     rewrite(file, change)
     with pytest.raises(ValueError, match=message):
         load_prompt_cache(file, model.args)
-    with pytest.raises(FileNotFoundError):
-        load_prompt_cache(tmp_path / "none", model.args)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("none.safetensors", "no such file"), ("kv", "ends in .safetensors")]
+)
+def test_files_that_are_none(model, tmp_path, name, message):
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        load_prompt_cache(tmp_path / name, model.args)
 
 
 def test_formats_of_types():

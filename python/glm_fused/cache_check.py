@@ -120,6 +120,8 @@ def load_prompt_cache(path: str | os.PathLike[str], args: ModelArgs) -> list[Cac
     that is damaged, no prompt cache, or not this model's.
     """
     path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"[cache] {path}: expected a file whose name ends in .safetensors.")
     read_header(path)
     try:
         cache = stock.load_prompt_cache(str(path))

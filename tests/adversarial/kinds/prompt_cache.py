@@ -24,7 +24,7 @@ from glm_fused.loader import load_model
 
 NAME = "prompt_cache"
 QUICK_CASES = 60
-SLOW_CASES = 20_000
+SLOW_CASES = 15_000
 LENGTH = 9
 FORMATS = ("auto", "fp8", "int8", "fp32")
 DTYPES = (mx.bfloat16, mx.float16, mx.float32, mx.uint8, mx.int8, mx.int32, mx.bool_)
@@ -125,7 +125,7 @@ def reshape(rng, array):
     if kind == 0:
         return array.astype(rng.choice([d for d in DTYPES if d != array.dtype]))
     if kind == 1:
-        return mx.repeat(array, 2, axis=axis)
+        return mx.concatenate([array, array], axis=axis)  # rows that are used stay where they are
     if kind == 2:
         return mx.take(array, mx.arange(max(array.shape[axis] - 1, 0)), axis=axis)
     if kind == 3:
