@@ -1,6 +1,10 @@
 """What a command makes of errors, of numbers beyond 64 bits and of pins."""
 
+import io
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from conftest import tiny_config, write_checkpoint
@@ -148,3 +152,27 @@ def test_a_stop_token_outside_the_vocabulary(capsys, folder, eos):
     assert code == 2
     assert "eos_token_id" in err
     assert "expected 0 to 255" in err
+
+
+@pytest.mark.parametrize(
+    ("closed", "code", "text"),
+    [
+        ("<&-", 2, "glm-fused: error: --prompt -: stdin is closed.\n"),
+        (">&-", 2, "glm-fused: error: stdout is closed.\n"),
+        ("2>/dev/full", 2, ""),
+    ],
+)
+def test_closed_streams(folder, closed, code, text):
+    path = folder if closed == "<&-" else folder / "none"
+    command = f"{sys.executable} -m glm_fused generate --model {path} --prompt - {closed}"
+    environment = os.environ | {"LC_ALL": "C.UTF-8"}
+    result = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, check=False, env=environment
+    )
+    assert (result.returncode, result.stderr) == (code, text)
+
+
+def test_a_prompt_that_is_not_text(capsys, monkeypatch, folder):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
+    code, err = run(capsys, "generate", "--model", folder, "--prompt", "-")
+    assert (code, err) == (2, "glm-fused: error: --prompt -: stdin is not valid UTF-8.\n")

@@ -225,6 +225,12 @@ def test_lora_trains_and_generates(run, adapter, folder):
     assert out.strip() == "a + b"
 
 
+def test_an_adapter_of_streamed_experts_is_refused(run, adapter):
+    streamed = generating("--model", "model", "--adapter-path", adapter, "--slots", 4)
+    code, _, err = run(*streamed)
+    one_line(code, err, "adapter/adapters.safetensors adapts routed experts, which are streamed")
+
+
 def logits_of(path: Path, adapter: Path | None = None) -> np.ndarray:
     model, tokenizer = mlx_lm.load(str(path), adapter_path=adapter and str(adapter))
     logits = model(mx.array([tokenizer.encode(PROMPT)]))
@@ -376,6 +382,14 @@ def test_loading_is_strict(run, folder, tmp_path, damage, name):
     code, _, err = run(*arguments)
     one_line(code, err, r"^glm_fused\.mlx_lm: error: .*(model\.layers|tensor)")
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_mlx_saved_without_metadata(run, folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    file = str(tmp_path / "model" / "model.safetensors")
+    mx.save_safetensors(file, dict(mx.load(file)))
+    assert b'"__metadata__":null' in Path(file).read_bytes()[:40]
+    assert run(*generating("--model", tmp_path / "model"))[0] == 0
 
 
 def test_a_folder_without_a_model(run, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import sys
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 is success, 1 a failed check, 2 an error, which is one line on stderr; 70 is a bug.
     """
+    if sys.stdout is None:  # what Python makes of a closed one
+        return _failed(OSError("stdout is closed."))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     args, unknown = _parser().parse_known_args(argv)
@@ -90,7 +93,8 @@ def _failed(error: Exception) -> int:
             f"a bug of glm-fused: {type(error).__name__}: {text} (please report it, with what"
             " GLM_FUSED_DEBUG=1 prints)"
         )
-    print(f"glm-fused: {text}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # where stderr takes nothing, the exit code still tells
+        print(f"glm-fused: {text}", file=sys.stderr)
     return code
 
 

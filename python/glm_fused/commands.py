@@ -261,4 +261,11 @@ def _load(
 
 
 def _read_prompt(text: str) -> str:
-    return sys.stdin.read() if text == "-" else text
+    if text != "-":
+        return text
+    if sys.stdin is None:  # what Python makes of a closed one
+        raise ValueError("--prompt -: stdin is closed.")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise ValueError("--prompt -: stdin is not valid UTF-8.") from None

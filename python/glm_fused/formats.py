@@ -39,14 +39,14 @@ class Format:
 def parse_format(where: str, entry: Mapping[str, Any]) -> Format:
     """The format of a config entry, MLX's defaults filled in; ValueError names ``where``.
 
-    A size of null is MLX's default, as ``mlx_lm.convert --quant-predicate`` writes it.
+    A group_size of null is MLX's default: ``mlx_lm.convert --quant-predicate`` writes it.
     """
     mode = entry.get("mode", "affine")
     if not isinstance(mode, str) or mode not in BITS:
         raise ValueError(f"[config] {where}: mode {show(mode)}, expected one of {', '.join(BITS)}.")
-    given = {key: value for key, value in entry.items() if value is not None}
-    group_size, bits = DEFAULTS[mode]
-    group_size, bits = given.get("group_size", group_size), given.get("bits", bits)
+    default, bits = DEFAULTS[mode]
+    group_size, bits = entry.get("group_size"), entry.get("bits", bits)
+    group_size = default if group_size is None else group_size
     for key, value, options in (("group_size", group_size, GROUP_SIZES), ("bits", bits, BITS)):
         if type(value) is not int or value not in options[mode]:
             expected = " or ".join(str(option) for option in options[mode])

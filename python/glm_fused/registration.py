@@ -19,6 +19,7 @@ import mlx_lm.utils
 from . import loader
 from .config import ARGS_CLASSES
 from .model import Model
+from .safetensors_header import read_header
 
 if TYPE_CHECKING:
     from .streaming import StreamOptions
@@ -52,7 +53,7 @@ class Loading:
 
 _loading = Loading()
 _streamed: weakref.ref[Model] | None = None
-_stock_load_model = mlx_lm.utils.load_model
+_stock_load_model, _stock_load_adapters = mlx_lm.utils.load_model, mlx_lm.utils.load_adapters
 _generate = sys.modules["mlx_lm.generate"]
 _stock_steps = {
     name: getattr(_generate, name) for name in ("generate_step", "speculative_generate_step")
@@ -75,6 +76,7 @@ def register(loading: Loading | None = None) -> None:
         sys.modules[name] = module
         setattr(mlx_lm.models, model_type, module)
     setattr(mlx_lm.utils, "load_model", _load_model)  # noqa: B010  mypy knows its exact type
+    setattr(mlx_lm.utils, "load_adapters", _load_adapters)  # noqa: B010
     for name, stock in _stock_steps.items():
         setattr(_generate, name, _refusing(stock))
 
@@ -105,6 +107,18 @@ def _load_model(
         _remember(model)
         print(model.streaming.plan.format(), file=sys.stderr)
     return model, config | (model_config or {})
+
+
+def _load_adapters(model: Any, adapter_path: str) -> Any:
+    """``mlx_lm.utils.load_adapters``, which would name each tensor without a place."""
+    if isinstance(model, Model) and model.streaming is not None:
+        file = Path(adapter_path) / "adapters.safetensors"
+        if file.is_file() and any(".switch_mlp." in name for name in read_header(file)):
+            raise ValueError(
+                f"[mlx_lm] {file} adapts routed experts, which are streamed; fuse it into the"
+                " model, or leave streaming out."
+            )
+    return _stock_load_adapters(model, adapter_path)
 
 
 def _model_type(path: Path) -> str:

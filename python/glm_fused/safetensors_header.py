@@ -54,7 +54,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """
     size = regular_file_size(path)
     header, data_start = _read_json(path, size)
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null where there is none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError(f"[safetensors] {path}: __metadata__ must map strings to strings.")
     tensors = {}
