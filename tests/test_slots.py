@@ -216,9 +216,9 @@ def test_after_a_failure_a_use_reads_nothing_and_verify_raises(file):
     x = mx.zeros((2, 3), mx.bfloat16)
     for failed in (reads, copied):
         y = _ext.slots_verify(failed, x + 1)
-        with pytest.raises(RuntimeError, match="there are 16 experts"):
-            mx.eval(y)
-        assert mx.isnan(y).all().item()  # read again, it is still no result
+        for _ in range(2):  # asked again, it is still no result
+            with pytest.raises(RuntimeError, match="there are 16 experts"):
+                mx.eval(y)
     assert (_ext.slots_verify(fresh, x + 1) == 1).all().item()
 
 

@@ -143,21 +143,25 @@ class Release : public Hold {
   std::shared_ptr<const mx::array> result_;
 };
 
+// Raises what is known when it is enqueued. What fails later raises by itself:
+// a second error on the stream would keep MLX, which waits for the stream after
+// the first, from doing so, and arrays would go before the work on them.
 class Verify : public SlotPrimitive {
  public:
   Verify(mx::Stream stream, std::shared_ptr<const Reads> reads)
       : SlotPrimitive(stream), reads_(std::move(reads)) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    if (const std::string error = reads_->error(); !error.empty()) {
+      throw std::runtime_error(error);
+    }
     outputs[0].copy_shared_buffer(inputs[0]);
     mx::cpu::get_command_encoder(stream()).dispatch(
         [reads = reads_,
          y = mx::array::unsafe_weak_copy(outputs[0])]() mutable {
-          if (const std::string error = reads->error(); !error.empty()) {
-            // All bits set is NaN. MLX keeps the result of what has failed, and
-            // forgets the error once it has raised it.
+          if (!reads->error().empty()) {
+            // All bits set is NaN. MLX keeps the result of what has failed.
             std::memset(y.data<std::byte>(), 0xff, y.nbytes());
-            throw std::runtime_error(error);
           }
         });
   }
