@@ -3,7 +3,7 @@
 import pytest
 from tests.adversarial import driver, harness
 
-QUICK_SECONDS = 1.5  # of cases, for each kind
+QUICK_SECONDS = 1.0  # of cases, for each kind
 KINDS = [k for k in harness.kind_names() if not harness.unavailable(k)]
 
 

@@ -6,7 +6,7 @@ from tests.adversarial.kinds._streamed import Fixture, check
 
 NAME = "every_read"
 STEPS = 50
-QUICK_CASES = 24
+QUICK_CASES = 16
 SLOW_CASES = 2400  # all of them, as `prepare` makes sure
 PIECE = slots.PIECE
 SLOTS = 3

@@ -20,7 +20,7 @@ from tests.adversarial.kinds._streamed import (
 from glm_fused.slots import StreamedExperts
 
 NAME = "reads"
-QUICK_CASES = 60
+QUICK_CASES = 40
 SLOW_CASES = 25_000
 PIECE = slots.PIECE
 ERRORS = (errno.EIO, errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ENOMEM, errno.EINVAL)

@@ -14,7 +14,7 @@ from tests.adversarial.kinds import _preload
 from glm_fused import _ext
 
 NAME = "slots"
-QUICK_CASES = 150
+QUICK_CASES = 80
 SLOW_CASES = 40_000
 # Of one process. An evaluation that fails may leave a task in MLX's count of active ones, which
 # `_ext.active_tasks` shows, and with more than ten of them MLX waits for one that is over.

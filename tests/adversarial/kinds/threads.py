@@ -27,7 +27,7 @@ from glm_fused.slots import StreamedExperts
 from glm_fused.synthetic import Bits
 
 NAME = "threads"
-QUICK_CASES = 24
+QUICK_CASES = 16
 SLOW_CASES = 3000
 TIMEOUT = 60.0
 PIECE = 300  # MLX keeps the streams of threads that are gone
