@@ -64,9 +64,9 @@ def parsers(parser, words=()):
 def value(rng, folder, action):
     """For an option or an argument: often a sensible one."""
     files = ["good", "pins.json", "bad.json", "trace.jsonl", "cut.jsonl", "none", "sidecar"]
-    if action.choices and rng.random() < 0.7:
+    if action.choices and rng.random() < 0.9:
         return rng.choice(list(action.choices))
-    if rng.random() < 0.35:
+    if rng.random() < 0.12:
         return rng.choice(WORDS)
     name = action.dest
     if name in ("max_tokens", "slots", "lookahead", "context", "read_depth", "threads", "seed"):
