@@ -272,12 +272,12 @@ def describe(call, arguments):
 
 @contextmanager
 def planted():
-    """The fused attention is off by one part in a million."""
-    right = ops.sparse_mla_decode
+    """The fused matrix product is off by one in a thousand."""
+    right = ops.quantized_matvec
 
-    def wrong(*arguments, reference=None, **others):
-        y = right(*arguments, reference=reference, **others)
-        return y if reference else y * (1 + 2**-20)
+    def wrong(x, w, reference=None):
+        y = right(x, w, reference=reference)
+        return y if reference else y * 1.001 + 0.01
 
-    with mock.patch.object(ops, "sparse_mla_decode", wrong):
+    with mock.patch.object(ops, "quantized_matvec", wrong):
         yield
