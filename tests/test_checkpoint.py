@@ -94,7 +94,7 @@ def test_headers_of_stock_writers(tmp_path):
 
 
 def test_missing_folder_config_and_weights(tmp_path):
-    with pytest.raises(FileNotFoundError, match="not a folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
         Checkpoint.open(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         Checkpoint.open(tmp_path)

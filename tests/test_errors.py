@@ -176,3 +176,23 @@ def test_a_prompt_that_is_not_text(capsys, monkeypatch, folder):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
     code, err = run(capsys, "generate", "--model", folder, "--prompt", "-")
     assert (code, err) == (2, "glm-fused: error: --prompt -: stdin is not valid UTF-8.\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process has no such limit")
+def test_a_result_that_memory_cannot_hold():
+    """MLX hands out a null pointer where the system has no memory."""
+    code = """if True:
+        import resource
+        import mlx.core as mx
+        from glm_fused import ops
+        resource.setrlimit(resource.RLIMIT_AS, (6 << 30, resource.RLIM_INFINITY))
+        q, keys, weights = mx.zeros((1, 1, 1, 64)), mx.zeros((1, 9, 64)), mx.zeros((1, 1, 1))
+        try:
+            mx.eval(ops.indexer_topk(q, keys, weights, 2**31 - 1, scale=0.1))
+        except RuntimeError as error:
+            print(error)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.stdout == "[IndexerTopk] out of memory for 8589934588 bytes of output.\n"

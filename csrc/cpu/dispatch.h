@@ -41,6 +41,11 @@ void dispatch(
   }
   for (auto& output : outputs) {
     output.set_data(mlx::core::allocator::malloc(output.nbytes()));
+    if (output.nbytes() > 0 && output.buffer().ptr() == nullptr) {
+      throw std::runtime_error(  // which MLX leaves to whoever writes there
+          "[" + std::string(primitive.name()) + "] out of memory for " +
+          std::to_string(output.nbytes()) + " bytes of output.");
+    }
     encoder.set_output_array(output);
     out.push_back(mlx::core::array::unsafe_weak_copy(output));
   }

@@ -9,16 +9,16 @@ from unittest import mock
 from tests.adversarial.harness import Unclear, Wrong
 from tests.adversarial.kinds import _command, _model
 
-from glm_fused import arguments, cli
+from glm_fused import arguments, cli, set_num_threads
 from glm_fused.generation import generate
 from glm_fused.loader import load
 from glm_fused.options import Options
 from glm_fused.prompts import encode
 
 NAME = "cli"
-SLOW_CASES = 6_000
+SLOW_CASES = 3_000
 QUICK_CASES = 60
-TIMEOUT = 60.0
+TIMEOUT = 120.0
 PROMPTS = ("w1 w2 w3", "w9 w250 w4 w7 w7", " ".join(f"w{i}" for i in range(40)))
 MAX_TOKENS = 6
 WORDS = [
@@ -28,8 +28,7 @@ WORDS = [
     "~", "~nobody/x", "24", "24GB", "1MiB", "4096", "300MB", "1e3GB", "9" * 400 + "GB", "0GB",
     "4KiB", "cpu", "lru", "pinned", "learned,lru", "bf16", "int8", "zai-org/GLM-5.2", "a/b/c",
 ]  # fmt: skip
-# Commands that measure this machine for seconds, or that another kind attacks.
-LEFT_OUT = {"selftest", "doctor"}
+LEFT_OUT = {"selftest", "doctor", "demo"}  # they measure, or run both paths, for seconds
 
 
 def prepare(folder):
@@ -64,13 +63,13 @@ def parsers(parser, words=()):
 def value(rng, folder, action):
     """For an option or an argument: often a sensible one."""
     files = ["good", "pins.json", "bad.json", "trace.jsonl", "cut.jsonl", "none", "sidecar"]
-    if action.choices and rng.random() < 0.7:
+    if action.choices and rng.random() < 0.9:
         return rng.choice(list(action.choices))
-    if rng.random() < 0.35:
+    if rng.random() < 0.12:
         return rng.choice(WORDS)
     name = action.dest
     if name in ("max_tokens", "slots", "lookahead", "context", "read_depth", "threads", "seed"):
-        return rng.choice(["1", "2", "4", "5", "6", "8", "64"])
+        return rng.choice(["1", "2", "4", "5", "6", "8"])
     if name in ("temp", "top_p", "compute_ms") or action.type is not None:
         return rng.choice(["0", "0.5", "1", "1e-300", "3"])
     if name in ("memory_budget", "read_split", "read_rate"):
@@ -145,6 +144,7 @@ def case(seed, folder):
     weights = [6 if words[0] in ("generate", "replay") else 1 for words, _ in commands]
     words, parser = rng.choices(commands, weights)[0]
     line = command_line(rng, folder, words, parser)
+    set_num_threads(2)  # whatever the case before asked for
     code, out, err = _command.run(*line, stdin=rng.choice(["w1 w2", ""]))
     if code in (0, 1):
         if code == 0 and out and "-h" not in line and "--version" not in line:
