@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "checks.h"
+#include "cpu/dispatch.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/primitives.h"
 
@@ -72,7 +73,8 @@ class Resolve : public SlotPrimitive {
               use->end();
               mx::allocator::allocator().free(buffer);
             }));
-    mx::cpu::get_command_encoder(stream()).dispatch(
+    cpu::enqueue(
+        *this,
         [use = use_,
          experts = mx::array::unsafe_weak_copy(inputs[0]),
          slots = mx::array::unsafe_weak_copy(out)]() mutable {
@@ -98,9 +100,9 @@ class Wait : public SlotPrimitive {
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     outputs[0].copy_shared_buffer(inputs[0]);
-    mx::cpu::get_command_encoder(stream()).dispatch(
-        [use = use_,
-         slots = mx::array::unsafe_weak_copy(inputs[0])]() mutable {
+    cpu::enqueue(
+        *this,
+        [use = use_, slots = mx::array::unsafe_weak_copy(inputs[0])]() mutable {
           use->wait(slots.data<int32_t>(), slots.size());
         });
   }
@@ -151,8 +153,10 @@ class Verify : public SlotPrimitive {
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     outputs[0].copy_shared_buffer(inputs[0]);
-    mx::cpu::get_command_encoder(stream()).dispatch(
-        [reads = reads_, y = mx::array::unsafe_weak_copy(outputs[0])]() mutable {
+    cpu::enqueue(
+        *this,
+        [reads = reads_,
+         y = mx::array::unsafe_weak_copy(outputs[0])]() mutable {
           if (const std::string error = reads->error(); !error.empty()) {
             // All bits set is NaN. MLX keeps the result of what has failed.
             std::memset(y.data<std::byte>(), 0xff, y.nbytes());
@@ -175,7 +179,8 @@ class Prefetch : public SlotPrimitive {
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     outputs[0].copy_shared_buffer(inputs[0]);
-    mx::cpu::get_command_encoder(stream()).dispatch(
+    cpu::enqueue(
+        *this,
         [bank = bank_, experts = mx::array::unsafe_weak_copy(inputs[1])] {
           bank->prefetch(experts.data<int32_t>(), experts.size());
         });
@@ -333,10 +338,7 @@ mx::array SlotUse::release(const mx::array& y, const mx::array& slots) {
     inputs.push_back(*result);
   }
   const auto held = std::make_shared<const mx::array>(
-      y.shape(),
-      y.dtype(),
-      std::make_shared<Hold>(stream),
-      std::move(inputs));
+      y.shape(), y.dtype(), std::make_shared<Hold>(stream), std::move(inputs));
   std::erase_if(bank_->last_, [](const auto& entry) {
     return entry.second.result.expired();
   });
