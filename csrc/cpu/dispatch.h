@@ -14,19 +14,32 @@
 
 namespace glm_fused::cpu {
 
-// Enqueues `work`, allocating all that it takes first: MLX counts a task before
-// it makes one of a function too large for a pointer, and waits for ever for
-// those that were counted and not made.
+// Enqueues `work` of a primitive, allocating all that it takes first: MLX
+// counts a task before it makes one of a function too large for a pointer, and
+// waits for ever for those that were counted and not made. Of what `work`
+// throws MLX keeps the text alone: that of a failed allocation is one that says
+// where.
 template <class Work>
-void enqueue(mlx::core::cpu::CommandEncoder& encoder, Work work) {
-  auto* kept = new Work(std::move(work));
-  encoder.dispatch([kept] { (*std::unique_ptr<Work>(kept))(); });
+void enqueue(mlx::core::Primitive& primitive, Work work) {
+  struct Kept {
+    const char* name;
+    Work work;
+  };
+  auto* kept = new Kept{primitive.name(), std::move(work)};
+  mlx::core::cpu::get_command_encoder(primitive.stream()).dispatch([kept] {
+    const std::unique_ptr<Kept> owned(kept);
+    try {
+      owned->work();
+    } catch (const std::bad_alloc&) {
+      throw std::runtime_error(
+          "[" + std::string(owned->name) + "] out of memory.");
+    }
+  });
 }
 
 // Allocates the outputs and enqueues task(inputs, outputs); nothing is enqueued
 // for empty outputs. MLX keeps the arrays alive until the task has run, so the
-// task holds weak copies. What it throws, evaluation raises: MLX keeps the text
-// alone, so that of a failed allocation is made one that names the primitive.
+// task holds weak copies. What it throws, evaluation raises.
 template <class Task>
 void dispatch(
     mlx::core::Primitive& primitive,
@@ -51,18 +64,10 @@ void dispatch(
   }
   if (outputs[0].size() > 0) {
     enqueue(
-        encoder,
-        [name = primitive.name(),
-         in = std::move(in),
+        primitive,
+        [in = std::move(in),
          out = std::move(out),
-         task = std::move(task)]() mutable {
-          try {
-            task(in, out);
-          } catch (const std::bad_alloc&) {
-            throw std::runtime_error(
-                "[" + std::string(name) + "] out of memory for its scratch.");
-          }
-        });
+         task = std::move(task)]() mutable { task(in, out); });
   }
 }
 

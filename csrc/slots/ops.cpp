@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "checks.h"
+#include "cpu/dispatch.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/primitives.h"
 
@@ -72,7 +73,8 @@ class Resolve : public SlotPrimitive {
               use->end();
               mx::allocator::allocator().free(buffer);
             }));
-    mx::cpu::get_command_encoder(stream()).dispatch(
+    cpu::enqueue(
+        *this,
         [use = use_,
          experts = mx::array::unsafe_weak_copy(inputs[0]),
          slots = mx::array::unsafe_weak_copy(out)]() mutable {
@@ -98,7 +100,8 @@ class Wait : public SlotPrimitive {
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     outputs[0].copy_shared_buffer(inputs[0]);
-    mx::cpu::get_command_encoder(stream()).dispatch(
+    cpu::enqueue(
+        *this,
         [use = use_, slots = mx::array::unsafe_weak_copy(inputs[0])]() mutable {
           use->wait(slots.data<int32_t>(), slots.size());
         });
@@ -156,7 +159,8 @@ class Verify : public SlotPrimitive {
       throw std::runtime_error(error);
     }
     outputs[0].copy_shared_buffer(inputs[0]);
-    mx::cpu::get_command_encoder(stream()).dispatch(
+    cpu::enqueue(
+        *this,
         [reads = reads_,
          y = mx::array::unsafe_weak_copy(outputs[0])]() mutable {
           if (!reads->error().empty()) {
@@ -180,7 +184,8 @@ class Prefetch : public SlotPrimitive {
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     outputs[0].copy_shared_buffer(inputs[0]);
-    mx::cpu::get_command_encoder(stream()).dispatch(
+    cpu::enqueue(
+        *this,
         [bank = bank_, experts = mx::array::unsafe_weak_copy(inputs[1])] {
           bank->prefetch(experts.data<int32_t>(), experts.size());
         });

@@ -128,14 +128,52 @@ def finds_planted_bugs(kind: Kind, variables: dict[str, str], site: Path) -> boo
     return found
 
 
+def programs_are_clean(kind: Kind, compiler: str, folder: Path) -> bool:
+    """Whether the pool and the bank, without Python, run clean, and the pool's bugs are found."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cpp, csrc = ROOT / "tests" / "cpp", ROOT / "csrc"
+    slots = ("learned_policy", "policy", "table", "files", "reader", "bank")
+    bank = [csrc / "slots" / f"{name}.cpp" for name in slots]
+    sources = {"pool_stress": [csrc / "cpu" / "thread_pool.cpp"], "slots_stress": bank}
+    flags = ["-std=c++20", "-O1", "-g", "-pthread", f"-fsanitize={kind.flags}", "-I", csrc]
+    for name, files in sources.items():
+        command = [compiler, *flags, "-fno-sanitize-recover=all", cpp / f"{name}.cpp", *files]
+        subprocess.run([*command, "-o", folder / name], check=True)
+    data = folder / "experts.bin"
+    data.write_bytes(b"".join(bytes([e]) * 4196 for e in range(32)))
+    stress = [str(data), "32", "16", "3", "s3fifo", "1"]
+    runs = [("pool_stress", [], ""), ("slots_stress", stress, "")]
+    runs += [("pool_stress", [bug], report) for bug, report in kind.planted.items()]
+    clean = True
+    for name, arguments, report in runs:
+        done = subprocess.run(
+            [folder / name, *arguments],
+            env=os.environ | kind.options,
+            capture_output=True,
+            text=True,
+        )
+        good = done.returncode != 0 and report in done.stderr if report else not done.returncode
+        what = f"{name} {arguments[0] if report else ''}".strip()
+        print(f"{what}: {'as expected' if good else done.stderr[-2000:] or 'missed'}", flush=True)
+        clean = clean and good
+    return clean
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--compiler", default="g++")
+    text = "the pool and the bank alone, without Python"
+    parser.add_argument("--programs", action="store_true", help=text)
     args, pytest_arguments = parser.parse_known_args()
     kind = KINDS[args.kind]
     folder = ROOT / "build" / f"sanitize-{args.kind}-{Path(args.compiler).name}"
     start = time.perf_counter()
+    if not programs_are_clean(kind, args.compiler, folder / "programs"):
+        return 1
+    print(f"programs: {time.perf_counter() - start:.0f} s", flush=True)
+    if args.programs:
+        return 0
     site = build(kind, args.compiler, folder)
     variables = environment(kind, args.compiler, site)
     print(f"built in {time.perf_counter() - start:.0f} s", flush=True)
