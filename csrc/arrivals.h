@@ -22,7 +22,9 @@ class Arrivals {
   // a slot of `pending` cannot be filled.
   virtual std::vector<int> take(std::vector<int>& pending) = 0;
 
-  // The kernel has run, or has `failed`.
+  // The kernel has run, or has `failed`, which it tells here and does not
+  // throw: whoever enqueues while a task throws loses memory that the next one
+  // writes to (slots/ops.cpp, Verify).
   virtual void end() = 0;
   virtual void failed(const char* error) noexcept = 0;
 };

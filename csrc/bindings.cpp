@@ -68,8 +68,8 @@ NB_MODULE(_ext, m) {
       },
       "tokens"_a,
       "vocabulary"_a,
-      "`tokens` [b, l]: evaluation raises where one is outside the "
-      "vocabulary.");
+      "`tokens` [b, l]; raises where one is outside the vocabulary, now or, if "
+      "they are yet to be evaluated, then.");
   m.def(
       "quantized_matvec",
       [](const mx::array& x, const WeightTuple& w, bool reference) {

@@ -13,10 +13,13 @@ from glm_fused import tokens
 
 
 @pytest.mark.parametrize("token", [-1, 96, 2**32 - 1, 2**63 - 1])
-def test_a_token_outside_the_vocabulary_raises_when_evaluated(token):
-    model = tiny()
-    logits = model(mx.array([[5, 6, token, 8]], mx.int64))
-    with pytest.raises(RuntimeError, match=rf"0 to 95, the vocabulary, but \[0, 2\] is {token}"):
+def test_a_token_outside_the_vocabulary_raises(token):
+    model, message = tiny(), rf"0 to 95, the vocabulary, but \[0, 2\] is {token}"
+    with pytest.raises(ValueError, match=message):
+        model(mx.array([[5, 6, token, 8]], mx.int64))
+    zero = mx.zeros((1, 1), mx.int64)
+    logits = model(mx.array([[5, 6, token, 8]], mx.int64) + zero)  # not evaluated yet
+    with pytest.raises(RuntimeError, match=message):
         mx.eval(logits)
     assert mx.isfinite(model(mx.array([[5, 95]]))).all()  # the stream goes on
 

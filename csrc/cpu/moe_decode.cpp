@@ -368,10 +368,10 @@ void MoeDecode::eval_cpu(
       // MLX goes on with what was enqueued, and keeps the results: they must
       // not look like any.
       cpu::fill_with_nan(out[0]);
-      if (arrivals) {
-        arrivals->failed(error.what());
+      if (!arrivals) {
+        throw;
       }
-      throw;
+      arrivals->failed(error.what());
     }
   };
   cpu::dispatch(*this, inputs, outputs, task);

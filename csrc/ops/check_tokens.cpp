@@ -2,25 +2,26 @@
 #include <utility>
 
 #include "checks.h"
-#include "mlx/allocator.h"
-#include "mlx/backend/cpu/encoder.h"
+#include "cpu/dispatch.h"
 #include "mlx/primitives.h"
 
 namespace glm_fused {
 
 namespace {
 
-// Copies ids, 0 for those outside the vocabulary: what follows in the stream
-// runs although this throws, and must find rows to read.
+// Copies ids to `copies`, unless null, with 0 for those outside the vocabulary:
+// what follows in the stream runs although this throws, and must find rows to
+// read.
 template <class T>
-void copy_ids(const mx::array& tokens, int vocabulary, mx::array& out) {
+void copy_ids(const mx::array& tokens, int vocabulary, int32_t* copies) {
   const T* ids = tokens.data<T>();
-  int32_t* copies = out.data<int32_t>();
   size_t wrong = tokens.size();
   for (size_t i = tokens.size(); i-- > 0;) {
     const bool known =
         std::cmp_greater_equal(ids[i], 0) && std::cmp_less(ids[i], vocabulary);
-    copies[i] = known ? static_cast<int32_t>(ids[i]) : 0;
+    if (copies) {
+      copies[i] = known ? static_cast<int32_t>(ids[i]) : 0;
+    }
     wrong = known ? wrong : i;
   }
   if (wrong < tokens.size()) {
@@ -39,24 +40,24 @@ void copy_ids(const mx::array& tokens, int vocabulary, mx::array& out) {
   }
 }
 
-void copy_ids(const mx::array& tokens, int vocabulary, mx::array& out) {
+void copy_ids(const mx::array& tokens, int vocabulary, int32_t* copies) {
   switch (tokens.dtype()) {
     case mx::int8:
-      return copy_ids<int8_t>(tokens, vocabulary, out);
+      return copy_ids<int8_t>(tokens, vocabulary, copies);
     case mx::int16:
-      return copy_ids<int16_t>(tokens, vocabulary, out);
+      return copy_ids<int16_t>(tokens, vocabulary, copies);
     case mx::int32:
-      return copy_ids<int32_t>(tokens, vocabulary, out);
+      return copy_ids<int32_t>(tokens, vocabulary, copies);
     case mx::int64:
-      return copy_ids<int64_t>(tokens, vocabulary, out);
+      return copy_ids<int64_t>(tokens, vocabulary, copies);
     case mx::uint8:
-      return copy_ids<uint8_t>(tokens, vocabulary, out);
+      return copy_ids<uint8_t>(tokens, vocabulary, copies);
     case mx::uint16:
-      return copy_ids<uint16_t>(tokens, vocabulary, out);
+      return copy_ids<uint16_t>(tokens, vocabulary, copies);
     case mx::uint32:
-      return copy_ids<uint32_t>(tokens, vocabulary, out);
+      return copy_ids<uint32_t>(tokens, vocabulary, copies);
     default:
-      return copy_ids<uint64_t>(tokens, vocabulary, out);
+      return copy_ids<uint64_t>(tokens, vocabulary, copies);
   }
 }
 
@@ -69,16 +70,13 @@ class CheckTokens : public mx::Primitive {
   void eval_cpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override {
-    auto& out = outputs[0];
-    out.set_data(mx::allocator::malloc(out.nbytes()));
-    auto& encoder = mx::cpu::get_command_encoder(stream());
-    encoder.set_input_array(inputs[0]);
-    encoder.set_output_array(out);
-    encoder.dispatch([tokens = mx::array::unsafe_weak_copy(inputs[0]),
-                      ids = mx::array::unsafe_weak_copy(out),
-                      vocabulary = vocabulary_]() mutable {
-      copy_ids(tokens, vocabulary, ids);
-    });
+    cpu::dispatch(
+        *this,
+        inputs,
+        outputs,
+        [vocabulary = vocabulary_](auto& in, auto& out) {
+          copy_ids(in[0], vocabulary, out[0].template data<int32_t>());
+        });
   }
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&)
       override {
@@ -104,6 +102,10 @@ check_tokens(const mx::array& tokens, int vocabulary, mx::StreamOrDevice s) {
         " of shape ",
         shape_of(tokens),
         ".");
+  }
+  if (tokens.is_available() && tokens.flags().row_contiguous) {
+    copy_ids(tokens, vocabulary, nullptr);
+    return tokens;
   }
   return mx::array(
       tokens.shape(),

@@ -146,19 +146,29 @@ class Release : public Hold {
   std::shared_ptr<const mx::array> result_;
 };
 
-// Raises what is known when it is enqueued. What fails later raises by itself:
-// a second error on the stream would keep MLX, which waits for the stream after
-// the first, from doing so, and arrays would go before the work on them.
+// Raises on the thread that evaluates, once all before it has run. A task that
+// throws on the stream's thread would have MLX raise at whatever that thread
+// enqueues next, between a node's work and the list of buffers that keeps the
+// work's memory: it would run on memory that is gone. MLX would also miscount
+// its tasks, and might raise in another generation.
 class Verify : public SlotPrimitive {
  public:
-  Verify(mx::Stream stream, std::shared_ptr<const Reads> reads)
-      : SlotPrimitive(stream), reads_(std::move(reads)) {}
+  // `waits` where all before it runs on CPU streams; a GPU's work is not begun
+  // while nodes are enqueued, and nothing can wait for it here.
+  Verify(mx::Stream stream, std::shared_ptr<const Reads> reads, bool waits)
+      : SlotPrimitive(stream), reads_(std::move(reads)), waits_(waits) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    if (waits_) {
+      mx::synchronize(stream());
+    }
     if (const std::string error = reads_->error(); !error.empty()) {
       throw std::runtime_error(error);
     }
     outputs[0].copy_shared_buffer(inputs[0]);
+    if (waits_) {
+      return;
+    }
     cpu::enqueue(
         *this,
         [reads = reads_,
@@ -175,6 +185,7 @@ class Verify : public SlotPrimitive {
 
  private:
   std::shared_ptr<const Reads> reads_;
+  bool waits_;
 };
 
 class Prefetch : public SlotPrimitive {
@@ -356,10 +367,12 @@ mx::array SlotUse::release(const mx::array& y, const mx::array& slots) {
 }
 
 mx::array verify(const std::shared_ptr<Reads>& reads, const mx::array& y) {
+  const auto stream = y.has_primitive() ? y.primitive().stream() : cpu_stream();
+  const bool cpu = stream.device == mx::Device::cpu;
   return mx::array(
       y.shape(),
       y.dtype(),
-      std::make_shared<Verify>(cpu_stream(), reads),
+      std::make_shared<Verify>(cpu ? stream : cpu_stream(), reads, cpu),
       Arrays{y});
 }
 

@@ -46,7 +46,7 @@ void Use::resolve(
     experts_.assign(experts, experts + static_cast<size_t>(tokens) * top_k);
   } catch (const std::exception& error) {
     failed(error.what());
-    throw;
+    unresolved_ = true;
   }
 }
 
@@ -80,6 +80,9 @@ void Use::failed(const char* error) noexcept {
 
 void Use::wait(int32_t* slots, size_t count) {
   try {
+    if (unresolved_) {
+      throw std::runtime_error(error());
+    }
     if (begin(slots, count)) {
       bank_->wait(slots, count);
       return;

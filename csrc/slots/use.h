@@ -38,6 +38,7 @@ class Use : public Arrivals {
       : bank_(std::move(bank)), reads_(std::move(reads)) {}
 
   // Starts to read, if there are slots to read into; `begin` does otherwise.
+  // What fails, the reads remember, and `wait` throws.
   void resolve(const int32_t* experts, int tokens, int top_k, int32_t* slots);
 
   bool begin(int32_t* slots, size_t count) override;
@@ -58,7 +59,7 @@ class Use : public Arrivals {
   const std::shared_ptr<Reads> reads_;
   std::vector<int32_t> experts_;  // none: not resolved
   int tokens_ = 0, top_k_ = 0;
-  bool counted_ = false;
+  bool counted_ = false, unresolved_ = false;
   std::shared_ptr<Lease> lease_;
 };
 

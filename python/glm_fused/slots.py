@@ -27,8 +27,8 @@ def check_reads(cache: Sequence[Any] | None) -> _ext.SlotReads:
     """What became of the reads for ``cache``, which remembers it; of none for None.
 
     Raises RuntimeError if one failed. MLX keeps what it was evaluating then as if it were valid,
-    so the rows of the cache are not to be trusted; and it raises the error once, to whoever asks
-    first, so a token is good only if this does not raise after it was read.
+    so the rows of the cache are not to be trusted. Evaluating the logits of a forward raises it
+    too; evaluating its cache alone does not.
     """
     if cache is None:
         return _ext.SlotReads()
@@ -124,7 +124,9 @@ class StreamedExperts(nn.Module):
         # Two waves share the bank: one is read while the other computes.
         ahead = capacity > 1
         size = capacity // 2 if ahead else 1
-        waves = plan_waves(to_numpy(experts), set(self._bank.resident()), size)
+        chosen = to_numpy(experts)
+        _raise_failure(_reads.get())
+        waves = plan_waves(chosen, set(self._bank.resident()), size)
         ones = mx.ones((experts.size, 1))
         parts: list[mx.array] = []
         other: mx.array | None = None
@@ -141,6 +143,12 @@ class StreamedExperts(nn.Module):
         order = np.argsort(np.concatenate([wave.pairs for wave in waves]))
         y = mx.concatenate(parts)[mx.array(order)]
         return ops.expert_sum(y.reshape(*experts.shape, -1), scores), other
+
+
+def _raise_failure(reads: _ext.SlotReads | None) -> None:
+    """End a prompt whose layers before this one could not be read: what they gave is NaN."""
+    if reads is not None and reads.error:
+        raise RuntimeError(reads.error)
 
 
 class Wave(NamedTuple):
