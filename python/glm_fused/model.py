@@ -113,10 +113,10 @@ class Model(nn.Module):
         [b, l, min(topk, t)], ascending columns of the cache. A query with fewer visible keys
         than that also has entries of -1.
 
-        Raises ValueError for tokens of another kind or outside the vocabulary, for caches of another
-        model, and where cached and new tokens exceed ``max_position_embeddings``. Of tokens that
-        are yet to be evaluated, one outside the vocabulary raises RuntimeError when the logits are
-        evaluated on the CPU; on a GPU they are NaN.
+        Raises ValueError for tokens of another kind or outside the vocabulary, for caches of
+        another model, and where cached and new tokens exceed ``max_position_embeddings``. Of tokens
+        that are yet to be evaluated, one outside the vocabulary raises RuntimeError when the logits
+        are evaluated on the CPU; on a GPU they are NaN.
         """
         check_tokens(tokens)
         if cache is not None:

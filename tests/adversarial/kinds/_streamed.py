@@ -17,7 +17,6 @@ from glm_fused.host import to_numpy
 from glm_fused.loader import load_model
 from glm_fused.manifest import check_tensors
 from glm_fused.pack import pack
-from glm_fused.slots import check_reads
 from glm_fused.streaming import StreamOptions, attach_banks, find_source, plan_streaming
 
 STEPS = 5
@@ -52,17 +51,15 @@ class Prompt:
 
 
 def generate(model, prompt, steps=STEPS):
-    """Yield (token, logits), greedily, as `glm_fused.generate` does with mlx-lm's loop."""
+    """Yield (token, logits), greedily, from mlx-lm's own loop."""
     cache = model.make_cache()
-    for token, logit in generate_step(
+    yield from generate_step(
         mx.array(prompt.tokens),
         model,
         max_tokens=steps,
         prompt_cache=cache,
         prefill_step_size=prompt.chunk,
-    ):
-        check_reads(cache)
-        yield token, logit
+    )
 
 
 def drain():

@@ -13,7 +13,6 @@ from tests.adversarial.kinds._streamed import Fixture, check, random_options
 
 from glm_fused import _ext
 from glm_fused.host import settle
-from glm_fused.slots import check_reads
 
 NAME = "after_error"
 QUICK_CASES = 40
@@ -61,8 +60,6 @@ class Generation:
         if len(self.tokens) + 1 < STEPS:
             self.following = self.build(y)
         token = y.item()
-        # MLX tells of an error once, and the first who asks may be the generation beside.
-        check_reads(self.cache)
         self.tokens.append(token)
 
     def advance(self, part):

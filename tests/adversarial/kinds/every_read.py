@@ -1,14 +1,13 @@
 """EIO at every single read of a prompt and of 50 tokens after it, from both kinds of files."""
 
 from tests.adversarial.harness import Wrong, clear_error
-from tests.adversarial.kinds import _preload, reads, slots
+from tests.adversarial.kinds import _preload, reads
 from tests.adversarial.kinds._streamed import Fixture, check
 
 NAME = "every_read"
 STEPS = 50
 QUICK_CASES = 16
 SLOW_CASES = 2400  # all of them, as `prepare` makes sure
-PIECE = slots.PIECE
 SLOTS = 3
 WAYS = [(packed, direct) for packed in (False, True) for direct in (False, True)]
 unavailable, environment, planted = reads.unavailable, reads.environment, reads.planted
