@@ -108,9 +108,9 @@ def test_the_largest_trace_replays_in_a_moment(tmp_path):
         (["--bank", "9"], "a bank of 9 slots, expected 2 to 8: a token needs 2."),
         (
             ["--bank", "9" * 400],
-            "--bank: expected numbers of slots, found '999999999999...9999999999999'.",
+            "--bank: expected numbers of slots, found '999999999999...9999999999999'",
         ),
-        (["--bank", "many"], "--bank: expected numbers of slots, found 'many'."),
+        (["--bank", "many"], "--bank: expected numbers of slots, found 'many'"),
         (["--policy", "fifo"], "'fifo', expected some of learned, lru, s3fifo, pinned."),
         (
             ["--read-rate", "9" * 400 + "B"],

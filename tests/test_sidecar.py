@@ -597,11 +597,15 @@ def test_generate_streams(folders, tmp_path, capsys):
     [
         (["--memory-budget", "10MB"], "10.00 MB cannot hold"),
         (["--memory-budget", "much"], "expected a size"),
-        (["--trace", "x"], "--trace needs"),
-        (["--slots", "3", "--context", "5"], "exceed the 5 that memory was planned for"),
-        (["--slots", "3", "--read-split", "5000"], "whole 4096-byte blocks"),
+        (["--trace", "x"], "--trace: needs --memory-budget, --slots or --sidecar"),
+        (["--slots", "3", "--context", "5"], "exceed the context of 5 tokens, for which memory was planned"),
+        (["--slots", "3", "--read-split", "5kB"], "whole 4096-byte blocks"),
         (["--sidecar", "nowhere"], "nowhere has no manifest.json"),
-        (["--slots", "3", "--pins", "none.json"], "none.json: no such file"),
+        (["--slots", "3", "--pins", "none.json"], "--pins and --policy pinned need one another"),
+        (
+            ["--slots", "3", "--policy", "pinned", "--pins", "none.json"],
+            "none.json: no such file",
+        ),
     ],
 )
 def test_generate_refuses(folders, capsys, more, message):
