@@ -437,8 +437,11 @@ def test_perplexity(run):
     assert float(re.search(r"Perplexity: (\d+\.\d+)", out)[1]) < 200
 
 
-def test_evaluate(run, folder):
-    """lm-evaluation-harness, with a task and data of our own: it would download others."""
+def test_evaluate(folder):
+    """lm-evaluation-harness, with a task and data of our own: it would download others.
+
+    In a process of its own, since it brings thread pools of other libraries.
+    """
     pytest.importorskip("lm_eval")
     questions = [
         {"q": "import", "choices": [" os", " zebra"], "answer": 0},
@@ -453,10 +456,12 @@ def test_evaluate(run, folder):
         "doc_to_target": "answer", "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
     (folder / "task.yaml").write_text(json.dumps(task))
-    code, _, err = run("evaluate", "--model", "model", "--tasks", "task.yaml",
-                       "--output-dir", "results", "--no-apply-chat-template",
-                       "--kv-format", "fp8")  # fmt: skip
-    assert code == 0, err
+    run = subprocess.run(
+        command("evaluate", "--model", "model", "--tasks", "task.yaml", "--output-dir", "results",
+                "--no-apply-chat-template", "--kv-format", "fp8"),
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
     (result,) = (folder / "results").iterdir()
     assert json.loads(result.read_text())["completions"]["acc,none"] == 1.0
 
