@@ -598,7 +598,10 @@ def test_generate_streams(folders, tmp_path, capsys):
         (["--memory-budget", "10MB"], "10.00 MB cannot hold"),
         (["--memory-budget", "much"], "expected a size"),
         (["--trace", "x"], "--trace: needs --memory-budget, --slots or --sidecar"),
-        (["--slots", "3", "--context", "5"], "exceed the context of 5 tokens, for which memory was planned"),
+        (
+            ["--slots", "3", "--context", "5"],
+            "exceed the context of 5 tokens, for which memory was planned",
+        ),
         (["--slots", "3", "--read-split", "5kB"], "whole 4096-byte blocks"),
         (["--sidecar", "nowhere"], "nowhere has no manifest.json"),
         (["--slots", "3", "--pins", "none.json"], "--pins and --policy pinned need one another"),
