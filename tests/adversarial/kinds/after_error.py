@@ -16,7 +16,7 @@ from glm_fused.host import settle
 
 NAME = "after_error"
 QUICK_CASES = 40
-SLOW_CASES = 6000
+SLOW_CASES = 1000
 TIMEOUT = 60.0
 STEPS = 4
 unavailable, environment = slots.unavailable, slots.environment

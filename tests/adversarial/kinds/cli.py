@@ -16,7 +16,7 @@ from glm_fused.options import Options
 from glm_fused.prompts import encode
 
 NAME = "cli"
-SLOW_CASES = 3_000
+SLOW_CASES = 1000
 QUICK_CASES = 60
 TIMEOUT = 120.0
 PROMPTS = ("w1 w2 w3", "w9 w250 w4 w7 w7", " ".join(f"w{i}" for i in range(40)))

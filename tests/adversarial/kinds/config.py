@@ -12,7 +12,7 @@ from tests.adversarial.kinds import _configs, _json, _model
 from glm_fused import validation
 
 NAME = "config"
-SLOW_CASES = 8_000
+SLOW_CASES = 4000
 QUICK_CASES = 100
 # What a model of these tensors may be told otherwise, and be another model that is as good.
 FREE = {

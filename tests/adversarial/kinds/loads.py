@@ -14,7 +14,7 @@ from glm_fused.streaming import StreamOptions
 
 NAME = "loads"
 QUICK_CASES = 40
-SLOW_CASES = 5000
+SLOW_CASES = 1000
 PIECE = slots.PIECE
 unavailable, environment = slots.unavailable, slots.environment
 _state = {}

@@ -12,7 +12,7 @@ from glm_fused import sidecar_identity
 
 NAME = "manifest"
 QUICK_CASES = 60
-SLOW_CASES = 8_000
+SLOW_CASES = 3000
 VALUES = (
     None,
     True,

@@ -16,7 +16,7 @@ from glm_fused.synthetic import Bits
 
 NAME = "thread_creation"
 QUICK_CASES = 60
-SLOW_CASES = 5000
+SLOW_CASES = 1000
 unavailable, environment = memory.unavailable, memory.environment
 set_num_threads = _ext.set_num_threads
 _state = {}
