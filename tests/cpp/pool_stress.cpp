@@ -2,6 +2,7 @@
 // too (tests/test_crashes.py, tests/sanitize). With an argument, a task
 // plants a bug for them: "race" writes what another reads, "overflow" writes
 // past its memory, "shift" shifts by more than an int has bits.
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -60,10 +61,15 @@ void plant(const char* bug) {
   int shared = 0, shift = 40;
   std::vector<int> memory(4);
   int* past = memory.data() + memory.size();
+  std::atomic<int> begun{0};
   parallel_for(
       64,
       [&](int) {
         if (!std::strcmp(bug, "race")) {
+          // In two threads: on a busy machine one might run all tasks.
+          for (begun++; begun < 2;) {
+            std::this_thread::yield();
+          }
           shared++;
         } else if (!std::strcmp(bug, "overflow")) {
           *past = 1;

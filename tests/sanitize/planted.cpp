@@ -1,6 +1,8 @@
 // Bugs for the sanitizers to find, in instrumented builds of the extension
 // alone: a run that finds none of them proves nothing.
+#include <atomic>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cpu/thread_pool.h"
@@ -9,6 +11,7 @@ extern "C" __attribute__((visibility("default"))) int glm_fused_plant(
     const char* bug) {
   const std::string name = bug;
   int shared = 0;
+  std::atomic<int> begun{0};
   volatile int shift = 40;
   std::vector<int> memory(4);
   int* past = memory.data() + memory.size();
@@ -17,6 +20,10 @@ extern "C" __attribute__((visibility("default"))) int glm_fused_plant(
       4096,
       [&](int) {
         if (name == "race") {
+          // In two threads: on a busy machine one might run all tasks.
+          for (begun++; begun < 2;) {
+            std::this_thread::yield();
+          }
           shared++;
         } else if (name == "overflow") {
           *past = 1;
