@@ -68,8 +68,8 @@ NB_MODULE(_ext, m) {
       },
       "tokens"_a,
       "vocabulary"_a,
-      "`tokens` [b, l]; raises where one is outside the vocabulary, now or, if "
-      "they are yet to be evaluated, then.");
+      "`tokens` [b, l]; raises where one is outside the vocabulary, now or "
+      "when they are evaluated.");
   m.def(
       "quantized_matvec",
       [](const mx::array& x, const WeightTuple& w, bool reference) {

@@ -15,7 +15,7 @@ def probe(a: mlx.core.array) -> mlx.core.array:
 
 def check_tokens(tokens: mlx.core.array, vocabulary: int) -> mlx.core.array:
     """
-    `tokens` [b, l]; raises where one is outside the vocabulary, now or, if they are yet to be evaluated, then.
+    `tokens` [b, l]; raises where one is outside the vocabulary, now or when they are evaluated.
     """
 
 def quantized_matvec(

@@ -58,7 +58,7 @@ KINDS = {
         "thread",
         "tsan",
         {"race": "data race"},
-        {"TSAN_OPTIONS": f"suppressions={HERE / 'thread.supp'}:ignore_noninstrumented_modules=1"
+        {"TSAN_OPTIONS": f"suppressions={HERE / 'thread.supp'}"
          ":halt_on_error=1:exitcode=66"},
         ["test_slots.py", "sanitize/test_two_threads.py"],
     ),
