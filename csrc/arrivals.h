@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <vector>
 
 namespace glm_fused {
@@ -26,7 +27,7 @@ class Arrivals {
   // throw: whoever enqueues while a task throws loses memory that the next one
   // writes to (slots/ops.cpp, Verify).
   virtual void end() = 0;
-  virtual void failed(const char* error) noexcept = 0;
+  virtual void failed(const std::exception& error) noexcept = 0;
 };
 
 }  // namespace glm_fused

@@ -371,7 +371,7 @@ void MoeDecode::eval_cpu(
       if (!arrivals) {
         throw;
       }
-      arrivals->failed(error.what());
+      arrivals->failed(error);
     }
   };
   cpu::dispatch(*this, inputs, outputs, task);

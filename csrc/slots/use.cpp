@@ -45,7 +45,7 @@ void Use::resolve(
     top_k_ = top_k;
     experts_.assign(experts, experts + static_cast<size_t>(tokens) * top_k);
   } catch (const std::exception& error) {
-    failed(error.what());
+    failed(error);
     unresolved_ = true;
   }
 }
@@ -73,8 +73,9 @@ void Use::end() {
   lease_.reset();
 }
 
-void Use::failed(const char* error) noexcept {
-  reads_->fail(error);
+void Use::failed(const std::exception& error) noexcept {
+  const bool memory = dynamic_cast<const std::bad_alloc*>(&error) != nullptr;
+  reads_->fail(memory ? "[slots] out of memory." : error.what());
   lease_.reset();
 }
 
@@ -88,7 +89,7 @@ void Use::wait(int32_t* slots, size_t count) {
       return;
     }
   } catch (const std::exception& error) {
-    failed(error.what());
+    failed(error);
     std::fill_n(slots, count, 0);
     throw;
   }

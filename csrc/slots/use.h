@@ -44,7 +44,7 @@ class Use : public Arrivals {
   bool begin(int32_t* slots, size_t count) override;
   std::vector<int> take(std::vector<int>& pending) override;
   void end() override;
-  void failed(const char* error) noexcept override;
+  void failed(const std::exception& error) noexcept override;
 
   // In place of `take`; all but the last wait in a graph that failed give slots
   // that a kernel can take.
