@@ -8,6 +8,8 @@
 
 namespace glm_fused {
 
+#if defined(__GLIBC__)
+
 namespace {
 
 std::terminate_handler previous = nullptr;
@@ -34,5 +36,11 @@ void park_threads_that_unwind() {
     std::set_terminate(park_or_terminate);
   }
 }
+
+#else
+
+void park_threads_that_unwind() {}  // elsewhere such a thread does not unwind
+
+#endif
 
 }  // namespace glm_fused

@@ -23,9 +23,12 @@ PYTHON = "Python"
 # Of libc++, and not used by MLX. Add a name only with the wheel for macOS 14 or older that takes it
 # from there.
 _ALSO_IN_LIBCXX = {
+    "___dynamic_cast",  # duckdb 2.0.0, macOS 11
+    "__ZNSt3__19to_stringEd",  # duckdb 2.0.0, macOS 11
     "__ZNSt3__19to_stringEj",  # duckdb 2.0.0, macOS 11
     "__ZNSt3__19to_stringEl",  # sentencepiece 0.2.3, macOS 11
     "__ZNSt3__19to_stringEx",  # duckdb 2.0.0, macOS 11
+    "__ZNSt3__19to_stringEy",  # duckdb 2.0.0, macOS 11
 }
 
 
