@@ -7,9 +7,9 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 
-#include "cpu/attention_kernels.h"
-#include "cpu/matrix.h"
-#include "cpu/thread_pool.h"
+#include "cpu/attention/attention_kernels.h"
+#include "cpu/dot/matrix.h"
+#include "cpu/runtime/thread_pool.h"
 #include "metal/limits.h"
 #include "mlx/scheduler.h"
 #include "ops.h"

@@ -8,7 +8,7 @@
 
 #include "mlx/primitives.h"
 #include "ops.h"
-#include "rows.h"
+#include "row_layout.h"
 
 namespace glm_fused {
 

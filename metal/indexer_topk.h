@@ -2,7 +2,7 @@
 // computes scores, another selects the largest exactly.
 #pragma once
 
-#include "rows.h"
+#include "cached_rows.h"
 
 GLM_CONST int kScoreThreads = 128;
 GLM_CONST int kScoreKeys = 2 * kScoreThreads;  // of a threadgroup

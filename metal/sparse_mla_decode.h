@@ -2,7 +2,7 @@
 // one launch takes every split of 64 list entries, another combines the splits.
 #pragma once
 
-#include "rows.h"
+#include "cached_rows.h"
 #include "softmax_exp.h"
 
 GLM_CONST int kSplit = 64;  // list entries, and heads, of a threadgroup

@@ -111,7 +111,7 @@ def test_a_host_call_that_mlx_does_not_have_is_named(built, mlx, tmp_path):
     changed = tmp_path / header
     changed.parent.mkdir(parents=True)
     changed.write_text(text.replace(declared, f"{declared}      bool = false,\n"))
-    broken = relink(build.REPOSITORY / "csrc/metal/kernels.cpp", tmp_path)
+    broken = relink(build.REPOSITORY / "csrc/metal/pipelines.cpp", tmp_path)
     with pytest.raises(MacOSBuildError) as error:
         check.undefined_by_provider(broken, mlx)
     message = str(error.value)

@@ -1,9 +1,9 @@
 // Cached rows as the shaders see them.
 #pragma once
 
-#include "metal/kernels.h"
 #include "metal/params.h"
-#include "rows.h"
+#include "metal/pipelines.h"
+#include "row_layout.h"
 
 namespace glm_fused::metal {
 

@@ -1,7 +1,7 @@
 #include <bit>
 
-#include "metal/kernels.h"
 #include "metal/params.h"
+#include "metal/pipelines.h"
 #include "metal/source.h"
 #include "metal/tiles.h"
 #include "primitives.h"

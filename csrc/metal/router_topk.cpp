@@ -1,5 +1,5 @@
-#include "metal/kernels.h"
 #include "metal/params.h"
+#include "metal/pipelines.h"
 #include "metal/source.h"
 #include "metal/tiles.h"
 #include "primitives.h"

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "checks.h"
-#include "rows.h"
+#include "row_layout.h"
 
 namespace glm_fused {
 

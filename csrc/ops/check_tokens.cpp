@@ -2,7 +2,7 @@
 #include <utility>
 
 #include "checks.h"
-#include "cpu/dispatch.h"
+#include "cpu/runtime/dispatch.h"
 #include "mlx/primitives.h"
 
 namespace glm_fused {

@@ -61,7 +61,7 @@ mx::array moe_decode(
         shape_of(down.weight),
         ".");
   }
-  // Of the tokens that are taken together (cpu/moe_decode.cpp).
+  // Of the tokens that are taken together (cpu/dot/moe_decode.cpp).
   const int64_t choices =
       std::min(x.shape(0), 256) * static_cast<int64_t>(slots.shape(1));
   check_count(

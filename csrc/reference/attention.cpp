@@ -4,7 +4,7 @@
 #include <numeric>
 #include <vector>
 
-#include "cpu/matrix.h"
+#include "cpu/dot/matrix.h"
 #include "reference/reference.h"
 #include "softmax_exp.h"
 

@@ -3,9 +3,9 @@
 #pragma once
 
 #include "attention.h"
-#include "cpu/indexer_topk.h"
-#include "cpu/moe_decode.h"
-#include "cpu/sparse_mla_decode.h"
+#include "cpu/attention/indexer_topk.h"
+#include "cpu/attention/sparse_mla_decode.h"
+#include "cpu/dot/moe_decode.h"
 
 namespace glm_fused::reference {
 

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "checks.h"
-#include "cpu/dispatch.h"
+#include "cpu/runtime/dispatch.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/primitives.h"
 

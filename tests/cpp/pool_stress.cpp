@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/thread_pool.h"
+#include "cpu/runtime/thread_pool.h"
 
 using glm_fused::cpu::parallel_for;
 

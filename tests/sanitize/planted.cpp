@@ -5,7 +5,7 @@
 #include <thread>
 #include <vector>
 
-#include "cpu/thread_pool.h"
+#include "cpu/runtime/thread_pool.h"
 
 extern "C" __attribute__((visibility("default"))) int glm_fused_plant(
     const char* bug) {

@@ -1,0 +1,255 @@
+// sparse_mla_decode, compiled once per instruction set, and the table of the
+// long-context kernels.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/attention/attention_kernels.h"
+#include "cpu/attention/attention_rows.h"
+#include "cpu/attention/attention_select.h"
+#include "cpu/attention/attention_simd.h"
+#include "cpu/attention/indexer_body.h"
+#include "cpu/runtime/aligned_floats.h"
+
+namespace {
+
+using namespace glm_fused;
+using namespace glm_fused::cpu;
+
+#if defined(GLM_AVX512)
+constexpr int kWide = 4, kDeep = 4;  // accumulators
+#else
+constexpr int kWide = 1, kDeep = 4;
+#endif
+
+// s[key][lane] += sum over d of q[d][lane] k[key][d], `vectors` vectors of
+// lanes by `keys` keys in registers.
+template <int vectors, int keys>
+GLM_INLINE void
+multiply(const float* q, int lanes, const float* k, int depth, float* s) {
+  F16 sum[vectors * keys];
+  unroll<vectors * keys>(GLM_EACH(i) {
+    sum[i] = load(s + i / vectors * lanes + i % vectors * kHalf);
+  });
+  for (int d = 0; d < depth; d++) {
+    F16 query[vectors];
+    unroll<vectors>(
+        GLM_EACH(v) { query[v] = load(q + d * lanes + v * kHalf); });
+    unroll<keys>(GLM_EACH(j) {
+      const F16 key = splat(k[j * kSplit + d]);
+      unroll<vectors>(GLM_EACH(v) {
+        F16& to = sum[j * vectors + v];
+        to = fma(query[v], key, to);
+      });
+    });
+  }
+  unroll<vectors * keys>(GLM_EACH(i) {
+    store(s + i / vectors * lanes + i % vectors * kHalf, sum[i]);
+  });
+}
+
+template <int vectors>
+void multiply_lanes(
+    const float* q,
+    int lanes,
+    const float* k,
+    int depth,
+    int count,
+    float* s) {
+  int key = 0;
+  for (; key + kDeep <= count; key += kDeep) {
+    multiply<vectors, kDeep>(
+        q, lanes, k + key * kSplit, depth, s + key * lanes);
+  }
+  for (; key < count; key++) {
+    multiply<vectors, 1>(q, lanes, k + key * kSplit, depth, s + key * lanes);
+  }
+}
+
+// All lanes, for a block of at most kSplit dimensions.
+void multiply_block(
+    const float* q,
+    int lanes,
+    const float* k,
+    int depth,
+    int count,
+    float* s) {
+  int lane = 0;
+  for (; lane + kWide * kHalf <= lanes; lane += kWide * kHalf) {
+    multiply_lanes<kWide>(q + lane, lanes, k, depth, count, s + lane);
+  }
+  for (; lane < lanes; lane += kHalf) {
+    multiply_lanes<1>(q + lane, lanes, k, depth, count, s + lane);
+  }
+}
+
+// Turns the dot products of one vector of heads into p, and finds m and l.
+void softmax_lanes(const SplitArgs& a, int lane) {
+  float* p = a.p + lane;
+  F16 m = splat(-__builtin_inff()), l = zero();
+  for (int key = 0; key < a.count; key++) {
+    const F16 s = mul(load(p + key * a.lanes), splat(a.scale));
+    store(p + key * a.lanes, s);
+    m = larger(s, m);
+  }
+  for (int key = 0; key < a.count; key++) {
+    const F16 e = exp_negative(sub(load(p + key * a.lanes), m));
+    store(p + key * a.lanes, e);
+    l = add(l, e);
+  }
+  store(a.m + lane, m);
+  store(a.l + lane, l);
+}
+
+void split(const SplitArgs& a) {
+  const Rows& rows = *a.rows;
+  std::fill_n(a.p, static_cast<size_t>(a.count) * a.lanes, 0.0f);
+  alignas(64) float block[kSplit * kSplit];
+  const auto part = [&](int dims, const float* q, auto load_part) {
+    for (int d = 0; d < dims; d += kSplit) {
+      const int depth = std::min(kSplit, dims - d);
+      load_part({rows, a.keys, a.count, a.next_count, d, depth, block});
+      const float* at = q + static_cast<size_t>(d) * a.lanes;
+      multiply_block(at, a.lanes, block, depth, a.count, a.p);
+    }
+  };
+  part(rows.rank, a.q, load_latents);
+  const size_t ropes = static_cast<size_t>(rows.rank) * a.lanes;
+  part(rows.rope_dim, a.q + ropes, load_ropes);
+  for (int lane = 0; lane < a.lanes; lane += kHalf) {
+    softmax_lanes(a, lane);
+  }
+}
+
+void weigh(const CombineArgs& a, float* e, float* total) {
+  for (int lane = 0; lane < a.lanes; lane += kHalf) {
+    F16 most = splat(-__builtin_inff()), sum = zero();
+    for (int s = 0; s < a.splits; s++) {
+      most = larger(load(a.m + s * a.lanes + lane), most);
+    }
+    for (int s = 0; s < a.splits; s++) {
+      const F16 w = exp_negative(sub(load(a.m + s * a.lanes + lane), most));
+      store(e + s * a.lanes + lane, w);
+      sum = fma(w, load(a.l + s * a.lanes + lane), sum);
+    }
+    store(total + lane, sum);
+  }
+}
+
+// out[h] += e[h] * sum over keys of p[key][h] v[key].
+template <int vectors, int heads>
+GLM_INLINE void accumulate(
+    const float* p,
+    int lanes,
+    const float* v,
+    int count,
+    const float* e,
+    float* out,
+    int stride) {
+  F16 sum[heads * vectors];
+  unroll<heads * vectors>(GLM_EACH(i) { sum[i] = zero(); });
+  for (int key = 0; key < count; key++) {
+    F16 value[vectors];
+    unroll<vectors>(
+        GLM_EACH(c) { value[c] = load(v + key * kSplit + c * kHalf); });
+    unroll<heads>(GLM_EACH(h) {
+      const F16 weight = splat(p[static_cast<size_t>(key) * lanes + h]);
+      unroll<vectors>(GLM_EACH(c) {
+        F16& to = sum[h * vectors + c];
+        to = fma(weight, value[c], to);
+      });
+    });
+  }
+  unroll<heads * vectors>(GLM_EACH(i) {
+    float* to = out + i / vectors * stride + i % vectors * kHalf;
+    store(to, fma(splat(e[i / vectors]), sum[i], load(to)));
+  });
+}
+
+// One split's share of columns [c, c + 16 vectors) of every head.
+template <int vectors>
+void accumulate_heads(
+    const CombineArgs& a,
+    int s,
+    const float* p,
+    const float* v,
+    float* out,
+    int stride) {
+  const float* e = a.e + static_cast<size_t>(s) * a.lanes;
+  const int count = a.counts[s];
+  int h = 0;
+  for (; h + kDeep <= a.heads; h += kDeep) {
+    float* to = out + h * stride;
+    accumulate<vectors, kDeep>(p + h, a.lanes, v, count, e + h, to, stride);
+  }
+  for (; h < a.heads; h++) {
+    float* to = out + h * stride;
+    accumulate<vectors, 1>(p + h, a.lanes, v, count, e + h, to, stride);
+  }
+}
+
+void combine(const CombineArgs& a) {
+  const int stride = round_up(a.columns, kHalf);
+  const AlignedFloats out(static_cast<size_t>(a.heads) * stride);
+  std::fill_n(out.get(), static_cast<size_t>(a.heads) * stride, 0.0f);
+  alignas(64) float v[kSplit * kSplit];
+  const int32_t* keys = a.keys;
+  const float* p = a.p;
+  for (int s = 0; s < a.splits; s++) {
+    const int count = a.counts[s];
+    const int next = s + 1 < a.splits ? a.counts[s + 1] : 0;
+    for (int first = 0; first < a.columns; first += kSplit) {
+      const int columns = std::min(kSplit, a.columns - first);
+      load_latents({*a.rows, keys, count, next, a.column + first, columns, v});
+      float* to = out.get() + first;
+      int c = 0;
+      for (; c + kWide * kHalf <= columns; c += kWide * kHalf) {
+        accumulate_heads<kWide>(a, s, p, v + c, to + c, stride);
+      }
+      for (; c < columns; c += kHalf) {
+        accumulate_heads<1>(a, s, p, v + c, to + c, stride);
+      }
+    }
+    keys += count;
+    p += static_cast<size_t>(count) * a.lanes;
+  }
+  for (int h = 0; h < a.heads; h++) {
+    float* row = out.get() + h * stride;
+    for (int c = 0; c < stride; c += kHalf) {
+      store(row + c, div(load(row + c), splat(a.total[h])));
+    }
+    float* to = a.out + static_cast<size_t>(h) * a.rows->rank + a.column;
+    std::copy_n(row, a.columns, to);
+  }
+}
+
+int multiply_adds(int64_t count, float* result) {
+  constexpr int chains = 12;
+  const F16 x = splat(*result), y = splat(0.5f);
+  F16 sum[chains];
+  unroll<chains>(GLM_EACH(i) { sum[i] = splat(1.0f + i); });
+  for (int64_t n = 0; n < count; n++) {
+    unroll<chains>(GLM_EACH(i) { sum[i] = fma(sum[i], y, x); });
+  }
+  F16 all = zero();
+  unroll<chains>(GLM_EACH(i) { all = add(all, sum[i]); });
+  float lanes[kHalf];
+  store(lanes, all);
+  *result = lanes[0];
+  return chains * kHalf;
+}
+
+constexpr AttentionKernels attention_table(const char* name) {
+  return {
+      name,
+      index_packed,
+      index_pack,
+      index_scores,
+      select,
+      split,
+      weigh,
+      combine,
+      multiply_adds};
+}
+
+}  // namespace

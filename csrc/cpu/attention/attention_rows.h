@@ -1,0 +1,209 @@
+// Cached rows as fp32: a block of them, or sixteen transposed. Compiled once
+// per instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "attention.h"
+#include "cpu/attention/attention_simd.h"
+#include "row_layout.h"
+
+namespace {
+
+using namespace glm_fused;
+
+inline float read_float(const uint8_t* p) {
+  float f;
+  memcpy(&f, p, 4);
+  return f;
+}
+
+inline void prefetch(const uint8_t* from, size_t bytes) {
+  for (size_t at = 0; at < bytes; at += 64) {
+    __builtin_prefetch(from + at, 0, 2);
+  }
+}
+
+// The low byte of every word; 0x7f, e4m3's NaN, reads as 480.
+GLM_INLINE F16 e4m3(U16 v) {
+  const U16 sign = shift_left<8>(bits_and(v, 0x80u));
+  const U16 half = bits_or(sign, shift_left<7>(bits_and(v, 0x7fu)));
+  return mul(half_to_float(half), splat(256.0f));
+}
+
+// The low byte of every word, as int8.
+GLM_INLINE F16 signed_byte(U16 v) {
+  return sub(to_float(bits_and(add_words(v, 128u), 0xffu)), splat(128.0f));
+}
+
+// What a block of rows is loaded from and to: columns [begin, begin + columns)
+// of the rows `keys`, as fp32, kSplit floats a row; the last vector of a row is
+// filled up with zeros. Meanwhile those of `next` further rows are fetched.
+struct BlockArgs {
+  const Rows& rows;
+  const int32_t* keys;
+  int count, next;
+  int begin, columns;
+  float* to;
+};
+
+// address(row) is where column 0 of a row is, scale(row) what load16(p, scale)
+// multiplies by.
+template <int size, class Address, class Scale, class Load>
+GLM_INLINE void load_block(
+    const BlockArgs& a,
+    Address&& address,
+    Scale&& scale,
+    Load&& load16) {
+  const int whole = a.columns / kHalf * kHalf, begin = a.begin * size;
+  for (int i = 0; i < a.count; i++) {
+    const Row row = a.rows[a.keys[i]];
+    const uint8_t* from = address(row) + begin;
+    const F16 by = scale(row);
+    float* to = a.to + i * kSplit;
+    for (int c = 0; c < whole; c += kHalf) {
+      store(to + c, load16(from + c * size, by));
+    }
+    if (whole < a.columns) {
+      uint8_t tail[size * kHalf] = {};
+      memcpy(tail, from + whole * size, (a.columns - whole) * size);
+      store(to + whole, load16(tail, by));
+    }
+    if (i < a.next) {
+      const uint8_t* next = address(a.rows[a.keys[a.count + i]]) + begin;
+      prefetch(next, a.columns * size);
+    }
+  }
+}
+
+template <class Address>
+GLM_INLINE void
+load_floats(const BlockArgs& a, FloatType type, Address&& address) {
+  const auto unscaled = [](const Row&) { return zero(); };
+  if (type == FloatType::bfloat16) {
+    load_block<2>(a, address, unscaled, [](const uint8_t* p, F16) {
+      return as_float(shift_left<16>(load_shorts(p)));
+    });
+  } else if (type == FloatType::float16) {
+    load_block<2>(a, address, unscaled, [](const uint8_t* p, F16) {
+      return half_to_float(load_shorts(p));
+    });
+  } else {
+    load_block<4>(a, address, unscaled, [](const uint8_t* p, F16) {
+      return as_float(load_words(p));
+    });
+  }
+}
+
+// The columns lie within one scale tile.
+void load_latents(const BlockArgs& a) {
+  const auto latent = [](const Row& row) { return row.latent; };
+  const bool fp8 = a.rows.format == RowFormat::fp8;
+  const size_t tile = fp8 ? a.begin / kScaleTile : 0;
+  const auto scale = [tile](const Row& row) {
+    return splat(read_float(row.scales + 4 * tile));
+  };
+  if (a.rows.format == RowFormat::floating) {
+    load_floats(a, a.rows.latent_type, latent);
+  } else if (fp8) {
+    load_block<1>(a, latent, scale, [](const uint8_t* p, F16 by) {
+      return mul(e4m3(load_bytes(p)), by);
+    });
+  } else {
+    load_block<1>(a, latent, scale, [](const uint8_t* p, F16 by) {
+      return mul(signed_byte(load_bytes(p)), by);
+    });
+  }
+}
+
+void load_ropes(const BlockArgs& a) {
+  load_floats(a, a.rows.rope_type, [](const Row& row) { return row.rope; });
+}
+
+// Value d of `count` rows, at most 16, `row_bytes` apart, goes to
+// to[d * stride], for d in [0, depth). A word holds 4 / size values;
+// convert(words, j, by) makes value j of each.
+template <int size, int stride, class Convert>
+GLM_INLINE void load_columns(
+    const uint8_t* rows,
+    size_t row_bytes,
+    int count,
+    int depth,
+    float* to,
+    F16 by,
+    Convert&& convert) {
+  constexpr int per_word = 4 / size, block = 4 * kHalf;
+  for (int at = 0; at < depth * size; at += block) {
+    U16 words[kHalf];
+    const int left = std::min(depth * size - at, block);
+    if (count == kHalf && left == block) {
+      transpose_words(rows + at, row_bytes, words);
+    } else {
+      uint8_t padded[kHalf][block] = {};
+      for (int i = 0; i < count; i++) {
+        memcpy(padded[i], rows + i * row_bytes + at, left);
+      }
+      transpose_words(padded[0], block, words);
+    }
+    float* column = to + at / size * stride;
+    unroll<kHalf>(GLM_EACH(w) {
+      unroll<per_word>(GLM_EACH(j) {
+        store(column + (w * per_word + j) * stride, convert(words[w], j, by));
+      });
+    });
+  }
+}
+
+// What value `at` of rows [first, first + count) is multiplied by.
+GLM_INLINE F16 load_scales(const Rows& rows, int first, int count, int at) {
+  float scales[kHalf] = {};
+  const size_t tile = rows.format == RowFormat::fp8 ? at / kScaleTile : 0;
+  for (int i = 0; i < count; i++) {
+    scales[i] = read_float(rows[first + i].scales + 4 * tile);
+  }
+  return load(scales);
+}
+
+// Columns [begin, begin + depth), within one scale tile, of the rows
+// [first, first + count), at most 16: to[d * stride + row].
+template <int stride>
+void load_transposed(
+    const Rows& rows,
+    int first,
+    int count,
+    int begin,
+    int depth,
+    float* to) {
+  const auto columns = [&](auto size, F16 by, auto convert) {
+    const size_t step = rows.latent_stride;
+    const uint8_t* from = rows.latents + first * step + begin * size;
+    load_columns<size, stride>(from, step, count, depth, to, by, convert);
+  };
+  if (rows.format != RowFormat::floating) {
+    const F16 by = load_scales(rows, first, count, begin);
+    if (rows.format == RowFormat::fp8) {
+      columns(Constant<1>(), by, [](U16 words, auto j, F16 scale) {
+        return mul(e4m3(shift_right<8 * j>(words)), scale);
+      });
+    } else {
+      columns(Constant<1>(), by, [](U16 words, auto j, F16 scale) {
+        return mul(signed_byte(shift_right<8 * j>(words)), scale);
+      });
+    }
+  } else if (rows.latent_type == FloatType::float32) {
+    columns(Constant<4>(), zero(), [](U16 words, auto, F16) {
+      return as_float(words);
+    });
+  } else if (rows.latent_type == FloatType::bfloat16) {
+    columns(Constant<2>(), zero(), [](U16 words, auto j, F16) {
+      return as_float(j ? bits_and(words, 0xffff0000u) : shift_left<16>(words));
+    });
+  } else {
+    columns(Constant<2>(), zero(), [](U16 words, auto j, F16) {
+      return half_to_float(shift_right<16 * j>(words));
+    });
+  }
+}
+
+}  // namespace

@@ -1,0 +1,107 @@
+// Exact selection of the k largest words: three passes over digits of 11, 11
+// and 10 bits. A digit's candidates are at most all words, so nothing can
+// overflow, and equal words share every digit.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/attention/attention_simd.h"
+
+namespace {
+
+constexpr int kDigitBits = 11, kDigits = 1 << kDigitBits;
+
+// The digit at which the count of larger words passes `k`; takes those from k.
+inline uint32_t kth_digit(const uint32_t* words, int count, int shift, int& k) {
+  constexpr int kWays =
+      4;  // equal neighbours would wait for each other's store
+  uint32_t histogram[kWays][kDigits] = {};
+  for (int i = 0; i < count; i++) {
+    histogram[i % kWays][words[i] >> shift & (kDigits - 1)]++;
+  }
+  for (int digit = kDigits - 1;; digit--) {
+    int here = 0;
+    for (int way = 0; way < kWays; way++) {
+      here += static_cast<int>(histogram[way][digit]);
+    }
+    if (here >= k) {
+      return static_cast<uint32_t>(digit);
+    }
+    k -= here;
+  }
+}
+
+// Calls each(first, keep_below) for vectors of words; the last may be partial.
+template <class Fn>
+GLM_INLINE void each_vector(const uint32_t* words, int count, Fn&& each) {
+  int i = 0;
+  for (; i + kHalf <= count; i += kHalf) {
+    each(load_words(words + i), i, 0xffffu);
+  }
+  if (i < count) {
+    uint32_t tail[kHalf] = {};
+    std::copy(words + i, words + count, tail);
+    each(load_words(tail), i, (1u << (count - i)) - 1);
+  }
+}
+
+// The words whose bits from `shift` up equal `prefix`, in order; `to` holds
+// count + kHalf words and may be `from`.
+template <int shift>
+inline int
+keep_prefix(const uint32_t* from, int count, uint32_t prefix, uint32_t* to) {
+  int kept = 0;
+  each_vector(from, count, [&](U16 words, int, uint32_t valid) {
+    const uint32_t keep = equal_to(shift_right<shift>(words), prefix) & valid;
+    if (keep) {
+      kept += pack_words(words, keep, to + kept);
+    }
+  });
+  return kept;
+}
+
+// The k-th largest word; k becomes how many equal to it are wanted.
+inline uint32_t
+kth_word(const uint32_t* words, int count, int& k, uint32_t* spare) {
+  const uint32_t top = kth_digit(words, count, 21, k);
+  count = keep_prefix<21>(words, count, top, spare);
+  const uint32_t middle = kth_digit(spare, count, 10, k) | top << kDigitBits;
+  count = keep_prefix<10>(spare, count, middle, spare);
+  // The middle digit is the same in all of these: 11 bits reach one into it.
+  const uint32_t low = kth_digit(spare, count, 0, k) & 1023u;
+  return middle << 10 | low;
+}
+
+// The lowest `count` bits that are set.
+inline uint32_t lowest_bits(uint32_t bits, int count) {
+  uint32_t rest = bits;
+  for (; count > 0 && rest; count--) {
+    rest &= rest - 1;
+  }
+  return bits ^ rest;
+}
+
+inline void
+select(const uint32_t* words, int count, int k, uint32_t* spare, int32_t* out) {
+  int equal = k, taken = 0;
+  const uint32_t kth = kth_word(words, count, equal, spare);
+  each_vector(words, count, [&](U16 v, int first, uint32_t valid) {
+    uint32_t ties = equal_to(v, kth) & valid;
+    if (ties) {
+      ties = lowest_bits(ties, equal);
+      equal -= __builtin_popcount(ties);
+    }
+    const uint32_t keep = (above(v, kth) & valid) | ties;
+    if (keep && taken + kHalf <= k) {
+      taken += pack_words(ascending(first), keep, out + taken);
+    } else if (keep) {
+      int32_t last[kHalf];
+      const int here = pack_words(ascending(first), keep, last);
+      std::copy_n(last, here, out + taken);
+      taken += here;
+    }
+  });
+}
+
+}  // namespace

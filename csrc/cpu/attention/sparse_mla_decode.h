@@ -1,0 +1,50 @@
+// What sparse_mla_decode works on, for the fused path and the reference alike.
+#pragma once
+
+#include "cpu/attention/cached_rows.h"
+
+namespace glm_fused::cpu {
+
+struct Mla {
+  const mx::array& q;         // [b, l, heads, rank + rope]
+  const mx::array& start;     // [b] int32
+  const RowArray& latents;    // [b, t, row]
+  const RowArray* ropes;      // [b, t, rope], or null
+  const mx::array* selected;  // [b, l, k] int32, or null: every visible key
+  RowLayout layout;
+  float scale;
+  mx::array& y;  // [b, l, heads, rank] float32
+
+  int queries() const {
+    return q.shape(1);
+  }
+  int heads() const {
+    return q.shape(2);
+  }
+  size_t row(int b, int i) const {
+    return static_cast<size_t>(b) * queries() + i;
+  }
+  float* out(int b, int i) const {
+    return y.data<float>() + row(b, i) * heads() * layout.rank;
+  }
+  Rows rows(int b) const {
+    return cached_rows(layout, latents, ropes, b);
+  }
+  Visible visible(int b) const {
+    return {start, b, latents.keys(), queries()};
+  }
+  // Entries of a query's list of keys, at most.
+  int list_size() const {
+    return selected ? selected->shape(2) : latents.keys();
+  }
+  // Entry j of a query's list, -1 where it is no visible key.
+  int entry(int b, int i, int j) const {
+    const Visible v = visible(b);
+    const int key = selected
+        ? selected->data<int32_t>()[row(b, i) * list_size() + j]
+        : v.low + j;
+    return key >= v.low && key < v.high(i) ? key : -1;
+  }
+};
+
+}  // namespace glm_fused::cpu

@@ -1,0 +1,341 @@
+// Dot products of quantized rows with packed vectors. Included by
+// kernels_body.h only.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/dot/dot_kernels.h"
+#include "cpu/dot/planes.h"
+#include "cpu/dot/scales.h"
+
+namespace {
+
+using glm_fused::cpu::DotArgs;
+using glm_fused::cpu::Kernel;
+
+// Rows of W that share one load of x when there is one vector.
+#if defined(GLM_AVX512)
+constexpr int kRowsAtOnce = 4;
+#elif defined(GLM_AVX2)
+constexpr int kRowsAtOnce = 2;
+#else
+constexpr int kRowsAtOnce = 1;
+#endif
+// Groups of rows that meet a chunk of packed x while it is in the L1 cache,
+// and the half-blocks of such a chunk.
+template <int M>
+constexpr int kGroups = M == 1 ? 32 / kRowsAtOnce : 8;
+template <int M>
+constexpr int kChunk = M == 1 ? 8 : 2;
+
+// Packed x: per block and half, kTerms planes of 16 lanes, then the lane sums
+// that multiply the affine bias.
+template <class F>
+constexpr int planes_per_half = F::kTerms + (F::kSumStep ? 1 : 0);
+template <class F>
+constexpr int floats_per_block = 2 * planes_per_half<F> * kHalf;
+
+template <class F>
+GLM_INLINE float lane_sum(const float* x) {
+  float sum = 0;
+  for (int v = 0; v < F::kValues; v += F::kSumStep) {
+    float part = x[v];
+    for (int i = 1; i < F::kSumStep; i++) {
+      part = part + x[v + i];
+    }
+    sum = sum + part;
+  }
+  return sum;
+}
+
+template <class F>
+void pack(const float* x, int k, float* panel, int m, int width) {
+  float* out = panel + m * kHalf;
+  for (int base = 0; base < k; base += kHalf * F::kValues) {
+    for (int lane = 0; lane < kHalf; lane++) {
+      const int column = base + lane * F::kValues;
+      float values[F::kValues];
+      for (int v = 0; v < F::kValues; v++) {
+        values[v] = column + v < k ? x[column + v] : 0.0f;
+      }
+      for (int p = 0; p < F::kTerms; p++) {
+        const Plane t = F::plane(p);
+        out[p * width * kHalf + lane] = values[t.value] * t.scale * t.carry;
+      }
+      if constexpr (F::kSumStep > 0) {
+        out[F::kTerms * width * kHalf + lane] = lane_sum<F>(values);
+      }
+    }
+    out += planes_per_half<F> * width * kHalf;
+  }
+}
+
+// One half-block of R rows against M vectors of a panel. `Width` is the
+// panel's width, a Constant where the compiler may fold it into addresses.
+template <class F, int R, int M, class Width>
+struct HalfBlock {
+  const F& format;
+  const float* x;
+  const Width width;
+  typename F::Words words[R];
+  F16 acc[R][M];
+  F16 quad[R][M];
+
+  GLM_INLINE HalfBlock(
+      const F& f,
+      const uint8_t* rows,
+      ptrdiff_t stride,
+      const float* panel,
+      Width w)
+      : format(f), x(panel), width(w) {
+    unroll<R>(GLM_EACH(r) { words[r].load(rows + r * stride); });
+  }
+
+  template <int p>
+  GLM_INLINE void term() {
+    F16 d[R];
+    unroll<R>(GLM_EACH(r) { d[r] = format.template decode<p>(words[r]); });
+    unroll<M>(GLM_EACH(m) {
+      const F16 xp = load(x + (p * width + m) * kHalf);
+      unroll<R>(GLM_EACH(r) {
+        if constexpr (!F::kQuads) {
+          acc[r][m] = fma(xp, d[r], acc[r][m]);
+        } else if constexpr (p % 4 == 1) {
+          quad[r][m] = mul(xp, d[r]);
+        } else {
+          quad[r][m] = fma(xp, d[r], quad[r][m]);
+        }
+      });
+    });
+  }
+
+  // a*b + c*d + e*f + g*h contracts to fma(g,h, fma(e,f, fma(a,b, c*d))).
+  template <int p>
+  GLM_INLINE void terms() {
+    if constexpr (F::kQuads && p < F::kTerms) {
+      term<p + 1>();
+      term<p>();
+      term<p + 2>();
+      term<p + 3>();
+      unroll<R>(GLM_EACH(r) {
+        unroll<M>(GLM_EACH(m) { acc[r][m] = add(acc[r][m], quad[r][m]); });
+      });
+      terms<p + 4>();
+    } else if constexpr (p < F::kTerms) {
+      term<p>();
+      terms<p + 1>();
+    }
+  }
+};
+
+template <class F, class S>
+struct Tile {
+  const DotArgs& a;
+  const F format{};
+  const S scales;
+  const size_t row_bytes;
+
+  GLM_INLINE explicit Tile(const DotArgs& args)
+      : a(args),
+        scales(args, F::kValues),
+        row_bytes(args.format.row_bytes(args.k)) {}
+
+  GLM_INLINE int half_blocks() const {
+    constexpr int values = kHalf * F::kValues;
+    return (a.k + values - 1) / values;
+  }
+
+  // R rows from `row` on, or that row R times.
+  template <int R>
+  GLM_INLINE Rows locate(int row, int stride) const {
+    Rows rows;
+    rows.weight = a.weight + row * row_bytes;
+    rows.weight_stride = static_cast<ptrdiff_t>(stride * row_bytes);
+    scales.template locate<R>(rows, row, stride);
+    return rows;
+  }
+
+  // Where the rows' half-block lies: in place, or copied and zero-padded where
+  // the lanes would read past the end of a row; `stride` changes with it.
+  // `ahead` is how far from there the rows' next bytes lie.
+  template <int R, size_t edge_bytes>
+  GLM_INLINE const uint8_t* half_pointer(
+      const Rows& rows,
+      int hb,
+      ptrdiff_t ahead,
+      uint8_t (&edge)[R][edge_bytes],
+      ptrdiff_t& stride) const {
+    constexpr size_t whole = kHalf * F::kBytes;
+    constexpr size_t overread = F::kBytes == 3 ? 1 : 0;
+    const size_t offset = hb * whole;
+    const size_t left = row_bytes - offset;
+    const uint8_t* half = rows.weight + offset;
+    if (__builtin_expect(left < whole + overread, 0)) {
+      memset(edge, 0, sizeof(edge));
+      for (int r = 0; r < R; r++) {
+        memcpy(edge[r], half + r * stride, left < whole ? left : whole);
+      }
+      stride = edge_bytes;
+      return edge[0];
+    }
+    unroll<R>(GLM_EACH(r) {
+      __builtin_prefetch(half + r * stride + ahead);
+      if constexpr (whole > 64) {
+        __builtin_prefetch(half + r * stride + ahead + 64);
+      }
+    });
+    return half;
+  }
+
+  // Adds half-block `hb` of the rows to result[r][m].
+  template <int R, int M, class Width>
+  GLM_INLINE void half_block(
+      const Rows& rows,
+      int m0,
+      Width width,
+      int hb,
+      ptrdiff_t ahead,
+      F16 (&result)[R][M]) const {
+    const size_t planes = static_cast<size_t>(hb) * planes_per_half<F>;
+    const float* x = a.x + (planes * width + m0) * kHalf;
+    alignas(64) uint8_t edge[R][kHalf * F::kBytes + 4];
+    ptrdiff_t stride = rows.weight_stride;
+    const uint8_t* half = half_pointer(rows, hb, ahead, edge, stride);
+    HalfBlock<F, R, M, Width> block(format, half, stride, x, width);
+    unroll<R>(GLM_EACH(r) {
+      unroll<M>(GLM_EACH(m) {
+        block.acc[r][m] = F::kCarriesAccumulator ? result[r][m] : zero();
+      });
+    });
+    block.template terms<0>();
+    const float* sums = x + F::kTerms * width * kHalf;
+    scales.finish(rows, hb, sums, block.acc, result);
+  }
+
+  // The half-blocks [begin, end) of R rows; begin is even.
+  template <int R, int M, class Width>
+  GLM_INLINE void chunk(
+      const Rows& rows,
+      int m0,
+      Width width,
+      int begin,
+      int end,
+      ptrdiff_t ahead,
+      F16 (&sums)[2][R][M]) const {
+    if constexpr (M > 1) {
+      for (int hb = begin; hb < end; hb++) {
+        half_block<R, M>(rows, m0, width, hb, ahead, sums[hb % 2]);
+      }
+      return;
+    }
+    // One vector: the sums of both halves fit in registers.
+    F16 even[R][M], odd[R][M];
+    unroll<R>(GLM_EACH(r) {
+      even[r][0] = sums[0][r][0];
+      odd[r][0] = sums[1][r][0];
+    });
+    for (int hb = begin; hb < end; hb += 2) {
+      half_block<R, M>(rows, m0, width, hb, ahead, even);
+      if (hb + 1 < end) {
+        half_block<R, M>(rows, m0, width, hb + 1, ahead, odd);
+      }
+    }
+    unroll<R>(GLM_EACH(r) {
+      sums[0][r][0] = even[r][0];
+      sums[1][r][0] = odd[r][0];
+    });
+  }
+
+  // Up to kGroups groups of R rows, chunk by chunk of the columns. The last
+  // group of a tile overlaps the one before it where R does not divide the
+  // rows; a tile of fewer than R rows takes each of them R times.
+  template <int R, int M, class Width>
+  GLM_INLINE void groups_of_rows(int row, int m0, Width width) const {
+    constexpr int G = kGroups<M>;
+    const int step = a.rows < R ? 1 : R, stride = a.rows < R ? 0 : 1;
+    const int left = (a.rows - row + step - 1) / step;
+    const int groups = left < G ? left : G;
+    const auto first = [&](int g) {
+      const int at = row + g * step;
+      return at + step <= a.rows ? at : a.rows - step;
+    };
+    F16 sums[G][2][R][M];
+    for (int g = 0; g < groups; g++) {
+      for (int r = 0; r < R; r++) {
+        for (int m = 0; m < M; m++) {
+          sums[g][0][r][m] = sums[g][1][r][m] = zero();
+        }
+      }
+    }
+    const int halves = half_blocks();
+    for (int begin = 0; begin < halves; begin += kChunk<M>) {
+      const int end = begin + kChunk<M> < halves ? begin + kChunk<M> : halves;
+      const ptrdiff_t next_group = step * row_bytes;
+      // After the last group: the first one's next chunk, or the next rows.
+      const ptrdiff_t next_chunk = end < halves
+          ? kChunk<M> * kHalf * F::kBytes - (groups - 1) * next_group
+          : next_group - begin * kHalf * F::kBytes;
+      for (int g = 0; g < groups; g++) {
+        const ptrdiff_t ahead = g + 1 < groups ? next_group : next_chunk;
+        const Rows rows = locate<R>(first(g), stride);
+        chunk<R, M>(rows, m0, width, begin, end, ahead, sums[g]);
+      }
+    }
+    for (int g = 0; g < groups; g++) {
+      for (int r = 0; r < step; r++) {
+        for (int m = 0; m < M; m++) {
+          a.y[(m0 + m) * a.rows + first(g) + r] =
+              butterfly_sum(sums[g][0][r][m], sums[g][1][r][m]);
+        }
+      }
+    }
+  }
+
+  template <int M, class Width>
+  __attribute__((noinline)) void all_rows(int m0, Width width) const {
+    constexpr int R = M == 1 ? kRowsAtOnce : 1;
+    const int step = kGroups<M> * (a.rows < R ? 1 : R);
+    for (int row = 0; row < a.rows; row += step) {
+      groups_of_rows<R, M>(row, m0, width);
+    }
+  }
+
+  GLM_INLINE void all() const {
+#if defined(GLM_AVX512)
+    switch (a.width) {
+      case 1:
+        return all_rows<1>(0, Constant<1>());
+      case 2:
+        return all_rows<2>(0, Constant<2>());
+      case 4:
+        return all_rows<4>(0, Constant<4>());
+      default:
+        return all_rows<8>(0, Constant<8>());
+    }
+#elif defined(GLM_AVX2)
+    for (int m = 0; m < a.width;) {
+      if (a.width >= 4) {
+        all_rows<4>(m, a.width);
+        m += 4;
+      } else {
+        all_rows<1>(m, a.width);
+        m += 1;
+      }
+    }
+#else
+    for (int m = 0; m < a.width; m++) {
+      all_rows<1>(m, a.width);
+    }
+#endif
+  }
+};
+
+template <class F, class S>
+void dot(const DotArgs& args) {
+  Tile<F, S>(args).all();
+}
+
+template <class F, class S>
+constexpr Kernel kernel{dot<F, S>, pack<F>, F::kValues, floats_per_block<F>};
+
+}  // namespace

@@ -1,0 +1,11 @@
+#define GLM_AVX2
+#include "cpu/dot/dot_kernels_body.h"
+
+namespace glm_fused::cpu {
+
+const KernelSet& avx2_kernels() {
+  static constexpr KernelSet set{"avx2", find, ::swiglu, ::read};
+  return set;
+}
+
+}  // namespace glm_fused::cpu

@@ -1,0 +1,11 @@
+#define GLM_AVX512
+#include "cpu/dot/dot_kernels_body.h"
+
+namespace glm_fused::cpu {
+
+const KernelSet& avx512_kernels() {
+  static constexpr KernelSet set{"avx512", find, ::swiglu, ::read};
+  return set;
+}
+
+}  // namespace glm_fused::cpu

@@ -1,0 +1,10 @@
+#include "cpu/dot/dot_kernels_body.h"
+
+namespace glm_fused::cpu {
+
+const KernelSet& portable_kernels() {
+  static constexpr KernelSet set{"portable", find, ::swiglu, ::read};
+  return set;
+}
+
+}  // namespace glm_fused::cpu

@@ -1,0 +1,62 @@
+// A checked weight in memory, and the fp32 rows that meet it.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "cpu/dot/dot_kernels.h"
+#include "mlx/array.h"
+
+namespace glm_fused::cpu {
+
+// `slots` matrices [n, k] in one format, back to back.
+struct Matrix {
+  Format format;
+  int slots, n, k;
+  bool fast_order;
+  const Kernel* kernel;
+  const uint8_t* weight;
+  const uint8_t* scales;
+  const uint8_t* biases;
+
+  // Takes the arrays of one weight from inputs[next…] and advances `next`.
+  Matrix(
+      const std::vector<mlx::core::array>& inputs,
+      size_t& next,
+      const Format& format);
+
+  // Rows [row, row + rows) of a slot times a panel of `width` vectors.
+  void dot(int slot, int row, int rows, const float* panel, int width, float* y)
+      const;
+};
+
+// Row `row` of x [rows, k] as fp32.
+void load_row(const mlx::core::array& x, size_t row, int k, float* out);
+
+// `count` values of x from element `offset` on, as fp32.
+void load_values(
+    const mlx::core::array& x,
+    size_t offset,
+    int count,
+    float* out);
+
+// Rounds `count` values to a's dtype and stores them from element `offset`.
+void store_row(
+    mlx::core::array& a,
+    size_t offset,
+    const float* values,
+    int count);
+
+using Floats = std::unique_ptr<float[]>;
+inline Floats uninitialized(size_t count) {
+  return Floats(new float[count]);
+}
+
+// Reads the array's buffer once on every thread of the pool; the result only
+// keeps the compiler from dropping the reads.
+uint32_t stream_read(const mlx::core::array& a);
+
+// Rows of W per task: about four tasks a thread, at most kMaxTileRows.
+int tile_rows(int n, int matrices);
+
+}  // namespace glm_fused::cpu

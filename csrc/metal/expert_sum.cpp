@@ -1,0 +1,62 @@
+#include "metal/pipelines.h"
+#include "metal/source.h"
+#include "primitives.h"
+
+namespace glm_fused {
+
+namespace {
+
+constexpr int kThreads = 256;
+
+std::string of_type(const std::string& kernel, const mx::array& a) {
+  return kernel + "<" + metal::type_name(a.dtype()) + ">";
+}
+
+}  // namespace
+
+void Swiglu::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  auto& act = outputs[0];
+  act.set_data(mx::allocator::malloc(act.nbytes()));
+  if (act.size() == 0) {
+    return;
+  }
+  auto& encoder = mx::metal::get_command_encoder(stream());
+  encoder.set_compute_pipeline_state(
+      metal::kernel(
+          mx::metal::device(stream().device),
+          metal_source::expert_sum,
+          of_type("swiglu", act)));
+  encoder.set_input_array(inputs[0], 0);
+  encoder.set_input_array(inputs[1], 1);
+  encoder.set_output_array(act, 2);
+  encoder.dispatch_threads(
+      MTL::Size(act.size(), 1, 1), MTL::Size(kThreads, 1, 1));
+}
+
+void ExpertSum::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto& y = inputs[0];
+  auto& sum = outputs[0];
+  sum.set_data(mx::allocator::malloc(sum.nbytes()));
+  if (sum.size() == 0) {
+    return;
+  }
+  auto& encoder = mx::metal::get_command_encoder(stream());
+  encoder.set_compute_pipeline_state(
+      metal::kernel(
+          mx::metal::device(stream().device),
+          metal_source::expert_sum,
+          of_type("expert_sum", y)));
+  encoder.set_input_array(y, 0);
+  encoder.set_input_array(inputs[1], 1);
+  encoder.set_output_array(sum, 2);
+  encoder.set_bytes(static_cast<int>(y.shape(1)), 3);
+  encoder.set_bytes(static_cast<int>(y.shape(2)), 4);
+  encoder.dispatch_threads(
+      MTL::Size(y.shape(2), y.shape(0), 1), MTL::Size(kThreads, 1, 1));
+}
+
+}  // namespace glm_fused

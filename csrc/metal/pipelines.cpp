@@ -1,0 +1,93 @@
+#include "metal/pipelines.h"
+
+#include <algorithm>
+#include <cctype>
+
+namespace glm_fused::metal {
+
+namespace {
+
+std::string type_name(FloatType type) {
+  return type == FloatType::float32 ? "float"
+      : type == FloatType::float16  ? "float16_t"
+                                    : "bfloat16_t";
+}
+
+// Spells template arguments in the characters of an identifier.
+std::string host_name(std::string function) {
+  std::replace_if(
+      function.begin(),
+      function.end(),
+      [](unsigned char c) { return !std::isalnum(c); },
+      '_');
+  return "glm_fused_" + function;
+}
+
+}  // namespace
+
+std::string type_name(mx::Dtype dtype) {
+  return dtype == mx::float32 ? type_name(FloatType::float32)
+      : dtype == mx::float16  ? type_name(FloatType::float16)
+                              : type_name(FloatType::bfloat16);
+}
+
+std::string format_name(const Format& f, int n, int k) {
+  if (f.mode == Mode::dense) {
+    return "Dense<" + type_name(f.float_type) + ">";
+  }
+  const std::string order = uses_fast_order(f, n, k) ? "true" : "false";
+  const std::string layout = std::to_string(f.group_size) + ", " +
+      std::to_string(f.bits) + ", " + order + ">";
+  return f.mode == Mode::affine
+      ? "Affine<" + type_name(f.float_type) + ", " + layout
+      : "Fp<" + layout;
+}
+
+MTL::ComputePipelineState* kernel(
+    mx::metal::Device& device,
+    const char* source,
+    const std::string& function) {
+  if (function.find('<') == std::string::npos) {
+    auto library =
+        device.get_library("glm_fused_" + function, [&] { return source; });
+    return device.get_kernel(function, library);
+  }
+  const std::string name = host_name(function);
+  auto library = device.get_library(name, [&] {
+    return std::string(source) + "template [[host_name(\"" + name +
+        "\")]] [[kernel]] decltype(" + function + ") " + function + ";\n";
+  });
+  return device.get_kernel(name, library);
+}
+
+int simdgroups(MTL::ComputePipelineState* kernel, int wanted) {
+  const int most = static_cast<int>(kernel->maxTotalThreadsPerThreadgroup());
+  return std::clamp(most / 32, 1, wanted);
+}
+
+// Metal takes threadgroup memory in steps of 16 bytes.
+size_t threadgroup_bytes(size_t words) {
+  return (4 * words + 15) / 16 * 16;
+}
+
+mx::array allocate(mx::Shape shape, mx::Dtype dtype) {
+  mx::array a(std::move(shape), dtype, nullptr, {});
+  a.set_data(mx::allocator::malloc(a.nbytes()));
+  return a;
+}
+
+void bind_weight(
+    mx::metal::CommandEncoder& encoder,
+    const std::vector<mx::array>& inputs,
+    size_t& next,
+    const Format& format,
+    int index) {
+  const mx::array& weight = inputs[next++];
+  const bool scales = format.mode != Mode::dense;
+  const bool biases = format.mode == Mode::affine;
+  encoder.set_input_array(weight, index);
+  encoder.set_input_array(scales ? inputs[next++] : weight, index + 1);
+  encoder.set_input_array(biases ? inputs[next++] : weight, index + 2);
+}
+
+}  // namespace glm_fused::metal

@@ -1,0 +1,1 @@
+#include "expert_sum.h"

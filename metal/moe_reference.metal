@@ -1,1 +1,0 @@
-#include "moe_reference.h"
