@@ -32,9 +32,11 @@ from common import median, multiply_add_rate, parser, report
 from peers import llama_cpp
 
 import glm_fused
-from glm_fused import ops, rows, stock
-from glm_fused.benchmark import read_bandwidth, seconds
+from glm_fused import ops
+from glm_fused.formats import kv_rows
 from glm_fused.host import to_numpy
+from glm_fused.ops import stock
+from glm_fused.selftest.benchmark import read_bandwidth, seconds
 
 INDEX_HEADS, INDEX_DIM, TOPK = 32, 128, 2048
 HEADS, RANK, ROPE, SCALE = 64, 512, 64, 0.0625
@@ -72,15 +74,15 @@ class Layer:
 
         # Packed in pieces: the float32 values of a million rows would not fit.
         pieces = [min(1 << 15, context - i) for i in range(0, context, 1 << 15)]
-        packed = kv_format in rows.PACKED
+        packed = kv_format in kv_rows.PACKED
         keys, latents, ropes = [], [], []
         for n in pieces:
             k, c, r = random(1, n, INDEX_DIM), random(1, n, RANK), random(1, n, ROPE)
             if packed:
-                keys.append(rows.pack(k, None, kv_format))
-                latents.append(rows.pack(c, r, kv_format))
+                keys.append(kv_rows.pack(k, None, kv_format))
+                latents.append(kv_rows.pack(c, r, kv_format))
             else:
-                dtype = rows.FLOATS[kv_format]
+                dtype = kv_rows.FLOATS[kv_format]
                 keys.append(k.astype(dtype))
                 latents.append(c.astype(dtype))
                 ropes.append(r.astype(dtype))
@@ -164,14 +166,14 @@ def measure(
     tokens = options.tokens
     selected = min(context, TOPK)
     size = {
-        "ix": context * rows.row_bytes(kv_format, INDEX_DIM, 0),
-        "at": selected * rows.row_bytes(kv_format, RANK, ROPE) * tokens,
+        "ix": context * kv_rows.row_bytes(kv_format, INDEX_DIM, 0),
+        "at": selected * kv_rows.row_bytes(kv_format, RANK, ROPE) * tokens,
     }
     work = {
         "ix": context * INDEX_HEADS * INDEX_DIM * tokens if context > TOPK else 0,
         "at": selected * HEADS * (2 * RANK + ROPE) * tokens,
     }
-    copies = max(1, min(16, int(BEYOND_CACHE / (context * rows.row_bytes(kv_format, 128, 0)))))
+    copies = max(1, min(16, int(BEYOND_CACHE / (context * kv_rows.row_bytes(kv_format, 128, 0)))))
     layers = [Layer(kv_format, context, tokens, seed) for seed in range(copies)]
     peers = [layer.in_ggml(ggml) for layer in layers] if ggml else []
     samples = {"ix": Samples(), "at": Samples()}

@@ -19,8 +19,8 @@ from common import DTYPES, bits_per_weight, median, parser, report
 
 import glm_fused
 from glm_fused import ops
-from glm_fused.benchmark import FORMATS, nbytes, read_bandwidth, seconds
-from glm_fused.synthetic import Bits
+from glm_fused.selftest.benchmark import FORMATS, nbytes, read_bandwidth, seconds
+from glm_fused.selftest.synthetic import Bits
 
 # [out, in]
 PROJECTIONS = {

@@ -20,8 +20,8 @@ from common import DTYPES, bits_per_weight, median, parser, report
 
 import glm_fused
 from glm_fused import ops
-from glm_fused.benchmark import FORMATS, RoutedExperts, read_bandwidth, seconds
 from glm_fused.host import to_numpy
+from glm_fused.selftest.benchmark import FORMATS, RoutedExperts, read_bandwidth, seconds
 
 COLUMNS = {
     "format": "",

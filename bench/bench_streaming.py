@@ -31,11 +31,11 @@ import numpy as np
 from common import machine
 
 from glm_fused import _ext, ops
-from glm_fused.config import args_from_config
-from glm_fused.expert_source import LayerExperts, Part
-from glm_fused.moe import MoE
-from glm_fused.sidecar import slab_bytes
-from glm_fused.slots import StreamedExperts
+from glm_fused.models.config import args_from_config
+from glm_fused.models.moe import MoE
+from glm_fused.streaming.experts import StreamedExperts
+from glm_fused.streaming.sidecar import slab_bytes
+from glm_fused.streaming.source import LayerExperts, Part
 
 HIDDEN, INTERMEDIATE, TOP_K, GROUP = 6144, 2048, 8, 64
 SHAPES = {

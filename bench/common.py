@@ -13,7 +13,7 @@ import mlx.core as mx
 
 import glm_fused
 from glm_fused import _ext
-from glm_fused.benchmark import FORMATS
+from glm_fused.selftest.benchmark import FORMATS
 from glm_fused.selftest.machine import chip
 
 DTYPES = {"bf16": mx.bfloat16, "fp16": mx.float16, "fp32": mx.float32}

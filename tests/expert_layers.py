@@ -10,7 +10,8 @@ import numpy as np
 from formats_under_test import DTYPES, random_weight
 from metal_backend import cpu, metal
 
-from glm_fused import metal_sim, ops
+from glm_fused import ops
+from glm_fused.ops import metal_sim
 
 Format = tuple[str, int, int]
 

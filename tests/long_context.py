@@ -12,7 +12,8 @@ import mlx.core as mx
 import numpy as np
 from formats_under_test import bits_of
 
-from glm_fused import _ext, ops, rows
+from glm_fused import _ext, ops
+from glm_fused.formats import kv_rows
 
 KEY_FORMATS = ["bf16", "fp16", "fp32", "fp8", "int8"]
 
@@ -26,9 +27,9 @@ def random_rows(
 ) -> tuple[mx.array, mx.array | None]:
     """Cached rows [b, total, …] of a format, and their RoPE keys where they are apart."""
     latents, ropes = random(rng, (b, total, rank)), random(rng, (b, total, rope))
-    if kv_format in rows.PACKED:
-        return rows.pack(latents, ropes if rope else None, kv_format), None
-    dtype = rows.FLOATS[kv_format]
+    if kv_format in kv_rows.PACKED:
+        return kv_rows.pack(latents, ropes if rope else None, kv_format), None
+    dtype = kv_rows.FLOATS[kv_format]
     return latents.astype(dtype), ropes.astype(dtype) if rope else None
 
 

@@ -19,8 +19,9 @@ import mlx_kernels as mk
 import numpy as np
 from tqdm import tqdm
 
-from glm_fused import metal_sim, selftest
-from glm_fused.formats import Format
+from glm_fused import selftest
+from glm_fused.checkpoint.quantization import Format
+from glm_fused.ops import metal_sim
 from glm_fused.selftest.case import Case
 from glm_fused.selftest.cases import cases
 from glm_fused.selftest.compare import GOLDEN, Outputs, digest, evaluated, first_difference

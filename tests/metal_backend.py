@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 from sim.compiler import compile_library
 
-from glm_fused import metal_sim
+from glm_fused.ops import metal_sim
 
 GPU = mx.metal.is_available()
 simulated_only = pytest.mark.skipif(GPU, reason="tells of the simulator's launches")

@@ -18,7 +18,7 @@ from shader_texts import mlx_arithmetic
 from sim.compiler import compile_library
 from sim.host import Launch, compiled
 
-from glm_fused import metal_sim
+from glm_fused.ops import metal_sim
 
 _BATCH = 16
 _SHARED = """#include <metal_simdgroup>

@@ -20,10 +20,10 @@ from mlx_lm.models.cache import (
 )
 
 import glm_fused
-from glm_fused.cache_check import load_prompt_cache
-from glm_fused.config import args_from_config
-from glm_fused.model import Model
-from glm_fused.rows import format_of
+from glm_fused.formats.kv_rows import format_of
+from glm_fused.models.cache_check import load_prompt_cache
+from glm_fused.models.config import args_from_config
+from glm_fused.models.decoder import Model
 
 VECTORS = Path(__file__).parent / "vectors"
 TOKENS, NEXT = mx.array([[5, 6, 7, 8, 9]]), mx.array([[3]])

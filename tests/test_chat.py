@@ -9,8 +9,8 @@ import pytest
 from conftest import tiny_config, write_checkpoint
 from test_generate import write_tokenizer
 
-from glm_fused import chat
 from glm_fused.cli import main
+from glm_fused.generation import chat
 from glm_fused.loader import load
 
 MESSAGES = [{"role": "user", "content": "w1 w2"}]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from conftest import make_tensors, tiny_config, write_checkpoint, write_safetensors
 
-from glm_fused.checkpoint import Checkpoint
+from glm_fused.checkpoint.folder import Checkpoint
+from glm_fused.checkpoint.safetensors_header import read_header
 from glm_fused.loader import load_model
-from glm_fused.safetensors_header import read_header
 
 AFFINE = {"group_size": 64, "bits": 4, "mode": "affine"}
 NVFP4 = {"group_size": 16, "bits": 4, "mode": "nvfp4"}

@@ -16,9 +16,10 @@ from conftest import tiny_config, write_checkpoint
 from test_generate import WORDS, write_tokenizer
 
 import glm_fused
-from glm_fused import _abi, demo, load, num_threads, ops, paths, set_num_threads
-from glm_fused.cli import main
-from glm_fused.folders import checkpoint_folder
+from glm_fused import _abi, load, num_threads, ops, set_num_threads
+from glm_fused.checkpoint.paths import checkpoint_folder
+from glm_fused.cli import demo, main
+from glm_fused.ops import paths
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_ab_finds_a_difference(capsys, monkeypatch, model):
 
 def test_demo(capsys, monkeypatch, model):
     monkeypatch.setattr(demo, "checkpoint_folder", lambda: model)
-    monkeypatch.setattr("glm_fused.commands._load", lambda path, threads: load_demo(path))
+    monkeypatch.setattr("glm_fused.cli.commands._load", lambda path, threads: load_demo(path))
     code, out, _ = run(capsys, "demo", "--max-tokens", "3", "--prompt", WORDS)
     assert code == 0
     assert WORDS in out
@@ -453,7 +454,7 @@ def test_interrupt_is_quiet(capsys, monkeypatch, model):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("glm_fused.commands._load", interrupt)
+    monkeypatch.setattr("glm_fused.cli.commands._load", interrupt)
     assert run(capsys, *generate(model)) == (130, "", "")
 
 

@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from glm_fused.config import DeepseekV32Args, ModelArgs, args_from_config
-from glm_fused.rope import Rope, RopeParameters
+from glm_fused.models.config import DeepseekV32Args, ModelArgs, args_from_config
+from glm_fused.models.rope import Rope, RopeParameters
 
 GLM52 = {
     "model_type": "glm_moe_dsa",

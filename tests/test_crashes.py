@@ -154,7 +154,7 @@ def test_the_exit_code_stands_though_a_daemon_thread_decodes(threads):
 @linux
 @pytest.mark.parametrize("prompt", ["def f(x):", "word " * 4000], ids=["decode", "prompt"])
 def test_ctrl_c_ends_a_run_without_a_traceback(prompt):
-    from glm_fused import demo
+    from glm_fused.cli import demo
 
     command = [sys.executable, "-m", "glm_fused", "generate", "--model"]
     tokens = "7000" if len(prompt) < 100 else "7"

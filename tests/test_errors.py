@@ -10,10 +10,10 @@ import pytest
 from conftest import tiny_config, write_checkpoint
 from test_generate import write_tokenizer
 
-from glm_fused.budget import parse_size
 from glm_fused.cli import main
-from glm_fused.config import args_from_config
-from glm_fused.pins import read_pins
+from glm_fused.models.config import args_from_config
+from glm_fused.streaming.budget import parse_size
+from glm_fused.streaming.pins import read_pins
 
 HUGE = "9" * 400
 
@@ -54,7 +54,7 @@ def test_a_bug_is_told_from_what_a_user_can_mend(capsys, monkeypatch, folder, er
     def fail(_):
         raise error
 
-    monkeypatch.setattr("glm_fused.report.describe", fail)
+    monkeypatch.setattr("glm_fused.checkpoint.description.describe", fail)
     monkeypatch.delenv("GLM_FUSED_DEBUG", raising=False)
     found, err = run(capsys, "inspect", folder)
     assert found == code

@@ -6,11 +6,12 @@ from conftest import tiny_config, write_checkpoint
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from glm_fused import load, ops, paths
-from glm_fused.ab import compare, differing, format_comparison
-from glm_fused.generation import generate
-from glm_fused.options import Options
-from glm_fused.prompts import encode
+from glm_fused import load, ops
+from glm_fused.cli.ab import compare, differing, format_comparison
+from glm_fused.generation.generate import generate
+from glm_fused.generation.options import Options
+from glm_fused.generation.prompts import encode
+from glm_fused.ops import paths
 
 VOCAB = 256
 WORDS = " ".join(f"w{i}" for i in range(3, 43))  # over twice index_topk

@@ -14,11 +14,11 @@ from test_generate import loaded as loaded
 
 import glm_fused
 from glm_fused import load
-from glm_fused.ab import compare
-from glm_fused.generation import generate
-from glm_fused.options import Options, checkpoint_options
-from glm_fused.prompts import encode
-from glm_fused.stops import StopTexts
+from glm_fused.cli.ab import compare
+from glm_fused.generation.generate import generate
+from glm_fused.generation.options import Options, checkpoint_options
+from glm_fused.generation.prompts import encode
+from glm_fused.generation.stops import StopTexts
 
 
 def test_tokens_arrays_and_chats_are_prompts(loaded):

@@ -9,8 +9,8 @@ from test_mlx_lm import CONFIG, PROMPT, TYPES
 from tests.formats_under_test import dequantized, format_id, random_weight
 
 from glm_fused import ops
-from glm_fused.config import args_from_config
-from glm_fused.model import Model
+from glm_fused.models.config import args_from_config
+from glm_fused.models.decoder import Model
 
 FORMATS = [
     ("affine", 4, 64), ("affine", 3, 32), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16),
@@ -181,7 +181,7 @@ def plain_ops(monkeypatch) -> None:
     monkeypatch.setattr(ops, "quantized_matvec", lambda x, w: x @ w.weight.swapaxes(-1, -2))
     monkeypatch.setattr(ops, "moe_decode", experts)
     monkeypatch.setattr(ops, "sparse_mla_decode", attention)
-    monkeypatch.setattr("glm_fused.moe.ops.router_topk", router)
+    monkeypatch.setattr("glm_fused.models.moe.ops.router_topk", router)
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -10,10 +10,10 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache, trim_prompt_cache
 
 import glm_fused
-from glm_fused.cache import append, bytes_per_token
-from glm_fused.config import ModelArgs
-from glm_fused.demo import checkpoint_folder
-from glm_fused.rows import FLOATS, KV_FORMATS, PACKED, pack, row_bytes, unpack
+from glm_fused.cli.demo import checkpoint_folder
+from glm_fused.formats.kv_rows import FLOATS, KV_FORMATS, PACKED, pack, row_bytes, unpack
+from glm_fused.models.cache import append, bytes_per_token
+from glm_fused.models.config import ModelArgs
 
 VECTORS = Path(__file__).parent / "vectors"
 # Mean error of the logits, of their standard deviation, while every key is selected. The golden

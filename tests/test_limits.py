@@ -9,7 +9,7 @@ import mlx.nn as nn
 import pytest
 from test_model import tiny
 
-from glm_fused import tokens
+from glm_fused.models import tokens
 
 
 @pytest.mark.parametrize("token", [-1, 96, 2**32 - 1, 2**63 - 1])

@@ -8,7 +8,8 @@ from formats_under_test import assert_same_bits
 from long_context import KEY_FORMATS, random, random_rows
 from metal_backend import cpu, metal, on_both, simulated_only
 
-from glm_fused import metal_sim, ops, paths
+from glm_fused import ops
+from glm_fused.ops import metal_sim, paths
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 

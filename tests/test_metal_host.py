@@ -13,8 +13,9 @@ from formats_under_test import DTYPES, FORMATS, assert_same_bits, format_id, ran
 from metal_backend import GPU, cpu, metal, on_both, simulated_only
 from sim.host import compiled
 
-from glm_fused import load, metal_sim, ops, paths
-from glm_fused.demo import PROMPT, checkpoint_folder
+from glm_fused import load, ops
+from glm_fused.cli.demo import PROMPT, checkpoint_folder
+from glm_fused.ops import metal_sim, paths
 
 
 def layer(fmt, dtype="bfloat16", tokens=3, top_k=2, hidden=256, intermediate=128, bank=4, seed=0):

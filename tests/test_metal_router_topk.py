@@ -6,7 +6,8 @@ import pytest
 from formats_under_test import DTYPES, assert_same_bits
 from metal_backend import cpu, metal
 
-from glm_fused import metal_sim, ops
+from glm_fused import ops
+from glm_fused.ops import metal_sim
 
 
 def check(x, weight, bias, top_k, n_group=1, topk_group=1, norm=True, factor=2.5, **settings):

@@ -17,9 +17,9 @@ from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from glm_fused.config import ARGS_CLASSES, args_from_config
-from glm_fused.model import Model
-from glm_fused.registration import register
+from glm_fused.mlx_lm.registration import register
+from glm_fused.models.config import ARGS_CLASSES, args_from_config
+from glm_fused.models.decoder import Model
 
 VOCAB, TOPK = 64, 8
 PROMPT = [3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 32, 38, 46, 26, 43, 38, 32]  # over twice TOPK

@@ -21,13 +21,13 @@ from test_generate import write_tokenizer
 from test_mlx_lm import command, environment
 
 import glm_fused
-from glm_fused import demo
-from glm_fused import mlx_lm as ours
-from glm_fused.checkpoint import Checkpoint
-from glm_fused.formats import quantization_from_config
-from glm_fused.generation import generate
-from glm_fused.options import Options
-from glm_fused.pack import pack
+from glm_fused.checkpoint.folder import Checkpoint
+from glm_fused.checkpoint.quantization import quantization_from_config
+from glm_fused.cli import demo
+from glm_fused.generation.generate import generate
+from glm_fused.generation.options import Options
+from glm_fused.mlx_lm import __main__ as ours
+from glm_fused.streaming.pack import pack
 
 PROMPT = "def add(a, b):\n    return"
 EXAMPLES = [

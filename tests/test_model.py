@@ -19,9 +19,10 @@ from mlx_lm.models.cache import (
 )
 
 import glm_fused
-from glm_fused import chunks, ops, stock
-from glm_fused.config import args_from_config
-from glm_fused.model import Model
+from glm_fused import ops
+from glm_fused.models.config import args_from_config
+from glm_fused.models.decoder import Model
+from glm_fused.ops import chunks, stock
 
 VECTORS = Path(__file__).parent / "vectors"
 CASES = ["glm51", "glm52", "glm_pattern", "deepseek_v32", "odd_sizes", "fp8"]

@@ -5,8 +5,8 @@ import threading
 
 import pytest
 
-from glm_fused import paths
-from glm_fused.paths import reference_path, use_reference
+from glm_fused.ops import paths
+from glm_fused.ops.paths import reference_path, use_reference
 
 VARIABLE = "GLM_FUSED_REFERENCE"
 

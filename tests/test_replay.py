@@ -12,8 +12,8 @@ import pytest
 
 from glm_fused import _ext
 from glm_fused.cli import main
-from glm_fused.replay import format_replay, replay
-from glm_fused.trace import MAX_EXPERTS, read_trace
+from glm_fused.streaming.replay import format_replay, replay
+from glm_fused.streaming.trace import MAX_EXPERTS, read_trace
 
 TRACES = Path(__file__).parent / "vectors" / "traces"
 

@@ -9,11 +9,11 @@ import time
 import pytest
 from conftest import tiny_config, tiny_config_51
 
-from glm_fused.cache import bytes_per_token
-from glm_fused.config import DeepseekV32Args, ModelArgs, args_from_config
-from glm_fused.formats import parse_format
-from glm_fused.layout import modules
-from glm_fused.report import describe, format_report, variant
+from glm_fused.checkpoint.description import describe, format_report, variant
+from glm_fused.checkpoint.quantization import parse_format
+from glm_fused.models.cache import bytes_per_token
+from glm_fused.models.config import DeepseekV32Args, ModelArgs, args_from_config
+from glm_fused.models.tensors import modules
 
 GLM_52 = {
     "model_type": "glm_moe_dsa",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import glm_fused
-from glm_fused.demo import checkpoint_folder
+from glm_fused.cli.demo import checkpoint_folder
 
 GOLDEN = json.loads((Path(__file__).parent / "vectors" / "demo_tokens.json").read_text())
 

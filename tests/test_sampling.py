@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.sample_utils import make_sampler
 
-from glm_fused.sampling import sampler
+from glm_fused.generation.sampling import sampler
 
 VOCABULARY = 1000
 DTYPES = [mx.float32, mx.bfloat16, mx.float16]

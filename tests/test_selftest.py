@@ -13,10 +13,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from glm_fused import _ext, metal_sim, ops, synthetic
+from glm_fused import _ext, ops
+from glm_fused.checkpoint.quantization import Format
 from glm_fused.cli import main
-from glm_fused.formats import Format
-from glm_fused.selftest import backends, compare, machine, microbench, report
+from glm_fused.ops import metal_sim
+from glm_fused.selftest import backends, compare, machine, microbench, report, synthetic
 from glm_fused.selftest.cases import cases
 from glm_fused.selftest.expert_cases import MoeDecode, QuantizedMatvec, RouterTopk
 from glm_fused.selftest.run import run_backend

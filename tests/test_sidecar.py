@@ -20,12 +20,12 @@ from test_generate import write_tokenizer
 from test_streaming import AFFINE, run, same, stream
 
 from glm_fused import _ext
-from glm_fused.checkpoint import Checkpoint
+from glm_fused.checkpoint.folder import Checkpoint
 from glm_fused.cli import main
-from glm_fused.expert_source import ExpertReader
 from glm_fused.loader import load_model
-from glm_fused.pack import _Packer, pack
-from glm_fused.sidecar import PAGE, Sidecar
+from glm_fused.streaming.pack import _Packer, pack
+from glm_fused.streaming.sidecar import PAGE, Sidecar
+from glm_fused.streaming.source import ExpertReader
 
 
 @pytest.fixture(scope="module")

@@ -14,16 +14,17 @@ from conftest import make_tensors, tiny_config, write_checkpoint
 from test_generate import write_tokenizer
 from test_slots import ROOT, build
 
-from glm_fused import metal_sim, ops, reference_path
-from glm_fused.budget import parse_size
-from glm_fused.generation import generate
+from glm_fused import ops, reference_path
+from glm_fused.generation.generate import generate
+from glm_fused.generation.options import Options
 from glm_fused.loader import load, load_model
-from glm_fused.options import Options
-from glm_fused.pack import pack
-from glm_fused.replay import TraceWriter, replay
-from glm_fused.slots import plan_waves
-from glm_fused.streaming import StreamOptions
-from glm_fused.trace import read_trace
+from glm_fused.ops import metal_sim
+from glm_fused.streaming.banks import StreamOptions
+from glm_fused.streaming.budget import parse_size
+from glm_fused.streaming.experts import plan_waves
+from glm_fused.streaming.pack import pack
+from glm_fused.streaming.replay import TraceWriter, replay
+from glm_fused.streaming.trace import read_trace
 
 AFFINE = {"group_size": 32, "bits": 4}
 PROMPT = mx.array([[3, 5, 7, 9, 11, 200, 31, 44, 50, 61]])
@@ -395,7 +396,7 @@ def test_a_trace_and_its_replay(folder, tmp_path):
 
 
 def test_expert_tensors_are_told_from_others():
-    from glm_fused.expert_source import is_expert
+    from glm_fused.streaming.source import is_expert
 
     names = [name for name in make_tensors(tiny_config()) if is_expert(name)]
     assert len(names) == 4 * 3

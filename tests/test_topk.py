@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from glm_fused.topk import topk_indices
+from glm_fused.ops.topk import topk_indices
 
 RNG = np.random.default_rng(0)
 

@@ -19,11 +19,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from glm_fused.config import args_from_config
-from glm_fused.formats import Format, infer_format, parse_format, quantization_from_config
-from glm_fused.layout import modules
+from glm_fused.checkpoint.quantization import (
+    Format,
+    infer_format,
+    parse_format,
+    quantization_from_config,
+)
 from glm_fused.loader import load, load_model
-from glm_fused.weights import dequantize_fp8, sanitize, stack
+from glm_fused.models.config import args_from_config
+from glm_fused.models.sanitize import dequantize_fp8, sanitize, stack
+from glm_fused.models.tensors import modules
 
 MODES = [
     *({"group_size": 64, "bits": bits, "mode": "affine"} for bits in (2, 3, 4, 5, 6, 8)),
@@ -268,8 +273,8 @@ def test_inferred_format(quantization):
 def test_stock_mlx_lm_loads_the_same_parameters(tmp_path, options):
     from mlx_lm.utils import load_model as stock_load_model
 
-    from glm_fused.config import ModelArgs
-    from glm_fused.model import Model
+    from glm_fused.models.config import ModelArgs
+    from glm_fused.models.decoder import Model
 
     path = write_checkpoint(tmp_path, mtp=True, shared_indexers=True, **options)
     stock, _ = stock_load_model(path, get_model_classes=lambda config: (Model, ModelArgs))

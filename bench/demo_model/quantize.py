@@ -16,7 +16,7 @@ from pathlib import Path
 import mlx.nn as nn
 from mlx_lm.convert import convert
 
-from glm_fused.registration import register
+from glm_fused.mlx_lm.registration import register
 
 GROUP_SIZE = 64
 KEPT = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from . import _abi as _abi  # first: a clear error where the extension does not fit
 from . import ops
 from ._ext import num_threads, set_num_threads
-from .paths import reference_path
+from .ops.paths import reference_path
 
 if TYPE_CHECKING:
-    from .generation import generate, stream_generate
+    from .generation.generate import generate, stream_generate
     from .loader import load, load_model
-    from .streaming import StreamOptions
+    from .streaming.banks import StreamOptions
 
 __version__ = metadata.version("glm-fused")
 
@@ -33,11 +33,11 @@ __all__ = [
 
 # mlx-lm takes seconds to import, which the kernels and the command line's help do not need.
 _LAZY = {
-    "StreamOptions": "streaming",
-    "generate": "generation",
+    "StreamOptions": "streaming.banks",
+    "generate": "generation.generate",
     "load": "loader",
     "load_model": "loader",
-    "stream_generate": "generation",
+    "stream_generate": "generation.generate",
 }
 
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from . import paths
+from .ops import paths
 
 
 def to_numpy(array: mx.array) -> NDArray[Any]:

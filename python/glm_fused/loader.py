@@ -15,18 +15,18 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from . import _ext
-from .checkpoint import Checkpoint
-from .config import ModelArgs, args_from_config
-from .expert_source import is_expert
-from .formats import Quantization, infer_format, quantization_from_config
+from .checkpoint.folder import Checkpoint
+from .checkpoint.inventory import check_tensors
+from .checkpoint.quantization import Quantization, infer_format, quantization_from_config
+from .formats.kv_rows import check_kv_format
+from .generation.options import checkpoint_options
+from .generation.tokenizer import load_tokenizer
 from .host import to_numpy
-from .layout import unused
-from .manifest import check_tensors
-from .model import Model
-from .options import checkpoint_options
-from .rows import check_kv_format
-from .streaming import StreamOptions, attach_banks, find_source, plan_streaming
-from .tokenizer import load_tokenizer
+from .models.config import ModelArgs, args_from_config
+from .models.decoder import Model
+from .models.tensors import unused
+from .streaming.banks import StreamOptions, attach_banks, find_source, plan_streaming
+from .streaming.source import is_expert
 from .validation import show
 
 _SCALE_SUFFIXES = (".weight_scale_inv", ".kv_b_proj.scales", ".kv_b_proj.biases")
@@ -49,7 +49,7 @@ def load_model(
     """Load the model in the folder ``path``; returns it and its config.
 
     ``path`` "demo" is the bundled model where there is no folder of that name. ``kv_format`` is how
-    the model's caches store keys, one of `glm_fused.rows.KV_FORMATS`. With ``stream``, routed
+    the model's caches store keys, one of `glm_fused.formats.kv_rows`. With ``stream``, routed
     experts are read as they are needed; ``model.streaming`` has the plan and counters, and scales
     of experts are not checked for NaN.
 

@@ -8,33 +8,34 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .. import _ext, rows
+from .. import _ext
+from ..formats import kv_rows
 from ..host import to_numpy
-from ..synthetic import DTYPES, Bits
 from .case import Case
+from .synthetic import DTYPES, Bits
 
-KV_FORMATS = (*rows.FLOATS, *rows.PACKED)
+KV_FORMATS = (*kv_rows.FLOATS, *kv_rows.PACKED)
 
 
 def cached_rows(
     bits: Bits, kv_format: str, count: int, rank: int, rope: int
 ) -> tuple[mx.array, mx.array | None]:
     """Rows [1, count, …] of random bits and, where a format keeps them apart, their RoPE keys."""
-    if kv_format in rows.FLOATS:
-        dtype = rows.FLOATS[kv_format]
+    if kv_format in kv_rows.FLOATS:
+        dtype = kv_rows.FLOATS[kv_format]
         latents, ropes = (bits.floats((1, count, w), dtype) for w in (rank, rope))
         return latents, ropes if rope else None
     codes = bits.words(count, rank).astype(np.uint8)
     if kv_format == "fp8":
         codes &= np.uint8(0xBF)  # no NaN codes
-    scales = (rows.row_bytes(kv_format, rank, 0) - rank) // 4
+    scales = (kv_rows.row_bytes(kv_format, rank, 0) - rank) // 4
     top = 0 if kv_format == "fp8" else -7
     parts = (
         mx.abs(bits.floats((count, scales), mx.float32, top)).view(mx.uint8),
         bits.floats((count, rope), mx.bfloat16).view(mx.uint8),
     )
     packed = np.concatenate([codes, *(to_numpy(p) for p in parts)], axis=1)
-    return mx.array(packed[None]).view(rows.PACKED[kv_format]), None
+    return mx.array(packed[None]).view(kv_rows.PACKED[kv_format]), None
 
 
 @dataclass(frozen=True)

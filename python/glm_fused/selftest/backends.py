@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .. import metal_sim
+from ..ops import metal_sim
 
 
 @dataclass(frozen=True)

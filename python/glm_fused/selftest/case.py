@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import ops
-from ..synthetic import Bits
+from .synthetic import Bits
 
 Arrays = tuple[mx.array, ...]
 

@@ -8,9 +8,9 @@ from typing import Any
 import mlx.core as mx
 
 from .. import _ext
-from ..formats import BITS, GROUP_SIZES, Format
-from ..synthetic import DTYPES
+from ..checkpoint.quantization import BITS, GROUP_SIZES, Format
 from .case import Case
+from .synthetic import DTYPES
 
 DENSE = None
 AFFINE4, MXFP4 = Format("affine", 4, 64), Format("mxfp4", 4, 32)

@@ -9,8 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..benchmark import FORMATS, RoutedExperts, read_bandwidth, seconds
 from .backends import Backend
+from .benchmark import FORMATS, RoutedExperts, read_bandwidth, seconds
 from .machine import without_paths
 
 QUICK = ("affine4", "mxfp4", "bf16")

@@ -9,11 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..synthetic import DTYPES
 from .backends import CPU, Backend
 from .case import Case
 from .compare import Outputs, contraction, digest, evaluated, first_difference, ulps
 from .machine import without_paths
+from .synthetic import DTYPES
 
 MAX_ERROR = 4000
 

@@ -6,11 +6,11 @@ import shutil
 from tests.adversarial.harness import Wrong, clear_error
 from tests.adversarial.kinds._streamed import Fixture, check
 
-from glm_fused.checkpoint import Checkpoint
-from glm_fused.pack import pack
-from glm_fused.sidecar import Sidecar
-from glm_fused.sidecar_identity import check_described, sidecar_source, verify
-from glm_fused.streaming import StreamOptions, attach_banks, plan_streaming
+from glm_fused.checkpoint.folder import Checkpoint
+from glm_fused.streaming.banks import StreamOptions, attach_banks, plan_streaming
+from glm_fused.streaming.pack import pack
+from glm_fused.streaming.sidecar import Sidecar
+from glm_fused.streaming.sidecar_identity import check_described, sidecar_source, verify
 
 STEPS = 2
 LAYERS = ("layer_001.bin", "layer_002.bin")

@@ -10,14 +10,14 @@ from conftest import tiny_config, write_checkpoint
 from mlx_lm.generate import generate_step
 from tests.adversarial.harness import Wrong
 
-from glm_fused.checkpoint import Checkpoint
-from glm_fused.config import args_from_config
-from glm_fused.formats import quantization_from_config
+from glm_fused.checkpoint.folder import Checkpoint
+from glm_fused.checkpoint.inventory import check_tensors
+from glm_fused.checkpoint.quantization import quantization_from_config
 from glm_fused.host import to_numpy
 from glm_fused.loader import load_model
-from glm_fused.manifest import check_tensors
-from glm_fused.pack import pack
-from glm_fused.streaming import StreamOptions, attach_banks, find_source, plan_streaming
+from glm_fused.models.config import args_from_config
+from glm_fused.streaming.banks import StreamOptions, attach_banks, find_source, plan_streaming
+from glm_fused.streaming.pack import pack
 
 STEPS = 5
 TOP_K, EXPERTS = 2, 8

@@ -156,7 +156,7 @@ def planted():
     """Nobody looks at what became of the reads."""
     healthy = mock.Mock(side_effect=lambda cache: _ext.SlotReads())
     with (
-        mock.patch("glm_fused.slots.check_reads", healthy),
+        mock.patch("glm_fused.streaming.experts.check_reads", healthy),
         mock.patch.object(Generation, "lost", True),
     ):
         yield

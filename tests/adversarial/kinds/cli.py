@@ -9,11 +9,12 @@ from unittest import mock
 from tests.adversarial.harness import Unclear, Wrong
 from tests.adversarial.kinds import _command, _model
 
-from glm_fused import arguments, cli, set_num_threads
-from glm_fused.generation import generate
+from glm_fused import cli, set_num_threads
+from glm_fused.cli import arguments
+from glm_fused.generation.generate import generate
+from glm_fused.generation.options import Options
+from glm_fused.generation.prompts import encode
 from glm_fused.loader import load
-from glm_fused.options import Options
-from glm_fused.prompts import encode
 
 NAME = "cli"
 SLOW_CASES = 1000

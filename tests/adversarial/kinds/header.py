@@ -10,8 +10,8 @@ import mlx.core as mx
 from tests.adversarial.harness import Wrong
 from tests.adversarial.kinds import _json, _model
 
-from glm_fused import checkpoint
-from glm_fused import safetensors_header as reader
+from glm_fused.checkpoint import folder as folder_module
+from glm_fused.checkpoint import safetensors_header as reader
 from glm_fused.loader import load_model
 
 NAME = "header"
@@ -177,6 +177,6 @@ def planted():
     """Nobody compares where tensors lie."""
     with (
         mock.patch.object(reader, "_check_extents", lambda *args: None),
-        mock.patch.object(checkpoint, "read_header", reader.read_header),
+        mock.patch.object(folder_module, "read_header", reader.read_header),
     ):
         yield

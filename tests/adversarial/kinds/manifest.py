@@ -8,7 +8,7 @@ from unittest import mock
 
 from tests.adversarial.kinds._sidecars import Sidecars
 
-from glm_fused import sidecar_identity
+from glm_fused.streaming import sidecar_identity
 
 NAME = "manifest"
 QUICK_CASES = 60

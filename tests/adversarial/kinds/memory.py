@@ -12,7 +12,7 @@ from tests.adversarial.kinds._memory import MEMORY, Faults
 from tests.adversarial.kinds._streamed import Fixture, generate_exactly, random_options
 
 from glm_fused import _ext, ops
-from glm_fused.synthetic import Bits
+from glm_fused.selftest.synthetic import Bits
 
 NAME = "memory"
 QUICK_CASES = 24

@@ -17,7 +17,7 @@ from tests.adversarial.kinds._streamed import (
     random_options,
 )
 
-from glm_fused.slots import StreamedExperts
+from glm_fused.streaming.experts import StreamedExperts
 
 NAME = "reads"
 QUICK_CASES = 40

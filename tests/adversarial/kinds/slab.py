@@ -8,9 +8,10 @@ from conftest import write_checkpoint
 from tests.adversarial.kinds._sidecars import LAYERS, Sidecars
 from tests.adversarial.kinds._streamed import CONFIG, EXPERTS
 
-from glm_fused import _ext, sidecar_identity
-from glm_fused.pack import pack
-from glm_fused.sidecar import PAGE
+from glm_fused import _ext
+from glm_fused.streaming import sidecar_identity
+from glm_fused.streaming.pack import pack
+from glm_fused.streaming.sidecar import PAGE
 
 NAME = "slab"
 QUICK_CASES = 60

@@ -8,7 +8,7 @@ from unittest import mock
 from tests.adversarial.harness import Wrong
 from tests.adversarial.kinds import _command, _model
 
-from glm_fused import chat
+from glm_fused.generation import chat
 from glm_fused.loader import load
 
 NAME = "template"

@@ -12,7 +12,7 @@ from tests.adversarial.kinds._memory import THREADS, Faults
 from tests.adversarial.kinds.slots import EXPERTS, check_slots, make_bank, resolve
 
 from glm_fused import _ext, ops
-from glm_fused.synthetic import Bits
+from glm_fused.selftest.synthetic import Bits
 
 NAME = "thread_creation"
 QUICK_CASES = 60

@@ -23,8 +23,8 @@ from tests.adversarial.kinds._streamed import (
 from tests.adversarial.kinds.slots import BYTES, EXPERTS, check_slots, make_bank, resolve
 
 from glm_fused import _ext, ops
-from glm_fused.slots import StreamedExperts
-from glm_fused.synthetic import Bits
+from glm_fused.selftest.synthetic import Bits
+from glm_fused.streaming.experts import StreamedExperts
 
 NAME = "threads"
 QUICK_CASES = 16

@@ -11,9 +11,9 @@ from tests.adversarial.kinds import _command, _json, _model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from glm_fused import tokenizer as loader
-from glm_fused.checkpoint import Checkpoint
-from glm_fused.prompts import encode
+from glm_fused.checkpoint.folder import Checkpoint
+from glm_fused.generation import tokenizer as loader
+from glm_fused.generation.prompts import encode
 
 NAME = "tokenizer"
 SLOW_CASES = 2000

@@ -9,8 +9,8 @@ from unittest import mock
 from tests.adversarial.harness import Wrong, command_outcome
 from tests.adversarial.kinds import _command, _json
 
-from glm_fused import trace as reader
-from glm_fused.replay import replay
+from glm_fused.streaming import trace as reader
+from glm_fused.streaming.replay import replay
 
 NAME = "trace"
 SLOW_CASES = 15_000

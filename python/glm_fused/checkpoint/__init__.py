@@ -1,0 +1,1 @@
+"""Reading checkpoints: headers, what they hold, and whether it fits the model."""

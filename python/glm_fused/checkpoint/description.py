@@ -1,0 +1,179 @@
+"""What a checkpoint is and what a decoded token costs, from its headers alone."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import prod
+from textwrap import wrap
+from typing import Any
+
+from ..models.cache import bytes_per_token
+from ..models.config import DeepseekV32Args, ModelArgs, args_from_config
+from ..models.tensors import Module, modules
+from .folder import Checkpoint
+from .inventory import Manifest, Stored, check_tensors
+from .quantization import quantization_from_config
+
+WIDTH = 100
+RELEASED_EXPERTS = 256
+
+
+def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON-ready description of the checkpoint in the folder ``path``; reads no tensor data.
+
+    Raises what loading raises for malformed headers and tensors that do not fit the config.
+    """
+    checkpoint = Checkpoint.open(path)
+    args = args_from_config(checkpoint.config)
+    quantization = quantization_from_config(checkpoint.config)
+    manifest = check_tensors(args, quantization, checkpoint.tensors)
+    kinds = _by_kind(args, manifest)
+    return {
+        "path": str(checkpoint.path),
+        "model_type": args.model_type,
+        "variant": variant(args),
+        "parameters": sum(_elements(m) for m in modules(args)),
+        "active_parameters": round(sum(_elements(m) * activity(args, m) for m in modules(args))),
+        "files": len(checkpoint.files),
+        "bytes_on_disk": sum(checkpoint.files.values()),
+        "bytes_loaded": sum(kind.loaded for kind in kinds.values()),
+        "bytes_read_per_token": round(sum(kind.read for kind in kinds.values())),
+        "kv_bytes_per_token": bytes_per_token(args),
+        "formats": {name: kind.describe() for name, kind in kinds.items()},
+        "layers": args.num_hidden_layers,
+        "full_layers": _ranges(i for i in range(args.num_hidden_layers) if args.is_full(i)),
+        "shared_layers": _ranges(i for i in range(args.num_hidden_layers) if not args.is_full(i)),
+        "expert_layers": _ranges(i for i in range(args.num_hidden_layers) if args.is_sparse(i)),
+        "experts": args.n_routed_experts,
+        "experts_per_token": args.num_experts_per_tok,
+        "index_topk": args.index_topk,
+        "context_length": args.max_position_embeddings,
+        "eos_token_id": checkpoint.config.get("eos_token_id"),
+        "ignored_tensors": manifest.ignored,
+    }
+
+
+def variant(args: ModelArgs) -> str:
+    """The release that a config looks like."""
+    if isinstance(args, DeepseekV32Args):
+        name = "DeepSeek-V3.2"
+    else:
+        shared = any(not args.is_full(i) for i in range(args.num_hidden_layers))
+        name = "GLM-5.2/5.3" if shared else "GLM-5/5.1"
+    count = args.n_routed_experts
+    pruned = count is not None and count < RELEASED_EXPERTS
+    return f"{name}, REAP-pruned to {count} of {RELEASED_EXPERTS} experts" if pruned else name
+
+
+def activity(args: ModelArgs, module: Module) -> float:
+    """The share of a module's weights that one token uses."""
+    if module.experts:
+        return args.num_experts_per_tok / module.experts
+    if module.kind == "embedding" and not args.tie_word_embeddings:
+        return 1 / args.vocab_size
+    return 1.0
+
+
+@dataclass
+class _Kind:
+    """Totals of the weights of one kind."""
+
+    formats: dict[str, int] = field(default_factory=dict)
+    weights: int = 0
+    nbytes: int = 0
+    loaded: int = 0
+    read: float = 0.0
+
+    def add(self, args: ModelArgs, stored: Stored) -> None:
+        name = str(stored.format)
+        module, size = stored.source.module, prod(stored.source.shape)
+        self.formats[name] = self.formats.get(name, 0) + stored.nbytes
+        self.weights += size + (module.bias[1] if module.bias else 0)
+        self.nbytes += stored.nbytes
+        loaded = 2 * size if stored.format == "fp8" else stored.nbytes  # becomes bfloat16
+        self.loaded += loaded
+        self.read += loaded * activity(args, module)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "formats": sorted(self.formats, key=lambda name: -self.formats[name]),
+            "bits_per_weight": round(8 * self.nbytes / self.weights, 2),
+            "weights": self.weights,
+            "bytes": self.nbytes,
+            "bytes_read_per_token": round(self.read),
+        }
+
+
+def _by_kind(args: ModelArgs, manifest: Manifest) -> dict[str, _Kind]:
+    kinds: dict[str, _Kind] = {}
+    for stored in manifest.stored:
+        kinds.setdefault(stored.source.kind, _Kind()).add(args, stored)
+    return kinds
+
+
+def _elements(module: Module) -> int:
+    return prod(module.shape) + (module.bias[1] if module.bias else 0)
+
+
+def _ranges(indices: Iterable[int]) -> str:
+    """ "0-2, 6, 10": consecutive numbers joined."""
+    runs: list[list[int]] = []
+    for i in indices:
+        if runs and runs[-1][1] == i - 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def format_report(description: dict[str, Any]) -> str:
+    """The description as text for a terminal."""
+    d = description
+    lines = [
+        f"{d['variant']} ({d['model_type']})",
+        f"  path        {d['path']}",
+        f"  parameters  {_count(d['parameters'])}, {_count(d['active_parameters'])} active a token",
+        f"  on disk     {_bytes(d['bytes_on_disk'])} in {_plural(d['files'], 'file')},"
+        f" {_bytes(d['bytes_loaded'])} loaded",
+        f"  per token   {_bytes(d['bytes_read_per_token'])} of weights read,"
+        f" {d['kv_bytes_per_token']:,} B of cache (bfloat16)",
+        f"  layers      {d['layers']}",
+        *_wrapped("full", d["full_layers"]),
+        *_wrapped("shared", d["shared_layers"]),
+        f"  experts     {d['experts'] or 'none'}, {d['experts_per_token']} a token, on layers"
+        f" {d['expert_layers'] or 'none'}",
+        f"  context     {d['context_length']:,} tokens, {d['index_topk']} attended to",
+        f"  eos         {d['eos_token_id']}",
+    ]
+    lines += [f"  unused      {n} tensors: {reason}" for reason, n in d["ignored_tensors"].items()]
+    lines += ["", f"  {'weights':<18}{'bits':>6}{'on disk':>11}{'a token':>11}  format"]
+    for name, kind in d["formats"].items():
+        lines.append(
+            f"  {name:<18}{kind['bits_per_weight']:>6.2f}{_bytes(kind['bytes']):>11}"
+            f"{_bytes(kind['bytes_read_per_token']):>11}  {', '.join(kind['formats'])}"
+        )
+    return "\n".join(lines)
+
+
+def _wrapped(label: str, text: str) -> list[str]:
+    return wrap(
+        text or "none", WIDTH, initial_indent=f"    {label:<10}", subsequent_indent=" " * 14
+    )
+
+
+def _plural(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def _count(n: int) -> str:
+    for size, unit in ((10**9, "G"), (10**6, "M")):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return str(n)
+
+
+def _bytes(n: int) -> str:
+    for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if n >= size:
+            return f"{n / size:.2f} {unit}"
+    return f"{n} B"

@@ -1,0 +1,134 @@
+"""A checkpoint folder: its config and the headers of its shards. Nothing here reads tensor data."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..validation import show
+from .paths import checkpoint_folder
+from .safetensors_header import (
+    TensorInfo,
+    parse_json_object,
+    quoted,
+    read_header,
+    regular_file_size,
+)
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MAX_JSON_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint contains, validated as far as its headers tell.
+
+    ``config`` is config.json, with ``eos_token_id`` of generation_config.json when that has one.
+    ``files`` gives each shard's size in bytes, ``tensors`` every tensor by name.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    files: dict[str, int]
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Checkpoint":
+        """Read configs, index and headers; ``path`` is what `glm_fused.checkpoint.paths` takes.
+
+        Raises FileNotFoundError for a missing folder, config or shard and ValueError, naming the
+        file and tensor, for anything malformed or inconsistent.
+        """
+        path = checkpoint_folder(path)
+        config = _read_config(path)
+        index = path / INDEX_FILE
+        if index.exists():
+            tensors = _read_shards(path, _weight_map(index))
+        elif (path / SINGLE_FILE).exists():
+            tensors = read_header(path / SINGLE_FILE)
+        else:
+            raise FileNotFoundError(
+                f"[checkpoint] {path} has neither {SINGLE_FILE} nor {INDEX_FILE}."
+            )
+        if not tensors:
+            raise ValueError(f"[checkpoint] {path} has no tensors.")
+        names = dict.fromkeys(info.file for info in tensors.values())
+        files = {name: (path / name).stat().st_size for name in names}
+        return cls(path, config, files, tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from an untrusted file; errors name the file."""
+    size = regular_file_size(path)
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"[checkpoint] {path}: {size} bytes, expected at most {MAX_JSON_BYTES}.")
+    return parse_json_object(path.read_bytes(), f"[checkpoint] {path}")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path / "config.json")
+    generation = path / "generation_config.json"
+    if generation.exists():
+        eos = read_json(generation).get("eos_token_id")
+        if eos is not None:
+            config["eos_token_id"] = eos
+    if (eos := config.get("eos_token_id")) is not None:
+        ids = eos if isinstance(eos, list) else [eos]
+        if not all(type(token) is int and token >= 0 for token in ids):
+            raise ValueError(
+                f"[checkpoint] {path}: eos_token_id must be token ids, found {show(eos)}."
+            )
+    return config
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"[checkpoint] {index}: weight_map must name tensors and their files.")
+    checked: set[str] = set()
+    for name, file in weight_map.items():
+        if isinstance(file, str) and file in checked:
+            continue
+        plain = isinstance(file, str) and file.endswith(".safetensors")
+        if not plain or len(file) > 255 or any(c in file for c in "/\\:\0"):
+            raise ValueError(
+                f"[checkpoint] {index}: tensor {quoted(name)} is in {show(file)}, expected the"
+                " plain name of a .safetensors file in the same folder."
+            )
+        checked.add(file)
+    return weight_map
+
+
+def _read_shards(path: Path, weight_map: dict[str, str]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for file in dict.fromkeys(weight_map.values()):
+        if not (path / file).exists():
+            count = sum(1 for f in weight_map.values() if f == file)
+            raise FileNotFoundError(
+                f"[checkpoint] {path / file} is missing; {INDEX_FILE} puts {count} tensors there."
+            )
+        for name, info in read_header(path / file).items():
+            if name in tensors:
+                raise ValueError(
+                    f"[checkpoint] {path}: tensor {quoted(name)} is in both {tensors[name].file}"
+                    f" and {file}."
+                )
+            if weight_map.get(name) != file:
+                raise ValueError(
+                    f"[checkpoint] {path / file}: tensor {quoted(name)} is here, but {INDEX_FILE}"
+                    f" has it in {show(weight_map.get(name))}."
+                )
+            tensors[name] = info
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise ValueError(
+                f"[checkpoint] {path / file}: tensor {quoted(name)} is missing; {INDEX_FILE} has it"
+                " here."
+            )
+    return tensors

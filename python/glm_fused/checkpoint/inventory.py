@@ -1,0 +1,238 @@
+"""Compares a checkpoint's headers with what its config needs, before any data is read."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ..models.config import ModelArgs
+from ..models.tensors import Module, layer_of, modules, unused
+from .quantization import FP8_BLOCK, Format, Quantization
+from .safetensors_header import TensorInfo, quoted
+
+FLOATS = ("BF16", "F16", "F32")
+SHOWN = 3  # tensors named per kind of problem
+MAX_MISSING = 1000
+
+
+class Source(NamedTuple):
+    """A weight as stored, in either layout: its module, its tensor and its logical shape."""
+
+    path: str
+    tensor: str
+    module: Module
+    shape: tuple[int, ...]
+
+    @property
+    def kind(self) -> str:
+        if self.path.endswith(".kv_b_proj"):
+            return "kv_b_proj"
+        return "experts gate, up" if self.path.endswith(".gate_up_proj") else self.module.kind
+
+
+class Stored(NamedTuple):
+    """A weight found: how it is packed (a format, "fp8" or a float type) and its bytes."""
+
+    source: Source
+    format: Format | str
+    nbytes: int
+
+
+@dataclass
+class Manifest:
+    """Every weight of the model and where it is; ``ignored`` counts unused tensors by reason."""
+
+    stored: list[Stored] = field(default_factory=list)
+    ignored: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Checker:
+    args: ModelArgs
+    quantization: Quantization | None
+    tensors: Mapping[str, TensorInfo]
+    left: dict[str, None]
+    missing: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def take(self, name: str) -> TensorInfo | None:
+        self.left.pop(name, None)
+        info = self.tensors.get(name)
+        if info is None:
+            self.missing.append(name)
+        return info
+
+    def expect(
+        self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...], why: str = ""
+    ) -> int:
+        """Check one tensor; returns its bytes, 0 if it is missing."""
+        info = self.take(name)
+        if info is None:
+            return 0
+        if info.dtype not in dtypes or info.shape != shape:
+            self.wrong.append(
+                f"{name} ({info.file}) is {info.dtype} {list(info.shape)}, expected"
+                f" {' or '.join(dtypes)} {list(shape)}{why}"
+            )
+        return info.nbytes
+
+    def check(self, source: Source) -> Stored | None:
+        """One weight with its scales; problems are collected."""
+        nbytes = 0
+        if source.module.bias is not None:
+            name, size = source.module.bias
+            nbytes += self.expect(f"{source.path}.{name}", FLOATS, (size,))
+        info = self.tensors.get(source.tensor)
+        if info is None:
+            self.take(source.tensor)
+            self._leave_out(source.path)
+            return None
+        if f"{source.path}.scales" in self.tensors or info.dtype == "U32":
+            return self._quantized(source, nbytes)
+        self._check_dense(source)
+        if info.dtype != "F8_E4M3" or len(source.shape) != 2 or not source.module.quantizable:
+            nbytes += self.expect(source.tensor, FLOATS, source.shape)
+            return Stored(source, info.dtype, nbytes)
+        nbytes += self.expect(source.tensor, ("F8_E4M3",), source.shape)
+        blocks = tuple(-(-size // FP8_BLOCK) for size in source.shape)
+        nbytes += self.expect(f"{source.tensor}_scale_inv", FLOATS, blocks)
+        return Stored(source, "fp8", nbytes)
+
+    def _check_dense(self, source: Source) -> None:
+        if self.quantization is None:
+            return
+        declared, explicit = self.quantization.declared(source.path)
+        if explicit and declared and source.shape[-1] % declared.group_size == 0:
+            self.wrong.append(
+                f"{source.tensor} has no scales, but config.json declares it {declared}"
+            )
+
+    def _quantized(self, source: Source, nbytes: int) -> Stored | None:
+        path, columns = source.path, source.shape[-1]
+        quantization = self.quantization
+        declared = quantization.declared(path)[0] if quantization and self._packs(source) else None
+        if declared is None:
+            self.wrong.append(f"{source.tensor} is quantized, but config.json does not declare it")
+        elif columns % declared.group_size:
+            self.wrong.append(
+                f"{source.tensor} has rows of {columns}, which groups of {declared.group_size}"
+                f" ({declared}) do not divide"
+            )
+        else:
+            rows, why = source.shape[:-1], f" ({declared} in config.json)"
+            packed, groups = columns * declared.bits // 32, columns // declared.group_size
+            nbytes += self.expect(source.tensor, ("U32",), (*rows, packed), why)
+            types = FLOATS if declared.mode == "affine" else ("U8",)
+            nbytes += self.expect(f"{path}.scales", types, (*rows, groups), why)
+            if declared.mode == "affine" and f"{path}.scales" in self.tensors:
+                same = (self.tensors[f"{path}.scales"].dtype,)
+                nbytes += self.expect(f"{path}.biases", same, (*rows, groups), why)
+            return Stored(source, declared, nbytes)
+        self.left.pop(source.tensor, None)
+        self._leave_out(path)
+        return None
+
+    def _leave_out(self, path: str) -> None:
+        """One problem is enough: do not also call the scales of a weight unexpected."""
+        for part in ("scales", "biases", "weight_scale_inv"):
+            self.left.pop(f"{path}.{part}", None)
+
+    def _packs(self, source: Source) -> bool:
+        return source.module.quantizable and source.tensor == f"{source.path}.weight"
+
+
+def check_tensors(
+    args: ModelArgs, quantization: Quantization | None, tensors: Mapping[str, TensorInfo]
+) -> Manifest:
+    """Match headers with a config.
+
+    Raises ValueError, naming the first few tensors of each kind and their number, if tensors are
+    missing, unexpected, of another shape or type, or not packed as the config declares.
+    """
+    manifest = Manifest()
+    draft_layers = {layer_of(name) for name in tensors if name.endswith(".eh_proj.weight")}
+    used: dict[str, None] = {}
+    for name in tensors:
+        reason = unused(name, args)
+        # A layer too many that is no MTP layer means another config.
+        if reason is None or (reason == "MTP layer" and layer_of(name) not in draft_layers):
+            used[name] = None
+        else:
+            manifest.ignored[reason] = manifest.ignored.get(reason, 0) + 1
+    checker = _Checker(args, quantization, tensors, used)
+    for source in _sources(args, tensors):
+        stored = checker.check(source)
+        if stored is not None:
+            manifest.stored.append(stored)
+        if len(checker.missing) >= MAX_MISSING:  # the config may name any number of experts
+            raise ValueError(f"[checkpoint] {_names('missing', checker.missing, 'at least ')}.")
+    _check_experts_alike(manifest, checker.wrong)
+    parts = [
+        _names(kind, names)
+        for kind, names in (("missing", checker.missing), ("unexpected", list(checker.left)))
+        if names
+    ]
+    if checker.wrong:
+        parts.append("; ".join(checker.wrong[:SHOWN]) + _more(checker.wrong))
+    if parts:
+        raise ValueError(f"[checkpoint] {'. '.join(parts)}.")
+    return manifest
+
+
+def _sources(args: ModelArgs, names: Mapping[str, TensorInfo]) -> Iterator[Source]:
+    """The weights to find. What is in neither layout is looked for in the one of the rest."""
+    hf = any(".mlp.experts." in name or ".kv_b_proj." in name for name in names)
+    for module in modules(args):
+        path, leaf = module.path, module.path.rpartition(".")[2]
+        direct = Source(path, f"{path}.weight", module, module.shape)
+        split = not hf or f"{path.removesuffix(leaf)}embed_q.weight" in names
+        if module.experts and hf and direct.tensor not in names:
+            yield from _expert_sources(module, names)
+        elif leaf == "embed_q" and not split:
+            rows = args.num_attention_heads * (args.qk_nope_head_dim + args.v_head_dim)
+            kv_b = f"{path.removesuffix(leaf)}kv_b_proj"
+            yield Source(kv_b, f"{kv_b}.weight", module, (rows, args.kv_lora_rank))
+        elif leaf != "unembed_out" or split:
+            yield direct
+
+
+def _expert_sources(module: Module, names: Mapping[str, TensorInfo]) -> Iterator[Source]:
+    head, _, leaf = module.path.rpartition(".switch_mlp.")
+    experts, rows, columns = module.shape
+    gate_up, down = f"{head}.experts.gate_up_proj", f"{head}.experts.down_proj"
+    if leaf == "down_proj" and down in names:
+        yield Source(down, down, module, module.shape)
+    elif leaf != "down_proj" and gate_up in names:
+        if leaf == "gate_proj":
+            yield Source(gate_up, gate_up, module, (experts, 2 * rows, columns))
+    else:
+        for e in range(experts):
+            path = f"{head}.experts.{e}.{leaf}"
+            yield Source(path, f"{path}.weight", module, (rows, columns))
+
+
+def _check_experts_alike(manifest: Manifest, wrong: list[str]) -> None:
+    """Experts are stacked, so one format has to serve all of a projection."""
+    first: dict[str, Stored] = {}
+    for stored in manifest.stored:
+        if not stored.source.module.experts:
+            continue
+        other = first.setdefault(stored.source.module.path, stored)
+        if stored.format != other.format:
+            wrong.append(
+                f"{stored.source.tensor} is {stored.format}, expected {other.format} like"
+                f" {other.source.tensor}"
+            )
+
+
+def _names(kind: str, names: list[str], at_least: str = "") -> str:
+    noun = "tensor" if len(names) == 1 else "tensors"
+    shown = ", ".join(_shown(name) for name in names[:SHOWN])
+    return f"{at_least}{len(names)} {kind} {noun}: {shown}{_more(names)}"
+
+
+def _shown(name: str) -> str:
+    return name if name.isprintable() and len(name) <= 200 else quoted(name)
+
+
+def _more(items: list[str]) -> str:
+    return f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""

@@ -1,0 +1,267 @@
+"""Generates text: at once, or piece by piece."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import generation_stream
+from mlx_lm.generate import stream_generate as mlx_stream_generate
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .. import _ext, ops
+from ..formats.kv_rows import format_of
+from ..host import settle
+from ..models.decoder import Model
+from ..models.moe import MoE
+from ..ops import paths
+from ..streaming.budget import peak_resident_bytes
+from ..streaming.experts import check_reads
+from .options import Options
+from .prompts import Prompt, encode, room
+from .stops import StopTexts
+
+OnProgress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One step of generation: its token, and the text that is ready to be shown.
+
+    ``finish_reason`` is None but in the last piece: "stop" or "length".
+    """
+
+    text: str
+    token: int
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A generated text.
+
+    ``finish_reason`` is "length" where ``max_tokens`` or the context ended it, else "stop".
+    ``tokens`` ends with the stop token, or the one that completed a stop text, of which ``text``
+    has nothing. ``peak_memory_bytes`` is MLX's: weights, cache, slots of experts, temporaries;
+    ``peak_resident_bytes`` is of the process. ``kv_bytes`` is what the cache of ``kv_tokens``
+    tokens has allocated, with room to grow.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    path: str
+    prompt_tokens: int
+    prompt_seconds: float
+    prompt_tps: float
+    generation_tps: float | None
+    peak_memory_bytes: int
+    peak_resident_bytes: int
+    kv_format: str
+    kv_bytes: int
+    kv_tokens: int
+
+    def describe(self) -> dict[str, Any]:
+        return asdict(self) | {"generation_tokens": len(self.tokens)}
+
+
+def generate(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    options: Options | None = None,
+    on_text: Callable[[str], None] = lambda text: None,
+    *,
+    raw: bool = False,
+    on_progress: OnProgress = lambda what, done, total: None,
+    **changes: Any,
+) -> Completion:
+    """Continue a prompt, on the current path.
+
+    Args:
+        model: what `glm_fused.load` returned.
+        tokenizer: likewise.
+        prompt: a text, which becomes one user message where the model has a chat template; a list
+            of messages ``{"role": …, "content": …}``; or tokens, a list or an integer array [n].
+        options: how to generate; None: as the checkpoint's generation_config.json says.
+        on_text: gets each piece of text as it is ready.
+        raw: do not apply the chat template to a text.
+        on_progress: gets "prompt" or "generation", the tokens done and their total.
+        changes: options by name in place of those in ``options``: ``max_tokens``, ``temp``,
+            ``top_p``, ``top_k``, ``min_p``, ``repetition_penalty``, ``repetition_context_size``,
+            ``stop``, ``seed``.
+
+    Returns:
+        The text, its tokens, why it ended, and speeds.
+
+    Raises:
+        ValueError: an option that does not exist or cannot have its value, a prompt that is empty,
+            no text, or has tokens that the model lacks, or a prompt and ``max_tokens`` that
+            together exceed the context.
+        RuntimeError: an expert cannot be read.
+    """
+    run = _Run.of(model, tokenizer, prompt, raw, options, changes, on_progress)
+    for piece in run.pieces():
+        on_text(piece.text)
+    return run.completion()
+
+
+def stream_generate(
+    model: Model,
+    tokenizer: TokenizerWrapper,
+    prompt: Prompt,
+    options: Options | None = None,
+    *,
+    raw: bool = False,
+    on_progress: OnProgress = lambda what, done, total: None,
+    **changes: Any,
+) -> Iterator[Piece]:
+    """Continue a prompt piece by piece, one a token; arguments and errors are `generate`'s.
+
+    Arguments are checked by the call, and the model runs as the pieces are taken.
+    """
+    return _Run.of(model, tokenizer, prompt, raw, options, changes, on_progress).pieces()
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """Within the block mlx-lm generates; at its end, wait for what was evaluated ahead.
+
+    That is a step which nobody asks for: what fails in it concerns no later generation.
+    """
+    try:
+        yield
+    finally:
+        settle(generation_stream)
+
+
+class _Run:
+    """One generation and what was measured of it."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: TokenizerWrapper,
+        prompt: Sequence[int],
+        options: Options,
+        on_progress: OnProgress,
+    ):
+        self._model, self._tokenizer, self._options = model, tokenizer, options
+        self._prompt, self._on_progress = list(prompt), on_progress
+        self._max_tokens = room(model, len(prompt), options.max_tokens)
+        self._kv = model.make_cache()
+        self._text, self._finish_reason, self._prompt_seconds = "", "length", 0.0
+        self._tokens: list[int] = []
+        self._ticks: list[float] = []
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        tokenizer: TokenizerWrapper,
+        prompt: Prompt,
+        raw: bool,
+        options: Options | None,
+        changes: dict[str, Any],
+        on_progress: OnProgress,
+    ) -> _Run:
+        """A run of what a caller asks for; raises ValueError where it cannot be."""
+        options = model.options if options is None else options
+        unknown = changes.keys() - asdict(options).keys()
+        if unknown:
+            raise ValueError(
+                f"[generate] {', '.join(sorted(unknown))}: no such option; there are"
+                f" {', '.join(asdict(options))}."
+            )
+        tokens = encode(model, tokenizer, prompt, raw)
+        return cls(model, tokenizer, tokens, replace(options, **changes), on_progress)
+
+    def pieces(self) -> Iterator[Piece]:
+        debug_paths(self._model)
+        if self._options.seed is not None:
+            mx.random.seed(self._options.seed)
+        mx.reset_peak_memory()
+        stops = StopTexts(self._options.stop)
+        with settled(), closing(self._responses()) as responses:
+            for response in responses:
+                check_reads(self._kv)
+                self._count(response)
+                reason = response.finish_reason
+                text, stopped = stops.feed(response.text)
+                if stopped:
+                    reason = "stop"
+                elif reason is not None:
+                    text += stops.rest()
+                self._text += text
+                self._finish_reason = reason or self._finish_reason
+                yield Piece(text, self._tokens[-1], reason)
+                if stopped:
+                    return
+
+    def _responses(self) -> Any:
+        return mlx_stream_generate(
+            self._model,
+            self._tokenizer,
+            self._prompt,
+            self._max_tokens,
+            sampler=self._options.sampler(self._model.args.vocab_size),
+            logits_processors=self._options.processors(),
+            prompt_cache=self._kv,
+            prompt_progress_callback=lambda done, total: self._on_progress("prompt", done, total),
+        )
+
+    def _count(self, response: Any) -> None:
+        if not self._tokens:
+            self._prompt_seconds = len(self._prompt) / response.prompt_tps
+        self._ticks.append(time.perf_counter())
+        self._tokens.append(int(response.token))
+        self._on_progress("generation", len(self._tokens), self._max_tokens)
+
+    def completion(self) -> Completion:
+        kv, ticks = self._kv, self._ticks
+        return Completion(
+            text=self._text,
+            tokens=self._tokens,
+            finish_reason=self._finish_reason,
+            path="reference" if paths.use_reference() else "fused",
+            prompt_tokens=len(self._prompt),
+            prompt_seconds=self._prompt_seconds,
+            prompt_tps=len(self._prompt) / self._prompt_seconds,
+            generation_tps=ratio(len(ticks) - 1, ticks[-1] - ticks[0]),
+            peak_memory_bytes=mx.get_peak_memory(),
+            peak_resident_bytes=peak_resident_bytes(),
+            kv_format=format_of(kv[0][0].keys.dtype),
+            kv_bytes=sum(layer.nbytes for layer in kv),
+            kv_tokens=kv[0].size(),
+        )
+
+
+def debug_paths(model: Model) -> None:
+    """With ``GLM_FUSED_DEBUG``, say which path each layer takes and why."""
+    if not paths.flag("GLM_FUSED_DEBUG"):
+        return
+    if mx.default_device() == mx.gpu:
+        path = "stock MLX ops (the default device is a GPU)"
+    elif paths.use_reference():
+        path = "reference (asked for)"
+    else:
+        path = f"fused ({_ext.cpu_kernels()}, {_ext.num_threads()} threads)"
+    for i, layer in enumerate(model.layers):
+        indexer = "full" if "indexer" in layer.self_attn else "shared"
+        mlp = layer.mlp.switch_mlp if isinstance(layer.mlp, MoE) else layer.mlp
+        formats = "/".join(_format(weight) for weight in mlp.weights())
+        kind = "moe_decode" if isinstance(layer.mlp, MoE) else "dense mlp"
+        paths.debug("layer %d: %s indexer, %s %s: %s", i, indexer, kind, formats, path)
+
+
+def ratio(a: float | None, b: float | None) -> float | None:
+    """a / b, None where either is missing or 0."""
+    return a / b if a and b else None
+
+
+def _format(weight: ops.Weight) -> str:
+    return f"{weight.mode}{weight.bits}" if weight.mode == "affine" else weight.mode

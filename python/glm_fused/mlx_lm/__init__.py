@@ -1,0 +1,1 @@
+"""mlx-lm's own tools with this package's models."""

@@ -1,0 +1,173 @@
+"""Makes stock mlx-lm use this package's models and its strict loader."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import mlx_lm.generate  # the module: its name in the package is a function
+import mlx_lm.models
+import mlx_lm.utils
+
+from .. import loader
+from ..checkpoint.safetensors_header import read_header
+from ..models.config import ARGS_CLASSES
+from ..models.decoder import Model
+
+if TYPE_CHECKING:
+    from ..streaming.banks import StreamOptions
+
+# Options of mlx-lm's that its code ignores for caches like ours, and what to do instead.
+UNSUPPORTED = {
+    "kv_bits": "is for caches of other models; --kv-format int8 or fp8 makes this one's small",
+    "max_kv_size": "would forget keys that sparse attention may select; leave it out",
+}
+
+
+@dataclass
+class Loading:
+    """How ``mlx_lm.load`` loads this package's models in this process.
+
+    Attributes:
+        kv_format: how new caches store keys.
+        stream: how to stream experts, or None.
+        given: options on the command line that only this package's models take.
+        unsupported: options of mlx-lm's on the command line, with their values, that
+            these models do not take.
+        refusal: why the command does not work on these models, or None.
+    """
+
+    kv_format: str = "auto"
+    stream: StreamOptions | None = None
+    given: list[str] = field(default_factory=list)
+    unsupported: Mapping[str, Any] = field(default_factory=dict)
+    refusal: str | None = None
+
+
+_loading = Loading()
+_streamed: weakref.ref[Model] | None = None
+_stock_load_model, _stock_load_adapters = mlx_lm.utils.load_model, mlx_lm.utils.load_adapters
+_generate = sys.modules["mlx_lm.generate"]
+_stock_steps = {
+    name: getattr(_generate, name) for name in ("generate_step", "speculative_generate_step")
+}
+
+
+def register(loading: Loading | None = None) -> None:
+    """Have ``mlx_lm`` load ``glm_moe_dsa`` and ``deepseek_v32`` as this package's models.
+
+    Other model types go on through stock code. Loading follows ``loading`` and is strict: it
+    raises what `glm_fused.load_model` raises. Options that caches of these models do not take
+    (``kv_bits``, ``max_kv_size``) raise ValueError instead of being ignored.
+    """
+    global _loading
+    _loading = loading or Loading()
+    for model_type, args_class in ARGS_CLASSES.items():
+        name = f"{mlx_lm.models.__name__}.{model_type}"
+        module = ModuleType(name, f"glm_fused's {model_type}")
+        module.Model, module.ModelArgs = Model, args_class  # type: ignore[attr-defined]
+        sys.modules[name] = module
+        setattr(mlx_lm.models, model_type, module)
+    setattr(mlx_lm.utils, "load_model", _load_model)  # noqa: B010  mypy knows its exact type
+    setattr(mlx_lm.utils, "load_adapters", _load_adapters)  # noqa: B010
+    for name, stock in _stock_steps.items():
+        setattr(_generate, name, _refusing(stock))
+
+
+def _load_model(
+    model_path: Path,
+    lazy: bool = False,
+    strict: bool = True,
+    model_config: dict[str, Any] | None = None,
+    **stock: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """``mlx_lm.utils.load_model``, through `glm_fused.load_model` where the model is ours."""
+    path = Path(model_path)
+    model_type = _model_type(path)
+    if model_type not in ARGS_CLASSES or "get_model_classes" in stock:
+        if _loading.given:
+            raise ValueError(
+                f"[mlx_lm] {path} is {model_type!r}, but {', '.join(_loading.given)} is for"
+                f" {' and '.join(ARGS_CLASSES)} only."
+            )
+        loaded: tuple[Any, dict[str, Any]] = _stock_load_model(
+            path, lazy, strict, model_config, **stock
+        )
+        return loaded
+    _check_options(path, strict, model_config or {})
+    model, config = loader.load_model(path, lazy, _loading.kv_format, _loading.stream)
+    if model.streaming is not None:
+        _remember(model)
+        print(model.streaming.plan.format(), file=sys.stderr)
+    return model, config | (model_config or {})
+
+
+def _load_adapters(model: Any, adapter_path: str) -> Any:
+    """``mlx_lm.utils.load_adapters``, which would name each tensor without a place."""
+    if isinstance(model, Model) and model.streaming is not None:
+        file = Path(adapter_path) / "adapters.safetensors"
+        if file.is_file() and any(".switch_mlp." in name for name in read_header(file)):
+            raise ValueError(
+                f"[mlx_lm] {file} adapts routed experts, which are streamed; fuse it into the"
+                " model, or leave streaming out."
+            )
+    return _stock_load_adapters(model, adapter_path)
+
+
+def _model_type(path: Path) -> str:
+    file = path / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"[mlx_lm] {path} has no config.json; is it a model's folder?")
+    try:
+        config = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"[mlx_lm] {file} is not JSON: {error}.") from None
+    found = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(found, str):
+        raise ValueError(f"[mlx_lm] {file} has no model_type.")
+    return found
+
+
+def _check_options(path: Path, strict: bool, model_config: Mapping[str, Any]) -> None:
+    if _loading.refusal is not None:
+        raise ValueError(f"[mlx_lm] {path}: {_loading.refusal}.")
+    if not strict:
+        raise ValueError(
+            f"[mlx_lm] {path}: models of this type run in one process; start without mlx.launch."
+        )
+    for name, value in _loading.unsupported.items():
+        if value is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"[mlx_lm] {flag} {value} {UNSUPPORTED[name]}.")
+    for key, value in model_config.items():
+        if value:
+            raise ValueError(f"[mlx_lm] models of this type do not take {key}={value!r}.")
+    if _loading.stream is not None:
+        gc.collect()
+        if _streamed is not None and _streamed() is not None:
+            raise ValueError(f"[mlx_lm] {path}: one streamed model at a time fits the budget.")
+
+
+def _remember(model: Model) -> None:
+    global _streamed
+    _streamed = weakref.ref(model)
+
+
+def _refusing(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A generator of ``mlx_lm.generate`` that refuses what caches of our models do not take."""
+
+    def steps(prompt: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(model, Model):
+            for name, advice in UNSUPPORTED.items():
+                if kwargs.get(name) is not None:
+                    raise ValueError(f"[mlx_lm] {name}={kwargs[name]} {advice}.")
+        return stock(prompt, model, *args, **kwargs)
+
+    return steps

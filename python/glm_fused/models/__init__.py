@@ -1,0 +1,1 @@
+"""The model: configuration, layers, caches and the names of its tensors."""

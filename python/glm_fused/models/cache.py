@@ -1,0 +1,88 @@
+"""Caches in mlx-lm's own types, and which cached keys each query may see.
+
+A layer's cache is a ``CacheList``: [0] holds the latents (keys [b, 1, t, kv_lora_rank], values
+[b, 1, t, rope]); a full layer's [1] holds the indexer keys [b, 1, t, index_head_dim] with values of
+zero width. A shared layer has no [1]. In a packed format (`glm_fused.formats.kv_rows`) the keys are
+whole rows of bytes and all values have zero width, so mlx-lm trims, batches and saves them like any
+other.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+from mlx_lm.models.cache import CacheList, KVCache
+
+from ..formats.kv_rows import FLOATS, PACKED, format_of, pack, row_bytes
+from .config import ModelArgs
+
+
+def make_cache(args: ModelArgs) -> list[CacheList]:
+    return [
+        CacheList(KVCache(), KVCache()) if args.is_full(i) else CacheList(KVCache())
+        for i in range(args.num_hidden_layers)
+    ]
+
+
+def bytes_per_token(args: ModelArgs, kv_format: str = "bf16") -> int:
+    """Cache growth per token: latents and RoPE keys, and on full layers indexer keys."""
+    full = sum(args.is_full(i) for i in range(args.num_hidden_layers))
+    latents = row_bytes(kv_format, args.kv_lora_rank, args.qk_rope_head_dim)
+    return args.num_hidden_layers * latents + full * row_bytes(kv_format, args.index_head_dim, 0)
+
+
+def append(
+    cache: Any | None, values: mx.array, rope: mx.array | None, kv_format: str
+) -> tuple[mx.array, mx.array | None]:
+    """Append values [b, 1, l, r] and rope [b, 1, l, p] to ``cache``; returns all of its rows.
+
+    They are float [b, t, r] and [b, t, p], or packed and None. A cache that is not empty keeps its
+    own format; an empty one, or None, takes ``kv_format``.
+    """
+    if cache is not None and cache.keys is not None:
+        kv_format = format_of(cache.keys.dtype)
+    if kv_format in PACKED:
+        values, rope = pack(values, rope, kv_format), None
+    elif kv_format in FLOATS:
+        values = values.astype(FLOATS[kv_format])
+        rope = None if rope is None else rope.astype(values.dtype)
+    if cache is not None:
+        # A growing cache is copied to a larger one: seldom enough to cost little per token.
+        cache.step = max(type(cache).step, cache.size() // 8)
+        values, other = cache.update_and_fetch(values, values[..., :0] if rope is None else rope)
+        if rope is not None:
+            rope = other
+        else:
+            # Nothing reads the zero-width values, so their updates would pile up unevaluated.
+            cache.values = mx.zeros(cache.values.shape, cache.values.dtype)
+    return values[:, 0], None if rope is None else rope[:, 0]
+
+
+class Span(NamedTuple):
+    """The queries of one forward: columns first .. first + length - 1 of the cached keys.
+
+    ``start`` [b] is each row's first real column where a batch is left-padded.
+    """
+
+    first: int
+    length: int
+    start: mx.array | None = None
+
+    @classmethod
+    def of(cls, cache: Sequence[Any] | None, length: int) -> "Span":
+        """The span that the next ``length`` tokens will take; call before updating the cache."""
+        if cache is None:
+            return cls(0, length)
+        latents = cache[0][0]
+        # A batch cache's offset counts from each row's first token, its size from column 0.
+        return cls(latents.size(), length, getattr(latents, "left_padding", None))
+
+    @property
+    def total(self) -> int:
+        """Cached keys after this forward, t."""
+        return self.first + self.length
+
+    def positions(self) -> mx.array:
+        """Token positions [b or 1, l]; those of padding are negative."""
+        columns = mx.arange(self.first, self.total)[None]
+        return columns if self.start is None else columns - self.start[:, None]

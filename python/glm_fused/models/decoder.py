@@ -1,0 +1,171 @@
+"""The decoder: ``glm_moe_dsa`` and ``deepseek_v32`` as mlx-lm loads and calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import CacheList
+
+from .. import _ext, ops
+from ..formats.kv_rows import check_kv_format
+from ..generation.options import Options
+from ..ops.stock import visible_columns
+from ..streaming.experts import reads_for
+from .attention import Attention
+from .cache import Span, make_cache
+from .cache_check import check_cache
+from .config import ModelArgs
+from .layers import MLP, Linear, embedding_weight
+from .moe import MoE
+from .rope import Angles, Rope
+from .tokens import check_length, check_tokens, embed
+
+if TYPE_CHECKING:
+    from ..streaming.banks import Streaming
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then a dense MLP or experts, each with its norm and residual."""
+
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__()
+        hidden, eps = args.hidden_size, args.rms_norm_eps
+        self.self_attn = Attention(args, layer)
+        self.mlp = MoE(args) if args.is_sparse(layer) else MLP(hidden, args.intermediate_size)
+        self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
+
+    def __call__(
+        self,
+        x: mx.array,
+        span: Span,
+        angles: Angles,
+        cache: Any | None,
+        selection: mx.array | None,
+    ) -> tuple[mx.array, mx.array | None]:
+        """x [b, l, hidden] -> (the same shape, the selection for the next layer)."""
+        r, selection = self.self_attn(self.input_layernorm(x), span, angles, cache, selection)
+        x = x + r
+        return x + self.mlp(self.post_attention_layernorm(x)), selection
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = [DecoderLayer(args, i) for i in range(args.num_hidden_layers)]
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self._rope = Rope(args.rope, args.qk_rope_head_dim)
+        self._vocabulary, self._context = args.vocab_size, args.max_position_embeddings
+
+    def __call__(
+        self, tokens: mx.array, cache: Sequence[Any] | None, trace: list[mx.array] | None
+    ) -> mx.array:
+        """tokens [b, l] -> normed hidden states [b, l, hidden]."""
+        span = Span.of(cache, tokens.shape[1])
+        check_length(span.first, span.length, self._context)
+        x = embed(self.embed_tokens, tokens, self._vocabulary)
+        angles = self._rope.angles(span.positions())
+        selection = None
+        for i, layer in enumerate(self.layers):
+            layer_cache = None if cache is None else cache[i]
+            x, selection = layer(x, span, angles, layer_cache, selection)
+            if trace is not None and "indexer" in layer.self_attn:
+                trace.append(_every_key(tokens, span) if selection is None else selection)
+        hidden: mx.array = self.norm(x)
+        return hidden
+
+
+def _every_key(tokens: mx.array, span: Span) -> mx.array:
+    columns = mx.arange(span.total, dtype=mx.int32)[None, None]
+    visible = visible_columns(columns, span.length, span.total, 0, span.length, span.start)
+    return mx.broadcast_to(mx.where(visible, columns, -1), (*tokens.shape, span.total))
+
+
+class Model(nn.Module):
+    """A causal language model; mlx-lm's model protocol plus ``trace``."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self.model = Decoder(args)
+        self.streaming: Streaming | None = None
+        self.options = Options()  # what `glm_fused.generate` takes for those it is not given
+        if not args.tie_word_embeddings:
+            self.lm_head = Linear(args.hidden_size, args.vocab_size)
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: Sequence[Any] | None = None,
+        *,
+        trace: list[mx.array] | None = None,
+    ) -> mx.array:
+        """Integer tokens [b, l] -> logits [b, l, vocab]; ``cache`` is updated in place.
+
+        A ``trace`` list receives, per full layer in order, the indexer's choice: int32
+        [b, l, min(topk, t)], ascending columns of the cache. A query with fewer visible keys
+        than that also has entries of -1.
+
+        Raises ValueError for tokens of another kind or outside the vocabulary, for caches of
+        another model, and where cached and new tokens exceed ``max_position_embeddings``. Of tokens
+        that are yet to be evaluated, one outside the vocabulary raises RuntimeError when the logits
+        are evaluated on the CPU; on a GPU they are NaN.
+        """
+        check_tokens(tokens)
+        if cache is not None:
+            check_cache(cache, self.args, tokens.shape[0])
+        if self.streaming is None:
+            return self._logits(tokens, cache, trace)
+        with reads_for(cache) as reads:
+            return _ext.slots_verify(reads, self._logits(tokens, cache, trace))
+
+    def _logits(
+        self, tokens: mx.array, cache: Sequence[Any] | None, trace: list[mx.array] | None
+    ) -> mx.array:
+        x = self.model(tokens, cache, trace)
+        if "lm_head" in self:
+            return self.lm_head(x)
+        embedding = self.model.embed_tokens
+        if "weight" not in embedding:  # it has a trained adapter
+            adapted: mx.array = embedding.as_linear(x)
+            return adapted
+        return ops.quantized_matvec(x, embedding_weight(embedding))
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        return self.model.layers
+
+    @property
+    def cast_predicate(self) -> Callable[[str], bool]:
+        """Which parameters ``mlx_lm.convert --dtype`` may cast."""
+        return lambda name: not name.endswith("e_score_correction_bias")
+
+    @property
+    def kv_format(self) -> str:
+        """How new caches store keys: one of `glm_fused.formats.kv_rows`, ``auto`` at first."""
+        return self.layers[0].self_attn.kv_format
+
+    @kv_format.setter
+    def kv_format(self, name: str) -> None:
+        check_kv_format(name)
+        for layer in self.layers:
+            layer.self_attn.kv_format = name
+            if "indexer" in layer.self_attn:
+                layer.self_attn.indexer.kv_format = name
+
+    def make_cache(self) -> list[CacheList]:
+        """One ``CacheList`` per layer: two ``KVCache`` on full layers, one on shared ones."""
+        return make_cache(self.args)
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Checkpoint tensors under the names and shapes of this model's parameters."""
+        from .sanitize import sanitize
+
+        return sanitize(weights, self.args)

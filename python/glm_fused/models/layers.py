@@ -1,0 +1,160 @@
+"""Linear layers over ``glm_fused.ops``, with mlx-lm's parameter names and quantization protocol.
+
+They are subclasses of the stock layers, which is how mlx-lm's tools know what they can dequantize,
+adapt and train; only what a layer computes is ours.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import switch_layers
+
+from .. import ops
+
+
+class _Layer(nn.Module, ABC):
+    @abstractmethod
+    def as_weight(self) -> ops.Weight:
+        """The layer's parameters in the form that the kernels take."""
+
+
+class _Applied(_Layer):
+    """y = x W^T (+ bias), accumulated in float32 and returned in x's dtype."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = ops.quantized_matvec(x, self.as_weight())
+        return y + self.bias.astype(y.dtype) if "bias" in self else y
+
+
+class _Quantized(_Layer):
+    """A packed ``weight``, ``scales`` and, where affine, ``biases``; they are frozen."""
+
+    def __init__(self, dense: "_Dense", group_size: int | None, bits: int | None, mode: str):
+        nn.Module.__init__(self)  # that of a stock layer would make a weight
+        self.weight, self.scales, *biases = mx.quantize(dense.weight, group_size, bits, mode=mode)
+        self.biases = biases[0] if biases else None  # stock code reads it in every mode
+        if "bias" in dense:
+            self.bias = dense.bias
+        in_dims = dense.weight.shape[-1]
+        self.group_size = in_dims // self.scales.shape[-1]
+        self.bits = self.weight.shape[-1] * 32 // in_dims
+        self.mode = mode
+        self.freeze()
+
+    def as_weight(self) -> ops.Weight:
+        return _packed_weight(self)
+
+
+class _Dense(_Layer):
+    """A float ``weight`` [..., out, in]."""
+
+    packed_class: type[_Quantized]
+
+    def __init__(self, *shape: int):
+        nn.Module.__init__(self)
+        bound = shape[-1] ** -0.5
+        self.weight = mx.random.uniform(low=-bound, high=bound, shape=shape)
+
+    def as_weight(self) -> ops.Weight:
+        return ops.Weight(self.weight)
+
+    def to_quantized(
+        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
+    ) -> _Quantized:
+        return self.packed_class(self, group_size, bits, mode)
+
+
+class QuantizedLinear(_Applied, _Quantized, nn.QuantizedLinear):  # type: ignore[misc]
+    """A packed `Linear`."""
+
+
+class Linear(_Applied, _Dense, nn.Linear):  # type: ignore[misc]
+    """x [..., m, in] -> [..., m, out]."""
+
+    packed_class = QuantizedLinear
+
+    def __init__(self, in_dims: int, out_dims: int, bias: bool = False):
+        super().__init__(out_dims, in_dims)
+        if bias:
+            self.bias = mx.zeros((out_dims,))
+
+
+class _PerHead(_Applied):
+    def to_lora(self, r: int, scale: float, dropout: float) -> "_PerHead":
+        """The layer itself: mlx-lm does not adapt these matrices either."""
+        return self
+
+
+class QuantizedMultiLinear(_PerHead, _Quantized, switch_layers.QuantizedSwitchLinear):  # type: ignore[misc]
+    """A packed `MultiLinear`."""
+
+
+class MultiLinear(_PerHead, _Dense, switch_layers.SwitchLinear):  # type: ignore[misc]
+    """One matrix per head: x [..., heads, m, in] -> [..., heads, m, out]."""
+
+    packed_class = QuantizedMultiLinear
+
+    def __init__(self, in_dims: int, out_dims: int, heads: int):
+        super().__init__(heads, out_dims, in_dims)
+
+
+class _PerExpert(_Layer):
+    """`SwitchMLP` has ``ops.moe_decode`` apply it, or calls it where one of three is adapted."""
+
+    def __call__(self, x: mx.array, experts: mx.array, sorted_indices: bool = False) -> mx.array:
+        """x [..., m, in] and experts [...] -> [..., m, out]."""
+        # On the CPU MLX accumulates in the type that it is given.
+        rows = x.astype(mx.float32) if mx.default_device() == mx.cpu else x
+        return ops.stock_gather(rows, self.as_weight(), experts, sorted_indices).astype(x.dtype)
+
+    def to_lora(self, r: int, scale: float, dropout: float) -> nn.Module:
+        """The layer with a low-rank adapter, as mlx-lm's trainer asks for it."""
+        from .lora import AdaptedExperts  # mlx-lm's trainer, which inference does not need
+
+        return AdaptedExperts.from_base(self, r, dropout, scale)
+
+
+class QuantizedSwitchLinear(_PerExpert, _Quantized, switch_layers.QuantizedSwitchLinear):  # type: ignore[misc]
+    """A packed `SwitchLinear`."""
+
+
+class SwitchLinear(_PerExpert, _Dense, switch_layers.SwitchLinear):  # type: ignore[misc]
+    """The stacked weights of one expert projection."""
+
+    packed_class = QuantizedSwitchLinear
+
+    def __init__(self, in_dims: int, out_dims: int, experts: int):
+        super().__init__(experts, out_dims, in_dims)
+
+
+def _packed_weight(layer: Any) -> ops.Weight:
+    biases = layer.get("biases")
+    return ops.Weight(layer.weight, layer.scales, biases, layer.group_size, layer.bits, layer.mode)
+
+
+def embedding_weight(embedding: nn.Module) -> ops.Weight:
+    """An ``nn.Embedding`` or ``nn.QuantizedEmbedding`` as the weight of a tied output head."""
+    if "scales" in embedding:
+        return _packed_weight(embedding)
+    return ops.Weight(embedding.weight)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)), x [..., m, hidden]."""
+
+    def __init__(self, hidden: int, intermediate: int):
+        super().__init__()
+        self.gate_proj = Linear(hidden, intermediate)
+        self.up_proj = Linear(hidden, intermediate)
+        self.down_proj = Linear(intermediate, hidden)
+
+    def weights(self) -> tuple[ops.Weight, ops.Weight, ops.Weight]:
+        """Of gate, up and down."""
+        return self.gate_proj.as_weight(), self.up_proj.as_weight(), self.down_proj.as_weight()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        # Not nn.silu: it is mx.compile'd, which on the CPU wants a C++ compiler at run time.
+        gate = self.gate_proj(x)
+        return self.down_proj(gate * mx.sigmoid(gate) * self.up_proj(x))

@@ -1,0 +1,82 @@
+"""Routed experts plus shared experts."""
+
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import ops
+from ..streaming.experts import Meanwhile, StreamedExperts
+from .config import ModelArgs
+from .layers import MLP, SwitchLinear
+
+
+class Router(nn.Module):
+    """Chooses experts by biased sigmoid score and weighs them by the unbiased one."""
+
+    def __init__(self, args: ModelArgs, experts: int):
+        super().__init__()
+        self.weight = mx.zeros((experts, args.hidden_size))
+        self.e_score_correction_bias = mx.zeros((experts,))
+        self.choose = partial(
+            ops.router_topk,
+            top_k=args.num_experts_per_tok,
+            n_group=args.n_group,
+            topk_group=args.topk_group,
+            norm_topk_prob=args.norm_topk_prob,
+            routed_scaling_factor=args.routed_scaling_factor,
+        )
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """x [n, hidden] -> experts int32 [n, top_k], scores float32 [n, top_k]."""
+        bias = self.e_score_correction_bias.astype(mx.float32)
+        return self.choose(x, self.weight, bias)
+
+
+class SwitchMLP(nn.Module):
+    """The stacked weights of all routed experts."""
+
+    def __init__(self, hidden: int, intermediate: int, experts: int):
+        super().__init__()
+        self.gate_proj = SwitchLinear(hidden, intermediate, experts)
+        self.up_proj = SwitchLinear(hidden, intermediate, experts)
+        self.down_proj = SwitchLinear(intermediate, hidden, experts)
+
+    def weights(self) -> tuple[ops.Weight, ops.Weight, ops.Weight]:
+        """Of gate, up and down: [experts, …]; None for one with a trained adapter."""
+        return self.gate_proj.as_weight(), self.up_proj.as_weight(), self.down_proj.as_weight()
+
+    def __call__(
+        self, x: mx.array, experts: mx.array, scores: mx.array, meanwhile: Meanwhile
+    ) -> tuple[mx.array, mx.array]:
+        """x [n, hidden], experts and scores [n, top_k] -> ([n, hidden], ``meanwhile(x)``)."""
+        gate, up, down = self.weights()
+        if gate is None or up is None or down is None:
+            from .lora import adapted_experts
+
+            projections = self.gate_proj, self.up_proj, self.down_proj
+            return adapted_experts(projections, x, experts, scores), meanwhile(x)
+        return ops.moe_decode(x, gate, up, down, experts, scores), meanwhile(x)
+
+
+class MoE(nn.Module):
+    """Router, routed experts and, unless the config has none, shared experts."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        experts = args.n_routed_experts
+        assert experts is not None  # a config with sparse layers names it
+        self.gate = Router(args, experts)
+        self.switch_mlp: SwitchMLP | StreamedExperts = SwitchMLP(
+            args.hidden_size, args.moe_intermediate_size, experts
+        )
+        if args.n_shared_experts:
+            width = args.moe_intermediate_size * args.n_shared_experts
+            self.shared_experts = MLP(args.hidden_size, width)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        flat = x.reshape(-1, x.shape[-1])
+        shared = self.shared_experts if "shared_experts" in self else mx.zeros_like
+        routed, other = self.switch_mlp(flat, *self.gate(flat), shared)
+        y = routed + other if "shared_experts" in self else routed
+        return y.reshape(x.shape)

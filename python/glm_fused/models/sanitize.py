@@ -1,0 +1,146 @@
+"""Checkpoint tensors to parameters: experts stacked, ``kv_b_proj`` split, FP8 to bfloat16."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from ..checkpoint.quantization import FP8_BLOCK, Format, infer_format
+from .config import ModelArgs
+from .tensors import PROJECTIONS, unused
+
+_PARTS = ("weight", "scales", "biases")
+
+
+def sanitize(weights: dict[str, mx.array], args: ModelArgs) -> dict[str, mx.array]:
+    """Bring any supported layout to that of the model.
+
+    Works in place, on lazy arrays, and evaluates nothing; each source is popped as it is used.
+    Tensors already in the MLX layout stay as they are. Raises ValueError, naming the tensor, for
+    sources that are incomplete or do not fit together.
+    """
+    for name in [name for name in weights if unused(name, args)]:
+        del weights[name]
+    for name in [name for name in weights if name.endswith(".weight_scale_inv")]:
+        scale_inv, target = weights.pop(name), name.removesuffix("_scale_inv")
+        if target not in weights:
+            raise ValueError(f"[weights] {name} scales {target}, which is missing.")
+        weights[target] = dequantize_fp8(target, weights[target], scale_inv)
+    for i in range(args.num_hidden_layers):
+        if args.is_sparse(i):
+            _stack_experts(weights, f"model.layers.{i}.mlp", args)
+        _split_kv_b(weights, f"model.layers.{i}.self_attn", args)
+    return weights
+
+
+def dequantize_fp8(name: str, weight: mx.array, scale_inv: mx.array) -> mx.array:
+    """e4m3 codes [m, n] times the scale of their 128 x 128 block, in float32, as bfloat16."""
+    if weight.ndim != 2 or weight.dtype != mx.uint8:
+        raise ValueError(
+            f"[weights] {name} is {weight.dtype} {weight.shape}, expected e4m3 [m, n]."
+        )
+    m, n = weight.shape
+    blocks = (-(-m // FP8_BLOCK), -(-n // FP8_BLOCK))
+    if scale_inv.shape != blocks:
+        raise ValueError(
+            f"[weights] {name}_scale_inv is {scale_inv.shape}, expected {blocks} for its"
+            f" weight of {weight.shape}."
+        )
+    if m % FP8_BLOCK or n % FP8_BLOCK:
+        weight = mx.pad(weight, [(0, -m % FP8_BLOCK), (0, -n % FP8_BLOCK)])
+    values = mx.from_fp8(weight, dtype=mx.float32)
+    values = values.reshape(blocks[0], FP8_BLOCK, blocks[1], FP8_BLOCK)
+    values = values * scale_inv.astype(mx.float32)[:, None, :, None]
+    values = values.astype(mx.bfloat16).reshape(weight.shape)
+    return values if values.shape == (m, n) else mx.contiguous(values[:m, :n])
+
+
+def stack(parts: Sequence[mx.array]) -> mx.array:
+    """``mx.stack`` that needs each part only until it is copied.
+
+    The updates reuse one buffer, so evaluation need not hold all the parts beside the result.
+    """
+    result = mx.zeros((len(parts), *parts[0].shape), parts[0].dtype)
+    for i, part in enumerate(parts):
+        result[i] = part
+    return result
+
+
+def _stack_experts(weights: dict[str, mx.array], prefix: str, args: ModelArgs) -> None:
+    fused = weights.pop(f"{prefix}.experts.gate_up_proj", None)
+    if fused is not None:
+        size = args.moe_intermediate_size
+        if fused.ndim != 3 or fused.shape[1] != 2 * size:
+            expected = [args.n_routed_experts, 2 * size, args.hidden_size]
+            raise ValueError(
+                f"[weights] {prefix}.experts.gate_up_proj is {fused.shape}, expected {expected}."
+            )
+        weights[f"{prefix}.switch_mlp.gate_proj.weight"] = mx.contiguous(fused[:, :size])
+        weights[f"{prefix}.switch_mlp.up_proj.weight"] = mx.contiguous(fused[:, size:])
+    if f"{prefix}.experts.down_proj" in weights:
+        down = weights.pop(f"{prefix}.experts.down_proj")
+        weights[f"{prefix}.switch_mlp.down_proj.weight"] = down
+    for projection in PROJECTIONS:
+        for part in _PARTS:
+            if f"{prefix}.experts.0.{projection}.{part}" in weights:
+                parts = _pop_experts(weights, f"{prefix}.experts", f"{projection}.{part}", args)
+                weights[f"{prefix}.switch_mlp.{projection}.{part}"] = stack(parts)
+
+
+def _pop_experts(
+    weights: dict[str, mx.array], prefix: str, suffix: str, args: ModelArgs
+) -> list[mx.array]:
+    """The tensors of all experts, which have to be alike."""
+    parts: list[mx.array] = []
+    for e in range(args.n_routed_experts or 0):
+        name = f"{prefix}.{e}.{suffix}"
+        if name not in weights:
+            raise ValueError(f"[weights] {name} is missing, expert 0 has it.")
+        parts.append(weights.pop(name))
+        if parts[e].shape != parts[0].shape or parts[e].dtype != parts[0].dtype:
+            raise ValueError(
+                f"[weights] {name} is {parts[e].dtype} {parts[e].shape}, expected"
+                f" {parts[0].dtype} {parts[0].shape} like expert 0."
+            )
+    return parts
+
+
+def _split_kv_b(weights: dict[str, mx.array], prefix: str, args: ModelArgs) -> None:
+    """[heads * (nope + v), kv_lora] to embed_q [heads, kv_lora, nope], unembed_out [heads, v, …].
+
+    Packed rows go to ``unembed_out`` as they are. ``embed_q`` is transposed, so it is quantized
+    again in the same format, or stays dense where the groups do not divide ``nope``.
+    """
+    path, heads, nope = f"{prefix}.kv_b_proj", args.num_attention_heads, args.qk_nope_head_dim
+    if f"{path}.weight" not in weights:
+        return
+    found = {part: weights.pop(f"{path}.{part}", None) for part in _PARTS}
+    parts = {part: array for part, array in found.items() if array is not None}
+    rows = heads * (nope + args.v_head_dim)
+    for part, array in parts.items():
+        if array.ndim != 2 or array.shape[0] != rows:
+            raise ValueError(f"[weights] {path}.{part} is {array.shape}, expected {rows} rows.")
+        per_head = array.reshape(heads, nope + args.v_head_dim, -1)
+        parts[part] = per_head[:, :nope]
+        weights[f"{prefix}.unembed_out.{part}"] = mx.contiguous(per_head[:, nope:])
+    embed_q, fmt = parts["weight"], None
+    if "scales" in parts:
+        fmt = _kv_b_format(path, parts, args)
+        packed = {part: mx.contiguous(array) for part, array in parts.items()}
+        scales, biases = packed["scales"], packed.get("biases")
+        embed_q = mx.dequantize(packed["weight"], scales, biases, **fmt.parameters)
+    embed_q = mx.contiguous(embed_q.swapaxes(-1, -2))
+    if fmt is None or nope % fmt.group_size:
+        weights[f"{prefix}.embed_q.weight"] = embed_q
+        return
+    quantized = mx.quantize(embed_q, **fmt.parameters)
+    for part, array in zip(_PARTS, quantized, strict=False):
+        weights[f"{prefix}.embed_q.{part}"] = array
+
+
+def _kv_b_format(path: str, parts: dict[str, mx.array], args: ModelArgs) -> Format:
+    scales = parts["scales"]
+    packed, groups = parts["weight"].shape[-1], scales.shape[-1]
+    fmt = infer_format(path, args.kv_lora_rank, packed, groups, scales.dtype == mx.uint8)
+    if ("biases" in parts) != (fmt.mode == "affine"):
+        raise ValueError(f"[weights] {path} is {fmt}: biases belong to affine weights only.")
+    return fmt

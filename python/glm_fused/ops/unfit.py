@@ -1,0 +1,36 @@
+"""Says which argument of an op the compiled extension does not take, once it has refused a call."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterator
+
+import mlx.core as mx
+
+from ..validation import show
+
+
+def unfit(op: str, **arguments: object) -> ValueError | TypeError:
+    """The error to raise in the place of the extension's TypeError, which lists its signature.
+
+    A ValueError for a number beyond 32 bits, or beyond what a float holds, else a TypeError.
+    """
+    for name, value in _flat(arguments):
+        if isinstance(value, numbers.Integral) and not -(2**31) <= int(value) < 2**31:
+            return ValueError(f"[{op}] {name} must fit 32 bits but is {show(int(value))}.")
+    kinds = ", ".join(
+        f"{name} {type(value).__name__}"
+        for name, value in _flat(arguments)
+        if not isinstance(value, mx.array)
+    )
+    return TypeError(f"[{op}] expects mlx arrays and numbers but got, beside arrays, {kinds}.")
+
+
+def _flat(arguments: dict[str, object]) -> Iterator[tuple[str, object]]:
+    """Every argument by name, a weight by its fields."""
+    for name, value in arguments.items():
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            for field, inner in zip(value._fields, value, strict=True):
+                yield f"{name}.{field}", inner
+        else:
+            yield name, value

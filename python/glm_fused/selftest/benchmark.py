@@ -1,0 +1,98 @@
+"""What the benchmarks and the self-test measure: a GLM layer's routed experts, and bandwidth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from .. import _ext, ops
+from ..checkpoint.quantization import Format
+from ..ops import Weight
+from .synthetic import Bits
+
+FORMATS: dict[str, Format | None] = {
+    **{f"affine{bits}": Format("affine", bits, 64) for bits in (2, 3, 4, 5, 6, 8)},
+    "mxfp4": Format("mxfp4", 4, 32),
+    "mxfp8": Format("mxfp8", 8, 32),
+    "nvfp4": Format("nvfp4", 4, 16),
+    "bf16": None,
+}
+
+
+def nbytes(w: Weight) -> int:
+    return sum(a.nbytes for a in (w.weight, w.scales, w.biases) if a is not None)
+
+
+def seconds(call: Callable[[], mx.array | Sequence[mx.array]]) -> float:
+    """Wall time of one evaluated call."""
+    start = time.perf_counter()
+    mx.eval(call())
+    return time.perf_counter() - start
+
+
+def read_bandwidth(a: mx.array) -> float:
+    """GB/s of plain streaming reads of `a` on the default device.
+
+    On the CPU with the kernels' own threads, on a GPU by MLX's reduction.
+    """
+    times = 1
+    start = time.perf_counter()
+    if mx.default_device() == mx.gpu:
+        times = 4  # so that starting the first is a small part
+        mx.eval([mx.max(a) for _ in range(times)])
+    else:
+        _ext.stream_read(a)
+    return times * a.nbytes / (time.perf_counter() - start) / 1e9
+
+
+class RoutedExperts:
+    """A bank of experts of one format, and the routing of successive calls.
+
+    A bank far larger than the caches makes every call read memory.
+    """
+
+    def __init__(
+        self,
+        fmt: Format | None,
+        dtype: mx.Dtype = mx.bfloat16,
+        *,
+        tokens: int = 1,
+        top_k: int = 8,
+        hidden: int = 6144,
+        intermediate: int = 2048,
+        bank: int = 16,
+    ) -> None:
+        bits = Bits(0)
+        self.bank, self.top_k, self.bits = bank, top_k, bits
+        self.gate = bits.weight((bank, intermediate, hidden), fmt, mx.bfloat16)
+        self.up = bits.weight((bank, intermediate, hidden), fmt, mx.bfloat16)
+        self.down = bits.weight((bank, hidden, intermediate), fmt, mx.bfloat16)
+        self.x = bits.floats((tokens, hidden), dtype)
+        mx.eval(self.x, self.gate, self.up, self.down)
+
+    def route(self, top_k: int | None = None) -> tuple[mx.array, mx.array]:
+        """Evaluated slots and scores."""
+        shape = (self.x.shape[0], top_k or self.top_k)
+        slots = mx.array(self.bits.choices(*shape, of=self.bank))
+        scores = mx.abs(self.bits.floats(shape, mx.float32, -2, spread=1))
+        mx.eval(slots, scores)
+        return slots, scores
+
+    @property
+    def expert_bytes(self) -> float:
+        return sum(nbytes(w) for w in (self.gate, self.up, self.down)) / self.bank
+
+    def fused(self, slots: mx.array, scores: mx.array, reference: bool = False) -> mx.array:
+        return ops.moe_decode(
+            self.x, self.gate, self.up, self.down, slots, scores, reference=reference
+        )
+
+    def stock(self, slots: mx.array, scores: mx.array) -> mx.array:
+        """The same by MLX's own ops alone."""
+        rows = self.x[:, None, None, :]
+        gate = ops.stock_gather(rows, self.gate, slots)
+        act = gate * mx.sigmoid(gate) * ops.stock_gather(rows, self.up, slots)
+        y = ops.stock_gather(act, self.down, slots).squeeze(-2)
+        return (y * scores[..., None]).sum(axis=-2).astype(self.x.dtype)

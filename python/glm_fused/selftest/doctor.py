@@ -1,0 +1,163 @@
+"""``glm-fused doctor``: what is installed, what this machine can do, and whether it computes right.
+
+Imports nothing of the package until a check needs it: the extension may not load.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib import import_module, metadata
+from typing import Any
+
+PACKAGES = ("glm-fused", "mlx", "mlx-lm")
+VARIABLES = {
+    "GLM_FUSED_REFERENCE": "take the unfused reference path (0, false, off, no: do not)",
+    "GLM_FUSED_DEBUG": "say which path each layer takes, and show tracebacks",
+    "GLM_FUSED_NUM_THREADS": "threads of the CPU kernels (default: every processor)",
+    "GLM_FUSED_KERNELS": "avx512, avx2 or portable, in place of the best one",
+    "GLM_FUSED_METAL_TILES": "rows,gate_up,down,router: for tuning",
+}
+STREAM_BYTES = 256 << 20
+
+
+def examine(threads: int | None = None) -> dict[str, Any]:
+    """Everything as one JSON-ready dict; ``ok`` tells whether every check passed.
+
+    ``threads`` sets the threads of the CPU kernels first.
+    """
+    versions: dict[str, str | None] = {name: _version(name) for name in PACKAGES}
+    versions |= {"python": platform.python_version(), "os": platform.platform()}
+    checks = {"packages": _outcome(lambda: _packages(versions))}
+    result: dict[str, Any] = {"versions": versions, "environment": _environment()}
+    checks["extension"] = _outcome(_extension)
+    if checks["extension"]["ok"]:
+        checks["cpu"] = _outcome(lambda: _cpu(result, threads))
+        checks["fused equals reference"] = _outcome(_self_check)
+    result["memory"] = _memory()
+    return {"ok": all(check["ok"] for check in checks.values()), "checks": checks} | result
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """The result as text for a terminal."""
+    lines = [f"{name:<20}{version or 'missing'}" for name, version in result["versions"].items()]
+    if device := result.get("device"):
+        metal = "available" if device["metal"] else "not available"
+        lines.append(f"{'device':<20}{device['default']}, {device['name']}; Metal {metal}")
+    if cpu := result.get("cpu"):
+        lines.append(f"{'nanobind':<20}{cpu['nanobind']} (built with)")
+        lines.append(f"{'cpu kernels':<20}{cpu['kernels']}, {cpu['threads']} threads")
+        lines.append(f"{'read bandwidth':<20}{cpu['read_gb_per_s']:.1f} GB/s")
+    for name, size in result["memory"].items():
+        lines.append(f"{'memory, ' + name:<20}{size / 1e9:.1f} GB")
+    lines += [f"{name}={value}" for name, value in result["environment"].items()]
+    lines.append("")
+    for name, check in result["checks"].items():
+        lines.append(f"{'ok' if check['ok'] else 'FAILED':<8}{name}: {check['detail']}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _outcome(check: Callable[[], str]) -> dict[str, Any]:
+    """A check's detail, or the error that it raised: a diagnosis goes on after any of them."""
+    try:
+        return {"ok": True, "detail": check()}
+    except Exception as error:
+        return {"ok": False, "detail": " ".join(str(error).split()) or type(error).__name__}
+
+
+def _packages(versions: dict[str, str | None]) -> str:
+    if missing := [name for name in PACKAGES if versions[name] is None]:
+        raise ImportError(f"not installed: {', '.join(missing)}")
+    return "installed"
+
+
+def _extension() -> str:
+    import_module(f"{__package__}._abi").check()
+    return "loads, and arrays pass through it"
+
+
+def _cpu(result: dict[str, Any], threads: int | None) -> str:
+    import mlx.core as mx
+
+    from .. import _ext
+
+    if threads is not None:
+        _ext.set_num_threads(threads)
+    device = mx.default_device()
+    result["device"] = {
+        "default": "GPU" if device == mx.gpu else "CPU",
+        "name": str(mx.device_info(device).get("device_name", "unnamed")),
+        "metal": mx.metal.is_available(),
+    }
+    result["cpu"] = {
+        "kernels": _ext.cpu_kernels(),
+        "threads": _ext.num_threads(),
+        "nanobind": _ext.built_with_nanobind,
+        "read_gb_per_s": _read_bandwidth(),
+    }
+    return "kernels chosen, bandwidth measured"
+
+
+def _read_bandwidth() -> float:
+    """GB/s of the best of five reads of memory on all threads."""
+    import mlx.core as mx
+
+    from .. import _ext
+
+    data = mx.ones((STREAM_BYTES // 4,), mx.float32)
+    mx.eval(data)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        _ext.stream_read(data)
+        seconds.append(time.perf_counter() - start)
+    return STREAM_BYTES / min(seconds) / 1e9
+
+
+def _self_check() -> str:
+    """One small MoE layer on both paths."""
+    import mlx.core as mx
+
+    from .. import ops
+
+    key = mx.random.key(1)
+    hidden, intermediate, experts = 128, 64, 4
+
+    def weight(*shape: int) -> ops.Weight:
+        values = mx.random.normal(shape, mx.bfloat16, key=key)
+        packed, scales, biases = mx.quantize(values, group_size=32, bits=4)
+        return ops.Weight(packed, scales, biases, 32, 4, "affine")
+
+    gate = up = weight(experts, intermediate, hidden)
+    down = weight(experts, hidden, intermediate)
+    x = mx.random.normal((2, hidden), mx.bfloat16, key=key)
+    slots, scores = mx.array([[0, 3], [2, 1]]).astype(mx.int32), mx.array([[0.7, 0.3]] * 2)
+    fused, reference = (
+        ops.moe_decode(x, gate, up, down, slots, scores, reference=which).view(mx.uint16)
+        for which in (False, True)
+    )
+    if count := (fused != reference).sum().item():
+        raise ArithmeticError(f"{count} of {fused.size} values differ in their bits")
+    return f"{fused.size} values of a small MoE layer, bit for bit"
+
+
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in VARIABLES if name in os.environ}
+
+
+def _memory() -> dict[str, int]:
+    """Bytes of physical memory, and of what is free where the system tells."""
+    sizes = {}
+    for name, key in (("total", "SC_PHYS_PAGES"), ("free", "SC_AVPHYS_PAGES")):
+        if key in os.sysconf_names:
+            sizes[name] = os.sysconf(key) * os.sysconf("SC_PAGE_SIZE")
+    return sizes

@@ -1,0 +1,88 @@
+"""Weights and activations made of random bits.
+
+Only integers are computed with, so a seed gives the same bits on every platform and version of
+numpy; `mx.quantize` would not promise that.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from ..checkpoint.quantization import Format
+from ..ops import Weight
+
+DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+
+# Mantissa bits and exponent bias.
+_LAYOUTS = {mx.bfloat16: (7, 127), mx.float16: (10, 15), mx.float32: (23, 127)}
+_UNSIGNED: dict[mx.Dtype, type[np.unsignedinteger[Any]]] = {
+    mx.bfloat16: np.uint16,
+    mx.float16: np.uint16,
+    mx.float32: np.uint32,
+}
+_MAX_WORDS = 1 << 24  # more are the same ones again, which no cache can tell
+
+
+class Bits:
+    """A stream of random bits."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = np.random.PCG64(seed)
+
+    def words(self, *shape: int) -> npt.NDArray[np.uint32]:
+        """Random uint32."""
+        return np.resize(self._words(math.prod(shape)), shape)
+
+    def floats(
+        self, shape: tuple[int, ...], dtype: mx.Dtype, top: int = 0, spread: int = 4
+    ) -> mx.array:
+        """Floats of random sign and mantissa below ``2 ** (top + 1)``, over `spread` exponents."""
+        mantissa_bits, bias = _LAYOUTS[dtype]
+        raw = self._words(math.prod(shape)).astype(np.int64)
+        exponent = np.maximum(bias + top - (raw >> 28 & 7) % spread, 1)
+        sign = raw >> 31 << (8 * dtype.size - 1)
+        bits = sign | exponent << mantissa_bits | raw & (2**mantissa_bits - 1)
+        return mx.array(np.resize(bits.astype(_UNSIGNED[dtype]), shape)).view(dtype)
+
+    def _words(self, count: int) -> npt.NDArray[np.uint32]:
+        count = min(count, _MAX_WORDS)
+        raw = self._generator.random_raw((count + 1) // 2)
+        return raw.astype("<u8").view("<u4")[:count]
+
+    def weight(self, shape: tuple[int, ...], fmt: Format | None, dtype: mx.Dtype) -> Weight:
+        """A weight [..., n, k] whose products with values near 1 are near 1.
+
+        `fmt` None is dense; `dtype` is that of dense weights and of affine scales.
+        """
+        *lead, k = shape
+        size = -(k.bit_length() // 2)  # log2 of about 1 / sqrt(k)
+        if fmt is None:
+            return Weight(self.floats(shape, dtype, size + 1))
+        packed = self.words(*lead, k * fmt.bits // 32)
+        groups = (*lead, k // fmt.group_size)
+        if fmt.mode == "affine":
+            top = 2 - fmt.bits + size
+            scales = mx.abs(self.floats(groups, dtype, top, spread=1))
+            biases = -mx.abs(self.floats(groups, dtype, top + fmt.bits - 1, spread=1))
+        else:
+            if fmt.mode == "mxfp8":
+                packed &= np.uint32(0xBFBFBFBF)  # no NaN codes
+            scales, biases = mx.array(self._scale_bytes(groups, fmt, size)), None
+        return Weight(mx.array(packed), scales, biases, fmt.group_size, fmt.bits, fmt.mode)
+
+    def _scale_bytes(self, shape: tuple[int, ...], fmt: Format, size: int) -> npt.NDArray[np.uint8]:
+        raw = self.words(*shape)
+        if fmt.mode == "nvfp4":  # e4m3, normal numbers
+            return (max(6 + size, 1) << 3 | raw & 7).astype(np.uint8)
+        top = 127 + size + (2 if fmt.mode == "mxfp8" else 0)
+        return (top - (raw & 3)).astype(np.uint8)
+
+    def choices(self, rows: int, count: int, of: int) -> npt.NDArray[np.int32]:
+        """[rows, count] distinct integers of [0, of) per row."""
+        order = np.argsort(self.words(rows, of), axis=1, kind="stable")
+        return order[:, :count].astype(np.int32)

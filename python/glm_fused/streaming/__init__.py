@@ -1,0 +1,1 @@
+"""Routed experts from disk: sources, the slot bank, the memory plan, traces."""

@@ -1,0 +1,253 @@
+"""Shares a memory budget out between weights, cache, slots and buffers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from ..models.cache import bytes_per_token
+from ..models.config import ModelArgs
+from ..ops.chunks import BUDGET_BYTES
+from ..validation import show
+
+if TYPE_CHECKING:
+    from .banks import StreamOptions
+
+PREFILL_TOKENS = 2048  # mlx-lm's chunk of a prompt
+PROCESS_GROWTH = 48 << 20  # after planning: tokenizer, code, heaps of threads; 30 MB are usual
+SHORTEST_CONTEXT = 256  # that a refusal proposes
+MAX_SCRATCH = 64 << 20  # of indexer_topk and of sparse_mla_decode
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])(i?)b?|b)", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in texts such as "24GB", "512MiB" or "1000B"; ValueError for others and from 2^63 on.
+
+    A number without a unit is none: whoever writes 24 does not mean bytes.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"expected a size with its unit, such as 24GB or 512MiB: {show(text)}")
+    number, unit, binary = match.groups()
+    unit = "" if unit is None else unit.lower()
+    power = "kmgt".find(unit) + 1 if unit else 0
+    nbytes = float(number) * (1024**power if binary else 1000**power)
+    if nbytes >= 2**63:
+        raise ValueError(f"expected a size below 2^63 bytes: {show(text)}")
+    return int(nbytes)
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Bytes that do not depend on the number of slots.
+
+    ``process`` is what is resident before loading, and its usual growth; ``staging`` is read
+    buffers and the temporaries of a prompt.
+    """
+
+    process: int
+    dense: int
+    kv: int
+    staging: int
+
+    @property
+    def total(self) -> int:
+        return self.process + self.dense + self.kv + self.staging
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a budget is used. ``expert_bytes`` is one slot in every layer."""
+
+    budget: int
+    shares: Shares
+    context: int
+    layers: int
+    experts: int
+    expert_bytes: int
+    slots: int
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.slots * self.expert_bytes
+
+    @property
+    def total(self) -> int:
+        return self.shares.total + self.slot_bytes
+
+    def format(self) -> str:
+        """A table for a terminal."""
+        s = self.shares
+        rows = [
+            ("program", s.process, "code, tokenizer, and what is resident already"),
+            ("dense weights", s.dense, "all but routed experts"),
+            ("KV cache", s.kv, f"{self.context:,} tokens"),
+            ("buffers", s.staging, "of reads, and a prompt chunk's temporaries"),
+            (
+                "slots",
+                self.slot_bytes,
+                f"{self.slots} of {self.experts} x {self.layers} layers, for experts",
+            ),
+            ("total", self.total, f"of a budget of {size(self.budget)}"),
+        ]
+        return "\n".join(f"{name:<14}{size(n):>11}  {note}".rstrip() for name, n, note in rows)
+
+
+def make_plan(
+    args: ModelArgs,
+    shares_for: Callable[[int], Shares],
+    expert_bytes: Sequence[int],
+    options: StreamOptions,
+) -> Plan:
+    """As many slots a layer as the budget holds, or ``options.slots``.
+
+    ``shares_for`` gives the shares of a context, ``expert_bytes`` the size of one expert in each
+    layer. Raises ValueError for a context beyond the model's and for an impossible number of slots,
+    and, with the numbers and what would fit, if fewer than a token needs fit, or if the asked
+    number does not.
+    """
+    context = planned_context(args, options.context, options.default_context)
+    experts = args.n_routed_experts or 0
+    per_slot, least = sum(expert_bytes), args.num_experts_per_tok + options.spares
+    budget = affordable_bytes(options.direct) if options.budget is None else options.budget
+    wanted = least if options.slots is None else options.slots
+    if not least <= wanted <= experts:
+        raise ValueError(
+            f"[budget] {wanted} slots a layer, expected {least} to {experts}: a token needs"
+            f" {args.num_experts_per_tok} and {options.spares} are spare."
+        )
+    shares = shares_for(context)
+    needed = shares.total + wanted * per_slot
+    plan = Plan(max(budget, needed), shares, context, len(expert_bytes), experts, per_slot, wanted)
+    if needed > budget and (options.budget is not None or options.slots is None):
+        raise ValueError(_refusal(plan, budget, least, shares_for))
+    if options.slots is None:
+        plan = replace(plan, slots=min(experts, (budget - shares.total) // per_slot))
+    return plan
+
+
+def planned_context(args: ModelArgs, context: int | None, default: int) -> int:
+    """The tokens to plan for: ``context``, or ``default`` within the model's own context."""
+    limit = args.max_position_embeddings
+    if context is None:
+        return min(default, limit)
+    if not 1 <= context <= limit:
+        raise ValueError(
+            f"[budget] a context of {context:,} tokens, expected 1 to {limit:,}, the model's own"
+            " (max_position_embeddings)."
+        )
+    return context
+
+
+def _refusal(plan: Plan, budget: int, least: int, shares_for: Callable[[int], Shares]) -> str:
+    """Why a plan does not fit, and what would."""
+    shares = plan.shares
+    reason = (
+        f"[budget] {size(budget)} cannot hold {size(plan.total)}: {size(shares.process)} for the"
+        f" program, {size(shares.dense)} for all weights but routed experts, {size(shares.kv)} for"
+        f" a KV cache of {plan.context:,} tokens, {size(shares.staging)} for buffers and"
+        f" {size(plan.slot_bytes)} for {plan.slots} experts a layer (a token needs {least})"
+    )
+    ways = [f"a budget of {_upwards(plan.total)}"]
+    context = _largest(plan.context, lambda n: shares_for(n).total + plan.slot_bytes <= budget)
+    if context >= SHORTEST_CONTEXT:
+        ways.append(f"a context of at most {context:,} tokens")
+    slots_left = (budget - shares.total) // plan.expert_bytes
+    if least <= slots_left < plan.slots:
+        ways.append(f"{slots_left} slots a layer")
+    return f"{reason}; {' or '.join(ways)} would fit."
+
+
+def _largest(limit: int, fits: Callable[[int], bool]) -> int:
+    """The largest n up to ``limit`` that fits, of those below which all do; 0 if none does."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _upwards(n: int) -> str:
+    """A size to type that holds n bytes, and what the program grows by from run to run."""
+    number, unit = size(n + n // 50).split()
+    return f"{number}{unit}"
+
+
+def resident_bytes() -> int:
+    """What this process keeps in memory now (on macOS: its peak so far)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process has kept in memory."""
+    try:  # not ru_maxrss, which a child inherits from the process that started it
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def affordable_bytes(direct: bool) -> int:
+    """A budget for this machine.
+
+    Reads through the page cache need room there: a larger bank would be slower.
+    """
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
+        total = min(total, int(limit.read_text()))
+    return int(total * (0.85 if direct else 0.6))
+
+
+def cache_bytes(args: ModelArgs, context: int, kv_format: str) -> int:
+    """Of a KV cache that grew to ``context`` tokens."""
+    # It grows in steps of 256 tokens or an eighth, and is copied, a layer at a time.
+    tokens = context + max(256, context // 8)
+    cached = bytes_per_token(args, kv_format) * tokens
+    return cached + cached // args.num_hidden_layers
+
+
+def prompt_bytes(args: ModelArgs, context: int) -> int:
+    """An estimate of the temporaries of one prompt chunk."""
+    tokens = min(PREFILL_TOKENS, context)
+    # Float32 at worst: rows gathered for experts, their outputs, the same joined and reordered.
+    routed = 4 * tokens * args.num_experts_per_tok * args.hidden_size * 4
+    latent = args.kv_lora_rank + args.qk_rope_head_dim
+    widest = max(3 * args.intermediate_size, 4 * args.num_attention_heads * latent)
+    dense = 4 * tokens * (widest + 8 * args.hidden_size)
+    return routed + dense + _attention_bytes(args, tokens, context)
+
+
+def _attention_bytes(args: ModelArgs, tokens: int, context: int) -> int:
+    """Of scores and what is computed from them, within the limits that the ops keep."""
+    sparse, listed = context > args.index_topk, min(context, args.index_topk)
+    scores = 4 * tokens * context if sparse else 0
+    attended = 4 * tokens * listed
+    if mx.default_device() == mx.gpu:  # stock ops, where a Metal kernel does not apply
+        row = args.num_attention_heads + sparse * (args.kv_lora_rank + args.qk_rope_head_dim)
+        return 4 * min(BUDGET_BYTES, max(scores * args.index_n_heads, attended * row))
+    heads = args.num_attention_heads
+    return min(MAX_SCRATCH, scores) + min(MAX_SCRATCH, attended * heads) + sparse * attended
+
+
+def size(n: int) -> str:
+    """In the unit that people buy memory in."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if n >= unit:
+            return f"{n / unit:.2f} {name}"
+    return f"{n} B"

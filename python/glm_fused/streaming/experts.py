@@ -1,0 +1,178 @@
+"""Routed experts that are read from disk as they are needed, into slots that stay resident."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise, zip_longest
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import _ext, ops
+from ..host import to_numpy
+
+Meanwhile = Callable[[mx.array], mx.array]
+
+_reads: contextvars.ContextVar[_ext.SlotReads | None] = contextvars.ContextVar(
+    "reads", default=None
+)
+
+
+def check_reads(cache: Sequence[Any] | None) -> _ext.SlotReads:
+    """What became of the reads for ``cache``, which remembers it; of none for None.
+
+    Raises RuntimeError if one failed. MLX keeps what it was evaluating then as if it were valid,
+    so the rows of the cache are not to be trusted. Evaluating the logits of a forward raises it
+    too; evaluating its cache alone does not.
+    """
+    if cache is None:
+        return _ext.SlotReads()
+    reads = cache[0].__dict__.setdefault("_reads", _ext.SlotReads())
+    assert isinstance(reads, _ext.SlotReads)
+    if reads.error:
+        raise RuntimeError(
+            "[slots] this cache is of no use since an expert could not be read for it; begin with"
+            f" a new one. It was {reads.error}"
+        )
+    return reads
+
+
+@contextlib.contextmanager
+def reads_for(cache: Sequence[Any] | None) -> Iterator[_ext.SlotReads]:
+    """Within the block, streamed experts are used for ``cache``; raises as `check_reads` does."""
+    reads = check_reads(cache)
+    token = _reads.set(reads)
+    try:
+        yield reads
+    finally:
+        _reads.reset(token)
+
+
+class StreamedExperts(nn.Module):
+    """In place of ``SwitchMLP``: the same numbers, from a bank of slots.
+
+    A decode step is one request, resolved inside the lazy graph. Where a prompt may need more
+    experts than there are slots, the router's choice is awaited and the experts are taken in waves,
+    each expert once; a choice's output is stored as moe_decode would round it and summed as it
+    would sum, so the result has the same bits.
+    """
+
+    def __init__(
+        self, bank: _ext.SlotBank, experts: int, weights: tuple[ops.Weight, ops.Weight, ops.Weight]
+    ):
+        super().__init__()
+        self._bank, self._experts, self._weights = bank, experts, weights
+        self._prefetch: Meanwhile | None = None
+
+    @property
+    def bank(self) -> _ext.SlotBank:
+        return self._bank
+
+    def weights(self) -> tuple[ops.Weight, ops.Weight, ops.Weight]:
+        """Of gate, up and down: [slots, …]."""
+        return self._weights
+
+    def look_ahead(
+        self,
+        router: Callable[[mx.array], tuple[mx.array, mx.array]],
+        following: StreamedExperts,
+    ) -> None:
+        """Have read ahead what the ``following`` layer's router chooses for this layer's input."""
+
+        def prefetch(x: mx.array) -> mx.array:
+            return _ext.slots_prefetch(following.bank, router(x)[0], x)
+
+        self._prefetch = prefetch
+
+    def __call__(
+        self, x: mx.array, experts: mx.array, scores: mx.array, meanwhile: Meanwhile
+    ) -> tuple[mx.array, mx.array]:
+        """x [n, hidden], experts and scores [n, top_k] -> ([n, hidden], ``meanwhile(x)``).
+
+        ``meanwhile`` is computed while experts are read.
+        """
+        if min(experts.size, self._experts) > self._bank.capacity:
+            return self._in_waves(x, experts, scores, meanwhile)
+        use, pending, started = self._resolve(experts)
+        other = self._while_reading(x, started, meanwhile)
+        return self._apply(use, x, pending, scores, other), other
+
+    def _while_reading(self, x: mx.array, started: mx.array, meanwhile: Meanwhile) -> mx.array:
+        x = mx.depends(x, started)
+        return meanwhile(x if self._prefetch is None else self._prefetch(x))
+
+    def _resolve(self, experts: mx.array) -> tuple[_ext.SlotUse, mx.array, mx.array]:
+        use = _ext.SlotUse(self._bank, _reads.get() or _ext.SlotReads())
+        return use, *use.resolve(experts)
+
+    def _apply(
+        self, use: _ext.SlotUse, x: mx.array, pending: mx.array, scores: mx.array, after: mx.array
+    ) -> mx.array:
+        slots = mx.depends(pending, after)
+        y = ops.moe_decode(x, *self._weights, slots, scores, use=use)
+        return use.release(y, slots)
+
+    def _in_waves(
+        self, x: mx.array, experts: mx.array, scores: mx.array, meanwhile: Meanwhile
+    ) -> tuple[mx.array, mx.array]:
+        capacity, top_k = self._bank.capacity, experts.shape[1]
+        # Two waves share the bank: one is read while the other computes.
+        ahead = capacity > 1
+        size = capacity // 2 if ahead else 1
+        chosen = to_numpy(experts)
+        _raise_failure(_reads.get())
+        waves = plan_waves(chosen, set(self._bank.resident()), size)
+        ones = mx.ones((experts.size, 1))
+        parts: list[mx.array] = []
+        other: mx.array | None = None
+        upcoming: tuple[_ext.SlotUse, mx.array, mx.array] | None = None
+        for wave, following in zip_longest(waves, waves[1:]):
+            use, pending, started = self._resolve(wave.experts) if upcoming is None else upcoming
+            upcoming = self._resolve(following.experts) if ahead and following else None
+            after = started if upcoming is None else upcoming[2]
+            if other is None:
+                after = other = self._while_reading(x, after, meanwhile)
+            rows = x[mx.array(wave.pairs // top_k)]
+            parts.append(self._apply(use, rows, pending, ones[: len(wave.pairs)], after))
+        assert other is not None  # there is a token, so there is a wave
+        order = np.argsort(np.concatenate([wave.pairs for wave in waves]))
+        y = mx.concatenate(parts)[mx.array(order)]
+        return ops.expert_sum(y.reshape(*experts.shape, -1), scores), other
+
+
+def _raise_failure(reads: _ext.SlotReads | None) -> None:
+    """End a prompt whose layers before this one could not be read: what they gave is NaN."""
+    if reads is not None and reads.error:
+        raise RuntimeError(reads.error)
+
+
+class Wave(NamedTuple):
+    """(token, choice) pairs, as ``token * top_k + choice``, and the expert [n, 1] of each."""
+
+    pairs: NDArray[np.int64]
+    experts: mx.array
+
+
+def plan_waves(experts: NDArray[np.int32], resident: set[int], size: int) -> list[Wave]:
+    """Split the pairs of ``experts`` [tokens, top_k] into waves of at most ``size`` experts.
+
+    Every expert is in one wave; those that are resident come first, before others replace them.
+    """
+    flat = experts.reshape(-1)
+    present = np.unique(flat)
+    rank = np.empty(present[-1] + 1, np.int64)
+    ordered = sorted(present.tolist(), key=lambda expert: (expert not in resident, expert))
+    rank[ordered] = np.arange(len(ordered))
+    pairs = np.argsort(rank[flat], kind="stable")
+    bounds = np.searchsorted(rank[flat[pairs]], range(0, len(ordered) + size, size))
+    waves = []
+    for low, high in pairwise(bounds.tolist()):
+        if low < high:
+            chosen = pairs[low:high]
+            waves.append(Wave(chosen, mx.array(flat[chosen][:, None])))
+    return waves
