@@ -165,5 +165,5 @@ def test_debug_names_the_path_of_every_layer(loaded, monkeypatch, caplog):
         generate(*loaded, [3, 4], Options(max_tokens=1))
         with paths.reference_path():
             generate(*loaded, [3, 4], Options(max_tokens=1))
-    assert "layer 4: shared indexer, moe_decode affine4/affine4/affine4: fused" in caplog.text
-    assert "layer 0: full indexer, dense mlp affine4/affine4/affine4: reference" in caplog.text
+    assert "layer 4: shared indexer, moe_decode affine4-g32/affine4-g32/affine4-g32: fused" in caplog.text
+    assert "layer 0: full indexer, dense mlp affine4-g32/affine4-g32/affine4-g32: reference" in caplog.text

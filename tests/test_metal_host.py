@@ -102,7 +102,7 @@ def test_two_launches_and_clean():
     for launch in launches:
         assert launch.report.clean, launch.report
     distinct = len(np.unique(np.array(arguments[4])))
-    used = arguments[1].weight.nbytes * distinct // arguments[1].weight.shape[0]
+    used = arguments[1].planes[0].nbytes * distinct // arguments[1].planes[0].shape[0]
     assert launches[0].report.traffic[2].unique_read == used
     assert launches[0].report.traffic[2].read <= 1.05 * used
 

@@ -1,6 +1,7 @@
 """Compiled kernels of glm_fused; call them through glm_fused.ops."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core
 
@@ -9,6 +10,62 @@ built_with_mlx: str = "0.32.4"
 metal_max_tokens: int = 16
 
 built_with_nanobind: str = "3.1.0"
+
+class Plane:
+    """One of the arrays that make a weight."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its tensor's name."""
+
+    @property
+    def dtypes(self) -> list[mlx.core.Dtype]:
+        """The types that it may have; all planes of floats have the same."""
+
+    @property
+    def count(self) -> int:
+        """Elements a block of columns."""
+
+class Format:
+    """How the rows of a weight are stored; one of `formats()`."""
+
+    @property
+    def name(self) -> str:
+        """The format's name in every output."""
+
+    @property
+    def mode(self) -> str:
+        """MLX's quantization mode, or ``dense``."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a value; 0 for ``dense``."""
+
+    @property
+    def group_size(self) -> int:
+        """Columns a block, which share a scale; 1 for ``dense``."""
+
+    @property
+    def is_default(self) -> bool:
+        """Whether it is MLX's for its mode, where only that is given."""
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """The arrays that make a weight."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of a value with its share of the scales, floats taken as 16 bits."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Keyword arguments of ``mx.quantize`` and ``to_quantized``."""
+
+    def __str__(self) -> str: ...
+    def __repr__(self) -> str: ...
+
+def formats() -> tuple[Format, ...]:
+    """Every format that the kernels take."""
 
 def probe(a: mlx.core.array) -> mlx.core.array:
     """Return `a`: fails where this build and the installed mlx disagree."""
@@ -19,15 +76,13 @@ def check_tokens(tokens: mlx.core.array, vocabulary: int) -> mlx.core.array:
     """
 
 def quantized_matvec(
-    x: mlx.core.array,
-    w: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
-    reference: bool,
+    x: mlx.core.array, w: tuple[Sequence[mlx.core.array], Format], reference: bool
 ) -> mlx.core.array: ...
 def moe_decode(
     x: mlx.core.array,
-    gate: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
-    up: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
-    down: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
+    gate: tuple[Sequence[mlx.core.array], Format],
+    up: tuple[Sequence[mlx.core.array], Format],
+    down: tuple[Sequence[mlx.core.array], Format],
     slots: mlx.core.array,
     scores: mlx.core.array,
     use: SlotUse | None,

@@ -11,7 +11,7 @@ from ..models.cache import bytes_per_token
 from ..models.config import DeepseekV32Args, ModelArgs, args_from_config
 from ..models.tensors import Module, modules
 from .folder import Checkpoint
-from .inventory import Manifest, Stored, check_tensors
+from .inventory import FP8, Manifest, Stored, check_tensors
 from .quantization import quantization_from_config
 
 WIDTH = 100
@@ -90,7 +90,7 @@ class _Kind:
         self.formats[name] = self.formats.get(name, 0) + stored.nbytes
         self.weights += size + (module.bias[1] if module.bias else 0)
         self.nbytes += stored.nbytes
-        loaded = 2 * size if stored.format == "fp8" else stored.nbytes  # becomes bfloat16
+        loaded = 2 * size if stored.format == FP8 else stored.nbytes  # becomes bfloat16
         self.loaded += loaded
         self.read += loaded * activity(args, module)
 

@@ -4,12 +4,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..formats.weights import DENSE_FORMATS, Format
 from ..models.config import ModelArgs
 from ..models.tensors import Module, layer_of, modules, unused
-from .quantization import FP8_BLOCK, Format, Quantization
-from .safetensors_header import TensorInfo, quoted
+from .quantization import FP8_BLOCK, Quantization
+from .safetensors_header import DTYPES, TensorInfo, quoted
 
-FLOATS = ("BF16", "F16", "F32")
+FP8 = "fp8"  # in blocks; a checkpoint's alone, which becomes bfloat16
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DENSE = {NAMES[dtype]: fmt for dtype, fmt in DENSE_FORMATS.items()}
+FLOATS = tuple(DENSE)
 SHOWN = 3  # tensors named per kind of problem
 MAX_MISSING = 1000
 
@@ -30,7 +34,7 @@ class Source(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A weight found: how it is packed (a format, "fp8" or a float type) and its bytes."""
+    """A weight found, its format (`FP8` is no kernel's) and its bytes."""
 
     source: Source
     format: Format | str
@@ -43,6 +47,18 @@ class Manifest:
 
     stored: list[Stored] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def formats(self) -> dict[str, Format]:
+        """The format of every packed weight, by its module in the checkpoint's and our layout."""
+        found: dict[str, Format] = {}
+        for source, fmt, _ in self.stored:
+            if isinstance(fmt, Format) and fmt.mode != "dense":
+                found[source.path] = found[source.module.path] = fmt
+                if source.kind == "kv_b_proj":
+                    head = source.path.removesuffix("kv_b_proj")
+                    found[f"{head}unembed_out"] = fmt
+        return found
 
 
 @dataclass
@@ -91,11 +107,11 @@ class _Checker:
         self._check_dense(source)
         if info.dtype != "F8_E4M3" or len(source.shape) != 2 or not source.module.quantizable:
             nbytes += self.expect(source.tensor, FLOATS, source.shape)
-            return Stored(source, info.dtype, nbytes)
+            return Stored(source, DENSE.get(info.dtype, info.dtype), nbytes)
         nbytes += self.expect(source.tensor, ("F8_E4M3",), source.shape)
         blocks = tuple(-(-size // FP8_BLOCK) for size in source.shape)
         nbytes += self.expect(f"{source.tensor}_scale_inv", FLOATS, blocks)
-        return Stored(source, "fp8", nbytes)
+        return Stored(source, FP8, nbytes)
 
     def _check_dense(self, source: Source) -> None:
         if self.quantization is None:
@@ -118,18 +134,22 @@ class _Checker:
                 f" ({declared}) do not divide"
             )
         else:
-            rows, why = source.shape[:-1], f" ({declared} in config.json)"
-            packed, groups = columns * declared.bits // 32, columns // declared.group_size
-            nbytes += self.expect(source.tensor, ("U32",), (*rows, packed), why)
-            types = FLOATS if declared.mode == "affine" else ("U8",)
-            nbytes += self.expect(f"{path}.scales", types, (*rows, groups), why)
-            if declared.mode == "affine" and f"{path}.scales" in self.tensors:
-                same = (self.tensors[f"{path}.scales"].dtype,)
-                nbytes += self.expect(f"{path}.biases", same, (*rows, groups), why)
-            return Stored(source, declared, nbytes)
+            return Stored(source, declared, nbytes + self._planes(source, declared))
         self.left.pop(source.tensor, None)
         self._leave_out(path)
         return None
+
+    def _planes(self, source: Source, fmt: Format) -> int:
+        """Check the planes of a packed weight; returns their bytes."""
+        nbytes, blocks, shared = 0, source.shape[-1] // fmt.group_size, FLOATS
+        for plane in fmt.planes:
+            name, floats = f"{source.path}.{plane.name}", len(plane.dtypes) > 1
+            types = shared if floats else tuple(NAMES[dtype] for dtype in plane.dtypes)
+            shape = (*source.shape[:-1], blocks * plane.count)
+            nbytes += self.expect(name, types, shape, f" ({fmt} in config.json)")
+            if floats and name in self.tensors:
+                shared = (self.tensors[name].dtype,)  # of all planes of floats
+        return nbytes
 
     def _leave_out(self, path: str) -> None:
         """One problem is enough: do not also call the scales of a weight unexpected."""

@@ -13,7 +13,7 @@ from mlx_lm.generate import generation_stream
 from mlx_lm.generate import stream_generate as mlx_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .. import _ext, ops
+from .. import _ext
 from ..formats.kv_rows import format_of
 from ..host import settle
 from ..models.decoder import Model
@@ -253,7 +253,7 @@ def debug_paths(model: Model) -> None:
     for i, layer in enumerate(model.layers):
         indexer = "full" if "indexer" in layer.self_attn else "shared"
         mlp = layer.mlp.switch_mlp if isinstance(layer.mlp, MoE) else layer.mlp
-        formats = "/".join(_format(weight) for weight in mlp.weights())
+        formats = "/".join(weight.format.name for weight in mlp.weights())
         kind = "moe_decode" if isinstance(layer.mlp, MoE) else "dense mlp"
         paths.debug("layer %d: %s indexer, %s %s: %s", i, indexer, kind, formats, path)
 
@@ -261,7 +261,3 @@ def debug_paths(model: Model) -> None:
 def ratio(a: float | None, b: float | None) -> float | None:
     """a / b, None where either is missing or 0."""
     return a / b if a and b else None
-
-
-def _format(weight: ops.Weight) -> str:
-    return f"{weight.mode}{weight.bits}" if weight.mode == "affine" else weight.mode

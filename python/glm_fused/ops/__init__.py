@@ -8,36 +8,14 @@ there accumulates in the activation type and runs on one thread.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 
 from .. import _ext
+from ..formats.weights import Weight as Weight
 from . import metal_sim, paths, stock
 from .unfit import unfit
-
-Mode = Literal["dense", "affine", "mxfp4", "mxfp8", "nvfp4"]
-
-
-class Weight(NamedTuple):
-    """A weight matrix [..., n, k] as MLX lays it out.
-
-    Attributes:
-        weight: float [..., n, k], or uint32 [..., n, k * bits / 32] when quantized.
-        scales: one per group of `group_size` columns, [..., n, k / group_size]; float for
-            ``affine``, uint8 for the ``mx`` and ``nv`` modes, None for ``dense``.
-        biases: like `scales`, for ``affine`` only.
-        group_size: columns per scale; 0 for ``dense``.
-        bits: bits per value; 0 for ``dense``.
-        mode: ``dense``, ``affine``, ``mxfp4``, ``mxfp8`` or ``nvfp4``.
-    """
-
-    weight: mx.array
-    scales: mx.array | None = None
-    biases: mx.array | None = None
-    group_size: int = 0
-    bits: int = 0
-    mode: str = "dense"
 
 
 def _on_gpu() -> bool:
@@ -290,38 +268,18 @@ def sparse_mla_decode(
 
 
 def stock_matmul(x: mx.array, w: Weight) -> mx.array:
-    if w.scales is None:
-        return (x @ w.weight.swapaxes(-1, -2)).astype(x.dtype)
-    return mx.quantized_matmul(
-        x,
-        w.weight,
-        scales=w.scales,
-        biases=w.biases,
-        transpose=True,
-        group_size=w.group_size,
-        bits=w.bits,
-        mode=w.mode,
-    ).astype(x.dtype)
+    weight = w.planes[0]
+    if w.format.mode == "dense":
+        return (x @ weight.swapaxes(-1, -2)).astype(x.dtype)
+    return mx.quantized_matmul(x, weight, transpose=True, **w.quantization).astype(x.dtype)
 
 
 def stock_gather(x: mx.array, w: Weight, slots: mx.array, sorted_indices: bool = False) -> mx.array:
-    if w.scales is None:
-        columns = w.weight.swapaxes(-1, -2)
-        y = mx.gather_mm(x, columns, rhs_indices=slots, sorted_indices=sorted_indices)
-    else:
-        y = mx.gather_qmm(
-            x,
-            w.weight,
-            w.scales,
-            w.biases,
-            rhs_indices=slots,
-            transpose=True,
-            group_size=w.group_size,
-            bits=w.bits,
-            mode=w.mode,
-            sorted_indices=sorted_indices,
-        )
-    return y.astype(x.dtype)
+    how: dict[str, Any] = {"rhs_indices": slots, "sorted_indices": sorted_indices}
+    weight = w.planes[0]
+    if w.format.mode == "dense":
+        return mx.gather_mm(x, weight.swapaxes(-1, -2), **how).astype(x.dtype)
+    return mx.gather_qmm(x, weight, transpose=True, **how, **w.quantization).astype(x.dtype)
 
 
 def stock_moe(

@@ -11,12 +11,10 @@ from types import TracebackType
 from typing import NamedTuple
 
 from ..checkpoint.folder import Checkpoint
-from ..checkpoint.quantization import Format, infer_format
-from ..checkpoint.safetensors_header import ITEM_BYTES, TensorInfo
+from ..checkpoint.safetensors_header import DTYPES, ITEM_BYTES, TensorInfo
 from ..models.config import ModelArgs
 from ..models.tensors import PROJECTIONS
 
-STREAMED = ("BF16", "F16", "F32", "U32", "U8")
 LEAVES = ("weight", "scales", "biases")
 
 
@@ -55,16 +53,6 @@ class LayerExperts:
         """Where the parts of one expert lie."""
         first = expert * len(self.parts)
         return self.locations[first : first + len(self.parts)]
-
-    def format(self, projection: str, columns: int) -> Format | None:
-        """How a projection of ``columns`` inputs is packed; None if it is dense."""
-        found = {part.name: part for part in self.parts}
-        scales = found.get(f"{projection}.scales")
-        if scales is None:
-            return None
-        packed = found[f"{projection}.weight"].shape[-1]
-        uint8 = scales.dtype == "U8"
-        return infer_format(projection, columns, packed, scales.shape[-1], uint8)
 
 
 @dataclass(frozen=True)
@@ -166,7 +154,7 @@ def _layer(
                 continue
             infos, shape, strides = found
             dtype = infos[0].dtype
-            if dtype not in STREAMED or f"{prefix}.experts.0.{projection}.weight_scale_inv" in (
+            if dtype not in DTYPES or f"{prefix}.experts.0.{projection}.weight_scale_inv" in (
                 tensors
             ):
                 raise ValueError(
