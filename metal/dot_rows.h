@@ -9,21 +9,22 @@ struct Matrix {
   const device typename F::scale_type* scales;
   const device typename F::scale_type* biases;
 
-  // Gives row `row` of all slots' rows, from a lane's first column on.
-  METAL_FUNC Matrix<F> at(size_t row, int k, int lane) const thread {
+  // Gives row 0 of a slot's n rows, from a lane's first column on.
+  METAL_FUNC Matrix<F> at(int slot, int n, int k, int lane) const thread {
     const int column = lane * F::values;
+    const size_t row = size_t(slot) * n;
     const size_t scale = row * F::row_scales(k) + F::column_scales(column);
     return {
         weight + row * F::row_bytes(k) + F::column_bytes(column),
         scales + scale,
-        biases + scale};
+        biases + (F::factors ? slot * sizeof(float) : scale)};
   }
   METAL_FUNC Matrix<F> skip(int rows, int columns, int k) const thread {
     const int scale = rows * F::row_scales(k) + F::column_scales(columns);
     return {
         weight + rows * F::row_bytes(k) + F::column_bytes(columns),
         scales + scale,
-        biases + scale};
+        biases + (F::factors ? 0 : scale)};
   }
 };
 
@@ -82,7 +83,7 @@ METAL_FUNC void dot_rows(
   }
 
   for (int i = 0; i < matrices * rows * width; i++) {
-    result[i] = F::reduce(result[i]);
+    result[i] = F::total(F::reduce(result[i]), w[i / (rows * width)].biases);
   }
 }
 

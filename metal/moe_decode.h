@@ -111,13 +111,12 @@ template <typename T, typename Gate, typename Up, int rows, int most>
   if (group.count == 0 || slot < 0 || slot >= params.bank) {
     return;  // moe_down_sum makes such a slot's share NaN
   }
-  const size_t first = size_t(slot) * params.intermediate;
   const GateUp<T, Gate, Up, rows> tile = {
       x,
       Matrix<Gate>{gate_weight, gate_scales, gate_biases}.at(
-          first, params.hidden, simd_lid),
+          slot, params.intermediate, params.hidden, simd_lid),
       Matrix<Up>{up_weight, up_scales, up_biases}.at(
-          first, params.hidden, simd_lid),
+          slot, params.intermediate, params.hidden, simd_lid),
       act,
       params.hidden,
       params.intermediate,
@@ -234,7 +233,7 @@ template <typename T, typename F, int rows, int most>
     const Down<T, F, rows> tile = {
         act,
         Matrix<F>{weight, scales, biases}.at(
-            size_t(slot) * params.hidden, params.intermediate, simd_lid),
+            slot, params.hidden, params.intermediate, simd_lid),
         scores,
         terms,
         params.hidden,

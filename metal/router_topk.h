@@ -38,9 +38,11 @@ METAL_FUNC void router_logits(
     threadgroup float* weights) {
   constexpr int rows = 4;
   const thread int offsets[1] = {0};
+  const Matrix<F> matrix =
+      Matrix<F>{weight, weight, weight}.at(0, experts, hidden, lane);
   for (int e = simdgroup * rows; e < experts; e += simdgroups * rows) {
     thread float result[rows];
-    const Matrix<F> w = Matrix<F>{weight, weight, weight}.at(e, hidden, lane);
+    const Matrix<F> w = matrix.skip(e, 0, hidden);
     const int used = experts - e;
     dot_rows<T, F, 1, rows, 1>(
         &w, hidden, used, x + lane * F::values, offsets, lane, result);

@@ -36,6 +36,10 @@ class AffineRow {
     result = result + std::fma(scale, dot(w, x, values, bits), sum * bias);
   }
 
+  static float total(float sum) {
+    return sum;
+  }
+
  private:
   // MLX's load_vector: the sum that multiplies the bias.
   static float sum_of(const float* x, int values, int bits) {
@@ -234,6 +238,10 @@ class AffineScales {
       return half_to_float(spread_(p));
     };
     add_groups(s, b, stride, sums, acc, result, read);
+  }
+
+  static GLM_INLINE float total(float sum) {
+    return sum;
   }
 
  private:

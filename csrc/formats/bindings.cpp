@@ -54,7 +54,11 @@ void bind_plane(nb::module_& m) {
           "dtypes",
           [](const PlaneSpec& p) { return dtypes_of(p.type); },
           "The types that it may have; all planes of floats have the same.")
-      .def_ro("count", &PlaneSpec::count, "Elements a block of columns.");
+      .def_ro("count", &PlaneSpec::count, "Elements a block of columns.")
+      .def_ro(
+          "per_matrix",
+          &PlaneSpec::per_matrix,
+          "Whether it is one element a matrix, which multiplies its products.");
 }
 
 }  // namespace

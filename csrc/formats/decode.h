@@ -16,7 +16,8 @@ namespace glm_fused {
 // of a simdgroup owns `values` consecutive columns of each block of 32 lanes,
 // from `column` on; `add` adds their products with x (at that column) to the
 // lane's result, one rounding a step, in the order that is the format's
-// definition. `values` is smaller than usual where the row ends.
+// definition. `values` is smaller than usual where the row ends. `total` makes
+// the row's product of the sum over the lanes.
 template <class Row>
 concept RowDecode = requires(
     const Row row,
@@ -30,6 +31,7 @@ concept RowDecode = requires(
   Row(format, planes);
   { Row::values(format, fast_order) } -> std::same_as<int>;
   { row.add(x, column, values, result) } -> std::same_as<void>;
+  { row.total(result) } -> std::same_as<float>;
   // The instance of metal/formats/<family>.h, given the shader's name of the
   // type of floats.
   {

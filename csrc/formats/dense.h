@@ -24,6 +24,10 @@ class DenseRow {
     }
   }
 
+  static float total(float sum) {
+    return sum;
+  }
+
  private:
   FloatType type_;
   const uint8_t* weight_;
@@ -67,6 +71,10 @@ struct NoScales {
       F16 (&result)[R][M]) const {
     unroll<R>(
         GLM_EACH(r) { unroll<M>(GLM_EACH(m) { result[r][m] = acc[r][m]; }); });
+  }
+
+  static GLM_INLINE float total(float sum) {
+    return sum;
   }
 };
 

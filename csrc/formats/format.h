@@ -36,6 +36,8 @@ struct PlaneSpec {
   std::string_view name;  // as the last part of a tensor's name
   PlaneType type = PlaneType::floats;
   int count = 0;  // elements a block
+  // One element a matrix instead, [...], which multiplies its products.
+  bool per_matrix = false;
 };
 
 constexpr int kMaxPlanes = 3;
@@ -67,12 +69,28 @@ struct Format {
   Family family() const {
     return spec->family;
   }
+  size_t element_bytes(int plane) const {
+    switch (spec->planes[plane].type) {
+      case PlaneType::uint32:
+      case PlaneType::float32:
+        return 4;
+      case PlaneType::uint8:
+        return 1;
+      case PlaneType::floats:
+        return size_of(float_type);
+      default:
+        return 2;
+    }
+  }
+  // From row to row, and from matrix [n, k] to matrix.
   size_t row_bytes(int plane, int k) const {
     const PlaneSpec& p = spec->planes[plane];
-    const size_t size = p.type == PlaneType::uint32 ? 4
-        : p.type == PlaneType::uint8                ? 1
-                                                    : size_of(float_type);
-    return static_cast<size_t>(k / spec->block) * p.count * size;
+    const size_t elements = static_cast<size_t>(k / spec->block) * p.count;
+    return p.per_matrix ? 0 : elements * element_bytes(plane);
+  }
+  size_t matrix_bytes(int plane, int n, int k) const {
+    return spec->planes[plane].per_matrix ? element_bytes(plane)
+                                          : n * row_bytes(plane, k);
   }
 };
 

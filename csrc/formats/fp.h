@@ -30,6 +30,10 @@ class FpRow {
         result + scale * (bits == 4 ? fp4(w, x, values) : fp8(w, x, values));
   }
 
+  static float total(float sum) {
+    return sum;
+  }
+
  private:
   static float e4m3(uint8_t byte) {
     const uint16_t v = byte & 127, sign = (byte & 128) << 8;
@@ -140,6 +144,10 @@ class ByteScales {
       unroll<M>(
           GLM_EACH(m) { result[r][m] = add(result[r][m], mul(s, acc[r][m])); });
     });
+  }
+
+  static GLM_INLINE float total(float sum) {
+    return sum;
   }
 
  private:

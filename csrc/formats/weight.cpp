@@ -39,7 +39,11 @@ void check_plane(
         ".");
   }
   mx::Shape shape = w.rows().shape();
-  shape.back() = k / w.spec->block * plane.count;
+  if (plane.per_matrix) {
+    shape.resize(shape.size() - 2);
+  } else {
+    shape.back() = k / w.spec->block * plane.count;
+  }
   check_shape(op, name, a, shape);
 }
 

@@ -79,33 +79,41 @@ mx::array project(
     return slots ? mx::gather_mm(x, columns, std::nullopt, slots, true, s)
                  : mx::matmul(x, columns, s);
   }
-  const auto biases =
-      spec.plane_count == 3 ? std::optional(planes[2]) : std::nullopt;
+  const bool factors = spec.planes[2].per_matrix;
+  const auto biases = spec.plane_count == 3 && !factors
+      ? std::optional(planes[2])
+      : std::nullopt;
   const std::string mode(spec.mode);
-  return slots ? mx::gather_qmm(
-                     x,
-                     planes[0],
-                     planes[1],
-                     biases,
-                     std::nullopt,
-                     slots,
-                     true,
-                     spec.block,
-                     spec.bits,
-                     mode,
-                     std::nullopt,
-                     true,
-                     s)
-               : mx::quantized_matmul(
-                     x,
-                     planes[0],
-                     planes[1],
-                     biases,
-                     true,
-                     spec.block,
-                     spec.bits,
-                     mode,
-                     s);
+  const mx::array y = slots ? mx::gather_qmm(
+                                  x,
+                                  planes[0],
+                                  planes[1],
+                                  biases,
+                                  std::nullopt,
+                                  slots,
+                                  true,
+                                  spec.block,
+                                  spec.bits,
+                                  mode,
+                                  std::nullopt,
+                                  true,
+                                  s)
+                            : mx::quantized_matmul(
+                                  x,
+                                  planes[0],
+                                  planes[1],
+                                  biases,
+                                  true,
+                                  spec.block,
+                                  spec.bits,
+                                  mode,
+                                  s);
+  if (!factors) {
+    return y;
+  }
+  const mx::array factor =
+      slots ? mx::take(planes[2], *slots, 0, s) : planes[2];
+  return mx::multiply(y, mx::expand_dims(factor, {-2, -1}, s), s);
 }
 
 mx::array

@@ -27,7 +27,7 @@ float walk(const cpu::Matrix& m, const Row& row, const float* x) {
       result[lane] = result[lane] + result[lane + step];
     }
   }
-  return result[0];
+  return row.total(result[0]);
 }
 
 }  // namespace

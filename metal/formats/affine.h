@@ -15,6 +15,7 @@ struct Affine {
   GLM_CONST int bytes = mlx_affine::get_bytes_per_pack<bits, 32>() * packs;
   GLM_CONST int block = values * kLanes;
   GLM_CONST bool whole_tiles = fast;  // n % 8 == 0, k % 512 == 0
+  GLM_CONST bool factors = false;     // `biases` is one factor a matrix
 
   struct Cells {
     Cell w[bytes / sizeof(Cell)];
@@ -94,6 +95,9 @@ struct Affine {
         used);
   }
 
+  static METAL_FUNC float total(float sum, const device S*) {
+    return sum;
+  }
   static METAL_FUNC float reduce(float result) {
     return simd_sum(result);
   }

@@ -11,6 +11,7 @@ struct Dense {
   GLM_CONST int values = 4;
   GLM_CONST int block = values * kLanes;
   GLM_CONST bool whole_tiles = false;
+  GLM_CONST bool factors = false;  // `biases` is one factor a matrix
 
   struct Cells {
     W w[values];
@@ -90,6 +91,9 @@ struct Dense {
     dot(cells, x_thread, sum, result);
   }
 
+  static METAL_FUNC float total(float sum, const device uint8_t*) {
+    return sum;
+  }
   static METAL_FUNC float reduce(float result) {
     for (ushort lanes = kLanes / 2; lanes >= 1; lanes >>= 1) {
       result += simd_shuffle_down(result, lanes);

@@ -15,6 +15,7 @@ struct Fp {
   GLM_CONST int bytes = mlx_fp::get_bytes_per_pack<32>() * packs;
   GLM_CONST int block = values * kLanes;
   GLM_CONST bool whole_tiles = fast;  // n % 8 == 0, k % 512 == 0
+  GLM_CONST bool factors = false;     // `biases` is one factor a matrix
 
   struct Cells {
     Cell w[bytes / sizeof(Cell)];
@@ -89,6 +90,9 @@ struct Fp {
         (const thread uint8_t*)cells.w, x_thread, cells.scale, used);
   }
 
+  static METAL_FUNC float total(float sum, const device uint8_t*) {
+    return sum;
+  }
   static METAL_FUNC float reduce(float result) {
     return simd_sum(result);
   }

@@ -27,6 +27,10 @@ class Plane:
     def count(self) -> int:
         """Elements a block of columns."""
 
+    @property
+    def per_matrix(self) -> bool:
+        """Whether it is one element a matrix, which multiplies its products."""
+
 class Format:
     """How the rows of a weight are stored; one of `formats()`."""
 

@@ -284,7 +284,7 @@ struct Tile {
       for (int r = 0; r < step; r++) {
         for (int m = 0; m < M; m++) {
           a.y[(m0 + m) * a.rows + first(g) + r] =
-              butterfly_sum(sums[g][0][r][m], sums[g][1][r][m]);
+              scales.total(butterfly_sum(sums[g][0][r][m], sums[g][1][r][m]));
         }
       }
     }

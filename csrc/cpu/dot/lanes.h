@@ -27,7 +27,7 @@ struct Term {
 // another in plane 0, and `Words` takes a lane's words from them. `decode<p>`
 // gives term p of the 16 lanes. `Scales` turns a half-block's sum of terms into
 // its part of the result, from whatever planes (or headers of blocks in plane
-// 0) it was told at `locate`.
+// 0) it was told at `locate`, and the sum over all lanes into the product.
 template <class F>
 concept CpuDecode = requires(const F f, const typename F::Words words) {
   { F::kValues } -> std::convertible_to<int>;        // columns of a lane

@@ -25,13 +25,13 @@ Matrix::Matrix(
   for (int p = 0; p < format.spec->plane_count; p++) {
     planes[p] = inputs[next++].data<uint8_t>();
     row_bytes[p] = format.row_bytes(p, k);
+    matrix_bytes[p] = format.matrix_bytes(p, n, k);
   }
 }
 
 void Matrix::locate(int slot, int row, const uint8_t** at) const {
-  const size_t first = static_cast<size_t>(slot) * n + row;
   for (int p = 0; p < kMaxPlanes; p++) {
-    at[p] = planes[p] + first * row_bytes[p];
+    at[p] = planes[p] + slot * matrix_bytes[p] + row * row_bytes[p];
   }
 }
 

@@ -17,6 +17,7 @@ struct Matrix {
   const Kernel* kernel;
   const uint8_t* planes[kMaxPlanes] = {};
   size_t row_bytes[kMaxPlanes] = {};
+  size_t matrix_bytes[kMaxPlanes] = {};
 
   // Takes the planes of one weight from inputs[next…] and advances `next`.
   Matrix(

@@ -145,7 +145,8 @@ class _Checker:
         for plane in fmt.planes:
             name, floats = f"{source.path}.{plane.name}", len(plane.dtypes) > 1
             types = shared if floats else tuple(NAMES[dtype] for dtype in plane.dtypes)
-            shape = (*source.shape[:-1], blocks * plane.count)
+            rows = source.shape[:-1]
+            shape = rows[:-1] if plane.per_matrix else (*rows, blocks * plane.count)
             nbytes += self.expect(name, types, shape, f" ({fmt} in config.json)")
             if floats and name in self.tensors:
                 shared = (self.tensors[name].dtype,)  # of all planes of floats

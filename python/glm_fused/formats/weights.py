@@ -24,7 +24,7 @@ class Weight(NamedTuple):
         planes: the arrays that `format` names, in its order, such as those that ``mx.quantize``
             returns: one of floats [..., n, k] where it is dense; else uint32
             [..., n, k * bits / 32], then scales and, if it is affine, biases
-            [..., n, k / group_size].
+            [..., n, k / group_size]. A plane of one element a matrix is [...].
         format: one of `FORMATS`.
     """
 
@@ -38,10 +38,15 @@ class Weight(NamedTuple):
 
     @property
     def quantization(self) -> dict[str, Any]:
-        """Keyword arguments of MLX's ops on packed weights: the planes but for the first, and how
-        they are to be read."""
-        scales = zip(plane_names(self.format)[1:], self.planes[1:], strict=True)
-        return dict(scales) | self.format.parameters
+        """Keyword arguments of MLX's ops on packed weights: the scales, and how to read them."""
+        scales = zip(self.format.planes[1:], self.planes[1:], strict=True)
+        named = {plane.name: array for plane, array in scales if not plane.per_matrix}
+        return named | self.format.parameters
+
+    @property
+    def factor(self) -> mx.array | None:
+        """What a matrix's products are multiplied by [...], if its format has that."""
+        return self.planes[-1] if self.format.planes[-1].per_matrix else None
 
 
 def dense_format(dtype: mx.Dtype) -> Format:

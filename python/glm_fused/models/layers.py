@@ -66,9 +66,10 @@ class _Packable(nn.Module):
     def unfilled(self, fmt: Format) -> _Packed:
         """The layer in a format, zeros in the place of the planes to be loaded."""
         *rows, columns = self.weight.shape
+        blocks = columns // fmt.group_size
         planes = [
-            mx.zeros((*rows, columns // fmt.group_size * plane.count), plane.dtypes[0])
-            for plane in fmt.planes
+            mx.zeros(rows[:-1] if p.per_matrix else (*rows, blocks * p.count), p.dtypes[0])
+            for p in fmt.planes
         ]
         return self.packed_class(ops.Weight(planes, fmt), self)
 

@@ -16,7 +16,10 @@ def quantized_matvec(x: mx.array, w: Weight) -> mx.array:
     weight = w.planes[0]
     if w.format.mode == "dense":
         return (x @ weight.swapaxes(-1, -2)).astype(x.dtype)
-    return mx.quantized_matmul(x, weight, transpose=True, **w.quantization).astype(x.dtype)
+    if w.factor is None:
+        return mx.quantized_matmul(x, weight, transpose=True, **w.quantization).astype(x.dtype)
+    y = mx.quantized_matmul(x.astype(mx.float32), weight, transpose=True, **w.quantization)
+    return (y * w.factor[..., None, None]).astype(x.dtype)
 
 
 def gather(x: mx.array, w: Weight, slots: mx.array, sorted_indices: bool = False) -> mx.array:
@@ -25,7 +28,10 @@ def gather(x: mx.array, w: Weight, slots: mx.array, sorted_indices: bool = False
     weight = w.planes[0]
     if w.format.mode == "dense":
         return mx.gather_mm(x, weight.swapaxes(-1, -2), **how).astype(x.dtype)
-    return mx.gather_qmm(x, weight, transpose=True, **how, **w.quantization).astype(x.dtype)
+    if w.factor is None:
+        return mx.gather_qmm(x, weight, transpose=True, **how, **w.quantization).astype(x.dtype)
+    y = mx.gather_qmm(x.astype(mx.float32), weight, transpose=True, **how, **w.quantization)
+    return (y * w.factor[slots][..., None, None]).astype(x.dtype)
 
 
 def moe_decode(
