@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from glm_fused import ops
-from glm_fused.formats.weights import quantized_format
+from glm_fused.formats.weights import Format, named, quantized_format
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -14,10 +14,16 @@ AFFINE = [("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (3
 NAN = {mx.uint8: 0xFF, mx.uint32: 0xFFFFFFFF}  # of codes, if they have one
 FORMATS = [*AFFINE, ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16), ("dense", 0, 0)]
 
+FACTORS = [("nvfp4-global", 4, 16)]  # which MLX's own kernels do not take
+
 
 def format_id(fmt: tuple[str, int, int]) -> str:
+    return "dense" if fmt[0] == "dense" else found_format(fmt).name
+
+
+def found_format(fmt: tuple[str, int, int]) -> Format:
     mode, bits, group = fmt
-    return mode if mode == "dense" else quantized_format(group, bits, mode).name
+    return named(mode) if fmt in FACTORS else quantized_format(group, bits, mode)
 
 
 def random_weight(
@@ -27,18 +33,20 @@ def random_weight(
     float_dtype: mx.Dtype = mx.bfloat16,
 ) -> ops.Weight:
     """A weight of `shape` [..., n, k]; `float_dtype` is that of dense weights or affine scales."""
-    mode, bits, group = fmt
+    mode = fmt[0]
     values = mx.array(rng.standard_normal(shape, dtype=np.float32) / np.sqrt(shape[-1]))
     if mode == "dense":
         return ops.Weight.dense(values.astype(float_dtype))
-    found = quantized_format(group, bits, mode)
+    found = found_format(fmt)
     if mode == "affine":
         return ops.Weight(mx.quantize(values.astype(float_dtype), **found.parameters), found)
     # MLX packs eight elements at a time: quantize whole rows of eight, keep the first n.
     n = shape[-2]
     padded = mx.concatenate([values] * (8 // min(n, 8) + 1), axis=-2)[..., : -(-n // 8) * 8, :]
-    planes = mx.quantize(padded, **found.parameters)
-    return ops.Weight([plane[..., :n, :] for plane in planes], found)
+    planes = [plane[..., :n, :] for plane in mx.quantize(padded, **found.parameters)]
+    if fmt in FACTORS:
+        planes.append(mx.array(rng.uniform(0.1, 3, shape[:-2]).astype(np.float32)))
+    return ops.Weight(planes, found)
 
 
 def poison(w: ops.Weight, unused: list[int]) -> ops.Weight:
@@ -53,13 +61,14 @@ def poison(w: ops.Weight, unused: list[int]) -> ops.Weight:
 
 def dequantized(w: ops.Weight) -> np.ndarray:
     """The weight in float64."""
-    weight, *scales = w.planes
+    weight = w.planes[0]
     if w.format.mode == "dense":
         return np.array(weight.astype(mx.float32), dtype=np.float64)
+    how = w.quantization
     if w.format.mode == "affine":
-        scales = [a.astype(mx.float32) for a in scales]
-    values = mx.dequantize(weight, *scales, **w.format.parameters, dtype=mx.float32)
-    return np.array(values, dtype=np.float64)
+        how |= {name: how[name].astype(mx.float32) for name in ("scales", "biases")}
+    values = np.array(mx.dequantize(weight, **how, dtype=mx.float32), dtype=np.float64)
+    return values if w.factor is None else values * np.array(w.factor)[..., None, None]
 
 
 def bits_of(a: mx.array) -> np.ndarray:

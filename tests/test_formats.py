@@ -6,7 +6,7 @@ import pickle
 import mlx.core as mx
 import pytest
 from conftest import tiny_config, write_checkpoint
-from formats_under_test import AFFINE, FORMATS
+from formats_under_test import AFFINE, FACTORS, FORMATS
 
 from glm_fused import _ext, ops
 from glm_fused.formats.weights import FORMATS as KNOWN
@@ -22,6 +22,8 @@ VALUES = mx.zeros((8, 256))
 def test_every_format_is_registered_once():
     found = [(fmt.mode, fmt.bits, fmt.group_size) for fmt in QUANTIZED]
     assert sorted(found) == sorted([*AFFINE, *(fmt for fmt in FORMATS[len(AFFINE) :] if fmt[1])])
+    packed = {fmt.name for fmt in KNOWN.values() if fmt.mode != "dense"}
+    assert packed == {*map(str, QUANTIZED), *(name for name, *_ in FACTORS)}
     assert len(KNOWN) == len(_ext.formats())
     assert {dense_format(dtype).name for dtype in FLOATS} == {"bf16", "fp16", "fp32"}
 
@@ -109,6 +111,23 @@ def test_weights_that_do_not_fit(message):
 def test_groups_that_columns_do_not_fill():
     with pytest.raises(ValueError, match=r"w: 200 columns are no whole number of groups of 64"):
         ops.quantized_matvec(mx.zeros((1, 200)), PACKED)
+
+
+def test_a_factor_a_matrix_is_checked():
+    fmt, planes = KNOWN["nvfp4-global"], mx.quantize(mx.zeros((3, 8, 256)), mode="nvfp4")
+    assert [plane.per_matrix for plane in fmt.planes] == [False, False, True]
+    assert fmt.bits_per_weight == KNOWN["nvfp4"].bits_per_weight
+    assert quantized_format(mode="nvfp4") is KNOWN["nvfp4"]
+    x = mx.zeros((3, 1, 256))
+    for factor, message in (
+        (mx.ones((3, 8)), r"w\.global_scale must have shape \(3\) but has \(3,8\)"),
+        (mx.ones(3, mx.bfloat16), r"w\.global_scale must be float32 in format nvfp4-global"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.quantized_matvec(x, Weight([*planes, factor], fmt))
+    with pytest.raises(ValueError, match=r"must have 3 planes in format nvfp4-global but has 2"):
+        ops.quantized_matvec(x, Weight(planes, fmt))
+    assert ops.quantized_matvec(x, Weight([*planes, mx.ones(3)], fmt)).shape == (3, 1, 8)
 
 
 @pytest.mark.parametrize("mode", ["affine", "nvfp4"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from formats_under_test import (
     DTYPES,
+    FACTORS,
     FORMATS,
     assert_same_bits,
     dequantized,
@@ -23,10 +24,12 @@ from hypothesis import strategies as st
 
 from glm_fused import ops
 
+EACH = [*FORMATS, *FACTORS]
+
 pytestmark = pytest.mark.usefixtures("device")
 # What stock MLX, which has the GPU's matrices and prompts, does not promise.
 cpu_only = pytest.mark.parametrize("device", ["cpu"], indirect=True)
-each_format = pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
+each_format = pytest.mark.parametrize("fmt", EACH, ids=format_id)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 
 
@@ -59,7 +62,7 @@ def test_matvec_is_close_to_float64(fmt, dtype, n, k):
 @settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_matvec_equals_the_reference(data):
-    fmt = data.draw(st.sampled_from(FORMATS))
+    fmt = data.draw(st.sampled_from(EACH))
     dtype = data.draw(st.sampled_from(list(DTYPES.values())))
     scales = data.draw(st.sampled_from(list(DTYPES.values())))
     unit = column_unit(fmt)
@@ -124,7 +127,7 @@ def scales_for(device: str, dtype: mx.Dtype, wanted: mx.Dtype) -> mx.Dtype:
 @each_format
 @pytest.mark.parametrize("tokens", [1, 2, 5, 16])
 def test_moe_equals_the_reference(fmt, dtype, tokens, device):
-    rng = np.random.default_rng([tokens, FORMATS.index(fmt)])
+    rng = np.random.default_rng([tokens, EACH.index(fmt)])
     # 512 columns and whole tiles take MLX's fast order, the others its general one.
     hidden, intermediate = (512, 136) if tokens % 2 else (384, 72)
     intermediate = -(-intermediate // column_unit(fmt)) * column_unit(fmt)
@@ -139,7 +142,7 @@ def test_moe_equals_the_reference(fmt, dtype, tokens, device):
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_moe_equals_the_reference_anywhere(device, data):
-    formats = [data.draw(st.sampled_from(FORMATS)) for _ in range(3)]
+    formats = [data.draw(st.sampled_from(EACH)) for _ in range(3)]
     dtype = data.draw(st.sampled_from(list(DTYPES.values())))
     scales = scales_for(device, dtype, data.draw(st.sampled_from(list(DTYPES.values()))))
     unit_in = max(column_unit(formats[0]), column_unit(formats[1]))
@@ -247,12 +250,12 @@ def test_router_takes_the_lowest_index_among_equals():
 
 BITS_OF_EVERY_FORMAT = """
 import hashlib, mlx.core as mx, numpy as np
-from formats_under_test import FORMATS, DTYPES, bits_of, random_weight
+from formats_under_test import FACTORS, FORMATS, DTYPES, bits_of, random_weight
 from glm_fused import _ext, ops
 mx.set_default_device(mx.cpu)
 digest = hashlib.sha256()
 rng = np.random.default_rng(11)
-for fmt in FORMATS:
+for fmt in [*FORMATS, *FACTORS]:
     for scales in DTYPES.values():
         for n, k in ((16, 1024), (11, 256 + 128)):
             w = random_weight(rng, (n, k), fmt, scales)

@@ -1,5 +1,5 @@
 // mxfp4, mxfp8 (a power of two per 32 values) and nvfp4 (an e4m3 scale per 16).
-// Planes: weight, scales.
+// Planes: weight, scales; for a format with a factor, also global_scale.
 #pragma once
 
 #include "formats/decode.h"
@@ -9,7 +9,13 @@ namespace glm_fused {
 class FpRow {
  public:
   FpRow(const Format& format, const uint8_t* const* planes)
-      : format_(format), weight_(planes[0]), scales_(planes[1]) {}
+      : format_(format),
+        weight_(planes[0]),
+        scales_(planes[1]),
+        factor_(
+            format.spec->plane_count == 3
+                ? read_float(planes[2], 0, FloatType::float32)
+                : 1) {}
 
   static int values(const Format& format, bool fast_order) {
     return (fast_order ? 2 : 1) * 32 / format.spec->bits;
@@ -18,7 +24,8 @@ class FpRow {
   shader(const Format& format, const std::string&, bool fast_order) {
     return "Fp<" + std::to_string(format.spec->block) + ", " +
         std::to_string(format.spec->bits) + ", " +
-        (fast_order ? "true>" : "false>");
+        (fast_order ? "true" : "false") +
+        (format.spec->plane_count == 3 ? ", true>" : ">");
   }
 
   void add(const float* x, int column, int values, float& result) const {
@@ -30,8 +37,8 @@ class FpRow {
         result + scale * (bits == 4 ? fp4(w, x, values) : fp8(w, x, values));
   }
 
-  static float total(float sum) {
-    return sum;
+  float total(float sum) const {
+    return sum * factor_;
   }
 
  private:
@@ -74,6 +81,7 @@ class FpRow {
   const Format& format_;
   const uint8_t* weight_;
   const uint8_t* scales_;
+  float factor_;
 };
 
 template <>
@@ -113,11 +121,15 @@ struct E4M3 {
 };
 
 // result += scale * accum, two roundings: MLX multiplies inside qdot.
-template <class Code>
+template <class Code, bool factors = false>
 class ByteScales {
  public:
   GLM_INLINE ByteScales(const DotArgs& a, int values)
-      : scales_(a.planes[1]), spread_(a, values, 1, Code::kByte) {}
+      : scales_(a.planes[1]), spread_(a, values, 1, Code::kByte) {
+    if constexpr (factors) {
+      memcpy(&factor_, a.planes[2], sizeof(factor_));
+    }
+  }
 
   template <int R>
   GLM_INLINE void locate(TileRows& rows, int row, int stride) const {
@@ -146,16 +158,17 @@ class ByteScales {
     });
   }
 
-  static GLM_INLINE float total(float sum) {
-    return sum;
+  GLM_INLINE float total(float sum) const {
+    return factors ? sum * factor_ : sum;
   }
 
  private:
   const uint8_t* scales_;
   const Spread spread_;
+  float factor_ = 1;
 };
 
-template <bool fast, class Code>
+template <bool fast, class Code, bool factors = false>
 struct Fp4 {
   static constexpr int kValues = fast ? 16 : 8;
   static constexpr int kBytes = kValues / 2;
@@ -166,7 +179,7 @@ struct Fp4 {
   static constexpr bool kCarriesAccumulator = false;
   static constexpr int kSumStep = 0;
   using Words = LaneWords<kBytes>;
-  using Scales = ByteScales<Code>;
+  using Scales = ByteScales<Code, factors>;
 
   static constexpr Term term(int p) {
     return {p, p / 2, 0, 1.0f, 1.0f};
@@ -224,6 +237,10 @@ const Kernel& find_kernel<glm_fused::Family::fp>(
     bool fast) {
   if (format.spec->bits == 8) {
     return fast ? kernel<Fp8<true>> : kernel<Fp8<false>>;
+  }
+  if (format.spec->plane_count == 3) {
+    return fast ? kernel<Fp4<true, E4M3, true>>
+                : kernel<Fp4<false, E4M3, true>>;
   }
   if (format.spec->block == 16) {
     return fast ? kernel<Fp4<true, E4M3>> : kernel<Fp4<false, E4M3>>;

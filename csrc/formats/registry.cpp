@@ -41,6 +41,16 @@ constexpr FormatSpec fp(std::string_view mode, int bits, int group_size) {
       2};
 }
 
+// modelopt's: an fp32 factor a matrix on top of the scales.
+constexpr FormatSpec scaled(std::string_view name, FormatSpec format) {
+  format.name = name;
+  format.is_default = false;
+  format.planes[format.plane_count] = {
+      "global_scale", PlaneType::float32, 0, true};
+  format.plane_count++;
+  return format;
+}
+
 // A group size is part of the name where it is not MLX's default.
 constexpr FormatSpec kFormats[] = {
     dense("bf16", PlaneType::bfloat16),
@@ -67,6 +77,7 @@ constexpr FormatSpec kFormats[] = {
     fp("mxfp4", 4, 32),
     fp("mxfp8", 8, 32),
     fp("nvfp4", 4, 16),
+    scaled("nvfp4-global", fp("nvfp4", 4, 16)),
 };
 
 }  // namespace

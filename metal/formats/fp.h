@@ -5,7 +5,7 @@
 #include "formats/cells.h"
 #include "mlx_arithmetic.h"
 
-template <int group_size, int bits, bool fast>
+template <int group_size, int bits, bool fast, bool global_scale = false>
 struct Fp {
   typedef uint8_t scale_type;
   typedef typename CellOf<bits>::type Cell;
@@ -14,8 +14,8 @@ struct Fp {
   GLM_CONST int values = mlx_fp::get_pack_factor<32, bits>() * packs;
   GLM_CONST int bytes = mlx_fp::get_bytes_per_pack<32>() * packs;
   GLM_CONST int block = values * kLanes;
-  GLM_CONST bool whole_tiles = fast;  // n % 8 == 0, k % 512 == 0
-  GLM_CONST bool factors = false;     // `biases` is one factor a matrix
+  GLM_CONST bool whole_tiles = fast;      // n % 8 == 0, k % 512 == 0
+  GLM_CONST bool factors = global_scale;  // `biases` is one factor a matrix
 
   struct Cells {
     Cell w[bytes / sizeof(Cell)];
@@ -90,8 +90,8 @@ struct Fp {
         (const thread uint8_t*)cells.w, x_thread, cells.scale, used);
   }
 
-  static METAL_FUNC float total(float sum, const device uint8_t*) {
-    return sum;
+  static METAL_FUNC float total(float sum, const device uint8_t* factor) {
+    return factors ? sum * *(const device float*)factor : sum;
   }
   static METAL_FUNC float reduce(float result) {
     return simd_sum(result);

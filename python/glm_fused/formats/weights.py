@@ -14,7 +14,10 @@ from .._ext import formats
 
 FORMATS = {fmt.name: fmt for fmt in formats()}
 DENSE_FORMATS = {fmt.planes[0].dtypes[0]: fmt for fmt in FORMATS.values() if fmt.mode == "dense"}
-QUANTIZED = tuple(fmt for fmt in FORMATS.values() if fmt.mode != "dense")
+# Those that mx.quantize packs to: it knows no factor of a matrix.
+QUANTIZED = tuple(
+    fmt for fmt in FORMATS.values() if fmt.mode != "dense" and not fmt.planes[-1].per_matrix
+)
 
 
 class Weight(NamedTuple):
