@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from glm_fused import selftest
-from glm_fused.checkpoint.quantization import Format
+from glm_fused.formats.weights import Format
 from glm_fused.ops import metal_sim
 from glm_fused.selftest.case import Case
 from glm_fused.selftest.cases import cases

@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import tiny_config, tiny_config_51
 
-from glm_fused.checkpoint.description import describe, format_report, variant
+from glm_fused.checkpoint.description import describe, format_description, variant
 from glm_fused.checkpoint.quantization import parse_format
 from glm_fused.models.cache import bytes_per_token
 from glm_fused.models.config import DeepseekV32Args, ModelArgs, args_from_config
@@ -166,7 +166,7 @@ def test_fp8_is_read_as_bfloat16(checkpoint):
 
 
 def test_report_text(checkpoint):
-    text = format_report(describe(checkpoint(tiny_config(), mtp=True)))
+    text = format_description(describe(checkpoint(tiny_config(), mtp=True)))
     for part in (
         "GLM-5.2/5.3",
         "full      0-1, 3",
@@ -177,6 +177,6 @@ def test_report_text(checkpoint):
     ):
         assert part in text
     assert all(len(line) <= 100 for line in text.splitlines() if "path" not in line)
-    text = format_report(describe(checkpoint(tiny_config_51())))
+    text = format_description(describe(checkpoint(tiny_config_51())))
     assert "full      0-4" in text
     assert "shared    none" in text

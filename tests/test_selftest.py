@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from glm_fused import _ext, ops
-from glm_fused.checkpoint.quantization import Format
 from glm_fused.cli import main
+from glm_fused.formats.weights import Format
 from glm_fused.ops import metal_sim
 from glm_fused.selftest import backends, compare, machine, microbench, report, synthetic
 from glm_fused.selftest.cases import cases

@@ -5,6 +5,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -17,15 +18,18 @@ from tqdm import tqdm
 from . import _ext
 from .checkpoint.folder import Checkpoint
 from .checkpoint.inventory import check_tensors
-from .checkpoint.quantization import Quantization, infer_format, quantization_from_config
+from .checkpoint.quantization import Quantization, quantization_from_config
 from .formats.kv_rows import check_kv_format
-from .generation.options import checkpoint_options
+from .formats.weights import infer_format
+from .generation.options import checkpoint_options, set_defaults
 from .generation.tokenizer import load_tokenizer
 from .host import to_numpy
 from .models.config import ModelArgs, args_from_config
 from .models.decoder import Model
 from .models.tensors import unused
-from .streaming.banks import StreamOptions, attach_banks, find_source, plan_streaming
+from .streaming.banks import attach_banks, find_source, plan_streaming
+from .streaming.model import StreamedModel
+from .streaming.options import StreamOptions
 from .streaming.source import is_expert
 from .validation import show
 
@@ -40,6 +44,29 @@ class _Scales(NamedTuple):
     mode: str
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint and its model, over parameters that are read when they are first used.
+
+    ``scales`` are those that no parameter of the model will show. ``cache_limit`` is MLX's, in
+    bytes, from before streaming lowered it; None where it did not.
+    """
+
+    model: Model
+    checkpoint: Checkpoint
+    scales: list[_Scales]
+    cache_limit: int | None = None
+
+    def read(self) -> None:
+        """Read the parameters one by one, and check scales; errors are those of `load_model`."""
+        _materialize(self.model, self.checkpoint, self.scales)
+
+    def restore_limit(self) -> None:
+        """Give MLX the limit that it had, for when the model is not used any more."""
+        if self.cache_limit is not None:
+            mx.set_cache_limit(self.cache_limit)
+
+
 def load_model(
     path: str | os.PathLike[str],
     lazy: bool = False,
@@ -48,36 +75,55 @@ def load_model(
 ) -> tuple[Model, dict[str, Any]]:
     """Load the model in the folder ``path``; returns it and its config.
 
-    ``path`` "demo" is the bundled model where there is no folder of that name. ``kv_format`` is how
-    the model's caches store keys, one of `glm_fused.formats.kv_rows`. With ``stream``, routed
-    experts are read as they are needed; ``model.streaming`` has the plan and counters, and scales
-    of experts are not checked for NaN.
+    `glm_fused.Engine` does the same with everything that a session needs.
 
-    Raises FileNotFoundError for missing files and ValueError for anything that does not fit, naming
-    file and tensor with what was found and expected, and RuntimeError, naming the parameter, for
-    one that cannot be read. With ``lazy`` parameters are read when they are first used, and scales
-    are not checked for NaN; one that could not be read then is undefined, so load the model anew.
+    Args:
+        path: the folder of a checkpoint; "demo" is the bundled model where there is no folder of
+            that name.
+        lazy: read parameters when they are first used, without a check of scales for NaN. One that
+            cannot be read then is undefined, so load the model anew.
+        kv_format: how the model's caches store keys: "auto" (as the activations), "bf16", "fp16",
+            "fp32", "fp8" or "int8".
+        stream: read routed experts as they are needed; ``model.streaming`` has the plan and
+            counters, and scales of experts are not checked for NaN.
+
+    Returns:
+        The model, which takes integer tokens [batch, length] and gives logits [batch, length,
+        vocabulary], and config.json with the stop tokens of generation_config.json.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: something does not fit; the message names file and tensor with what was found
+            and expected, or the budget with what would fit.
+        RuntimeError: a parameter, which the message names, cannot be read.
     """
-    model, checkpoint, sources = _build(path, kv_format, stream)
+    opened = open_model(path, kv_format, stream)
     if not lazy:
-        _materialize(model, checkpoint, sources)
-    return model, checkpoint.config
+        opened.read()
+    return opened.model, opened.checkpoint.config
 
 
 def load(
     path: str | os.PathLike[str], kv_format: str = "auto", stream: StreamOptions | None = None
 ) -> tuple[Model, TokenizerWrapper]:
-    """Load model and tokenizer; arguments and errors are those of ``load_model``."""
-    model, checkpoint, sources = _build(path, kv_format, stream)
-    tokenizer = load_tokenizer(checkpoint)
-    _materialize(model, checkpoint, sources)
-    return model, tokenizer
+    """Load the model in the folder ``path`` and its tokenizer.
+
+    Arguments and errors are those of `glm_fused.load_model`; a tokenizer that does not load is a
+    ValueError, before any weights are read.
+
+    Returns:
+        The model and the tokenizer, as `glm_fused.generate` takes them.
+    """
+    opened = open_model(path, kv_format, stream)
+    tokenizer = load_tokenizer(opened.checkpoint)
+    opened.read()
+    return opened.model, tokenizer
 
 
-def _build(
+def open_model(
     path: str | os.PathLike[str], kv_format: str, stream: StreamOptions | None
-) -> tuple[Model, Checkpoint, list[_Scales]]:
-    """The model over lazy weights, and those scales that no parameter of it will show."""
+) -> Opened:
+    """Check a checkpoint and make its model; no data is read. Errors are those of `load_model`."""
     check_kv_format(kv_format)
     checkpoint = Checkpoint.open(path)
     args = args_from_config(checkpoint.config)
@@ -88,24 +134,35 @@ def _build(
         source = find_source(checkpoint, args, stream.sidecar)
         plan = plan_streaming(manifest, args, source, stream, kv_format)
     weights = _read_lazily(checkpoint)
-    model = Model(args)
-    model.kv_format = kv_format
-    model.options = checkpoint_options(checkpoint.path)
-    if stream is not None:
+    defaults, cache_limit = checkpoint_options(checkpoint.path), None
+    if stream is None:
+        model = Model(args)
+    else:
+        model = StreamedModel(args)
         _allow_open_files(len(checkpoint.files) + len(source.files))
         model.streaming = attach_banks(model, args, source, plan, stream)
-        mx.set_cache_limit(plan.shares.staging)
+        cache_limit = mx.set_cache_limit(plan.shares.staging)
         weights = {name: array for name, array in weights.items() if not is_expert(name)}
-    sources = []
-    for name, array in weights.items():
-        if name.endswith(_SCALE_SUFFIXES) and unused(name, args) is None:
-            mode = _declared_mode(quantization, name.rpartition(".")[0])
-            sources.append(_Scales(name, array, mode))
+    model.kv_format = kv_format
+    set_defaults(model, defaults)
+    scales = _hidden_scales(weights, args, quantization)
     weights = model.sanitize(weights)
     _quantize_modules(model, weights)
     model.eval()
     model.load_weights(list(weights.items()), strict=True)
-    return model, checkpoint, sources
+    return Opened(model, checkpoint, scales, cache_limit)
+
+
+def _hidden_scales(
+    weights: dict[str, mx.array], args: ModelArgs, quantization: Quantization | None
+) -> list[_Scales]:
+    """Scales of tensors that become parameters of another form."""
+    scales = []
+    for name, array in weights.items():
+        if name.endswith(_SCALE_SUFFIXES) and unused(name, args) is None:
+            mode = _declared_mode(quantization, name.rpartition(".")[0])
+            scales.append(_Scales(name, array, mode))
+    return scales
 
 
 def _check_stop_tokens(checkpoint: Checkpoint, args: ModelArgs) -> None:

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ..formats.weights import FP8_BLOCK, Format
 from ..models.config import ModelArgs
 from ..models.tensors import Module, layer_of, modules, unused
-from .quantization import FP8_BLOCK, Format, Quantization
+from .quantization import Quantization
 from .safetensors_header import TensorInfo, quoted
 
 FLOATS = ("BF16", "F16", "F32")

@@ -14,6 +14,7 @@ from mlx_lm.generate import stream_generate as mlx_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .. import _ext, ops
+from ..environment import debug, flag
 from ..formats.kv_rows import format_of
 from ..host import settle
 from ..models.decoder import Model
@@ -21,7 +22,7 @@ from ..models.moe import MoE
 from ..ops import paths
 from ..streaming.budget import peak_resident_bytes
 from ..streaming.experts import check_reads
-from .options import Options
+from .options import Options, defaults_of
 from .prompts import Prompt, encode, room
 from .stops import StopTexts
 
@@ -170,7 +171,7 @@ class _Run:
         on_progress: OnProgress,
     ) -> _Run:
         """A run of what a caller asks for; raises ValueError where it cannot be."""
-        options = model.options if options is None else options
+        options = defaults_of(model) if options is None else options
         unknown = changes.keys() - asdict(options).keys()
         if unknown:
             raise ValueError(
@@ -242,7 +243,7 @@ class _Run:
 
 def debug_paths(model: Model) -> None:
     """With ``GLM_FUSED_DEBUG``, say which path each layer takes and why."""
-    if not paths.flag("GLM_FUSED_DEBUG"):
+    if not flag("GLM_FUSED_DEBUG"):
         return
     if mx.default_device() == mx.gpu:
         path = "stock MLX ops (the default device is a GPU)"
@@ -255,7 +256,7 @@ def debug_paths(model: Model) -> None:
         mlp = layer.mlp.switch_mlp if isinstance(layer.mlp, MoE) else layer.mlp
         formats = "/".join(_format(weight) for weight in mlp.weights())
         kind = "moe_decode" if isinstance(layer.mlp, MoE) else "dense mlp"
-        paths.debug("layer %d: %s indexer, %s %s: %s", i, indexer, kind, formats, path)
+        debug("layer %d: %s indexer, %s %s: %s", i, indexer, kind, formats, path)
 
 
 def ratio(a: float | None, b: float | None) -> float | None:
@@ -263,5 +264,7 @@ def ratio(a: float | None, b: float | None) -> float | None:
     return a / b if a and b else None
 
 
-def _format(weight: ops.Weight) -> str:
+def _format(weight: ops.Weight | None) -> str:
+    if weight is None:
+        return "adapted"
     return f"{weight.mode}{weight.bits}" if weight.mode == "affine" else weight.mode

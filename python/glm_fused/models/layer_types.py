@@ -1,18 +1,30 @@
 """Which layers run their own indexer, and which have routed experts."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from .. import validation as check
-
-if TYPE_CHECKING:
-    from .config import ModelArgs
 
 FULL, SHARED = "full", "shared"
 DENSE, SPARSE = "dense", "sparse"
 PATTERN_NAMES = {"F": FULL, "S": SHARED, FULL: FULL, SHARED: SHARED}
 
 
-def mlp_types(args: "ModelArgs") -> list[str]:
+class Schedule(Protocol):
+    """The keys of a config that say what its layers are; `ModelArgs` has them."""
+
+    model_type: str
+    num_hidden_layers: int
+    n_routed_experts: int | None
+    first_k_dense_replace: int
+    moe_layer_freq: int
+    mlp_layer_types: list[str] | None
+    indexer_types: list[str] | None
+    index_topk_pattern: str | list[str] | None
+    index_topk_freq: int | None
+    index_skip_topk_offset: int | None
+
+
+def mlp_types(args: Schedule) -> list[str]:
     """'dense' or 'sparse' per layer: ``mlp_layer_types``, else first-k-dense and frequency."""
     layers = args.num_hidden_layers
     if args.mlp_layer_types is not None:
@@ -23,7 +35,7 @@ def mlp_types(args: "ModelArgs") -> list[str]:
     return [SPARSE if i >= first and i % freq == 0 else DENSE for i in range(layers)]
 
 
-def indexer_types(args: "ModelArgs") -> list[str]:
+def indexer_types(args: Schedule) -> list[str]:
     """'full' or 'shared' per layer: ``indexer_types``, else pattern, else frequency and offset."""
     layers = args.num_hidden_layers
     if args.model_type == "deepseek_v32":

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from ..checkpoint.quantization import FP8_BLOCK, Format, infer_format
+from ..formats.weights import FP8_BLOCK, Format, infer_format
 from .config import ModelArgs
 from .tensors import PROJECTIONS, unused
 

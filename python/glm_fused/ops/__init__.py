@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 
 from .. import _ext
+from ..environment import debug
 from . import metal_sim, paths, stock
 from .unfit import unfit
 
@@ -55,7 +56,7 @@ def _metal_takes(x: mx.array, slots: mx.array) -> bool:
         return True  # what the op rejects with a message
     tokens = x.shape[0]
     if tokens > _ext.metal_max_tokens:
-        paths.debug("moe_decode: stock MLX ops, %d tokens are a prompt", tokens)
+        debug("moe_decode: stock MLX ops, %d tokens are a prompt", tokens)
         return False
     obstacle = _ext.moe_decode_obstacle(tokens, slots.shape[1])
     if obstacle:

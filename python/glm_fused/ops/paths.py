@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import logging
-import os
 import warnings
 from collections.abc import Iterator
 
-FALSY = {"", "0", "false", "off", "no"}
+from ..environment import debug, flag
 
-logger = logging.getLogger("glm_fused")
 _fallen_back: set[str] = set()
 _override: contextvars.ContextVar[bool | None] = contextvars.ContextVar("reference", default=None)
-
-
-def flag(name: str) -> bool:
-    """Whether the environment variable `name` is set to something other than a falsy word."""
-    return os.environ.get(name, "").strip().lower() not in FALSY
 
 
 def use_reference(keyword: bool | None = None) -> bool:
@@ -37,15 +29,6 @@ def reference_path(enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         _override.reset(token)
-
-
-def debug(message: str, *args: object) -> None:
-    """Say on stderr which path was taken and why, when ``GLM_FUSED_DEBUG`` is set."""
-    if flag("GLM_FUSED_DEBUG"):
-        if not logger.handlers:
-            logger.addHandler(logging.StreamHandler())
-            logger.setLevel(logging.DEBUG)
-        logger.debug(message, *args)
 
 
 def fall_back(op: str, obstacle: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from .. import _ext, ops
-from ..checkpoint.quantization import Format
+from ..formats.weights import Format
 from ..ops import Weight
 from .synthetic import Bits
 

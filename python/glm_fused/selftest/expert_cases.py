@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import _ext
-from ..checkpoint.quantization import BITS, GROUP_SIZES, Format
+from ..formats.weights import BITS, GROUP_SIZES, Format
 from .case import Case
 from .synthetic import DTYPES
 

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -18,9 +17,7 @@ from ..models.cache import bytes_per_token
 from ..models.config import ModelArgs
 from ..ops.chunks import BUDGET_BYTES
 from ..validation import show
-
-if TYPE_CHECKING:
-    from .banks import StreamOptions
+from .options import StreamOptions
 
 PREFILL_TOKENS = 2048  # mlx-lm's chunk of a prompt
 PROCESS_GROWTH = 48 << 20  # after planning: tokenizer, code, heaps of threads; 30 MB are usual

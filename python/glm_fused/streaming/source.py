@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import NamedTuple
 
 from ..checkpoint.folder import Checkpoint
-from ..checkpoint.quantization import Format, infer_format
 from ..checkpoint.safetensors_header import ITEM_BYTES, TensorInfo
+from ..formats.weights import Format, infer_format
 from ..models.config import ModelArgs
 from ..models.tensors import PROJECTIONS
 

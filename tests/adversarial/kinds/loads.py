@@ -10,7 +10,7 @@ from tests.adversarial.kinds import _preload, reads, slots
 from tests.adversarial.kinds._streamed import Fixture, check
 
 from glm_fused import loader
-from glm_fused.streaming.banks import StreamOptions
+from glm_fused.streaming.options import StreamOptions
 
 NAME = "loads"
 QUICK_CASES = 40
