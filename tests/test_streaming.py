@@ -18,8 +18,8 @@ from glm_fused import ops, reference_path
 from glm_fused.generation.generate import generate
 from glm_fused.generation.options import Options
 from glm_fused.loader import load, load_model
+from glm_fused.memory import parse_size
 from glm_fused.ops import metal_sim
-from glm_fused.streaming.budget import parse_size
 from glm_fused.streaming.experts import plan_waves
 from glm_fused.streaming.options import StreamOptions
 from glm_fused.streaming.pack import pack

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .formats.kv_rows import check_kv_format
-from .streaming.budget import parse_size
-from .streaming.options import DEFAULT_CONTEXT, StreamOptions
+from .memory import parse_size
+from .streaming.options import DEFAULT_CONTEXT, POLICIES, RANGES, StreamOptions
 from .validation import show
 
 STARTING = ("memory_budget", "slots", "sidecar")
@@ -68,12 +68,16 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         check_kv_format(self.kv_format)
-        for name in ("slots", "context", "lookahead", "read_depth", "default_context"):
+        for name, (low, high) in (*RANGES.items(), ("default_context", RANGES["context"])):
             value = getattr(self, name)
-            if value is not None and type(value) is not int:
-                raise ValueError(f"[engine] {name} is {show(value)}, expected an integer.")
+            if value is not None and (type(value) is not int or not low <= value <= high):
+                expected = f"an integer from {low} to {high}"
+                raise ValueError(f"[engine] {name} is {show(value)}, expected {expected}.")
         for name in ("memory_budget", "read_split"):
             _bytes(name, getattr(self, name))
+        if self.policy is not None and self.policy not in POLICIES:
+            expected = f"one of {', '.join(POLICIES)}"
+            raise ValueError(f"[engine] policy is {show(self.policy)}, expected {expected}.")
         if idle := idle_options(self._given()):
             needed = "memory_budget, slots or sidecar"
             raise ValueError(f"[engine] {', '.join(idle)}: needs {needed}.")

@@ -13,7 +13,8 @@ from typing import Any
 
 from ..formats.kv_rows import KV_FORMATS
 from ..generation.limits import Range
-from ..streaming.options import DEFAULT_CONTEXT, POLICIES
+from ..memory import parse_size
+from ..streaming.options import DEFAULT_CONTEXT, POLICIES, RANGES
 from ..validation import show
 
 MODEL = 'folder of a checkpoint, or "demo", the bundled one'
@@ -74,10 +75,8 @@ def flags(names: Iterable[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
-def size(flag: str, text: str) -> int:
+def parsed_size(flag: str, text: str) -> int:
     """Bytes of a text such as 24GB; UsageError, naming the flag, for others."""
-    from ..streaming.budget import parse_size
-
     try:
         return parse_size(text)
     except ValueError as error:
@@ -136,20 +135,20 @@ def add_streaming(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="keep within 24GB, say, reading experts as needed; or auto",
     )
-    add("--slots", type=integer(1, 2**20), metavar="N", help="experts resident per layer")
+    add("--slots", type=integer(*RANGES["slots"]), metavar="N", help="experts resident per layer")
     help = "read experts packed by `glm-fused sidecar pack`"
     add("--sidecar", type=path, metavar="DIR", help=help)
     help = f"tokens to plan the cache for (default: {DEFAULT_CONTEXT} and those to generate)"
-    add("--context", type=integer(1, 2**31 - 1), metavar="N", help=help)
+    add("--context", type=integer(*RANGES["context"]), metavar="N", help=help)
     help = f"which expert gives way: {', '.join(POLICIES)} (default: {POLICIES[0]})"
     add("--policy", choices=POLICIES, metavar="NAME", help=help)
     help = "JSON, {layer: [experts]}, for --policy pinned"
     add("--pins", type=path, metavar="FILE", help=help)
     help = "slots per layer for what the next layer's router may choose (default: 0)"
-    add("--lookahead", type=integer(0, 2**20), metavar="N", help=help)
+    add("--lookahead", type=integer(*RANGES["lookahead"]), metavar="N", help=help)
     add("--direct-io", action="store_true", default=None, help="read past the page cache")
     help = "reads in flight (default: 16)"
-    add("--read-depth", type=integer(1, 256), metavar="N", help=help)
+    add("--read-depth", type=integer(*RANGES["read_depth"]), metavar="N", help=help)
     add("--read-split", metavar="SIZE", help="bytes per read (default: 1MiB)")
     help = "write every request for experts, as JSON lines"
     add("--trace", type=path, metavar="FILE", help=help)

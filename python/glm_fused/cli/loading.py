@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import UsageError, flags, size
+from .arguments import UsageError, flags, parsed_size
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -36,9 +36,9 @@ def engine_options(options: argparse.Namespace, context: int) -> EngineOptions:
         raise UsageError("--pins and --policy pinned need one another.")
     given.pop("trace", None)
     if given.get("memory_budget", "auto") != "auto":
-        given["memory_budget"] = size("--memory-budget", options.memory_budget)
+        given["memory_budget"] = parsed_size("--memory-budget", options.memory_budget)
     if "read_split" in given:
-        given["read_split"] = size("--read-split", options.read_split)
+        given["read_split"] = parsed_size("--read-split", options.read_split)
     if "pins" in given:
         given["pins"] = read_pins(Path(options.pins))
     return EngineOptions(kv_format=options.kv_format, default_context=context, **given)

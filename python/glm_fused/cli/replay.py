@@ -61,7 +61,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _read_rate(text: str) -> int:
-    rate = arguments.size("--read-rate", text)
+    rate = arguments.parsed_size("--read-rate", text)
     if rate == 0:
         raise UsageError(f"--read-rate: expected bytes a second, found {text!r}.")
     return rate

@@ -69,7 +69,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _print_sidecar(sidecar: Sidecar, as_json: bool) -> int:
-    from ..streaming.budget import size
+    from ..memory import size
 
     files: list[dict[str, Any]] = [
         {

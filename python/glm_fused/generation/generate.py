@@ -17,10 +17,10 @@ from .. import _ext, ops
 from ..environment import debug, flag
 from ..formats.kv_rows import format_of
 from ..host import settle
+from ..memory import peak_resident_bytes
 from ..models.decoder import Model
 from ..models.moe import MoE
 from ..ops import paths
-from ..streaming.budget import peak_resident_bytes
 from ..streaming.experts import check_reads
 from .options import Options, defaults_of
 from .prompts import Prompt, encode, room
@@ -121,9 +121,14 @@ def stream_generate(
     on_progress: OnProgress = lambda what, done, total: None,
     **changes: Any,
 ) -> Iterator[Piece]:
-    """Continue a prompt piece by piece, one a token; arguments and errors are `generate`'s.
+    """Continue a prompt piece by piece, as the pieces are taken; arguments are `generate`'s.
 
-    Arguments are checked by the call, and the model runs as the pieces are taken.
+    Returns:
+        An iterator of one piece a token: its text, the token, and in the last piece why it ended.
+
+    Raises:
+        ValueError: by the call itself, an argument that `generate` refuses.
+        RuntimeError: as pieces are taken, an expert cannot be read.
     """
     return _Run.of(model, tokenizer, prompt, raw, options, changes, on_progress).pieces()
 

@@ -23,7 +23,11 @@ def use_reference(keyword: bool | None = None) -> bool:
 
 @contextlib.contextmanager
 def reference_path(enabled: bool = True) -> Iterator[None]:
-    """Within the block, build graphs on the reference path (or, with False, on the fused one)."""
+    """Within the block, build graphs on the reference path (or, with False, on the fused one).
+
+    It holds for the thread that enters it, goes before ``GLM_FUSED_REFERENCE``, and raises nothing
+    of its own; what was asked for before it holds again after it.
+    """
     token = _override.set(enabled)
     try:
         yield

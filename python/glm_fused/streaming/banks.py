@@ -13,19 +13,12 @@ import mlx.core as mx
 from .. import _ext, ops
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.inventory import Manifest
+from ..memory import resident_bytes
 from ..models.config import ModelArgs
 from ..models.decoder import Model
 from ..models.moe import MoE
 from ..models.tensors import PROJECTIONS
-from .budget import (
-    PROCESS_GROWTH,
-    Plan,
-    Shares,
-    cache_bytes,
-    make_plan,
-    prompt_bytes,
-    resident_bytes,
-)
+from .budget import PROCESS_GROWTH, Plan, Shares, cache_bytes, make_plan, prompt_bytes
 from .experts import StreamedExperts
 from .options import StreamOptions
 from .pins import check_pins

@@ -11,6 +11,12 @@ from dataclasses import dataclass, field
 
 DEFAULT_CONTEXT = 4096  # tokens that memory is planned for, unless more are asked for
 POLICIES = ("learned", "lru", "s3fifo", "pinned")
+RANGES = {  # of what callers and the command line may ask for, by the names that they use
+    "slots": (1, 2**20),
+    "context": (1, 2**31 - 1),
+    "lookahead": (0, 2**20),
+    "read_depth": (1, 256),
+}
 
 
 @dataclass(frozen=True)
