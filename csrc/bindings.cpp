@@ -274,9 +274,8 @@ NB_MODULE(_ext, m) {
   m.def(
       "num_threads",
       &cpu::num_threads,
-      "Threads of the CPU kernels; ValueError where GLM_FUSED_NUM_THREADS is "
-      "no "
-      "number of them.");
+      "Threads of the CPU kernels; ValueError if GLM_FUSED_NUM_THREADS is "
+      "bad.");
   m.def(
       "set_num_threads",
       &cpu::set_num_threads,

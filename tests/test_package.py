@@ -93,7 +93,7 @@ def test_the_public_names_are_all_that_is_listed():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("load", ("Raises", "Returns", "errors are those of")),
+        ("load", ("Raises", "Returns", "tokenizer")),
         ("load_model", ("Raises", "[batch, length]", "vocabulary]")),
         ("generate", ("Raises", "[n]")),
         ("stream_generate", ("Raises", "Returns")),

@@ -137,7 +137,7 @@ def sparse_mla_decode_obstacle(listed: int) -> str:
 
 def num_threads() -> int:
     """
-    Threads of the CPU kernels; ValueError where GLM_FUSED_NUM_THREADS is no number of them.
+    Threads of the CPU kernels; ValueError if GLM_FUSED_NUM_THREADS is bad.
     """
 
 def set_num_threads(n: int) -> None:

@@ -108,11 +108,14 @@ def load(
 ) -> tuple[Model, TokenizerWrapper]:
     """Load the model in the folder ``path`` and its tokenizer.
 
-    Arguments and errors are those of `glm_fused.load_model`; a tokenizer that does not load is a
-    ValueError, before any weights are read.
+    Arguments are those of `glm_fused.load_model`.
 
     Returns:
         The model and the tokenizer, as `glm_fused.generate` takes them.
+
+    Raises:
+        FileNotFoundError, ValueError, RuntimeError: as `glm_fused.load_model` does; ValueError too
+            for a tokenizer that does not load, before any weights are read.
     """
     opened = open_model(path, kv_format, stream)
     tokenizer = load_tokenizer(opened.checkpoint)
