@@ -1,7 +1,7 @@
 """Compiled kernels of glm_fused; call them through glm_fused.ops."""
 
-from collections.abc import Sequence
 import enum
+from collections.abc import Sequence
 
 import mlx.core
 
