@@ -264,9 +264,9 @@ def test_demo_model_decodes_as_on_the_cpu():
     assert len(set(mx.argmax(there, axis=-1).tolist())) > 4
     if not GPU:
         launches = metal_sim.take_launches()
-        layers = model.args.num_hidden_layers
-        sparse = layers - model.args.first_k_dense_replace
-        full = sum(model.args.is_full(layer) for layer in range(layers))
+        layers = len(model.args.layers)
+        sparse = sum(layer.is_sparse for layer in model.args.layers)
+        full = sum(layer.is_full for layer in model.args.layers)
         expected = {
             # the prompt's experts are not Metal's
             "moe_gate_up": (steps - 1) * sparse,

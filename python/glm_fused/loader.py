@@ -24,9 +24,8 @@ from .generation.tokenizer import load_tokenizer
 from .host import to_numpy
 from .models.config import ModelArgs, args_from_config
 from .models.decoder import Model
-from .models.tensors import unused
+from .models.tensor_names import is_expert, unused
 from .streaming.banks import StreamOptions, attach_banks, find_source, plan_streaming
-from .streaming.source import is_expert
 from .validation import show
 
 _SCALE_SUFFIXES = (".weight_scale_inv", ".kv_b_proj.scales", ".kv_b_proj.biases")

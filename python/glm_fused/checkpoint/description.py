@@ -40,10 +40,10 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "bytes_read_per_token": round(sum(kind.read for kind in kinds.values())),
         "kv_bytes_per_token": bytes_per_token(args),
         "formats": {name: kind.describe() for name, kind in kinds.items()},
-        "layers": args.num_hidden_layers,
-        "full_layers": _ranges(i for i in range(args.num_hidden_layers) if args.is_full(i)),
-        "shared_layers": _ranges(i for i in range(args.num_hidden_layers) if not args.is_full(i)),
-        "expert_layers": _ranges(i for i in range(args.num_hidden_layers) if args.is_sparse(i)),
+        "layers": len(args.layers),
+        "full_layers": _ranges(layer.index for layer in args.layers if layer.is_full),
+        "shared_layers": _ranges(layer.index for layer in args.layers if not layer.is_full),
+        "expert_layers": _ranges(layer.index for layer in args.layers if layer.is_sparse),
         "experts": args.n_routed_experts,
         "experts_per_token": args.num_experts_per_tok,
         "index_topk": args.index_topk,
@@ -58,7 +58,7 @@ def variant(args: ModelArgs) -> str:
     if isinstance(args, DeepseekV32Args):
         name = "DeepSeek-V3.2"
     else:
-        shared = any(not args.is_full(i) for i in range(args.num_hidden_layers))
+        shared = not all(layer.is_full for layer in args.layers)
         name = "GLM-5.2/5.3" if shared else "GLM-5/5.1"
     count = args.n_routed_experts
     pruned = count is not None and count < RELEASED_EXPERTS

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ..models.config import ModelArgs
-from ..models.tensors import Module, layer_of, modules, unused
+from ..models.tensor_names import MTP_REASON, layer_of, release_name, unused
+from ..models.tensors import Form, Module, modules
 from .quantization import FP8_BLOCK, Format, Quantization
 from .safetensors_header import TensorInfo, quoted
 
@@ -20,13 +21,15 @@ class Source(NamedTuple):
     path: str
     tensor: str
     module: Module
-    shape: tuple[int, ...]
+    form: Form
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.form.shape
 
     @property
     def kind(self) -> str:
-        if self.path.endswith(".kv_b_proj"):
-            return "kv_b_proj"
-        return "experts gate, up" if self.path.endswith(".gate_up_proj") else self.module.kind
+        return self.form.kind or self.module.kind
 
 
 class Stored(NamedTuple):
@@ -149,15 +152,7 @@ def check_tensors(
     missing, unexpected, of another shape or type, or not packed as the config declares.
     """
     manifest = Manifest()
-    draft_layers = {layer_of(name) for name in tensors if name.endswith(".eh_proj.weight")}
-    used: dict[str, None] = {}
-    for name in tensors:
-        reason = unused(name, args)
-        # A layer too many that is no MTP layer means another config.
-        if reason is None or (reason == "MTP layer" and layer_of(name) not in draft_layers):
-            used[name] = None
-        else:
-            manifest.ignored[reason] = manifest.ignored.get(reason, 0) + 1
+    used = _set_aside(args, tensors, manifest)
     checker = _Checker(args, quantization, tensors, used)
     for source in _sources(args, tensors):
         stored = checker.check(source)
@@ -178,36 +173,33 @@ def check_tensors(
     return manifest
 
 
+def _set_aside(
+    args: ModelArgs, tensors: Mapping[str, TensorInfo], manifest: Manifest
+) -> dict[str, None]:
+    """Count the tensors that the model has no use for; returns the names of the others."""
+    mtp_layers = {
+        layer_of(release_name(name, args)) for name in tensors if ".eh_proj.weight" in name
+    }
+    used: dict[str, None] = {}
+    for name in tensors:
+        reason = unused(name, args)
+        # A layer too many that is no MTP layer means another config.
+        too_many = reason == MTP_REASON and layer_of(name) not in (None, *mtp_layers)
+        if reason is None or too_many:
+            used[name] = None
+        else:
+            manifest.ignored[reason] = manifest.ignored.get(reason, 0) + 1
+    return used
+
+
 def _sources(args: ModelArgs, names: Mapping[str, TensorInfo]) -> Iterator[Source]:
-    """The weights to find. What is in neither layout is looked for in the one of the rest."""
-    hf = any(".mlp.experts." in name or ".kv_b_proj." in name for name in names)
+    """The weights to find. What is in no form is looked for in the one of the rest."""
+    release = any(".mlp.experts." in name or ".kv_b_proj." in name for name in names)
     for module in modules(args):
-        path, leaf = module.path, module.path.rpartition(".")[2]
-        direct = Source(path, f"{path}.weight", module, module.shape)
-        split = not hf or f"{path.removesuffix(leaf)}embed_q.weight" in names
-        if module.experts and hf and direct.tensor not in names:
-            yield from _expert_sources(module, names)
-        elif leaf == "embed_q" and not split:
-            rows = args.num_attention_heads * (args.qk_nope_head_dim + args.v_head_dim)
-            kv_b = f"{path.removesuffix(leaf)}kv_b_proj"
-            yield Source(kv_b, f"{kv_b}.weight", module, (rows, args.kv_lora_rank))
-        elif leaf != "unembed_out" or split:
-            yield direct
-
-
-def _expert_sources(module: Module, names: Mapping[str, TensorInfo]) -> Iterator[Source]:
-    head, _, leaf = module.path.rpartition(".switch_mlp.")
-    experts, rows, columns = module.shape
-    gate_up, down = f"{head}.experts.gate_up_proj", f"{head}.experts.down_proj"
-    if leaf == "down_proj" and down in names:
-        yield Source(down, down, module, module.shape)
-    elif leaf != "down_proj" and gate_up in names:
-        if leaf == "gate_proj":
-            yield Source(gate_up, gate_up, module, (experts, 2 * rows, columns))
-    else:
-        for e in range(experts):
-            path = f"{head}.experts.{e}.{leaf}"
-            yield Source(path, f"{path}.weight", module, (rows, columns))
+        form = module.form_in(names, default=1 if release else 0)
+        if form.first_row == 0:  # else the tensor is another module's as well, and that one's here
+            for path in form.paths(module.experts):
+                yield Source(path, path + form.suffix, module, form)
 
 
 def _check_experts_alike(manifest: Manifest, wrong: list[str]) -> None:

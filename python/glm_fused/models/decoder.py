@@ -18,6 +18,7 @@ from .attention import Attention
 from .cache import Span, make_cache
 from .cache_check import check_cache
 from .config import ModelArgs
+from .layer_spec import LayerSpec
 from .layers import MLP, Linear, embedding_weight
 from .moe import MoE
 from .rope import Angles, Rope
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 class DecoderLayer(nn.Module):
     """Attention, then a dense MLP or experts, each with its norm and residual."""
 
-    def __init__(self, args: ModelArgs, layer: int):
+    def __init__(self, args: ModelArgs, layer: LayerSpec):
         super().__init__()
         hidden, eps = args.hidden_size, args.rms_norm_eps
         self.self_attn = Attention(args, layer)
-        self.mlp = MoE(args) if args.is_sparse(layer) else MLP(hidden, args.intermediate_size)
+        self.mlp = MoE(args, layer) if layer.is_sparse else MLP(hidden, args.intermediate_size)
         self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
         self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
 
@@ -58,7 +59,7 @@ class Decoder(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
-        self.layers = [DecoderLayer(args, i) for i in range(args.num_hidden_layers)]
+        self.layers = [DecoderLayer(args, layer) for layer in args.layers]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self._rope = Rope(args.rope, args.qk_rope_head_dim)
         self._vocabulary, self._context = args.vocab_size, args.max_position_embeddings

@@ -20,6 +20,7 @@ from ..models.moe import MoE
 from ..models.tensors import PROJECTIONS
 from .budget import (
     PROCESS_GROWTH,
+    LayerSlots,
     Plan,
     Shares,
     cache_bytes,
@@ -100,7 +101,7 @@ def find_source(
 
     Raises ValueError for a model without routed experts and what either source raises.
     """
-    if not any(args.is_sparse(i) for i in range(args.num_hidden_layers)):
+    if not any(layer.is_sparse for layer in args.layers):
         raise ValueError(f"[slots] {checkpoint.path} has no routed experts to stream.")
     if sidecar is None:
         return checkpoint_source(checkpoint, args)
@@ -127,9 +128,9 @@ def plan_streaming(
         if not stored.source.module.experts
     )
     kv_format = _float_format(manifest) if kv_format == "auto" else kv_format
-    layers = [layer.expert_bytes for layer in source.layers.values()]
+    layers = [LayerSlots(layer.experts, layer.expert_bytes) for layer in source.layers.values()]
     process = resident_bytes() + PROCESS_GROWTH
-    buffers = _buffer_bytes(args, layers, options)
+    buffers = _buffer_bytes(layers, options)
 
     def shares(context: int) -> Shares:
         staging = buffers + prompt_bytes(args, context)
@@ -138,11 +139,11 @@ def plan_streaming(
     return make_plan(args, shares, layers, options)
 
 
-def _buffer_bytes(args: ModelArgs, layers: Sequence[int], options: StreamOptions) -> int:
+def _buffer_bytes(layers: Sequence[LayerSlots], options: StreamOptions) -> int:
     """Of reads past the page cache, in whole blocks, and of the policy."""
-    block = 4096
-    reads = options.depth * (min(options.split, max(layers)) + 2 * block) if options.direct else 0
-    followers = 4 * len(layers) * (args.n_routed_experts or 0) ** 2
+    block, largest = 4096, max(layer.expert_bytes for layer in layers)
+    reads = options.depth * (min(options.split, largest) + 2 * block) if options.direct else 0
+    followers = 4 * sum(layer.experts**2 for layer in layers)
     return reads + (followers if options.policy == "learned" else 0)
 
 
@@ -165,7 +166,10 @@ def attach_banks(
     reader = _ext.SlotReader(options.depth, options.split)
     banks: dict[int, _ext.SlotBank] = {}
     last: StreamedExperts | None = None
+    top_k = args.num_experts_per_tok
     for i, layer in source.layers.items():
+        slots = min(plan.slots, layer.experts)
+        spares = min(options.spares, max(slots - top_k, 0))  # a small layer has fewer to spare
         bank = banks[i] = _ext.slot_bank(
             reader,
             files,
@@ -173,17 +177,17 @@ def attach_banks(
             [(list(part.shape), _DTYPES[part.dtype]) for part in layer.parts],
             list(layer.locations),
             list(layer.checksums),
-            plan.slots,
-            options.spares,
+            slots,
+            spares,
             options.policy,
             list(options.pins.get(i, ())),
             options.patience,
         )
-        if bank.capacity < args.num_experts_per_tok:
+        if bank.capacity < top_k:
             raise ValueError(
-                f"[slots] layer {i}: {plan.slots} slots less {options.spares} spare and"
+                f"[slots] layer {i}: {slots} slots less {spares} spare and"
                 f" {len(options.pins.get(i, ()))} pinned ones leave {bank.capacity}, a token needs"
-                f" {args.num_experts_per_tok}."
+                f" {top_k}."
             )
         moe = model.layers[i].mlp
         assert isinstance(moe, MoE)
