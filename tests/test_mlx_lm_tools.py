@@ -21,8 +21,8 @@ from test_generate import write_tokenizer
 from test_mlx_lm import command, environment
 
 import glm_fused
+from glm_fused.checkpoint.declaration import quantization_from_config
 from glm_fused.checkpoint.folder import Checkpoint
-from glm_fused.checkpoint.quantization import quantization_from_config
 from glm_fused.cli import demo
 from glm_fused.generation.generate import generate
 from glm_fused.generation.options import Options

@@ -18,12 +18,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from glm_fused.checkpoint.quantization import (
-    Format,
-    infer_format,
-    parse_format,
-    quantization_from_config,
-)
+from glm_fused.checkpoint.declaration import quantization_from_config
+from glm_fused.checkpoint.quantization import Format, infer_format, parse_format
 from glm_fused.loader import load, load_model
 from glm_fused.models.config import args_from_config
 from glm_fused.models.sanitize import dequantize_fp8, sanitize, stack

@@ -15,20 +15,28 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
 from . import _ext
+from .checkpoint.compressed_tensors import METHOD, check_stored_shapes
+from .checkpoint.declaration import quantization_from_config
 from .checkpoint.folder import Checkpoint
 from .checkpoint.inventory import check_tensors
-from .checkpoint.quantization import Quantization, infer_format, quantization_from_config
+from .checkpoint.quantization import Declaration, infer_format
 from .formats.kv_rows import check_kv_format
 from .generation.options import checkpoint_options
 from .generation.tokenizer import load_tokenizer
 from .host import to_numpy
 from .models.config import ModelArgs, args_from_config
 from .models.decoder import Model
+from .models.packed_integers import to_affine
 from .models.tensor_names import is_expert, unused
 from .streaming.banks import StreamOptions, attach_banks, find_source, plan_streaming
 from .validation import show
 
-_SCALE_SUFFIXES = (".weight_scale_inv", ".kv_b_proj.scales", ".kv_b_proj.biases")
+_SCALE_SUFFIXES = (
+    ".weight_scale_inv",
+    ".kv_b_proj.scales",
+    ".kv_b_proj.biases",
+    ".kv_b_proj.weight_scale",
+)
 
 
 class _Scales(NamedTuple):
@@ -47,6 +55,8 @@ def load_model(
 ) -> tuple[Model, dict[str, Any]]:
     """Load the model in the folder ``path``; returns it and its config.
 
+    The config of a checkpoint of compressed-tensors comes as MLX would write it of the model.
+
     ``path`` "demo" is the bundled model where there is no folder of that name. ``kv_format`` is how
     the model's caches store keys, one of `glm_fused.formats.kv_rows`. With ``stream``, routed
     experts are read as they are needed; ``model.streaming`` has the plan and counters, and scales
@@ -60,7 +70,7 @@ def load_model(
     model, checkpoint, sources = _build(path, kv_format, stream)
     if not lazy:
         _materialize(model, checkpoint, sources)
-    return model, checkpoint.config
+    return model, _config_as_loaded(checkpoint.config, model)
 
 
 def load(
@@ -83,9 +93,11 @@ def _build(
     _check_stop_tokens(checkpoint, args)
     quantization = quantization_from_config(checkpoint.config)
     manifest = check_tensors(args, quantization, checkpoint.tensors)
+    packed = manifest.packed
     if stream is not None:
         source = find_source(checkpoint, args, stream.sidecar)
         plan = plan_streaming(manifest, args, source, stream, kv_format)
+    check_stored_shapes(checkpoint, {path: shape for path, (_, shape) in packed.items()})
     weights = _read_lazily(checkpoint)
     model = Model(args)
     model.kv_format = kv_format
@@ -100,11 +112,30 @@ def _build(
         if name.endswith(_SCALE_SUFFIXES) and unused(name, args) is None:
             mode = _declared_mode(quantization, name.rpartition(".")[0])
             sources.append(_Scales(name, array, mode))
+    to_affine(weights, {path: fmt for path, (fmt, _) in packed.items()}, args)
     weights = model.sanitize(weights)
     _quantize_modules(model, weights)
     model.eval()
     model.load_weights(list(weights.items()), strict=True)
     return model, checkpoint, sources
+
+
+def _config_as_loaded(config: dict[str, Any], model: Model) -> dict[str, Any]:
+    """The config with which the model's parameters, once saved, are a checkpoint."""
+    declared = config.get("quantization_config")
+    if not isinstance(declared, dict) or declared.get("quant_method") != METHOD:
+        return config
+    formats = {
+        path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        for path, module in model.named_modules()
+        if "scales" in module
+    }
+    rest = {key: value for key, value in config.items() if key != "quantization_config"}
+    if not formats:
+        return rest
+    usual = max(formats.values(), key=list(formats.values()).count)
+    others = {path: entry for path, entry in formats.items() if entry != usual}
+    return rest | {"quantization": usual | others}
 
 
 def _check_stop_tokens(checkpoint: Checkpoint, args: ModelArgs) -> None:
@@ -118,7 +149,7 @@ def _check_stop_tokens(checkpoint: Checkpoint, args: ModelArgs) -> None:
             )
 
 
-def _declared_mode(quantization: Quantization | None, module: str) -> str:
+def _declared_mode(quantization: Declaration | None, module: str) -> str:
     declared = quantization.declared(module)[0] if quantization else None
     return declared.mode if declared else ""
 
@@ -199,10 +230,20 @@ def _check_scales(scales: _Scales, checkpoint: Checkpoint) -> None:
         return
     index = np.argwhere(to_numpy(bad))[0].tolist()
     value = array[tuple(index)].item()
-    expert = name.replace(".switch_mlp.", f".experts.{index[0]}.")
-    if name not in checkpoint.tensors and expert in checkpoint.tensors:
-        name, index = expert, index[1:]
+    if name not in checkpoint.tensors:
+        name, index = _stored_name(name, index, checkpoint)
     raise ValueError(f"[loader] {name} has {value} at {index}, expected {expected}.")
+
+
+def _stored_name(name: str, index: list[int], checkpoint: Checkpoint) -> tuple[str, list[int]]:
+    """The tensor, and where in it, that one of a parameter's numbers was read from."""
+    expert, rest = name.replace(".switch_mlp.", f".experts.{index[0]}."), index[1:]
+    packed = expert.removesuffix("scales") + "weight_scale"
+    if expert in checkpoint.tensors:
+        return expert, rest
+    if packed in checkpoint.tensors:
+        return packed, index if expert == name else rest
+    return name, index
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from typing import Any
 from ..models.cache import bytes_per_token
 from ..models.config import DeepseekV32Args, ModelArgs, args_from_config
 from ..models.tensors import Module, modules
+from .declaration import quantization_from_config
 from .folder import Checkpoint
 from .inventory import Manifest, Stored, check_tensors
-from .quantization import quantization_from_config
 
 WIDTH = 100
 RELEASED_EXPERTS = 256
@@ -90,9 +90,8 @@ class _Kind:
         self.formats[name] = self.formats.get(name, 0) + stored.nbytes
         self.weights += size + (module.bias[1] if module.bias else 0)
         self.nbytes += stored.nbytes
-        loaded = 2 * size if stored.format == "fp8" else stored.nbytes  # becomes bfloat16
-        self.loaded += loaded
-        self.read += loaded * activity(args, module)
+        self.loaded += stored.loaded
+        self.read += stored.loaded * activity(args, module)
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -2,17 +2,20 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple
 
 from ..models.config import ModelArgs
 from ..models.tensor_names import MTP_REASON, layer_of, release_name, unused
 from ..models.tensors import Form, Module, modules
-from .quantization import FP8_BLOCK, Format, Quantization
-from .safetensors_header import TensorInfo, quoted
+from .compressed_tensors import PackQuantized
+from .quantization import FP8_BLOCK, Declaration, Format
+from .safetensors_header import ITEM_BYTES, TensorInfo, quoted
 
 FLOATS = ("BF16", "F16", "F32")
 SHOWN = 3  # tensors named per kind of problem
 MAX_MISSING = 1000
+INTEGER_PARTS = ("weight_packed", "weight_scale", "weight_shape")  # of compressed-tensors
 
 
 class Source(NamedTuple):
@@ -33,11 +36,16 @@ class Source(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A weight found: how it is packed (a format, "fp8" or a float type) and its bytes."""
+    """A weight found: its format (or "fp8", or a float type), and its bytes on disk and loaded.
+
+    ``packed`` tells that compressed-tensors wrote it, in that format but for the biases.
+    """
 
     source: Source
     format: Format | str
     nbytes: int
+    loaded: int
+    packed: bool = False
 
 
 @dataclass
@@ -47,11 +55,20 @@ class Manifest:
     stored: list[Stored] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def packed(self) -> dict[str, tuple[Format, tuple[int, ...]]]:
+        """Format and shape of what compressed-tensors wrote, by path in the checkpoint."""
+        return {
+            stored.source.path: (stored.format, stored.source.shape)
+            for stored in self.stored
+            if stored.packed and isinstance(stored.format, Format)
+        }
+
 
 @dataclass
 class _Checker:
     args: ModelArgs
-    quantization: Quantization | None
+    quantization: Declaration | None
     tensors: Mapping[str, TensorInfo]
     left: dict[str, None]
     missing: list[str] = field(default_factory=list)
@@ -85,6 +102,8 @@ class _Checker:
             name, size = source.module.bias
             nbytes += self.expect(f"{source.path}.{name}", FLOATS, (size,))
         info = self.tensors.get(source.tensor)
+        if info is None and any(f"{source.path}.{part}" in self.tensors for part in INTEGER_PARTS):
+            return self._integers(source, nbytes)
         if info is None:
             self.take(source.tensor)
             self._leave_out(source.path)
@@ -94,11 +113,12 @@ class _Checker:
         self._check_dense(source)
         if info.dtype != "F8_E4M3" or len(source.shape) != 2 or not source.module.quantizable:
             nbytes += self.expect(source.tensor, FLOATS, source.shape)
-            return Stored(source, info.dtype, nbytes)
+            return Stored(source, info.dtype, nbytes, nbytes)
+        loaded = nbytes + 2 * prod(source.shape)  # becomes bfloat16
         nbytes += self.expect(source.tensor, ("F8_E4M3",), source.shape)
         blocks = tuple(-(-size // FP8_BLOCK) for size in source.shape)
         nbytes += self.expect(f"{source.tensor}_scale_inv", FLOATS, blocks)
-        return Stored(source, "fp8", nbytes)
+        return Stored(source, "fp8", nbytes, loaded)
 
     def _check_dense(self, source: Source) -> None:
         if self.quantization is None:
@@ -111,16 +131,10 @@ class _Checker:
 
     def _quantized(self, source: Source, nbytes: int) -> Stored | None:
         path, columns = source.path, source.shape[-1]
-        quantization = self.quantization
-        declared = quantization.declared(path)[0] if quantization and self._packs(source) else None
-        if declared is None:
-            self.wrong.append(f"{source.tensor} is quantized, but config.json does not declare it")
-        elif columns % declared.group_size:
-            self.wrong.append(
-                f"{source.tensor} has rows of {columns}, which groups of {declared.group_size}"
-                f" ({declared}) do not divide"
-            )
-        else:
+        stacked = source.module.quantizable and source.form.suffix != ""
+        packs = stacked and not isinstance(self.quantization, PackQuantized)
+        declared = self._declared(source, source.tensor, packs)
+        if declared is not None:
             rows, why = source.shape[:-1], f" ({declared} in config.json)"
             packed, groups = columns * declared.bits // 32, columns // declared.group_size
             nbytes += self.expect(source.tensor, ("U32",), (*rows, packed), why)
@@ -129,22 +143,53 @@ class _Checker:
             if declared.mode == "affine" and f"{path}.scales" in self.tensors:
                 same = (self.tensors[f"{path}.scales"].dtype,)
                 nbytes += self.expect(f"{path}.biases", same, (*rows, groups), why)
-            return Stored(source, declared, nbytes)
+            return Stored(source, declared, nbytes, nbytes)
         self.left.pop(source.tensor, None)
         self._leave_out(path)
         return None
 
+    def _integers(self, source: Source, nbytes: int) -> Stored | None:
+        """A weight of compressed-tensors: packed integers with scales, and its shape as data."""
+        path, name = source.path, f"{source.path}.{INTEGER_PARTS[0]}"
+        packs = source.module.quantizable and isinstance(self.quantization, PackQuantized)
+        declared = self._declared(source, name, packs)
+        self._leave_out(path)
+        if declared is None:
+            return None
+        rows, columns, why = source.shape[0], source.shape[-1], f" ({declared} in config.json)"
+        packed, groups = columns * declared.bits // 32, columns // declared.group_size
+        words = self.expect(name, ("I32",), (rows, packed), why)
+        scales = self.expect(f"{path}.weight_scale", FLOATS, (rows, groups), why)
+        shape = self.expect(f"{path}.weight_shape", ("I32", "I64"), (2,))
+        loaded = nbytes + words + 2 * scales  # biases are as many
+        if source.kind == "kv_b_proj":  # embed_q becomes dense
+            dense, info = prod(source.module.shape), self.tensors.get(f"{path}.weight_scale")
+            loaded -= (words + 2 * scales) * dense // prod(source.shape)
+            loaded += dense * ITEM_BYTES[info.dtype] if info else 0
+        return Stored(source, declared, nbytes + words + scales + shape, loaded, packed=True)
+
+    def _declared(self, source: Source, tensor: str, packs: bool) -> Format | None:
+        """The format that the config declares for a quantized tensor; problems are collected."""
+        columns, quantization = source.shape[-1], self.quantization
+        declared = quantization.declared(source.path)[0] if quantization and packs else None
+        if declared is None:
+            self.wrong.append(f"{tensor} is quantized, but config.json does not declare it")
+        elif columns % declared.group_size:
+            self.wrong.append(
+                f"{tensor} has rows of {columns}, which groups of {declared.group_size}"
+                f" ({declared}) do not divide"
+            )
+            return None
+        return declared
+
     def _leave_out(self, path: str) -> None:
         """One problem is enough: do not also call the scales of a weight unexpected."""
-        for part in ("scales", "biases", "weight_scale_inv"):
+        for part in ("scales", "biases", "weight_scale_inv", *INTEGER_PARTS):
             self.left.pop(f"{path}.{part}", None)
-
-    def _packs(self, source: Source) -> bool:
-        return source.module.quantizable and source.tensor == f"{source.path}.weight"
 
 
 def check_tensors(
-    args: ModelArgs, quantization: Quantization | None, tensors: Mapping[str, TensorInfo]
+    args: ModelArgs, quantization: Declaration | None, tensors: Mapping[str, TensorInfo]
 ) -> Manifest:
     """Match headers with a config.
 

@@ -81,7 +81,7 @@ def _packages(versions: dict[str, str | None]) -> str:
 
 
 def _extension() -> str:
-    import_module(f"{__package__}._abi").check()
+    import_module("glm_fused._abi").check()
     return "loads, and arrays pass through it"
 
 

@@ -122,11 +122,7 @@ def plan_streaming(
     Pins that the model does not have are refused too.
     """
     check_pins(options.pins, {i: layer.experts for i, layer in source.layers.items()})
-    dense = sum(
-        stored.nbytes * (2 if stored.format == "fp8" else 1)  # becomes bfloat16
-        for stored in manifest.stored
-        if not stored.source.module.experts
-    )
+    dense = sum(s.loaded for s in manifest.stored if not s.source.module.experts)
     kv_format = _float_format(manifest) if kv_format == "auto" else kv_format
     layers = [LayerSlots(layer.experts, layer.expert_bytes) for layer in source.layers.values()]
     process = resident_bytes() + PROCESS_GROWTH

@@ -172,10 +172,15 @@ def _layer(
 
 def _check_streamable(tensors: Mapping[str, TensorInfo], form: Form, module: Module) -> None:
     """Raise ValueError for experts in a form that kernels do not read as it lies on disk."""
-    first = next(form.paths(1))
+    first, layer = next(form.paths(1)), module.path.partition(".switch_mlp.")[0]
+    if f"{first}.weight_packed" in tensors:
+        raise ValueError(
+            f"[slots] {layer} has experts of compressed-tensors, which cannot be streamed: the"
+            " biases that kernels read are not in its files; convert the checkpoint with"
+            " python -m glm_fused.mlx_lm convert."
+        )
     dtype = tensors[first + form.suffix].dtype
     if dtype not in STREAMED or f"{first}.weight_scale_inv" in tensors:
-        layer = module.path.partition(".switch_mlp.")[0]
         raise ValueError(
             f"[slots] {layer} has {dtype} experts, which cannot be streamed; convert the"
             " checkpoint with mlx_lm.convert."
