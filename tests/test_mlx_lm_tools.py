@@ -22,6 +22,7 @@ from test_mlx_lm import command, environment
 
 import glm_fused
 from glm_fused.checkpoint.declaration import quantization_from_config
+from glm_fused.checkpoint.description import describe
 from glm_fused.checkpoint.folder import Checkpoint
 from glm_fused.cli import demo
 from glm_fused.generation.generate import generate
@@ -146,6 +147,19 @@ def test_convert_with_a_recipe(run, dense, folder):
     code, out, _ = run(*generating("--model", "mixed"))
     assert code == 0
     assert continuation(folder / "mixed").strip() == out.strip()
+
+
+def test_convert_keeps_routers_and_indexers(run, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    write_checkpoint(source, layout="hf")
+    write_tokenizer(source)
+    code, _, err = run("convert", "--hf-path", source, "--mlx-path", target, "-q")
+    assert code == 0, err
+    found = describe(target)
+    formats = {name: kind["formats"] for name, kind in found["formats"].items()}
+    assert formats.pop("indexer") == formats.pop("router") == formats.pop("norms") == ["BF16"]
+    assert set(map(tuple, formats.values())) == {("affine-4 g64",)}
+    assert found["warnings"] == []
 
 
 GROUPS = {"group_size": 32, "bits": 4}

@@ -25,8 +25,8 @@ MAX_JSON_BYTES = 100_000_000
 class Checkpoint:
     """What a checkpoint contains, validated as far as its headers tell.
 
-    ``config`` is config.json, with ``eos_token_id`` of generation_config.json when that has one, and
-    with ``hf_quant_config`` of the file of that name where config.json declares no quantization.
+    ``config`` is config.json, with ``eos_token_id`` of generation_config.json when that has one and
+    ``hf_quant_config`` of the file of that name where config.json declares no quantization.
     ``files`` gives each shard's size in bytes, ``tensors`` every tensor by name.
     """
 

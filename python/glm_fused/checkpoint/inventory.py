@@ -9,6 +9,7 @@ from ..models.config import ModelArgs
 from ..models.tensor_names import MTP_REASON, layer_of, release_name, unused
 from ..models.tensors import Form, Module, modules
 from .compressed_tensors import PackQuantized
+from .layer_contents import check_expert_counts
 from .quantization import FP8_BLOCK, Declaration, Format
 from .safetensors_header import ITEM_BYTES, TensorInfo, quoted
 
@@ -196,6 +197,7 @@ def check_tensors(
     Raises ValueError, naming the first few tensors of each kind and their number, if tensors are
     missing, unexpected, of another shape or type, or not packed as the config declares.
     """
+    check_expert_counts(args, tensors)
     manifest = Manifest()
     used = _set_aside(args, tensors, manifest)
     checker = _Checker(args, quantization, tensors, used)

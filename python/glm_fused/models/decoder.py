@@ -22,6 +22,7 @@ from .layer_spec import LayerSpec
 from .layers import MLP, Linear, embedding_weight
 from .moe import MoE
 from .rope import Angles, Rope
+from .tensors import modules
 from .tokens import check_length, check_tokens, embed
 
 if TYPE_CHECKING:
@@ -147,6 +148,12 @@ class Model(nn.Module):
     def cast_predicate(self) -> Callable[[str], bool]:
         """Which parameters ``mlx_lm.convert --dtype`` may cast."""
         return lambda name: not name.endswith("e_score_correction_bias")
+
+    @property
+    def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
+        """Which modules ``mlx_lm.convert -q`` quantizes; routers and indexers stay as they are."""
+        kept = {module.path for module in modules(self.args) if module.sensitive}
+        return lambda path, module: path not in kept
 
     @property
     def kv_format(self) -> str:

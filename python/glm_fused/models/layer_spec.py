@@ -92,7 +92,7 @@ def _experts(args: ModelArgs, mlp: list[str]) -> list[int]:
     most = max(counts)
     if most != args.n_routed_experts:
         check.fail("n_routed_experts", f"{most}, the largest of {key}", args.n_routed_experts)
-    return [*counts, *[0] * (len(mlp) - len(counts))]
+    return [*counts, *[most] * (len(mlp) - len(counts))]  # of MTP layers it may say nothing
 
 
 def _one_a_layer(args: ModelArgs, key: str, given: Any) -> list[int]:
@@ -100,9 +100,10 @@ def _one_a_layer(args: ModelArgs, key: str, given: Any) -> list[int]:
     count, mtp = args.num_hidden_layers, args.num_nextn_predict_layers
     lengths = (count, count + 1, count + mtp)
     if not isinstance(given, (list, tuple)) or len(given) not in lengths:
-        length = f" of length {len(given)}" if isinstance(given, (list, tuple)) else ""
         expected = f"a list of {count} entries (num_hidden_layers) and one for the MTP layer"
-        check.fail(key, expected, f"{check.show(given)}{length}")
+        if isinstance(given, (list, tuple)):
+            expected += f", not {len(given)}"
+        check.fail(key, expected, given)
     return list(given[: count + mtp])
 
 
