@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "formats.h"
+#include "formats/format.h"
 
 namespace glm_fused {
 

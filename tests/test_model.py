@@ -20,6 +20,7 @@ from mlx_lm.models.cache import (
 
 import glm_fused
 from glm_fused import ops
+from glm_fused.formats.weights import quantized_format
 from glm_fused.models.config import args_from_config
 from glm_fused.models.decoder import Model
 from glm_fused.ops import chunks, stock
@@ -274,8 +275,8 @@ def test_quantized_layers(mode, group_size, bits):
     ):
         if "scales" in quantized:
             w = quantized.as_weight()
-            assert (w.group_size, w.bits, w.mode) == (group_size, bits, mode)
-            values = mx.dequantize(w.weight, w.scales, w.biases, group_size, bits, mode)
+            assert w.format is quantized.format is quantized_format(group_size, bits, mode)
+            values = mx.dequantize(*w.planes, **w.format.parameters)
             dense.weight = values.astype(mx.float32)
     tokens = mx.array([[5, 6, 7, 8]])
     assert_close(np.array(packed(tokens)), np.array(plain(tokens)), 1e-4)

@@ -197,8 +197,8 @@ def test_single_choices_sum_to_moe_decode(dtype):
     """What waves rest on: outputs stored one by one, then summed in order."""
     mx.random.seed(3)
     x = mx.random.normal((5, 96)).astype(dtype)
-    gate, up = (ops.Weight(mx.random.normal((7, 50, 96)).astype(dtype)) for _ in range(2))
-    down = ops.Weight(mx.random.normal((7, 96, 50)).astype(dtype))
+    gate, up = (ops.Weight.dense(mx.random.normal((7, 50, 96)).astype(dtype)) for _ in range(2))
+    down = ops.Weight.dense(mx.random.normal((7, 96, 50)).astype(dtype))
     slots = mx.random.randint(0, 7, (5, 3)).astype(mx.int32)
     scores = mx.random.uniform(shape=(5, 3))
     whole = ops.moe_decode(x, gate, up, down, slots, scores)

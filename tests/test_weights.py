@@ -19,7 +19,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from glm_fused.checkpoint.declaration import quantization_from_config
-from glm_fused.checkpoint.quantization import Format, infer_format, parse_format
+from glm_fused.checkpoint.quantization import parse_format
+from glm_fused.formats.weights import FORMATS, quantized_format
 from glm_fused.loader import load, load_model
 from glm_fused.models.config import args_from_config
 from glm_fused.models.sanitize import dequantize_fp8, sanitize, stack
@@ -36,7 +37,7 @@ TOKENS = mx.array([[5, 17, 200, 3, 99, 41, 8, 8, 120, 63, 7, 11, 30, 31, 32, 77,
 
 
 def name_of(quantization):
-    return "{mode}-{bits}-g{group_size}".format(**quantization)
+    return quantized_format(**quantization).name
 
 
 def parameters(model):
@@ -140,16 +141,15 @@ def test_quantized_checkpoint_equals_its_dense_values(tmp_path, layout, quantiza
     dense = dense_values(make_tensors(config, layout, quantization, "float32"), quantization)
     if layout == "hf":
         dense = requantize_embed_q(dense, config, quantization)
-    expected = sanitize(dense, args_from_config(config))
+    expected = sanitize(dense, args_from_config(config), {})
     for name, module in quantized.named_modules():
         if "weight" not in module:
             continue
         found = module.weight
         if "scales" in module:
-            fmt = {key: getattr(module, key) for key in ("group_size", "bits", "mode")}
-            found = mx.dequantize(found, module.scales, module.get("biases"), **fmt)
-            if not name.endswith("embed_q"):
-                assert fmt == quantization
+            fmt = module.format
+            found = mx.dequantize(found, module.scales, module.get("biases"), **fmt.parameters)
+            assert fmt is quantized_format(**quantization)
         np.testing.assert_array_equal(
             np.array(found.astype(mx.float32)), np.array(expected[f"{name}.weight"]), name
         )
@@ -168,9 +168,7 @@ OVERRIDES = {
 
 
 def module_format(module):
-    if "scales" not in module:
-        return None
-    return Format(module.mode, module.bits, module.group_size)
+    return module.format if "scales" in module else None
 
 
 @pytest.mark.parametrize("layout", ["mlx", "hf"])
@@ -193,7 +191,7 @@ def test_overrides_of_single_experts_reach_the_stack(tmp_path):
     overrides = {f"model.layers.2.mlp.experts.{e}.up_proj": entry for e in range(8)}
     path = write_checkpoint(tmp_path, layout="mlx", quantization=AFFINE | overrides)
     model, _ = load_model(path)
-    assert module_format(model.layers[2].mlp.switch_mlp.up_proj) == Format("affine", 8, 32)
+    assert module_format(model.layers[2].mlp.switch_mlp.up_proj) is FORMATS["affine8-g32"]
 
 
 def test_group_beyond_the_head_keeps_embed_q_dense(tmp_path):
@@ -201,7 +199,7 @@ def test_group_beyond_the_head_keeps_embed_q_dense(tmp_path):
     model = loaded(tmp_path, layout="hf", quantization=quantization)
     attention = model.layers[1].self_attn
     assert module_format(attention.embed_q) is None
-    assert module_format(attention.unembed_out) == Format("affine", 4, 128)
+    assert module_format(attention.unembed_out) is FORMATS["affine4-g128"]
 
 
 def test_fp8_is_exact(tmp_path):
@@ -291,14 +289,6 @@ def test_stack_is_mx_stack():
     assert same_bits(stack(parts), mx.stack(parts))
 
 
-@pytest.mark.parametrize("quantization", MODES, ids=name_of)
-def test_inferred_format(quantization):
-    packed, scales, *_ = mx.quantize(mx.zeros((2, 384)), **quantization)
-    uint8 = scales.dtype == mx.uint8
-    found = infer_format("w", 384, packed.shape[-1], scales.shape[-1], uint8)
-    assert found.parameters == quantization
-
-
 @pytest.mark.parametrize("options", [{"layout": "hf"}, {"quantization": AFFINE}], ids=str)
 def test_stock_mlx_lm_loads_the_same_parameters(tmp_path, options):
     from mlx_lm.utils import load_model as stock_load_model
@@ -321,16 +311,16 @@ def test_sanitize_names_what_does_not_fit():
     broken = tensors()
     del broken["model.layers.1.mlp.experts.3.up_proj.weight"]
     with pytest.raises(ValueError, match=r"experts\.3\.up_proj\.weight is missing"):
-        sanitize(broken, args)
+        sanitize(broken, args, {})
     broken = tensors() | {"model.layers.1.mlp.experts.3.up_proj.weight": mx.zeros((1, 128))}
     with pytest.raises(ValueError, match=r"experts\.3\.up_proj\.weight is .* like expert 0"):
-        sanitize(broken, args)
+        sanitize(broken, args, {})
     broken = tensors() | {"model.layers.1.self_attn.kv_b_proj.weight": mx.zeros((1, 128))}
     with pytest.raises(ValueError, match=r"kv_b_proj\.weight is .* expected 512 rows"):
-        sanitize(broken, args)
+        sanitize(broken, args, {})
     broken = tensors() | {"lm_tail.weight_scale_inv": mx.zeros((1, 1))}
     with pytest.raises(ValueError, match=r"lm_tail\.weight, which is missing"):
-        sanitize(broken, args)
+        sanitize(broken, args, {})
 
 
 def test_eos_comes_from_the_generation_config(checkpoint):

@@ -3,14 +3,13 @@
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tqdm import tqdm
 
@@ -19,8 +18,8 @@ from .checkpoint.compressed_tensors import METHOD, check_stored_shapes
 from .checkpoint.declaration import quantization_from_config
 from .checkpoint.folder import Checkpoint
 from .checkpoint.inventory import check_tensors
-from .checkpoint.quantization import Declaration, infer_format
 from .formats.kv_rows import check_kv_format
+from .formats.weights import Format
 from .generation.options import checkpoint_options
 from .generation.tokenizer import load_tokenizer
 from .host import to_numpy
@@ -40,11 +39,11 @@ _SCALE_SUFFIXES = (
 
 
 class _Scales(NamedTuple):
-    """Scales to check, and the quantization mode that they belong to."""
+    """Scales to check, and the format that they belong to; None for those of FP8 blocks."""
 
     name: str
     array: mx.array
-    mode: str
+    format: Format | None
 
 
 def load_model(
@@ -93,7 +92,7 @@ def _build(
     _check_stop_tokens(checkpoint, args)
     quantization = quantization_from_config(checkpoint.config)
     manifest = check_tensors(args, quantization, checkpoint.tensors)
-    packed = manifest.packed
+    packed, formats = manifest.packed, manifest.formats
     if stream is not None:
         source = find_source(checkpoint, args, stream.sidecar)
         plan = plan_streaming(manifest, args, source, stream, kv_format)
@@ -104,17 +103,16 @@ def _build(
     model.options = checkpoint_options(checkpoint.path)
     if stream is not None:
         _allow_open_files(len(checkpoint.files) + len(source.files))
-        model.streaming = attach_banks(model, args, source, plan, stream)
+        model.streaming = attach_banks(model, args, source, plan, stream, formats)
         mx.set_cache_limit(plan.shares.staging)
         weights = {name: array for name, array in weights.items() if not is_expert(name)}
     sources = []
     for name, array in weights.items():
         if name.endswith(_SCALE_SUFFIXES) and unused(name, args) is None:
-            mode = _declared_mode(quantization, name.rpartition(".")[0])
-            sources.append(_Scales(name, array, mode))
+            sources.append(_Scales(name, array, formats.get(name.rpartition(".")[0])))
     to_affine(weights, {path: fmt for path, (fmt, _) in packed.items()}, args)
-    weights = model.sanitize(weights)
-    _quantize_modules(model, weights)
+    weights = model.sanitize(weights, formats)
+    _pack_modules(model, weights, formats)
     model.eval()
     model.load_weights(list(weights.items()), strict=True)
     return model, checkpoint, sources
@@ -149,11 +147,6 @@ def _check_stop_tokens(checkpoint: Checkpoint, args: ModelArgs) -> None:
             )
 
 
-def _declared_mode(quantization: Declaration | None, module: str) -> str:
-    declared = quantization.declared(module)[0] if quantization else None
-    return declared.mode if declared else ""
-
-
 def _read_lazily(checkpoint: Checkpoint) -> dict[str, mx.array]:
     _allow_open_files(len(checkpoint.files))
     weights: dict[str, mx.array] = {}
@@ -174,24 +167,22 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-def _quantize_modules(model: Model, weights: dict[str, mx.array]) -> None:
-    """Replace each module that has scales by its quantized form."""
-
-    def parameters(path: str, module: nn.Module) -> dict[str, Any] | bool:
-        scales = weights.get(f"{path}.scales")
-        if scales is None:
-            return False
-        packed, uint8 = weights[f"{path}.weight"].shape[-1], scales.dtype == mx.uint8
-        columns = module.weight.shape[-1]
-        return infer_format(path, columns, packed, scales.shape[-1], uint8).parameters
-
-    if any(name.endswith(".scales") for name in weights):
-        nn.quantize(model, class_predicate=parameters)
+def _pack_modules(
+    model: Model, weights: Mapping[str, mx.array], formats: Mapping[str, Format]
+) -> None:
+    """Replace each module that has scales by its packed form, still to be filled."""
+    packed = [
+        (path, module.unfilled(formats[path]))
+        for path, module in model.named_modules()
+        if f"{path}.scales" in weights
+    ]
+    if packed:
+        model.update_modules(tree_unflatten(packed))
 
 
 def _materialize(model: Model, checkpoint: Checkpoint, sources: list[_Scales]) -> None:
     """Read the parameters one by one and check scales; consumes ``sources``."""
-    modes = {name: m.mode for name, m in model.named_modules() if "scales" in m}
+    formats = {name: m.format for name, m in model.named_modules() if "scales" in m}
     parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
     total = sum(array.nbytes for _, array in parameters)
     with _lean_memory(), _progress(total) as bar:
@@ -202,7 +193,7 @@ def _materialize(model: Model, checkpoint: Checkpoint, sources: list[_Scales]) -
             _read(name, array, checkpoint)
             module, _, leaf = name.rpartition(".")
             if leaf in ("scales", "biases"):
-                _check_scales(_Scales(name, array, modes[module]), checkpoint)
+                _check_scales(_Scales(name, array, formats[module]), checkpoint)
             bar.update(array.nbytes)
 
 
@@ -216,12 +207,11 @@ def _read(name: str, array: mx.array, checkpoint: Checkpoint) -> None:
 
 def _check_scales(scales: _Scales, checkpoint: Checkpoint) -> None:
     """Raise ValueError if a scale is NaN, infinite or, for FP8 blocks, not positive."""
-    name, array, mode = scales
+    name, array, fmt = scales
     if array.dtype == mx.uint8:
         # e8m0 has one NaN; e4m3, of nvfp4, has one for each sign.
-        bad, expected = (
-            ((array & 0x7F) == 0x7F, "no NaN") if mode == "nvfp4" else (array == 0xFF, "no NaN")
-        )
+        e4m3 = fmt is not None and fmt.mode == "nvfp4"
+        bad, expected = (array & 0x7F) == 0x7F if e4m3 else array == 0xFF, "no NaN"
     elif name.endswith("_scale_inv"):
         bad, expected = ~((array > 0) & mx.isfinite(array)), "positive finite numbers"
     else:

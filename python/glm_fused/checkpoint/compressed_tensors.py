@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..formats.weights import Format
 from ..validation import show
 from .folder import Checkpoint
-from .quantization import Format, parse_format
+from .quantization import parse_format
 from .safetensors_header import quoted
 
 METHOD = "compressed-tensors"

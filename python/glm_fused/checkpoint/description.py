@@ -7,13 +7,14 @@ from math import prod
 from textwrap import wrap
 from typing import Any
 
+from ..formats.weights import Format
 from ..models.cache import bytes_per_token
 from ..models.config import DeepseekV32Args, ModelArgs, args_from_config
 from ..models.tensor_names import MTP_REASON
 from ..models.tensors import Module, modules
 from .declaration import quantization_from_config
 from .folder import Checkpoint
-from .inventory import FLOATS, Manifest, Stored, check_tensors
+from .inventory import Manifest, Stored, check_tensors
 from .layer_contents import mtp_layers
 
 WIDTH = 100
@@ -123,7 +124,7 @@ def _warnings(manifest: Manifest) -> Iterator[str]:
     found = [
         s
         for s in manifest.stored
-        if s.source.kind == "indexer" and s.format not in (*FLOATS, "fp8")
+        if s.source.kind == "indexer" and isinstance(s.format, Format) and s.format.mode != "dense"
     ]
     if found:
         formats = ", ".join(sorted({str(stored.format) for stored in found}))

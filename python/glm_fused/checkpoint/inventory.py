@@ -5,15 +5,19 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
+from ..formats.weights import DENSE_FORMATS, Format
 from ..models.config import ModelArgs
 from ..models.tensor_names import MTP_REASON, layer_of, release_name, unused
 from ..models.tensors import Form, Module, modules
 from .compressed_tensors import PackQuantized
 from .layer_contents import check_expert_counts
-from .quantization import FP8_BLOCK, Declaration, Format
-from .safetensors_header import ITEM_BYTES, TensorInfo, quoted
+from .quantization import FP8_BLOCK, Declaration
+from .safetensors_header import DTYPES, ITEM_BYTES, TensorInfo, quoted
 
-FLOATS = ("BF16", "F16", "F32")
+FP8 = "fp8"  # in blocks; a checkpoint's alone, which becomes bfloat16
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DENSE = {NAMES[dtype]: fmt for dtype, fmt in DENSE_FORMATS.items()}
+FLOATS = tuple(DENSE)
 SHOWN = 3  # tensors named per kind of problem
 MAX_MISSING = 1000
 INTEGER_PARTS = ("weight_packed", "weight_scale", "weight_shape")  # of compressed-tensors
@@ -37,7 +41,7 @@ class Source(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A weight found: its format (or "fp8", or a float type), and its bytes on disk and loaded.
+    """A weight found: its format (`FP8` is no kernel's), and its bytes on disk and loaded.
 
     ``packed`` tells that compressed-tensors wrote it, in that format but for the biases.
     """
@@ -64,6 +68,18 @@ class Manifest:
             for stored in self.stored
             if stored.packed and isinstance(stored.format, Format)
         }
+
+    @property
+    def formats(self) -> dict[str, Format]:
+        """The format of every packed weight, by its module in the checkpoint's and our layout."""
+        found: dict[str, Format] = {}
+        for source, fmt, *_ in self.stored:
+            if isinstance(fmt, Format) and fmt.mode != "dense":
+                found[source.path] = found[source.module.path] = fmt
+                if source.kind == "kv_b_proj":
+                    head = source.path.removesuffix("kv_b_proj")
+                    found[f"{head}unembed_out"] = fmt
+        return found
 
 
 @dataclass
@@ -114,12 +130,12 @@ class _Checker:
         self._check_dense(source)
         if info.dtype != "F8_E4M3" or len(source.shape) != 2 or not source.module.quantizable:
             nbytes += self.expect(source.tensor, FLOATS, source.shape)
-            return Stored(source, info.dtype, nbytes, nbytes)
+            return Stored(source, DENSE.get(info.dtype, info.dtype), nbytes, nbytes)
         loaded = nbytes + 2 * prod(source.shape)  # becomes bfloat16
         nbytes += self.expect(source.tensor, ("F8_E4M3",), source.shape)
         blocks = tuple(-(-size // FP8_BLOCK) for size in source.shape)
         nbytes += self.expect(f"{source.tensor}_scale_inv", FLOATS, blocks)
-        return Stored(source, "fp8", nbytes, loaded)
+        return Stored(source, FP8, nbytes, loaded)
 
     def _check_dense(self, source: Source) -> None:
         if self.quantization is None:
@@ -131,23 +147,27 @@ class _Checker:
             )
 
     def _quantized(self, source: Source, nbytes: int) -> Stored | None:
-        path, columns = source.path, source.shape[-1]
         stacked = source.module.quantizable and source.form.suffix != ""
         packs = stacked and not isinstance(self.quantization, PackQuantized)
         declared = self._declared(source, source.tensor, packs)
         if declared is not None:
-            rows, why = source.shape[:-1], f" ({declared} in config.json)"
-            packed, groups = columns * declared.bits // 32, columns // declared.group_size
-            nbytes += self.expect(source.tensor, ("U32",), (*rows, packed), why)
-            types = FLOATS if declared.mode == "affine" else ("U8",)
-            nbytes += self.expect(f"{path}.scales", types, (*rows, groups), why)
-            if declared.mode == "affine" and f"{path}.scales" in self.tensors:
-                same = (self.tensors[f"{path}.scales"].dtype,)
-                nbytes += self.expect(f"{path}.biases", same, (*rows, groups), why)
+            nbytes += self._planes(source, declared)
             return Stored(source, declared, nbytes, nbytes)
         self.left.pop(source.tensor, None)
-        self._leave_out(path)
+        self._leave_out(source.path)
         return None
+
+    def _planes(self, source: Source, fmt: Format) -> int:
+        """Check the planes of a packed weight; returns their bytes."""
+        nbytes, blocks, shared = 0, source.shape[-1] // fmt.group_size, FLOATS
+        for plane in fmt.planes:
+            name, floats = f"{source.path}.{plane.name}", len(plane.dtypes) > 1
+            types = shared if floats else tuple(NAMES[dtype] for dtype in plane.dtypes)
+            shape = (*source.shape[:-1], blocks * plane.count)
+            nbytes += self.expect(name, types, shape, f" ({fmt} in config.json)")
+            if floats and name in self.tensors:
+                shared = (self.tensors[name].dtype,)  # of all planes of floats
+        return nbytes
 
     def _integers(self, source: Source, nbytes: int) -> Stored | None:
         """A weight of compressed-tensors: packed integers with scales, and its shape as data."""

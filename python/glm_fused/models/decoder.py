@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -11,6 +11,7 @@ from mlx_lm.models.cache import CacheList
 
 from .. import _ext, ops
 from ..formats.kv_rows import check_kv_format
+from ..formats.weights import Format
 from ..generation.options import Options
 from ..ops.stock import visible_columns
 from ..streaming.experts import reads_for
@@ -19,7 +20,7 @@ from .cache import Span, make_cache
 from .cache_check import check_cache
 from .config import ModelArgs
 from .layer_spec import LayerSpec
-from .layers import MLP, Linear, embedding_weight
+from .layers import MLP, Embedding, Linear
 from .moe import MoE
 from .rope import Angles, Rope
 from .tensors import modules
@@ -59,7 +60,7 @@ class Decoder(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.embed_tokens = Embedding(args.vocab_size, args.hidden_size)
         self.layers = [DecoderLayer(args, layer) for layer in args.layers]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self._rope = Rope(args.rope, args.qk_rope_head_dim)
@@ -138,7 +139,7 @@ class Model(nn.Module):
         if "weight" not in embedding:  # it has a trained adapter
             adapted: mx.array = embedding.as_linear(x)
             return adapted
-        return ops.quantized_matvec(x, embedding_weight(embedding))
+        return ops.quantized_matvec(x, embedding.as_weight())
 
     @property
     def layers(self) -> list[DecoderLayer]:
@@ -172,8 +173,10 @@ class Model(nn.Module):
         """One ``CacheList`` per layer: two ``KVCache`` on full layers, one on shared ones."""
         return make_cache(self.args)
 
-    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    def sanitize(
+        self, weights: dict[str, mx.array], formats: Mapping[str, Format] | None = None
+    ) -> dict[str, mx.array]:
         """Checkpoint tensors under the names and shapes of this model's parameters."""
         from .sanitize import sanitize
 
-        return sanitize(weights, self.args)
+        return sanitize(weights, self.args, formats or {})

@@ -1,10 +1,11 @@
 """Checkpoint tensors to parameters: experts stacked, ``kv_b_proj`` split, FP8 to bfloat16."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
-from ..checkpoint.quantization import FP8_BLOCK, Format, infer_format
+from ..checkpoint.quantization import FP8_BLOCK
+from ..formats.weights import Format, Weight, plane_names
 from .config import ModelArgs
 from .tensor_names import unused
 from .tensors import Form, Module, modules
@@ -12,8 +13,10 @@ from .tensors import Form, Module, modules
 _PARTS = ("weight", "scales", "biases")
 
 
-def sanitize(weights: dict[str, mx.array], args: ModelArgs) -> dict[str, mx.array]:
-    """Bring any supported layout to that of the model.
+def sanitize(
+    weights: dict[str, mx.array], args: ModelArgs, formats: Mapping[str, Format]
+) -> dict[str, mx.array]:
+    """Bring any supported layout to that of the model; ``formats`` are those of packed modules.
 
     Works in place, on lazy arrays, and evaluates nothing; each source is popped as it is used.
     Tensors already in the MLX layout stay as they are. Raises ValueError, naming the tensor, for
@@ -30,7 +33,7 @@ def sanitize(weights: dict[str, mx.array], args: ModelArgs) -> dict[str, mx.arra
         if module.experts:
             _stack_experts(weights, module)
         elif module.kind == "embed_q":
-            _split_kv_b(weights, module, args)
+            _split_kv_b(weights, module, args, formats)
     return weights
 
 
@@ -111,7 +114,9 @@ def _pop_alike(weights: dict[str, mx.array], names: list[str]) -> list[mx.array]
     return parts
 
 
-def _split_kv_b(weights: dict[str, mx.array], module: Module, args: ModelArgs) -> None:
+def _split_kv_b(
+    weights: dict[str, mx.array], module: Module, args: ModelArgs, formats: Mapping[str, Format]
+) -> None:
     """[heads * (nope + v), kv_lora] to embed_q [heads, kv_lora, nope], unembed_out [heads, v, …].
 
     Packed rows go to ``unembed_out`` as they are. ``embed_q`` is transposed, so it is quantized
@@ -132,23 +137,24 @@ def _split_kv_b(weights: dict[str, mx.array], module: Module, args: ModelArgs) -
         weights[f"{prefix}.unembed_out.{part}"] = mx.contiguous(per_head[:, nope:])
     embed_q, fmt = parts["weight"], None
     if "scales" in parts:
-        fmt = _kv_b_format(path, parts, args)
-        packed = {part: mx.contiguous(array) for part, array in parts.items()}
-        scales, biases = packed["scales"], packed.get("biases")
-        embed_q = mx.dequantize(packed["weight"], scales, biases, **fmt.parameters)
+        fmt = _declared(path, parts, formats)
+        packed = Weight([mx.contiguous(parts[name]) for name in plane_names(fmt)], fmt)
+        embed_q = mx.dequantize(packed.planes[0], **packed.quantization)
     embed_q = mx.contiguous(embed_q.swapaxes(-1, -2))
     if fmt is None or nope % fmt.group_size:
         weights[f"{prefix}.embed_q.weight"] = embed_q
         return
     quantized = mx.quantize(embed_q, **fmt.parameters)
-    for part, array in zip(_PARTS, quantized, strict=False):
-        weights[f"{prefix}.embed_q.{part}"] = array
+    for name, array in zip(plane_names(fmt), quantized, strict=True):
+        weights[f"{prefix}.embed_q.{name}"] = array
 
 
-def _kv_b_format(path: str, parts: dict[str, mx.array], args: ModelArgs) -> Format:
-    scales = parts["scales"]
-    packed, groups = parts["weight"].shape[-1], scales.shape[-1]
-    fmt = infer_format(path, args.kv_lora_rank, packed, groups, scales.dtype == mx.uint8)
-    if ("biases" in parts) != (fmt.mode == "affine"):
-        raise ValueError(f"[weights] {path} is {fmt}: biases belong to affine weights only.")
+def _declared(path: str, parts: Mapping[str, mx.array], formats: Mapping[str, Format]) -> Format:
+    """The format of a packed module, whose parts have to be its planes."""
+    fmt = formats.get(path)
+    if fmt is None:
+        raise ValueError(f"[weights] {path} is packed, but no format is declared for it.")
+    if parts.keys() != set(plane_names(fmt)):
+        expected, found = ", ".join(plane_names(fmt)), ", ".join(parts)
+        raise ValueError(f"[weights] {path} is {fmt}: expected {expected}, found {found}.")
     return fmt

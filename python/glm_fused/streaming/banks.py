@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from .. import _ext, ops
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.inventory import Manifest
+from ..checkpoint.safetensors_header import DTYPES
 from ..cli.arguments import DEFAULT_CONTEXT
+from ..formats.weights import Format, plane_names
 from ..models.config import ModelArgs
 from ..models.decoder import Model
 from ..models.moe import MoE
@@ -31,14 +31,6 @@ from .budget import (
 from .experts import StreamedExperts
 from .pins import check_pins
 from .source import ExpertSource, LayerExperts, checkpoint_source
-
-_DTYPES = {
-    "BF16": mx.bfloat16,
-    "F16": mx.float16,
-    "F32": mx.float32,
-    "U32": mx.uint32,
-    "U8": mx.uint8,
-}
 
 
 @dataclass(frozen=True)
@@ -146,13 +138,18 @@ def _buffer_bytes(layers: Sequence[LayerSlots], options: StreamOptions) -> int:
 def _float_format(manifest: Manifest) -> str:
     """The format of the activations, which are of the embedding's type."""
     kinds = {str(s.format) for s in manifest.stored if s.source.kind in ("norms", "embedding")}
-    return "fp32" if "F32" in kinds else "bf16"
+    return "fp32" if "fp32" in kinds else "bf16"
 
 
 def attach_banks(
-    model: Model, args: ModelArgs, source: ExpertSource, plan: Plan, options: StreamOptions
+    model: Model,
+    args: ModelArgs,
+    source: ExpertSource,
+    plan: Plan,
+    options: StreamOptions,
+    formats: Mapping[str, Format],
 ) -> Streaming:
-    """Put a bank in the place of every layer's experts.
+    """Put a bank in the place of every layer's experts; ``formats`` are those of packed modules.
 
     Raises RuntimeError, naming the file, for one that does not open or has another size, and
     ValueError for options that do not fit.
@@ -170,7 +167,7 @@ def attach_banks(
             reader,
             files,
             i,
-            [(list(part.shape), _DTYPES[part.dtype]) for part in layer.parts],
+            [(list(part.shape), DTYPES[part.dtype]) for part in layer.parts],
             list(layer.locations),
             list(layer.checksums),
             slots,
@@ -187,7 +184,7 @@ def attach_banks(
             )
         moe = model.layers[i].mlp
         assert isinstance(moe, MoE)
-        moe.switch_mlp = StreamedExperts(bank, layer.experts, _weights(bank, layer, args))
+        moe.switch_mlp = StreamedExperts(bank, layer.experts, _weights(i, bank, layer, formats))
         if last is not None and options.spares:
             last.look_ahead(moe.gate, moe.switch_mlp)
         last = moe.switch_mlp
@@ -195,19 +192,15 @@ def attach_banks(
 
 
 def _weights(
-    bank: _ext.SlotBank, layer: LayerExperts, args: ModelArgs
+    index: int, bank: _ext.SlotBank, layer: LayerExperts, formats: Mapping[str, Format]
 ) -> tuple[ops.Weight, ops.Weight, ops.Weight]:
     arrays = dict(zip((part.name for part in layer.parts), bank.arrays, strict=True))
 
     def form(projection: str) -> ops.Weight:
-        down = projection == "down_proj"
-        columns = args.moe_intermediate_size if down else args.hidden_size
-        weight, scales = arrays[f"{projection}.weight"], arrays.get(f"{projection}.scales")
-        fmt = layer.format(projection, columns)
+        fmt = formats.get(f"model.layers.{index}.mlp.switch_mlp.{projection}")
         if fmt is None:
-            return ops.Weight(weight)
-        biases = arrays.get(f"{projection}.biases")
-        return ops.Weight(weight, scales, biases, fmt.group_size, fmt.bits, fmt.mode)
+            return ops.Weight.dense(arrays[f"{projection}.weight"])
+        return ops.Weight([arrays[f"{projection}.{name}"] for name in plane_names(fmt)], fmt)
 
     gate, up, down = (form(projection) for projection in PROJECTIONS)
     return gate, up, down

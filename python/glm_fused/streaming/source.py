@@ -11,12 +11,10 @@ from types import TracebackType
 from typing import NamedTuple
 
 from ..checkpoint.folder import Checkpoint
-from ..checkpoint.quantization import Format, infer_format
-from ..checkpoint.safetensors_header import ITEM_BYTES, TensorInfo
+from ..checkpoint.safetensors_header import DTYPES, ITEM_BYTES, TensorInfo
 from ..models.config import ModelArgs
 from ..models.tensors import Form, Module, expert_modules
 
-STREAMED = ("BF16", "F16", "F32", "U32", "U8")
 LEAVES = ("weight", "scales", "biases")
 
 
@@ -55,16 +53,6 @@ class LayerExperts:
         """Where the parts of one expert lie."""
         first = expert * len(self.parts)
         return self.locations[first : first + len(self.parts)]
-
-    def format(self, projection: str, columns: int) -> Format | None:
-        """How a projection of ``columns`` inputs is packed; None if it is dense."""
-        found = {part.name: part for part in self.parts}
-        scales = found.get(f"{projection}.scales")
-        if scales is None:
-            return None
-        packed = found[f"{projection}.weight"].shape[-1]
-        uint8 = scales.dtype == "U8"
-        return infer_format(projection, columns, packed, scales.shape[-1], uint8)
 
 
 @dataclass(frozen=True)
@@ -180,7 +168,7 @@ def _check_streamable(tensors: Mapping[str, TensorInfo], form: Form, module: Mod
             " python -m glm_fused.mlx_lm convert."
         )
     dtype = tensors[first + form.suffix].dtype
-    if dtype not in STREAMED or f"{first}.weight_scale_inv" in tensors:
+    if dtype not in DTYPES or f"{first}.weight_scale_inv" in tensors:
         raise ValueError(
             f"[slots] {layer} has {dtype} experts, which cannot be streamed; convert the"
             " checkpoint with mlx_lm.convert."
