@@ -73,7 +73,7 @@ std::pair<mx::array, mx::array> router_topk(
 
 // int32 [b, l, k]: the cached keys that each of the last l tokens attends to,
 // ascending, then -1. q [b, l, heads, dim], weights [b, l, heads], keys
-// [b, t, dim] or packed (rows.h); `start` [b] is the first key that is no
+// [b, t, dim] or packed (row_layout.h); `start` [b] is the first key that is no
 // padding.
 mx::array indexer_topk(
     const mx::array& q,

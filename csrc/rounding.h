@@ -1,4 +1,4 @@
-// fp32 values rounded to, and stored as, the activation types.
+// These round fp32 values to the activation types and store them as such.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Where a primitive runs.
+// These say where a primitive runs.
 #pragma once
 
 #include <memory>
@@ -15,7 +15,7 @@ mlx::core::StreamOrDevice metal_stream(const mlx::core::StreamOrDevice& asked);
 std::shared_ptr<mlx::core::Primitive> place(
     std::shared_ptr<mlx::core::Primitive> primitive);
 #else
-// The one asked for, or the default one.
+// Returns the stream that is asked for, or the GPU's default one.
 inline mlx::core::StreamOrDevice metal_stream(
     const mlx::core::StreamOrDevice& asked) {
   return std::holds_alternative<std::monostate>(asked)
