@@ -144,6 +144,7 @@ def test_convert_with_a_recipe(run, dense, folder):
     config = Checkpoint.open(folder / "mixed").config
     assert config["quantization"]["lm_head"]["group_size"] is None
     assert str(quantization_from_config(config).declared("lm_head")[0]) == "affine6"
+    assert describe(folder / "mixed")["warnings"] == []
     code, out, _ = run(*generating("--model", "mixed"))
     assert code == 0
     assert continuation(folder / "mixed").strip() == out.strip()

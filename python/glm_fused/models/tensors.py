@@ -84,10 +84,6 @@ class Module:
     other_forms: tuple[Form, ...] = ()
 
     @property
-    def columns(self) -> int:
-        return self.shape[-1]
-
-    @property
     def form(self) -> Form:
         """The form that the model itself has."""
         return Form(self.path, self.shape, sign=self.sign)
