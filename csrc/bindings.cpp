@@ -1,4 +1,4 @@
-#include "slots/bindings.h"
+#include "formats/bindings.h"
 
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
@@ -6,6 +6,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
 
 #include "cpu/attention/attention_kernels.h"
 #include "cpu/dot/matrix.h"
@@ -15,6 +16,7 @@
 #include "ops.h"
 #include "ops/placement.h"
 #include "shutdown.h"
+#include "slots/bindings.h"
 #ifdef GLM_FUSED_METAL_SIM
 #include "sim/host/bindings.h"
 #endif
@@ -25,23 +27,11 @@ using namespace glm_fused;
 
 namespace {
 
-// glm_fused.ops.Weight: weight, scales, biases, group_size, bits, mode.
-using WeightTuple = std::tuple<
-    mx::array,
-    std::optional<mx::array>,
-    std::optional<mx::array>,
-    int,
-    int,
-    std::string>;
+// glm_fused.ops.Weight: planes and format.
+using WeightTuple = std::tuple<std::vector<mx::array>, const FormatSpec*>;
 
 Weight weight(const WeightTuple& t) {
-  return {
-      std::get<0>(t),
-      std::get<1>(t),
-      std::get<2>(t),
-      std::get<3>(t),
-      std::get<4>(t),
-      std::get<5>(t)};
+  return {std::get<0>(t), std::get<1>(t)};
 }
 
 // The code that runs an op (glm_fused.ops.routes).
@@ -75,6 +65,7 @@ NB_MODULE(_ext, m) {
   m.attr("metal_max_tokens") = metal::kMaxTokens;
   m.attr("built_with_nanobind") = GLM_FUSED_NANOBIND_VERSION;
 
+  bind_formats(m);
   nb::enum_<Kernel>(m, "Kernel", "Which code runs an op: see ops.routes.")
       .value("cpu", Kernel::cpu, "This package's CPU kernels.")
       .value("metal", Kernel::metal, "This package's Metal kernels.")

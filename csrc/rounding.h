@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "formats.h"
+#include "formats/format.h"
 
 namespace glm_fused {
 namespace {  // internal linkage: compiled once per instruction set

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "formats.h"
+#include "formats/format.h"
 
 namespace glm_fused {
 

@@ -168,11 +168,8 @@ def test_debug_names_the_path_of_every_layer(loaded, monkeypatch, caplog):
         with paths.reference_path():
             assert generate(*loaded, [3, 4], Options(max_tokens=1)).path == "reference"
     text = caplog.text
-    experts = (
-        r"layer 4: shared indexer, experts affine4/affine4/affine4: cpu \(\w+, \d+ threads\): "
-    )
+    formats = "/".join(["affine4-g32"] * 3)
+    experts = rf"layer 4: shared indexer, experts {formats}: cpu \(\w+, \d+ threads\): "
     assert re.search(experts + "quantized_matvec, sparse_mla_decode, router_topk, moe_decode", text)
-    dense = (
-        "layer 0: full indexer, dense mlp affine4/affine4/affine4: loops (the reference, asked for)"
-    )
+    dense = f"layer 0: full indexer, dense mlp {formats}: loops (the reference, asked for)"
     assert f"{dense}: indexer_topk, quantized_matvec, sparse_mla_decode" in text

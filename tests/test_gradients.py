@@ -58,7 +58,7 @@ def test_quantized_matvec(rng, fmt, heads):
 def test_dense_weight_is_trained(rng):
     x = mx.array(rng.standard_normal((5, 64), dtype="float32"))
     w = mx.array(rng.standard_normal((24, 64), dtype="float32"))
-    found = mx.grad(lambda w: mx.sin(ops.quantized_matvec(x, ops.Weight(w))).sum())(w)
+    found = mx.grad(lambda w: mx.sin(ops.quantized_matvec(x, ops.Weight.dense(w))).sum())(w)
     assert_close([found], [mx.grad(lambda w: mx.sin(x @ w.T).sum())(w)])
 
 
@@ -166,7 +166,7 @@ def plain_ops(monkeypatch) -> None:
         return chosen, scores * routed_scaling_factor
 
     def experts(x, gate, up, down, slots, scores):
-        return experts_by_hand(x, gate.weight, up.weight, down.weight, slots, scores)
+        return experts_by_hand(x, gate.planes[0], up.planes[0], down.planes[0], slots, scores)
 
     def attention(q, latents, ropes, selected, rank, scale, start):
         total = latents.shape[1]
@@ -179,7 +179,7 @@ def plain_ops(monkeypatch) -> None:
         scores = mx.where(seen.reshape(-1, q.shape[1], 1, total), scores, -1e30)
         return mx.einsum("blht,btr->blhr", mx.softmax(scores, axis=-1), latents)
 
-    monkeypatch.setattr(ops, "quantized_matvec", lambda x, w: x @ w.weight.swapaxes(-1, -2))
+    monkeypatch.setattr(ops, "quantized_matvec", lambda x, w: x @ w.planes[0].swapaxes(-1, -2))
     monkeypatch.setattr(ops, "moe_decode", experts)
     monkeypatch.setattr(ops, "sparse_mla_decode", attention)
     monkeypatch.setattr("glm_fused.models.moe.ops.router_topk", router)

@@ -103,7 +103,7 @@ def test_two_launches_and_clean():
     for launch in launches:
         assert launch.report.clean, launch.report
     distinct = len(np.unique(np.array(arguments[4])))
-    used = arguments[1].weight.nbytes * distinct // arguments[1].weight.shape[0]
+    used = arguments[1].planes[0].nbytes * distinct // arguments[1].planes[0].shape[0]
     assert launches[0].report.traffic[2].unique_read == used
     assert launches[0].report.traffic[2].read <= 1.05 * used
 
@@ -266,9 +266,9 @@ def test_demo_model_decodes_as_on_the_cpu():
     assert len(set(mx.argmax(there, axis=-1).tolist())) > 4
     if not GPU:
         launches = metal_sim.take_launches()
-        layers = model.args.num_hidden_layers
-        sparse = layers - model.args.first_k_dense_replace
-        full = sum(model.args.is_full(layer) for layer in range(layers))
+        layers = len(model.args.layers)
+        sparse = sum(layer.is_sparse for layer in model.args.layers)
+        full = sum(layer.is_full for layer in model.args.layers)
         expected = {
             # the prompt's experts are not Metal's
             "moe_gate_up": (steps - 1) * sparse,

@@ -1,7 +1,8 @@
 """Compiled kernels of glm_fused; call them through glm_fused.ops."""
 
-import enum
 from collections.abc import Sequence
+import enum
+from typing import Any
 
 import mlx.core
 
@@ -10,6 +11,62 @@ built_with_mlx: str = "0.32.4"
 metal_max_tokens: int = 16
 
 built_with_nanobind: str = "3.1.0"
+
+class Plane:
+    """One of the arrays that make a weight."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its tensor's name."""
+
+    @property
+    def dtypes(self) -> list[mlx.core.Dtype]:
+        """The types that it may have; all planes of floats have the same."""
+
+    @property
+    def count(self) -> int:
+        """Elements a block of columns."""
+
+class Format:
+    """How the rows of a weight are stored; one of `formats()`."""
+
+    @property
+    def name(self) -> str:
+        """The format's name in every output."""
+
+    @property
+    def mode(self) -> str:
+        """MLX's quantization mode, or ``dense``."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a value; 0 for ``dense``."""
+
+    @property
+    def group_size(self) -> int:
+        """Columns a block, which share a scale; 1 for ``dense``."""
+
+    @property
+    def is_default(self) -> bool:
+        """Whether it is MLX's for its mode, where only that is given."""
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """The arrays that make a weight."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of a value with its share of the scales, floats taken as 16 bits."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Keyword arguments of ``mx.quantize`` and ``to_quantized``."""
+
+    def __str__(self) -> str: ...
+    def __repr__(self) -> str: ...
+
+def formats() -> tuple[Format, ...]:
+    """Every format that the kernels take."""
 
 class Kernel(enum.Enum):
     """Which code runs an op: see ops.routes."""
@@ -36,7 +93,7 @@ def check_tokens(tokens: mlx.core.array, vocabulary: int) -> mlx.core.array:
 
 def quantized_matvec(
     x: mlx.core.array,
-    w: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
+    w: tuple[Sequence[mlx.core.array], Format],
     kernel: Kernel,
     stream: mlx.core.Stream
     | mlx.core.ThreadLocalStream
@@ -46,9 +103,9 @@ def quantized_matvec(
 ) -> mlx.core.array: ...
 def moe_decode(
     x: mlx.core.array,
-    gate: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
-    up: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
-    down: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
+    gate: tuple[Sequence[mlx.core.array], Format],
+    up: tuple[Sequence[mlx.core.array], Format],
+    down: tuple[Sequence[mlx.core.array], Format],
     slots: mlx.core.array,
     scores: mlx.core.array,
     use: SlotUse | None,

@@ -71,7 +71,7 @@ class Engine:
             raise FileNotFoundError(f"{folder} has no tokenizer_config.json.")
         opened = open_model(folder, self.options.kv_format, self.options.stream_options())
         self.path: Path = opened.checkpoint.path
-        self.config: dict[str, Any] = opened.checkpoint.config
+        self.config: dict[str, Any] = opened.config
         self._opened: Opened | None = opened
         self._tokenizer: TokenizerWrapper | None = None
         try:

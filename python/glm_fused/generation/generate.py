@@ -13,7 +13,6 @@ from mlx_lm.generate import generation_stream
 from mlx_lm.generate import stream_generate as mlx_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .. import ops
 from ..environment import debug, flag
 from ..formats.kv_rows import format_of
 from ..host import settle
@@ -251,21 +250,15 @@ def debug_paths(model: Model) -> None:
     """With ``GLM_FUSED_DEBUG``, say which code runs the ops of each layer, and why."""
     if not flag("GLM_FUSED_DEBUG"):
         return
-    for i, layer in enumerate(model.layers):
-        indexer = "full" if "indexer" in layer.self_attn else "shared"
+    for layer, spec in zip(model.layers, model.args.layers, strict=True):
         mlp = layer.mlp.switch_mlp if isinstance(layer.mlp, MoE) else layer.mlp
-        formats = "/".join(_format(weight) for weight in mlp.weights())
-        kind = "experts" if isinstance(layer.mlp, MoE) else "dense mlp"
-        routes = (*attention_routes(model.args, i), *mlp_routes(model.args, i))
-        debug("layer %d: %s indexer, %s %s: %s", i, indexer, kind, formats, explain(routes))
+        formats = "/".join("adapted" if w is None else w.format.name for w in mlp.weights())
+        kind = "experts" if spec.is_sparse else "dense mlp"
+        routes = (*attention_routes(model.args, spec), *mlp_routes(model.args, spec))
+        line = "layer %d: %s indexer, %s %s: %s"
+        debug(line, spec.index, spec.attention, kind, formats, explain(routes))
 
 
 def ratio(a: float | None, b: float | None) -> float | None:
     """a / b, None where either is missing or 0."""
     return a / b if a and b else None
-
-
-def _format(weight: ops.Weight | None) -> str:
-    if weight is None:
-        return "adapted"
-    return f"{weight.mode}{weight.bits}" if weight.mode == "affine" else weight.mode

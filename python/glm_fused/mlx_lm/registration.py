@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import mlx_lm.convert
 import mlx_lm.generate  # the module: its name in the package is a function
 import mlx_lm.models
 import mlx_lm.utils
@@ -52,6 +53,8 @@ _loading = Loading()
 _streamed: weakref.ref[Model] | None = None
 _stock_load_model, _stock_load_adapters = mlx_lm.utils.load_model, mlx_lm.utils.load_adapters
 _generate = sys.modules["mlx_lm.generate"]
+_convert = sys.modules["mlx_lm.convert"]
+_stock_recipe = _convert.mixed_quant_predicate_builder
 _stock_steps = {
     name: getattr(_generate, name) for name in ("generate_step", "speculative_generate_step")
 }
@@ -74,6 +77,7 @@ def register(loading: Loading | None = None) -> None:
         setattr(mlx_lm.models, model_type, module)
     setattr(mlx_lm.utils, "load_model", _load_model)  # noqa: B010  mypy knows its exact type
     setattr(mlx_lm.utils, "load_adapters", _load_adapters)  # noqa: B010
+    setattr(_convert, "mixed_quant_predicate_builder", _recipe)  # noqa: B010
     for name, stock in _stock_steps.items():
         setattr(_generate, name, _refusing(stock))
 
@@ -150,6 +154,15 @@ def _check_options(path: Path, strict: bool, model_config: Mapping[str, Any]) ->
         gc.collect()
         if _streamed is not None and _streamed() is not None:
             raise ValueError(f"[mlx_lm] {path}: one streamed model at a time fits the budget.")
+
+
+def _recipe(name: str, model: Any, *arguments: Any) -> Callable[[str, Any], Any]:
+    """``--quant-predicate`` of ``mlx_lm.convert``, but for what the model keeps as it is."""
+    chosen = _stock_recipe(name, model, *arguments)
+    if not isinstance(model, Model):
+        return chosen  # type: ignore[no-any-return]
+    kept = model.quant_predicate
+    return lambda path, module: kept(path, module) and chosen(path, module)
 
 
 def _remember(model: Model) -> None:

@@ -9,6 +9,7 @@ import mlx.nn as nn
 
 from .. import ops
 from .config import ModelArgs
+from .layer_spec import LayerSpec
 from .layers import MLP, SwitchLinear
 
 Meanwhile = Callable[[mx.array], mx.array]
@@ -99,13 +100,11 @@ class SwitchMLP(nn.Module):
 class MoE(nn.Module):
     """Router, routed experts and, unless the config has none, shared experts."""
 
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelArgs, layer: LayerSpec):
         super().__init__()
-        experts = args.n_routed_experts
-        assert experts is not None  # a config with sparse layers names it
-        self.gate = Router(args, experts)
+        self.gate = Router(args, layer.experts)
         self.switch_mlp: RoutedExperts = SwitchMLP(
-            args.hidden_size, args.moe_intermediate_size, experts
+            args.hidden_size, args.moe_intermediate_size, layer.experts
         )
         if args.n_shared_experts:
             width = args.moe_intermediate_size * args.n_shared_experts

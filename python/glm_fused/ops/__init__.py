@@ -6,11 +6,11 @@ which code that is on a CPU and on a GPU. Each takes ``stream=``, an MLX stream 
 own ops do.
 """
 
+from ..formats.weights import Weight
 from .attention import indexer_topk, sparse_mla_decode
 from .experts import moe_decode, router_topk
 from .matvec import quantized_matvec
 from .steps import expert_sum, swiglu
-from .weight import Weight
 
 __all__ = [
     "Weight",

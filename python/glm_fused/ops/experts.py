@@ -5,10 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 
 from .. import _ext
+from ..formats.weights import Weight
 from . import routes, stock
 from .routes import Kernel, Stream
 from .unfit import unfit
-from .weight import Weight
 
 
 def moe_decode(

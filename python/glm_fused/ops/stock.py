@@ -1,49 +1,31 @@
 """The ops as chains of stock MLX ones: what a GPU runs for want of better, and a yardstick."""
 
+from typing import Any
+
 import mlx.core as mx
 
 from ..formats import kv_rows
+from ..formats.weights import Weight
 from .chunks import over_queries
 from .steps import expert_sum, swiglu
 from .topk import topk_indices
-from .weight import Weight
 
 
 def quantized_matvec(x: mx.array, w: Weight) -> mx.array:
     """`glm_fused.ops.quantized_matvec` by MLX's own matrix kernels."""
-    if w.scales is None:
-        return (x @ w.weight.swapaxes(-1, -2)).astype(x.dtype)
-    return mx.quantized_matmul(
-        x,
-        w.weight,
-        scales=w.scales,
-        biases=w.biases,
-        transpose=True,
-        group_size=w.group_size,
-        bits=w.bits,
-        mode=w.mode,
-    ).astype(x.dtype)
+    weight = w.planes[0]
+    if w.format.mode == "dense":
+        return (x @ weight.swapaxes(-1, -2)).astype(x.dtype)
+    return mx.quantized_matmul(x, weight, transpose=True, **w.quantization).astype(x.dtype)
 
 
 def gather(x: mx.array, w: Weight, slots: mx.array, sorted_indices: bool = False) -> mx.array:
     """``x W^T`` for the matrix that each slot names, in x's dtype."""
-    if w.scales is None:
-        columns = w.weight.swapaxes(-1, -2)
-        y = mx.gather_mm(x, columns, rhs_indices=slots, sorted_indices=sorted_indices)
-    else:
-        y = mx.gather_qmm(
-            x,
-            w.weight,
-            w.scales,
-            w.biases,
-            rhs_indices=slots,
-            transpose=True,
-            group_size=w.group_size,
-            bits=w.bits,
-            mode=w.mode,
-            sorted_indices=sorted_indices,
-        )
-    return y.astype(x.dtype)
+    how: dict[str, Any] = {"rhs_indices": slots, "sorted_indices": sorted_indices}
+    weight = w.planes[0]
+    if w.format.mode == "dense":
+        return mx.gather_mm(x, weight.swapaxes(-1, -2), **how).astype(x.dtype)
+    return mx.gather_qmm(x, weight, transpose=True, **how, **w.quantization).astype(x.dtype)
 
 
 def moe_decode(

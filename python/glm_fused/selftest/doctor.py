@@ -125,14 +125,15 @@ def _self_check() -> str:
     import mlx.core as mx
 
     from .. import ops
+    from ..formats.weights import FORMATS
 
+    fmt = FORMATS["affine4-g32"]
     key = mx.random.key(1)
     hidden, intermediate, experts = 128, 64, 4
 
     def weight(*shape: int) -> ops.Weight:
         values = mx.random.normal(shape, mx.bfloat16, key=key)
-        packed, scales, biases = mx.quantize(values, group_size=32, bits=4)
-        return ops.Weight(packed, scales, biases, 32, 4, "affine")
+        return ops.Weight(mx.quantize(values, **fmt.parameters), fmt)
 
     gate = up = weight(experts, intermediate, hidden)
     down = weight(experts, hidden, intermediate)

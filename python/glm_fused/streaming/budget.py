@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -40,21 +41,31 @@ class Shares:
         return self.process + self.dense + self.kv + self.staging
 
 
+class LayerSlots(NamedTuple):
+    """What a layer's slots are for: so many experts, each of so many bytes."""
+
+    experts: int
+    expert_bytes: int
+
+
 @dataclass(frozen=True)
 class Plan:
-    """How a budget is used. ``expert_bytes`` is one slot in every layer."""
+    """How a budget is used: ``slots`` in each of ``layers``, or one for each of its experts."""
 
     budget: int
     shares: Shares
     context: int
-    layers: int
-    experts: int
-    expert_bytes: int
+    layers: tuple[LayerSlots, ...]
     slots: int
 
     @property
+    def experts(self) -> int:
+        """The most experts that a layer has."""
+        return max(layer.experts for layer in self.layers)
+
+    @property
     def slot_bytes(self) -> int:
-        return self.slots * self.expert_bytes
+        return sum(min(self.slots, experts) * nbytes for experts, nbytes in self.layers)
 
     @property
     def total(self) -> int:
@@ -71,7 +82,7 @@ class Plan:
             (
                 "slots",
                 self.slot_bytes,
-                f"{self.slots} of {self.experts} x {self.layers} layers, for experts",
+                f"{self.slots} of {self.experts} x {len(self.layers)} layers, for experts",
             ),
             ("total", self.total, f"of a budget of {size(self.budget)}"),
         ]
@@ -81,34 +92,32 @@ class Plan:
 def make_plan(
     args: ModelArgs,
     shares_for: Callable[[int], Shares],
-    expert_bytes: Sequence[int],
+    layers: Sequence[LayerSlots],
     options: StreamOptions,
 ) -> Plan:
     """As many slots a layer as the budget holds, or ``options.slots``.
 
-    ``shares_for`` gives the shares of a context, ``expert_bytes`` the size of one expert in each
-    layer. Raises ValueError for a context beyond the model's and for an impossible number of slots,
-    and, with the numbers and what would fit, if fewer than a token needs fit, or if the asked
-    number does not.
+    ``shares_for`` gives the shares of a context. Raises ValueError for a context beyond the model's
+    and for an impossible number of slots, and, with the numbers and what would fit, if fewer than a
+    token needs fit, or if the asked number does not.
     """
     context = planned_context(args, options.context, options.default_context)
-    experts = args.n_routed_experts or 0
-    per_slot, least = sum(expert_bytes), args.num_experts_per_tok + options.spares
+    least = args.num_experts_per_tok + options.spares
     budget = affordable_bytes(options.direct) if options.budget is None else options.budget
     wanted = least if options.slots is None else options.slots
-    if not least <= wanted <= experts:
+    shares = shares_for(context)
+    plan = Plan(budget, shares, context, tuple(layers), wanted)
+    if not least <= wanted <= plan.experts:
         raise ValueError(
-            f"[budget] {wanted} slots a layer, expected {least} to {experts}: a token needs"
+            f"[budget] {wanted} slots a layer, expected {least} to {plan.experts}: a token needs"
             f" {args.num_experts_per_tok} and {options.spares} are spare."
         )
-    shares = shares_for(context)
-    needed = shares.total + wanted * per_slot
-    plan = Plan(max(budget, needed), shares, context, len(expert_bytes), experts, per_slot, wanted)
-    if needed > budget and (options.budget is not None or options.slots is None):
+    if plan.total > budget and (options.budget is not None or options.slots is None):
         raise ValueError(_refusal(plan, budget, least, shares_for))
     if options.slots is None:
-        plan = replace(plan, slots=min(experts, (budget - shares.total) // per_slot))
-    return plan
+        most = _largest(plan.experts, lambda n: replace(plan, slots=n).total <= budget)
+        plan = replace(plan, slots=most)
+    return replace(plan, budget=max(budget, plan.total))
 
 
 def planned_context(args: ModelArgs, context: int | None, default: int) -> int:
@@ -137,7 +146,7 @@ def _refusal(plan: Plan, budget: int, least: int, shares_for: Callable[[int], Sh
     context = _largest(plan.context, lambda n: shares_for(n).total + plan.slot_bytes <= budget)
     if context >= SHORTEST_CONTEXT:
         ways.append(f"a context of at most {context:,} tokens")
-    slots_left = (budget - shares.total) // plan.expert_bytes
+    slots_left = _largest(plan.slots, lambda n: replace(plan, slots=n).total <= budget)
     if least <= slots_left < plan.slots:
         ways.append(f"{slots_left} slots a layer")
     return f"{reason}; {' or '.join(ways)} would fit."
@@ -175,7 +184,7 @@ def cache_bytes(args: ModelArgs, context: int, kv_format: str) -> int:
     # It grows in steps of 256 tokens or an eighth, and is copied, a layer at a time.
     tokens = context + max(256, context // 8)
     cached = bytes_per_token(args, kv_format) * tokens
-    return cached + cached // args.num_hidden_layers
+    return cached + cached // len(args.layers)
 
 
 def prompt_bytes(args: ModelArgs, context: int) -> int:

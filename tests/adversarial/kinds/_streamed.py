@@ -10,9 +10,9 @@ from conftest import tiny_config, write_checkpoint
 from mlx_lm.generate import generate_step
 from tests.adversarial.harness import Wrong
 
+from glm_fused.checkpoint.declaration import quantization_from_config
 from glm_fused.checkpoint.folder import Checkpoint
 from glm_fused.checkpoint.inventory import check_tensors
-from glm_fused.checkpoint.quantization import quantization_from_config
 from glm_fused.host import to_numpy
 from glm_fused.loader import load_model
 from glm_fused.models.config import args_from_config

@@ -68,5 +68,5 @@ def planted():
         except RuntimeError:
             return
 
-    with mock.patch.object(loader, "_materialize", materialize):
+    with mock.patch.object(loader, "read_parameters", materialize):
         yield
