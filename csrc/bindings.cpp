@@ -271,12 +271,16 @@ NB_MODULE(_ext, m) {
       "Why sparse_mla_decode has no Metal kernel for lists of this length; "
       "empty "
       "if it has.");
-  m.def("num_threads", &cpu::num_threads, "Threads of the CPU kernels.");
+  m.def(
+      "num_threads",
+      &cpu::num_threads,
+      "Threads of the CPU kernels; ValueError if GLM_FUSED_NUM_THREADS is "
+      "bad.");
   m.def(
       "set_num_threads",
       &cpu::set_num_threads,
       "n"_a,
-      "Set the threads of the CPU kernels, 1 to 1024.");
+      "Set the threads of the CPU kernels, 1 to 1024; ValueError for others.");
   m.def(
       "stream_read",
       [](mx::array a) {

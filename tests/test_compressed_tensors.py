@@ -17,7 +17,7 @@ from glm_fused.checkpoint.compressed_tensors import parse
 from glm_fused.checkpoint.description import describe
 from glm_fused.loader import load_model
 from glm_fused.mlx_lm import __main__ as mlx_lm_tools
-from glm_fused.streaming.banks import StreamOptions
+from glm_fused.streaming.options import StreamOptions
 
 TOKENS = mx.array([np.random.default_rng(1).integers(0, 256, 40).tolist()])
 Q_A = "model.layers.1.self_attn.q_a_proj"

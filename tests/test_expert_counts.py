@@ -10,7 +10,7 @@ from expert_counts import unlike_experts
 
 from glm_fused.loader import load_model
 from glm_fused.models.config import args_from_config
-from glm_fused.streaming.banks import StreamOptions
+from glm_fused.streaming.options import StreamOptions
 from glm_fused.streaming.pack import pack
 
 COUNTS = [0, 8, 4, 6, 3]

@@ -14,7 +14,8 @@ from metal_backend import GPU, cpu, metal, on_both, simulated_only
 from sim.host import compiled
 
 from glm_fused import load, ops
-from glm_fused.cli.demo import PROMPT, checkpoint_folder
+from glm_fused.checkpoint.paths import bundled_folder
+from glm_fused.cli.demo import PROMPT
 from glm_fused.ops import metal_sim, paths, stock
 
 
@@ -255,7 +256,7 @@ def decode(model, tokens, steps):
 
 
 def test_demo_model_decodes_as_on_the_cpu():
-    model, tokenizer = load(checkpoint_folder())
+    model, tokenizer = load(bundled_folder())
     prompt, steps = tokenizer.encode(PROMPT)[:90], 33  # the prompt's and 32 more
     with metal():
         there = decode(model, prompt, steps)

@@ -24,7 +24,7 @@ import glm_fused
 from glm_fused.checkpoint.declaration import quantization_from_config
 from glm_fused.checkpoint.description import describe
 from glm_fused.checkpoint.folder import Checkpoint
-from glm_fused.cli import demo
+from glm_fused.checkpoint.paths import bundled_folder
 from glm_fused.generation.generate import generate
 from glm_fused.generation.options import Options
 from glm_fused.mlx_lm import __main__ as ours
@@ -43,7 +43,7 @@ EXAMPLES = [
 def folder(tmp_path_factory) -> Path:
     """A writable copy of the bundled model and data to train on, in the current folder."""
     folder = tmp_path_factory.mktemp("tools")
-    shutil.copytree(demo.checkpoint_folder(), folder / "model")
+    shutil.copytree(bundled_folder(), folder / "model")
     (folder / "data").mkdir()
     for split in ("train", "valid", "test"):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in EXAMPLES)

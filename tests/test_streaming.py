@@ -18,10 +18,10 @@ from glm_fused import ops, reference_path
 from glm_fused.generation.generate import generate
 from glm_fused.generation.options import Options
 from glm_fused.loader import load, load_model
+from glm_fused.memory import parse_size
 from glm_fused.ops import metal_sim
-from glm_fused.streaming.banks import StreamOptions
-from glm_fused.streaming.budget import parse_size
 from glm_fused.streaming.experts import plan_waves
+from glm_fused.streaming.options import StreamOptions
 from glm_fused.streaming.pack import pack
 from glm_fused.streaming.replay import TraceWriter, replay
 from glm_fused.streaming.trace import read_trace
@@ -283,7 +283,7 @@ import numpy as np
 from glm_fused.generation.generate import generate
 from glm_fused.generation.options import Options
 from glm_fused.loader import load
-from glm_fused.streaming.banks import StreamOptions
+from glm_fused.streaming.options import StreamOptions
 
 path, budget, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 options = StreamOptions(budget=budget, context=300 + tokens)

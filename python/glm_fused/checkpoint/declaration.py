@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from ..formats.weights import Format
+from ..formats.weights import FP8_BLOCK, Format
 from ..validation import show
 from . import compressed_tensors
-from .quantization import FP8_BLOCK, Declaration, Quantization, parse_format
+from .quantization import Declaration, Quantization, parse_format
 from .safetensors_header import quoted
 
 _KEYS = ("group_size", "bits", "mode")

@@ -155,7 +155,7 @@ def _ranges(indices: Iterable[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def format_report(description: dict[str, Any]) -> str:
+def format_description(description: dict[str, Any]) -> str:
     """The description as text for a terminal."""
     d = description
     lines = [

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
-from ..formats.weights import DENSE_FORMATS, Format
+from ..formats.weights import DENSE_FORMATS, FP8_BLOCK, Format
 from ..models.config import ModelArgs
 from ..models.tensor_names import MTP_REASON, layer_of, release_name, unused
 from ..models.tensors import Form, Module, modules
 from .compressed_tensors import PackQuantized
 from .layer_contents import check_expert_counts
-from .quantization import FP8_BLOCK, Declaration
+from .quantization import Declaration
 from .safetensors_header import DTYPES, ITEM_BYTES, TensorInfo, quoted
 
 FP8 = "fp8"  # in blocks; a checkpoint's alone, which becomes bfloat16

@@ -7,8 +7,6 @@ from typing import Any, Protocol
 from ..formats.weights import QUANTIZED, Format, modes, quantized_format
 from ..validation import show
 
-FP8_BLOCK = 128
-
 
 def parse_format(where: str, entry: Mapping[str, Any]) -> Format:
     """The format of a config entry, MLX's defaults filled in; ValueError names ``where``.

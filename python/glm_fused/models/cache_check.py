@@ -7,17 +7,13 @@ What rows hold is not known to anybody, so a cache whose values were changed pas
 from __future__ import annotations
 
 import operator
-import os
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
 import mlx.core as mx
-from mlx_lm.models import cache as stock
 from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache
 
-from ..checkpoint.safetensors_header import read_header
 from ..formats.kv_rows import FLOATS, PACKED, format_of, row_widths
 from ..validation import show
 from .config import ModelArgs
@@ -110,28 +106,6 @@ def _arrays(cache: Sequence[Any], shared: _Shared) -> tuple[list[mx.array], list
         return keys, [entry.values.shape for entry in entries]
     values = [layer.caches[0].values for layer in cache]
     return keys + values, [e.values.shape for layer in cache for e in layer.caches[1:]]
-
-
-def load_prompt_cache(path: str | os.PathLike[str], args: ModelArgs) -> list[CacheList]:
-    """A prompt cache that mlx-lm's ``save_prompt_cache`` wrote, read and checked.
-
-    Raises FileNotFoundError for a missing file and ValueError, naming the file or layer, for one
-    that is damaged, no prompt cache, or not this model's.
-    """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"[cache] {path}: expected a file whose name ends in .safetensors.")
-    read_header(path)
-    try:
-        cache = stock.load_prompt_cache(str(path))
-        mx.eval([layer.state for layer in cache])
-    except Exception as error:  # it takes the file's word for everything
-        raise ValueError(
-            f"[cache] {path} is no prompt cache that mlx-lm wrote:"
-            f" reading it ends with {type(error).__name__}."
-        ) from error
-    check_cache(cache, args)
-    return cast(list[CacheList], cache)
 
 
 def _refuse_layer(layer: Any, spec: LayerSpec) -> NoReturn:

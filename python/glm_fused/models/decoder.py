@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList
 
-from .. import _ext, ops
+from .. import ops
 from ..formats.kv_rows import check_kv_format
 from ..formats.weights import Format
-from ..generation.options import Options
 from ..ops.stock import visible_columns
-from ..streaming.experts import reads_for
 from .attention import Attention
 from .cache import Span, make_cache
 from .cache_check import check_cache
@@ -25,9 +23,6 @@ from .moe import MoE
 from .rope import Angles, Rope
 from .tensors import modules
 from .tokens import check_length, check_tokens, embed
-
-if TYPE_CHECKING:
-    from ..streaming.banks import Streaming
 
 
 class DecoderLayer(nn.Module):
@@ -98,8 +93,6 @@ class Model(nn.Module):
         self.args = args
         self.model_type = args.model_type
         self.model = Decoder(args)
-        self.streaming: Streaming | None = None
-        self.options = Options()  # what `glm_fused.generate` takes for those it is not given
         if not args.tie_word_embeddings:
             self.lm_head = Linear(args.hidden_size, args.vocab_size)
 
@@ -124,14 +117,12 @@ class Model(nn.Module):
         check_tokens(tokens)
         if cache is not None:
             check_cache(cache, self.args, tokens.shape[0])
-        if self.streaming is None:
-            return self._logits(tokens, cache, trace)
-        with reads_for(cache) as reads:
-            return _ext.slots_verify(reads, self._logits(tokens, cache, trace))
+        return self.forward(tokens, cache, trace)
 
-    def _logits(
+    def forward(
         self, tokens: mx.array, cache: Sequence[Any] | None, trace: list[mx.array] | None
     ) -> mx.array:
+        """What a call does once its arguments are checked; a subclass may wrap it."""
         x = self.model(tokens, cache, trace)
         if "lm_head" in self:
             return self.lm_head(x)
@@ -140,6 +131,11 @@ class Model(nn.Module):
             adapted: mx.array = embedding.as_linear(x)
             return adapted
         return ops.quantized_matvec(x, embedding.as_weight())
+
+    @property
+    def context(self) -> int:
+        """How many tokens a prompt and what follows it may have."""
+        return self.args.max_position_embeddings
 
     @property
     def layers(self) -> list[DecoderLayer]:

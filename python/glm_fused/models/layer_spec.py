@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from .. import validation as check
-
-if TYPE_CHECKING:
-    from .config import ModelArgs
 
 FULL, SHARED = "full", "shared"
 DENSE, SPARSE = "dense", "sparse"
 DECODER, MTP = "decoder", "mtp"
 LATENT, INDEX_KEY = "latent", "index_key"
 PATTERN_NAMES = {"F": FULL, "S": SHARED, FULL: FULL, SHARED: SHARED}
+
+
+class Schedule(Protocol):
+    """The keys of a config that say what its layers are; `ModelArgs` has them."""
+
+    model_type: str
+    num_hidden_layers: int
+    num_nextn_predict_layers: int
+    n_routed_experts: int | None
+    num_routed_experts_per_layer: list[int] | None
+    first_k_dense_replace: int
+    moe_layer_freq: int
+    mlp_layer_types: list[str] | None
+    indexer_types: list[str] | None
+    index_topk_pattern: str | list[str] | None
+    index_topk_freq: int | None
+    index_skip_topk_offset: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +64,7 @@ class LayerSpec:
         return self.mlp == SPARSE
 
 
-def layer_specs(args: ModelArgs) -> tuple[tuple[LayerSpec, ...], tuple[LayerSpec, ...]]:
+def layer_specs(args: Schedule) -> tuple[tuple[LayerSpec, ...], tuple[LayerSpec, ...]]:
     """The decoder's layers and those that predict further tokens, from checked args.
 
     ``args.indexer_types`` and ``args.mlp_layer_types`` have to name every decoder layer. A layer
@@ -77,7 +91,7 @@ def layer_specs(args: ModelArgs) -> tuple[tuple[LayerSpec, ...], tuple[LayerSpec
     return specs[:count], specs[count:]
 
 
-def _experts(args: ModelArgs, mlp: list[str]) -> list[int]:
+def _experts(args: Schedule, mlp: list[str]) -> list[int]:
     """The routed experts of each layer: ``num_routed_experts_per_layer``, else all alike."""
     key, given = "num_routed_experts_per_layer", args.num_routed_experts_per_layer
     if given is None:
@@ -95,7 +109,7 @@ def _experts(args: ModelArgs, mlp: list[str]) -> list[int]:
     return [*counts, *[most] * (len(mlp) - len(counts))]  # of MTP layers it may say nothing
 
 
-def _one_a_layer(args: ModelArgs, key: str, given: Any) -> list[int]:
+def _one_a_layer(args: Schedule, key: str, given: Any) -> list[int]:
     """The list, cut to the layers that the config names: some name one more, for MTP."""
     count, mtp = args.num_hidden_layers, args.num_nextn_predict_layers
     lengths = (count, count + 1, count + mtp)
@@ -107,7 +121,7 @@ def _one_a_layer(args: ModelArgs, key: str, given: Any) -> list[int]:
     return list(given[: count + mtp])
 
 
-def mlp_types(args: ModelArgs) -> list[str]:
+def mlp_types(args: Schedule) -> list[str]:
     """'dense' or 'sparse' per layer: ``mlp_layer_types``, else first-k-dense and frequency."""
     layers = args.num_hidden_layers
     if args.mlp_layer_types is not None:
@@ -118,7 +132,7 @@ def mlp_types(args: ModelArgs) -> list[str]:
     return [SPARSE if i >= first and i % freq == 0 else DENSE for i in range(layers)]
 
 
-def indexer_types(args: ModelArgs) -> list[str]:
+def indexer_types(args: Schedule) -> list[str]:
     """'full' or 'shared' per layer: ``indexer_types``, else pattern, else frequency and offset."""
     layers = args.num_hidden_layers
     if args.model_type == "deepseek_v32":

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
-from ..checkpoint.quantization import FP8_BLOCK
-from ..formats.weights import Format, Weight, plane_names
+from ..formats.weights import FP8_BLOCK, Format, Weight, plane_names
 from .config import ModelArgs
 from .tensor_names import unused
 from .tensors import Form, Module, modules

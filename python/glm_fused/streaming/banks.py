@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from .. import _ext, ops
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.inventory import Manifest
 from ..checkpoint.safetensors_header import DTYPES
-from ..cli.arguments import DEFAULT_CONTEXT
 from ..formats.weights import Format, plane_names
+from ..memory import resident_bytes
 from ..models.config import ModelArgs
 from ..models.decoder import Model
 from ..models.moe import MoE
@@ -26,46 +26,11 @@ from .budget import (
     cache_bytes,
     make_plan,
     prompt_bytes,
-    resident_bytes,
 )
 from .experts import StreamedExperts
+from .options import StreamOptions
 from .pins import check_pins
 from .source import ExpertSource, LayerExperts, checkpoint_source
-
-
-@dataclass(frozen=True)
-class StreamOptions:
-    """How to stream routed experts.
-
-    Attributes:
-        budget: bytes that the process may keep resident, or None for what this machine affords.
-        slots: experts resident per layer, in place of as many as the budget allows.
-        context: tokens to keep room for in the KV cache; None: ``default_context``.
-        default_context: what is planned for without ``context``, or the model's whole context where
-            that is less.
-        sidecar: folder of a packed sidecar; None reads the checkpoint's own shards.
-        policy: which expert gives way: "learned" (the one least likely to be asked for next, as
-            learned from the requests so far), "lru", "s3fifo" or "pinned" (LRU but for ``pins``).
-        pins: per layer, experts that stay once they are read.
-        spares: slots per layer for experts that the next layer's router is likely to choose.
-        direct: bypass the page cache.
-        depth: reads in flight.
-        split: bytes per read, a multiple of 4096.
-        patience: seconds to wait for slots held by work in flight.
-    """
-
-    budget: int | None = None
-    slots: int | None = None
-    context: int | None = None
-    default_context: int = DEFAULT_CONTEXT
-    sidecar: str | os.PathLike[str] | None = None
-    policy: str = "learned"
-    pins: Mapping[int, Sequence[int]] = field(default_factory=dict)
-    spares: int = 0
-    direct: bool = False
-    depth: int = 16
-    split: int = 1 << 20
-    patience: float = 60.0
 
 
 @dataclass(frozen=True)

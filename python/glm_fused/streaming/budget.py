@@ -4,46 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import resource
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..memory import size
 from ..models.cache import bytes_per_token
 from ..models.config import ModelArgs
 from ..ops.chunks import BUDGET_BYTES
-from ..validation import show
-
-if TYPE_CHECKING:
-    from .banks import StreamOptions
+from .options import StreamOptions
 
 PREFILL_TOKENS = 2048  # mlx-lm's chunk of a prompt
 PROCESS_GROWTH = 48 << 20  # after planning: tokenizer, code, heaps of threads; 30 MB are usual
 SHORTEST_CONTEXT = 256  # that a refusal proposes
 MAX_SCRATCH = 64 << 20  # of indexer_topk and of sparse_mla_decode
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])(i?)b?|b)", re.IGNORECASE)
-
-
-def parse_size(text: str) -> int:
-    """Bytes in texts such as "24GB", "512MiB" or "1000B"; ValueError for others and from 2^63 on.
-
-    A number without a unit is none: whoever writes 24 does not mean bytes.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"expected a size with its unit, such as 24GB or 512MiB: {show(text)}")
-    number, unit, binary = match.groups()
-    unit = "" if unit is None else unit.lower()
-    power = "kmgt".find(unit) + 1 if unit else 0
-    nbytes = float(number) * (1024**power if binary else 1000**power)
-    if nbytes >= 2**63:
-        raise ValueError(f"expected a size below 2^63 bytes: {show(text)}")
-    return int(nbytes)
 
 
 @dataclass(frozen=True)
@@ -190,26 +167,6 @@ def _upwards(n: int) -> str:
     return f"{number}{unit}"
 
 
-def resident_bytes() -> int:
-    """What this process keeps in memory now (on macOS: its peak so far)."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
-def peak_resident_bytes() -> int:
-    """The most that this process has kept in memory."""
-    try:  # not ru_maxrss, which a child inherits from the process that started it
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
 def affordable_bytes(direct: bool) -> int:
     """A budget for this machine.
 
@@ -251,11 +208,3 @@ def _attention_bytes(args: ModelArgs, tokens: int, context: int) -> int:
         return 4 * min(BUDGET_BYTES, max(scores * args.index_n_heads, attended * row))
     heads = args.num_attention_heads
     return min(MAX_SCRATCH, scores) + min(MAX_SCRATCH, attended * heads) + sparse * attended
-
-
-def size(n: int) -> str:
-    """In the unit that people buy memory in."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if n >= unit:
-            return f"{n / unit:.2f} {name}"
-    return f"{n} B"

@@ -7,7 +7,8 @@ from tests.adversarial.harness import Wrong, clear_error
 from tests.adversarial.kinds._streamed import Fixture, check
 
 from glm_fused.checkpoint.folder import Checkpoint
-from glm_fused.streaming.banks import StreamOptions, attach_banks, plan_streaming
+from glm_fused.streaming.banks import attach_banks, plan_streaming
+from glm_fused.streaming.options import StreamOptions
 from glm_fused.streaming.pack import pack
 from glm_fused.streaming.sidecar import Sidecar
 from glm_fused.streaming.sidecar_identity import check_described, sidecar_source, verify

@@ -16,7 +16,8 @@ from glm_fused.checkpoint.inventory import check_tensors
 from glm_fused.host import to_numpy
 from glm_fused.loader import load_model
 from glm_fused.models.config import args_from_config
-from glm_fused.streaming.banks import StreamOptions, attach_banks, find_source, plan_streaming
+from glm_fused.streaming.banks import attach_banks, find_source, plan_streaming
+from glm_fused.streaming.options import StreamOptions
 from glm_fused.streaming.pack import pack
 
 STEPS = 5

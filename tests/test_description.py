@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny_config, tiny_config_51
 from expert_counts import unlike_experts
 
-from glm_fused.checkpoint.description import describe, format_report, variant
+from glm_fused.checkpoint.description import describe, format_description, variant
 from glm_fused.checkpoint.folder import Checkpoint
 from glm_fused.checkpoint.quantization import parse_format
 from glm_fused.models.cache import bytes_per_token
@@ -195,7 +195,7 @@ def test_mtp_layers_are_listed(checkpoint, layout, edit):
     stored = Checkpoint.open(path).tensors.items()
     mtp = [t.nbytes for name, t in stored if name.startswith(("mtp.0.", "model.layers.5."))]
     assert (layer["tensors"], layer["nbytes"]) == (len(mtp), sum(mtp))
-    assert f"MTP layer   5: {layer['tensors']} tensors" in format_report(found)
+    assert f"MTP layer   5: {layer['tensors']} tensors" in format_description(found)
 
 
 def test_mtp_layer_that_lacks_a_weight(checkpoint):
@@ -205,13 +205,13 @@ def test_mtp_layer_that_lacks_a_weight(checkpoint):
     )
     found = describe(path)
     assert found["mtp_layers"][0]["missing"] == [lost]
-    assert "lacks 1 weight; not used" in format_report(found)
+    assert "lacks 1 weight; not used" in format_description(found)
 
 
 def test_quantized_indexers_are_warned_of(checkpoint):
     (warning,) = describe(checkpoint(quantization=AFFINE_4))["warnings"]
     assert "indexers are quantized (affine4)" in warning
-    assert warning[:40] in format_report(describe(checkpoint(quantization=AFFINE_4)))
+    assert warning[:40] in format_description(describe(checkpoint(quantization=AFFINE_4)))
     kept = {
         f"model.layers.{i}.self_attn.indexer.{name}": False
         for i in range(5)
@@ -226,7 +226,7 @@ def test_unlike_numbers_of_experts(checkpoint):
     found = describe(unlike_experts(checkpoint, counts))
     assert (found["experts"], found["experts_by_layer"]) == (8, counts)
     assert found["variant"].endswith("REAP-pruned to 3 to 8 of 256 experts")
-    assert "experts     3 to 8, 2 a token" in format_report(found)
+    assert "experts     3 to 8, 2 a token" in format_description(found)
     shares = {"experts up": sum(counts) * 128 * 128 * 2, "router": sum(counts) * (128 * 2 + 4)}
     assert {name: found["formats"][name]["bytes"] for name in shares} == shares
     per_token = found["formats"]["experts up"]["bytes_read_per_token"]
@@ -234,7 +234,7 @@ def test_unlike_numbers_of_experts(checkpoint):
 
 
 def test_report_text(checkpoint):
-    text = format_report(describe(checkpoint(tiny_config(), mtp=True)))
+    text = format_description(describe(checkpoint(tiny_config(), mtp=True)))
     for part in (
         "GLM-5.2/5.3",
         "full      0-1, 3",
@@ -245,6 +245,6 @@ def test_report_text(checkpoint):
     ):
         assert part in text
     assert all(len(line) <= 100 for line in text.splitlines() if "path" not in line)
-    text = format_report(describe(checkpoint(tiny_config_51())))
+    text = format_description(describe(checkpoint(tiny_config_51())))
     assert "full      0-4" in text
     assert "shared    none" in text
