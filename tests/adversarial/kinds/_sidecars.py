@@ -74,7 +74,9 @@ class Sidecars(Fixture):
         options = StreamOptions(budget=8 << 30, patience=5.0, slots=slots)
         plan = plan_streaming(self._manifest, self._args, source, options, "auto")
         self.shared.streaming = None
-        self.shared.streaming = attach_banks(self.shared, self._args, source, plan, options)
+        formats = self._manifest.formats
+        streaming = attach_banks(self.shared, self._args, source, plan, options, formats)
+        self.shared.streaming = streaming
         check(self.shared, rng.choice(self.prompts), STEPS)
 
     def mend(self):

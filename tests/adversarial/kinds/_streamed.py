@@ -172,7 +172,9 @@ class Fixture:
         source = self._sources[packed]
         plan = plan_streaming(self._manifest, self._args, source, options, "auto")
         self.shared.streaming = None
-        self.shared.streaming = attach_banks(self.shared, self._args, source, plan, options)
+        formats = self._manifest.formats
+        streaming = attach_banks(self.shared, self._args, source, plan, options, formats)
+        self.shared.streaming = streaming
         return self.shared
 
 
