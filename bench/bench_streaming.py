@@ -164,7 +164,7 @@ class Slice:
 
     @staticmethod
     def _layer(args, bank, experts: int) -> MoE:
-        moe = MoE(args)
+        moe = MoE(args, args.layers[-1])
         moe.set_dtype(mx.bfloat16)
         a = bank.arrays
         weights = tuple(ops.Weight(a[i : i + 3], FORMATS["affine4"]) for i in (0, 3, 6))

@@ -27,11 +27,20 @@ using namespace glm_fused;
 
 namespace {
 
-// glm_fused.ops.Weight: planes and format.
-using WeightTuple = std::tuple<std::vector<mx::array>, const FormatSpec*>;
+// glm_fused.ops.Weight: planes and format. The caster of a std::vector is
+// noexcept: where memory runs out in it, the process ends.
+using WeightTuple =
+    std::tuple<nb::typed<nb::sequence, mx::array>, const FormatSpec*>;
 
 Weight weight(const WeightTuple& t) {
-  return {std::get<0>(t), std::get<1>(t)};
+  std::vector<mx::array> planes;
+  for (nb::handle plane : std::get<0>(t)) {
+    if (!nb::isinstance<mx::array>(plane)) {
+      throw nb::type_error("a plane of a weight must be an array.");
+    }
+    planes.push_back(nb::cast<const mx::array&>(plane));
+  }
+  return {std::move(planes), std::get<1>(t)};
 }
 
 // The code that runs an op (glm_fused.ops.routes).
@@ -262,12 +271,16 @@ NB_MODULE(_ext, m) {
       "Why sparse_mla_decode has no Metal kernel for lists of this length; "
       "empty "
       "if it has.");
-  m.def("num_threads", &cpu::num_threads, "Threads of the CPU kernels.");
+  m.def(
+      "num_threads",
+      &cpu::num_threads,
+      "Threads of the CPU kernels; ValueError if GLM_FUSED_NUM_THREADS is "
+      "bad.");
   m.def(
       "set_num_threads",
       &cpu::set_num_threads,
       "n"_a,
-      "Set the threads of the CPU kernels, 1 to 1024.");
+      "Set the threads of the CPU kernels, 1 to 1024; ValueError for others.");
   m.def(
       "stream_read",
       [](mx::array a) {

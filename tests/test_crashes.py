@@ -154,11 +154,11 @@ def test_the_exit_code_stands_though_a_daemon_thread_decodes(threads):
 @linux
 @pytest.mark.parametrize("prompt", ["def f(x):", "word " * 4000], ids=["decode", "prompt"])
 def test_ctrl_c_ends_a_run_without_a_traceback(prompt):
-    from glm_fused.cli import demo
+    from glm_fused.checkpoint.paths import bundled_folder
 
     command = [sys.executable, "-m", "glm_fused", "generate", "--model"]
     tokens = "7000" if len(prompt) < 100 else "7"
-    command += [str(demo.checkpoint_folder()), "--raw", "--max-tokens", tokens, "--prompt", "-"]
+    command += [str(bundled_folder()), "--raw", "--max-tokens", tokens, "--prompt", "-"]
     run = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True)
     run.stdin.write(prompt)
     run.stdin.close()

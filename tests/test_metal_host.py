@@ -14,7 +14,8 @@ from metal_backend import GPU, cpu, metal, on_both, simulated_only
 from sim.host import compiled
 
 from glm_fused import load, ops
-from glm_fused.cli.demo import PROMPT, checkpoint_folder
+from glm_fused.checkpoint.paths import bundled_folder
+from glm_fused.cli.demo import PROMPT
 from glm_fused.ops import metal_sim, paths, stock
 
 
@@ -261,7 +262,7 @@ def decode(model, tokens, steps):
 
 
 def test_demo_model_decodes_as_on_the_cpu():
-    model, tokenizer = load(checkpoint_folder())
+    model, tokenizer = load(bundled_folder())
     prompt, steps = tokenizer.encode(PROMPT)[:90], 33  # the prompt's and 32 more
     with metal():
         there = decode(model, prompt, steps)
@@ -271,9 +272,9 @@ def test_demo_model_decodes_as_on_the_cpu():
     assert len(set(mx.argmax(there, axis=-1).tolist())) > 4
     if not GPU:
         launches = metal_sim.take_launches()
-        layers = model.args.num_hidden_layers
-        sparse = layers - model.args.first_k_dense_replace
-        full = sum(model.args.is_full(layer) for layer in range(layers))
+        layers = len(model.args.layers)
+        sparse = sum(layer.is_sparse for layer in model.args.layers)
+        full = sum(layer.is_full for layer in model.args.layers)
         expected = {
             # the prompt's experts are not Metal's
             "moe_gate_up": (steps - 1) * sparse,

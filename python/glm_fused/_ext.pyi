@@ -197,10 +197,12 @@ def sparse_mla_decode_obstacle(listed: int) -> str:
     """
 
 def num_threads() -> int:
-    """Threads of the CPU kernels."""
+    """
+    Threads of the CPU kernels; ValueError if GLM_FUSED_NUM_THREADS is bad.
+    """
 
 def set_num_threads(n: int) -> None:
-    """Set the threads of the CPU kernels, 1 to 1024."""
+    """Set the threads of the CPU kernels, 1 to 1024; ValueError for others."""
 
 def stream_read(a: mlx.core.array) -> int:
     """

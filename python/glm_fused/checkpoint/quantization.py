@@ -2,14 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from ..formats.weights import QUANTIZED, Format, modes, quantized_format
 from ..validation import show
-from .safetensors_header import quoted
-
-FP8_BLOCK = 128
-_KEYS = ("group_size", "bits", "mode")
 
 
 def parse_format(where: str, entry: Mapping[str, Any]) -> Format:
@@ -33,6 +29,13 @@ def parse_format(where: str, entry: Mapping[str, Any]) -> Format:
                 f"[config] {where}: {key} {show(value)}, expected {expected} for {mode}."
             )
     return quantized_format(group_size, bits, mode)
+
+
+class Declaration(Protocol):
+    """What a config says of a checkpoint's modules."""
+
+    def declared(self, path: str) -> tuple[Format | None, bool]:
+        """The format for a module, None if it is dense, and whether an entry names the module."""
 
 
 @dataclass(frozen=True)
@@ -60,55 +63,3 @@ def _aliases(path: str) -> Iterator[str]:
         yield f"{head.removesuffix('.switch_mlp')}.experts.0.{leaf}"
     elif ".mlp.experts." in head:
         yield f"{head.partition('.mlp.experts.')[0]}.mlp.switch_mlp.{leaf}"
-
-
-def quantization_from_config(config: Mapping[str, Any]) -> Quantization | None:
-    """What the config declares, or None; FP8 block scaling is checked and is no quantization here.
-
-    Raises ValueError for unknown modes or methods and impossible sizes, naming the entry.
-    """
-    for key in ("quantization", "quantization_config"):
-        entry = config.get(key)
-        if entry is None:
-            continue
-        if not isinstance(entry, Mapping):
-            raise ValueError(f"[config] {key} must be an object, found {show(entry)}.")
-        method = entry.get("quant_method")
-        if method == "fp8":
-            _check_fp8(key, entry)
-        elif method in ("mxfp4", "mxfp8"):
-            return Quantization(parse_format(key, {"mode": method}), {})
-        elif method is not None:
-            raise ValueError(
-                f"[config] {key}: quant_method {show(method)}, expected fp8, mxfp4 or mxfp8;"
-                " convert the checkpoint with mlx_lm.convert."
-            )
-        else:
-            return _parse(key, entry)
-    return None
-
-
-def _parse(key: str, entry: Mapping[str, Any]) -> Quantization:
-    default = parse_format(key, entry)
-    overrides: dict[str, Format | None] = {}
-    for path, value in entry.items():
-        where = f"{key}[{quoted(path)}]"
-        if path in _KEYS:
-            continue
-        if isinstance(value, Mapping):
-            overrides[path] = parse_format(where, value)
-        elif type(value) is bool:
-            overrides[path] = default if value else None
-        elif "." in path:  # other keys are notes of the tool that wrote the config
-            raise ValueError(f"[config] {where} must be an object or false, found {show(value)}.")
-    return Quantization(default, overrides)
-
-
-def _check_fp8(key: str, entry: Mapping[str, Any]) -> None:
-    block, fmt = entry.get("weight_block_size"), entry.get("fmt", "e4m3")
-    if block != [FP8_BLOCK, FP8_BLOCK]:
-        raise ValueError(
-            f"[config] {key}: weight_block_size {show(block)}, expected [{FP8_BLOCK}, {FP8_BLOCK}]."
-        )
-    if fmt != "e4m3":
-        raise ValueError(f"[config] {key}: fmt {show(fmt)}, expected 'e4m3'.")

@@ -14,6 +14,7 @@ from .._ext import formats
 
 FORMATS = {fmt.name: fmt for fmt in formats()}
 DENSE_FORMATS = {fmt.planes[0].dtypes[0]: fmt for fmt in FORMATS.values() if fmt.mode == "dense"}
+FP8_BLOCK = 128  # rows and columns that share a scale in checkpoints of FP8
 # Those that mx.quantize packs to: it knows no factor of a matrix.
 QUANTIZED = tuple(
     fmt for fmt in FORMATS.values() if fmt.mode != "dense" and not fmt.planes[-1].per_matrix

@@ -8,20 +8,21 @@ from .. import _ext
 from ..ops import paths
 from ..ops.routes import Kernel, Route, choose
 from .config import ModelArgs
+from .layer_spec import LayerSpec
 
 
-def attention_routes(args: ModelArgs, layer: int) -> list[Route]:
+def attention_routes(args: ModelArgs, layer: LayerSpec) -> list[Route]:
     """Of the ops of a layer's attention once a query has as many keys as it may select."""
     routes = [choose("quantized_matvec"), choose("sparse_mla_decode", args.index_topk)]
-    return [choose("indexer_topk"), *routes] if args.is_full(layer) else routes
+    return [choose("indexer_topk"), *routes] if layer.is_full else routes
 
 
-def mlp_routes(args: ModelArgs, layer: int) -> list[Route]:
+def mlp_routes(args: ModelArgs, layer: LayerSpec) -> list[Route]:
     """Of the ops of a layer's MLP, for one token."""
-    if not args.is_sparse(layer):
+    if not layer.is_sparse:
         return [choose("quantized_matvec")]
-    experts, top_k = args.n_routed_experts or 0, args.num_experts_per_tok
-    return [choose("router_topk", experts), choose("moe_decode", 1, top_k)]
+    top_k = args.num_experts_per_tok
+    return [choose("router_topk", layer.experts), choose("moe_decode", 1, top_k)]
 
 
 def path_taken(args: ModelArgs) -> str:
@@ -30,7 +31,7 @@ def path_taken(args: ModelArgs) -> str:
         return "reference"
     routes = [
         route
-        for layer in range(args.num_hidden_layers)
+        for layer in args.layers
         for route in (*attention_routes(args, layer), *mlp_routes(args, layer))
     ]
     fallen = dict.fromkeys(str(route) for route in routes if route.fell_back)

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
-from ..checkpoint.quantization import FP8_BLOCK
-from ..formats.weights import Format, Weight, plane_names
+from ..formats.weights import FP8_BLOCK, Format, Weight, plane_names
 from .config import ModelArgs
-from .tensors import PROJECTIONS, unused
+from .tensor_names import unused
+from .tensors import Form, Module, modules
 
 _PARTS = ("weight", "scales", "biases")
 
@@ -28,10 +28,11 @@ def sanitize(
         if target not in weights:
             raise ValueError(f"[weights] {name} scales {target}, which is missing.")
         weights[target] = dequantize_fp8(target, weights[target], scale_inv)
-    for i in range(args.num_hidden_layers):
-        if args.is_sparse(i):
-            _stack_experts(weights, f"model.layers.{i}.mlp", args)
-        _split_kv_b(weights, f"model.layers.{i}.self_attn", args, formats)
+    for module in modules(args):
+        if module.experts:
+            _stack_experts(weights, module)
+        elif module.kind == "embed_q":
+            _split_kv_b(weights, module, args, formats)
     return weights
 
 
@@ -68,59 +69,65 @@ def stack(parts: Sequence[mx.array]) -> mx.array:
     return result
 
 
-def _stack_experts(weights: dict[str, mx.array], prefix: str, args: ModelArgs) -> None:
-    fused = weights.pop(f"{prefix}.experts.gate_up_proj", None)
-    if fused is not None:
-        size = args.moe_intermediate_size
-        if fused.ndim != 3 or fused.shape[1] != 2 * size:
-            expected = [args.n_routed_experts, 2 * size, args.hidden_size]
-            raise ValueError(
-                f"[weights] {prefix}.experts.gate_up_proj is {fused.shape}, expected {expected}."
-            )
-        weights[f"{prefix}.switch_mlp.gate_proj.weight"] = mx.contiguous(fused[:, :size])
-        weights[f"{prefix}.switch_mlp.up_proj.weight"] = mx.contiguous(fused[:, size:])
-    if f"{prefix}.experts.down_proj" in weights:
-        down = weights.pop(f"{prefix}.experts.down_proj")
-        weights[f"{prefix}.switch_mlp.down_proj.weight"] = down
-    for projection in PROJECTIONS:
+def _stack_experts(weights: dict[str, mx.array], module: Module) -> None:
+    for form in module.other_forms:
+        if not form.of_single_experts:
+            _take_rows(weights, module, form)
+            continue
+        first, *_ = form.paths(1)
         for part in _PARTS:
-            if f"{prefix}.experts.0.{projection}.{part}" in weights:
-                parts = _pop_experts(weights, f"{prefix}.experts", f"{projection}.{part}", args)
-                weights[f"{prefix}.switch_mlp.{projection}.{part}"] = stack(parts)
+            if f"{first}.{part}" in weights:
+                names = [f"{path}.{part}" for path in form.paths(module.experts)]
+                weights[f"{module.path}.{part}"] = stack(_pop_alike(weights, names))
 
 
-def _pop_experts(
-    weights: dict[str, mx.array], prefix: str, suffix: str, args: ModelArgs
-) -> list[mx.array]:
+def _take_rows(weights: dict[str, mx.array], module: Module, form: Form) -> None:
+    """A module's rows of the stacked experts, which it may share with another module."""
+    name = form.path + form.suffix
+    if name not in weights:
+        return
+    rows, joined = module.shape[1], weights[name]
+    if rows == form.shape[1]:
+        weights[f"{module.path}.weight"] = weights.pop(name)
+        return
+    if joined.ndim != 3 or joined.shape[1] != form.shape[1]:
+        raise ValueError(f"[weights] {name} is {joined.shape}, expected {list(form.shape)}.")
+    end = form.first_row + rows
+    weights[f"{module.path}.weight"] = mx.contiguous(joined[:, form.first_row : end])
+    if end == form.shape[1]:
+        del weights[name]
+
+
+def _pop_alike(weights: dict[str, mx.array], names: list[str]) -> list[mx.array]:
     """The tensors of all experts, which have to be alike."""
     parts: list[mx.array] = []
-    for e in range(args.n_routed_experts or 0):
-        name = f"{prefix}.{e}.{suffix}"
+    for name in names:
         if name not in weights:
             raise ValueError(f"[weights] {name} is missing, expert 0 has it.")
         parts.append(weights.pop(name))
-        if parts[e].shape != parts[0].shape or parts[e].dtype != parts[0].dtype:
+        if parts[-1].shape != parts[0].shape or parts[-1].dtype != parts[0].dtype:
             raise ValueError(
-                f"[weights] {name} is {parts[e].dtype} {parts[e].shape}, expected"
+                f"[weights] {name} is {parts[-1].dtype} {parts[-1].shape}, expected"
                 f" {parts[0].dtype} {parts[0].shape} like expert 0."
             )
     return parts
 
 
 def _split_kv_b(
-    weights: dict[str, mx.array], prefix: str, args: ModelArgs, formats: Mapping[str, Format]
+    weights: dict[str, mx.array], module: Module, args: ModelArgs, formats: Mapping[str, Format]
 ) -> None:
     """[heads * (nope + v), kv_lora] to embed_q [heads, kv_lora, nope], unembed_out [heads, v, …].
 
     Packed rows go to ``unembed_out`` as they are. ``embed_q`` is transposed, so it is quantized
     again in the same format, or stays dense where the groups do not divide ``nope``.
     """
-    path, heads, nope = f"{prefix}.kv_b_proj", args.num_attention_heads, args.qk_nope_head_dim
+    (form,), prefix = module.other_forms, module.path.rpartition(".")[0]
+    path, heads, nope = form.path, args.num_attention_heads, args.qk_nope_head_dim
     if f"{path}.weight" not in weights:
         return
     found = {part: weights.pop(f"{path}.{part}", None) for part in _PARTS}
     parts = {part: array for part, array in found.items() if array is not None}
-    rows = heads * (nope + args.v_head_dim)
+    rows, _ = form.shape
     for part, array in parts.items():
         if array.ndim != 2 or array.shape[0] != rows:
             raise ValueError(f"[weights] {path}.{part} is {array.shape}, expected {rows} rows.")

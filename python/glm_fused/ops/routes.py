@@ -28,6 +28,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import _ext
+from ..environment import debug
 from . import metal_sim, paths
 
 Kernel = _ext.Kernel
@@ -113,7 +114,7 @@ def take(op: str, *sizes: int, stream: Stream, reference: bool | None) -> _ext.K
     if route.fell_back:
         paths.fall_back(route.op, route.reason)
     elif route.reason and not paths.use_reference(reference):
-        paths.debug("%s", route)
+        debug("%s", route)
     return route.kernel
 
 
