@@ -181,7 +181,8 @@ def test_quantized_checkpoint(tmp_path, mode, group_size, bits):
     )
     model, _ = mlx_lm.load(str(target))
     packed = model.layers[1].mlp.switch_mlp.up_proj.as_weight()
-    assert (packed.bits, packed.group_size, packed.mode) == (bits, group_size, mode)
+    fmt = packed.format
+    assert (fmt.bits, fmt.group_size, fmt.mode) == (bits, group_size, mode)
     assert "scales" in model.layers[0].self_attn.embed_q
     logits = np.array(model(mx.array([PROMPT])).astype(mx.float32))
     assert np.isfinite(logits).all()

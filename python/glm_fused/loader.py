@@ -130,11 +130,11 @@ def open_model(
     args = args_from_config(checkpoint.config)
     _check_stop_tokens(checkpoint, args)
     quantization = quantization_from_config(checkpoint.config)
-    manifest = check_tensors(args, quantization, checkpoint.tensors)
-    packed, formats = manifest.packed, manifest.formats
+    inventory = check_tensors(args, quantization, checkpoint.tensors)
+    packed, formats = inventory.packed, inventory.formats
     if stream is not None:
         source = find_source(checkpoint, args, stream.sidecar)
-        plan = plan_streaming(manifest, args, source, stream, kv_format)
+        plan = plan_streaming(inventory, args, source, stream, kv_format)
     check_stored_shapes(checkpoint, {path: shape for path, (_, shape) in packed.items()})
     weights = _read_lazily(checkpoint)
     defaults, cache_limit = checkpoint_options(checkpoint.path), None

@@ -14,7 +14,7 @@ from ..models.tensor_names import MTP_REASON
 from ..models.tensors import Module, modules
 from .declaration import quantization_from_config
 from .folder import Checkpoint
-from .inventory import Manifest, Stored, check_tensors
+from .inventory import Inventory, Stored, check_tensors
 from .layer_contents import mtp_layers
 
 WIDTH = 100
@@ -29,8 +29,8 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     checkpoint = Checkpoint.open(path)
     args = args_from_config(checkpoint.config)
     quantization = quantization_from_config(checkpoint.config)
-    manifest = check_tensors(args, quantization, checkpoint.tensors)
-    kinds = _by_kind(args, manifest)
+    inventory = check_tensors(args, quantization, checkpoint.tensors)
+    kinds = _by_kind(args, inventory)
     return {
         "path": str(checkpoint.path),
         "model_type": args.model_type,
@@ -53,9 +53,9 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "index_topk": args.index_topk,
         "context_length": args.max_position_embeddings,
         "eos_token_id": checkpoint.config.get("eos_token_id"),
-        "ignored_tensors": manifest.ignored,
+        "ignored_tensors": inventory.ignored,
         "mtp_layers": [asdict(layer) for layer in mtp_layers(args, checkpoint.tensors)],
-        "warnings": list(_warnings(manifest)),
+        "warnings": list(_warnings(inventory)),
     }
 
 
@@ -111,19 +111,19 @@ class _Kind:
         }
 
 
-def _by_kind(args: ModelArgs, manifest: Manifest) -> dict[str, _Kind]:
+def _by_kind(args: ModelArgs, inventory: Inventory) -> dict[str, _Kind]:
     kinds: dict[str, _Kind] = {}
-    for stored in manifest.stored:
+    for stored in inventory.stored:
         kinds.setdefault(stored.source.kind, _Kind()).add(args, stored)
     return kinds
 
 
-def _warnings(manifest: Manifest) -> Iterator[str]:
+def _warnings(inventory: Inventory) -> Iterator[str]:
     """What may make a checkpoint worse than its releases."""
     # FP8 blocks are how the model's makers release its indexers, too.
     found = [
         s
-        for s in manifest.stored
+        for s in inventory.stored
         if s.source.kind == "indexer" and isinstance(s.format, Format) and s.format.mode != "dense"
     ]
     if found:

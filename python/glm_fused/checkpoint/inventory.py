@@ -54,7 +54,7 @@ class Stored(NamedTuple):
 
 
 @dataclass
-class Manifest:
+class Inventory:
     """Every weight of the model and where it is; ``ignored`` counts unused tensors by reason."""
 
     stored: list[Stored] = field(default_factory=list)
@@ -211,23 +211,23 @@ class _Checker:
 
 def check_tensors(
     args: ModelArgs, quantization: Declaration | None, tensors: Mapping[str, TensorInfo]
-) -> Manifest:
+) -> Inventory:
     """Match headers with a config.
 
     Raises ValueError, naming the first few tensors of each kind and their number, if tensors are
     missing, unexpected, of another shape or type, or not packed as the config declares.
     """
     check_expert_counts(args, tensors)
-    manifest = Manifest()
-    used = _set_aside(args, tensors, manifest)
+    inventory = Inventory()
+    used = _set_aside(args, tensors, inventory)
     checker = _Checker(args, quantization, tensors, used)
     for source in _sources(args, tensors):
         stored = checker.check(source)
         if stored is not None:
-            manifest.stored.append(stored)
+            inventory.stored.append(stored)
         if len(checker.missing) >= MAX_MISSING:  # the config may name any number of experts
             raise ValueError(f"[checkpoint] {_names('missing', checker.missing, 'at least ')}.")
-    _check_experts_alike(manifest, checker.wrong)
+    _check_experts_alike(inventory, checker.wrong)
     parts = [
         _names(kind, names)
         for kind, names in (("missing", checker.missing), ("unexpected", list(checker.left)))
@@ -237,11 +237,11 @@ def check_tensors(
         parts.append("; ".join(checker.wrong[:SHOWN]) + _more(checker.wrong))
     if parts:
         raise ValueError(f"[checkpoint] {'. '.join(parts)}.")
-    return manifest
+    return inventory
 
 
 def _set_aside(
-    args: ModelArgs, tensors: Mapping[str, TensorInfo], manifest: Manifest
+    args: ModelArgs, tensors: Mapping[str, TensorInfo], inventory: Inventory
 ) -> dict[str, None]:
     """Count the tensors that the model has no use for; returns the names of the others."""
     mtp_layers = {
@@ -255,7 +255,7 @@ def _set_aside(
         if reason is None or too_many:
             used[name] = None
         else:
-            manifest.ignored[reason] = manifest.ignored.get(reason, 0) + 1
+            inventory.ignored[reason] = inventory.ignored.get(reason, 0) + 1
     return used
 
 
@@ -269,10 +269,10 @@ def _sources(args: ModelArgs, names: Mapping[str, TensorInfo]) -> Iterator[Sourc
                 yield Source(path, path + form.suffix, module, form)
 
 
-def _check_experts_alike(manifest: Manifest, wrong: list[str]) -> None:
+def _check_experts_alike(inventory: Inventory, wrong: list[str]) -> None:
     """Experts are stacked, so one format has to serve all of a projection."""
     first: dict[str, Stored] = {}
-    for stored in manifest.stored:
+    for stored in inventory.stored:
         if not stored.source.module.experts:
             continue
         other = first.setdefault(stored.source.module.path, stored)

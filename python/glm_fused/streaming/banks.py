@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import _ext, ops
 from ..checkpoint.folder import Checkpoint
-from ..checkpoint.inventory import Manifest
+from ..checkpoint.inventory import Inventory
 from ..checkpoint.safetensors_header import DTYPES
 from ..formats.weights import Format, plane_names
 from ..memory import resident_bytes
@@ -68,7 +68,7 @@ def find_source(
 
 
 def plan_streaming(
-    manifest: Manifest,
+    inventory: Inventory,
     args: ModelArgs,
     source: ExpertSource,
     options: StreamOptions,
@@ -79,8 +79,8 @@ def plan_streaming(
     Pins that the model does not have are refused too.
     """
     check_pins(options.pins, {i: layer.experts for i, layer in source.layers.items()})
-    dense = sum(s.loaded for s in manifest.stored if not s.source.module.experts)
-    kv_format = _float_format(manifest) if kv_format == "auto" else kv_format
+    dense = sum(s.loaded for s in inventory.stored if not s.source.module.experts)
+    kv_format = _float_format(inventory) if kv_format == "auto" else kv_format
     layers = [LayerSlots(layer.experts, layer.expert_bytes) for layer in source.layers.values()]
     process = resident_bytes() + PROCESS_GROWTH
     buffers = _buffer_bytes(layers, options)
@@ -100,9 +100,9 @@ def _buffer_bytes(layers: Sequence[LayerSlots], options: StreamOptions) -> int:
     return reads + (followers if options.policy == "learned" else 0)
 
 
-def _float_format(manifest: Manifest) -> str:
+def _float_format(inventory: Inventory) -> str:
     """The format of the activations, which are of the embedding's type."""
-    kinds = {str(s.format) for s in manifest.stored if s.source.kind in ("norms", "embedding")}
+    kinds = {str(s.format) for s in inventory.stored if s.source.kind in ("norms", "embedding")}
     return "fp32" if "fp32" in kinds else "bf16"
 
 
