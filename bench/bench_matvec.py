@@ -15,11 +15,13 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from common import DTYPES, bits_per_weight, median, parser, report
+from common import DTYPES, median, parser, report
 
 import glm_fused
 from glm_fused import ops
-from glm_fused.selftest.benchmark import FORMATS, nbytes, read_bandwidth, seconds
+from glm_fused.formats.weights import FORMATS
+from glm_fused.ops import stock
+from glm_fused.selftest.benchmark import nbytes, read_bandwidth, seconds
 from glm_fused.selftest.synthetic import Bits
 
 # [out, in]
@@ -49,10 +51,10 @@ COLUMNS = {
 
 def measure(projection: str, name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     n, k = PROJECTIONS[projection]
-    copies = max(2, int(BEYOND_CACHE / (n * k * bits_per_weight(name) / 8)))
+    copies = max(2, int(BEYOND_CACHE / (n * k * FORMATS[name].bits_per_weight / 8)))
     bits = Bits(0)
     weights = [bits.weight((n, k), FORMATS[name], mx.bfloat16) for _ in range(copies)]
-    mx.eval(*(a for w in weights for a in w[:3] if a is not None))
+    mx.eval(*(plane for w in weights for plane in w.planes))
     rng = np.random.default_rng(0)
     made = []
     for rows in options.rows:
@@ -61,7 +63,7 @@ def measure(projection: str, name: str, options: argparse.Namespace) -> list[dic
         times, bandwidths = [], []
         for i in range(options.repeats * copies):
             if i % copies == 0:
-                bandwidths.append(read_bandwidth(weights[i % copies].weight))
+                bandwidths.append(read_bandwidth(weights[i % copies].planes[0]))
             w = weights[i % copies]
             times.append(seconds(lambda w=w, x=x: ops.quantized_matvec(x, w, reference=False)))
             if sum(times) > options.seconds:
@@ -82,7 +84,7 @@ def measure(projection: str, name: str, options: argparse.Namespace) -> list[dic
             w = weights[0]
             reference = seconds(lambda w=w, x=x: ops.quantized_matvec(x, w, reference=True))
             row["x reference"] = reference / took
-            row["x stock"] = seconds(lambda w=w, x=x: ops.stock_matmul(x, w)) / took
+            row["x stock"] = seconds(lambda w=w, x=x: stock.quantized_matvec(x, w)) / took
         made.append(row)
     return made
 

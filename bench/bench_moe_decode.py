@@ -16,12 +16,13 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from common import DTYPES, bits_per_weight, median, parser, report
+from common import DTYPES, median, parser, report
 
 import glm_fused
 from glm_fused import ops
+from glm_fused.formats.weights import FORMATS
 from glm_fused.host import to_numpy
-from glm_fused.selftest.benchmark import FORMATS, RoutedExperts, read_bandwidth, seconds
+from glm_fused.selftest.benchmark import RoutedExperts, read_bandwidth, seconds
 
 COLUMNS = {
     "format": "",
@@ -41,7 +42,7 @@ COLUMNS = {
 class Layer(RoutedExperts):
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         hidden, intermediate = options.hidden, options.intermediate
-        expert = 3 * hidden * intermediate * bits_per_weight(name) / 8
+        expert = 3 * hidden * intermediate * FORMATS[name].bits_per_weight / 8
         super().__init__(
             FORMATS[name],
             DTYPES[options.dtype],
@@ -68,12 +69,12 @@ def in_float64(a: mx.array) -> np.ndarray:
 
 
 def dequantized(w: ops.Weight, slot: int) -> np.ndarray:
-    one = [a if a is None else a[slot] for a in w[:3]]
-    if w.mode == "dense":
+    one = [plane[slot] for plane in w.planes]
+    if w.format.mode == "dense":
         return in_float64(one[0])
-    if w.mode == "affine":
+    if w.format.mode == "affine":
         one[1:] = [a.astype(mx.float32) for a in one[1:]]
-    values = mx.dequantize(*one, w.group_size, w.bits, mode=w.mode, dtype=mx.float32)
+    values = mx.dequantize(*one, **w.format.parameters, dtype=mx.float32)
     return in_float64(values)
 
 
@@ -86,14 +87,14 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     times, rates, bandwidths, fractions = [], [], [], []
     layer.fused(*layer.route())
     for _ in range(options.repeats):
-        bandwidth = read_bandwidth(layer.gate.weight)
+        bandwidth = read_bandwidth(layer.gate.planes[0])
         took, read = [], []
         for _ in range(options.calls):
             slots, scores = layer.route()
             distinct = len(np.unique(to_numpy(slots)))
             took.append(seconds(lambda s=slots, c=scores: layer.fused(s, c)))
             read.append(distinct * layer.expert_bytes / took[-1] / 1e9)
-        bandwidth = (bandwidth + read_bandwidth(layer.gate.weight)) / 2
+        bandwidth = (bandwidth + read_bandwidth(layer.gate.planes[0])) / 2
         times.append(median(took))
         rates.append(median(read))
         bandwidths.append(bandwidth)
@@ -114,7 +115,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         reference = seconds(lambda: layer.fused(slots, scores, reference=True))
         row["x reference"] = reference / median(times)
     # MLX's gather_mm on the CPU takes fp32 only.
-    if not options.only_fused and (layer.gate.mode != "dense" or options.dtype == "fp32"):
+    if not options.only_fused and (layer.gate.format.mode != "dense" or options.dtype == "fp32"):
         stock = seconds(lambda: layer.stock(slots, scores))
         row["x stock"] = stock / median(times)
         row["stock error"] = error(layer.stock(slots, scores), exact)

@@ -2,7 +2,7 @@
 
     python bench/bench_streaming.py --folder /scratch/experts --slots 32 128
 
-Writes experts of the true shapes (affine-4: 21.2 MB each, 256 a layer) in the sidecar's layout,
+Writes experts of the true shapes (affine4: 21.2 MB each, 256 a layer) in the sidecar's layout,
 deletes them afterwards, and prints, for every bank, past the page cache, with a cold and with a
 warm one: tokens a second through the slice's MoE layers, hit rate, bytes per token, the rate at
 which misses are read beside that of plain reads of whole experts, the share of the time in which
@@ -31,6 +31,7 @@ import numpy as np
 from common import machine
 
 from glm_fused import _ext, ops
+from glm_fused.formats.weights import FORMATS
 from glm_fused.models.config import args_from_config
 from glm_fused.models.moe import MoE
 from glm_fused.streaming.experts import StreamedExperts
@@ -163,10 +164,10 @@ class Slice:
 
     @staticmethod
     def _layer(args, bank, experts: int) -> MoE:
-        moe = MoE(args)
+        moe = MoE(args, args.layers[-1])
         moe.set_dtype(mx.bfloat16)
         a = bank.arrays
-        weights = tuple(ops.Weight(*a[i : i + 3], GROUP, 4, "affine") for i in (0, 3, 6))
+        weights = tuple(ops.Weight(a[i : i + 3], FORMATS["affine4"]) for i in (0, 3, 6))
         moe.switch_mlp = StreamedExperts(bank, experts, weights)
         weight = mx.random.normal((experts, HIDDEN)) * HIDDEN**-0.5
         moe.gate.weight = weight.astype(mx.bfloat16)

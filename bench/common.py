@@ -13,15 +13,10 @@ import mlx.core as mx
 
 import glm_fused
 from glm_fused import _ext
-from glm_fused.selftest.benchmark import FORMATS
+from glm_fused.selftest.benchmark import BENCHED
 from glm_fused.selftest.machine import chip
 
 DTYPES = {"bf16": mx.bfloat16, "fp16": mx.float16, "fp32": mx.float32}
-
-
-def bits_per_weight(name: str) -> float:
-    fmt = FORMATS[name]
-    return 16 if fmt is None else fmt.bits_per_weight
 
 
 def multiply_add_rate() -> float:
@@ -46,7 +41,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def parser(description: str, formats: Iterable[str] = FORMATS) -> argparse.ArgumentParser:
+def parser(description: str, formats: Iterable[str] = BENCHED) -> argparse.ArgumentParser:
     """The options every benchmark has."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--formats", nargs="+", choices=list(formats), default=list(formats))

@@ -1,4 +1,5 @@
-// Slots that are filled while a kernel works on those that already are.
+// Arrivals are slots that are filled while a kernel works on those that already
+// are.
 #pragma once
 
 #include <cstddef>
@@ -12,9 +13,9 @@ class Arrivals {
  public:
   virtual ~Arrivals() = default;
 
-  // From now until `end` nothing overwrites the slots; rewrites those of
-  // `slots` that are others than when the graph ran up to here. False if what
-  // the kernel computes is lost already, and it need not run. Throws
+  // Nothing overwrites the slots from now until `end`. Rewrites those of
+  // `slots` that have changed since the graph ran up to here. Returns false if
+  // what the kernel computes is lost already, and it need not run. Throws
   // std::runtime_error when there are no slots to be had.
   virtual bool begin(int32_t* slots, size_t count) = 0;
 

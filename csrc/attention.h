@@ -4,7 +4,7 @@
 // op's argument rounded to fp32.
 //
 // A query at column c of the cache sees the keys [start, c]. Keys are `Rows`
-// (rows.h); k[d] below is a row's value as fp32.
+// (row_layout.h); k[d] below is a row's value as fp32.
 //
 // indexer_topk, per query and visible key:
 //   dot[h] = chain over d = 0, 1, …     of fma(q[h][d], k[d], dot[h])

@@ -77,20 +77,4 @@ inline void check_count(
   }
 }
 
-FloatType float_type_of(mx::Dtype dtype);
-
-// The format of `w`; its columns must be `k`, at least one.
-Format check_weight(
-    const std::string& op,
-    const std::string& name,
-    const Weight& w,
-    int ndim,
-    int k);
-
-// weight, scales, biases, as far as the format has them, row-contiguous.
-void append_arrays(
-    std::vector<mx::array>& inputs,
-    const Weight& w,
-    mx::StreamOrDevice s);
-
 }  // namespace glm_fused

@@ -9,22 +9,10 @@
 #include <utility>
 
 #include "arrivals.h"
-#include "formats.h"
+#include "formats/weight.h"
 #include "mlx/mlx.h"
 
 namespace glm_fused {
-
-namespace mx = mlx::core;
-
-// A weight matrix in MLX's layout: [..., n, k], or packed with its scales.
-struct Weight {
-  mx::array weight;
-  std::optional<mx::array> scales;
-  std::optional<mx::array> biases;
-  int group_size = 0;
-  int bits = 0;
-  std::string mode = "dense";
-};
 
 // `tokens` [b, l] as int32; evaluation throws where one is not from 0 to
 // vocabulary - 1. On the CPU alone.
@@ -85,7 +73,7 @@ std::pair<mx::array, mx::array> router_topk(
 
 // int32 [b, l, k]: the cached keys that each of the last l tokens attends to,
 // ascending, then -1. q [b, l, heads, dim], weights [b, l, heads], keys
-// [b, t, dim] or packed (rows.h); `start` [b] is the first key that is no
+// [b, t, dim] or packed (row_layout.h); `start` [b] is the first key that is no
 // padding.
 mx::array indexer_topk(
     const mx::array& q,

@@ -1,10 +1,10 @@
-// fp32 values rounded to, and stored as, the activation types.
+// These round fp32 values to the activation types and store them as such.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "formats.h"
+#include "formats/format.h"
 
 namespace glm_fused {
 namespace {  // internal linkage: compiled once per instruction set

@@ -1,10 +1,11 @@
-// How a cached row (a latent with its RoPE key, or an indexer key) is stored.
+// A cached row is a latent with its RoPE key, or an indexer key; this is how it
+// is stored.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "formats.h"
+#include "formats/format.h"
 
 namespace glm_fused {
 
@@ -27,20 +28,20 @@ inline size_t packed_row_bytes(RowFormat format, int rank, int rope) {
   return rank + 4 * scale_count(format, rank) + 2 * static_cast<size_t>(rope);
 }
 
-// What a row holds; an indexer key has no RoPE part of its own.
+// A layout says what a row holds; an indexer key has no RoPE part of its own.
 struct RowLayout {
   RowFormat format;
   int rank, rope;
 };
 
-// One row: `rank` values, then `rope` values, each part in its own place.
+// A row has `rank` values and `rope` values, each part in its own place.
 struct Row {
   const uint8_t* latent;
   const uint8_t* scales;  // fp32, unaligned; null for floating
   const uint8_t* rope;
 };
 
-// The rows of one sequence.
+// These are the rows of one sequence.
 struct Rows {
   RowFormat format;
   FloatType latent_type, rope_type;  // rope_type is bfloat16 where packed

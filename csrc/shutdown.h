@@ -1,4 +1,5 @@
-// What becomes of threads that still compute when the interpreter ends.
+// This decides what becomes of threads that still compute when the interpreter
+// ends.
 #pragma once
 
 namespace glm_fused {

@@ -1,4 +1,4 @@
-// Threads that a pool starts, as many as the system gives.
+// A pool starts as many threads as the system gives.
 #pragma once
 
 #include <cstdio>
@@ -8,9 +8,9 @@
 
 namespace glm_fused {
 
-// Up to `count` threads that run `work`. Where the system refuses one (limits
-// of memory or of processes), those that run are returned and a line on stderr
-// says so: fewer threads are slower and change nothing else.
+// Starts up to `count` threads that run `work`. Where the system refuses one
+// (limits of memory or of processes), it returns those that run and says so on
+// stderr: fewer threads are slower and change nothing else.
 template <class Work>
 std::vector<std::thread>
 start_threads(const char* what, int count, const Work& work) {

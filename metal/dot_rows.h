@@ -45,12 +45,13 @@ METAL_FUNC void dot_rows(
     result[i] = 0;
   }
 
+  const int own = lane * F::values;  // the lane's first column of a block
   const int end = F::whole_blocks(k) * F::block;
   for (int column = 0; column < end; column += F::block) {
     for (int i = 0; i < matrices * rows; i++) {
       if (F::whole_tiles || i % rows < used) {
         const Matrix<F> from = w[i / rows].skip(i % rows, column, k);
-        F::load(from.weight, from.scales, from.biases, cells[i]);
+        F::load(from.weight, from.scales, from.biases, column + own, cells[i]);
       }
     }
     for (int m = 0; m < width; m++) {
@@ -64,12 +65,13 @@ METAL_FUNC void dot_rows(
   }
 
   if constexpr (!F::whole_tiles) {
-    const int left = min(k - end - lane * F::values, F::values);
+    const int left = min(k - end - own, F::values);
     for (int i = 0; i < matrices * rows && left > 0; i++) {
       if (i % rows < used) {
         thread typename F::Cells tail;
         const Matrix<F> from = w[i / rows].skip(i % rows, end, k);
-        F::load_safe(from.weight, from.scales, from.biases, left, tail);
+        F::load_safe(
+            from.weight, from.scales, from.biases, end + own, left, tail);
         for (int m = 0; m < width; m++) {
           const float sum =
               F::load_x_safe(x + offsets[m] + end, left, x_thread);

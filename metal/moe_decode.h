@@ -13,7 +13,9 @@ constexpr int rows_at_once(int rows, int width) {
   return rows * width <= kMaxResults ? rows : kMaxResults / width;
 }
 
-// Sets links[p] to 2 * next + leads of its Link. Unshared, every pair leads.
+// Packs the Link of each pair p into links[p]: bit 0 says whether the pair
+// leads a group, the bits above it which pair follows it. Where experts are not
+// shared every pair leads.
 template <int most>
 METAL_FUNC void find_links(
     const device int* slots,

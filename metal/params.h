@@ -17,8 +17,8 @@ struct RouterParams {
   float routed_scaling_factor;
 };
 
-// Tells where cached rows lie, with strides in bytes. Packed rows (rows.h) have
-// no `ropes` of their own.
+// Tells where cached rows lie, with strides in bytes. Packed rows
+// (csrc/row_layout.h) have no `ropes` of their own.
 struct RowsParams {
   int keys;     // per sequence
   int queries;  // the last keys' own

@@ -7,10 +7,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from formats_under_test import DTYPES, random_weight
+from formats_under_test import DTYPES, NAN, random_weight
 from metal_backend import cpu, metal
 
 from glm_fused import ops
+from glm_fused.formats.weights import quantized_format
 from glm_fused.ops import metal_sim
 
 Format = tuple[str, int, int]
@@ -69,14 +70,11 @@ class Layer:
 def _with_unused(w: ops.Weight) -> ops.Weight:
     """A slot of NaN before and after the slots of `w`."""
 
-    def pad(a: mx.array | None) -> mx.array | None:
-        if a is None:
-            return None
-        whole = {mx.uint8: 0xFF, mx.uint32: 0xFFFFFFFF}
-        edge = mx.full((1, *a.shape[1:]), whole.get(a.dtype, float("nan")), a.dtype)
+    def pad(a: mx.array) -> mx.array:
+        edge = mx.full((1, *a.shape[1:]), NAN.get(a.dtype, float("nan")), a.dtype)
         return mx.concatenate([edge, a, edge])
 
-    return w._replace(weight=pad(w.weight), scales=pad(w.scales), biases=pad(w.biases))
+    return w._replace(planes=[pad(plane) for plane in w.planes])
 
 
 def make_layer(c: Case, slots: np.ndarray | None = None, pad: bool = True) -> Layer:
@@ -118,15 +116,16 @@ def _weight_of_bits(rng: np.random.Generator, shape: tuple[int, ...], fmt: Forma
     }
     kind, keep, add = floats[dtype]
     if mode == "dense":
-        return ops.Weight(masked(kind, shape, keep, add).view(DTYPES[dtype]))
+        return ops.Weight.dense(masked(kind, shape, keep, add).view(DTYPES[dtype]))
+    found = quantized_format(group, bits, mode)
     words = masked("uint32", (*slots, k * bits // 32), 0xB7B7B7B7 if bits == 8 else 2**32 - 1, 0)
     if mode == "affine":
         scales, biases = (
             masked(kind, (*slots, k // group), keep, add).view(DTYPES[dtype]) for _ in range(2)
         )
-        return ops.Weight(words, scales, biases, group, bits, mode)
+        return ops.Weight((words, scales, biases), found)
     scales = masked("uint8", (*slots, k // group), 3, 0x18 if mode == "nvfp4" else 120)
-    return ops.Weight(words, scales, None, group, bits, mode)
+    return ops.Weight((words, scales), found)
 
 
 def make_layer_of_bits(c: Case) -> Layer:

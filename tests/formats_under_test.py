@@ -6,16 +6,18 @@ import mlx.core as mx
 import numpy as np
 
 from glm_fused import ops
+from glm_fused.formats.weights import quantized_format
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 AFFINE = [("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
+NAN = {mx.uint8: 0xFF, mx.uint32: 0xFFFFFFFF}  # of codes, if they have one
 FORMATS = [*AFFINE, ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16), ("dense", 0, 0)]
 
 
 def format_id(fmt: tuple[str, int, int]) -> str:
     mode, bits, group = fmt
-    return f"{mode}{bits or ''}g{group}" if mode == "affine" else mode
+    return mode if mode == "dense" else quantized_format(group, bits, mode).name
 
 
 def random_weight(
@@ -28,46 +30,35 @@ def random_weight(
     mode, bits, group = fmt
     values = mx.array(rng.standard_normal(shape, dtype=np.float32) / np.sqrt(shape[-1]))
     if mode == "dense":
-        return ops.Weight(values.astype(float_dtype))
+        return ops.Weight.dense(values.astype(float_dtype))
+    found = quantized_format(group, bits, mode)
     if mode == "affine":
-        w, scales, biases = mx.quantize(values.astype(float_dtype), group, bits, mode=mode)
-        return ops.Weight(w, scales, biases, group, bits, mode)
+        return ops.Weight(mx.quantize(values.astype(float_dtype), **found.parameters), found)
     # MLX packs eight elements at a time: quantize whole rows of eight, keep the first n.
     n = shape[-2]
     padded = mx.concatenate([values] * (8 // min(n, 8) + 1), axis=-2)[..., : -(-n // 8) * 8, :]
-    w, scales = mx.quantize(padded, group, bits, mode=mode)
-    return ops.Weight(w[..., :n, :], scales[..., :n, :], None, group, bits, mode)
+    planes = mx.quantize(padded, **found.parameters)
+    return ops.Weight([plane[..., :n, :] for plane in planes], found)
 
 
 def poison(w: ops.Weight, unused: list[int]) -> ops.Weight:
     """`w` with NaN in the slots `unused`: NaN scales, or NaN weights where dense."""
     if not unused:
         return w
-    rows = mx.array(unused)
-    if w.scales is None:
-        weight = mx.array(w.weight)
-        weight[rows] = float("nan")
-        return w._replace(weight=weight)
-    scales = mx.array(w.scales)
-    scales[rows] = 0xFF if scales.dtype == mx.uint8 else float("nan")
-    weight = mx.array(w.weight)
-    weight[rows] = 0xFFFFFFFF
-    return w._replace(weight=weight, scales=scales)
+    planes = [mx.array(plane) for plane in w.planes]
+    for plane in planes:
+        plane[mx.array(unused)] = NAN.get(plane.dtype, float("nan"))
+    return w._replace(planes=planes)
 
 
 def dequantized(w: ops.Weight) -> np.ndarray:
     """The weight in float64."""
-    if w.scales is None:
-        return np.array(w.weight.astype(mx.float32), dtype=np.float64)
-    values = mx.dequantize(
-        w.weight,
-        w.scales if w.biases is None else w.scales.astype(mx.float32),
-        None if w.biases is None else w.biases.astype(mx.float32),
-        w.group_size,
-        w.bits,
-        mode=w.mode,
-        dtype=mx.float32,
-    )
+    weight, *scales = w.planes
+    if w.format.mode == "dense":
+        return np.array(weight.astype(mx.float32), dtype=np.float64)
+    if w.format.mode == "affine":
+        scales = [a.astype(mx.float32) for a in scales]
+    values = mx.dequantize(weight, *scales, **w.format.parameters, dtype=mx.float32)
     return np.array(values, dtype=np.float64)
 
 

@@ -101,11 +101,11 @@ def gather_matvec(
     rhs: np.ndarray, contract: bool,
 ) -> np.ndarray:  # fmt: skip
     """MLX's gather_qmm or gather_mm of single rows: out[i] = W[rhs[i]] x[lhs[i]]."""
-    bank, n, _ = w.weight.shape
+    weight, *scaling = (to_numpy(plane) for plane in w.planes)
+    bank, n, _ = weight.shape
     k, count = x.shape[1], len(rhs)
     name = mlx_function(fmt, dtype, n, k)
     out = empty((count, n), dtype)
-    weight = to_numpy(w.weight)
     if fmt[0] == "dense":
         rows = 4 * (4 if n >= 4 else 1)
         buffers = {
@@ -118,19 +118,17 @@ def gather_matvec(
             host_name(name), grid=(-(-n // rows), 1, count), threadgroup=(32, 1, 4), buffers=buffers
         )
         return out
-    scales = to_numpy(w.scales)
+    scales, *biases = scaling
     batch = {
         9: _i32(1), 10: _i32(x.shape[0], 1, k), 11: _i64(k, k, 1), 12: _i32(1),
         13: _i32(*weight.shape), 14: _i64(weight[0].size, weight.shape[2], 1),
         15: _i64(scales[0].size, scales.shape[2], 1),
     }  # fmt: skip
     indices = [_i32(1), _i32(count), _i64(1), _i64(1)]
-    biases = [] if w.biases is None else [_i64(scales[0].size, scales.shape[2], 1)]
+    strides = [_i64(scales[0].size, scales.shape[2], 1) for _ in biases]
     buffers = {0: weight, 1: scales, 3: x, 4: lhs, 5: rhs, 6: out, 7: _i32(k), 8: _i32(n)}
-    if w.biases is not None:
-        buffers[2] = to_numpy(w.biases)
-    buffers |= batch | dict(enumerate(biases + indices, 16))
-    lib = libs.mlx("affine" if w.biases is not None else "fp", dtype, contract)
+    buffers |= dict(enumerate(biases, 2)) | batch | dict(enumerate(strides + indices, 16))
+    lib = libs.mlx("affine" if biases else "fp", dtype, contract)
     lib.run(host_name(name), grid=(1, -(-n // 8), count), threadgroup=(32, 2, 1), buffers=buffers)
     return out
 

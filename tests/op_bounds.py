@@ -8,6 +8,7 @@ import itertools
 import mlx.core as mx
 
 from glm_fused import _ext, ops
+from glm_fused.formats.weights import FORMATS
 
 HUGE = 2**31 - 1
 
@@ -20,9 +21,9 @@ def view(*shape, dtype=mx.float32):
 def weight(mode, *shape):
     *head, k = shape
     if mode == "dense":
-        return ops.Weight(view(*shape))
+        return ops.Weight.dense(view(*shape))
     codes = view(*head, k // 8, dtype=mx.uint32)
-    return ops.Weight(codes, view(*head, k // 32, dtype=mx.uint8), None, 32, 4, "mxfp4")
+    return ops.Weight((codes, view(*head, k // 32, dtype=mx.uint8)), FORMATS["mxfp4"])
 
 
 def moe(mode, tokens, top_k, bank, inner, hidden, **how):

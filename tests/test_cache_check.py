@@ -20,8 +20,8 @@ from mlx_lm.models.cache import (
 )
 
 import glm_fused
+from glm_fused.checkpoint.prompt_cache import load_prompt_cache
 from glm_fused.formats.kv_rows import format_of
-from glm_fused.models.cache_check import load_prompt_cache
 from glm_fused.models.config import args_from_config
 from glm_fused.models.decoder import Model
 

@@ -17,8 +17,8 @@ from test_generate import WORDS, write_tokenizer
 
 import glm_fused
 from glm_fused import _abi, load, num_threads, ops, set_num_threads
-from glm_fused.checkpoint.paths import checkpoint_folder
-from glm_fused.cli import demo, main
+from glm_fused.checkpoint.paths import bundled_folder, checkpoint_folder
+from glm_fused.cli import main
 from glm_fused.ops import paths
 
 
@@ -143,8 +143,7 @@ def test_ab_finds_a_difference(capsys, monkeypatch, model):
 
 
 def test_demo(capsys, monkeypatch, model):
-    monkeypatch.setattr(demo, "checkpoint_folder", lambda: model)
-    monkeypatch.setattr("glm_fused.cli.commands._load", lambda path, threads: load_demo(path))
+    monkeypatch.setattr("glm_fused.checkpoint.paths.bundled_folder", lambda: model)
     code, out, _ = run(capsys, "demo", "--max-tokens", "3", "--prompt", WORDS)
     assert code == 0
     assert WORDS in out
@@ -156,14 +155,8 @@ def test_demo(capsys, monkeypatch, model):
     assert run(capsys, "demo", "--max-tokens", "3", "--prompt", WORDS)[0] == 1
 
 
-def load_demo(path):
-    from glm_fused import load
-
-    return load(path)
-
-
 def test_the_bundled_checkpoint(capsys):
-    assert demo.checkpoint_folder().is_dir()
+    assert bundled_folder().is_dir()
     code, out, _ = run(capsys, "demo", "--max-tokens", "8", "--json")
     document = json.loads(out)
     assert code == 0
@@ -339,7 +332,7 @@ def test_a_prompt_that_is_too_long_is_one_line(model):
 
 def test_demo_names_the_bundled_model(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert checkpoint_folder("demo") == demo.checkpoint_folder()
+    assert checkpoint_folder("demo") == bundled_folder()
     assert run(capsys, "inspect", "demo")[0] == 0
     (tmp_path / "demo").mkdir()
     assert_one_line(run(capsys, "inspect", "demo"), "only where there is no such folder")
@@ -454,7 +447,7 @@ def test_interrupt_is_quiet(capsys, monkeypatch, model):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("glm_fused.cli.commands._load", interrupt)
+    monkeypatch.setattr("glm_fused.engine.Engine.__init__", interrupt)
     assert run(capsys, *generate(model)) == (130, "", "")
 
 

@@ -118,7 +118,7 @@ def test_release_schedule_of_5_2():
 def test_indexer_schedule_order_of_authority(changes, expected):
     args = parse(**changes)
     assert "".join(kind[0].upper() for kind in args.indexer_types) == expected
-    assert [args.is_full(i) for i in range(6)] == [c == "F" for c in expected]
+    assert [layer.is_full for layer in args.layers] == [c == "F" for c in expected]
 
 
 @pytest.mark.parametrize(

@@ -38,15 +38,15 @@ def test_a_weight_without_columns_and_tokens_without_experts():
     """Both divided by zero."""
     from glm_fused import ops
 
-    empty = ops.Weight(mx.zeros((8, 0)))
+    empty = ops.Weight.dense(mx.zeros((8, 0)))
     with pytest.raises(ValueError, match="w must have at least one column but has 0"):
         ops.quantized_matvec(mx.zeros((1, 0)), empty)
-    w = ops.Weight(mx.zeros((2, 64, 64)))
+    w = ops.Weight.dense(mx.zeros((2, 64, 64)))
     nobody, x = mx.zeros((1, 0), mx.int32), mx.zeros((1, 64))
     with pytest.raises(ValueError, match="at least one expert for each token"):
         ops.moe_decode(x, w, w, w, nobody, mx.zeros((1, 0)))
     with pytest.raises(ValueError, match="must have at least one slot"):
-        none = ops.Weight(mx.zeros((0, 64, 64)))
+        none = ops.Weight.dense(mx.zeros((0, 64, 64)))
         ops.moe_decode(x, none, none, none, mx.zeros((1, 2), mx.int32), mx.zeros((1, 2)))
 
 
@@ -154,11 +154,11 @@ def test_the_exit_code_stands_though_a_daemon_thread_decodes(threads):
 @linux
 @pytest.mark.parametrize("prompt", ["def f(x):", "word " * 4000], ids=["decode", "prompt"])
 def test_ctrl_c_ends_a_run_without_a_traceback(prompt):
-    from glm_fused.cli import demo
+    from glm_fused.checkpoint.paths import bundled_folder
 
     command = [sys.executable, "-m", "glm_fused", "generate", "--model"]
     tokens = "7000" if len(prompt) < 100 else "7"
-    command += [str(demo.checkpoint_folder()), "--raw", "--max-tokens", tokens, "--prompt", "-"]
+    command += [str(bundled_folder()), "--raw", "--max-tokens", tokens, "--prompt", "-"]
     run = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True)
     run.stdin.write(prompt)
     run.stdin.close()

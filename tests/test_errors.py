@@ -11,8 +11,8 @@ from conftest import tiny_config, write_checkpoint
 from test_generate import write_tokenizer
 
 from glm_fused.cli import main
+from glm_fused.memory import parse_size
 from glm_fused.models.config import args_from_config
-from glm_fused.streaming.budget import parse_size
 from glm_fused.streaming.pins import read_pins
 
 HUGE = "9" * 400

@@ -11,6 +11,7 @@ from tests.formats_under_test import dequantized, format_id, random_weight
 from glm_fused import ops
 from glm_fused.models.config import args_from_config
 from glm_fused.models.decoder import Model
+from glm_fused.ops import stock
 
 FORMATS = [
     ("affine", 4, 64), ("affine", 3, 32), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16),
@@ -57,7 +58,7 @@ def test_quantized_matvec(rng, fmt, heads):
 def test_dense_weight_is_trained(rng):
     x = mx.array(rng.standard_normal((5, 64), dtype="float32"))
     w = mx.array(rng.standard_normal((24, 64), dtype="float32"))
-    found = mx.grad(lambda w: mx.sin(ops.quantized_matvec(x, ops.Weight(w))).sum())(w)
+    found = mx.grad(lambda w: mx.sin(ops.quantized_matvec(x, ops.Weight.dense(w))).sum())(w)
     assert_close([found], [mx.grad(lambda w: mx.sin(x @ w.T).sum())(w)])
 
 
@@ -74,7 +75,7 @@ def test_moe_decode(rng, fmt):
         return mx.sin(experts_by_hand(x, *weights, slots, scores)).sum()
 
     expected = mx.grad(plain, (0, 1))(x, scores)
-    for chain in (ops.moe_decode, ops.stock_moe):
+    for chain in (ops.moe_decode, stock.moe_decode):
 
         def fused(x, scores, chain=chain):
             return mx.sin(chain(x, gate, up, down, slots, scores)).sum()
@@ -165,7 +166,7 @@ def plain_ops(monkeypatch) -> None:
         return chosen, scores * routed_scaling_factor
 
     def experts(x, gate, up, down, slots, scores):
-        return experts_by_hand(x, gate.weight, up.weight, down.weight, slots, scores)
+        return experts_by_hand(x, gate.planes[0], up.planes[0], down.planes[0], slots, scores)
 
     def attention(q, latents, ropes, selected, rank, scale, start):
         total = latents.shape[1]
@@ -178,7 +179,7 @@ def plain_ops(monkeypatch) -> None:
         scores = mx.where(seen.reshape(-1, q.shape[1], 1, total), scores, -1e30)
         return mx.einsum("blht,btr->blhr", mx.softmax(scores, axis=-1), latents)
 
-    monkeypatch.setattr(ops, "quantized_matvec", lambda x, w: x @ w.weight.swapaxes(-1, -2))
+    monkeypatch.setattr(ops, "quantized_matvec", lambda x, w: x @ w.planes[0].swapaxes(-1, -2))
     monkeypatch.setattr(ops, "moe_decode", experts)
     monkeypatch.setattr(ops, "sparse_mla_decode", attention)
     monkeypatch.setattr("glm_fused.models.moe.ops.router_topk", router)

@@ -10,7 +10,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache, trim_prompt_cache
 
 import glm_fused
-from glm_fused.cli.demo import checkpoint_folder
+from glm_fused.checkpoint.paths import bundled_folder
 from glm_fused.formats.kv_rows import FLOATS, KV_FORMATS, PACKED, pack, row_bytes, unpack
 from glm_fused.models.cache import append, bytes_per_token
 from glm_fused.models.config import ModelArgs
@@ -130,7 +130,7 @@ def test_unknown_format():
 @pytest.mark.parametrize("kv_format", ["auto", "fp8"])
 def test_decoding_does_not_copy_the_cache(kv_format):
     """As mlx-lm generates: the next step is started before the last one is done."""
-    model, _ = glm_fused.load_model(checkpoint_folder(), kv_format=kv_format)
+    model, _ = glm_fused.load_model(bundled_folder(), kv_format=kv_format)
     model.model._context = 50_000
     kv = model.make_cache()
     mx.eval(model(mx.array([[1, 2, 3]]), kv))

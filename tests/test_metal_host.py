@@ -14,8 +14,9 @@ from metal_backend import GPU, cpu, metal, on_both, simulated_only
 from sim.host import compiled
 
 from glm_fused import load, ops
-from glm_fused.cli.demo import PROMPT, checkpoint_folder
-from glm_fused.ops import metal_sim, paths
+from glm_fused.checkpoint.paths import bundled_folder
+from glm_fused.cli.demo import PROMPT
+from glm_fused.ops import metal_sim, paths, stock
 
 
 def layer(fmt, dtype="bfloat16", tokens=3, top_k=2, hidden=256, intermediate=128, bank=4, seed=0):
@@ -81,7 +82,7 @@ def test_steps_of_the_unfused_chain_equal_cpu(dtype):
 def test_the_unfused_chain_is_what_moe_decode_fuses():
     x, gate, up, down, slots, scores = layer(("dense", 0, 0), "float32", tokens=2)
     with metal():
-        exact = ops.stock_moe(x, gate, up, down, slots, scores)
+        exact = stock.moe_decode(x, gate, up, down, slots, scores)
         fused = ops.moe_decode(x, gate, up, down, slots, scores)
         mx.eval(exact, fused)
     if GPU:
@@ -102,7 +103,7 @@ def test_two_launches_and_clean():
     for launch in launches:
         assert launch.report.clean, launch.report
     distinct = len(np.unique(np.array(arguments[4])))
-    used = arguments[1].weight.nbytes * distinct // arguments[1].weight.shape[0]
+    used = arguments[1].planes[0].nbytes * distinct // arguments[1].planes[0].shape[0]
     assert launches[0].report.traffic[2].unique_read == used
     assert launches[0].report.traffic[2].read <= 1.05 * used
 
@@ -255,7 +256,7 @@ def decode(model, tokens, steps):
 
 
 def test_demo_model_decodes_as_on_the_cpu():
-    model, tokenizer = load(checkpoint_folder())
+    model, tokenizer = load(bundled_folder())
     prompt, steps = tokenizer.encode(PROMPT)[:90], 33  # the prompt's and 32 more
     with metal():
         there = decode(model, prompt, steps)
@@ -265,9 +266,9 @@ def test_demo_model_decodes_as_on_the_cpu():
     assert len(set(mx.argmax(there, axis=-1).tolist())) > 4
     if not GPU:
         launches = metal_sim.take_launches()
-        layers = model.args.num_hidden_layers
-        sparse = layers - model.args.first_k_dense_replace
-        full = sum(model.args.is_full(layer) for layer in range(layers))
+        layers = len(model.args.layers)
+        sparse = sum(layer.is_sparse for layer in model.args.layers)
+        full = sum(layer.is_full for layer in model.args.layers)
         expected = {
             # the prompt's experts are not Metal's
             "moe_gate_up": (steps - 1) * sparse,

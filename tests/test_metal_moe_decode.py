@@ -168,9 +168,9 @@ def test_clean_and_reads_weights_once(case):
         assert report.clean, report
     read_once(gate_up, 2, 5)
     read_once(down_sum, 2)
-    distinct, bank = len(np.unique(layer.slots)), layer.gate.weight.shape[0]
-    assert gate_up.traffic[2].unique_read == layer.gate.weight.nbytes * distinct // bank
-    assert down_sum.traffic[2].unique_read == layer.down.weight.nbytes * distinct // bank
+    distinct, bank = len(np.unique(layer.slots)), layer.gate.planes[0].shape[0]
+    assert gate_up.traffic[2].unique_read == layer.gate.planes[0].nbytes * distinct // bank
+    assert down_sum.traffic[2].unique_read == layer.down.planes[0].nbytes * distinct // bank
 
 
 def test_tokens_that_share_one_expert_read_it_once():

@@ -17,7 +17,9 @@ from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from glm_fused.mlx_lm.registration import register
+from glm_fused.engine import Engine
+from glm_fused.engine_options import EngineOptions
+from glm_fused.mlx_lm.registration import Loading, register
 from glm_fused.models.config import ARGS_CLASSES, args_from_config
 from glm_fused.models.decoder import Model
 
@@ -99,6 +101,26 @@ def test_load_uses_our_classes(loaded, checkpoint):
     assert tokenizer.encode("w5 w7") == [5, 7]
 
 
+def test_loading_goes_through_the_engine(checkpoint, monkeypatch):
+    made = []
+
+    class Watched(Engine):
+        def __init__(self, *args, **keywords):
+            super().__init__(*args, **keywords)
+            made.append(self)
+
+    monkeypatch.setattr("glm_fused.mlx_lm.registration.Engine", Watched)
+    register(Loading(EngineOptions(kv_format="fp8", slots=3)))
+    try:
+        model, _ = mlx_lm.load(str(checkpoint))
+    finally:
+        register()
+    (engine,) = made
+    assert engine.model is model
+    assert (model.kv_format, engine.streaming.plan.slots) == ("fp8", 3)
+    engine.close()
+
+
 @pytest.mark.parametrize("prefill_step_size", [2048, 5])
 def test_stream_generate(loaded, prefill_step_size):
     model, tokenizer = loaded
@@ -159,7 +181,8 @@ def test_quantized_checkpoint(tmp_path, mode, group_size, bits):
     )
     model, _ = mlx_lm.load(str(target))
     packed = model.layers[1].mlp.switch_mlp.up_proj.as_weight()
-    assert (packed.bits, packed.group_size, packed.mode) == (bits, group_size, mode)
+    fmt = packed.format
+    assert (fmt.bits, fmt.group_size, fmt.mode) == (bits, group_size, mode)
     assert "scales" in model.layers[0].self_attn.embed_q
     logits = np.array(model(mx.array([PROMPT])).astype(mx.float32))
     assert np.isfinite(logits).all()

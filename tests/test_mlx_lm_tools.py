@@ -21,9 +21,10 @@ from test_generate import write_tokenizer
 from test_mlx_lm import command, environment
 
 import glm_fused
+from glm_fused.checkpoint.declaration import quantization_from_config
+from glm_fused.checkpoint.description import describe
 from glm_fused.checkpoint.folder import Checkpoint
-from glm_fused.checkpoint.quantization import quantization_from_config
-from glm_fused.cli import demo
+from glm_fused.checkpoint.paths import bundled_folder
 from glm_fused.generation.generate import generate
 from glm_fused.generation.options import Options
 from glm_fused.mlx_lm import __main__ as ours
@@ -42,7 +43,7 @@ EXAMPLES = [
 def folder(tmp_path_factory) -> Path:
     """A writable copy of the bundled model and data to train on, in the current folder."""
     folder = tmp_path_factory.mktemp("tools")
-    shutil.copytree(demo.checkpoint_folder(), folder / "model")
+    shutil.copytree(bundled_folder(), folder / "model")
     (folder / "data").mkdir()
     for split in ("train", "valid", "test"):
         lines = "".join(json.dumps({"text": text}) + "\n" for text in EXAMPLES)
@@ -142,10 +143,24 @@ def test_convert_with_a_recipe(run, dense, folder):
     assert code == 0, err
     config = Checkpoint.open(folder / "mixed").config
     assert config["quantization"]["lm_head"]["group_size"] is None
-    assert str(quantization_from_config(config).declared("lm_head")[0]) == "affine-6 g64"
+    assert str(quantization_from_config(config).declared("lm_head")[0]) == "affine6"
+    assert describe(folder / "mixed")["warnings"] == []
     code, out, _ = run(*generating("--model", "mixed"))
     assert code == 0
     assert continuation(folder / "mixed").strip() == out.strip()
+
+
+def test_convert_keeps_routers_and_indexers(run, tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    write_checkpoint(source, layout="hf")
+    write_tokenizer(source)
+    code, _, err = run("convert", "--hf-path", source, "--mlx-path", target, "-q")
+    assert code == 0, err
+    found = describe(target)
+    formats = {name: kind["formats"] for name, kind in found["formats"].items()}
+    assert formats.pop("indexer") == formats.pop("router") == formats.pop("norms") == ["bf16"]
+    assert set(map(tuple, formats.values())) == {("affine4",)}
+    assert found["warnings"] == []
 
 
 GROUPS = {"group_size": 32, "bits": 4}

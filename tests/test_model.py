@@ -20,6 +20,7 @@ from mlx_lm.models.cache import (
 
 import glm_fused
 from glm_fused import ops
+from glm_fused.formats.weights import quantized_format
 from glm_fused.models.config import args_from_config
 from glm_fused.models.decoder import Model
 from glm_fused.ops import chunks, stock
@@ -57,7 +58,7 @@ def visible(rows: mx.array) -> list[set[int]]:
 
 
 def expected_keys(model: Model, expected: dict[str, mx.array]) -> Keys:
-    full = [i for i in range(model.args.num_hidden_layers) if model.args.is_full(i)]
+    full = [layer.index for layer in model.args.layers if layer.is_full]
     assert {f"topk.{i}" for i in full} == {key for key in expected if key.startswith("topk.")}
     return [
         [{k for k in row if 0 <= k <= i} for i, row in enumerate(np.array(rows).tolist())]
@@ -175,11 +176,11 @@ def test_shared_layers_own_no_indexer():
     kv = model.make_cache()
     model(mx.zeros((1, 3), mx.int32), kv)
     args = model.args
-    for i, kind in enumerate(args.indexer_types):
+    for i, layer in enumerate(args.layers):
         indexer = [n for n in names if n.startswith(f"model.layers.{i}.self_attn.indexer.")]
-        assert len(indexer) == (5 if kind == "full" else 0)
+        assert len(indexer) == (5 if layer.is_full else 0)
         tokens, widths = kv[i][0].keys.shape[2], args.kv_lora_rank + args.qk_rope_head_dim
-        if kind == "full":
+        if layer.is_full:
             widths += args.index_head_dim
         assert kv[i].nbytes == tokens * widths * 4
 
@@ -274,8 +275,8 @@ def test_quantized_layers(mode, group_size, bits):
     ):
         if "scales" in quantized:
             w = quantized.as_weight()
-            assert (w.group_size, w.bits, w.mode) == (group_size, bits, mode)
-            values = mx.dequantize(w.weight, w.scales, w.biases, group_size, bits, mode)
+            assert w.format is quantized.format is quantized_format(group_size, bits, mode)
+            values = mx.dequantize(*w.planes, **w.format.parameters)
             dense.weight = values.astype(mx.float32)
     tokens = mx.array([[5, 6, 7, 8]])
     assert_close(np.array(packed(tokens)), np.array(plain(tokens)), 1e-4)

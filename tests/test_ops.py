@@ -99,7 +99,7 @@ def test_matvec_with_a_matrix_per_head():
     assert y.shape == (2, 3, 5, 20)
     for b in range(2):
         for h in range(3):
-            head = ops.Weight(w.weight[h], w.scales[h], w.biases[h], *w[3:])
+            head = w._replace(planes=[plane[h] for plane in w.planes])
             assert_same_bits(y[b, h], ops.quantized_matvec(x[b, h], head))
     assert_same_bits(y, ops.quantized_matvec(x, w, reference=True))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import pydoc
 import re
 import subprocess
 import sys
@@ -77,3 +78,45 @@ def test_thread_count_is_settable():
     glm_fused.set_num_threads(3)
     assert glm_fused.num_threads() == 3
     glm_fused.set_num_threads(before)
+
+
+def test_the_public_names_are_all_that_is_listed():
+    expected = {
+        "Engine", "EngineOptions", "StreamOptions", "__version__", "generate", "load", "load_model",
+        "num_threads", "ops", "reference_path", "set_num_threads", "stream_generate",
+    }  # fmt: skip
+    assert set(dir(glm_fused)) == set(glm_fused.__all__) == expected
+    for name in expected:
+        assert getattr(glm_fused, name) is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("load", ("Raises", "Returns", "tokenizer")),
+        ("load_model", ("Raises", "[batch, length]", "vocabulary]")),
+        ("generate", ("Raises", "[n]")),
+        ("stream_generate", ("Raises", "Returns")),
+        ("Engine", ("Raises", "logits", "[batch, length, vocabulary]", "closed")),
+        ("EngineOptions", ("Raises", "bytes", "tokens")),
+        ("StreamOptions", ("bytes", "tokens", "seconds")),
+        ("num_threads", ("ValueError",)),
+        ("set_num_threads", ("ValueError", "1 to 1024")),
+        ("reference_path", ("raises nothing", "thread")),
+    ],
+)
+def test_help_tells_shapes_units_and_errors(name, words):
+    text = " ".join(pydoc.plain(pydoc.render_doc(getattr(glm_fused, name))).split())
+    for word in words:
+        assert word.lower() in text.lower(), word
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["quantized_matvec", "moe_decode", "router_topk", "indexer_topk", "sparse_mla_decode",
+     "swiglu", "expert_sum"],
+)  # fmt: skip
+def test_help_of_an_op_tells_shapes_dtypes_and_errors(name):
+    text = getattr(glm_fused.ops, name).__doc__
+    assert all(word in text for word in ("Args:", "Raises:", "ValueError", "float"))
+    assert name == "swiglu" or "[" in text

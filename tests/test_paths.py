@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from glm_fused.ops import paths
+from glm_fused.environment import debug
 from glm_fused.ops.paths import reference_path, use_reference
 
 VARIABLE = "GLM_FUSED_REFERENCE"
@@ -62,5 +62,5 @@ def test_threads_choose_for_themselves(monkeypatch):
 def test_debug_speaks_only_when_asked(monkeypatch, caplog, word):
     monkeypatch.setenv("GLM_FUSED_DEBUG", word)
     with caplog.at_level(logging.DEBUG, logger="glm_fused"):
-        paths.debug("layer %d", 3)
+        debug("layer %d", 3)
     assert ("layer 3" in caplog.text) is (word == "1")

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 import glm_fused
-from glm_fused.cli.demo import checkpoint_folder
+from glm_fused.checkpoint.paths import bundled_folder
 
 GOLDEN = json.loads((Path(__file__).parent / "vectors" / "demo_tokens.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def model():
-    model, _ = glm_fused.load_model(checkpoint_folder())
+    model, _ = glm_fused.load_model(bundled_folder())
     model.set_dtype(mx.float32)
     assert len(GOLDEN["prompt"]) >= 16 * model.args.index_topk
     return model

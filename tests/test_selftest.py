@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 
 from glm_fused import _ext, ops
-from glm_fused.checkpoint.quantization import Format
 from glm_fused.cli import main
+from glm_fused.formats.weights import FORMATS
 from glm_fused.ops import metal_sim
 from glm_fused.selftest import backends, compare, machine, microbench, report, synthetic
 from glm_fused.selftest.cases import cases
 from glm_fused.selftest.expert_cases import MoeDecode, QuantizedMatvec, RouterTopk
 from glm_fused.selftest.run import run_backend
 
-AFFINE4 = Format("affine", 4, 64)
+AFFINE4 = FORMATS["affine4"]
 # Contraction shows in their digests.
 MOE = next(c for c in cases(True) if c.op == "moe_decode" and c.gate == AFFINE4)
 ROUTER = next(c for c in cases(True) if c.op == "router_topk" and c.n_group > 1)
@@ -366,7 +366,7 @@ def test_bits_are_the_same_everywhere():
     ]
 
 
-@pytest.mark.parametrize("fmt", [AFFINE4, Format("mxfp8", 8, 32), Format("nvfp4", 4, 16), None])
+@pytest.mark.parametrize("fmt", [FORMATS[name] for name in ("affine4", "mxfp8", "nvfp4", "bf16")])
 def test_weights_are_sane(fmt):
     bits = synthetic.Bits(2)
     w = bits.weight((64, 512), fmt, mx.bfloat16)

@@ -18,10 +18,10 @@ from glm_fused import ops, reference_path
 from glm_fused.generation.generate import generate
 from glm_fused.generation.options import Options
 from glm_fused.loader import load, load_model
+from glm_fused.memory import parse_size
 from glm_fused.ops import metal_sim
-from glm_fused.streaming.banks import StreamOptions
-from glm_fused.streaming.budget import parse_size
 from glm_fused.streaming.experts import plan_waves
+from glm_fused.streaming.options import StreamOptions
 from glm_fused.streaming.pack import pack
 from glm_fused.streaming.replay import TraceWriter, replay
 from glm_fused.streaming.trace import read_trace
@@ -197,8 +197,8 @@ def test_single_choices_sum_to_moe_decode(dtype):
     """What waves rest on: outputs stored one by one, then summed in order."""
     mx.random.seed(3)
     x = mx.random.normal((5, 96)).astype(dtype)
-    gate, up = (ops.Weight(mx.random.normal((7, 50, 96)).astype(dtype)) for _ in range(2))
-    down = ops.Weight(mx.random.normal((7, 96, 50)).astype(dtype))
+    gate, up = (ops.Weight.dense(mx.random.normal((7, 50, 96)).astype(dtype)) for _ in range(2))
+    down = ops.Weight.dense(mx.random.normal((7, 96, 50)).astype(dtype))
     slots = mx.random.randint(0, 7, (5, 3)).astype(mx.int32)
     scores = mx.random.uniform(shape=(5, 3))
     whole = ops.moe_decode(x, gate, up, down, slots, scores)
@@ -242,10 +242,11 @@ def test_what_cannot_work_is_refused(folder, options, message):
 def test_a_budget_sizes_the_bank(folder):
     model, _ = load_model(folder, stream=stream(2))
     plan = model.streaming.plan
-    room = 5 * plan.expert_bytes + plan.expert_bytes // 2 + (1 << 26)
+    slot = sum(layer.expert_bytes for layer in plan.layers)
+    room = 5 * slot + slot // 2 + (1 << 26)
     exact = StreamOptions(budget=plan.shares.total + room)
     plan = load_model(folder, stream=exact)[0].streaming.plan
-    assert plan.slots == min(8, (plan.budget - plan.shares.total) // plan.expert_bytes)
+    assert plan.slots == min(8, (plan.budget - plan.shares.total) // slot)
     assert plan.total <= plan.budget
     assert re.search(rf"slots .* {plan.slots} of 8 x 4 layers", plan.format())
     assert load_model(folder, stream=StreamOptions())[0].streaming.plan.slots == 8
@@ -279,10 +280,10 @@ def test_sizes_that_are_none(text):
 MEASURE = """
 import json, sys
 import numpy as np
-from glm_fused.generation import generate
+from glm_fused.generation.generate import generate
 from glm_fused.generation.options import Options
 from glm_fused.loader import load
-from glm_fused.streaming.banks import StreamOptions
+from glm_fused.streaming.options import StreamOptions
 
 path, budget, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 options = StreamOptions(budget=budget, context=300 + tokens)
@@ -396,7 +397,7 @@ def test_a_trace_and_its_replay(folder, tmp_path):
 
 
 def test_expert_tensors_are_told_from_others():
-    from glm_fused.streaming.source import is_expert
+    from glm_fused.models.tensor_names import is_expert
 
     names = [name for name in make_tensors(tiny_config()) if is_expert(name)]
     assert len(names) == 4 * 3

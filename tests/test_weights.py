@@ -10,7 +10,6 @@ from conftest import (
     hf_tensors,
     make_tensors,
     tiny_config,
-    tiny_config_51,
     write_checkpoint,
     write_safetensors,
 )
@@ -19,16 +18,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from glm_fused.checkpoint.quantization import (
-    Format,
-    infer_format,
-    parse_format,
-    quantization_from_config,
-)
+from glm_fused.checkpoint.declaration import quantization_from_config
+from glm_fused.checkpoint.quantization import parse_format
+from glm_fused.formats.weights import FORMATS, quantized_format
 from glm_fused.loader import load, load_model
 from glm_fused.models.config import args_from_config
 from glm_fused.models.sanitize import dequantize_fp8, sanitize, stack
-from glm_fused.models.tensors import modules
 
 MODES = [
     *({"group_size": 64, "bits": bits, "mode": "affine"} for bits in (2, 3, 4, 5, 6, 8)),
@@ -42,7 +37,7 @@ TOKENS = mx.array([[5, 17, 200, 3, 99, 41, 8, 8, 120, 63, 7, 11, 30, 31, 32, 77,
 
 
 def name_of(quantization):
-    return "{mode}-{bits}-g{group_size}".format(**quantization)
+    return quantized_format(**quantization).name
 
 
 def parameters(model):
@@ -99,17 +94,6 @@ def test_layouts_give_the_same_logits(tmp_path, dtype):
     assert hf.dtype == getattr(mx, dtype)
 
 
-@pytest.mark.parametrize("config", [tiny_config(), tiny_config_51()], ids=["5.2", "5.1"])
-def test_layout_describes_the_model(tmp_path, config):
-    model = loaded(tmp_path, config)
-    described = {}
-    for module in modules(args_from_config(config)):
-        described[f"{module.path}.weight"] = module.shape
-        if module.bias:
-            described[f"{module.path}.{module.bias[0]}"] = (module.bias[1],)
-    assert {k: v.shape for k, v in parameters(model).items()} == described
-
-
 def dense_values(tensors, quantization):
     """The float32 values that quantized tensors stand for."""
     quantization = quantization_from_config({"quantization": quantization})
@@ -157,16 +141,15 @@ def test_quantized_checkpoint_equals_its_dense_values(tmp_path, layout, quantiza
     dense = dense_values(make_tensors(config, layout, quantization, "float32"), quantization)
     if layout == "hf":
         dense = requantize_embed_q(dense, config, quantization)
-    expected = sanitize(dense, args_from_config(config))
+    expected = sanitize(dense, args_from_config(config), {})
     for name, module in quantized.named_modules():
         if "weight" not in module:
             continue
         found = module.weight
         if "scales" in module:
-            fmt = {key: getattr(module, key) for key in ("group_size", "bits", "mode")}
-            found = mx.dequantize(found, module.scales, module.get("biases"), **fmt)
-            if not name.endswith("embed_q"):
-                assert fmt == quantization
+            fmt = module.format
+            found = mx.dequantize(found, module.scales, module.get("biases"), **fmt.parameters)
+            assert fmt is quantized_format(**quantization)
         np.testing.assert_array_equal(
             np.array(found.astype(mx.float32)), np.array(expected[f"{name}.weight"]), name
         )
@@ -185,9 +168,7 @@ OVERRIDES = {
 
 
 def module_format(module):
-    if "scales" not in module:
-        return None
-    return Format(module.mode, module.bits, module.group_size)
+    return module.format if "scales" in module else None
 
 
 @pytest.mark.parametrize("layout", ["mlx", "hf"])
@@ -210,7 +191,7 @@ def test_overrides_of_single_experts_reach_the_stack(tmp_path):
     overrides = {f"model.layers.2.mlp.experts.{e}.up_proj": entry for e in range(8)}
     path = write_checkpoint(tmp_path, layout="mlx", quantization=AFFINE | overrides)
     model, _ = load_model(path)
-    assert module_format(model.layers[2].mlp.switch_mlp.up_proj) == Format("affine", 8, 32)
+    assert module_format(model.layers[2].mlp.switch_mlp.up_proj) is FORMATS["affine8-g32"]
 
 
 def test_group_beyond_the_head_keeps_embed_q_dense(tmp_path):
@@ -218,7 +199,7 @@ def test_group_beyond_the_head_keeps_embed_q_dense(tmp_path):
     model = loaded(tmp_path, layout="hf", quantization=quantization)
     attention = model.layers[1].self_attn
     assert module_format(attention.embed_q) is None
-    assert module_format(attention.unembed_out) == Format("affine", 4, 128)
+    assert module_format(attention.unembed_out) is FORMATS["affine4-g128"]
 
 
 def test_fp8_is_exact(tmp_path):
@@ -245,6 +226,53 @@ def test_fp8_is_exact(tmp_path):
             )
 
 
+LISTS = {
+    "the release's": ["lm_head", "model.embed_tokens", "model.layers.1.self_attn.indexers_proj"],
+    "all": ["re:.*", "model", "model.layers.1.self_attn.q_a_proj", "model.layers.1.mlp.experts"],
+    "nothing": [],
+    "no list": None,
+}
+
+
+@pytest.mark.parametrize("listed", LISTS.values(), ids=LISTS)
+def test_fp8_is_what_its_tensors_say(tmp_path, listed):
+    """The release names modules that do not exist and leaves others out that are bfloat16."""
+    path = write_checkpoint(tmp_path, layout="fp8")
+    expected = parameters(load_model(path)[0])
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"] = listed
+    (path / "config.json").write_text(json.dumps(config))
+    model, _ = load_model(path)
+    assert_same(parameters(model), expected)
+    stored = make_tensors(tiny_config(), "fp8")
+    indexer = model.layers[1].self_attn.indexer
+    proj = stored["model.layers.1.self_attn.indexer.weights_proj.weight"]
+    assert same_bits(indexer.weights_proj.weight, proj)
+    assert isinstance(stored["model.layers.1.self_attn.indexer.wq_b.weight"], tuple)
+
+
+def test_fp8_gives_the_logits_of_its_values(tmp_path):
+    """Against the values that NumPy makes of codes and scales, rounded once as loading does."""
+    fp8 = make_tensors(tiny_config(), "fp8", dtype="float32")
+    dense = {}
+    for name, stored in fp8.items():
+        if isinstance(stored, tuple):
+            _, (m, n), codes = stored
+            codes = mx.array(np.frombuffer(codes, np.uint8).reshape(m, n))
+            values = np.array(mx.from_fp8(codes, mx.float32))
+            scale = np.array(fp8[f"{name}_scale_inv"]).repeat(128, 0)[:m].repeat(128, 1)[:, :n]
+            dense[name] = mx.array(values * scale).astype(mx.bfloat16).astype(mx.float32)
+        elif not name.endswith("_scale_inv"):
+            dense[name] = stored
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "config.json").write_text(json.dumps(tiny_config()))
+    write_safetensors(tmp_path / "dense" / "model.safetensors", dense)
+    found = logits(write_checkpoint(tmp_path / "fp8", layout="fp8", dtype="float32"))
+    expected = np.array(logits(tmp_path / "dense"))
+    spread = expected.max() - expected.min()
+    assert np.abs(np.array(found) - expected).max() <= 1e-5 * spread
+
+
 @pytest.mark.parametrize("shape", [(128, 128), (1, 1), (129, 300), (256, 100)])
 def test_fp8_covers_every_code(shape):
     codes = mx.arange(math.prod(shape)).astype(mx.uint8).reshape(shape)
@@ -259,14 +287,6 @@ def test_fp8_covers_every_code(shape):
 def test_stack_is_mx_stack():
     parts = [mx.random.normal((3, 5)).astype(mx.bfloat16) for _ in range(4)]
     assert same_bits(stack(parts), mx.stack(parts))
-
-
-@pytest.mark.parametrize("quantization", MODES, ids=name_of)
-def test_inferred_format(quantization):
-    packed, scales, *_ = mx.quantize(mx.zeros((2, 384)), **quantization)
-    uint8 = scales.dtype == mx.uint8
-    found = infer_format("w", 384, packed.shape[-1], scales.shape[-1], uint8)
-    assert found.parameters == quantization
 
 
 @pytest.mark.parametrize("options", [{"layout": "hf"}, {"quantization": AFFINE}], ids=str)
@@ -291,16 +311,16 @@ def test_sanitize_names_what_does_not_fit():
     broken = tensors()
     del broken["model.layers.1.mlp.experts.3.up_proj.weight"]
     with pytest.raises(ValueError, match=r"experts\.3\.up_proj\.weight is missing"):
-        sanitize(broken, args)
+        sanitize(broken, args, {})
     broken = tensors() | {"model.layers.1.mlp.experts.3.up_proj.weight": mx.zeros((1, 128))}
     with pytest.raises(ValueError, match=r"experts\.3\.up_proj\.weight is .* like expert 0"):
-        sanitize(broken, args)
+        sanitize(broken, args, {})
     broken = tensors() | {"model.layers.1.self_attn.kv_b_proj.weight": mx.zeros((1, 128))}
     with pytest.raises(ValueError, match=r"kv_b_proj\.weight is .* expected 512 rows"):
-        sanitize(broken, args)
+        sanitize(broken, args, {})
     broken = tensors() | {"lm_tail.weight_scale_inv": mx.zeros((1, 1))}
     with pytest.raises(ValueError, match=r"lm_tail\.weight, which is missing"):
-        sanitize(broken, args)
+        sanitize(broken, args, {})
 
 
 def test_eos_comes_from_the_generation_config(checkpoint):

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cctype>
 
+#include "formats/families.h"
+
 namespace glm_fused::metal {
 
 namespace {
@@ -32,15 +34,10 @@ std::string type_name(mx::Dtype dtype) {
 }
 
 std::string format_name(const Format& f, int n, int k) {
-  if (f.mode == Mode::dense) {
-    return "Dense<" + type_name(f.float_type) + ">";
-  }
-  const std::string order = uses_fast_order(f, n, k) ? "true" : "false";
-  const std::string layout = std::to_string(f.group_size) + ", " +
-      std::to_string(f.bits) + ", " + order + ">";
-  return f.mode == Mode::affine
-      ? "Affine<" + type_name(f.float_type) + ", " + layout
-      : "Fp<" + layout;
+  return with_family(f.family(), [&]<class Tag>(Tag) {
+    return RowOf<Tag::value>::type::shader(
+        f, type_name(f.float_type), uses_fast_order(f, n, k));
+  });
 }
 
 MTL::ComputePipelineState* kernel(
@@ -82,12 +79,11 @@ void bind_weight(
     size_t& next,
     const Format& format,
     int index) {
-  const mx::array& weight = inputs[next++];
-  const bool scales = format.mode != Mode::dense;
-  const bool biases = format.mode == Mode::affine;
-  encoder.set_input_array(weight, index);
-  encoder.set_input_array(scales ? inputs[next++] : weight, index + 1);
-  encoder.set_input_array(biases ? inputs[next++] : weight, index + 2);
+  const mx::array& first = inputs[next];
+  for (int p = 0; p < kMaxPlanes; p++) {
+    const bool present = p < format.spec->plane_count;
+    encoder.set_input_array(present ? inputs[next++] : first, index + p);
+  }
 }
 
 }  // namespace glm_fused::metal

@@ -3,7 +3,7 @@
 
 #include <string>
 
-#include "formats.h"
+#include "formats/format.h"
 #include "mlx/backend/metal/device.h"
 #include "ops.h"
 
@@ -28,8 +28,8 @@ size_t threadgroup_bytes(size_t words);
 
 mx::array allocate(mx::Shape shape, mx::Dtype dtype);
 
-// Binds weight, scales and biases from inputs[next] on to three buffers from
-// `index` on; what a format lacks is bound to the weight and never read.
+// Binds the planes from inputs[next] on to kMaxPlanes buffers from `index` on;
+// what a format lacks is bound to the first one and never read.
 void bind_weight(
     mx::metal::CommandEncoder& encoder,
     const std::vector<mx::array>& inputs,

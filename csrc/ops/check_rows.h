@@ -1,4 +1,4 @@
-// Checks that the long-context ops share.
+// The long-context ops share these checks.
 #pragma once
 
 #include "checks.h"
@@ -6,8 +6,8 @@
 
 namespace glm_fused {
 
-// The layout of cached rows [b, t, width] of `rank` values, `rope` of them
-// RoPE's. A packed row carries its RoPE part, a floating one does not.
+// Returns the layout of cached rows [b, t, width] with `rank` values and `rope`
+// RoPE values. A packed row carries its RoPE part, a floating one does not.
 inline RowLayout check_rows(
     const std::string& op,
     const std::string& name,
@@ -84,7 +84,7 @@ inline mx::array int_array(
   return mx::contiguous(mx::astype(a, mx::int32, s), false, s);
 }
 
-// The first key of each sequence, 0 where there is no padding.
+// Returns the first key of each sequence, 0 where there is no padding.
 inline mx::array first_keys(
     const std::string& op,
     const std::optional<mx::array>& start,

@@ -13,22 +13,6 @@ namespace {
 using Arrays = std::vector<mx::array>;
 using Chain = std::function<mx::array(const Arrays&)>;
 
-const char* mode_name(Mode mode) {
-  switch (mode) {
-    case Mode::affine:
-      return "affine";
-    case Mode::mxfp4:
-      return "mxfp4";
-    case Mode::mxfp8:
-      return "mxfp8";
-    case Mode::nvfp4:
-      return "nvfp4";
-    case Mode::dense:
-      break;
-  }
-  return "dense";
-}
-
 // The gradients of `chain`, which computes `cotangent`'s output from `primals`.
 // Integers, such as the experts that were chosen, have none: zeros.
 Arrays differentiate(
@@ -77,7 +61,7 @@ mx::array as_float32(const mx::array& a, const mx::Stream& s) {
   return mx::astype(a, mx::float32, s);
 }
 
-// x W^T; `next` is the position of the weight's first array, then moves on.
+// x W^T; `next` is the position of the weight's first plane, then moves on.
 // With `slots`, W is a stack and each of x [rows, 1, k] takes its own matrix of
 // it; they are ascending, for which MLX sums a matrix's gradient as it goes.
 mx::array project(
@@ -87,33 +71,41 @@ mx::array project(
     const Format& format,
     const std::optional<mx::array>& slots,
     const mx::Stream& s) {
-  const mx::array& w = inputs[next++];
-  if (format.mode == Mode::dense) {
-    const mx::array columns = mx::swapaxes(as_float32(w, s), -1, -2, s);
+  const FormatSpec& spec = *format.spec;
+  const mx::array* const planes = &inputs[next];
+  next += spec.plane_count;
+  if (spec.family == Family::dense) {
+    const mx::array columns = mx::swapaxes(as_float32(planes[0], s), -1, -2, s);
     return slots ? mx::gather_mm(x, columns, std::nullopt, slots, true, s)
                  : mx::matmul(x, columns, s);
   }
-  const mx::array& scales = inputs[next++];
-  const bool affine = format.mode == Mode::affine;
-  const auto biases = affine ? std::optional(inputs[next++]) : std::nullopt;
-  const auto mode = mode_name(format.mode);
-  const int group_size = format.group_size, bits = format.bits;
+  const auto biases =
+      spec.plane_count == 3 ? std::optional(planes[2]) : std::nullopt;
+  const std::string mode(spec.mode);
   return slots ? mx::gather_qmm(
                      x,
-                     w,
-                     scales,
+                     planes[0],
+                     planes[1],
                      biases,
                      std::nullopt,
                      slots,
                      true,
-                     group_size,
-                     bits,
+                     spec.block,
+                     spec.bits,
                      mode,
                      std::nullopt,
                      true,
                      s)
                : mx::quantized_matmul(
-                     x, w, scales, biases, true, group_size, bits, mode, s);
+                     x,
+                     planes[0],
+                     planes[1],
+                     biases,
+                     true,
+                     spec.block,
+                     spec.bits,
+                     mode,
+                     s);
 }
 
 mx::array

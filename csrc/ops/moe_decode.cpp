@@ -42,23 +42,23 @@ mx::array moe_decode(
   const int hidden = x.shape(1);
   const Format gate_format = check_weight(op, "gate", gate, 3, hidden);
   const Format up_format = check_weight(op, "up", up, 3, hidden);
-  const int intermediate = gate.weight.shape(1);
+  const int intermediate = gate.rows().shape(1);
   const Format down_format = check_weight(op, "down", down, 3, intermediate);
-  const int bank = gate.weight.shape(0);
+  const int bank = gate.rows().shape(0);
   if (bank < 1) {
     invalid(op, "gate, up and down must have at least one slot.");
   }
-  if (up.weight.shape(0) != bank || down.weight.shape(0) != bank ||
-      up.weight.shape(1) != intermediate || down.weight.shape(1) != hidden) {
+  if (up.rows().shape(0) != bank || down.rows().shape(0) != bank ||
+      up.rows().shape(1) != intermediate || down.rows().shape(1) != hidden) {
     invalid(
         op,
         "gate, up and down must be [slots, intermediate, hidden] twice and "
         "[slots, hidden, intermediate] but their weights have shapes ",
-        shape_of(gate.weight),
+        shape_of(gate.rows()),
         ", ",
-        shape_of(up.weight),
+        shape_of(up.rows()),
         " and ",
-        shape_of(down.weight),
+        shape_of(down.rows()),
         ".");
   }
   // Of the tokens that are taken together (cpu/dot/moe_decode.cpp).

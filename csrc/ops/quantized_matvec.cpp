@@ -10,12 +10,13 @@ mx::array quantized_matvec(
     mx::StreamOrDevice s) {
   const std::string op = "quantized_matvec";
   check_float(op, "x", x);
-  const int ndim = static_cast<int>(w.weight.ndim());
+  check_planes(op, "w", w);
+  const int ndim = static_cast<int>(w.rows().ndim());
   if (ndim != 2 && ndim != 3) {
     invalid(
         op,
         "w.weight must have 2 or 3 dimensions but has shape ",
-        shape_of(w.weight),
+        shape_of(w.rows()),
         ".");
   }
   if (static_cast<int>(x.ndim()) < ndim) {
@@ -28,11 +29,11 @@ mx::array quantized_matvec(
         ".");
   }
   const Format format = check_weight(op, "w", w, ndim, x.shape(-1));
-  if (ndim == 3 && x.shape(-3) != w.weight.shape(0)) {
+  if (ndim == 3 && x.shape(-3) != w.rows().shape(0)) {
     invalid(
         op,
         "x must have ",
-        w.weight.shape(0),
+        w.rows().shape(0),
         " heads in its third last dimension but has shape ",
         shape_of(x),
         ".");
@@ -40,7 +41,7 @@ mx::array quantized_matvec(
   check_count(
       op, "the rows of x", {static_cast<int64_t>(x.size()) / x.shape(-1)});
   auto shape = x.shape();
-  shape.back() = w.weight.shape(-2);
+  shape.back() = w.rows().shape(-2);
   std::vector<mx::array> inputs = {mx::contiguous(x, false, s)};
   append_arrays(inputs, w, s);
   auto primitive =

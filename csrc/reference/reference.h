@@ -1,5 +1,6 @@
-// The unfused chain in plain loops: what the fused kernels must equal, bit for
-// bit. One simdgroup lane at a time, one rounding per step, MLX's order.
+// These plain loops are the unfused chain, which the fused kernels must equal
+// bit for bit. They take one simdgroup lane at a time, round once per step and
+// keep MLX's order.
 #pragma once
 
 #include "attention.h"
@@ -20,13 +21,14 @@ void indexer_topk(const cpu::Indexer& a);
 
 void sparse_mla_decode(const cpu::Mla& a);
 
-// logits [tokens, experts] of x [tokens, hidden], fp32.
+// Writes the fp32 logits [tokens, experts] of x [tokens, hidden].
 void router_logits(
     const cpu::Matrix& w,
     const mlx::core::array& x,
     float* logits);
 
-// One row of slot `slot` of w times x, before rounding to the output type.
+// Returns one row of slot `slot` of w times x, before rounding to the output
+// type.
 float dot(const cpu::Matrix& w, int slot, int row, const float* x);
 
 }  // namespace glm_fused::reference

@@ -33,7 +33,7 @@ void check(const BankOptions& o) {
 
 namespace {
 
-// MLX keeps the text of an error alone, so that one of memory says where.
+// MLX keeps nothing but the text of an error, so that of memory says where.
 template <class State, class Run>
 auto with_memory(const State& state, const Run& run) {
   try {
@@ -69,8 +69,8 @@ Bank::Bank(
 
 Bank::~Bank() = default;
 
-// A request, where its experts are and the lease that it gets. Made before it
-// holds anything, so that nothing which it holds is lost with an exception.
+// A request knows where its experts are and which lease it gets. It is made
+// before it holds anything, so that an exception loses nothing that it holds.
 struct Bank::Reservation {
   const int32_t* experts;
   int tokens, top_k;
@@ -100,8 +100,8 @@ Bank::reserve_for(const int32_t* experts, int tokens, int top_k) const {
   return r;
 }
 
-// After the table has reserved the slots; unlocks. An exception ends the loads
-// that have not begun.
+// Is called after the table has reserved the slots; unlocks. An exception ends
+// the loads that have not begun.
 void Bank::begin(
     const Reservation& r,
     std::unique_lock<std::mutex> lock,
@@ -228,7 +228,7 @@ void Bank::prefetch(const int32_t* experts, size_t count) {
 }
 
 void Bank::read_ahead(const int32_t* experts, size_t count) {
-  // No more than fit: one would replace another of the same call.
+  // It reads no more than fit: one would replace another of the same call.
   int left = state_->table->spares();
   for (int expert : distinct(experts, count)) {
     int slot = -1;

@@ -2,10 +2,10 @@
 //
 // A request holds a lease on its slots, and a slot that is leased is not
 // overwritten. A lease is open until the kernel that reads the slots begins,
-// then held until that has ended. Who waits for slots takes open leases back,
-// so it waits for kernels that run, never for one that another thread has yet
-// to enqueue: that thread may itself be kept from it by the one that waits
-// (MLX bounds the tasks in flight, of all streams together).
+// then held until that has ended. A request that waits for slots takes open
+// leases back. So it waits for kernels that run, and never for one that another
+// thread has yet to enqueue: MLX bounds the tasks in flight of all streams
+// together, so the waiting request may be what keeps that thread from it.
 #pragma once
 
 #include <chrono>
@@ -21,7 +21,7 @@
 
 namespace glm_fused::slots {
 
-// One tensor of an expert, as slots [slots, bytes] in memory.
+// A part is one tensor of an expert; its slots lie in memory as [slots, bytes].
 struct Part {
   int64_t bytes;
   std::byte* memory;
@@ -58,8 +58,8 @@ struct BankStats {
 
 class Bank;
 
-// Slots that a request may read, until this is gone or, while it is open, taken
-// back.
+// A lease lets a request read its slots. It ends when it is destroyed or, while
+// it is open, when it is taken back.
 class Lease {
  public:
   ~Lease();
@@ -71,7 +71,7 @@ class Lease {
   struct State;  // of the bank
   explicit Lease(std::shared_ptr<State> state) : state_(std::move(state)) {}
   std::shared_ptr<State> state_;
-  std::vector<int> slots_;  // under the state's mutex; none: taken back
+  std::vector<int> slots_;  // guarded by the state's mutex; empty if taken back
 };
 
 class Bank {
@@ -82,27 +82,27 @@ class Bank {
       std::unique_ptr<SlotTable> table);
   ~Bank();
 
-  // Writes the slot of each of the [tokens, top_k] experts and starts to read
-  // those that are not resident. The lease is held. Waits while leases leave
-  // too few slots; throws std::runtime_error if that takes longer than
-  // `patience`, or if there is no memory: then nothing is leased, and what it
-  // had not begun to read is not resident. A request that comes `again` is not
-  // counted as another.
+  // Writes the slot of each of the [tokens, top_k] experts, starts to read
+  // those that are not resident, and returns a lease that is held. It waits
+  // while leases leave too few slots. It throws std::runtime_error if that
+  // takes longer than `patience`, or if there is no memory: then nothing is
+  // leased, and experts whose reads had not begun are not resident. A request
+  // that comes `again` is counted once.
   std::shared_ptr<Lease> acquire(
       const int32_t* experts,
       int tokens,
       int top_k,
       int32_t* slots,
       bool again = false);
-  // The same without waiting, and the lease is open; null where leases leave
-  // too few slots.
+  // Does the same without waiting and returns a lease that is open, or null
+  // where leases leave too few slots.
   std::shared_ptr<Lease>
   try_acquire(const int32_t* experts, int tokens, int top_k, int32_t* slots);
-  // From now on the lease is held; false if it was taken back.
+  // Makes an open lease a held one; returns false if it was taken back.
   bool hold(Lease& lease);
 
-  // Of slots on which the caller has a lease; an error names layer, expert and
-  // file. The others go on being read after one.
+  // These wait for slots on which the caller has a lease. An error names layer,
+  // expert and file; the other experts go on being read after one.
   std::vector<int> take(std::vector<int>& pending);
   // Returns when all are read.
   void wait(const int32_t* slots, size_t count);
@@ -113,7 +113,7 @@ class Bank {
   int capacity() const;
   std::vector<int> resident() const;
   BankStats stats() const;
-  // The requests since the last call; recording starts with the first call.
+  // Returns the requests since the last call; the first call starts to record.
   std::vector<Request> take_requests();
 
  private:
@@ -128,7 +128,7 @@ class Bank {
   void read_ahead(const int32_t* experts, size_t count);
   std::vector<int> distinct(const int32_t* experts, size_t count) const;
   void record(const Reservation& r, bool again);
-  // Where it throws, the load has failed.
+  // When it throws, the load counts as failed.
   void load(int expert, int slot, bool urgent);
 
   std::shared_ptr<Reader> reader_;

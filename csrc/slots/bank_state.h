@@ -1,4 +1,4 @@
-// What a bank shares with its leases and with the reads in flight.
+// This is what a bank shares with its leases and with the reads in flight.
 #pragma once
 
 #include <condition_variable>
@@ -14,11 +14,11 @@
 
 namespace glm_fused::slots {
 
-// So short that a string of it needs no memory of its own.
+// The text is so short that a string of it needs no memory of its own.
 inline constexpr const char* kOutOfMemory = "out of memory.";
 
-// Apart from the bank, so that a read in flight keeps the memory alive but not
-// the reader, which cannot be destroyed on a thread of its own.
+// The state lives apart from the bank: a read in flight keeps the memory alive,
+// but not the reader, which cannot be destroyed on one of its own threads.
 struct Lease::State {
   BankOptions options;
   std::unique_ptr<SlotTable> table;  // this and all below: under `mutex`
@@ -55,7 +55,7 @@ struct Lease::State {
             std::to_string(at.offset) + ", the checksum differs.";
   }
 
-  // Ends the oldest open lease; false if there is none.
+  // Ends the oldest open lease; returns false if there is none.
   bool take_back() {
     if (open.empty()) {
       return false;
@@ -66,7 +66,7 @@ struct Lease::State {
     return true;
   }
 
-  // The end of a load. Whatever memory is left, it ends.
+  // Ends a load, even where there is no memory left.
   void finish(int expert, int slot, const std::string& error) noexcept {
     std::string text;
     try {

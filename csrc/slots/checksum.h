@@ -1,4 +1,5 @@
-// A fast checksum against damaged and swapped files; no cryptographic hash.
+// This checksum finds damaged and swapped files fast; it is no cryptographic
+// hash.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +8,7 @@
 
 namespace glm_fused::slots {
 
-// Eight lanes of 64-bit words, so that it keeps up with an SSD.
+// It sums eight lanes of 64-bit words, so that it keeps up with an SSD.
 class Checksum {
  public:
   // All but the last call must add multiples of 64 bytes for the sum not to

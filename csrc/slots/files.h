@@ -1,4 +1,4 @@
-// Open files that experts are read from.
+// These are the open files that experts are read from.
 #pragma once
 
 #include <sys/types.h>
@@ -11,8 +11,8 @@ namespace glm_fused::slots {
 
 class Files {
  public:
-  // With `direct`, reads bypass the page cache. Throws std::runtime_error,
-  // naming the file, for one that does not open or is not of its size.
+  // Reads bypass the page cache if `direct`. Throws std::runtime_error, naming
+  // the file, for one that does not open or has another size.
   Files(
       const std::vector<std::string>& paths,
       const std::vector<int64_t>& sizes,
@@ -33,10 +33,11 @@ class Files {
   const std::string& path(int file) const {
     return files_[file].path;
   }
-  // Whether offsets, sizes and addresses must be multiples of kDirectAlign.
+  // Tells whether offsets, sizes and addresses must be multiples of
+  // kDirectAlign.
   bool aligned_only() const;
 
-  // Empty, or what says that the file was written to since it was opened.
+  // Says how the file was written to since it was opened; empty if it was not.
   std::string changed(int file) const;
 
   static constexpr int64_t kDirectAlign = 4096;

@@ -1,4 +1,4 @@
-// Keeps the experts that are likeliest to be in the next request.
+// This policy keeps the experts that are likeliest to be in the next request.
 #pragma once
 
 #include <array>
@@ -9,8 +9,8 @@
 
 namespace glm_fused::slots {
 
-// Logistic regression, learned online from every request: the odds that an
-// expert is in the next one, from how often it followed the experts of this
+// A logistic regression, learned online from every request, gives the odds that
+// an expert is in the next one, from how often it followed the experts of this
 // one, how often it was used lately, and how long ago. It needs 4 * experts^2
 // bytes.
 class LearnedPolicy : public Policy {
@@ -27,7 +27,7 @@ class LearnedPolicy : public Policy {
   static constexpr int kFeatures = 4;
   using Features = std::array<double, kFeatures>;
 
-  // The gradient step (AdaGrad) from what the last request foretold.
+  // Takes a gradient step (AdaGrad) from what the last request foretold.
   void learn();
   // Counts who followed whom and who was used.
   void count(const std::vector<int>& request);

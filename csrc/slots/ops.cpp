@@ -12,7 +12,7 @@ namespace glm_fused::slots {
 
 namespace {
 
-// Of memory that reads past the page cache go to; also a Mac's page.
+// Reads past the page cache need memory that is aligned so; it is a Mac's page.
 constexpr size_t kAlign = 16384;
 
 using Arrays = std::vector<mx::array>;
@@ -39,14 +39,14 @@ mx::array allocate(const PartType& part, int slots) {
   return a;
 }
 
-// Of this thread alone; ids of std::thread are used again.
+// No other thread ever has the number; ids of std::thread are used again.
 uint64_t thread_number() {
   static std::atomic<uint64_t> last{0};
   thread_local const uint64_t number = ++last;
   return number;
 }
 
-// A node that shares the buffer of its first input.
+// These nodes share the buffer of their first input.
 class SlotPrimitive : public mx::Primitive {
  public:
   using mx::Primitive::Primitive;
@@ -65,7 +65,7 @@ class Resolve : public SlotPrimitive {
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
     auto& out = outputs[0];
     outputs[1].set_data(mx::allocator::malloc(outputs[1].nbytes()));
-    // Whatever becomes of the graph, without the slots there is no use.
+    // The use ends with the slots, whatever becomes of the graph.
     out.set_data(
         mx::array::Data(
             mx::allocator::allocator().malloc(out.nbytes()),
@@ -114,8 +114,8 @@ class Wait : public SlotPrimitive {
   std::shared_ptr<Use> use_;
 };
 
-// inputs: y, slots, what to come after. MLX keeps the slots' buffer, and with
-// it the lease, until all that was enqueued before this node has run.
+// The inputs are y, slots and what to come after. MLX keeps the slots' buffer,
+// and with it the lease, until all that was enqueued before this node has run.
 class Hold : public SlotPrimitive {
  public:
   using SlotPrimitive::SlotPrimitive;
@@ -131,8 +131,8 @@ class Hold : public SlotPrimitive {
   }
 };
 
-// Lives as long as the graph that it ends and that nobody has evaluated; while
-// it does, so does `result`.
+// This node lives as long as the graph that it ends and that nobody has
+// evaluated, and keeps `result` alive as long.
 class Release : public Hold {
  public:
   Release(mx::Stream stream, std::shared_ptr<const mx::array> result)
@@ -307,8 +307,8 @@ SlotUse::SlotUse(std::shared_ptr<SlotBank> bank, std::shared_ptr<Reads> reads)
     : bank_(std::move(bank)),
       use_(std::make_shared<Use>(bank_->bank(), std::move(reads))) {}
 
-// What to come after. Nothing comes after a graph that failed: it may live on,
-// and what is left of it would fail again.
+// Returns what to come after. Nothing comes after a graph that failed: it may
+// live on, and what is left of it would fail again.
 std::shared_ptr<const mx::array> SlotUse::last_result() const {
   const auto last = bank_->last_.find(thread_number());
   if (last == bank_->last_.end()) {

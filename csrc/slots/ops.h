@@ -1,4 +1,4 @@
-// A slot bank as MLX arrays, and the graph nodes around its use:
+// A slot bank has MLX arrays for its slots and graph nodes around their use:
 //
 //   use = SlotUse(bank, reads);
 //   pending, started = resolve(use, experts);
@@ -8,10 +8,10 @@
 //   y = verify(reads, y);  // at the end of a forward
 //
 // `resolve` is evaluated when its turn comes: it leases slots, starts to read
-// what is missing and returns, so that the shared expert computes meanwhile,
-// and then each expert that is read. A GPU cannot wait for the disk half way:
-// there moe_decode has no `use` but the slots of wait(use, pending).
-// All run on a CPU stream, `release` on that of `y`.
+// what is missing and returns. The shared expert computes meanwhile, and then
+// each expert once it is read. A GPU cannot wait for the disk half way: there
+// moe_decode takes no `use`, but the slots of wait(use, pending). All nodes run
+// on a CPU stream, and `release` on that of `y`.
 #pragma once
 
 #include <map>
@@ -29,7 +29,7 @@ namespace glm_fused::slots {
 
 namespace mx = mlx::core;
 
-// The shape and type of one tensor of an expert.
+// This is the shape and type of one tensor of an expert.
 struct PartType {
   mx::Shape shape;
   mx::Dtype dtype;
@@ -37,7 +37,7 @@ struct PartType {
 
 class SlotBank {
  public:
-  // `options` without its parts, which are allocated here.
+  // The parts of `options` are empty: they are allocated here.
   SlotBank(
       std::shared_ptr<Reader> reader,
       BankOptions options,
@@ -50,7 +50,7 @@ class SlotBank {
   const std::shared_ptr<Bank>& bank() const {
     return bank_;
   }
-  // [slots, …] for each part; the bank writes into them.
+  // Returns an array [slots, …] for each part; the bank writes into them.
   const std::vector<mx::array>& arrays() const {
     return arrays_;
   }
@@ -58,12 +58,12 @@ class SlotBank {
  private:
   friend class SlotUse;
 
-  // The result that the last request's slots are for, while no evaluation has
-  // reached it: the next request of the same thread waits for it in the graph,
-  // as it did for the one before, so that a bank that both need whole is not
-  // read into twice. Weak, so that a graph that nobody evaluates is not kept,
-  // nor evaluated for the sake of its order. Another thread's is never an
-  // input: MLX evaluates a node in the thread that made it.
+  // `result` is what the last request's slots are for, while no evaluation has
+  // reached it. The next request of the same thread waits for it in the graph,
+  // so that a bank that both need whole is not read into twice. It is weak: a
+  // graph that nobody evaluates is neither kept nor evaluated for the sake of
+  // its order. The result of another thread is never an input, because MLX
+  // evaluates a node in the thread that made it.
   struct Last {
     std::weak_ptr<const mx::array> result;
     std::weak_ptr<const Use> use;
@@ -75,7 +75,7 @@ class SlotBank {
   std::map<uint64_t, Last> last_;  // by thread
 };
 
-// A use of `bank` in the graph that this thread builds.
+// This is one use of a bank in the graph that this thread builds.
 class SlotUse {
  public:
   SlotUse(std::shared_ptr<SlotBank> bank, std::shared_ptr<Reads> reads);
@@ -84,15 +84,16 @@ class SlotUse {
     return use_;
   }
 
-  // int32 [tokens, top_k], the slots of `experts`, whose reads may go on; and
-  // int32 [1], computed with them, for what has to come later: an input of a
-  // node that is not evaluated lives, and the slots themselves would be leased.
+  // Returns the slots of `experts`, int32 [tokens, top_k], whose reads may go
+  // on, and int32 [1], which is computed with them and on which later nodes can
+  // depend: an input of a node that is not evaluated lives on, and the slots
+  // themselves would stay leased.
   std::pair<mx::array, mx::array> resolve(const mx::array& experts);
 
-  // The same slots, read.
+  // Returns the same slots once they are read.
   mx::array wait(const mx::array& slots) const;
 
-  // `y`, computed with `slots`, which are leased until then.
+  // Returns `y`, which was computed with `slots`; their lease ends with it.
   mx::array release(const mx::array& y, const mx::array& slots);
 
  private:
@@ -102,11 +103,11 @@ class SlotUse {
   std::shared_ptr<Use> use_;
 };
 
-// `y`, unless something failed in what it was computed from: then evaluation
-// raises that, and y is NaN.
+// Returns `y`. If a read failed for what it was computed from, evaluation
+// raises the error, and y is NaN.
 mx::array verify(const std::shared_ptr<Reads>& reads, const mx::array& y);
 
-// `x`; starts to read `experts` into spare slots.
+// Returns `x`, and starts to read `experts` into spare slots.
 mx::array prefetch(
     const std::shared_ptr<SlotBank>& bank,
     const mx::array& experts,

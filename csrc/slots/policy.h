@@ -1,4 +1,4 @@
-// Which resident expert gives way to one that is needed.
+// A policy decides which resident expert gives way to one that is needed.
 #pragma once
 
 #include <functional>
@@ -8,37 +8,38 @@
 
 namespace glm_fused::slots {
 
-// One layer's policy. Not thread-safe: a bank calls it under its lock. All its
-// memory is allocated when it is made: no call below throws, so that a failed
-// allocation never leaves a request half way.
+// This is one layer's policy. It is not thread-safe: a bank calls it under its
+// lock. All its memory is allocated when it is made, and no call below throws,
+// so that a failed allocation never leaves a request half way.
 class Policy {
  public:
   virtual ~Policy() = default;
 
-  // Before the hits, evictions and admissions of a request for `experts`,
-  // which differ.
+  // Is called before the hits, evictions and admissions of a request for
+  // `experts`, which differ.
   virtual void begin_request(const std::vector<int>&) {}
-  // A request used a resident expert.
+  // Is told that a request used a resident expert.
   virtual void hit(int expert) = 0;
-  // The expert has become resident.
+  // Is told that the expert has become resident.
   virtual void admit(int expert) = 0;
-  // The expert is no longer resident though the policy did not choose so.
+  // Is told that the expert is no longer resident, which the policy did not
+  // choose.
   virtual void drop(int expert) = 0;
-  // Takes out and returns a resident expert for which `evictable` holds.
-  // Called only if there is one that `may_evict`.
+  // Takes out and returns a resident expert for which `evictable` holds. It is
+  // called only if there is one that `may_evict`.
   virtual int evict(const std::function<bool(int)>& evictable) = 0;
   virtual bool may_evict(int) const {
     return true;
   }
-  // How many experts it never evicts.
+  // Returns how many experts it never evicts.
   virtual int pinned() const {
     return 0;
   }
 };
 
-// `name`: learned, lru, s3fifo, or pinned (LRU over all experts but those in
-// `pinned`).
-// Throws std::invalid_argument for other names and impossible counts.
+// Makes the policy `name`: learned, lru, s3fifo, or pinned (LRU over all
+// experts but those in `pinned`). Throws std::invalid_argument for other names
+// and impossible counts.
 std::unique_ptr<Policy> make_policy(
     const std::string& name,
     int experts,

@@ -63,8 +63,8 @@ read_some(int fd, std::vector<iovec> to, int64_t offset, bool once = false) {
   return total;
 }
 
-// Aligned memory of a thread's own, for reads that bypass the page cache into
-// memory, or from offsets, that such reads do not take.
+// Each thread has aligned memory of its own, for reads that bypass the page
+// cache but whose memory or offset such reads do not take.
 class Bounce {
  public:
   Bounce() = default;
@@ -91,7 +91,7 @@ class Bounce {
   int64_t size_ = 0;
 };
 
-// Through a buffer, with whole blocks around the range.
+// Reads through a buffer, with whole blocks around the range.
 int64_t read_bounced(
     Bounce& bounce,
     int fd,
@@ -172,7 +172,7 @@ void Reader::read(
   {
     std::lock_guard lock(mutex_);
     auto& queue = urgent ? urgent_ : later_;
-    // All of them or, if there is no memory, none.
+    // It queues all of them or, if there is no memory, none.
     queue.insert(
         queue.end(),
         std::make_move_iterator(pieces.begin()),
@@ -207,7 +207,7 @@ std::vector<Reader::Piece> Reader::split(
 
 namespace {
 
-// What went wrong, or an empty text.
+// Returns what went wrong, or an empty text.
 std::string read_piece(
     const Files& files,
     int file,
@@ -227,7 +227,7 @@ std::string read_piece(
       " (truncated?)";
 }
 
-// The same, with the file's name, whatever memory is left.
+// Returns the same with the file's name, whatever memory is left.
 template <class Piece>
 std::string outcome(const Piece& piece, Bounce& bounce) noexcept {
   const Files& files = *piece.job->files;
@@ -241,7 +241,7 @@ std::string outcome(const Piece& piece, Bounce& bounce) noexcept {
     }
     return error.empty() ? error : files.path(piece.file) + ": " + error;
   } catch (const std::exception&) {
-    return "out of memory.";  // so short that it takes none
+    return "out of memory.";  // a text so short takes none
   }
 }
 

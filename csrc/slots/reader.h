@@ -1,4 +1,4 @@
-// A pool of positional reads.
+// A reader keeps a pool of threads for positional reads.
 #pragma once
 
 #include <sys/uio.h>
@@ -17,7 +17,7 @@
 
 namespace glm_fused::slots {
 
-// A range of a file and where it goes.
+// An extent is a range of a file and where it goes.
 struct Extent {
   int file;
   int64_t offset;
@@ -27,12 +27,13 @@ struct Extent {
 
 class Reader {
  public:
-  // Called on a reader's thread with an empty text, or with what went wrong; it
-  // must not throw.
+  // Is called on a reader's thread with an empty text, or with what went wrong;
+  // it must not throw.
   using Done = std::function<void(const std::string& error)>;
 
   // Up to `depth` reads of up to `split` bytes are in flight at a time, fewer
-  // where the system gives fewer threads; throws std::runtime_error if none.
+  // where the system gives fewer threads. Throws std::runtime_error if it gives
+  // none.
   Reader(int depth, int64_t split);
   // Finishes what was asked for.
   ~Reader();

@@ -9,7 +9,7 @@ namespace glm_fused::slots {
 
 namespace {
 
-// In the order of their first appearance, as a bank takes them.
+// Returns them in the order of their first appearance, as a bank takes them.
 std::vector<int>
 distinct(const std::vector<int>& request, int experts, int slots) {
   std::vector<int> result;
@@ -33,7 +33,7 @@ distinct(const std::vector<int>& request, int experts, int slots) {
   return result;
 }
 
-// The policy of a known future.
+// This policy knows the future.
 class Belady : public Policy {
  public:
   Belady(int experts, const std::vector<std::vector<int>>& requests)

@@ -132,8 +132,8 @@ int SlotTable::take_slot(const std::vector<bool>& needed) {
   return slot;
 }
 
-// What lookahead read was needed: its slot joins the others, and one of them
-// becomes the spare slot in its stead.
+// A request needs what lookahead read: its slot joins the others, and one of
+// them becomes the spare slot in its stead.
 void SlotTable::promote(int slot, const std::vector<bool>& needed) {
   slots_[take_slot(needed)].spare = true;
   slots_[slot].spare = false;

@@ -1,4 +1,5 @@
-// Who is in which slot of one layer: bookkeeping alone, no memory, no locks.
+// A table knows which expert is in which slot of one layer. It is bookkeeping
+// alone, without memory or locks.
 #pragma once
 
 #include <memory>
@@ -30,12 +31,12 @@ class SlotTable {
   // Ends one lease per entry.
   void release(const std::vector<int>& slots) noexcept;
 
-  // A spare slot to read `expert` into; -1 if it is resident or none is free.
-  // Never evicts what a request brought in.
+  // Returns a spare slot to read `expert` into, or -1 if it is resident or none
+  // is free. It never evicts what a request brought in.
   int reserve_spare(int expert);
 
   void loaded(int slot) noexcept;
-  // The slot's content is undefined: the next request reads again.
+  // Declares the slot's content undefined: the next request reads again.
   void failed(int slot, std::string error) noexcept;
 
   bool loading(int slot) const {
@@ -53,7 +54,7 @@ class SlotTable {
   int spares() const {
     return spares_;
   }
-  // The largest request that always fits.
+  // Returns the size of the largest request that always fits.
   int capacity() const {
     return size() - spares_ - policy_->pinned();
   }

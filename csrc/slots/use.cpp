@@ -12,7 +12,7 @@ void Reads::fail(const char* error) noexcept {
     try {
       error_ = error;
     } catch (const std::bad_alloc&) {
-      error_ = "out of memory.";  // so short that it takes none
+      error_ = "out of memory.";  // a text so short takes none
     }
   }
 }
@@ -32,7 +32,7 @@ void Use::resolve(
     int tokens,
     int top_k,
     int32_t* slots) {
-  // Until they are known: no kernel takes these.
+  // No kernel takes these; they stand until the slots are known.
   std::fill_n(slots, static_cast<size_t>(tokens) * top_k, -1);
   experts_.clear();
   if (!error().empty()) {

@@ -1,5 +1,5 @@
-// One use of a bank in a graph, from the node that resolves its experts to the
-// kernel that reads their slots; and what came of it.
+// A use of a bank in a graph lasts from the node that resolves its experts to
+// the kernel that reads their slots; `Reads` remembers what came of it.
 #pragma once
 
 #include <memory>
@@ -12,17 +12,18 @@
 
 namespace glm_fused::slots {
 
-// Whether all that was computed into a cache, or by one forward without one,
-// could be. After an error MLX keeps what was being evaluated as if it were
-// valid, so that whoever catches the error could go on with it: this remembers.
+// This remembers whether every read succeeded for what was computed into a
+// cache, or by one forward without a cache. After an error MLX keeps what was
+// being evaluated as if it were valid, and whoever catches the error could go
+// on with it.
 class Reads {
  public:
-  // Of a copy of what `origin` is of.
+  // A copy of a cache remembers what happened to the `origin`, too.
   explicit Reads(std::shared_ptr<const Reads> origin = nullptr)
       : origin_(std::move(origin)) {}
 
   void fail(const char* error) noexcept;
-  // Of the first failure, or empty.
+  // Returns the first failure's text, or an empty one.
   std::string error() const;
 
  private:
@@ -31,14 +32,15 @@ class Reads {
   std::string error_;
 };
 
-// All but `error` run on the stream of the graph, one after the other.
+// All functions but `error` run on the stream of the graph, one after the
+// other.
 class Use : public Arrivals {
  public:
   Use(std::shared_ptr<Bank> bank, std::shared_ptr<Reads> reads)
       : bank_(std::move(bank)), reads_(std::move(reads)) {}
 
-  // Starts to read, if there are slots to read into; `begin` does otherwise.
-  // What fails, the reads remember, and `wait` throws.
+  // Starts to read if there are slots to read into; otherwise `begin` does. The
+  // reads remember what fails, and `wait` throws it.
   void resolve(const int32_t* experts, int tokens, int top_k, int32_t* slots);
 
   bool begin(int32_t* slots, size_t count) override;
@@ -46,8 +48,8 @@ class Use : public Arrivals {
   void end() override;
   void failed(const std::exception& error) noexcept override;
 
-  // In place of `take`; all but the last wait in a graph that failed give slots
-  // that a kernel can take.
+  // Is called in place of `take`. In a graph that failed all waits but the last
+  // give slots that a kernel can take.
   void wait(int32_t* slots, size_t count);
 
   std::string error() const {

@@ -43,6 +43,7 @@ struct Affine {
       const device uint8_t* w,
       const device S* scales,
       const device S* biases,
+      int,
       thread Cells& cells) {
     load_cells<Cell, bytes>(w, cells.w);
     cells.scale = scales[0];
@@ -53,9 +54,10 @@ struct Affine {
       const device uint8_t* w,
       const device S* scales,
       const device S* biases,
+      int column,
       int,
       thread Cells& cells) {
-    load(w, scales, biases, cells);
+    load(w, scales, biases, column, cells);
   }
 
   template <typename T>

@@ -36,6 +36,7 @@ struct Dense {
       const device uint8_t* w,
       const device uint8_t*,
       const device uint8_t*,
+      int,
       thread Cells& cells) {
     const device W* from = (const device W*)w;
     for (int i = 0; i < values; i++) {
@@ -46,6 +47,7 @@ struct Dense {
       const device uint8_t* w,
       const device uint8_t*,
       const device uint8_t*,
+      int,
       int used,
       thread Cells& cells) {
     const device W* from = (const device W*)w;

@@ -43,6 +43,7 @@ struct Fp {
       const device uint8_t* w,
       const device uint8_t* scales,
       const device uint8_t*,
+      int,
       thread Cells& cells) {
     load_cells<Cell, bytes>(w, cells.w);
     cells.scale = mlx_fp::dequantize_scale<float, group_size>(scales[0]);
@@ -52,9 +53,10 @@ struct Fp {
       const device uint8_t* w,
       const device uint8_t* scales,
       const device uint8_t* biases,
+      int column,
       int,
       thread Cells& cells) {
-    load(w, scales, biases, cells);
+    load(w, scales, biases, column, cells);
   }
 
   template <typename T>

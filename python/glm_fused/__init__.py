@@ -1,11 +1,12 @@
 """GLM-5 (`glm_moe_dsa`) on MLX with fused decode kernels, checked bit for bit.
 
-model, tokenizer = glm_fused.load("demo")  # or the folder of a checkpoint
-print(glm_fused.generate(model, tokenizer, "def main():", max_tokens=40).text)
+with glm_fused.Engine("demo") as engine:  # or the folder of a checkpoint
+    print(engine.generate("def main():", max_tokens=40).text)
 """
 
-from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from importlib import metadata as _metadata
+from typing import TYPE_CHECKING
+from typing import Any as _Any
 
 from . import _abi as _abi  # first: a clear error where the extension does not fit
 from . import ops
@@ -13,14 +14,19 @@ from ._ext import num_threads, set_num_threads
 from .ops.paths import reference_path
 
 if TYPE_CHECKING:
+    from .engine import Engine
+    from .engine_options import EngineOptions
     from .generation.generate import generate, stream_generate
     from .loader import load, load_model
-    from .streaming.banks import StreamOptions
+    from .streaming.options import StreamOptions
 
-__version__ = metadata.version("glm-fused")
+__version__ = _metadata.version("glm-fused")
 
 __all__ = [
+    "Engine",
+    "EngineOptions",
     "StreamOptions",
+    "__version__",
     "generate",
     "load",
     "load_model",
@@ -33,7 +39,9 @@ __all__ = [
 
 # mlx-lm takes seconds to import, which the kernels and the command line's help do not need.
 _LAZY = {
-    "StreamOptions": "streaming.banks",
+    "Engine": "engine",
+    "EngineOptions": "engine_options",
+    "StreamOptions": "streaming.options",
     "generate": "generation.generate",
     "load": "loader",
     "load_model": "loader",
@@ -41,7 +49,7 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _Any:
     if name in _LAZY:
         from importlib import import_module
 
@@ -50,4 +58,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return __all__

@@ -1,6 +1,8 @@
 """Compiled kernels of glm_fused; call them through glm_fused.ops."""
 
 from collections.abc import Sequence
+import enum
+from typing import Any
 
 import mlx.core
 
@@ -9,6 +11,77 @@ built_with_mlx: str = "0.32.4"
 metal_max_tokens: int = 16
 
 built_with_nanobind: str = "3.1.0"
+
+class Plane:
+    """One of the arrays that make a weight."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its tensor's name."""
+
+    @property
+    def dtypes(self) -> list[mlx.core.Dtype]:
+        """The types that it may have; all planes of floats have the same."""
+
+    @property
+    def count(self) -> int:
+        """Elements a block of columns."""
+
+class Format:
+    """How the rows of a weight are stored; one of `formats()`."""
+
+    @property
+    def name(self) -> str:
+        """The format's name in every output."""
+
+    @property
+    def mode(self) -> str:
+        """MLX's quantization mode, or ``dense``."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a value; 0 for ``dense``."""
+
+    @property
+    def group_size(self) -> int:
+        """Columns a block, which share a scale; 1 for ``dense``."""
+
+    @property
+    def is_default(self) -> bool:
+        """Whether it is MLX's for its mode, where only that is given."""
+
+    @property
+    def planes(self) -> tuple[Plane, ...]:
+        """The arrays that make a weight."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of a value with its share of the scales, floats taken as 16 bits."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Keyword arguments of ``mx.quantize`` and ``to_quantized``."""
+
+    def __str__(self) -> str: ...
+    def __repr__(self) -> str: ...
+
+def formats() -> tuple[Format, ...]:
+    """Every format that the kernels take."""
+
+class Kernel(enum.Enum):
+    """Which code runs an op: see ops.routes."""
+
+    cpu = 0
+    """This package's CPU kernels."""
+
+    metal = 1
+    """This package's Metal kernels."""
+
+    loops = 2
+    """Plain loops, the reference."""
+
+    mlx = 3
+    """Stock MLX ops."""
 
 def probe(a: mlx.core.array) -> mlx.core.array:
     """Return `a`: fails where this build and the installed mlx disagree."""
@@ -20,22 +93,49 @@ def check_tokens(tokens: mlx.core.array, vocabulary: int) -> mlx.core.array:
 
 def quantized_matvec(
     x: mlx.core.array,
-    w: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
-    reference: bool,
+    w: tuple[Sequence[mlx.core.array], Format],
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
 ) -> mlx.core.array: ...
 def moe_decode(
     x: mlx.core.array,
-    gate: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
-    up: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
-    down: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
+    gate: tuple[Sequence[mlx.core.array], Format],
+    up: tuple[Sequence[mlx.core.array], Format],
+    down: tuple[Sequence[mlx.core.array], Format],
     slots: mlx.core.array,
     scores: mlx.core.array,
     use: SlotUse | None,
-    reference: bool,
-    metal: bool,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
 ) -> mlx.core.array: ...
-def swiglu(gate: mlx.core.array, up: mlx.core.array, metal: bool) -> mlx.core.array: ...
-def expert_sum(y: mlx.core.array, scores: mlx.core.array, metal: bool) -> mlx.core.array: ...
+def swiglu(
+    gate: mlx.core.array,
+    up: mlx.core.array,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
+def expert_sum(
+    y: mlx.core.array,
+    scores: mlx.core.array,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
 def router_topk(
     x: mlx.core.array,
     weight: mlx.core.array,
@@ -45,8 +145,12 @@ def router_topk(
     topk_group: int,
     norm_topk_prob: bool,
     routed_scaling_factor: float,
-    reference: bool,
-    metal: bool,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
 ) -> tuple[mlx.core.array, mlx.core.array]: ...
 def indexer_topk(
     q: mlx.core.array,
@@ -55,8 +159,12 @@ def indexer_topk(
     k: int,
     scale: float,
     start: mlx.core.array | None,
-    reference: bool,
-    metal: bool,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
 ) -> mlx.core.array: ...
 def sparse_mla_decode(
     q: mlx.core.array,
@@ -66,8 +174,12 @@ def sparse_mla_decode(
     rank: int,
     scale: float,
     start: mlx.core.array | None,
-    reference: bool,
-    metal: bool,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
 ) -> mlx.core.array: ...
 def moe_decode_obstacle(tokens: int, top_k: int) -> str:
     """Why moe_decode has no Metal kernel for these counts; empty if it has."""
@@ -81,10 +193,12 @@ def sparse_mla_decode_obstacle(listed: int) -> str:
     """
 
 def num_threads() -> int:
-    """Threads of the CPU kernels."""
+    """
+    Threads of the CPU kernels; ValueError if GLM_FUSED_NUM_THREADS is bad.
+    """
 
 def set_num_threads(n: int) -> None:
-    """Set the threads of the CPU kernels, 1 to 1024."""
+    """Set the threads of the CPU kernels, 1 to 1024; ValueError for others."""
 
 def stream_read(a: mlx.core.array) -> int:
     """

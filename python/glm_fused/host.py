@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from .ops import paths
+from .environment import debug
 
 
 def to_numpy(array: mx.array) -> NDArray[Any]:
@@ -39,4 +39,4 @@ def settle(stream: mx.Stream | mx.ThreadLocalStream) -> None:
             mx.synchronize(stream)
             return
         except RuntimeError as error:
-            paths.debug("abandoned: %s", error)
+            debug("abandoned: %s", error)

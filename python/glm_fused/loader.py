@@ -2,42 +2,66 @@
 
 import os
 import resource
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from tqdm import tqdm
 
-from . import _ext
+from .checkpoint.compressed_tensors import METHOD, check_stored_shapes
+from .checkpoint.declaration import quantization_from_config
 from .checkpoint.folder import Checkpoint
 from .checkpoint.inventory import check_tensors
-from .checkpoint.quantization import Quantization, infer_format, quantization_from_config
+from .checkpoint.reading import Scales, read_parameters
 from .formats.kv_rows import check_kv_format
-from .generation.options import checkpoint_options
+from .formats.weights import Format
+from .generation.options import checkpoint_options, set_defaults
 from .generation.tokenizer import load_tokenizer
-from .host import to_numpy
 from .models.config import ModelArgs, args_from_config
 from .models.decoder import Model
-from .models.tensors import unused
-from .streaming.banks import StreamOptions, attach_banks, find_source, plan_streaming
-from .streaming.source import is_expert
+from .models.packed_integers import to_affine
+from .models.tensor_names import is_expert, unused
+from .streaming.banks import attach_banks, find_source, plan_streaming
+from .streaming.model import StreamedModel
+from .streaming.options import StreamOptions
 from .validation import show
 
-_SCALE_SUFFIXES = (".weight_scale_inv", ".kv_b_proj.scales", ".kv_b_proj.biases")
+_SCALE_SUFFIXES = (
+    ".weight_scale_inv",
+    ".kv_b_proj.scales",
+    ".kv_b_proj.biases",
+    ".kv_b_proj.weight_scale",
+)
 
 
-class _Scales(NamedTuple):
-    """Scales to check, and the quantization mode that they belong to."""
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint and its model, over parameters that are read when they are first used.
 
-    name: str
-    array: mx.array
-    mode: str
+    ``scales`` are those that no parameter of the model will show. ``cache_limit`` is MLX's, in
+    bytes, from before streaming lowered it; None where it did not.
+    """
+
+    model: Model
+    checkpoint: Checkpoint
+    scales: list[Scales]
+    cache_limit: int | None = None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The checkpoint's config; of compressed-tensors, as MLX would write it of the model."""
+        return _config_as_loaded(self.checkpoint.config, self.model)
+
+    def read(self) -> None:
+        """Read the parameters one by one, and check scales; errors are those of `load_model`."""
+        read_parameters(self.model, self.checkpoint, self.scales)
+
+    def restore_limit(self) -> None:
+        """Give MLX the limit that it had, for when the model is not used any more."""
+        if self.cache_limit is not None:
+            mx.set_cache_limit(self.cache_limit)
 
 
 def load_model(
@@ -48,64 +72,118 @@ def load_model(
 ) -> tuple[Model, dict[str, Any]]:
     """Load the model in the folder ``path``; returns it and its config.
 
-    ``path`` "demo" is the bundled model where there is no folder of that name. ``kv_format`` is how
-    the model's caches store keys, one of `glm_fused.formats.kv_rows`. With ``stream``, routed
-    experts are read as they are needed; ``model.streaming`` has the plan and counters, and scales
-    of experts are not checked for NaN.
+    `glm_fused.Engine` does the same with everything that a session needs.
 
-    Raises FileNotFoundError for missing files and ValueError for anything that does not fit, naming
-    file and tensor with what was found and expected, and RuntimeError, naming the parameter, for
-    one that cannot be read. With ``lazy`` parameters are read when they are first used, and scales
-    are not checked for NaN; one that could not be read then is undefined, so load the model anew.
+    Args:
+        path: the folder of a checkpoint; "demo" is the bundled model where there is no folder of
+            that name.
+        lazy: read parameters when they are first used, without a check of scales for NaN. One that
+            cannot be read then is undefined, so load the model anew.
+        kv_format: how the model's caches store keys: "auto" (as the activations), "bf16", "fp16",
+            "fp32", "fp8" or "int8".
+        stream: read routed experts as they are needed; ``model.streaming`` has the plan and
+            counters, and scales of experts are not checked for NaN.
+
+    Returns:
+        The model, which takes integer tokens [batch, length] and gives logits [batch, length,
+        vocabulary], and config.json with the stop tokens of generation_config.json; that of a
+        checkpoint of compressed-tensors comes as MLX would write it of the model.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: something does not fit; the message names file and tensor with what was found
+            and expected, or the budget with what would fit.
+        RuntimeError: a parameter, which the message names, cannot be read.
     """
-    model, checkpoint, sources = _build(path, kv_format, stream)
+    opened = open_model(path, kv_format, stream)
     if not lazy:
-        _materialize(model, checkpoint, sources)
-    return model, checkpoint.config
+        opened.read()
+    return opened.model, opened.config
 
 
 def load(
     path: str | os.PathLike[str], kv_format: str = "auto", stream: StreamOptions | None = None
 ) -> tuple[Model, TokenizerWrapper]:
-    """Load model and tokenizer; arguments and errors are those of ``load_model``."""
-    model, checkpoint, sources = _build(path, kv_format, stream)
-    tokenizer = load_tokenizer(checkpoint)
-    _materialize(model, checkpoint, sources)
-    return model, tokenizer
+    """Load the model in the folder ``path`` and its tokenizer.
+
+    Arguments are those of `glm_fused.load_model`.
+
+    Returns:
+        The model and the tokenizer, as `glm_fused.generate` takes them.
+
+    Raises:
+        FileNotFoundError, ValueError, RuntimeError: as `glm_fused.load_model` does; ValueError too
+            for a tokenizer that does not load, before any weights are read.
+    """
+    opened = open_model(path, kv_format, stream)
+    tokenizer = load_tokenizer(opened.checkpoint)
+    opened.read()
+    return opened.model, tokenizer
 
 
-def _build(
+def open_model(
     path: str | os.PathLike[str], kv_format: str, stream: StreamOptions | None
-) -> tuple[Model, Checkpoint, list[_Scales]]:
-    """The model over lazy weights, and those scales that no parameter of it will show."""
+) -> Opened:
+    """Check a checkpoint and make its model; no data is read. Errors are those of `load_model`."""
     check_kv_format(kv_format)
     checkpoint = Checkpoint.open(path)
     args = args_from_config(checkpoint.config)
     _check_stop_tokens(checkpoint, args)
     quantization = quantization_from_config(checkpoint.config)
-    manifest = check_tensors(args, quantization, checkpoint.tensors)
+    inventory = check_tensors(args, quantization, checkpoint.tensors)
+    packed, formats = inventory.packed, inventory.formats
     if stream is not None:
         source = find_source(checkpoint, args, stream.sidecar)
-        plan = plan_streaming(manifest, args, source, stream, kv_format)
+        plan = plan_streaming(inventory, args, source, stream, kv_format)
+    check_stored_shapes(checkpoint, {path: shape for path, (_, shape) in packed.items()})
     weights = _read_lazily(checkpoint)
-    model = Model(args)
-    model.kv_format = kv_format
-    model.options = checkpoint_options(checkpoint.path)
-    if stream is not None:
+    defaults, cache_limit = checkpoint_options(checkpoint.path), None
+    if stream is None:
+        model = Model(args)
+    else:
+        model = StreamedModel(args)
         _allow_open_files(len(checkpoint.files) + len(source.files))
-        model.streaming = attach_banks(model, args, source, plan, stream)
-        mx.set_cache_limit(plan.shares.staging)
+        model.streaming = attach_banks(model, args, source, plan, stream, formats)
+        cache_limit = mx.set_cache_limit(plan.shares.staging)
         weights = {name: array for name, array in weights.items() if not is_expert(name)}
-    sources = []
-    for name, array in weights.items():
-        if name.endswith(_SCALE_SUFFIXES) and unused(name, args) is None:
-            mode = _declared_mode(quantization, name.rpartition(".")[0])
-            sources.append(_Scales(name, array, mode))
-    weights = model.sanitize(weights)
-    _quantize_modules(model, weights)
+    model.kv_format = kv_format
+    set_defaults(model, defaults)
+    scales = _hidden_scales(weights, args, formats)
+    to_affine(weights, {path: fmt for path, (fmt, _) in packed.items()}, args)
+    weights = model.sanitize(weights, formats)
+    _pack_modules(model, weights, formats)
     model.eval()
     model.load_weights(list(weights.items()), strict=True)
-    return model, checkpoint, sources
+    return Opened(model, checkpoint, scales, cache_limit)
+
+
+def _hidden_scales(
+    weights: Mapping[str, mx.array], args: ModelArgs, formats: Mapping[str, Format]
+) -> list[Scales]:
+    """Scales of tensors that become parameters of another form."""
+    return [
+        Scales(name, array, formats.get(name.rpartition(".")[0]))
+        for name, array in weights.items()
+        if name.endswith(_SCALE_SUFFIXES) and unused(name, args) is None
+    ]
+
+
+def _config_as_loaded(config: dict[str, Any], model: Model) -> dict[str, Any]:
+    """The config with which the model's parameters, once saved, are a checkpoint."""
+    declared = config.get("quantization_config")
+    if not isinstance(declared, dict) or declared.get("quant_method") != METHOD:
+        return config
+    formats = {
+        path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        for path, module in model.named_modules()
+        if "scales" in module
+    }
+    rest = {key: value for key, value in config.items() if key != "quantization_config"}
+    if not formats:
+        return rest
+    usual = max(formats.values(), key=list(formats.values()).count)
+    others = {path: entry for path, entry in formats.items() if entry != usual}
+    return rest | {"quantization": usual | others}
 
 
 def _check_stop_tokens(checkpoint: Checkpoint, args: ModelArgs) -> None:
@@ -117,11 +195,6 @@ def _check_stop_tokens(checkpoint: Checkpoint, args: ModelArgs) -> None:
                 f"[loader] {checkpoint.path}: eos_token_id {show(token)}, expected 0 to"
                 f" {args.vocab_size - 1}, as vocab_size says."
             )
-
-
-def _declared_mode(quantization: Quantization | None, module: str) -> str:
-    declared = quantization.declared(module)[0] if quantization else None
-    return declared.mode if declared else ""
 
 
 def _read_lazily(checkpoint: Checkpoint) -> dict[str, mx.array]:
@@ -144,89 +217,14 @@ def _allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
-def _quantize_modules(model: Model, weights: dict[str, mx.array]) -> None:
-    """Replace each module that has scales by its quantized form."""
-
-    def parameters(path: str, module: nn.Module) -> dict[str, Any] | bool:
-        scales = weights.get(f"{path}.scales")
-        if scales is None:
-            return False
-        packed, uint8 = weights[f"{path}.weight"].shape[-1], scales.dtype == mx.uint8
-        columns = module.weight.shape[-1]
-        return infer_format(path, columns, packed, scales.shape[-1], uint8).parameters
-
-    if any(name.endswith(".scales") for name in weights):
-        nn.quantize(model, class_predicate=parameters)
-
-
-def _materialize(model: Model, checkpoint: Checkpoint, sources: list[_Scales]) -> None:
-    """Read the parameters one by one and check scales; consumes ``sources``."""
-    modes = {name: m.mode for name, m in model.named_modules() if "scales" in m}
-    parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
-    total = sum(array.nbytes for _, array in parameters)
-    with _lean_memory(), _progress(total) as bar:
-        while sources:
-            _read(sources[-1].name, sources[-1].array, checkpoint)
-            _check_scales(sources.pop(), checkpoint)
-        for name, array in parameters:
-            _read(name, array, checkpoint)
-            module, _, leaf = name.rpartition(".")
-            if leaf in ("scales", "biases"):
-                _check_scales(_Scales(name, array, modes[module]), checkpoint)
-            bar.update(array.nbytes)
-
-
-def _read(name: str, array: mx.array, checkpoint: Checkpoint) -> None:
-    """Read a lazy array; the error of a failing disk says which."""
-    try:
-        mx.eval(array)
-    except RuntimeError as error:
-        raise RuntimeError(f"[loader] {checkpoint.path}: {name}: {error}") from None
-
-
-def _check_scales(scales: _Scales, checkpoint: Checkpoint) -> None:
-    """Raise ValueError if a scale is NaN, infinite or, for FP8 blocks, not positive."""
-    name, array, mode = scales
-    if array.dtype == mx.uint8:
-        # e8m0 has one NaN; e4m3, of nvfp4, has one for each sign.
-        bad, expected = (
-            ((array & 0x7F) == 0x7F, "no NaN") if mode == "nvfp4" else (array == 0xFF, "no NaN")
-        )
-    elif name.endswith("_scale_inv"):
-        bad, expected = ~((array > 0) & mx.isfinite(array)), "positive finite numbers"
-    else:
-        bad, expected = ~mx.isfinite(array), "finite numbers"
-    if not bad.any().item():
-        return
-    index = np.argwhere(to_numpy(bad))[0].tolist()
-    value = array[tuple(index)].item()
-    expert = name.replace(".switch_mlp.", f".experts.{index[0]}.")
-    if name not in checkpoint.tensors and expert in checkpoint.tensors:
-        name, index = expert, index[1:]
-    raise ValueError(f"[loader] {name} has {value} at {index}, expected {expected}.")
-
-
-@contextmanager
-def _lean_memory() -> Iterator[None]:
-    """No cache of freed buffers, and no reading ahead of what consumes the data."""
-    mx.synchronize()
-    cache = mx.set_cache_limit(0)
-    # Above its limit MLX waits for the tasks that it counts, for ever if one of them is over.
-    limit = mx.set_memory_limit(1) if _ext.active_tasks() == 0 else None
-    try:
-        yield
-    finally:
-        mx.set_cache_limit(cache)
-        if limit is not None:
-            mx.set_memory_limit(limit)
-
-
-def _progress(total: int) -> "tqdm[Any]":
-    return tqdm(
-        total=total,
-        desc="Loading",
-        unit="B",
-        unit_scale=True,
-        disable=not sys.stderr.isatty(),
-        leave=False,
-    )
+def _pack_modules(
+    model: Model, weights: Mapping[str, mx.array], formats: Mapping[str, Format]
+) -> None:
+    """Replace each module that has scales by its packed form, still to be filled."""
+    packed = [
+        (path, module.unfilled(formats[path]))
+        for path, module in model.named_modules()
+        if f"{path}.scales" in weights
+    ]
+    if packed:
+        model.update_modules(tree_unflatten(packed))

@@ -1,12 +1,12 @@
-// Dot products of quantized rows with packed vectors. Included by
-// kernels_body.h only.
+// Dot products of a format's rows with packed vectors. Included by the formats'
+// headers, where they are compiled as kernels.
 #pragma once
 
 #include <cstring>
 
 #include "cpu/dot/dot_kernels.h"
-#include "cpu/dot/planes.h"
-#include "cpu/dot/scales.h"
+#include "cpu/dot/group_scales.h"
+#include "cpu/dot/lanes.h"
 
 namespace {
 
@@ -28,12 +28,12 @@ constexpr int kGroups = M == 1 ? 32 / kRowsAtOnce : 8;
 template <int M>
 constexpr int kChunk = M == 1 ? 8 : 2;
 
-// Packed x: per block and half, kTerms planes of 16 lanes, then the lane sums
-// that multiply the affine bias.
+// Packed x: per block and half, kTerms terms of 16 lanes, then the lane sums
+// that multiply a bias.
 template <class F>
-constexpr int planes_per_half = F::kTerms + (F::kSumStep ? 1 : 0);
+constexpr int vectors_per_half = F::kTerms + (F::kSumStep ? 1 : 0);
 template <class F>
-constexpr int floats_per_block = 2 * planes_per_half<F> * kHalf;
+constexpr int floats_per_block = 2 * vectors_per_half<F> * kHalf;
 
 template <class F>
 GLM_INLINE float lane_sum(const float* x) {
@@ -59,14 +59,14 @@ void pack(const float* x, int k, float* panel, int m, int width) {
         values[v] = column + v < k ? x[column + v] : 0.0f;
       }
       for (int p = 0; p < F::kTerms; p++) {
-        const Plane t = F::plane(p);
+        const Term t = F::term(p);
         out[p * width * kHalf + lane] = values[t.value] * t.scale * t.carry;
       }
       if constexpr (F::kSumStep > 0) {
         out[F::kTerms * width * kHalf + lane] = lane_sum<F>(values);
       }
     }
-    out += planes_per_half<F> * width * kHalf;
+    out += vectors_per_half<F> * width * kHalf;
   }
 }
 
@@ -128,17 +128,17 @@ struct HalfBlock {
   }
 };
 
-template <class F, class S>
+template <CpuDecode F>
 struct Tile {
   const DotArgs& a;
   const F format{};
-  const S scales;
+  const typename F::Scales scales;
   const size_t row_bytes;
 
   GLM_INLINE explicit Tile(const DotArgs& args)
       : a(args),
         scales(args, F::kValues),
-        row_bytes(args.format.row_bytes(args.k)) {}
+        row_bytes(args.format.row_bytes(0, args.k)) {}
 
   GLM_INLINE int half_blocks() const {
     constexpr int values = kHalf * F::kValues;
@@ -147,9 +147,9 @@ struct Tile {
 
   // R rows from `row` on, or that row R times.
   template <int R>
-  GLM_INLINE Rows locate(int row, int stride) const {
-    Rows rows;
-    rows.weight = a.weight + row * row_bytes;
+  GLM_INLINE TileRows locate(int row, int stride) const {
+    TileRows rows;
+    rows.weight = a.planes[0] + row * row_bytes;
     rows.weight_stride = static_cast<ptrdiff_t>(stride * row_bytes);
     scales.template locate<R>(rows, row, stride);
     return rows;
@@ -160,17 +160,16 @@ struct Tile {
   // `ahead` is how far from there the rows' next bytes lie.
   template <int R, size_t edge_bytes>
   GLM_INLINE const uint8_t* half_pointer(
-      const Rows& rows,
+      const TileRows& rows,
       int hb,
       ptrdiff_t ahead,
       uint8_t (&edge)[R][edge_bytes],
       ptrdiff_t& stride) const {
-    constexpr size_t whole = kHalf * F::kBytes;
-    constexpr size_t overread = F::kBytes == 3 ? 1 : 0;
+    constexpr size_t whole = F::kHalfBytes;
     const size_t offset = hb * whole;
     const size_t left = row_bytes - offset;
     const uint8_t* half = rows.weight + offset;
-    if (__builtin_expect(left < whole + overread, 0)) {
+    if (__builtin_expect(left < whole + F::kOverread, 0)) {
       memset(edge, 0, sizeof(edge));
       for (int r = 0; r < R; r++) {
         memcpy(edge[r], half + r * stride, left < whole ? left : whole);
@@ -190,15 +189,15 @@ struct Tile {
   // Adds half-block `hb` of the rows to result[r][m].
   template <int R, int M, class Width>
   GLM_INLINE void half_block(
-      const Rows& rows,
+      const TileRows& rows,
       int m0,
       Width width,
       int hb,
       ptrdiff_t ahead,
       F16 (&result)[R][M]) const {
-    const size_t planes = static_cast<size_t>(hb) * planes_per_half<F>;
-    const float* x = a.x + (planes * width + m0) * kHalf;
-    alignas(64) uint8_t edge[R][kHalf * F::kBytes + 4];
+    const size_t vectors = static_cast<size_t>(hb) * vectors_per_half<F>;
+    const float* x = a.x + (vectors * width + m0) * kHalf;
+    alignas(64) uint8_t edge[R][F::kHalfBytes + 4];
     ptrdiff_t stride = rows.weight_stride;
     const uint8_t* half = half_pointer(rows, hb, ahead, edge, stride);
     HalfBlock<F, R, M, Width> block(format, half, stride, x, width);
@@ -215,7 +214,7 @@ struct Tile {
   // The half-blocks [begin, end) of R rows; begin is even.
   template <int R, int M, class Width>
   GLM_INLINE void chunk(
-      const Rows& rows,
+      const TileRows& rows,
       int m0,
       Width width,
       int begin,
@@ -273,11 +272,11 @@ struct Tile {
       const ptrdiff_t next_group = step * row_bytes;
       // After the last group: the first one's next chunk, or the next rows.
       const ptrdiff_t next_chunk = end < halves
-          ? kChunk<M> * kHalf * F::kBytes - (groups - 1) * next_group
-          : next_group - begin * kHalf * F::kBytes;
+          ? kChunk<M> * F::kHalfBytes - (groups - 1) * next_group
+          : next_group - begin * F::kHalfBytes;
       for (int g = 0; g < groups; g++) {
         const ptrdiff_t ahead = g + 1 < groups ? next_group : next_chunk;
-        const Rows rows = locate<R>(first(g), stride);
+        const TileRows rows = locate<R>(first(g), stride);
         chunk<R, M>(rows, m0, width, begin, end, ahead, sums[g]);
       }
     }
@@ -330,12 +329,12 @@ struct Tile {
   }
 };
 
-template <class F, class S>
+template <class F>
 void dot(const DotArgs& args) {
-  Tile<F, S>(args).all();
+  Tile<F>(args).all();
 }
 
-template <class F, class S>
-constexpr Kernel kernel{dot<F, S>, pack<F>, F::kValues, floats_per_block<F>};
+template <class F>
+constexpr Kernel kernel{dot<F>, pack<F>, F::kValues, floats_per_block<F>};
 
 }  // namespace

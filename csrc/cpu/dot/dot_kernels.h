@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "formats.h"
+#include "formats/format.h"
 
 namespace glm_fused::cpu {
 
@@ -13,9 +13,7 @@ constexpr int kMaxTileRows = 256;
 
 // y[m * rows + r] = sum_k x[m][k] W[r][k] in fp32, in MLX's lane order.
 struct DotArgs {
-  const uint8_t* weight;  // row 0 of the tile
-  const uint8_t* scales;  // row 0, null for dense
-  const uint8_t* biases;  // row 0, null unless affine
+  const uint8_t* planes[kMaxPlanes];  // row 0 of the tile in each
   Format format;
   int k;
   int rows;

@@ -3,54 +3,20 @@
 
 #include <cstring>
 
-#include "cpu/dot/dot_body.h"
+#define GLM_DOT_KERNELS
+#include "formats/families.h"
 #include "swiglu.h"
 
 namespace {
 
-using glm_fused::Format;
-using glm_fused::Mode;
+using glm_fused::FloatType;
 using glm_fused::cpu::KernelSet;
 
-template <int bits>
-const Kernel& find_affine(bool fast) {
-  return fast ? kernel<Affine<bits, true>, AffineScales>
-              : kernel<Affine<bits, false>, AffineScales>;
-}
-
-const Kernel& find(const Format& f, bool fast) {
-  using enum FloatType;
-  switch (f.mode) {
-    case Mode::mxfp4:
-      return fast ? kernel<Fp4<true>, E8M0Scales>
-                  : kernel<Fp4<false>, E8M0Scales>;
-    case Mode::nvfp4:
-      return fast ? kernel<Fp4<true>, E4M3Scales>
-                  : kernel<Fp4<false>, E4M3Scales>;
-    case Mode::mxfp8:
-      return fast ? kernel<Fp8<true>, E8M0Scales>
-                  : kernel<Fp8<false>, E8M0Scales>;
-    case Mode::affine:
-      switch (f.bits) {
-        case 2:
-          return find_affine<2>(fast);
-        case 3:
-          return find_affine<3>(fast);
-        case 4:
-          return find_affine<4>(fast);
-        case 5:
-          return find_affine<5>(fast);
-        case 6:
-          return find_affine<6>(fast);
-        default:
-          return find_affine<8>(fast);
-      }
-    default:
-      break;
-  }
-  return f.float_type == float32 ? kernel<Dense<float32>, NoScales>
-      : f.float_type == float16  ? kernel<Dense<float16>, NoScales>
-                                 : kernel<Dense<bfloat16>, NoScales>;
+const Kernel& find(const glm_fused::Format& format, bool fast) {
+  return glm_fused::with_family(
+      format.family(), [&]<class Tag>(Tag) -> const Kernel& {
+        return find_kernel<Tag::value>(format, fast);
+      });
 }
 
 void swiglu(

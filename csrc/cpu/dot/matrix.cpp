@@ -14,23 +14,24 @@ namespace mx = mlx::core;
 Matrix::Matrix(
     const std::vector<mx::array>& inputs,
     size_t& next,
-    const Format& f)
-    : format(f), scales(nullptr), biases(nullptr) {
-  const auto take = [&] { return inputs[next++]; };
-  const mx::array w = take();
-  slots = w.ndim() == 3 ? w.shape(0) : 1;
-  n = w.shape(-2);
-  const int64_t words = w.shape(-1);
-  k = format.mode == Mode::dense ? w.shape(-1)
-                                 : static_cast<int>(words * 32 / format.bits);
+    const Format& f,
+    int columns)
+    : format(f), k(columns) {
+  const mx::array& rows = inputs[next];
+  slots = rows.ndim() == 3 ? rows.shape(0) : 1;
+  n = rows.shape(-2);
   fast_order = uses_fast_order(format, n, k);
   kernel = &kernels().find(format, fast_order);
-  weight = w.data<uint8_t>();
-  if (format.mode != Mode::dense) {
-    scales = take().data<uint8_t>();
+  for (int p = 0; p < format.spec->plane_count; p++) {
+    planes[p] = inputs[next++].data<uint8_t>();
+    row_bytes[p] = format.row_bytes(p, k);
   }
-  if (format.mode == Mode::affine) {
-    biases = take().data<uint8_t>();
+}
+
+void Matrix::locate(int slot, int row, const uint8_t** at) const {
+  const size_t first = static_cast<size_t>(slot) * n + row;
+  for (int p = 0; p < kMaxPlanes; p++) {
+    at[p] = planes[p] + first * row_bytes[p];
   }
 }
 
@@ -41,18 +42,9 @@ void Matrix::dot(
     const float* panel,
     int width,
     float* y) const {
-  const size_t first = static_cast<size_t>(slot) * n + row;
-  const size_t scale = first * format.groups(k) * format.scale_bytes();
-  kernel->dot(
-      {weight + first * format.row_bytes(k),
-       scales ? scales + scale : nullptr,
-       biases ? biases + scale : nullptr,
-       format,
-       k,
-       rows,
-       panel,
-       width,
-       y});
+  DotArgs args{{}, format, k, rows, panel, width, y};
+  locate(slot, row, args.planes);
+  kernel->dot(args);
 }
 
 void load_row(const mx::array& x, size_t row, int k, float* out) {

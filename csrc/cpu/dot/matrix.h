@@ -15,15 +15,18 @@ struct Matrix {
   int slots, n, k;
   bool fast_order;
   const Kernel* kernel;
-  const uint8_t* weight;
-  const uint8_t* scales;
-  const uint8_t* biases;
+  const uint8_t* planes[kMaxPlanes] = {};
+  size_t row_bytes[kMaxPlanes] = {};
 
-  // Takes the arrays of one weight from inputs[next…] and advances `next`.
+  // Takes the planes of one weight from inputs[next…] and advances `next`.
   Matrix(
       const std::vector<mlx::core::array>& inputs,
       size_t& next,
-      const Format& format);
+      const Format& format,
+      int k);
+
+  // Where row `row` of a slot lies in each plane.
+  void locate(int slot, int row, const uint8_t** at) const;
 
   // Rows [row, row + rows) of a slot times a panel of `width` vectors.
   void dot(int slot, int row, int rows, const float* panel, int width, float* y)

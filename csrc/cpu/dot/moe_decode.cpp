@@ -339,9 +339,9 @@ void MoeDecode::eval_cpu(
                      reference = reference_,
                      arrivals = arrivals_](const auto& in, auto& out) {
     size_t next = 3;
-    const cpu::Matrix gate(in, next, gate_format);
-    const cpu::Matrix up(in, next, up_format);
-    const cpu::Matrix down(in, next, down_format);
+    const cpu::Matrix gate(in, next, gate_format, in[0].shape(1));
+    const cpu::Matrix up(in, next, up_format, in[0].shape(1));
+    const cpu::Matrix down(in, next, down_format, gate.n);
     const FloatType type = float_type_of(out[0].dtype());
     const cpu::Moe moe{in[0], in[1], in[2], gate, up, down, out[0], type};
     const auto compute = [&](Arrivals* some) {

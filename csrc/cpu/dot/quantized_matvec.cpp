@@ -85,7 +85,7 @@ void QuantizedMatvec::eval_cpu(
   const auto task = [format = format_, reference = reference_](
                         const auto& in, auto& out) {
     size_t next = 1;
-    const cpu::Matrix w(in, next, format);
+    const cpu::Matrix w(in, next, format, in[0].shape(-1));
     if (reference) {
       reference::quantized_matvec(w, in[0], out[0]);
     } else {

@@ -124,9 +124,9 @@ void RouterTopk::eval_cpu(
     std::vector<mx::array>& outputs) {
   const auto task = [routing = routing_, reference = reference_](
                         const auto& in, auto& out) {
-    const Format format{Mode::dense, 0, 0, float_type_of(in[1].dtype())};
+    const Format format = dense_format(float_type_of(in[1].dtype()));
     size_t next = 1;
-    const cpu::Matrix w(in, next, format);
+    const cpu::Matrix w(in, next, format, in[0].shape(-1));
     const int tokens = in[0].shape(0);
     const auto logits = cpu::uninitialized(static_cast<size_t>(tokens) * w.n);
     if (reference) {

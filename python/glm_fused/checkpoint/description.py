@@ -1,18 +1,21 @@
 """What a checkpoint is and what a decoded token costs, from its headers alone."""
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from math import prod
 from textwrap import wrap
 from typing import Any
 
+from ..formats.weights import Format
 from ..models.cache import bytes_per_token
 from ..models.config import DeepseekV32Args, ModelArgs, args_from_config
+from ..models.tensor_names import MTP_REASON
 from ..models.tensors import Module, modules
+from .declaration import quantization_from_config
 from .folder import Checkpoint
-from .inventory import Manifest, Stored, check_tensors
-from .quantization import quantization_from_config
+from .inventory import Inventory, Stored, check_tensors
+from .layer_contents import mtp_layers
 
 WIDTH = 100
 RELEASED_EXPERTS = 256
@@ -26,8 +29,8 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     checkpoint = Checkpoint.open(path)
     args = args_from_config(checkpoint.config)
     quantization = quantization_from_config(checkpoint.config)
-    manifest = check_tensors(args, quantization, checkpoint.tensors)
-    kinds = _by_kind(args, manifest)
+    inventory = check_tensors(args, quantization, checkpoint.tensors)
+    kinds = _by_kind(args, inventory)
     return {
         "path": str(checkpoint.path),
         "model_type": args.model_type,
@@ -40,16 +43,19 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "bytes_read_per_token": round(sum(kind.read for kind in kinds.values())),
         "kv_bytes_per_token": bytes_per_token(args),
         "formats": {name: kind.describe() for name, kind in kinds.items()},
-        "layers": args.num_hidden_layers,
-        "full_layers": _ranges(i for i in range(args.num_hidden_layers) if args.is_full(i)),
-        "shared_layers": _ranges(i for i in range(args.num_hidden_layers) if not args.is_full(i)),
-        "expert_layers": _ranges(i for i in range(args.num_hidden_layers) if args.is_sparse(i)),
+        "layers": len(args.layers),
+        "full_layers": _ranges(layer.index for layer in args.layers if layer.is_full),
+        "shared_layers": _ranges(layer.index for layer in args.layers if not layer.is_full),
+        "expert_layers": _ranges(layer.index for layer in args.layers if layer.is_sparse),
         "experts": args.n_routed_experts,
+        "experts_by_layer": [layer.experts for layer in args.layers],
         "experts_per_token": args.num_experts_per_tok,
         "index_topk": args.index_topk,
         "context_length": args.max_position_embeddings,
         "eos_token_id": checkpoint.config.get("eos_token_id"),
-        "ignored_tensors": manifest.ignored,
+        "ignored_tensors": inventory.ignored,
+        "mtp_layers": [asdict(layer) for layer in mtp_layers(args, checkpoint.tensors)],
+        "warnings": list(_warnings(inventory)),
     }
 
 
@@ -58,11 +64,13 @@ def variant(args: ModelArgs) -> str:
     if isinstance(args, DeepseekV32Args):
         name = "DeepSeek-V3.2"
     else:
-        shared = any(not args.is_full(i) for i in range(args.num_hidden_layers))
+        shared = not all(layer.is_full for layer in args.layers)
         name = "GLM-5.2/5.3" if shared else "GLM-5/5.1"
-    count = args.n_routed_experts
-    pruned = count is not None and count < RELEASED_EXPERTS
-    return f"{name}, REAP-pruned to {count} of {RELEASED_EXPERTS} experts" if pruned else name
+    counts = [layer.experts for layer in args.layers if layer.is_sparse]
+    pruned = bool(counts) and min(counts) < RELEASED_EXPERTS
+    if not pruned:
+        return name
+    return f"{name}, REAP-pruned to {_span(counts)} of {RELEASED_EXPERTS} experts"
 
 
 def activity(args: ModelArgs, module: Module) -> float:
@@ -90,9 +98,8 @@ class _Kind:
         self.formats[name] = self.formats.get(name, 0) + stored.nbytes
         self.weights += size + (module.bias[1] if module.bias else 0)
         self.nbytes += stored.nbytes
-        loaded = 2 * size if stored.format == "fp8" else stored.nbytes  # becomes bfloat16
-        self.loaded += loaded
-        self.read += loaded * activity(args, module)
+        self.loaded += stored.loaded
+        self.read += stored.loaded * activity(args, module)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -104,11 +111,33 @@ class _Kind:
         }
 
 
-def _by_kind(args: ModelArgs, manifest: Manifest) -> dict[str, _Kind]:
+def _by_kind(args: ModelArgs, inventory: Inventory) -> dict[str, _Kind]:
     kinds: dict[str, _Kind] = {}
-    for stored in manifest.stored:
+    for stored in inventory.stored:
         kinds.setdefault(stored.source.kind, _Kind()).add(args, stored)
     return kinds
+
+
+def _warnings(inventory: Inventory) -> Iterator[str]:
+    """What may make a checkpoint worse than its releases."""
+    # FP8 blocks are how the model's makers release its indexers, too.
+    found = [
+        s
+        for s in inventory.stored
+        if s.source.kind == "indexer" and isinstance(s.format, Format) and s.format.mode != "dense"
+    ]
+    if found:
+        formats = ", ".join(sorted({str(stored.format) for stored in found}))
+        yield (
+            f"the indexers are quantized ({formats}): models of this kind have lost what is"
+            " thousands of tokens back; prefer a checkpoint whose indexers are bfloat16"
+        )
+
+
+def _span(counts: Sequence[int]) -> str:
+    """ "160", or "96 to 160" for unlike numbers."""
+    low, high = min(counts), max(counts)
+    return str(high) if low == high else f"{low} to {high}"
 
 
 def _elements(module: Module) -> int:
@@ -126,7 +155,7 @@ def _ranges(indices: Iterable[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
-def format_report(description: dict[str, Any]) -> str:
+def format_description(description: dict[str, Any]) -> str:
     """The description as text for a terminal."""
     d = description
     lines = [
@@ -140,12 +169,19 @@ def format_report(description: dict[str, Any]) -> str:
         f"  layers      {d['layers']}",
         *_wrapped("full", d["full_layers"]),
         *_wrapped("shared", d["shared_layers"]),
-        f"  experts     {d['experts'] or 'none'}, {d['experts_per_token']} a token, on layers"
+        f"  experts     {_experts(d)}, {d['experts_per_token']} a token, on layers"
         f" {d['expert_layers'] or 'none'}",
         f"  context     {d['context_length']:,} tokens, {d['index_topk']} attended to",
         f"  eos         {d['eos_token_id']}",
     ]
-    lines += [f"  unused      {n} tensors: {reason}" for reason, n in d["ignored_tensors"].items()]
+    lines += [
+        f"  unused      {n} tensors: {reason}"
+        for reason, n in d["ignored_tensors"].items()
+        if reason != MTP_REASON
+    ]
+    lines += [_mtp_line(layer) for layer in d["mtp_layers"]]
+    for text in d["warnings"]:
+        lines += wrap(text, WIDTH, initial_indent="  warning     ", subsequent_indent=" " * 14)
     lines += ["", f"  {'weights':<18}{'bits':>6}{'on disk':>11}{'a token':>11}  format"]
     for name, kind in d["formats"].items():
         lines.append(
@@ -153,6 +189,18 @@ def format_report(description: dict[str, Any]) -> str:
             f"{_bytes(kind['bytes_read_per_token']):>11}  {', '.join(kind['formats'])}"
         )
     return "\n".join(lines)
+
+
+def _experts(d: dict[str, Any]) -> str:
+    counts = [count for count in d["experts_by_layer"] if count]
+    return _span(counts) if counts else "none"
+
+
+def _mtp_line(layer: dict[str, Any]) -> str:
+    lacking = layer["missing"]
+    lacks = f", lacks {_plural(len(lacking), 'weight')}" if lacking else ""
+    size = f"{_plural(layer['tensors'], 'tensor')}, {_bytes(layer['nbytes'])}"
+    return f"  MTP layer   {layer['layer']}: {size}{lacks}; not used"
 
 
 def _wrapped(label: str, text: str) -> list[str]:

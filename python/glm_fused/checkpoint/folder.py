@@ -17,6 +17,7 @@ from .safetensors_header import (
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+DECLARATION_FILE = "hf_quant_config.json"
 MAX_JSON_BYTES = 100_000_000
 
 
@@ -24,7 +25,8 @@ MAX_JSON_BYTES = 100_000_000
 class Checkpoint:
     """What a checkpoint contains, validated as far as its headers tell.
 
-    ``config`` is config.json, with ``eos_token_id`` of generation_config.json when that has one.
+    ``config`` is config.json, with ``eos_token_id`` of generation_config.json when that has one and
+    ``hf_quant_config`` of the file of that name where config.json declares no quantization.
     ``files`` gives each shard's size in bytes, ``tensors`` every tensor by name.
     """
 
@@ -78,6 +80,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         eos = read_json(generation).get("eos_token_id")
         if eos is not None:
             config["eos_token_id"] = eos
+    _read_declaration(path, config)
     if (eos := config.get("eos_token_id")) is not None:
         ids = eos if isinstance(eos, list) else [eos]
         if not all(type(token) is int and token >= 0 for token in ids):
@@ -85,6 +88,18 @@ def _read_config(path: Path) -> dict[str, Any]:
                 f"[checkpoint] {path}: eos_token_id must be token ids, found {show(eos)}."
             )
     return config
+
+
+def _read_declaration(path: Path, config: dict[str, Any]) -> None:
+    """Take the quantization from the file that modelopt writes where config.json has none."""
+    file = path / DECLARATION_FILE
+    declared = any(config.get(key) is not None for key in ("quantization", "quantization_config"))
+    if declared or not file.exists():
+        return
+    entry = read_json(file).get("quantization")
+    if not isinstance(entry, dict):
+        raise ValueError(f"[checkpoint] {file}: quantization {show(entry)}, expected an object.")
+    config["hf_quant_config"] = {"quant_method": "modelopt"} | entry
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -2,16 +2,25 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple
 
+from ..formats.weights import DENSE_FORMATS, FP8_BLOCK, Format
 from ..models.config import ModelArgs
-from ..models.tensors import Module, layer_of, modules, unused
-from .quantization import FP8_BLOCK, Format, Quantization
-from .safetensors_header import TensorInfo, quoted
+from ..models.tensor_names import MTP_REASON, layer_of, release_name, unused
+from ..models.tensors import Form, Module, modules
+from .compressed_tensors import PackQuantized
+from .layer_contents import check_expert_counts
+from .quantization import Declaration
+from .safetensors_header import DTYPES, ITEM_BYTES, TensorInfo, quoted
 
-FLOATS = ("BF16", "F16", "F32")
+FP8 = "fp8"  # in blocks; a checkpoint's alone, which becomes bfloat16
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DENSE = {NAMES[dtype]: fmt for dtype, fmt in DENSE_FORMATS.items()}
+FLOATS = tuple(DENSE)
 SHOWN = 3  # tensors named per kind of problem
 MAX_MISSING = 1000
+INTEGER_PARTS = ("weight_packed", "weight_scale", "weight_shape")  # of compressed-tensors
 
 
 class Source(NamedTuple):
@@ -20,35 +29,63 @@ class Source(NamedTuple):
     path: str
     tensor: str
     module: Module
-    shape: tuple[int, ...]
+    form: Form
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.form.shape
 
     @property
     def kind(self) -> str:
-        if self.path.endswith(".kv_b_proj"):
-            return "kv_b_proj"
-        return "experts gate, up" if self.path.endswith(".gate_up_proj") else self.module.kind
+        return self.form.kind or self.module.kind
 
 
 class Stored(NamedTuple):
-    """A weight found: how it is packed (a format, "fp8" or a float type) and its bytes."""
+    """A weight found: its format (`FP8` is no kernel's), and its bytes on disk and loaded.
+
+    ``packed`` tells that compressed-tensors wrote it, in that format but for the biases.
+    """
 
     source: Source
     format: Format | str
     nbytes: int
+    loaded: int
+    packed: bool = False
 
 
 @dataclass
-class Manifest:
+class Inventory:
     """Every weight of the model and where it is; ``ignored`` counts unused tensors by reason."""
 
     stored: list[Stored] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def packed(self) -> dict[str, tuple[Format, tuple[int, ...]]]:
+        """Format and shape of what compressed-tensors wrote, by path in the checkpoint."""
+        return {
+            stored.source.path: (stored.format, stored.source.shape)
+            for stored in self.stored
+            if stored.packed and isinstance(stored.format, Format)
+        }
+
+    @property
+    def formats(self) -> dict[str, Format]:
+        """The format of every packed weight, by its module in the checkpoint's and our layout."""
+        found: dict[str, Format] = {}
+        for source, fmt, *_ in self.stored:
+            if isinstance(fmt, Format) and fmt.mode != "dense":
+                found[source.path] = found[source.module.path] = fmt
+                if source.kind == "kv_b_proj":
+                    head = source.path.removesuffix("kv_b_proj")
+                    found[f"{head}unembed_out"] = fmt
+        return found
+
 
 @dataclass
 class _Checker:
     args: ModelArgs
-    quantization: Quantization | None
+    quantization: Declaration | None
     tensors: Mapping[str, TensorInfo]
     left: dict[str, None]
     missing: list[str] = field(default_factory=list)
@@ -82,6 +119,8 @@ class _Checker:
             name, size = source.module.bias
             nbytes += self.expect(f"{source.path}.{name}", FLOATS, (size,))
         info = self.tensors.get(source.tensor)
+        if info is None and any(f"{source.path}.{part}" in self.tensors for part in INTEGER_PARTS):
+            return self._integers(source, nbytes)
         if info is None:
             self.take(source.tensor)
             self._leave_out(source.path)
@@ -91,11 +130,12 @@ class _Checker:
         self._check_dense(source)
         if info.dtype != "F8_E4M3" or len(source.shape) != 2 or not source.module.quantizable:
             nbytes += self.expect(source.tensor, FLOATS, source.shape)
-            return Stored(source, info.dtype, nbytes)
+            return Stored(source, DENSE.get(info.dtype, info.dtype), nbytes, nbytes)
+        loaded = nbytes + 2 * prod(source.shape)  # becomes bfloat16
         nbytes += self.expect(source.tensor, ("F8_E4M3",), source.shape)
         blocks = tuple(-(-size // FP8_BLOCK) for size in source.shape)
         nbytes += self.expect(f"{source.tensor}_scale_inv", FLOATS, blocks)
-        return Stored(source, "fp8", nbytes)
+        return Stored(source, FP8, nbytes, loaded)
 
     def _check_dense(self, source: Source) -> None:
         if self.quantization is None:
@@ -107,65 +147,87 @@ class _Checker:
             )
 
     def _quantized(self, source: Source, nbytes: int) -> Stored | None:
-        path, columns = source.path, source.shape[-1]
-        quantization = self.quantization
-        declared = quantization.declared(path)[0] if quantization and self._packs(source) else None
+        stacked = source.module.quantizable and source.form.suffix != ""
+        packs = stacked and not isinstance(self.quantization, PackQuantized)
+        declared = self._declared(source, source.tensor, packs)
+        if declared is not None:
+            nbytes += self._planes(source, declared)
+            return Stored(source, declared, nbytes, nbytes)
+        self.left.pop(source.tensor, None)
+        self._leave_out(source.path)
+        return None
+
+    def _planes(self, source: Source, fmt: Format) -> int:
+        """Check the planes of a packed weight; returns their bytes."""
+        nbytes, blocks, shared = 0, source.shape[-1] // fmt.group_size, FLOATS
+        for plane in fmt.planes:
+            name, floats = f"{source.path}.{plane.name}", len(plane.dtypes) > 1
+            types = shared if floats else tuple(NAMES[dtype] for dtype in plane.dtypes)
+            shape = (*source.shape[:-1], blocks * plane.count)
+            nbytes += self.expect(name, types, shape, f" ({fmt} in config.json)")
+            if floats and name in self.tensors:
+                shared = (self.tensors[name].dtype,)  # of all planes of floats
+        return nbytes
+
+    def _integers(self, source: Source, nbytes: int) -> Stored | None:
+        """A weight of compressed-tensors: packed integers with scales, and its shape as data."""
+        path, name = source.path, f"{source.path}.{INTEGER_PARTS[0]}"
+        packs = source.module.quantizable and isinstance(self.quantization, PackQuantized)
+        declared = self._declared(source, name, packs)
+        self._leave_out(path)
         if declared is None:
-            self.wrong.append(f"{source.tensor} is quantized, but config.json does not declare it")
+            return None
+        rows, columns, why = source.shape[0], source.shape[-1], f" ({declared} in config.json)"
+        packed, groups = columns * declared.bits // 32, columns // declared.group_size
+        words = self.expect(name, ("I32",), (rows, packed), why)
+        scales = self.expect(f"{path}.weight_scale", FLOATS, (rows, groups), why)
+        shape = self.expect(f"{path}.weight_shape", ("I32", "I64"), (2,))
+        loaded = nbytes + words + 2 * scales  # biases are as many
+        if source.kind == "kv_b_proj":  # embed_q becomes dense
+            dense, info = prod(source.module.shape), self.tensors.get(f"{path}.weight_scale")
+            loaded -= (words + 2 * scales) * dense // prod(source.shape)
+            loaded += dense * ITEM_BYTES[info.dtype] if info else 0
+        return Stored(source, declared, nbytes + words + scales + shape, loaded, packed=True)
+
+    def _declared(self, source: Source, tensor: str, packs: bool) -> Format | None:
+        """The format that the config declares for a quantized tensor; problems are collected."""
+        columns, quantization = source.shape[-1], self.quantization
+        declared = quantization.declared(source.path)[0] if quantization and packs else None
+        if declared is None:
+            self.wrong.append(f"{tensor} is quantized, but config.json does not declare it")
         elif columns % declared.group_size:
             self.wrong.append(
-                f"{source.tensor} has rows of {columns}, which groups of {declared.group_size}"
+                f"{tensor} has rows of {columns}, which groups of {declared.group_size}"
                 f" ({declared}) do not divide"
             )
-        else:
-            rows, why = source.shape[:-1], f" ({declared} in config.json)"
-            packed, groups = columns * declared.bits // 32, columns // declared.group_size
-            nbytes += self.expect(source.tensor, ("U32",), (*rows, packed), why)
-            types = FLOATS if declared.mode == "affine" else ("U8",)
-            nbytes += self.expect(f"{path}.scales", types, (*rows, groups), why)
-            if declared.mode == "affine" and f"{path}.scales" in self.tensors:
-                same = (self.tensors[f"{path}.scales"].dtype,)
-                nbytes += self.expect(f"{path}.biases", same, (*rows, groups), why)
-            return Stored(source, declared, nbytes)
-        self.left.pop(source.tensor, None)
-        self._leave_out(path)
-        return None
+            return None
+        return declared
 
     def _leave_out(self, path: str) -> None:
         """One problem is enough: do not also call the scales of a weight unexpected."""
-        for part in ("scales", "biases", "weight_scale_inv"):
+        for part in ("scales", "biases", "weight_scale_inv", *INTEGER_PARTS):
             self.left.pop(f"{path}.{part}", None)
-
-    def _packs(self, source: Source) -> bool:
-        return source.module.quantizable and source.tensor == f"{source.path}.weight"
 
 
 def check_tensors(
-    args: ModelArgs, quantization: Quantization | None, tensors: Mapping[str, TensorInfo]
-) -> Manifest:
+    args: ModelArgs, quantization: Declaration | None, tensors: Mapping[str, TensorInfo]
+) -> Inventory:
     """Match headers with a config.
 
     Raises ValueError, naming the first few tensors of each kind and their number, if tensors are
     missing, unexpected, of another shape or type, or not packed as the config declares.
     """
-    manifest = Manifest()
-    draft_layers = {layer_of(name) for name in tensors if name.endswith(".eh_proj.weight")}
-    used: dict[str, None] = {}
-    for name in tensors:
-        reason = unused(name, args)
-        # A layer too many that is no MTP layer means another config.
-        if reason is None or (reason == "MTP layer" and layer_of(name) not in draft_layers):
-            used[name] = None
-        else:
-            manifest.ignored[reason] = manifest.ignored.get(reason, 0) + 1
+    check_expert_counts(args, tensors)
+    inventory = Inventory()
+    used = _set_aside(args, tensors, inventory)
     checker = _Checker(args, quantization, tensors, used)
     for source in _sources(args, tensors):
         stored = checker.check(source)
         if stored is not None:
-            manifest.stored.append(stored)
+            inventory.stored.append(stored)
         if len(checker.missing) >= MAX_MISSING:  # the config may name any number of experts
             raise ValueError(f"[checkpoint] {_names('missing', checker.missing, 'at least ')}.")
-    _check_experts_alike(manifest, checker.wrong)
+    _check_experts_alike(inventory, checker.wrong)
     parts = [
         _names(kind, names)
         for kind, names in (("missing", checker.missing), ("unexpected", list(checker.left)))
@@ -175,45 +237,42 @@ def check_tensors(
         parts.append("; ".join(checker.wrong[:SHOWN]) + _more(checker.wrong))
     if parts:
         raise ValueError(f"[checkpoint] {'. '.join(parts)}.")
-    return manifest
+    return inventory
+
+
+def _set_aside(
+    args: ModelArgs, tensors: Mapping[str, TensorInfo], inventory: Inventory
+) -> dict[str, None]:
+    """Count the tensors that the model has no use for; returns the names of the others."""
+    mtp_layers = {
+        layer_of(release_name(name, args)) for name in tensors if ".eh_proj.weight" in name
+    }
+    used: dict[str, None] = {}
+    for name in tensors:
+        reason = unused(name, args)
+        # A layer too many that is no MTP layer means another config.
+        too_many = reason == MTP_REASON and layer_of(name) not in (None, *mtp_layers)
+        if reason is None or too_many:
+            used[name] = None
+        else:
+            inventory.ignored[reason] = inventory.ignored.get(reason, 0) + 1
+    return used
 
 
 def _sources(args: ModelArgs, names: Mapping[str, TensorInfo]) -> Iterator[Source]:
-    """The weights to find. What is in neither layout is looked for in the one of the rest."""
-    hf = any(".mlp.experts." in name or ".kv_b_proj." in name for name in names)
+    """The weights to find. What is in no form is looked for in the one of the rest."""
+    release = any(".mlp.experts." in name or ".kv_b_proj." in name for name in names)
     for module in modules(args):
-        path, leaf = module.path, module.path.rpartition(".")[2]
-        direct = Source(path, f"{path}.weight", module, module.shape)
-        split = not hf or f"{path.removesuffix(leaf)}embed_q.weight" in names
-        if module.experts and hf and direct.tensor not in names:
-            yield from _expert_sources(module, names)
-        elif leaf == "embed_q" and not split:
-            rows = args.num_attention_heads * (args.qk_nope_head_dim + args.v_head_dim)
-            kv_b = f"{path.removesuffix(leaf)}kv_b_proj"
-            yield Source(kv_b, f"{kv_b}.weight", module, (rows, args.kv_lora_rank))
-        elif leaf != "unembed_out" or split:
-            yield direct
+        form = module.form_in(names, default=1 if release else 0)
+        if form.first_row == 0:  # else the tensor is another module's as well, and that one's here
+            for path in form.paths(module.experts):
+                yield Source(path, path + form.suffix, module, form)
 
 
-def _expert_sources(module: Module, names: Mapping[str, TensorInfo]) -> Iterator[Source]:
-    head, _, leaf = module.path.rpartition(".switch_mlp.")
-    experts, rows, columns = module.shape
-    gate_up, down = f"{head}.experts.gate_up_proj", f"{head}.experts.down_proj"
-    if leaf == "down_proj" and down in names:
-        yield Source(down, down, module, module.shape)
-    elif leaf != "down_proj" and gate_up in names:
-        if leaf == "gate_proj":
-            yield Source(gate_up, gate_up, module, (experts, 2 * rows, columns))
-    else:
-        for e in range(experts):
-            path = f"{head}.experts.{e}.{leaf}"
-            yield Source(path, f"{path}.weight", module, (rows, columns))
-
-
-def _check_experts_alike(manifest: Manifest, wrong: list[str]) -> None:
+def _check_experts_alike(inventory: Inventory, wrong: list[str]) -> None:
     """Experts are stacked, so one format has to serve all of a projection."""
     first: dict[str, Stored] = {}
-    for stored in manifest.stored:
+    for stored in inventory.stored:
         if not stored.source.module.experts:
             continue
         other = first.setdefault(stored.source.module.path, stored)

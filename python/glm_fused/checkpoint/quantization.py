@@ -1,39 +1,11 @@
-"""Quantized weight formats and what a config says about them."""
+"""What a config says about the formats of its weights."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+from ..formats.weights import QUANTIZED, Format, modes, quantized_format
 from ..validation import show
-from .safetensors_header import quoted
-
-GROUP_SIZES = {"affine": (32, 64, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}
-BITS = {"affine": (2, 3, 4, 5, 6, 8), "mxfp4": (4,), "mxfp8": (8,), "nvfp4": (4,)}
-DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
-FP8_BLOCK = 128
-_KEYS = ("group_size", "bits", "mode")
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """One of MLX's quantized layouts."""
-
-    mode: str
-    bits: int
-    group_size: int
-
-    @property
-    def bits_per_weight(self) -> float:
-        """With scales and biases, for 16-bit affine scales."""
-        return self.bits + (32 if self.mode == "affine" else 8) / self.group_size
-
-    def __str__(self) -> str:
-        return f"affine-{self.bits} g{self.group_size}" if self.mode == "affine" else self.mode
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        """Keyword arguments of ``mx.quantize`` and ``to_quantized``."""
-        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
 
 def parse_format(where: str, entry: Mapping[str, Any]) -> Format:
@@ -42,40 +14,28 @@ def parse_format(where: str, entry: Mapping[str, Any]) -> Format:
     A group_size of null is MLX's default: ``mlx_lm.convert --quant-predicate`` writes it.
     """
     mode = entry.get("mode", "affine")
-    if not isinstance(mode, str) or mode not in BITS:
-        raise ValueError(f"[config] {where}: mode {show(mode)}, expected one of {', '.join(BITS)}.")
-    default, bits = DEFAULTS[mode]
-    group_size, bits = entry.get("group_size"), entry.get("bits", bits)
-    group_size = default if group_size is None else group_size
-    for key, value, options in (("group_size", group_size, GROUP_SIZES), ("bits", bits, BITS)):
-        if type(value) is not int or value not in options[mode]:
-            expected = " or ".join(str(option) for option in options[mode])
+    if not isinstance(mode, str) or mode not in modes():
+        expected = ", ".join(modes())
+        raise ValueError(f"[config] {where}: mode {show(mode)}, expected one of {expected}.")
+    of_mode = [fmt for fmt in QUANTIZED if fmt.mode == mode]
+    default = next(fmt for fmt in of_mode if fmt.is_default)
+    group_size, bits = entry.get("group_size"), entry.get("bits", default.bits)
+    group_size = default.group_size if group_size is None else group_size
+    for key, value in (("group_size", group_size), ("bits", bits)):
+        options = dict.fromkeys(getattr(fmt, key) for fmt in of_mode)
+        if type(value) is not int or value not in options:
+            expected = " or ".join(str(option) for option in options)
             raise ValueError(
                 f"[config] {where}: {key} {show(value)}, expected {expected} for {mode}."
             )
-    return Format(mode, bits, group_size)
+    return quantized_format(group_size, bits, mode)
 
 
-def infer_format(
-    name: str, columns: int, packed: int, groups: int, scales_are_uint8: bool
-) -> Format:
-    """The format that a matrix of ``columns`` inputs was packed with, from the shapes stored.
+class Declaration(Protocol):
+    """What a config says of a checkpoint's modules."""
 
-    ``packed`` counts uint32 words a row, ``groups`` scales a row. Raises ValueError, naming the
-    module ``name``, if no format gives them.
-    """
-    for mode, group_sizes in GROUP_SIZES.items():
-        if scales_are_uint8 == (mode == "affine"):
-            continue
-        for bits in BITS[mode]:
-            for group in group_sizes:
-                if packed * 32 == columns * bits and groups * group == columns:
-                    return Format(mode, bits, group)
-    scales = "uint8" if scales_are_uint8 else "float"
-    raise ValueError(
-        f"[weights] {name}: no quantization packs rows of {columns} into {packed} words and"
-        f" {groups} {scales} scales."
-    )
+    def declared(self, path: str) -> tuple[Format | None, bool]:
+        """The format for a module, None if it is dense, and whether an entry names the module."""
 
 
 @dataclass(frozen=True)
@@ -103,55 +63,3 @@ def _aliases(path: str) -> Iterator[str]:
         yield f"{head.removesuffix('.switch_mlp')}.experts.0.{leaf}"
     elif ".mlp.experts." in head:
         yield f"{head.partition('.mlp.experts.')[0]}.mlp.switch_mlp.{leaf}"
-
-
-def quantization_from_config(config: Mapping[str, Any]) -> Quantization | None:
-    """What the config declares, or None; FP8 block scaling is checked and is no quantization here.
-
-    Raises ValueError for unknown modes or methods and impossible sizes, naming the entry.
-    """
-    for key in ("quantization", "quantization_config"):
-        entry = config.get(key)
-        if entry is None:
-            continue
-        if not isinstance(entry, Mapping):
-            raise ValueError(f"[config] {key} must be an object, found {show(entry)}.")
-        method = entry.get("quant_method")
-        if method == "fp8":
-            _check_fp8(key, entry)
-        elif method in ("mxfp4", "mxfp8"):
-            return Quantization(parse_format(key, {"mode": method}), {})
-        elif method is not None:
-            raise ValueError(
-                f"[config] {key}: quant_method {show(method)}, expected fp8, mxfp4 or mxfp8;"
-                " convert the checkpoint with mlx_lm.convert."
-            )
-        else:
-            return _parse(key, entry)
-    return None
-
-
-def _parse(key: str, entry: Mapping[str, Any]) -> Quantization:
-    default = parse_format(key, entry)
-    overrides: dict[str, Format | None] = {}
-    for path, value in entry.items():
-        where = f"{key}[{quoted(path)}]"
-        if path in _KEYS:
-            continue
-        if isinstance(value, Mapping):
-            overrides[path] = parse_format(where, value)
-        elif type(value) is bool:
-            overrides[path] = default if value else None
-        elif "." in path:  # other keys are notes of the tool that wrote the config
-            raise ValueError(f"[config] {where} must be an object or false, found {show(value)}.")
-    return Quantization(default, overrides)
-
-
-def _check_fp8(key: str, entry: Mapping[str, Any]) -> None:
-    block, fmt = entry.get("weight_block_size"), entry.get("fmt", "e4m3")
-    if block != [FP8_BLOCK, FP8_BLOCK]:
-        raise ValueError(
-            f"[config] {key}: weight_block_size {show(block)}, expected [{FP8_BLOCK}, {FP8_BLOCK}]."
-        )
-    if fmt != "e4m3":
-        raise ValueError(f"[config] {key}: fmt {show(fmt)}, expected 'e4m3'.")

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import mlx.core as mx
+
 from ..validation import show
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
@@ -29,6 +31,13 @@ ITEM_BYTES = {
     "I64": 8,
     "F64": 8,
 }
+DTYPES = {
+    "BF16": mx.bfloat16,
+    "F16": mx.float16,
+    "F32": mx.float32,
+    "U32": mx.uint32,
+    "U8": mx.uint8,
+}  # of the planes of weights
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 

@@ -1,4 +1,8 @@
-"""The ``glm-fused`` command: its arguments, exit codes and errors."""
+"""The ``glm-fused`` command: its exit codes and errors.
+
+Each command is a module with ``HELP``, ``add_arguments(parser)`` and ``run(options)``, which
+returns the exit code. It imports what it needs when it runs, so that help is quick.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +15,16 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any, NoReturn
 
-from ..selftest.doctor import VARIABLES
-from . import options_streaming
-from .arguments import DEFAULT_TOKENS, SAMPLING, UsageError, integer, path, words
-from .commands import run_demo, run_doctor, run_generate, run_inspect, run_selftest
-from .options_streaming import MODEL
+from ..environment import VARIABLES, flag
+from . import demo, doctor, generate, inspect, replay, selftest, sidecar
+from .arguments import UsageError
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 plus the signal, as a shell reports it
 OUR_FAULT = 70  # EX_SOFTWARE of sysexits.h
 LONGEST = 900  # characters of an error
 EXPECTED = (ImportError, OSError, RuntimeError, ValueError)
 UNEXPECTED = (RecursionError, NotImplementedError)  # though they are RuntimeErrors
-MAX_THREADS = 1024
-KV_FORMATS = ("auto", "bf16", "fp16", "fp32", "fp8", "int8")  # those of rows.py, without mlx
-BACKENDS = ("cpu", "metal", "metal-sim", "all-available")
+COMMANDS = (generate, demo, doctor, selftest, inspect, sidecar, replay)
 EXAMPLES = """\
 examples:
   glm-fused demo                                          # the bundled model, on both paths
@@ -32,13 +32,6 @@ examples:
   glm-fused inspect PATH                                  # what a checkpoint is and needs
   glm-fused generate --model PATH --prompt "..." --memory-budget 24GB
   glm-fused COMMAND --help                                # all options of a command
-"""
-GENERATE_EXAMPLES = """\
-examples:
-  glm-fused generate --model PATH --prompt "What is a monad?"
-  glm-fused generate --model PATH --prompt - --temp 0.7 --top-p 0.95 --stop "###" < prompt.txt
-  glm-fused generate --model PATH --prompt "..." --ab --max-tokens 32
-  glm-fused generate --model PATH --prompt "..." --memory-budget 24GB --sidecar DIR
 """
 EXIT_CODES = """\
 exit codes:
@@ -75,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(args.parser.complaint(str(error).removesuffix(".")), file=sys.stderr, end="")
         return 2
     except Exception as error:
-        if _debugging():
+        if flag("GLM_FUSED_DEBUG"):
             raise
         return _failed(error)
 
@@ -102,12 +95,6 @@ def _one_line(text: str) -> str:
     """Without what a file or an argument may have put into it: line ends, thousands of letters."""
     line = " ".join(text.split())
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
-
-
-def _debugging() -> bool:
-    from ..ops.paths import flag
-
-    return flag("GLM_FUSED_DEBUG")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -138,85 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    generate = commands.add_parser(
-        "generate", help="continue a prompt", epilog=f"{GENERATE_EXAMPLES}\n{EXIT_CODES}"
-    )
-    generate.set_defaults(run=run_generate)
-    _add_generate(generate)
-
-    demo = commands.add_parser("demo", help="try the small checkpoint that comes with the package")
-    demo.set_defaults(run=run_demo)
-    demo.add_argument("--prompt", metavar="TEXT", help="Python to continue; - for stdin")
-    _add_length(demo, "64")
-
-    doctor = commands.add_parser("doctor", help="check the installation and this machine")
-    doctor.set_defaults(run=run_doctor)
-
-    selftest = commands.add_parser("selftest", help="check every kernel, measure, make a report")
-    selftest.set_defaults(run=run_selftest)
-    _add_selftest(selftest)
-
-    inspect = commands.add_parser("inspect", help="say what a checkpoint is and what it costs")
-    inspect.set_defaults(run=run_inspect)
-    inspect.add_argument("path", type=path, metavar="PATH", help=MODEL)
-
-    options_streaming.add_commands(commands)
-
-    for command in (generate, demo):
-        text = "how the cache stores keys (default: as the activations)"
-        command.add_argument("--kv-format", choices=KV_FORMATS, default="auto", help=text)
-    for command in (generate, demo, doctor, selftest):
-        threads = integer(1, MAX_THREADS)
-        command.add_argument("--threads", type=threads, metavar="N", help="of the CPU kernels")
-    for command in (generate, demo, doctor, inspect):
-        command.add_argument("--json", action="store_true", help="print one JSON document")
+    for command in COMMANDS:
+        name = command.__name__.rpartition(".")[2]
+        examples = getattr(command, "EXAMPLES", None)
+        epilog = None if examples is None else f"{examples}\n{EXIT_CODES}"
+        subparser = commands.add_parser(name, help=command.HELP, epilog=epilog)
+        subparser.set_defaults(run=command.run)
+        command.add_arguments(subparser)
     return parser
-
-
-def _add_generate(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--model", required=True, type=path, metavar="PATH", help=MODEL)
-    add("--prompt", required=True, metavar="TEXT", help="the prompt; - for stdin")
-    _add_length(parser, f"{DEFAULT_TOKENS}, or what the context has room for")
-    add("--raw", action="store_true", help="do not apply the chat template")
-    help = "end the text before the first TEXT in it (may be given more than once)"
-    add("--stop", type=words, action="append", metavar="TEXT", help=help)
-    add("--ab", action="store_true", help="run the fused and the reference path and compare bits")
-    add("--verbose", action="store_true", help="speeds on stderr, in a pipe too")
-    _add_sampling(parser)
-    options_streaming.add_options(parser)
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    text = (
-        "as in mlx-lm; defaults are those of the checkpoint's generation_config.json, greedy "
-        "without one or\nwhere its do_sample is not true"
-    )
-    add = parser.add_argument_group("sampling", text).add_argument
-    for name, metavar, help in (
-        ("temp", "T", "temperature; 0: greedy"),
-        ("top_p", "P", "sample from the likeliest tokens of this probability together"),
-        ("top_k", "K", "sample from this many of the likeliest tokens; 0: from all"),
-        ("min_p", "P", "sample from tokens this likely, relative to the likeliest"),
-        ("repetition_penalty", "X", "make repeated tokens less likely; 1: do not"),
-        ("repetition_context_size", "N", "tokens that the penalty looks back (default: 20)"),
-    ):
-        add(f"--{name.replace('_', '-')}", type=SAMPLING[name].parse, metavar=metavar, help=help)
-    add("--seed", type=integer(0, 2**64 - 1), metavar="S", help="makes sampling reproducible")
-
-
-def _add_selftest(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    text = f"{', '.join(BACKENDS)} (default: all-available)"
-    add("--backend", choices=BACKENDS, default="all-available", metavar="NAME", help=text)
-    add("--quick", action="store_true", help="a part of the cases, under half a minute")
-    add("--no-bench", dest="bench", action="store_false", help="do not measure speed")
-    text = "write the report to FILE; - prints it instead of a summary"
-    add("--json", type=path, metavar="FILE", help=text)
-
-
-def _add_length(parser: argparse.ArgumentParser, default: str) -> None:
-    kind = integer(1, 2**31 - 1)
-    text = f"tokens to generate (default: {default})"
-    parser.add_argument("--max-tokens", type=kind, metavar="N", help=text)

@@ -1,45 +1,28 @@
-"""Types of command-line arguments; what does not fit is argparse's error."""
+"""Arguments that several commands take: their types, options and groups of options.
+
+What does not fit by itself is argparse's error, what does not fit together a `UsageError`.
+"""
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
+from ..formats.kv_rows import KV_FORMATS
+from ..generation.limits import Range
+from ..memory import parse_size
+from ..streaming.options import DEFAULT_CONTEXT, POLICIES, RANGES
 from ..validation import show
 
-DEFAULT_CONTEXT = 4096  # tokens that memory is planned for, unless more are asked for
-DEFAULT_TOKENS = 256  # to generate, where the context has room for them
+MODEL = 'folder of a checkpoint, or "demo", the bundled one'
+MAX_THREADS = 1024
 
 
 class UsageError(ValueError):
     """Arguments that do not fit together: the command line answers with where its help is."""
-
-
-class Range(NamedTuple):
-    """Which values an option of sampling may have, on the command line and everywhere else."""
-
-    kind: type[int] | type[float]
-    valid: Callable[[float], bool]
-    expected: str
-
-    def holds(self, value: Any) -> bool:
-        return type(value) in (int, self.kind) and self.valid(value)
-
-    @property
-    def parse(self) -> Callable[[str], Any]:
-        return _parser(self.kind, self.valid, self.expected)
-
-
-SAMPLING = {
-    "temp": Range(float, lambda v: 0 <= v < math.inf, "a number of at least 0"),
-    "top_p": Range(float, lambda v: 0 < v <= 1, "a number above 0, up to 1"),
-    "top_k": Range(int, lambda v: 0 <= v < 2**31, "an integer of at least 0"),
-    "min_p": Range(float, lambda v: 0 <= v <= 1, "a number from 0 to 1"),
-    "repetition_penalty": Range(float, lambda v: 0 < v < math.inf, "a number above 0"),
-    "repetition_context_size": Range(int, lambda v: 1 <= v < 2**31, "an integer of at least 1"),
-}
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:
@@ -50,6 +33,11 @@ def integer(low: int, high: int) -> Callable[[str], int]:
 def number(valid: Callable[[float], bool], expected: str) -> Callable[[str], float]:
     """A number that is ``valid``; ``expected`` says which are."""
     return _parser(float, valid, expected)
+
+
+def within(allowed: Range) -> Callable[[str], Any]:
+    """A value that an option of generation may have."""
+    return _parser(allowed.kind, allowed.valid, allowed.expected)
 
 
 def path(text: str) -> str:
@@ -80,3 +68,87 @@ def _parser(
         return value
 
     return parse
+
+
+def flags(names: Iterable[str]) -> str:
+    """Options by their names in a namespace, as they are typed."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
+def parsed_size(flag: str, text: str) -> int:
+    """Bytes of a text such as 24GB; UsageError, naming the flag, for others."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise UsageError(f"{flag}: {error}") from None
+
+
+def new_file(text: str) -> Path:
+    """A file to write later; refused now where it cannot be."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"{text} is a folder, expected a file to write.")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} does not exist, to write {path.name} into.")
+    return path
+
+
+def read_prompt(text: str) -> str:
+    """The prompt, which is on stdin where the argument is -."""
+    if text != "-":
+        return text
+    if sys.stdin is None:  # what Python makes of a closed one
+        raise ValueError("--prompt -: stdin is closed.")
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError:
+        raise ValueError("--prompt -: stdin is not valid UTF-8.") from None
+
+
+def add_length(parser: argparse.ArgumentParser, default: str) -> None:
+    kind = integer(1, 2**31 - 1)
+    text = f"tokens to generate (default: {default})"
+    parser.add_argument("--max-tokens", type=kind, metavar="N", help=text)
+
+
+def add_kv_format(parser: argparse.ArgumentParser, of: str = "") -> None:
+    text = f"how the cache{of} stores keys (default: as the activations)"
+    parser.add_argument("--kv-format", choices=KV_FORMATS, default="auto", help=text)
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    threads = integer(1, MAX_THREADS)
+    parser.add_argument("--threads", type=threads, metavar="N", help="of the CPU kernels")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def add_streaming(parser: argparse.ArgumentParser) -> None:
+    """Their defaults are None, which tells them from what was asked for."""
+    text = "run a model larger than memory; the first three turn it on, the others need one of them"
+    group = parser.add_argument_group("expert streaming", text)
+    add = group.add_argument
+    add(
+        "--memory-budget",
+        metavar="SIZE",
+        help="keep within 24GB, say, reading experts as needed; or auto",
+    )
+    add("--slots", type=integer(*RANGES["slots"]), metavar="N", help="experts resident per layer")
+    help = "read experts packed by `glm-fused sidecar pack`"
+    add("--sidecar", type=path, metavar="DIR", help=help)
+    help = f"tokens to plan the cache for (default: {DEFAULT_CONTEXT} and those to generate)"
+    add("--context", type=integer(*RANGES["context"]), metavar="N", help=help)
+    help = f"which expert gives way: {', '.join(POLICIES)} (default: {POLICIES[0]})"
+    add("--policy", choices=POLICIES, metavar="NAME", help=help)
+    help = "JSON, {layer: [experts]}, for --policy pinned"
+    add("--pins", type=path, metavar="FILE", help=help)
+    help = "slots per layer for what the next layer's router may choose (default: 0)"
+    add("--lookahead", type=integer(*RANGES["lookahead"]), metavar="N", help=help)
+    add("--direct-io", action="store_true", default=None, help="read past the page cache")
+    help = "reads in flight (default: 16)"
+    add("--read-depth", type=integer(*RANGES["read_depth"]), metavar="N", help=help)
+    add("--read-split", metavar="SIZE", help="bytes per read (default: 1MiB)")
+    help = "write every request for experts, as JSON lines"
+    add("--trace", type=path, metavar="FILE", help=help)

@@ -29,7 +29,7 @@ def print_summary(
     completion: Completion, sampling: dict[str, Any], streaming: Streaming | None
 ) -> None:
     """Speeds, memory and what was sampled from, on stderr."""
-    from ..streaming.budget import size
+    from ..memory import size
     from .ab import MEANINGFUL_TOKENS
 
     c, n = completion, len(completion.tokens)

@@ -12,7 +12,7 @@ from typing import cast
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..foreign import foreign
-from ..streaming.budget import resident_bytes, size
+from ..memory import resident_bytes, size
 
 SECONDS = 10.0  # usual templates take milliseconds
 GROWTH_BYTES = 2 << 30

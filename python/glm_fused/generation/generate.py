@@ -13,15 +13,15 @@ from mlx_lm.generate import generation_stream
 from mlx_lm.generate import stream_generate as mlx_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .. import _ext, ops
+from ..environment import debug, flag
 from ..formats.kv_rows import format_of
 from ..host import settle
+from ..memory import peak_resident_bytes
+from ..models.decode_routes import attention_routes, explain, mlp_routes, path_taken
 from ..models.decoder import Model
 from ..models.moe import MoE
-from ..ops import paths
-from ..streaming.budget import peak_resident_bytes
 from ..streaming.experts import check_reads
-from .options import Options
+from .options import Options, defaults_of
 from .prompts import Prompt, encode, room
 from .stops import StopTexts
 
@@ -44,6 +44,7 @@ class Piece:
 class Completion:
     """A generated text.
 
+    ``path`` is "fused", "reference", or "fused, but …" with the ops that fell back and why.
     ``finish_reason`` is "length" where ``max_tokens`` or the context ended it, else "stop".
     ``tokens`` ends with the stop token, or the one that completed a stop text, of which ``text``
     has nothing. ``peak_memory_bytes`` is MLX's: weights, cache, slots of experts, temporaries;
@@ -120,9 +121,14 @@ def stream_generate(
     on_progress: OnProgress = lambda what, done, total: None,
     **changes: Any,
 ) -> Iterator[Piece]:
-    """Continue a prompt piece by piece, one a token; arguments and errors are `generate`'s.
+    """Continue a prompt piece by piece, as the pieces are taken; arguments are `generate`'s.
 
-    Arguments are checked by the call, and the model runs as the pieces are taken.
+    Returns:
+        An iterator of one piece a token: its text, the token, and in the last piece why it ended.
+
+    Raises:
+        ValueError: by the call itself, an argument that `generate` refuses.
+        RuntimeError: as pieces are taken, an expert cannot be read.
     """
     return _Run.of(model, tokenizer, prompt, raw, options, changes, on_progress).pieces()
 
@@ -170,7 +176,7 @@ class _Run:
         on_progress: OnProgress,
     ) -> _Run:
         """A run of what a caller asks for; raises ValueError where it cannot be."""
-        options = model.options if options is None else options
+        options = defaults_of(model) if options is None else options
         unknown = changes.keys() - asdict(options).keys()
         if unknown:
             raise ValueError(
@@ -227,7 +233,7 @@ class _Run:
             text=self._text,
             tokens=self._tokens,
             finish_reason=self._finish_reason,
-            path="reference" if paths.use_reference() else "fused",
+            path=path_taken(self._model.args),
             prompt_tokens=len(self._prompt),
             prompt_seconds=self._prompt_seconds,
             prompt_tps=len(self._prompt) / self._prompt_seconds,
@@ -241,27 +247,18 @@ class _Run:
 
 
 def debug_paths(model: Model) -> None:
-    """With ``GLM_FUSED_DEBUG``, say which path each layer takes and why."""
-    if not paths.flag("GLM_FUSED_DEBUG"):
+    """With ``GLM_FUSED_DEBUG``, say which code runs the ops of each layer, and why."""
+    if not flag("GLM_FUSED_DEBUG"):
         return
-    if mx.default_device() == mx.gpu:
-        path = "stock MLX ops (the default device is a GPU)"
-    elif paths.use_reference():
-        path = "reference (asked for)"
-    else:
-        path = f"fused ({_ext.cpu_kernels()}, {_ext.num_threads()} threads)"
-    for i, layer in enumerate(model.layers):
-        indexer = "full" if "indexer" in layer.self_attn else "shared"
+    for layer, spec in zip(model.layers, model.args.layers, strict=True):
         mlp = layer.mlp.switch_mlp if isinstance(layer.mlp, MoE) else layer.mlp
-        formats = "/".join(_format(weight) for weight in mlp.weights())
-        kind = "moe_decode" if isinstance(layer.mlp, MoE) else "dense mlp"
-        paths.debug("layer %d: %s indexer, %s %s: %s", i, indexer, kind, formats, path)
+        formats = "/".join("adapted" if w is None else w.format.name for w in mlp.weights())
+        kind = "experts" if spec.is_sparse else "dense mlp"
+        routes = (*attention_routes(model.args, spec), *mlp_routes(model.args, spec))
+        line = "layer %d: %s indexer, %s %s: %s"
+        debug(line, spec.index, spec.attention, kind, formats, explain(routes))
 
 
 def ratio(a: float | None, b: float | None) -> float | None:
     """a / b, None where either is missing or 0."""
     return a / b if a and b else None
-
-
-def _format(weight: ops.Weight) -> str:
-    return f"{weight.mode}{weight.bits}" if weight.mode == "affine" else weight.mode

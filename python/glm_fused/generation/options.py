@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.sample_utils import make_logits_processors
 
 from ..checkpoint.folder import read_json
-from ..cli.arguments import SAMPLING
 from ..validation import show
+from .limits import SAMPLING
 from .sampling import Sampler, sampler
 
 GENERATION_CONFIG = "generation_config.json"
@@ -111,6 +112,17 @@ def checkpoint_options(folder: Path) -> Options:
     if not sample:
         found = {name: v for name, v in found.items() if name == "repetition_penalty"}
     return Options(**({"temp": 1.0} if sample else {}) | found)
+
+
+def set_defaults(model: nn.Module, options: Options) -> None:
+    """Have generation with ``model`` take ``options`` where a caller gives none."""
+    model.options = options
+
+
+def defaults_of(model: nn.Module) -> Options:
+    """What `set_defaults` gave the model, or greedy sampling without limits."""
+    options = getattr(model, "options", None)
+    return options if isinstance(options, Options) else Options()
 
 
 def changed(options: Options) -> list[str]:

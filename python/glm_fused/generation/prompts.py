@@ -9,11 +9,11 @@ from typing import cast
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..cli.arguments import DEFAULT_TOKENS
 from ..foreign import foreign
 from ..models.decoder import Model
 from ..validation import show
 from . import chat
+from .limits import DEFAULT_TOKENS
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]] | mx.array
 
@@ -37,7 +37,7 @@ def encode(
         tokens = _text_tokens(tokenizer, prompt, raw)
     else:
         tokens = _listed(prompt, model.args.vocab_size)
-    limit = context_of(model)
+    limit = model.context
     if not 0 < len(tokens) < limit:
         raise ValueError(
             f"[prompt] the prompt is {len(tokens)} tokens, expected 1 to {limit - 1}"
@@ -51,32 +51,25 @@ def encode(
     return tokens
 
 
-def context_of(model: Model) -> int:
-    """How many tokens a prompt and what follows may have: with streaming, as memory is planned."""
-    limit = model.args.max_position_embeddings
-    return limit if model.streaming is None else min(limit, model.streaming.plan.context)
-
-
 def room(model: Model, prompt_tokens: int, max_tokens: int | None) -> int:
     """How many tokens to generate after a prompt.
 
     ``max_tokens``, which raises ValueError where it exceeds the context; without it as many as are
     usual, and fit.
     """
-    left = context_of(model) - prompt_tokens
+    left = model.context - prompt_tokens
     if max_tokens is None:
         return min(DEFAULT_TOKENS, left)
     if max_tokens > left:
         raise ValueError(
             f"[prompt] {prompt_tokens} prompt tokens and {max_tokens} more (max_tokens) exceed the"
-            f" context of {context_of(model)} tokens{_limited_by(model)}; at most {left} more fit."
+            f" context of {model.context} tokens{_limited_by(model)}; at most {left} more fit."
         )
     return max_tokens
 
 
 def _limited_by(model: Model) -> str:
-    streaming = model.streaming
-    if streaming is None or streaming.plan.context >= model.args.max_position_embeddings:
+    if model.context >= model.args.max_position_embeddings:
         return ", by the model's max_position_embeddings"
     return ", for which memory was planned (--context plans for more)"
 

@@ -13,11 +13,10 @@ from typing import Any
 from mlx_lm import cli
 
 from ..cli import BROKEN_PIPE, INTERRUPTED
-from ..cli.arguments import DEFAULT_CONTEXT
-from ..cli.commands_streaming import stream_options
-from ..cli.options_streaming import add_options
-from ..formats.kv_rows import KV_FORMATS
-from ..ops.paths import flag
+from ..cli.arguments import add_kv_format, add_streaming
+from ..cli.loading import engine_options
+from ..environment import flag
+from ..streaming.options import DEFAULT_CONTEXT
 from .registration import UNSUPPORTED, Loading, register
 
 PROGRAM = "python -m glm_fused.mlx_lm"
@@ -119,9 +118,8 @@ def _our_options(command: str) -> Iterator[None]:
 
 
 def _add_ours(parser: argparse.ArgumentParser) -> None:
-    text = "how the cache of a GLM-5 model stores keys (default: as the activations)"
-    parser.add_argument("--kv-format", choices=KV_FORMATS, default="auto", help=text)
-    add_options(parser)
+    add_kv_format(parser, " of a GLM-5 model")
+    add_streaming(parser)
 
 
 def _defaults() -> dict[str, Any]:
@@ -159,7 +157,7 @@ def _loading(command: str, ours: argparse.Namespace, parsed: argparse.Namespace)
         )
     context = DEFAULT_CONTEXT + (getattr(parsed, "max_tokens", None) or 0)
     unsupported = {name: getattr(parsed, name, None) for name in UNSUPPORTED}
-    return Loading(ours.kv_format, stream_options(ours, context), _given(ours), unsupported)
+    return Loading(engine_options(ours, context), _given(ours), unsupported)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import mlx_lm.convert
 import mlx_lm.generate  # the module: its name in the package is a function
 import mlx_lm.models
 import mlx_lm.utils
 
-from .. import loader
 from ..checkpoint.safetensors_header import read_header
+from ..engine import Engine
+from ..engine_options import EngineOptions
 from ..models.config import ARGS_CLASSES
 from ..models.decoder import Model
-
-if TYPE_CHECKING:
-    from ..streaming.banks import StreamOptions
+from ..streaming.model import StreamedModel
 
 # Options of mlx-lm's that its code ignores for caches like ours, and what to do instead.
 UNSUPPORTED = {
@@ -36,16 +36,14 @@ class Loading:
     """How ``mlx_lm.load`` loads this package's models in this process.
 
     Attributes:
-        kv_format: how new caches store keys.
-        stream: how to stream experts, or None.
+        options: how the engine loads them.
         given: options on the command line that only this package's models take.
         unsupported: options of mlx-lm's on the command line, with their values, that
             these models do not take.
         refusal: why the command does not work on these models, or None.
     """
 
-    kv_format: str = "auto"
-    stream: StreamOptions | None = None
+    options: EngineOptions = field(default_factory=EngineOptions)
     given: list[str] = field(default_factory=list)
     unsupported: Mapping[str, Any] = field(default_factory=dict)
     refusal: str | None = None
@@ -55,6 +53,8 @@ _loading = Loading()
 _streamed: weakref.ref[Model] | None = None
 _stock_load_model, _stock_load_adapters = mlx_lm.utils.load_model, mlx_lm.utils.load_adapters
 _generate = sys.modules["mlx_lm.generate"]
+_convert = sys.modules["mlx_lm.convert"]
+_stock_recipe = _convert.mixed_quant_predicate_builder
 _stock_steps = {
     name: getattr(_generate, name) for name in ("generate_step", "speculative_generate_step")
 }
@@ -64,7 +64,7 @@ def register(loading: Loading | None = None) -> None:
     """Have ``mlx_lm`` load ``glm_moe_dsa`` and ``deepseek_v32`` as this package's models.
 
     Other model types go on through stock code. Loading follows ``loading`` and is strict: it
-    raises what `glm_fused.load_model` raises. Options that caches of these models do not take
+    raises what `glm_fused.Engine` raises. Options that caches of these models do not take
     (``kv_bits``, ``max_kv_size``) raise ValueError instead of being ignored.
     """
     global _loading
@@ -77,6 +77,7 @@ def register(loading: Loading | None = None) -> None:
         setattr(mlx_lm.models, model_type, module)
     setattr(mlx_lm.utils, "load_model", _load_model)  # noqa: B010  mypy knows its exact type
     setattr(mlx_lm.utils, "load_adapters", _load_adapters)  # noqa: B010
+    setattr(_convert, "mixed_quant_predicate_builder", _recipe)  # noqa: B010
     for name, stock in _stock_steps.items():
         setattr(_generate, name, _refusing(stock))
 
@@ -88,7 +89,7 @@ def _load_model(
     model_config: dict[str, Any] | None = None,
     **stock: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """``mlx_lm.utils.load_model``, through `glm_fused.load_model` where the model is ours."""
+    """``mlx_lm.utils.load_model``, through `glm_fused.Engine` where the model is ours."""
     path = Path(model_path)
     model_type = _model_type(path)
     if model_type not in ARGS_CLASSES or "get_model_classes" in stock:
@@ -102,16 +103,16 @@ def _load_model(
         )
         return loaded
     _check_options(path, strict, model_config or {})
-    model, config = loader.load_model(path, lazy, _loading.kv_format, _loading.stream)
-    if model.streaming is not None:
-        _remember(model)
-        print(model.streaming.plan.format(), file=sys.stderr)
-    return model, config | (model_config or {})
+    engine = Engine(path, _loading.options, lazy=lazy, tokenizer=False)  # mlx-lm has its own
+    if engine.streaming is not None:
+        _remember(engine.model)
+        print(engine.streaming.plan.format(), file=sys.stderr)
+    return engine.model, engine.config | (model_config or {})
 
 
 def _load_adapters(model: Any, adapter_path: str) -> Any:
     """``mlx_lm.utils.load_adapters``, which would name each tensor without a place."""
-    if isinstance(model, Model) and model.streaming is not None:
+    if isinstance(model, StreamedModel):
         file = Path(adapter_path) / "adapters.safetensors"
         if file.is_file() and any(".switch_mlp." in name for name in read_header(file)):
             raise ValueError(
@@ -149,10 +150,19 @@ def _check_options(path: Path, strict: bool, model_config: Mapping[str, Any]) ->
     for key, value in model_config.items():
         if value:
             raise ValueError(f"[mlx_lm] models of this type do not take {key}={value!r}.")
-    if _loading.stream is not None:
+    if _loading.options.stream_options() is not None:
         gc.collect()
         if _streamed is not None and _streamed() is not None:
             raise ValueError(f"[mlx_lm] {path}: one streamed model at a time fits the budget.")
+
+
+def _recipe(name: str, model: Any, *arguments: Any) -> Callable[[str, Any], Any]:
+    """``--quant-predicate`` of ``mlx_lm.convert``, but for what the model keeps as it is."""
+    chosen = _stock_recipe(name, model, *arguments)
+    if not isinstance(model, Model):
+        return chosen  # type: ignore[no-any-return]
+    kept = model.quant_predicate
+    return lambda path, module: kept(path, module) and chosen(path, module)
 
 
 def _remember(model: Model) -> None:

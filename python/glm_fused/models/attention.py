@@ -9,6 +9,7 @@ from .. import ops
 from .cache import Span, append
 from .config import ModelArgs
 from .indexer import Indexer
+from .layer_spec import LayerSpec
 from .layers import Linear, MultiLinear
 from .rope import Angles, rotate
 
@@ -16,7 +17,7 @@ from .rope import Angles, rotate
 class Attention(nn.Module):
     """MLA that works on the cached latents; owns an ``indexer`` on full layers only."""
 
-    def __init__(self, args: ModelArgs, layer: int):
+    def __init__(self, args: ModelArgs, layer: LayerSpec):
         super().__init__()
         self.heads = args.num_attention_heads
         self.nope_dim = args.qk_nope_head_dim
@@ -32,7 +33,7 @@ class Attention(nn.Module):
         self.embed_q = MultiLinear(self.nope_dim, self.latent_dim, self.heads)
         self.unembed_out = MultiLinear(self.latent_dim, args.v_head_dim, self.heads)
         self.o_proj = Linear(self.heads * args.v_head_dim, hidden, bias)
-        if args.is_full(layer):
+        if layer.is_full:
             self.indexer = Indexer(args)
 
     def __call__(

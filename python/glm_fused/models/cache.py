@@ -15,20 +15,20 @@ from mlx_lm.models.cache import CacheList, KVCache
 
 from ..formats.kv_rows import FLOATS, PACKED, format_of, pack, row_bytes
 from .config import ModelArgs
+from .layer_spec import INDEX_KEY, LATENT
 
 
 def make_cache(args: ModelArgs) -> list[CacheList]:
-    return [
-        CacheList(KVCache(), KVCache()) if args.is_full(i) else CacheList(KVCache())
-        for i in range(args.num_hidden_layers)
-    ]
+    return [CacheList(*(KVCache() for _ in spec.cache)) for spec in args.layers]
 
 
 def bytes_per_token(args: ModelArgs, kv_format: str = "bf16") -> int:
     """Cache growth per token: latents and RoPE keys, and on full layers indexer keys."""
-    full = sum(args.is_full(i) for i in range(args.num_hidden_layers))
-    latents = row_bytes(kv_format, args.kv_lora_rank, args.qk_rope_head_dim)
-    return args.num_hidden_layers * latents + full * row_bytes(kv_format, args.index_head_dim, 0)
+    entries = {
+        LATENT: row_bytes(kv_format, args.kv_lora_rank, args.qk_rope_head_dim),
+        INDEX_KEY: row_bytes(kv_format, args.index_head_dim, 0),
+    }
+    return sum(entries[name] for spec in args.layers for name in spec.cache)
 
 
 def append(

@@ -7,20 +7,17 @@ What rows hold is not known to anybody, so a cache whose values were changed pas
 from __future__ import annotations
 
 import operator
-import os
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
 import mlx.core as mx
-from mlx_lm.models import cache as stock
 from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache
 
-from ..checkpoint.safetensors_header import read_header
 from ..formats.kv_rows import FLOATS, PACKED, format_of, row_widths
 from ..validation import show
 from .config import ModelArgs
+from .layer_spec import LayerSpec
 
 _DTYPES = list((FLOATS | PACKED).values())
 _NAMES = ("latents", "indexer keys")
@@ -56,18 +53,16 @@ def check_cache(cache: Sequence[Any], args: ModelArgs, batch: int | None = None)
     their shapes and types, and the padding of batches; ``batch`` is the rows that tokens have.
     Called at every step, so arrays that passed before are only looked at for their lengths.
     """
-    if not isinstance(cache, Sequence) or len(cache) != args.num_hidden_layers:
+    if not isinstance(cache, Sequence) or len(cache) != len(args.layers):
         found = len(cache) if isinstance(cache, Sequence) else f"a {type(cache).__name__}"
-        raise ValueError(
-            f"[cache] expected one entry per layer ({args.num_hidden_layers}), got {found}."
-        )
+        raise ValueError(f"[cache] expected one entry per layer ({len(args.layers)}), got {found}.")
     if _passed_before(cache, args, batch):
         return
     shared: _Shared | None = None
     for i, layer in enumerate(cache):
         caches = layer.caches if type(layer) is CacheList else ()
-        if len(caches) != (2 if args.is_full(i) else 1):
-            _refuse_layer(layer, i, args)
+        if len(caches) != len(args.layers[i].cache):
+            _refuse_layer(layer, args.layers[i])
         for j, entry in enumerate(caches):
             shared = _check(entry, i, j, args, shared, batch)
     if shared is not None and shared.dtype is not None:
@@ -113,33 +108,10 @@ def _arrays(cache: Sequence[Any], shared: _Shared) -> tuple[list[mx.array], list
     return keys + values, [e.values.shape for layer in cache for e in layer.caches[1:]]
 
 
-def load_prompt_cache(path: str | os.PathLike[str], args: ModelArgs) -> list[CacheList]:
-    """A prompt cache that mlx-lm's ``save_prompt_cache`` wrote, read and checked.
-
-    Raises FileNotFoundError for a missing file and ValueError, naming the file or layer, for one
-    that is damaged, no prompt cache, or not this model's.
-    """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"[cache] {path}: expected a file whose name ends in .safetensors.")
-    read_header(path)
-    try:
-        cache = stock.load_prompt_cache(str(path))
-        mx.eval([layer.state for layer in cache])
-    except Exception as error:  # it takes the file's word for everything
-        raise ValueError(
-            f"[cache] {path} is no prompt cache that mlx-lm wrote:"
-            f" reading it ends with {type(error).__name__}."
-        ) from error
-    check_cache(cache, args)
-    return cast(list[CacheList], cache)
-
-
-def _refuse_layer(layer: Any, i: int, args: ModelArgs) -> NoReturn:
-    found, expected = len(getattr(layer, "caches", ())), 2 if args.is_full(i) else 1
-    kind = "full" if args.is_full(i) else "shared"
+def _refuse_layer(layer: Any, spec: LayerSpec) -> NoReturn:
+    found, expected = len(getattr(layer, "caches", ())), len(spec.cache)
     raise ValueError(
-        f"[cache] layer {i} is {kind!r} and needs a CacheList of {expected}, got"
+        f"[cache] layer {spec.index} is {spec.attention!r} and needs a CacheList of {expected}, got"
         f" {type(layer).__name__} of {found}."
     )
 

@@ -6,7 +6,7 @@ from typing import Any
 from mlx_lm.models.base import BaseModelArgs
 
 from .. import validation as check
-from .layer_types import FULL, SPARSE, indexer_types, mlp_types
+from .layer_spec import SPARSE, LayerSpec, indexer_types, layer_specs, mlp_types
 from .rope import RopeParameters
 
 MAX_LAYERS = 1024  # bounds the work that a corrupt config can cause
@@ -40,8 +40,9 @@ FLAGS = ("norm_topk_prob", "attention_bias", "tie_word_embeddings", "indexer_rop
 class ModelArgs(BaseModelArgs):
     """A GLM-5 config; keys and defaults are transformers'.
 
-    After construction ``indexer_types`` and ``mlp_layer_types`` name every layer, whichever keys
-    they came from, and ``rope`` holds the rope parameters of either spelling.
+    After construction ``layers`` describes every layer of the decoder and ``mtp_layers`` those that
+    predict further tokens, whichever keys they came from; ``indexer_types`` and ``mlp_layer_types``
+    name every decoder layer, and ``rope`` holds the rope parameters of either spelling.
     ``num_key_value_heads`` is accepted and unused: MLA caches one latent for all heads.
     """
 
@@ -67,6 +68,7 @@ class ModelArgs(BaseModelArgs):
     index_topk_freq: int | None = None
     index_skip_topk_offset: int | None = None
     n_routed_experts: int | None = 256
+    num_routed_experts_per_layer: list[int] | None = None
     n_shared_experts: int | None = 1
     num_experts_per_tok: int = 8
     n_group: int = 1
@@ -88,6 +90,8 @@ class ModelArgs(BaseModelArgs):
     tie_word_embeddings: bool = False
     num_nextn_predict_layers: int = 0
     rope: RopeParameters = field(init=False, repr=False)
+    layers: tuple[LayerSpec, ...] = field(init=False, repr=False)
+    mtp_layers: tuple[LayerSpec, ...] = field(init=False, repr=False)
 
     @classmethod
     def from_dict(cls, params: Any) -> "ModelArgs":
@@ -99,6 +103,9 @@ class ModelArgs(BaseModelArgs):
         for alias in ("num_experts", "num_local_experts"):
             if alias in params:
                 params.setdefault("n_routed_experts", params[alias])
+        counts = params.get("num_routed_experts_per_layer")
+        if isinstance(counts, list) and all(type(count) is int for count in counts) and counts:
+            params.setdefault("n_routed_experts", max(counts))
         names = {f.name for f in fields(cls) if f.init}
         return cls(**{key: value for key, value in params.items() if key in names})
 
@@ -106,9 +113,12 @@ class ModelArgs(BaseModelArgs):
         self._check_scalars()
         self._check_attention()
         self.mlp_layer_types = mlp_types(self)
-        if SPARSE in self.mlp_layer_types:
-            self._check_experts()
+        if SPARSE in self.mlp_layer_types and self.n_routed_experts is None:
+            check.fail("n_routed_experts", "an integer where mlp_layer_types has 'sparse'", None)
         self.indexer_types = indexer_types(self)
+        self.layers, self.mtp_layers = layer_specs(self)
+        for experts in sorted({spec.experts for spec in self.layers if spec.is_sparse}):
+            self._check_experts(experts)
         self.rope = RopeParameters.from_config(
             self.rope_parameters, self.rope_theta, self.rope_scaling, self.max_position_embeddings
         )
@@ -116,16 +126,6 @@ class ModelArgs(BaseModelArgs):
     @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    def is_full(self, layer: int) -> bool:
-        """Whether ``layer`` owns an indexer (else it reuses the last full layer's selection)."""
-        assert self.indexer_types is not None
-        return self.indexer_types[layer] == FULL
-
-    def is_sparse(self, layer: int) -> bool:
-        """Whether ``layer`` has routed experts."""
-        assert self.mlp_layer_types is not None
-        return self.mlp_layer_types[layer] == SPARSE
 
     def _check_scalars(self) -> None:
         check.choice("model_type", self.model_type, type(self).model_type)
@@ -157,19 +157,20 @@ class ModelArgs(BaseModelArgs):
         check.product("num_attention_heads * head size", a=self.num_attention_heads, b=per_head)
         check.product("index_n_heads * index_head_dim", a=self.index_n_heads, b=self.index_head_dim)
 
-    def _check_experts(self) -> None:
-        experts, groups = self.n_routed_experts, self.n_group
-        if experts is None:
-            check.fail("n_routed_experts", "an integer where mlp_layer_types has 'sparse'", None)
+    def _check_experts(self, experts: int) -> None:
+        """Check that a layer of so many experts can be routed to."""
+        groups = self.n_group
+        per_layer = self.num_routed_experts_per_layer is not None
+        key = "num_routed_experts_per_layer" if per_layer else "n_routed_experts"
         if experts % groups:
-            check.fail("n_group", f"a divisor of n_routed_experts ({experts})", groups)
+            check.fail("n_group", f"a divisor of {key} ({experts})", groups)
         if groups > 1 and experts // groups < 2:  # groups rank by their two best experts
-            check.fail("n_group", f"at most n_routed_experts / 2 ({experts // 2})", groups)
+            check.fail("n_group", f"at most {key} / 2 ({experts // 2})", groups)
         if self.topk_group > groups:
             check.fail("topk_group", f"at most n_group ({groups})", self.topk_group)
         selectable = experts // groups * self.topk_group
         if self.num_experts_per_tok > selectable:
-            expected = f"at most the {selectable} selectable of n_routed_experts ({experts})"
+            expected = f"at most the {selectable} selectable of {key} ({experts})"
             check.fail("num_experts_per_tok", expected, self.num_experts_per_tok)
         check.product(
             "n_shared_experts * moe_intermediate_size",

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList
 
-from .. import _ext, ops
+from .. import ops
 from ..formats.kv_rows import check_kv_format
-from ..generation.options import Options
+from ..formats.weights import Format
 from ..ops.stock import visible_columns
-from ..streaming.experts import reads_for
 from .attention import Attention
 from .cache import Span, make_cache
 from .cache_check import check_cache
 from .config import ModelArgs
-from .layers import MLP, Linear, embedding_weight
+from .layer_spec import LayerSpec
+from .layers import MLP, Embedding, Linear
 from .moe import MoE
 from .rope import Angles, Rope
+from .tensors import modules
 from .tokens import check_length, check_tokens, embed
-
-if TYPE_CHECKING:
-    from ..streaming.banks import Streaming
 
 
 class DecoderLayer(nn.Module):
     """Attention, then a dense MLP or experts, each with its norm and residual."""
 
-    def __init__(self, args: ModelArgs, layer: int):
+    def __init__(self, args: ModelArgs, layer: LayerSpec):
         super().__init__()
         hidden, eps = args.hidden_size, args.rms_norm_eps
         self.self_attn = Attention(args, layer)
-        self.mlp = MoE(args) if args.is_sparse(layer) else MLP(hidden, args.intermediate_size)
+        self.mlp = MoE(args, layer) if layer.is_sparse else MLP(hidden, args.intermediate_size)
         self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
         self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
 
@@ -57,8 +55,8 @@ class Decoder(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
-        self.layers = [DecoderLayer(args, i) for i in range(args.num_hidden_layers)]
+        self.embed_tokens = Embedding(args.vocab_size, args.hidden_size)
+        self.layers = [DecoderLayer(args, layer) for layer in args.layers]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self._rope = Rope(args.rope, args.qk_rope_head_dim)
         self._vocabulary, self._context = args.vocab_size, args.max_position_embeddings
@@ -95,8 +93,6 @@ class Model(nn.Module):
         self.args = args
         self.model_type = args.model_type
         self.model = Decoder(args)
-        self.streaming: Streaming | None = None
-        self.options = Options()  # what `glm_fused.generate` takes for those it is not given
         if not args.tie_word_embeddings:
             self.lm_head = Linear(args.hidden_size, args.vocab_size)
 
@@ -121,14 +117,12 @@ class Model(nn.Module):
         check_tokens(tokens)
         if cache is not None:
             check_cache(cache, self.args, tokens.shape[0])
-        if self.streaming is None:
-            return self._logits(tokens, cache, trace)
-        with reads_for(cache) as reads:
-            return _ext.slots_verify(reads, self._logits(tokens, cache, trace))
+        return self.forward(tokens, cache, trace)
 
-    def _logits(
+    def forward(
         self, tokens: mx.array, cache: Sequence[Any] | None, trace: list[mx.array] | None
     ) -> mx.array:
+        """What a call does once its arguments are checked; a subclass may wrap it."""
         x = self.model(tokens, cache, trace)
         if "lm_head" in self:
             return self.lm_head(x)
@@ -136,7 +130,12 @@ class Model(nn.Module):
         if "weight" not in embedding:  # it has a trained adapter
             adapted: mx.array = embedding.as_linear(x)
             return adapted
-        return ops.quantized_matvec(x, embedding_weight(embedding))
+        return ops.quantized_matvec(x, embedding.as_weight())
+
+    @property
+    def context(self) -> int:
+        """How many tokens a prompt and what follows it may have."""
+        return self.args.max_position_embeddings
 
     @property
     def layers(self) -> list[DecoderLayer]:
@@ -146,6 +145,12 @@ class Model(nn.Module):
     def cast_predicate(self) -> Callable[[str], bool]:
         """Which parameters ``mlx_lm.convert --dtype`` may cast."""
         return lambda name: not name.endswith("e_score_correction_bias")
+
+    @property
+    def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
+        """Which modules ``mlx_lm.convert -q`` quantizes; routers and indexers stay as they are."""
+        kept = {module.path for module in modules(self.args) if module.sensitive}
+        return lambda path, module: path not in kept
 
     @property
     def kv_format(self) -> str:
@@ -164,8 +169,10 @@ class Model(nn.Module):
         """One ``CacheList`` per layer: two ``KVCache`` on full layers, one on shared ones."""
         return make_cache(self.args)
 
-    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    def sanitize(
+        self, weights: dict[str, mx.array], formats: Mapping[str, Format] | None = None
+    ) -> dict[str, mx.array]:
         """Checkpoint tensors under the names and shapes of this model's parameters."""
         from .sanitize import sanitize
 
-        return sanitize(weights, self.args)
+        return sanitize(weights, self.args, formats or {})

@@ -5,13 +5,14 @@ adapt and train; only what a layer computes is ours.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import switch_layers
 
 from .. import ops
+from ..formats.weights import Format, plane_names, quantized_format
+from ..ops import stock
 
 
 class _Layer(nn.Module, ABC):
@@ -28,29 +29,56 @@ class _Applied(_Layer):
         return y + self.bias.astype(y.dtype) if "bias" in self else y
 
 
-class _Quantized(_Layer):
-    """A packed ``weight``, ``scales`` and, where affine, ``biases``; they are frozen."""
+class _Packed(nn.Module):
+    """The planes of a weight in one format, by their names; they are frozen."""
 
-    def __init__(self, dense: "_Dense", group_size: int | None, bits: int | None, mode: str):
+    format: Format
+
+    def __init__(self, weight: ops.Weight, dense: nn.Module):
         nn.Module.__init__(self)  # that of a stock layer would make a weight
-        self.weight, self.scales, *biases = mx.quantize(dense.weight, group_size, bits, mode=mode)
-        self.biases = biases[0] if biases else None  # stock code reads it in every mode
+        self.format = fmt = weight.format
+        # What mlx-lm's tools ask of a quantized layer.
+        self.group_size, self.bits, self.mode = fmt.group_size, fmt.bits, fmt.mode
+        self.biases = None  # stock code reads it in every mode
+        for name, plane in zip(plane_names(fmt), weight.planes, strict=True):
+            setattr(self, name, plane)
         if "bias" in dense:
             self.bias = dense.bias
-        in_dims = dense.weight.shape[-1]
-        self.group_size = in_dims // self.scales.shape[-1]
-        self.bits = self.weight.shape[-1] * 32 // in_dims
-        self.mode = mode
         self.freeze()
 
     def as_weight(self) -> ops.Weight:
-        return _packed_weight(self)
+        """The layer's parameters in the form that the kernels take."""
+        return ops.Weight([self[name] for name in plane_names(self.format)], self.format)
 
 
-class _Dense(_Layer):
-    """A float ``weight`` [..., out, in]."""
+class _Packable(nn.Module):
+    """A layer with a float ``weight`` [..., out, in] that may be packed."""
 
-    packed_class: type[_Quantized]
+    packed_class: type[_Packed]
+
+    def to_quantized(
+        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
+    ) -> _Packed:
+        """The layer with its weight quantized, as ``nn.quantize`` asks for it."""
+        fmt = quantized_format(group_size, bits, mode)
+        return self.packed_class(ops.Weight(mx.quantize(self.weight, **fmt.parameters), fmt), self)
+
+    def unfilled(self, fmt: Format) -> _Packed:
+        """The layer in a format, zeros in the place of the planes to be loaded."""
+        *rows, columns = self.weight.shape
+        planes = [
+            mx.zeros((*rows, columns // fmt.group_size * plane.count), plane.dtypes[0])
+            for plane in fmt.planes
+        ]
+        return self.packed_class(ops.Weight(planes, fmt), self)
+
+
+class _Quantized(_Packed, _Layer):
+    """A packed layer of linear maps."""
+
+
+class _Dense(_Packable, _Layer):
+    """A layer of linear maps in floats."""
 
     def __init__(self, *shape: int):
         nn.Module.__init__(self)
@@ -58,12 +86,7 @@ class _Dense(_Layer):
         self.weight = mx.random.uniform(low=-bound, high=bound, shape=shape)
 
     def as_weight(self) -> ops.Weight:
-        return ops.Weight(self.weight)
-
-    def to_quantized(
-        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
-    ) -> _Quantized:
-        return self.packed_class(self, group_size, bits, mode)
+        return ops.Weight.dense(self.weight)
 
 
 class QuantizedLinear(_Applied, _Quantized, nn.QuantizedLinear):  # type: ignore[misc]
@@ -107,7 +130,7 @@ class _PerExpert(_Layer):
         """x [..., m, in] and experts [...] -> [..., m, out]."""
         # On the CPU MLX accumulates in the type that it is given.
         rows = x.astype(mx.float32) if mx.default_device() == mx.cpu else x
-        return ops.stock_gather(rows, self.as_weight(), experts, sorted_indices).astype(x.dtype)
+        return stock.gather(rows, self.as_weight(), experts, sorted_indices).astype(x.dtype)
 
     def to_lora(self, r: int, scale: float, dropout: float) -> nn.Module:
         """The layer with a low-rank adapter, as mlx-lm's trainer asks for it."""
@@ -129,16 +152,21 @@ class SwitchLinear(_PerExpert, _Dense, switch_layers.SwitchLinear):  # type: ign
         super().__init__(experts, out_dims, in_dims)
 
 
-def _packed_weight(layer: Any) -> ops.Weight:
-    biases = layer.get("biases")
-    return ops.Weight(layer.weight, layer.scales, biases, layer.group_size, layer.bits, layer.mode)
+class QuantizedEmbedding(_Packed, nn.QuantizedEmbedding):  # type: ignore[misc]
+    """A packed `Embedding`."""
+
+    def __init__(self, weight: ops.Weight, dense: nn.Module):
+        super().__init__(weight, dense)
+        self.num_embeddings, self.dims = dense.weight.shape
 
 
-def embedding_weight(embedding: nn.Module) -> ops.Weight:
-    """An ``nn.Embedding`` or ``nn.QuantizedEmbedding`` as the weight of a tied output head."""
-    if "scales" in embedding:
-        return _packed_weight(embedding)
-    return ops.Weight(embedding.weight)
+class Embedding(_Packable, nn.Embedding):  # type: ignore[misc]
+    """Tokens to rows; also the weight of a tied output head."""
+
+    packed_class = QuantizedEmbedding
+
+    def as_weight(self) -> ops.Weight:
+        return ops.Weight.dense(self.weight)
 
 
 class MLP(nn.Module):

@@ -1,14 +1,52 @@
 """Routed experts plus shared experts."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
-from ..streaming.experts import Meanwhile, StreamedExperts
 from .config import ModelArgs
+from .layer_spec import LayerSpec
 from .layers import MLP, SwitchLinear
+
+Meanwhile = Callable[[mx.array], mx.array]
+
+
+class RoutedExperts(Protocol):
+    """The routed experts of one layer, wherever their weights are.
+
+    `SwitchMLP` holds them all in memory. Whatever takes its place in `MoE.switch_mlp` has to give
+    the same bits.
+    """
+
+    def weights(self) -> tuple[ops.Weight | None, ops.Weight | None, ops.Weight | None]:
+        """Of gate and up [n, intermediate, hidden] and of down [n, hidden, intermediate].
+
+        ``n`` counts the experts that are in memory; None stands for a projection with a trained
+        adapter.
+        """
+
+    def __call__(
+        self, x: mx.array, experts: mx.array, scores: mx.array, meanwhile: Meanwhile
+    ) -> tuple[mx.array, mx.array]:
+        """The weighted sum of each token's experts, and what is computed beside it.
+
+        Args:
+            x: float32, float16 or bfloat16 [tokens, hidden].
+            experts: int32 [tokens, top_k], each in [0, experts of the layer).
+            scores: float32 [tokens, top_k].
+            meanwhile: takes x, or x once it may be used; its work fills the time that experts
+                may take to arrive.
+
+        Returns:
+            [tokens, hidden] in x's dtype, and ``meanwhile(x)``.
+
+        Raises:
+            RuntimeError: an expert cannot be had, when the result is evaluated or before.
+        """
 
 
 class Router(nn.Module):
@@ -34,7 +72,7 @@ class Router(nn.Module):
 
 
 class SwitchMLP(nn.Module):
-    """The stacked weights of all routed experts."""
+    """`RoutedExperts` in memory: the stacked weights of all of them."""
 
     def __init__(self, hidden: int, intermediate: int, experts: int):
         super().__init__()
@@ -42,7 +80,7 @@ class SwitchMLP(nn.Module):
         self.up_proj = SwitchLinear(hidden, intermediate, experts)
         self.down_proj = SwitchLinear(intermediate, hidden, experts)
 
-    def weights(self) -> tuple[ops.Weight, ops.Weight, ops.Weight]:
+    def weights(self) -> tuple[ops.Weight | None, ops.Weight | None, ops.Weight | None]:
         """Of gate, up and down: [experts, …]; None for one with a trained adapter."""
         return self.gate_proj.as_weight(), self.up_proj.as_weight(), self.down_proj.as_weight()
 
@@ -62,13 +100,11 @@ class SwitchMLP(nn.Module):
 class MoE(nn.Module):
     """Router, routed experts and, unless the config has none, shared experts."""
 
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelArgs, layer: LayerSpec):
         super().__init__()
-        experts = args.n_routed_experts
-        assert experts is not None  # a config with sparse layers names it
-        self.gate = Router(args, experts)
-        self.switch_mlp: SwitchMLP | StreamedExperts = SwitchMLP(
-            args.hidden_size, args.moe_intermediate_size, experts
+        self.gate = Router(args, layer.experts)
+        self.switch_mlp: RoutedExperts = SwitchMLP(
+            args.hidden_size, args.moe_intermediate_size, layer.experts
         )
         if args.n_shared_experts:
             width = args.moe_intermediate_size * args.n_shared_experts

@@ -1,18 +1,21 @@
 """Checkpoint tensors to parameters: experts stacked, ``kv_b_proj`` split, FP8 to bfloat16."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
-from ..checkpoint.quantization import FP8_BLOCK, Format, infer_format
+from ..formats.weights import FP8_BLOCK, Format, Weight, plane_names
 from .config import ModelArgs
-from .tensors import PROJECTIONS, unused
+from .tensor_names import unused
+from .tensors import Form, Module, modules
 
 _PARTS = ("weight", "scales", "biases")
 
 
-def sanitize(weights: dict[str, mx.array], args: ModelArgs) -> dict[str, mx.array]:
-    """Bring any supported layout to that of the model.
+def sanitize(
+    weights: dict[str, mx.array], args: ModelArgs, formats: Mapping[str, Format]
+) -> dict[str, mx.array]:
+    """Bring any supported layout to that of the model; ``formats`` are those of packed modules.
 
     Works in place, on lazy arrays, and evaluates nothing; each source is popped as it is used.
     Tensors already in the MLX layout stay as they are. Raises ValueError, naming the tensor, for
@@ -25,10 +28,11 @@ def sanitize(weights: dict[str, mx.array], args: ModelArgs) -> dict[str, mx.arra
         if target not in weights:
             raise ValueError(f"[weights] {name} scales {target}, which is missing.")
         weights[target] = dequantize_fp8(target, weights[target], scale_inv)
-    for i in range(args.num_hidden_layers):
-        if args.is_sparse(i):
-            _stack_experts(weights, f"model.layers.{i}.mlp", args)
-        _split_kv_b(weights, f"model.layers.{i}.self_attn", args)
+    for module in modules(args):
+        if module.experts:
+            _stack_experts(weights, module)
+        elif module.kind == "embed_q":
+            _split_kv_b(weights, module, args, formats)
     return weights
 
 
@@ -65,57 +69,65 @@ def stack(parts: Sequence[mx.array]) -> mx.array:
     return result
 
 
-def _stack_experts(weights: dict[str, mx.array], prefix: str, args: ModelArgs) -> None:
-    fused = weights.pop(f"{prefix}.experts.gate_up_proj", None)
-    if fused is not None:
-        size = args.moe_intermediate_size
-        if fused.ndim != 3 or fused.shape[1] != 2 * size:
-            expected = [args.n_routed_experts, 2 * size, args.hidden_size]
-            raise ValueError(
-                f"[weights] {prefix}.experts.gate_up_proj is {fused.shape}, expected {expected}."
-            )
-        weights[f"{prefix}.switch_mlp.gate_proj.weight"] = mx.contiguous(fused[:, :size])
-        weights[f"{prefix}.switch_mlp.up_proj.weight"] = mx.contiguous(fused[:, size:])
-    if f"{prefix}.experts.down_proj" in weights:
-        down = weights.pop(f"{prefix}.experts.down_proj")
-        weights[f"{prefix}.switch_mlp.down_proj.weight"] = down
-    for projection in PROJECTIONS:
+def _stack_experts(weights: dict[str, mx.array], module: Module) -> None:
+    for form in module.other_forms:
+        if not form.of_single_experts:
+            _take_rows(weights, module, form)
+            continue
+        first, *_ = form.paths(1)
         for part in _PARTS:
-            if f"{prefix}.experts.0.{projection}.{part}" in weights:
-                parts = _pop_experts(weights, f"{prefix}.experts", f"{projection}.{part}", args)
-                weights[f"{prefix}.switch_mlp.{projection}.{part}"] = stack(parts)
+            if f"{first}.{part}" in weights:
+                names = [f"{path}.{part}" for path in form.paths(module.experts)]
+                weights[f"{module.path}.{part}"] = stack(_pop_alike(weights, names))
 
 
-def _pop_experts(
-    weights: dict[str, mx.array], prefix: str, suffix: str, args: ModelArgs
-) -> list[mx.array]:
+def _take_rows(weights: dict[str, mx.array], module: Module, form: Form) -> None:
+    """A module's rows of the stacked experts, which it may share with another module."""
+    name = form.path + form.suffix
+    if name not in weights:
+        return
+    rows, joined = module.shape[1], weights[name]
+    if rows == form.shape[1]:
+        weights[f"{module.path}.weight"] = weights.pop(name)
+        return
+    if joined.ndim != 3 or joined.shape[1] != form.shape[1]:
+        raise ValueError(f"[weights] {name} is {joined.shape}, expected {list(form.shape)}.")
+    end = form.first_row + rows
+    weights[f"{module.path}.weight"] = mx.contiguous(joined[:, form.first_row : end])
+    if end == form.shape[1]:
+        del weights[name]
+
+
+def _pop_alike(weights: dict[str, mx.array], names: list[str]) -> list[mx.array]:
     """The tensors of all experts, which have to be alike."""
     parts: list[mx.array] = []
-    for e in range(args.n_routed_experts or 0):
-        name = f"{prefix}.{e}.{suffix}"
+    for name in names:
         if name not in weights:
             raise ValueError(f"[weights] {name} is missing, expert 0 has it.")
         parts.append(weights.pop(name))
-        if parts[e].shape != parts[0].shape or parts[e].dtype != parts[0].dtype:
+        if parts[-1].shape != parts[0].shape or parts[-1].dtype != parts[0].dtype:
             raise ValueError(
-                f"[weights] {name} is {parts[e].dtype} {parts[e].shape}, expected"
+                f"[weights] {name} is {parts[-1].dtype} {parts[-1].shape}, expected"
                 f" {parts[0].dtype} {parts[0].shape} like expert 0."
             )
     return parts
 
 
-def _split_kv_b(weights: dict[str, mx.array], prefix: str, args: ModelArgs) -> None:
+def _split_kv_b(
+    weights: dict[str, mx.array], module: Module, args: ModelArgs, formats: Mapping[str, Format]
+) -> None:
     """[heads * (nope + v), kv_lora] to embed_q [heads, kv_lora, nope], unembed_out [heads, v, …].
 
     Packed rows go to ``unembed_out`` as they are. ``embed_q`` is transposed, so it is quantized
     again in the same format, or stays dense where the groups do not divide ``nope``.
     """
-    path, heads, nope = f"{prefix}.kv_b_proj", args.num_attention_heads, args.qk_nope_head_dim
+    (form,), prefix = module.other_forms, module.path.rpartition(".")[0]
+    path, heads, nope = form.path, args.num_attention_heads, args.qk_nope_head_dim
     if f"{path}.weight" not in weights:
         return
     found = {part: weights.pop(f"{path}.{part}", None) for part in _PARTS}
     parts = {part: array for part, array in found.items() if array is not None}
-    rows = heads * (nope + args.v_head_dim)
+    rows, _ = form.shape
     for part, array in parts.items():
         if array.ndim != 2 or array.shape[0] != rows:
             raise ValueError(f"[weights] {path}.{part} is {array.shape}, expected {rows} rows.")
@@ -124,23 +136,24 @@ def _split_kv_b(weights: dict[str, mx.array], prefix: str, args: ModelArgs) -> N
         weights[f"{prefix}.unembed_out.{part}"] = mx.contiguous(per_head[:, nope:])
     embed_q, fmt = parts["weight"], None
     if "scales" in parts:
-        fmt = _kv_b_format(path, parts, args)
-        packed = {part: mx.contiguous(array) for part, array in parts.items()}
-        scales, biases = packed["scales"], packed.get("biases")
-        embed_q = mx.dequantize(packed["weight"], scales, biases, **fmt.parameters)
+        fmt = _declared(path, parts, formats)
+        packed = Weight([mx.contiguous(parts[name]) for name in plane_names(fmt)], fmt)
+        embed_q = mx.dequantize(packed.planes[0], **packed.quantization)
     embed_q = mx.contiguous(embed_q.swapaxes(-1, -2))
     if fmt is None or nope % fmt.group_size:
         weights[f"{prefix}.embed_q.weight"] = embed_q
         return
     quantized = mx.quantize(embed_q, **fmt.parameters)
-    for part, array in zip(_PARTS, quantized, strict=False):
-        weights[f"{prefix}.embed_q.{part}"] = array
+    for name, array in zip(plane_names(fmt), quantized, strict=True):
+        weights[f"{prefix}.embed_q.{name}"] = array
 
 
-def _kv_b_format(path: str, parts: dict[str, mx.array], args: ModelArgs) -> Format:
-    scales = parts["scales"]
-    packed, groups = parts["weight"].shape[-1], scales.shape[-1]
-    fmt = infer_format(path, args.kv_lora_rank, packed, groups, scales.dtype == mx.uint8)
-    if ("biases" in parts) != (fmt.mode == "affine"):
-        raise ValueError(f"[weights] {path} is {fmt}: biases belong to affine weights only.")
+def _declared(path: str, parts: Mapping[str, mx.array], formats: Mapping[str, Format]) -> Format:
+    """The format of a packed module, whose parts have to be its planes."""
+    fmt = formats.get(path)
+    if fmt is None:
+        raise ValueError(f"[weights] {path} is packed, but no format is declared for it.")
+    if parts.keys() != set(plane_names(fmt)):
+        expected, found = ", ".join(plane_names(fmt)), ", ".join(parts)
+        raise ValueError(f"[weights] {path} is {fmt}: expected {expected}, found {found}.")
     return fmt

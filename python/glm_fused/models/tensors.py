@@ -1,101 +1,220 @@
-"""Every module of a model with its shapes, from the config alone."""
+"""The tensor table: every module of a model, with its shapes and the names it is stored under.
 
-import re
-from collections.abc import Iterator
+The table is of the family ``glm_moe_dsa`` and ``deepseek_v32``, and follows from the config alone.
+What compares, loads, streams, counts or splits tensors reads it.
+"""
+
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from .config import ModelArgs
+from .layer_spec import LayerSpec
 
-_LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.")
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
-class Module:
-    """A module that owns a ``weight``, named as in the MLX layout.
+class Form:
+    """One way in which checkpoints store a module's weight.
 
-    ``kind`` groups modules for reports. ``experts`` is the number of stacked experts, else 0.
+    Attributes:
+        path: where the weight and its scales are stored; ``{}`` stands for the number of an expert
+            that has tensors of its own.
+        shape: of the tensor, of one expert's where experts have their own.
+        suffix: what the weight's name has after ``path``.
+        sign: the tensor that tells that a checkpoint has this form, if it is another than the
+            weight itself.
+        first_row: where the module's rows begin, of each expert or head, in a tensor that several
+            modules share.
+        kind: what reports call a tensor that several modules share.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    suffix: str = ".weight"
+    sign: str | None = None
+    first_row: int = 0
+    kind: str | None = None
+
+    @property
+    def of_single_experts(self) -> bool:
+        """Whether every expert has tensors of its own."""
+        return "{}" in self.path
+
+    def paths(self, experts: int) -> Iterator[str]:
+        """The path, or that of each of ``experts``."""
+        if not self.of_single_experts:
+            yield self.path
+        else:
+            yield from (self.path.replace("{}", str(e)) for e in range(experts))
+
+    def is_in(self, names: Container[str]) -> bool:
+        """Whether tensors of these names have the weight in this form."""
+        sign = self.sign or self.path.replace("{}", "0") + self.suffix
+        return sign in names or f"{sign}_packed" in names
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A module that owns a ``weight``, named as in the model.
+
+    Attributes:
+        path: its name in the model.
+        shape: of its weight.
+        kind: groups modules for reports.
+        quantizable: whether checkpoints may store its weight quantized.
+        sensitive: whether it stays as it is when this package has a model quantized.
+        bias: the name under ``path`` and the size of a second tensor.
+        experts: the number of stacked experts, else 0.
+        shard: the axis of ``shape`` that ranks may split, or None where each needs all of it. It
+            is never the last: a dot product is computed whole.
+        other_forms: how else the weight is stored than as ``path`` and ``shape`` say; of those the
+            first is what is missing where a checkpoint in the release's layout has none of them.
     """
 
     path: str
     shape: tuple[int, ...]
     kind: str
     quantizable: bool = True
-    bias: tuple[str, int] | None = None  # name under ``path`` and size
+    sensitive: bool = False
+    bias: tuple[str, int] | None = None
     experts: int = 0
+    shard: int | None = None
+    sign: str | None = None
+    other_forms: tuple[Form, ...] = ()
 
     @property
-    def columns(self) -> int:
-        return self.shape[-1]
+    def form(self) -> Form:
+        """The form that the model itself has."""
+        return Form(self.path, self.shape, sign=self.sign)
+
+    def form_in(self, names: Container[str], default: int = 0) -> Form:
+        """The form that tensors of these names have, or else form number ``default``."""
+        forms = (self.form, *self.other_forms)
+        for form in forms:
+            if form.is_in(names):
+                return form
+        return forms[min(default, len(forms) - 1)]
 
 
 def modules(args: ModelArgs) -> Iterator[Module]:
-    """The modules in execution order."""
+    """The modules of the model in execution order."""
     vocab, hidden = args.vocab_size, args.hidden_size
     yield Module("model.embed_tokens", (vocab, hidden), "embedding")
-    for i in range(args.num_hidden_layers):
-        prefix = f"model.layers.{i}"
-        yield _norm(f"{prefix}.input_layernorm", hidden)
-        yield from _attention(args, f"{prefix}.self_attn")
-        if args.is_full(i):
-            yield from _indexer(args, f"{prefix}.self_attn.indexer")
-        yield _norm(f"{prefix}.post_attention_layernorm", hidden)
-        if args.is_sparse(i):
-            yield from _experts(args, f"{prefix}.mlp")
-        else:
-            yield from _mlp(args, f"{prefix}.mlp", args.intermediate_size, "dense MLP")
+    for layer in args.layers:
+        yield from layer_modules(args, layer)
     yield _norm("model.norm", hidden)
     if not args.tie_word_embeddings:
-        yield Module("lm_head", (vocab, hidden), "head")
+        yield Module("lm_head", (vocab, hidden), "head", shard=0)
+
+
+def layer_modules(args: ModelArgs, layer: LayerSpec) -> Iterator[Module]:
+    """The modules of one layer, of the decoder or for MTP."""
+    prefix, hidden = f"model.layers.{layer.index}", args.hidden_size
+    if layer.role == "mtp":
+        yield _norm(f"{prefix}.enorm", hidden)
+        yield _norm(f"{prefix}.hnorm", hidden)
+        yield Module(f"{prefix}.eh_proj", (hidden, 2 * hidden), "MTP", shard=0)
+    yield _norm(f"{prefix}.input_layernorm", hidden)
+    yield from _attention(args, f"{prefix}.self_attn")
+    if layer.is_full:
+        yield from _indexer(args, f"{prefix}.self_attn.indexer")
+    yield _norm(f"{prefix}.post_attention_layernorm", hidden)
+    if layer.is_sparse:
+        yield from _moe(args, f"{prefix}.mlp", layer.experts)
+    else:
+        yield from _mlp(args, f"{prefix}.mlp", args.intermediate_size, "dense MLP")
+    if layer.role == "mtp":
+        yield _norm(f"{prefix}.shared_head.norm", hidden)
 
 
 def _norm(path: str, size: int, bias: bool = False) -> Module:
-    return Module(path, (size,), "norms", False, ("bias", size) if bias else None)
+    return Module(path, (size,), "norms", quantizable=False, bias=("bias", size) if bias else None)
 
 
 def _attention(args: ModelArgs, prefix: str) -> Iterator[Module]:
     hidden, heads = args.hidden_size, args.num_attention_heads
     q_lora, kv_lora = args.q_lora_rank, args.kv_lora_rank
-    nope, v, kind = args.qk_nope_head_dim, args.v_head_dim, "attention"
 
     def linear(name: str, rows: int, columns: int, biased: bool = False) -> Module:
         bias = ("bias", rows) if biased and args.attention_bias else None
-        return Module(f"{prefix}.{name}", (rows, columns), kind, bias=bias)
+        return Module(f"{prefix}.{name}", (rows, columns), "attention", bias=bias, shard=0)
 
     yield linear("q_a_proj", q_lora, hidden, True)
     yield _norm(f"{prefix}.q_a_layernorm", q_lora)
     yield linear("q_b_proj", heads * args.qk_head_dim, q_lora)
     yield linear("kv_a_proj_with_mqa", kv_lora + args.qk_rope_head_dim, hidden, True)
     yield _norm(f"{prefix}.kv_a_layernorm", kv_lora)
-    yield Module(f"{prefix}.embed_q", (heads, kv_lora, nope), "embed_q")
-    yield Module(f"{prefix}.unembed_out", (heads, v, kv_lora), "unembed_out")
-    yield linear("o_proj", hidden, heads * v, True)
+    yield from _per_head(args, prefix)
+    yield linear("o_proj", hidden, heads * args.v_head_dim, True)
+
+
+def _per_head(args: ModelArgs, prefix: str) -> Iterator[Module]:
+    """``embed_q``, which is transposed, and ``unembed_out``; the release has both in one tensor."""
+    heads, kv_lora = args.num_attention_heads, args.kv_lora_rank
+    nope, v = args.qk_nope_head_dim, args.v_head_dim
+
+    def module(name: str, shape: tuple[int, ...], first_row: int) -> Module:
+        joined = (heads * (nope + v), kv_lora)
+        form = Form(f"{prefix}.kv_b_proj", joined, first_row=first_row, kind="kv_b_proj")
+        sign = f"{prefix}.embed_q.weight"  # the pair is stored in one form
+        return Module(f"{prefix}.{name}", shape, name, shard=0, sign=sign, other_forms=(form,))
+
+    yield module("embed_q", (heads, kv_lora, nope), 0)
+    yield module("unembed_out", (heads, v, kv_lora), nope)
 
 
 def _indexer(args: ModelArgs, prefix: str) -> Iterator[Module]:
-    heads, size, kind = args.index_n_heads, args.index_head_dim, "indexer"
-    yield Module(f"{prefix}.wq_b", (heads * size, args.q_lora_rank), kind)
-    yield Module(f"{prefix}.wk", (size, args.hidden_size), kind)
+    heads, size = args.index_n_heads, args.index_head_dim
+
+    def linear(name: str, rows: int, columns: int) -> Module:
+        return Module(f"{prefix}.{name}", (rows, columns), "indexer", sensitive=True)
+
+    yield linear("wq_b", heads * size, args.q_lora_rank)
+    yield linear("wk", size, args.hidden_size)
     yield _norm(f"{prefix}.k_norm", size, bias=True)
-    yield Module(f"{prefix}.weights_proj", (heads, args.hidden_size), kind)
+    yield linear("weights_proj", heads, args.hidden_size)
 
 
 def _mlp(args: ModelArgs, prefix: str, size: int, kind: str) -> Iterator[Module]:
     for name, shape in _projections(args, size).items():
-        yield Module(f"{prefix}.{name}", shape, kind)
+        yield Module(f"{prefix}.{name}", shape, kind, shard=0)
 
 
-def _experts(args: ModelArgs, prefix: str) -> Iterator[Module]:
-    count = args.n_routed_experts or 0
-    bias = ("e_score_correction_bias", count)
-    yield Module(f"{prefix}.gate", (count, args.hidden_size), "router", False, bias)
-    size = args.moe_intermediate_size
-    for name, shape in _projections(args, size).items():
-        kind = f"experts {name.removesuffix('_proj')}"
-        yield Module(f"{prefix}.switch_mlp.{name}", (count, *shape), kind, experts=count)
+def _moe(args: ModelArgs, prefix: str, experts: int) -> Iterator[Module]:
+    yield Module(
+        f"{prefix}.gate",
+        (experts, args.hidden_size),
+        "router",
+        quantizable=False,
+        sensitive=True,
+        bias=("e_score_correction_bias", experts),
+    )
+    yield from _experts(args, prefix, experts)
     if args.n_shared_experts:
-        size *= args.n_shared_experts
+        size = args.moe_intermediate_size * args.n_shared_experts
         yield from _mlp(args, f"{prefix}.shared_experts", size, "shared experts")
+
+
+def _experts(args: ModelArgs, prefix: str, experts: int) -> Iterator[Module]:
+    """Routed experts: stacked, an expert a tensor, or stacked with gate and up in one tensor."""
+    size = args.moe_intermediate_size
+    for name, (rows, columns) in _projections(args, size).items():
+        single = Form(f"{prefix}.experts.{{}}.{name}", (rows, columns))
+        joined = (experts, 2 * size, columns)
+        if name == "down_proj":
+            fused = Form(f"{prefix}.experts.{name}", (experts, rows, columns), "")
+        else:
+            path, first_row = f"{prefix}.experts.gate_up_proj", size if name == "up_proj" else 0
+            fused = Form(path, joined, "", first_row=first_row, kind="experts gate, up")
+        yield Module(
+            f"{prefix}.switch_mlp.{name}",
+            (experts, rows, columns),
+            f"experts {name.removesuffix('_proj')}",
+            experts=experts,
+            shard=1,
+            other_forms=(single, fused),
+        )
 
 
 def _projections(args: ModelArgs, size: int) -> dict[str, tuple[int, int]]:
@@ -103,23 +222,6 @@ def _projections(args: ModelArgs, size: int) -> dict[str, tuple[int, int]]:
     return dict(zip(PROJECTIONS, ((size, hidden), (size, hidden), (hidden, size)), strict=True))
 
 
-def layer_of(name: str) -> int | None:
-    """The decoder layer that a tensor belongs to."""
-    match = _LAYER.match(name)
-    return int(match[1]) if match else None
-
-
-def unused(name: str, args: ModelArgs) -> str | None:
-    """Why the model does not use a tensor that releases may carry, or None."""
-    if name.endswith("rotary_emb.inv_freq"):
-        return "rotary tables"
-    if name.startswith("lm_head.") and args.tie_word_embeddings:
-        return "tied head"
-    layer = layer_of(name)
-    if layer is None:
-        return None
-    if layer >= args.num_hidden_layers:
-        return "MTP layer"
-    if ".self_attn.indexer." in name and not args.is_full(layer):
-        return "indexer of a shared layer"
-    return None
+def expert_modules(args: ModelArgs, layer: LayerSpec) -> tuple[Module, ...]:
+    """The stacked experts of a layer: gate, up and down; none of a dense layer."""
+    return tuple(module for module in layer_modules(args, layer) if module.experts)

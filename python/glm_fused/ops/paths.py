@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import logging
-import os
 import warnings
 from collections.abc import Iterator
 
-FALSY = {"", "0", "false", "off", "no"}
+from ..environment import debug, flag
 
-logger = logging.getLogger("glm_fused")
 _fallen_back: set[str] = set()
 _override: contextvars.ContextVar[bool | None] = contextvars.ContextVar("reference", default=None)
-
-
-def flag(name: str) -> bool:
-    """Whether the environment variable `name` is set to something other than a falsy word."""
-    return os.environ.get(name, "").strip().lower() not in FALSY
 
 
 def use_reference(keyword: bool | None = None) -> bool:
@@ -31,21 +23,16 @@ def use_reference(keyword: bool | None = None) -> bool:
 
 @contextlib.contextmanager
 def reference_path(enabled: bool = True) -> Iterator[None]:
-    """Within the block, build graphs on the reference path (or, with False, on the fused one)."""
+    """Within the block, build graphs on the reference path (or, with False, on the fused one).
+
+    It holds for the thread that enters it, goes before ``GLM_FUSED_REFERENCE``, and raises nothing
+    of its own; what was asked for before it holds again after it.
+    """
     token = _override.set(enabled)
     try:
         yield
     finally:
         _override.reset(token)
-
-
-def debug(message: str, *args: object) -> None:
-    """Say on stderr which path was taken and why, when ``GLM_FUSED_DEBUG`` is set."""
-    if flag("GLM_FUSED_DEBUG"):
-        if not logger.handlers:
-            logger.addHandler(logging.StreamHandler())
-            logger.setLevel(logging.DEBUG)
-        logger.debug(message, *args)
 
 
 def fall_back(op: str, obstacle: str) -> None:

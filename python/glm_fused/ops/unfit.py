@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import mlx.core as mx
 
+from ..formats.weights import Format, Weight
 from ..validation import show
 
 
@@ -27,10 +28,15 @@ def unfit(op: str, **arguments: object) -> ValueError | TypeError:
 
 
 def _flat(arguments: dict[str, object]) -> Iterator[tuple[str, object]]:
-    """Every argument by name, a weight by its fields."""
+    """Every argument by name, a weight by what it is made of."""
     for name, value in arguments.items():
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            for field, inner in zip(value._fields, value, strict=True):
-                yield f"{name}.{field}", inner
+        if isinstance(value, Weight):
+            planes, fmt = value.planes, value.format
+            if isinstance(planes, list | tuple):
+                yield from ((f"{name}.planes[{i}]", plane) for i, plane in enumerate(planes))
+            else:
+                yield f"{name}.planes", planes
+            if not isinstance(fmt, Format):
+                yield f"{name}.format", fmt
         else:
             yield name, value

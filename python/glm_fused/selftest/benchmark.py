@@ -8,21 +8,19 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from .. import _ext, ops
-from ..checkpoint.quantization import Format
-from ..ops import Weight
+from ..formats.weights import Format, Weight
+from ..ops import stock
 from .synthetic import Bits
 
-FORMATS: dict[str, Format | None] = {
-    **{f"affine{bits}": Format("affine", bits, 64) for bits in (2, 3, 4, 5, 6, 8)},
-    "mxfp4": Format("mxfp4", 4, 32),
-    "mxfp8": Format("mxfp8", 8, 32),
-    "nvfp4": Format("nvfp4", 4, 16),
-    "bf16": None,
-}
+# Those in groups of MLX's default size.
+BENCHED = (
+    *("affine2", "affine3", "affine4", "affine5", "affine6", "affine8"),
+    *("mxfp4", "mxfp8", "nvfp4", "bf16"),
+)
 
 
 def nbytes(w: Weight) -> int:
-    return sum(a.nbytes for a in (w.weight, w.scales, w.biases) if a is not None)
+    return sum(plane.nbytes for plane in w.planes)
 
 
 def seconds(call: Callable[[], mx.array | Sequence[mx.array]]) -> float:
@@ -55,7 +53,7 @@ class RoutedExperts:
 
     def __init__(
         self,
-        fmt: Format | None,
+        fmt: Format,
         dtype: mx.Dtype = mx.bfloat16,
         *,
         tokens: int = 1,
@@ -92,7 +90,7 @@ class RoutedExperts:
     def stock(self, slots: mx.array, scores: mx.array) -> mx.array:
         """The same by MLX's own ops alone."""
         rows = self.x[:, None, None, :]
-        gate = ops.stock_gather(rows, self.gate, slots)
-        act = gate * mx.sigmoid(gate) * ops.stock_gather(rows, self.up, slots)
-        y = ops.stock_gather(act, self.down, slots).squeeze(-2)
+        gate = stock.gather(rows, self.gate, slots)
+        act = gate * mx.sigmoid(gate) * stock.gather(rows, self.up, slots)
+        y = stock.gather(act, self.down, slots).squeeze(-2)
         return (y * scores[..., None]).sum(axis=-2).astype(self.x.dtype)

@@ -1,7 +1,8 @@
 """What the self-test computes: inputs made of random bits, and the ops called on them.
 
-A case's inputs follow from its name, and its golden digest is kept under it: a case that changes
-takes another name, and `tests/make_selftest_golden.py` makes the digests.
+A case's inputs follow from its seed, its name's checksum unless another is kept beside its golden
+digest: a case that changes takes another name, and `tests/make_selftest_golden.py` makes the
+digests; one whose name alone changes keeps its seed and its digests.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import ops
+from .compare import golden
 from .synthetic import Bits
 
 Arrays = tuple[mx.array, ...]
@@ -44,9 +46,14 @@ class Case:
         out = getattr(ops, self.op)(**arguments, reference=reference)
         return out if isinstance(out, tuple) else (out,)
 
-    def obstacle(self) -> str:
-        """Why no Metal kernel takes this case; empty if one does."""
-        return ""
+    def sizes(self) -> tuple[int, ...]:
+        """What the choice of the op's route depends on: see `glm_fused.ops.routes.choose`."""
+        return ()
+
+    @property
+    def seed(self) -> int:
+        checksum = zlib.crc32(self.name.encode())
+        return int(golden().get(self.name, {}).get("seed", checksum))
 
     def bits(self) -> Bits:
-        return Bits(zlib.crc32(self.name.encode()))
+        return Bits(self.seed)

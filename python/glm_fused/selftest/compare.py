@@ -36,10 +36,13 @@ def digest(outputs: Outputs) -> str:
 
 
 @cache
-def golden() -> dict[str, dict[str, str]]:
-    """Per case the digests with a*b+c contracted to an fma ("on"), and without ("off")."""
+def golden() -> dict[str, dict[str, Any]]:
+    """Per case the digests with a*b+c contracted to an fma ("on"), and without ("off").
+
+    And the "seed" of a case that has been renamed.
+    """
     text = (resources.files(__package__) / GOLDEN).read_text("utf-8")
-    return cast(dict[str, dict[str, str]], json.loads(text)["digests"])
+    return cast(dict[str, dict[str, Any]], json.loads(text)["digests"])
 
 
 def contraction(case: str, found: str) -> str | None:

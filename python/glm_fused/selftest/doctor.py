@@ -1,6 +1,6 @@
 """``glm-fused doctor``: what is installed, what this machine can do, and whether it computes right.
 
-Imports nothing of the package until a check needs it: the extension may not load.
+It imports what a check needs when the check runs, so that what does not load is one that fails.
 """
 
 from __future__ import annotations
@@ -9,17 +9,12 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from importlib import import_module, metadata
+from importlib import metadata
 from typing import Any
 
+from ..environment import VARIABLES
+
 PACKAGES = ("glm-fused", "mlx", "mlx-lm")
-VARIABLES = {
-    "GLM_FUSED_REFERENCE": "take the unfused reference path (0, false, off, no: do not)",
-    "GLM_FUSED_DEBUG": "say which path each layer takes, and show tracebacks",
-    "GLM_FUSED_NUM_THREADS": "threads of the CPU kernels (default: every processor)",
-    "GLM_FUSED_KERNELS": "avx512, avx2 or portable, in place of the best one",
-    "GLM_FUSED_METAL_TILES": "rows,gate_up,down,router: for tuning",
-}
 STREAM_BYTES = 256 << 20
 
 
@@ -81,7 +76,9 @@ def _packages(versions: dict[str, str | None]) -> str:
 
 
 def _extension() -> str:
-    import_module("glm_fused._abi").check()
+    from .. import _abi
+
+    _abi.check()
     return "loads, and arrays pass through it"
 
 
@@ -128,14 +125,15 @@ def _self_check() -> str:
     import mlx.core as mx
 
     from .. import ops
+    from ..formats.weights import FORMATS
 
+    fmt = FORMATS["affine4-g32"]
     key = mx.random.key(1)
     hidden, intermediate, experts = 128, 64, 4
 
     def weight(*shape: int) -> ops.Weight:
         values = mx.random.normal(shape, mx.bfloat16, key=key)
-        packed, scales, biases = mx.quantize(values, group_size=32, bits=4)
-        return ops.Weight(packed, scales, biases, 32, 4, "affine")
+        return ops.Weight(mx.quantize(values, **fmt.parameters), fmt)
 
     gate = up = weight(experts, intermediate, hidden)
     down = weight(experts, hidden, intermediate)

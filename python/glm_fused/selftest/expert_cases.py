@@ -7,23 +7,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import _ext
-from ..checkpoint.quantization import BITS, GROUP_SIZES, Format
+from ..formats.weights import FORMATS, QUANTIZED, Format, dense_format
 from .case import Case
 from .synthetic import DTYPES
 
-DENSE = None
-AFFINE4, MXFP4 = Format("affine", 4, 64), Format("mxfp4", 4, 32)
-FORMATS: tuple[Format | None, ...] = (
-    *(Format(m, bits, group) for m in BITS for bits in BITS[m] for group in GROUP_SIZES[m]),
-    DENSE,
-)
-
-
-def format_name(fmt: Format | None) -> str:
-    if fmt is None:
-        return "dense"
-    return f"affine{fmt.bits}g{fmt.group_size}" if fmt.mode == "affine" else fmt.mode
+DENSE = None  # floats of the activations' dtype
+AFFINE4, MXFP4 = FORMATS["affine4"], FORMATS["mxfp4"]
+EACH: tuple[Format | None, ...] = (*QUANTIZED, DENSE)
 
 
 @dataclass(frozen=True)
@@ -39,24 +29,28 @@ class MoeDecode(Case):
     op = "moe_decode"
 
     def label(self) -> str:
-        formats = [format_name(f) for f in (self.gate, self.up, self.down)]
+        formats = [fmt.name for fmt in self._formats()]
         name = formats[0] if len(set(formats)) == 1 else "+".join(formats)
         return f"{name}-{self.hidden}x{self.intermediate}-top{self.top_k}of{self.bank}"
 
     def arguments(self) -> dict[str, Any]:
         bits, dtype = self.bits(), DTYPES[self.dtype]
+        gate, up, down = self._formats()
         inner = (self.bank, self.intermediate, self.hidden)
         return {
             "x": bits.floats((self.tokens, self.hidden), dtype),
-            "gate": bits.weight(inner, self.gate, dtype),
-            "up": bits.weight(inner, self.up, dtype),
-            "down": bits.weight((self.bank, self.hidden, self.intermediate), self.down, dtype),
+            "gate": bits.weight(inner, gate, dtype),
+            "up": bits.weight(inner, up, dtype),
+            "down": bits.weight((self.bank, self.hidden, self.intermediate), down, dtype),
             "slots": mx.array(bits.choices(self.tokens, self.top_k, self.bank)),
             "scores": mx.abs(bits.floats((self.tokens, self.top_k), mx.float32, -1)),
         }
 
-    def obstacle(self) -> str:
-        return _ext.moe_decode_obstacle(self.tokens, self.top_k)
+    def sizes(self) -> tuple[int, ...]:
+        return self.tokens, self.top_k
+
+    def _formats(self) -> list[Format]:
+        return [_or_dense(fmt, self.dtype) for fmt in (self.gate, self.up, self.down)]
 
 
 @dataclass(frozen=True)
@@ -77,10 +71,11 @@ class RouterTopk(Case):
 
     def arguments(self) -> dict[str, Any]:
         bits = self.bits()
-        weight = bits.weight((self.experts, self.hidden), DENSE, DTYPES[self.weight_dtype])
+        fmt = _or_dense(DENSE, self.weight_dtype)
+        weight = bits.weight((self.experts, self.hidden), fmt, DTYPES[self.weight_dtype])
         return {
             "x": bits.floats((self.tokens, self.hidden), DTYPES[self.dtype]),
-            "weight": weight.weight,
+            "weight": weight.planes[0],
             "correction_bias": bits.floats((self.experts,), mx.float32, -3),
             "top_k": self.top_k,
             "n_group": self.n_group,
@@ -88,8 +83,8 @@ class RouterTopk(Case):
             "routed_scaling_factor": 2.5,
         }
 
-    def obstacle(self) -> str:
-        return _ext.router_topk_obstacle(self.experts)
+    def sizes(self) -> tuple[int, ...]:
+        return (self.experts,)
 
 
 @dataclass(frozen=True)
@@ -102,14 +97,18 @@ class QuantizedMatvec(Case):
     has_metal_kernel = False  # stock MLX on a GPU
 
     def label(self) -> str:
-        return f"{format_name(self.fmt)}-{self.n}x{self.k}"
+        return f"{_or_dense(self.fmt, self.dtype).name}-{self.n}x{self.k}"
 
     def arguments(self) -> dict[str, Any]:
         bits, dtype = self.bits(), DTYPES[self.dtype]
         return {
             "x": bits.floats((self.tokens, self.k), dtype),
-            "w": bits.weight((self.n, self.k), self.fmt, dtype),
+            "w": bits.weight((self.n, self.k), _or_dense(self.fmt, self.dtype), dtype),
         }
+
+
+def _or_dense(fmt: Format | None, dtype: str) -> Format:
+    return dense_format(DTYPES[dtype]) if fmt is None else fmt
 
 
 def _by_format(dtypes_each: int) -> list[Case]:
@@ -117,7 +116,7 @@ def _by_format(dtypes_each: int) -> list[Case]:
     names = list(DTYPES)
     return [
         MoeDecode(names[(i + j) % 3], (1, 2, 5, 16)[(i + j) % 4], fmt, fmt, fmt, 512, 512)
-        for i, fmt in enumerate(FORMATS)
+        for i, fmt in enumerate(EACH)
         for j in range(dtypes_each)
     ]
 
@@ -125,7 +124,7 @@ def _by_format(dtypes_each: int) -> list[Case]:
 def _odd_sizes() -> list[Case]:
     """Each format in MLX's general order, with odd row counts."""
     made: list[Case] = []
-    for i, fmt in enumerate(FORMATS):
+    for i, fmt in enumerate(EACH):
         dtypes, tokens = [list(DTYPES)[(i + j) % 3] for j in range(2)], (1, 2, 5)[i % 3]
         made.append(MoeDecode(dtypes[0], tokens, fmt, fmt, DENSE, 384, 45))
         made.append(MoeDecode(dtypes[1], tokens, DENSE, DENSE, fmt, 77, 384))
@@ -134,7 +133,7 @@ def _odd_sizes() -> list[Case]:
 
 def _shapes() -> list[Case]:
     """Every token count of one format, mixed formats, odd sizes, GLM-5's own shape."""
-    mixed = (AFFINE4, MXFP4, Format("affine", 6, 64))
+    mixed = (AFFINE4, MXFP4, FORMATS["affine6"])
     one = (AFFINE4, AFFINE4, AFFINE4)
     counts = [MoeDecode("bfloat16", t, *one, 512, 512, 5, 3) for t in (1, 2, 5, 16)]
     return [
@@ -153,7 +152,7 @@ _ROUTERS: list[Case] = [
 
 def _matvecs(dtypes: list[str]) -> list[Case]:
     made: list[Case] = []
-    for i, fmt in enumerate(FORMATS):
+    for i, fmt in enumerate(EACH):
         for n, k in ((40, 1024), (13, 384)):
             made.append(QuantizedMatvec(dtypes[i % len(dtypes)], 1 + 2 * (i % 2), fmt, n, k))
     return made

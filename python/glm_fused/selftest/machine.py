@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import _ext
-from .doctor import VARIABLES
+from ..environment import VARIABLES
 
 PACKAGES = ("glm-fused", "mlx", "mlx-lm", "numpy")
 

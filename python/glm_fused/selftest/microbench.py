@@ -9,8 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..formats.weights import FORMATS
 from .backends import Backend
-from .benchmark import FORMATS, RoutedExperts, read_bandwidth, seconds
+from .benchmark import BENCHED, RoutedExperts, read_bandwidth, seconds
 from .machine import without_paths
 
 QUICK = ("affine4", "mxfp4", "bf16")
@@ -28,7 +29,7 @@ def run_benchmarks(
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
     slowest = 0.0
-    for name in QUICK if quick else dict.fromkeys((*QUICK, *FORMATS)):
+    for name in QUICK if quick else dict.fromkeys((*QUICK, *BENCHED)):
         start = time.perf_counter()
         if start + slowest > deadline:
             skipped.append(name)
@@ -69,7 +70,7 @@ def _measure(layer: RoutedExperts, yardstick: mx.array) -> dict[str, Any]:
     }
     # On the CPU stock MLX is too slow for more than one expert, and gathers dense fp32 only.
     on_gpu = mx.default_device() == mx.gpu
-    if on_gpu or layer.gate.mode != "dense":
+    if on_gpu or layer.gate.format.mode != "dense":
         top_k, calls, repeats = (layer.top_k, CALLS, 5) if on_gpu else (1, 1, 1)
         stock = _median_each(layer, layer.stock, calls, repeats, top_k)
         row["times_faster_than_stock"] = stock / _median_each(layer, layer.fused, CALLS, 3, top_k)

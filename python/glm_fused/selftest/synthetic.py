@@ -13,8 +13,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ..checkpoint.quantization import Format
-from ..ops import Weight
+from ..formats.weights import Format, Weight
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
@@ -54,26 +53,25 @@ class Bits:
         raw = self._generator.random_raw((count + 1) // 2)
         return raw.astype("<u8").view("<u4")[:count]
 
-    def weight(self, shape: tuple[int, ...], fmt: Format | None, dtype: mx.Dtype) -> Weight:
+    def weight(self, shape: tuple[int, ...], fmt: Format, dtype: mx.Dtype) -> Weight:
         """A weight [..., n, k] whose products with values near 1 are near 1.
 
-        `fmt` None is dense; `dtype` is that of dense weights and of affine scales.
+        `dtype` is that of affine scales.
         """
         *lead, k = shape
         size = -(k.bit_length() // 2)  # log2 of about 1 / sqrt(k)
-        if fmt is None:
-            return Weight(self.floats(shape, dtype, size + 1))
+        if fmt.mode == "dense":
+            return Weight((self.floats(shape, fmt.planes[0].dtypes[0], size + 1),), fmt)
         packed = self.words(*lead, k * fmt.bits // 32)
         groups = (*lead, k // fmt.group_size)
         if fmt.mode == "affine":
             top = 2 - fmt.bits + size
             scales = mx.abs(self.floats(groups, dtype, top, spread=1))
             biases = -mx.abs(self.floats(groups, dtype, top + fmt.bits - 1, spread=1))
-        else:
-            if fmt.mode == "mxfp8":
-                packed &= np.uint32(0xBFBFBFBF)  # no NaN codes
-            scales, biases = mx.array(self._scale_bytes(groups, fmt, size)), None
-        return Weight(mx.array(packed), scales, biases, fmt.group_size, fmt.bits, fmt.mode)
+            return Weight((mx.array(packed), scales, biases), fmt)
+        if fmt.mode == "mxfp8":
+            packed &= np.uint32(0xBFBFBFBF)  # no NaN codes
+        return Weight((mx.array(packed), mx.array(self._scale_bytes(groups, fmt, size))), fmt)
 
     def _scale_bytes(self, shape: tuple[int, ...], fmt: Format, size: int) -> npt.NDArray[np.uint8]:
         raw = self.words(*shape)

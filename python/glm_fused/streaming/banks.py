@@ -4,75 +4,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from .. import _ext, ops
 from ..checkpoint.folder import Checkpoint
-from ..checkpoint.inventory import Manifest
-from ..cli.arguments import DEFAULT_CONTEXT
+from ..checkpoint.inventory import Inventory
+from ..checkpoint.safetensors_header import DTYPES
+from ..formats.weights import Format, plane_names
+from ..memory import resident_bytes
 from ..models.config import ModelArgs
 from ..models.decoder import Model
 from ..models.moe import MoE
 from ..models.tensors import PROJECTIONS
 from .budget import (
     PROCESS_GROWTH,
+    LayerSlots,
     Plan,
     Shares,
     cache_bytes,
     make_plan,
     prompt_bytes,
-    resident_bytes,
 )
 from .experts import StreamedExperts
+from .options import StreamOptions
 from .pins import check_pins
 from .source import ExpertSource, LayerExperts, checkpoint_source
-
-_DTYPES = {
-    "BF16": mx.bfloat16,
-    "F16": mx.float16,
-    "F32": mx.float32,
-    "U32": mx.uint32,
-    "U8": mx.uint8,
-}
-
-
-@dataclass(frozen=True)
-class StreamOptions:
-    """How to stream routed experts.
-
-    Attributes:
-        budget: bytes that the process may keep resident, or None for what this machine affords.
-        slots: experts resident per layer, in place of as many as the budget allows.
-        context: tokens to keep room for in the KV cache; None: ``default_context``.
-        default_context: what is planned for without ``context``, or the model's whole context where
-            that is less.
-        sidecar: folder of a packed sidecar; None reads the checkpoint's own shards.
-        policy: which expert gives way: "learned" (the one least likely to be asked for next, as
-            learned from the requests so far), "lru", "s3fifo" or "pinned" (LRU but for ``pins``).
-        pins: per layer, experts that stay once they are read.
-        spares: slots per layer for experts that the next layer's router is likely to choose.
-        direct: bypass the page cache.
-        depth: reads in flight.
-        split: bytes per read, a multiple of 4096.
-        patience: seconds to wait for slots held by work in flight.
-    """
-
-    budget: int | None = None
-    slots: int | None = None
-    context: int | None = None
-    default_context: int = DEFAULT_CONTEXT
-    sidecar: str | os.PathLike[str] | None = None
-    policy: str = "learned"
-    pins: Mapping[int, Sequence[int]] = field(default_factory=dict)
-    spares: int = 0
-    direct: bool = False
-    depth: int = 16
-    split: int = 1 << 20
-    patience: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +58,7 @@ def find_source(
 
     Raises ValueError for a model without routed experts and what either source raises.
     """
-    if not any(args.is_sparse(i) for i in range(args.num_hidden_layers)):
+    if not any(layer.is_sparse for layer in args.layers):
         raise ValueError(f"[slots] {checkpoint.path} has no routed experts to stream.")
     if sidecar is None:
         return checkpoint_source(checkpoint, args)
@@ -110,7 +68,7 @@ def find_source(
 
 
 def plan_streaming(
-    manifest: Manifest,
+    inventory: Inventory,
     args: ModelArgs,
     source: ExpertSource,
     options: StreamOptions,
@@ -121,15 +79,11 @@ def plan_streaming(
     Pins that the model does not have are refused too.
     """
     check_pins(options.pins, {i: layer.experts for i, layer in source.layers.items()})
-    dense = sum(
-        stored.nbytes * (2 if stored.format == "fp8" else 1)  # becomes bfloat16
-        for stored in manifest.stored
-        if not stored.source.module.experts
-    )
-    kv_format = _float_format(manifest) if kv_format == "auto" else kv_format
-    layers = [layer.expert_bytes for layer in source.layers.values()]
+    dense = sum(s.loaded for s in inventory.stored if not s.source.module.experts)
+    kv_format = _float_format(inventory) if kv_format == "auto" else kv_format
+    layers = [LayerSlots(layer.experts, layer.expert_bytes) for layer in source.layers.values()]
     process = resident_bytes() + PROCESS_GROWTH
-    buffers = _buffer_bytes(args, layers, options)
+    buffers = _buffer_bytes(layers, options)
 
     def shares(context: int) -> Shares:
         staging = buffers + prompt_bytes(args, context)
@@ -138,24 +92,29 @@ def plan_streaming(
     return make_plan(args, shares, layers, options)
 
 
-def _buffer_bytes(args: ModelArgs, layers: Sequence[int], options: StreamOptions) -> int:
+def _buffer_bytes(layers: Sequence[LayerSlots], options: StreamOptions) -> int:
     """Of reads past the page cache, in whole blocks, and of the policy."""
-    block = 4096
-    reads = options.depth * (min(options.split, max(layers)) + 2 * block) if options.direct else 0
-    followers = 4 * len(layers) * (args.n_routed_experts or 0) ** 2
+    block, largest = 4096, max(layer.expert_bytes for layer in layers)
+    reads = options.depth * (min(options.split, largest) + 2 * block) if options.direct else 0
+    followers = 4 * sum(layer.experts**2 for layer in layers)
     return reads + (followers if options.policy == "learned" else 0)
 
 
-def _float_format(manifest: Manifest) -> str:
+def _float_format(inventory: Inventory) -> str:
     """The format of the activations, which are of the embedding's type."""
-    kinds = {str(s.format) for s in manifest.stored if s.source.kind in ("norms", "embedding")}
-    return "fp32" if "F32" in kinds else "bf16"
+    kinds = {str(s.format) for s in inventory.stored if s.source.kind in ("norms", "embedding")}
+    return "fp32" if "fp32" in kinds else "bf16"
 
 
 def attach_banks(
-    model: Model, args: ModelArgs, source: ExpertSource, plan: Plan, options: StreamOptions
+    model: Model,
+    args: ModelArgs,
+    source: ExpertSource,
+    plan: Plan,
+    options: StreamOptions,
+    formats: Mapping[str, Format],
 ) -> Streaming:
-    """Put a bank in the place of every layer's experts.
+    """Put a bank in the place of every layer's experts; ``formats`` are those of packed modules.
 
     Raises RuntimeError, naming the file, for one that does not open or has another size, and
     ValueError for options that do not fit.
@@ -165,29 +124,32 @@ def attach_banks(
     reader = _ext.SlotReader(options.depth, options.split)
     banks: dict[int, _ext.SlotBank] = {}
     last: StreamedExperts | None = None
+    top_k = args.num_experts_per_tok
     for i, layer in source.layers.items():
+        slots = min(plan.slots, layer.experts)
+        spares = min(options.spares, max(slots - top_k, 0))  # a small layer has fewer to spare
         bank = banks[i] = _ext.slot_bank(
             reader,
             files,
             i,
-            [(list(part.shape), _DTYPES[part.dtype]) for part in layer.parts],
+            [(list(part.shape), DTYPES[part.dtype]) for part in layer.parts],
             list(layer.locations),
             list(layer.checksums),
-            plan.slots,
-            options.spares,
+            slots,
+            spares,
             options.policy,
             list(options.pins.get(i, ())),
             options.patience,
         )
-        if bank.capacity < args.num_experts_per_tok:
+        if bank.capacity < top_k:
             raise ValueError(
-                f"[slots] layer {i}: {plan.slots} slots less {options.spares} spare and"
+                f"[slots] layer {i}: {slots} slots less {spares} spare and"
                 f" {len(options.pins.get(i, ()))} pinned ones leave {bank.capacity}, a token needs"
-                f" {args.num_experts_per_tok}."
+                f" {top_k}."
             )
         moe = model.layers[i].mlp
         assert isinstance(moe, MoE)
-        moe.switch_mlp = StreamedExperts(bank, layer.experts, _weights(bank, layer, args))
+        moe.switch_mlp = StreamedExperts(bank, layer.experts, _weights(i, bank, layer, formats))
         if last is not None and options.spares:
             last.look_ahead(moe.gate, moe.switch_mlp)
         last = moe.switch_mlp
@@ -195,19 +157,15 @@ def attach_banks(
 
 
 def _weights(
-    bank: _ext.SlotBank, layer: LayerExperts, args: ModelArgs
+    index: int, bank: _ext.SlotBank, layer: LayerExperts, formats: Mapping[str, Format]
 ) -> tuple[ops.Weight, ops.Weight, ops.Weight]:
     arrays = dict(zip((part.name for part in layer.parts), bank.arrays, strict=True))
 
     def form(projection: str) -> ops.Weight:
-        down = projection == "down_proj"
-        columns = args.moe_intermediate_size if down else args.hidden_size
-        weight, scales = arrays[f"{projection}.weight"], arrays.get(f"{projection}.scales")
-        fmt = layer.format(projection, columns)
+        fmt = formats.get(f"model.layers.{index}.mlp.switch_mlp.{projection}")
         if fmt is None:
-            return ops.Weight(weight)
-        biases = arrays.get(f"{projection}.biases")
-        return ops.Weight(weight, scales, biases, fmt.group_size, fmt.bits, fmt.mode)
+            return ops.Weight.dense(arrays[f"{projection}.weight"])
+        return ops.Weight([arrays[f"{projection}.{name}"] for name in plane_names(fmt)], fmt)
 
     gate, up, down = (form(projection) for projection in PROJECTIONS)
     return gate, up, down

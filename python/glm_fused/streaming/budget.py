@@ -4,46 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import resource
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..memory import size
 from ..models.cache import bytes_per_token
 from ..models.config import ModelArgs
 from ..ops.chunks import BUDGET_BYTES
-from ..validation import show
-
-if TYPE_CHECKING:
-    from .banks import StreamOptions
+from .options import StreamOptions
 
 PREFILL_TOKENS = 2048  # mlx-lm's chunk of a prompt
 PROCESS_GROWTH = 48 << 20  # after planning: tokenizer, code, heaps of threads; 30 MB are usual
 SHORTEST_CONTEXT = 256  # that a refusal proposes
 MAX_SCRATCH = 64 << 20  # of indexer_topk and of sparse_mla_decode
-_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])(i?)b?|b)", re.IGNORECASE)
-
-
-def parse_size(text: str) -> int:
-    """Bytes in texts such as "24GB", "512MiB" or "1000B"; ValueError for others and from 2^63 on.
-
-    A number without a unit is none: whoever writes 24 does not mean bytes.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"expected a size with its unit, such as 24GB or 512MiB: {show(text)}")
-    number, unit, binary = match.groups()
-    unit = "" if unit is None else unit.lower()
-    power = "kmgt".find(unit) + 1 if unit else 0
-    nbytes = float(number) * (1024**power if binary else 1000**power)
-    if nbytes >= 2**63:
-        raise ValueError(f"expected a size below 2^63 bytes: {show(text)}")
-    return int(nbytes)
 
 
 @dataclass(frozen=True)
@@ -64,21 +41,31 @@ class Shares:
         return self.process + self.dense + self.kv + self.staging
 
 
+class LayerSlots(NamedTuple):
+    """What a layer's slots are for: so many experts, each of so many bytes."""
+
+    experts: int
+    expert_bytes: int
+
+
 @dataclass(frozen=True)
 class Plan:
-    """How a budget is used. ``expert_bytes`` is one slot in every layer."""
+    """How a budget is used: ``slots`` in each of ``layers``, or one for each of its experts."""
 
     budget: int
     shares: Shares
     context: int
-    layers: int
-    experts: int
-    expert_bytes: int
+    layers: tuple[LayerSlots, ...]
     slots: int
 
     @property
+    def experts(self) -> int:
+        """The most experts that a layer has."""
+        return max(layer.experts for layer in self.layers)
+
+    @property
     def slot_bytes(self) -> int:
-        return self.slots * self.expert_bytes
+        return sum(min(self.slots, experts) * nbytes for experts, nbytes in self.layers)
 
     @property
     def total(self) -> int:
@@ -95,7 +82,7 @@ class Plan:
             (
                 "slots",
                 self.slot_bytes,
-                f"{self.slots} of {self.experts} x {self.layers} layers, for experts",
+                f"{self.slots} of {self.experts} x {len(self.layers)} layers, for experts",
             ),
             ("total", self.total, f"of a budget of {size(self.budget)}"),
         ]
@@ -105,34 +92,32 @@ class Plan:
 def make_plan(
     args: ModelArgs,
     shares_for: Callable[[int], Shares],
-    expert_bytes: Sequence[int],
+    layers: Sequence[LayerSlots],
     options: StreamOptions,
 ) -> Plan:
     """As many slots a layer as the budget holds, or ``options.slots``.
 
-    ``shares_for`` gives the shares of a context, ``expert_bytes`` the size of one expert in each
-    layer. Raises ValueError for a context beyond the model's and for an impossible number of slots,
-    and, with the numbers and what would fit, if fewer than a token needs fit, or if the asked
-    number does not.
+    ``shares_for`` gives the shares of a context. Raises ValueError for a context beyond the model's
+    and for an impossible number of slots, and, with the numbers and what would fit, if fewer than a
+    token needs fit, or if the asked number does not.
     """
     context = planned_context(args, options.context, options.default_context)
-    experts = args.n_routed_experts or 0
-    per_slot, least = sum(expert_bytes), args.num_experts_per_tok + options.spares
+    least = args.num_experts_per_tok + options.spares
     budget = affordable_bytes(options.direct) if options.budget is None else options.budget
     wanted = least if options.slots is None else options.slots
-    if not least <= wanted <= experts:
+    shares = shares_for(context)
+    plan = Plan(budget, shares, context, tuple(layers), wanted)
+    if not least <= wanted <= plan.experts:
         raise ValueError(
-            f"[budget] {wanted} slots a layer, expected {least} to {experts}: a token needs"
+            f"[budget] {wanted} slots a layer, expected {least} to {plan.experts}: a token needs"
             f" {args.num_experts_per_tok} and {options.spares} are spare."
         )
-    shares = shares_for(context)
-    needed = shares.total + wanted * per_slot
-    plan = Plan(max(budget, needed), shares, context, len(expert_bytes), experts, per_slot, wanted)
-    if needed > budget and (options.budget is not None or options.slots is None):
+    if plan.total > budget and (options.budget is not None or options.slots is None):
         raise ValueError(_refusal(plan, budget, least, shares_for))
     if options.slots is None:
-        plan = replace(plan, slots=min(experts, (budget - shares.total) // per_slot))
-    return plan
+        most = _largest(plan.experts, lambda n: replace(plan, slots=n).total <= budget)
+        plan = replace(plan, slots=most)
+    return replace(plan, budget=max(budget, plan.total))
 
 
 def planned_context(args: ModelArgs, context: int | None, default: int) -> int:
@@ -161,7 +146,7 @@ def _refusal(plan: Plan, budget: int, least: int, shares_for: Callable[[int], Sh
     context = _largest(plan.context, lambda n: shares_for(n).total + plan.slot_bytes <= budget)
     if context >= SHORTEST_CONTEXT:
         ways.append(f"a context of at most {context:,} tokens")
-    slots_left = (budget - shares.total) // plan.expert_bytes
+    slots_left = _largest(plan.slots, lambda n: replace(plan, slots=n).total <= budget)
     if least <= slots_left < plan.slots:
         ways.append(f"{slots_left} slots a layer")
     return f"{reason}; {' or '.join(ways)} would fit."
@@ -182,26 +167,6 @@ def _upwards(n: int) -> str:
     return f"{number}{unit}"
 
 
-def resident_bytes() -> int:
-    """What this process keeps in memory now (on macOS: its peak so far)."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
-def peak_resident_bytes() -> int:
-    """The most that this process has kept in memory."""
-    try:  # not ru_maxrss, which a child inherits from the process that started it
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-
 def affordable_bytes(direct: bool) -> int:
     """A budget for this machine.
 
@@ -219,7 +184,7 @@ def cache_bytes(args: ModelArgs, context: int, kv_format: str) -> int:
     # It grows in steps of 256 tokens or an eighth, and is copied, a layer at a time.
     tokens = context + max(256, context // 8)
     cached = bytes_per_token(args, kv_format) * tokens
-    return cached + cached // args.num_hidden_layers
+    return cached + cached // len(args.layers)
 
 
 def prompt_bytes(args: ModelArgs, context: int) -> int:
@@ -243,11 +208,3 @@ def _attention_bytes(args: ModelArgs, tokens: int, context: int) -> int:
         return 4 * min(BUDGET_BYTES, max(scores * args.index_n_heads, attended * row))
     heads = args.num_attention_heads
     return min(MAX_SCRATCH, scores) + min(MAX_SCRATCH, attended * heads) + sparse * attended
-
-
-def size(n: int) -> str:
-    """In the unit that people buy memory in."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if n >= unit:
-            return f"{n / unit:.2f} {name}"
-    return f"{n} B"

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from .. import _ext, ops
 from ..host import to_numpy
-
-Meanwhile = Callable[[mx.array], mx.array]
+from ..models.moe import Meanwhile
 
 _reads: contextvars.ContextVar[_ext.SlotReads | None] = contextvars.ContextVar(
     "reads", default=None
@@ -54,7 +53,7 @@ def reads_for(cache: Sequence[Any] | None) -> Iterator[_ext.SlotReads]:
 
 
 class StreamedExperts(nn.Module):
-    """In place of ``SwitchMLP``: the same numbers, from a bank of slots.
+    """`RoutedExperts` in place of ``SwitchMLP``: the same numbers, from a bank of slots.
 
     A decode step is one request, resolved inside the lazy graph. Where a prompt may need more
     experts than there are slots, the router's choice is awaited and the experts are taken in waves,

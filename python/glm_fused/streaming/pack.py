@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.safetensors_header import regular_file_size
-from .budget import size
+from ..memory import size
 from .sidecar import (
     LAYER_FILE,
     MANIFEST,

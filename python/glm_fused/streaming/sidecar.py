@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.folder import MAX_JSON_BYTES
-from ..checkpoint.safetensors_header import MAX_RANK, parse_json_object, regular_file_size
+from ..checkpoint.safetensors_header import DTYPES, MAX_RANK, parse_json_object, regular_file_size
 from ..models.tensors import PROJECTIONS
 from ..validation import MAX_SIZE, show
-from .source import LEAVES, STREAMED, ExpertSource, LayerExperts, Part
+from .source import LEAVES, ExpertSource, LayerExperts, Part
 
 FORMAT, VERSION = "glm-fused-experts", 2
 PAGE = 16384
@@ -240,7 +240,9 @@ def _part(entry: Any, what: str) -> Part:
     name, dtype, shape = entry
     known = isinstance(name, str) and name in _PART_NAMES
     _expect(known, f"{what}: name", name, "that of an expert's tensor, such as gate_proj.weight")
-    _expect(isinstance(dtype, str) and dtype in STREAMED, f"{what}: dtype", dtype, show(STREAMED))
+    _expect(
+        isinstance(dtype, str) and dtype in DTYPES, f"{what}: dtype", dtype, show(tuple(DTYPES))
+    )
     sizes = isinstance(shape, list) and 0 < len(shape) <= MAX_RANK
     sizes = sizes and all(type(n) is int and 0 < n <= MAX_SIZE for n in shape)
     _expect(sizes, f"{what}: shape", shape, f"a list of 1 to {MAX_RANK} sizes")

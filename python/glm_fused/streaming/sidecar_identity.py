@@ -31,9 +31,9 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 from .. import _ext
+from ..checkpoint.declaration import quantization_from_config
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.inventory import check_tensors
-from ..checkpoint.quantization import quantization_from_config
 from ..models.config import ModelArgs, args_from_config
 from ..validation import show
 from .sidecar import MANIFEST, PAGE, PackedLayer, Shards, Sidecar, slab_bytes

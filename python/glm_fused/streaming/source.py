@@ -11,12 +11,10 @@ from types import TracebackType
 from typing import NamedTuple
 
 from ..checkpoint.folder import Checkpoint
-from ..checkpoint.quantization import Format, infer_format
-from ..checkpoint.safetensors_header import ITEM_BYTES, TensorInfo
+from ..checkpoint.safetensors_header import DTYPES, ITEM_BYTES, TensorInfo
 from ..models.config import ModelArgs
-from ..models.tensors import PROJECTIONS
+from ..models.tensors import Form, Module, expert_modules
 
-STREAMED = ("BF16", "F16", "F32", "U32", "U8")
 LEAVES = ("weight", "scales", "biases")
 
 
@@ -55,16 +53,6 @@ class LayerExperts:
         """Where the parts of one expert lie."""
         first = expert * len(self.parts)
         return self.locations[first : first + len(self.parts)]
-
-    def format(self, projection: str, columns: int) -> Format | None:
-        """How a projection of ``columns`` inputs is packed; None if it is dense."""
-        found = {part.name: part for part in self.parts}
-        scales = found.get(f"{projection}.scales")
-        if scales is None:
-            return None
-        packed = found[f"{projection}.weight"].shape[-1]
-        uint8 = scales.dtype == "U8"
-        return infer_format(projection, columns, packed, scales.shape[-1], uint8)
 
 
 @dataclass(frozen=True)
@@ -134,11 +122,6 @@ class ExpertReader:
         ]
 
 
-def is_expert(name: str) -> bool:
-    """Whether a checkpoint's tensor belongs to a routed expert."""
-    return ".mlp.switch_mlp." in name or ".mlp.experts." in name
-
-
 def checkpoint_source(checkpoint: Checkpoint, args: ModelArgs) -> ExpertSource:
     """The experts in a checkpoint's own shards, in any layout that needs no conversion.
 
@@ -146,60 +129,60 @@ def checkpoint_source(checkpoint: Checkpoint, args: ModelArgs) -> ExpertSource:
     """
     files = {checkpoint.path / name: size for name, size in checkpoint.files.items()}
     index = {name: i for i, name in enumerate(checkpoint.files)}
-    layers = {}
-    for i in range(args.num_hidden_layers):
-        if args.is_sparse(i):
-            layers[i] = _layer(checkpoint.tensors, f"model.layers.{i}.mlp", args, index)
+    layers = {
+        layer.index: _layer(checkpoint.tensors, expert_modules(args, layer), index)
+        for layer in args.layers
+        if layer.is_sparse
+    }
     return ExpertSource("safetensors", files, layers)
 
 
 def _layer(
-    tensors: Mapping[str, TensorInfo], prefix: str, args: ModelArgs, index: Mapping[str, int]
+    tensors: Mapping[str, TensorInfo], modules: Sequence[Module], index: Mapping[str, int]
 ) -> LayerExperts:
-    experts = args.n_routed_experts or 0
     parts: list[Part] = []
     columns: list[list[tuple[int, int]]] = []  # per part, the location of every expert
-    for projection in PROJECTIONS:
+    for module in modules:
+        form, projection = module.form_in(tensors), module.path.rpartition(".")[2]
+        names = [f"{path}{{}}" for path in form.paths(module.experts)]
+        _check_streamable(tensors, form, module)
         for leaf in LEAVES:
-            found = _find(tensors, prefix, f"{projection}.{leaf}", experts)
-            if found is None:
+            suffix = form.suffix if leaf == "weight" else f".{leaf}"
+            found = [tensors[name] for name in (n.format(suffix) for n in names) if name in tensors]
+            if not found:
                 continue
-            infos, shape, strides = found
-            dtype = infos[0].dtype
-            if dtype not in STREAMED or f"{prefix}.experts.0.{projection}.weight_scale_inv" in (
-                tensors
-            ):
-                raise ValueError(
-                    f"[slots] {prefix} has {dtype} experts, which cannot be streamed; convert the"
-                    " checkpoint with mlx_lm.convert."
-                )
-            parts.append(Part(f"{projection}.{leaf}", dtype, shape))
-            columns.append(
-                [(index[t.file], t.start + s) for t, s in zip(infos, strides, strict=True)]
-            )
-    locations = tuple(column[e] for e in range(experts) for column in columns)
+            shape, places = _places(found, form, module)
+            parts.append(Part(f"{projection}.{leaf}", found[0].dtype, shape))
+            columns.append([(index[info.file], at) for info, at in places])
+    locations = tuple(column[e] for e in range(modules[0].experts) for column in columns)
     return LayerExperts(tuple(parts), locations)
 
 
-_Found = tuple[list[TensorInfo], tuple[int, ...], list[int]]
+def _check_streamable(tensors: Mapping[str, TensorInfo], form: Form, module: Module) -> None:
+    """Raise ValueError for experts in a form that kernels do not read as it lies on disk."""
+    first, layer = next(form.paths(1)), module.path.partition(".switch_mlp.")[0]
+    if f"{first}.weight_packed" in tensors:
+        raise ValueError(
+            f"[slots] {layer} has experts of compressed-tensors, which cannot be streamed: the"
+            " biases that kernels read are not in its files; convert the checkpoint with"
+            " python -m glm_fused.mlx_lm convert."
+        )
+    dtype = tensors[first + form.suffix].dtype
+    if dtype not in DTYPES or f"{first}.weight_scale_inv" in tensors:
+        raise ValueError(
+            f"[slots] {layer} has {dtype} experts, which cannot be streamed; convert the"
+            " checkpoint with mlx_lm.convert."
+        )
 
 
-def _find(tensors: Mapping[str, TensorInfo], prefix: str, name: str, experts: int) -> _Found | None:
-    """Per expert the tensor that holds it and where in it; with the shape of one expert's part."""
-    stacked = tensors.get(f"{prefix}.switch_mlp.{name}")
-    projection, _, leaf = name.partition(".")
-    if stacked is None and leaf == "weight" and projection == "down_proj":
-        stacked = tensors.get(f"{prefix}.experts.down_proj")
-    if stacked is not None:
-        size = stacked.nbytes // experts
-        return [stacked] * experts, stacked.shape[1:], [e * size for e in range(experts)]
-    fused = tensors.get(f"{prefix}.experts.gate_up_proj")
-    if fused is not None and leaf == "weight":
-        size, half = fused.nbytes // experts, fused.nbytes // experts // 2
-        first = half if projection == "up_proj" else 0
-        shape = (fused.shape[1] // 2, *fused.shape[2:])
-        return [fused] * experts, shape, [e * size + first for e in range(experts)]
-    if f"{prefix}.experts.0.{name}" not in tensors:
-        return None
-    infos = [tensors[f"{prefix}.experts.{e}.{name}"] for e in range(experts)]
-    return infos, infos[0].shape, [0] * experts
+def _places(
+    found: Sequence[TensorInfo], form: Form, module: Module
+) -> tuple[tuple[int, ...], list[tuple[TensorInfo, int]]]:
+    """The shape of one expert's part, and per expert its tensor and where in the file it begins."""
+    if form.of_single_experts:
+        return found[0].shape, [(info, info.start) for info in found]
+    (info,) = found
+    stride, (_, rows, _), shared_rows = info.nbytes // module.experts, module.shape, form.shape[1]
+    first = info.start + stride // shared_rows * form.first_row
+    shape = (rows, *info.shape[2:])
+    return shape, [(info, first + e * stride) for e in range(module.experts)]

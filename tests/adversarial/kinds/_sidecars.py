@@ -7,7 +7,8 @@ from tests.adversarial.harness import Wrong, clear_error
 from tests.adversarial.kinds._streamed import Fixture, check
 
 from glm_fused.checkpoint.folder import Checkpoint
-from glm_fused.streaming.banks import StreamOptions, attach_banks, plan_streaming
+from glm_fused.streaming.banks import attach_banks, plan_streaming
+from glm_fused.streaming.options import StreamOptions
 from glm_fused.streaming.pack import pack
 from glm_fused.streaming.sidecar import Sidecar
 from glm_fused.streaming.sidecar_identity import check_described, sidecar_source, verify
@@ -73,7 +74,9 @@ class Sidecars(Fixture):
         options = StreamOptions(budget=8 << 30, patience=5.0, slots=slots)
         plan = plan_streaming(self._manifest, self._args, source, options, "auto")
         self.shared.streaming = None
-        self.shared.streaming = attach_banks(self.shared, self._args, source, plan, options)
+        formats = self._manifest.formats
+        streaming = attach_banks(self.shared, self._args, source, plan, options, formats)
+        self.shared.streaming = streaming
         check(self.shared, rng.choice(self.prompts), STEPS)
 
     def mend(self):

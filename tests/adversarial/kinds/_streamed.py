@@ -10,13 +10,14 @@ from conftest import tiny_config, write_checkpoint
 from mlx_lm.generate import generate_step
 from tests.adversarial.harness import Wrong
 
+from glm_fused.checkpoint.declaration import quantization_from_config
 from glm_fused.checkpoint.folder import Checkpoint
 from glm_fused.checkpoint.inventory import check_tensors
-from glm_fused.checkpoint.quantization import quantization_from_config
 from glm_fused.host import to_numpy
 from glm_fused.loader import load_model
 from glm_fused.models.config import args_from_config
-from glm_fused.streaming.banks import StreamOptions, attach_banks, find_source, plan_streaming
+from glm_fused.streaming.banks import attach_banks, find_source, plan_streaming
+from glm_fused.streaming.options import StreamOptions
 from glm_fused.streaming.pack import pack
 
 STEPS = 5
@@ -171,7 +172,9 @@ class Fixture:
         source = self._sources[packed]
         plan = plan_streaming(self._manifest, self._args, source, options, "auto")
         self.shared.streaming = None
-        self.shared.streaming = attach_banks(self.shared, self._args, source, plan, options)
+        formats = self._manifest.formats
+        streaming = attach_banks(self.shared, self._args, source, plan, options, formats)
+        self.shared.streaming = streaming
         return self.shared
 
 

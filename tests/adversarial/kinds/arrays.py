@@ -11,6 +11,8 @@ from tests.adversarial.harness import Wrong, clear_error
 from tests.adversarial.kinds import _model
 
 from glm_fused import ops
+from glm_fused.formats.weights import FORMATS as KNOWN
+from glm_fused.formats.weights import quantized_format
 from glm_fused.loader import load_model
 
 NAME = "arrays"
@@ -56,10 +58,9 @@ def weight(rng, *shape):
     mode, group, bits = rng.choice(FORMATS)
     w = floats(rng, *shape, dtype=mx.bfloat16)
     if mode == "dense":
-        return ops.Weight(w)
-    quantized = mx.quantize(w, group_size=group, bits=bits, mode=mode)
-    biases = quantized[2] if len(quantized) > 2 else None
-    return ops.Weight(quantized[0], quantized[1], biases, group, bits, mode)
+        return ops.Weight.dense(w)
+    fmt = quantized_format(group, bits, mode)
+    return ops.Weight(mx.quantize(w, **fmt.parameters), fmt)
 
 
 def start_of(rng, b, t):
@@ -172,11 +173,15 @@ CALLS = [matvec, moe, router, indexer, attention, swiglu, expert_sum, model]
 def spoil(rng, value):
     """Another array, weight or number in the place of one that fits."""
     if isinstance(value, ops.Weight):
-        field = rng.randrange(6)
-        spoiled = spoil(rng, value[field]) if value[field] is not None else floats(rng, 4, 4)
-        if field == 5:
-            spoiled = rng.choice(["", "affine", "mxfp4", "nvfp4", "dense", "int4", "x" * 99])
-        return value._replace(**{value._fields[field]: spoiled})
+        planes = list(value.planes)
+        change = rng.randrange(6)
+        if change == 0:
+            return value._replace(format=rng.choice([*KNOWN.values(), None, "affine4", 4]))
+        if change == 1:
+            return value._replace(planes=rng.choice([None, planes[0], [], planes[1:], planes * 2]))
+        at = rng.randrange(len(planes))
+        planes[at] = spoil(rng, planes[at])
+        return value._replace(planes=planes)
     if isinstance(value, mx.array):
         return spoil_array(rng, value)
     if isinstance(value, bool):

@@ -10,7 +10,7 @@ from tests.adversarial.kinds import _preload, reads, slots
 from tests.adversarial.kinds._streamed import Fixture, check
 
 from glm_fused import loader
-from glm_fused.streaming.banks import StreamOptions
+from glm_fused.streaming.options import StreamOptions
 
 NAME = "loads"
 QUICK_CASES = 40
@@ -68,5 +68,5 @@ def planted():
         except RuntimeError:
             return
 
-    with mock.patch.object(loader, "_materialize", materialize):
+    with mock.patch.object(loader, "read_parameters", materialize):
         yield

@@ -12,6 +12,7 @@ from tests.adversarial.kinds._memory import MEMORY, Faults
 from tests.adversarial.kinds._streamed import Fixture, generate_exactly, random_options
 
 from glm_fused import _ext, ops
+from glm_fused.formats.weights import dense_format
 from glm_fused.selftest.synthetic import Bits
 
 NAME = "memory"
@@ -41,17 +42,30 @@ def _calls():
     for seed in range(4):
         bits = Bits(seed)
         x = bits.floats((3, 128), mx.bfloat16)
-        gate, up = (bits.weight((8, 96, 128), None, mx.bfloat16) for _ in range(2))
-        down = bits.weight((8, 128, 96), None, mx.bfloat16)
+        gate, up = (
+            bits.weight((8, 96, 128), dense_format(mx.bfloat16), mx.bfloat16) for _ in range(2)
+        )
+        down = bits.weight((8, 128, 96), dense_format(mx.bfloat16), mx.bfloat16)
         chosen = mx.array(bits.choices(3, 3, 8))
         scores = mx.abs(bits.floats((3, 3), mx.float32))
-        w = bits.weight((1024, 128), None, mx.bfloat16)
+        w = bits.weight((1024, 128), dense_format(mx.bfloat16), mx.bfloat16)
         bias, q = bits.floats((1024,), mx.float32), bits.floats((1, 3, 4, 64), mx.bfloat16)
         keys, weights = bits.floats((1, 900, 64), mx.bfloat16), bits.floats((1, 3, 4), mx.float32)
-        mx.eval(x, gate.weight, up.weight, down.weight, chosen, scores, w.weight, bias, q, keys)
+        mx.eval(
+            x,
+            gate.planes[0],
+            up.planes[0],
+            down.planes[0],
+            chosen,
+            scores,
+            w.planes[0],
+            bias,
+            q,
+            keys,
+        )
         yield lambda a=(x, gate, up, down, chosen, scores): ops.moe_decode(*a)
         yield lambda a=(x, w): ops.quantized_matvec(*a)
-        yield lambda a=(x, w.weight, bias): ops.router_topk(*a, top_k=8)[1]
+        yield lambda a=(x, w.planes[0], bias): ops.router_topk(*a, top_k=8)[1]
         yield lambda a=(q, keys, weights): ops.indexer_topk(*a, 16, scale=0.1)
         yield lambda a=(q, keys): ops.sparse_mla_decode(*a, rank=64, scale=0.1)
 

@@ -17,10 +17,10 @@ from mlx_lm.models.cache import CacheList, KVCache, save_prompt_cache, trim_prom
 from tests.adversarial.harness import Wrong
 from tests.adversarial.kinds._streamed import CONFIG
 
+from glm_fused.checkpoint.prompt_cache import load_prompt_cache
 from glm_fused.loader import load_model
 from glm_fused.models import cache_check
 from glm_fused.models import decoder as model_module
-from glm_fused.models.cache_check import load_prompt_cache
 
 NAME = "prompt_cache"
 QUICK_CASES = 60

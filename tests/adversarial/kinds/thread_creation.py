@@ -12,6 +12,7 @@ from tests.adversarial.kinds._memory import THREADS, Faults
 from tests.adversarial.kinds.slots import EXPERTS, check_slots, make_bank, resolve
 
 from glm_fused import _ext, ops
+from glm_fused.formats.weights import dense_format
 from glm_fused.selftest.synthetic import Bits
 
 NAME = "thread_creation"
@@ -25,7 +26,10 @@ _state = {}
 def prepare(folder):
     """An op that is large enough for the pool, and a file of experts."""
     bits = Bits(1)
-    x, w = bits.floats((1, 256), mx.float32), bits.weight((1024, 256), None, mx.float32)
+    x, w = (
+        bits.floats((1, 256), mx.float32),
+        bits.weight((1024, 256), dense_format(mx.float32), mx.float32),
+    )
     contents = (bytes([e]) * sum(slots.BYTES) for e in range(EXPERTS))
     (folder / "experts.bin").write_bytes(b"".join(contents))
     _state["faults"], _state["call"] = Faults(), lambda: ops.quantized_matvec(x, w)

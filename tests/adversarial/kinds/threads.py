@@ -23,6 +23,7 @@ from tests.adversarial.kinds._streamed import (
 from tests.adversarial.kinds.slots import BYTES, EXPERTS, check_slots, make_bank, resolve
 
 from glm_fused import _ext, ops
+from glm_fused.formats.weights import dense_format
 from glm_fused.selftest.synthetic import Bits
 from glm_fused.streaming.experts import StreamedExperts
 
@@ -49,14 +50,16 @@ def _calls():
     for seed in range(6):
         bits = Bits(seed)
         x = bits.floats((2, 128), mx.bfloat16)
-        gate, up = (bits.weight((8, 96, 128), None, mx.bfloat16) for _ in range(2))
-        down = bits.weight((8, 128, 96), None, mx.bfloat16)
+        gate, up = (
+            bits.weight((8, 96, 128), dense_format(mx.bfloat16), mx.bfloat16) for _ in range(2)
+        )
+        down = bits.weight((8, 128, 96), dense_format(mx.bfloat16), mx.bfloat16)
         chosen = mx.array(bits.choices(2, 3, 8))
         scores = mx.abs(bits.floats((2, 3), mx.float32))
-        mx.eval(x, gate.weight, up.weight, down.weight, chosen, scores)
+        mx.eval(x, gate.planes[0], up.planes[0], down.planes[0], chosen, scores)
         yield lambda a=(x, gate, up, down, chosen, scores): ops.moe_decode(*a)
-        w = bits.weight((512, 128), None, mx.bfloat16)
-        mx.eval(w.weight)
+        w = bits.weight((512, 128), dense_format(mx.bfloat16), mx.bfloat16)
+        mx.eval(w.planes[0])
         yield lambda a=(x, w): ops.quantized_matvec(*a)
 
 

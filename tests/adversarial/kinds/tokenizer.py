@@ -116,7 +116,7 @@ def case(seed, folder):
     checkpoint = Checkpoint.open(bad)
     tokenizer = loader.load_tokenizer(checkpoint)
     args = SimpleNamespace(vocab_size=256, max_position_embeddings=4096)
-    model = SimpleNamespace(args=args, streaming=None)
+    model = SimpleNamespace(args=args, context=4096)
     prompt = rng.choice(["w1 w2", "w250 abc", "é\0 w1", "a b" * 50])
     tokens = encode(model, tokenizer, prompt, rng.random() < 0.7)
     if not all(type(t) is int and 0 <= t < 256 for t in tokens):

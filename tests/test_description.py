@@ -8,8 +8,10 @@ import time
 
 import pytest
 from conftest import tiny_config, tiny_config_51
+from expert_counts import unlike_experts
 
-from glm_fused.checkpoint.description import describe, format_report, variant
+from glm_fused.checkpoint.description import describe, format_description, variant
+from glm_fused.checkpoint.folder import Checkpoint
 from glm_fused.checkpoint.quantization import parse_format
 from glm_fused.models.cache import bytes_per_token
 from glm_fused.models.config import DeepseekV32Args, ModelArgs, args_from_config
@@ -120,7 +122,7 @@ def test_release_of_282_shards(tmp_path):
     assert time.process_time() - start < 10  # 1 to 3 s; a quadratic step would take minutes
     assert found["files"] == 282
     assert found["bytes_loaded"] / 1e12 == pytest.approx(1.487, abs=0.001)
-    assert found["formats"]["experts up"]["formats"] == ["BF16"]
+    assert found["formats"]["experts up"]["formats"] == ["bf16"]
 
 
 def test_cache_and_variant():
@@ -143,10 +145,10 @@ def test_formats_by_kind(checkpoint, layout):
     path = checkpoint(layout=layout, quantization=AFFINE_4 | OVERRIDES, mtp=True)
     found = describe(path)
     formats = {name: kind["formats"] for name, kind in found["formats"].items()}
-    assert formats["embedding"] == ["affine-6 g64"]
-    assert formats["experts down"] == ["affine-4 g64", "mxfp8"]
-    assert formats["experts up"] == ["affine-4 g64"]
-    assert formats["router"] == formats["norms"] == ["BF16"]
+    assert formats["embedding"] == ["affine6"]
+    assert formats["experts down"] == ["affine4", "mxfp8"]
+    assert formats["experts up"] == ["affine4"]
+    assert formats["router"] == formats["norms"] == ["bf16"]
     assert found["formats"]["experts up"]["bits_per_weight"] == 4.5
     assert set(found["ignored_tensors"]) == {"MTP layer"}
     assert json.loads(json.dumps(found)) == found
@@ -165,18 +167,84 @@ def test_fp8_is_read_as_bfloat16(checkpoint):
     assert kind["bytes_read_per_token"] == 2 * kind["weights"]
 
 
+def move_mtp(tensors):
+    """The names under which oMLX keeps the MTP layer."""
+    renamed = {}
+    for name, array in tensors.items():
+        rest = name.removeprefix("model.layers.5.")
+        if rest == name:
+            renamed[name] = array
+        elif rest.split(".")[0] in ("eh_proj", "enorm", "hnorm"):
+            renamed[f"mtp.0.{rest}"] = array
+        elif rest.startswith("shared_head."):
+            renamed[f"mtp.0.{rest.removeprefix('shared_head.')}"] = array
+        else:
+            renamed[f"mtp.0.block.{rest}"] = array
+    return renamed
+
+
+@pytest.mark.parametrize("layout", ["mlx", "hf", "hf-fused"])
+@pytest.mark.parametrize("edit", [None, move_mtp], ids=["release", "oMLX"])
+def test_mtp_layers_are_listed(checkpoint, layout, edit):
+    assert describe(checkpoint(layout=layout))["mtp_layers"] == []
+    path = checkpoint(layout=layout, mtp=True, edit=edit)
+    found = describe(path)
+    (layer,) = found["mtp_layers"]
+    assert (layer["layer"], layer["missing"]) == (5, [])
+    assert found["ignored_tensors"] == {"MTP layer": layer["tensors"]}
+    stored = Checkpoint.open(path).tensors.items()
+    mtp = [t.nbytes for name, t in stored if name.startswith(("mtp.0.", "model.layers.5."))]
+    assert (layer["tensors"], layer["nbytes"]) == (len(mtp), sum(mtp))
+    assert f"MTP layer   5: {layer['tensors']} tensors" in format_description(found)
+
+
+def test_mtp_layer_that_lacks_a_weight(checkpoint):
+    lost = "model.layers.5.mlp.experts.3.up_proj.weight"
+    path = checkpoint(
+        layout="hf", mtp=True, edit=lambda tensors: {k: tensors[k] for k in tensors if k != lost}
+    )
+    found = describe(path)
+    assert found["mtp_layers"][0]["missing"] == [lost]
+    assert "lacks 1 weight; not used" in format_description(found)
+
+
+def test_quantized_indexers_are_warned_of(checkpoint):
+    (warning,) = describe(checkpoint(quantization=AFFINE_4))["warnings"]
+    assert "indexers are quantized (affine4)" in warning
+    assert warning[:40] in format_description(describe(checkpoint(quantization=AFFINE_4)))
+    kept = {
+        f"model.layers.{i}.self_attn.indexer.{name}": False
+        for i in range(5)
+        for name in ("wk", "wq_b")
+    }
+    assert describe(checkpoint(quantization=AFFINE_4 | kept))["warnings"] == []
+    assert describe(checkpoint(layout="fp8"))["warnings"] == []
+
+
+def test_unlike_numbers_of_experts(checkpoint):
+    counts = [0, 8, 4, 6, 3]
+    found = describe(unlike_experts(checkpoint, counts))
+    assert (found["experts"], found["experts_by_layer"]) == (8, counts)
+    assert found["variant"].endswith("REAP-pruned to 3 to 8 of 256 experts")
+    assert "experts     3 to 8, 2 a token" in format_description(found)
+    shares = {"experts up": sum(counts) * 128 * 128 * 2, "router": sum(counts) * (128 * 2 + 4)}
+    assert {name: found["formats"][name]["bytes"] for name in shares} == shares
+    per_token = found["formats"]["experts up"]["bytes_read_per_token"]
+    assert per_token == 4 * 2 * 128 * 128 * 2
+
+
 def test_report_text(checkpoint):
-    text = format_report(describe(checkpoint(tiny_config(), mtp=True)))
+    text = format_description(describe(checkpoint(tiny_config(), mtp=True)))
     for part in (
         "GLM-5.2/5.3",
         "full      0-1, 3",
         "shared    2, 4",
         "MTP layer",
         "experts gate",
-        "BF16",
+        "bf16",
     ):
         assert part in text
     assert all(len(line) <= 100 for line in text.splitlines() if "path" not in line)
-    text = format_report(describe(checkpoint(tiny_config_51())))
+    text = format_description(describe(checkpoint(tiny_config_51())))
     assert "full      0-4" in text
     assert "shared    none" in text

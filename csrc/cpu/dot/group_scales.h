@@ -1,0 +1,113 @@
+// Group scales, spread over the lanes that use them.
+#pragma once
+
+#include <cstring>
+
+#include "cpu/dot/lanes.h"
+
+namespace {
+
+using glm_fused::FloatType;
+using glm_fused::cpu::DotArgs;
+
+// R rows of a tile: row r lies r strides behind the first.
+struct TileRows {
+  const uint8_t* weight;
+  const uint8_t* scales;
+  const uint8_t* biases;
+  ptrdiff_t weight_stride;
+  ptrdiff_t scale_stride;
+  int direct_halves;  // the first half-blocks, whose scales are read in place
+};
+
+// Spreads the group values of a half-block, `size` bytes each and at most 16
+// bytes together, over its lanes: value of group g to byte `at` of the lanes
+// that belong to g.
+class Spread {
+ public:
+  GLM_INLINE Spread(const DotArgs& a, int values, int size, int at)
+      : log2_lanes_(__builtin_ctz(a.format.spec->block / values)),
+        size_(size),
+        groups_(a.k / a.format.spec->block),
+        row_bytes_(groups_ * size),
+        tile_bytes_(static_cast<size_t>(row_bytes_) * a.rows),
+        shuffle_(control(log2_lanes_, size, at).bytes) {}
+
+  // The half-blocks for which 16 bytes can be read at the first group of a row
+  // `offset` bytes into the tile, and whose lanes all lie inside the row.
+  GLM_INLINE int direct_halves(size_t offset) const {
+    const ptrdiff_t left = tile_bytes_ - offset - 16;
+    const ptrdiff_t readable =
+        left < 0 ? 0 : ((left / size_ + 1) << log2_lanes_) + kHalf - 1;
+    const int whole = (groups_ << log2_lanes_) / kHalf;
+    return readable / kHalf < whole ? static_cast<int>(readable / kHalf)
+                                    : whole;
+  }
+  // The group values of a half-block of R rows: in place, or copied where
+  // they end short of 16 bytes. `stride` changes with it.
+  template <int R>
+  GLM_INLINE const uint8_t* locate(
+      const uint8_t* row,
+      int hb,
+      bool direct,
+      uint8_t (&edge)[R][16],
+      ptrdiff_t& stride) const {
+    const uint8_t* at = row + first(hb) * size_;
+    if (__builtin_expect(direct, 1)) {
+      return at;
+    }
+    memset(edge, 0, sizeof(edge));
+    for (int r = 0; r < R; r++) {
+      memcpy(edge[r], at + r * stride, count(hb) * size_);
+    }
+    stride = 16;
+    return edge[0];
+  }
+  GLM_INLINE U16 operator()(const uint8_t* values) const {
+    return shuffle_(values);
+  }
+  // fp32 values do not fit 16 bytes: lane by lane.
+  GLM_INLINE F16 floats(const uint8_t* row, int hb) const {
+    const uint8_t* p = row + first(hb) * 4;
+    const int n = count(hb);
+    float lanes[kHalf] = {};
+    for (int lane = 0; lane >> log2_lanes_ < n && lane < kHalf; lane++) {
+      memcpy(&lanes[lane], p + 4 * (lane >> log2_lanes_), 4);
+    }
+    return load(lanes);
+  }
+  GLM_INLINE int row_bytes() const {
+    return row_bytes_;
+  }
+
+ private:
+  GLM_INLINE int first(int half_block) const {
+    return half_block * kHalf >> log2_lanes_;
+  }
+  // The half-block's groups: fewer than usual where the row ends in it.
+  GLM_INLINE int count(int half_block) const {
+    const int whole = (kHalf + (1 << log2_lanes_) - 1) >> log2_lanes_;
+    const int left = groups_ - first(half_block);
+    return left < whole ? left : whole;
+  }
+  struct Control {
+    uint8_t bytes[4 * kHalf];
+  };
+  static GLM_INLINE Control control(int log2_lanes, int size, int at) {
+    Control c;
+    memset(c.bytes, 0x80, sizeof(c.bytes));
+    for (int lane = 0; lane < kHalf && size <= 2; lane++) {
+      for (int i = 0; i < size; i++) {
+        c.bytes[4 * lane + at + i] =
+            static_cast<uint8_t>((lane >> log2_lanes) * size + i);
+      }
+    }
+    return c;
+  }
+
+  const int log2_lanes_, size_, groups_, row_bytes_;
+  const size_t tile_bytes_;
+  const Shuffle shuffle_;
+};
+
+}  // namespace

@@ -1,0 +1,335 @@
+// MLX's affine formats: 2, 3, 4, 5, 6 or 8 bits, w = scale * q + bias with a
+// scale and a bias per group. Planes: weight, scales, biases.
+#pragma once
+
+#include "formats/decode.h"
+
+namespace glm_fused {
+
+class AffineRow {
+ public:
+  AffineRow(const Format& format, const uint8_t* const* planes)
+      : format_(format),
+        weight_(planes[0]),
+        scales_(planes[1]),
+        biases_(planes[2]) {}
+
+  static int values(const Format& format, bool fast_order) {
+    const int bits = format.spec->bits;
+    const int pack = bits == 3 || bits == 5 ? 8 : bits == 6 ? 4 : 32 / bits;
+    return fast_order && bits > 2 ? 2 * pack : pack;
+  }
+  static std::string
+  shader(const Format& format, const std::string& floats, bool fast_order) {
+    return "Affine<" + floats + ", " + std::to_string(format.spec->block) +
+        ", " + std::to_string(format.spec->bits) + ", " +
+        (fast_order ? "true>" : "false>");
+  }
+
+  void add(const float* x, int column, int values, float& result) const {
+    const int bits = format_.spec->bits;
+    const uint8_t* w = weight_ + static_cast<size_t>(column) * bits / 8;
+    const int group = column / format_.spec->block;
+    const float scale = read_float(scales_, group, format_.float_type);
+    const float bias = read_float(biases_, group, format_.float_type);
+    const float sum = sum_of(x, values, bits);
+    result = result + std::fma(scale, dot(w, x, values, bits), sum * bias);
+  }
+
+ private:
+  // MLX's load_vector: the sum that multiplies the bias.
+  static float sum_of(const float* x, int values, int bits) {
+    const int step = bits == 8 ? 1 : bits % 2 ? 8 : 4;
+    float sum = 0;
+    for (int i = 0; i < values; i += step) {
+      float part = x[i];
+      for (int j = 1; j < step; j++) {
+        part = part + x[i + j];
+      }
+      sum = sum + part;
+    }
+    return sum;
+  }
+
+  // 3, 5 and 6 bits: every byte a column touches adds its own product; x is
+  // divided by the place of the column's first bit in its byte.
+  static float
+  straddling(const uint8_t* w, const float* x, int values, int bits) {
+    float accum = 0;
+    for (int v = 0; v < values; v++) {
+      const int bit = v * bits, byte = bit / 8, place = bit % 8;
+      const float scaled = x[v] / static_cast<float>(1 << place);
+      const int mask = ((1 << bits) - 1) << place;
+      accum = std::fma(static_cast<float>(w[byte] & mask), scaled, accum);
+      if (mask > 255) {
+        const auto carry = static_cast<float>(w[byte + 1] & mask >> 8);
+        accum = std::fma(carry, scaled * 256.0f, accum);
+      }
+    }
+    return accum;
+  }
+
+  static float dot(const uint8_t* w, const float* x, int values, int bits) {
+    float accum = 0;
+    if (bits == 8) {
+      for (int v = 0; v < values; v++) {
+        accum = std::fma(x[v], static_cast<float>(w[v]), accum);
+      }
+      return accum;
+    }
+    if (bits != 2 && bits != 4) {
+      return straddling(w, x, values, bits);
+    }
+    for (int v = 0; v < values; v += 4) {
+      const int bytes =
+          w[v * bits / 8] | (bits == 4 ? w[v * bits / 8 + 1] << 8 : 0);
+      float xs[4], ws[4];
+      for (int j = 0; j < 4; j++) {
+        const int place = bits * j;
+        xs[j] = x[v + j] / static_cast<float>(1 << place);
+        ws[j] = static_cast<float>(bytes & ((1 << bits) - 1) << place);
+      }
+      accum = accum + four(xs, ws);
+    }
+    return accum;
+  }
+
+  const Format& format_;
+  const uint8_t* weight_;
+  const uint8_t* scales_;
+  const uint8_t* biases_;
+};
+
+template <>
+struct RowOf<Family::affine> {
+  using type = AffineRow;
+};
+
+}  // namespace glm_fused
+
+#if defined(GLM_DOT_KERNELS)
+#include "cpu/dot/dot_body.h"
+#include "cpu/dot/group_scales.h"
+
+namespace {
+
+// Terms of eight (3, 5 bits) or four (6 bits) columns, as in MLX's qdot.
+constexpr Term kTerms3[] = {
+    {0, 0, 0x07, 1.0f, 1.0f},
+    {1, 0, 0x38, 1 / 8.0f, 1.0f},
+    {2, 0, 0xc0, 1 / 64.0f, 1.0f},
+    {2, 1, 0x01, 1 / 64.0f, 256.0f},
+    {3, 1, 0x0e, 1 / 2.0f, 1.0f},
+    {4, 1, 0x70, 1 / 16.0f, 1.0f},
+    {5, 1, 0x80, 1 / 128.0f, 1.0f},
+    {5, 2, 0x03, 1 / 128.0f, 256.0f},
+    {6, 2, 0x1c, 1 / 4.0f, 1.0f},
+    {7, 2, 0xe0, 1 / 32.0f, 1.0f},
+};
+constexpr Term kTerms5[] = {
+    {0, 0, 0x1f, 1.0f, 1.0f},
+    {1, 0, 0xe0, 1 / 32.0f, 1.0f},
+    {1, 1, 0x03, 1 / 32.0f, 256.0f},
+    {2, 1, 0x7c, 1 / 4.0f, 1.0f},
+    {3, 1, 0x80, 1 / 128.0f, 1.0f},
+    {3, 2, 0x0f, 1 / 128.0f, 256.0f},
+    {4, 2, 0xf0, 1 / 16.0f, 1.0f},
+    {4, 3, 0x01, 1 / 16.0f, 256.0f},
+    {5, 3, 0x3e, 1 / 2.0f, 1.0f},
+    {6, 3, 0xc0, 1 / 64.0f, 1.0f},
+    {6, 4, 0x07, 1 / 64.0f, 256.0f},
+    {7, 4, 0xf8, 1 / 8.0f, 1.0f},
+};
+constexpr Term kTerms6[] = {
+    {0, 0, 0x3f, 1.0f, 1.0f},
+    {1, 0, 0xc0, 1 / 64.0f, 1.0f},
+    {1, 1, 0x0f, 1 / 64.0f, 256.0f},
+    {2, 1, 0xf0, 1 / 16.0f, 1.0f},
+    {2, 2, 0x03, 1 / 16.0f, 256.0f},
+    {3, 2, 0xfc, 1 / 4.0f, 1.0f},
+};
+
+template <int bits>
+constexpr int affine_pack = bits == 3 || bits == 5 ? 8
+    : bits == 6                                    ? 4
+                                                   : 32 / bits;
+
+template <int bits>
+constexpr Term affine_term(int p) {
+  if constexpr (bits == 3 || bits == 5 || bits == 6) {
+    constexpr int n = bits == 3 ? 10 : bits == 5 ? 12 : 6;
+    const Term t = bits == 3 ? kTerms3[p % n]
+        : bits == 5          ? kTerms5[p % n]
+                             : kTerms6[p % n];
+    const int pack = p / n;
+    return {
+        t.value + pack * affine_pack<bits>,
+        t.byte + pack * affine_pack<bits> * bits / 8,
+        t.mask,
+        t.scale,
+        t.carry};
+  } else {
+    // MLX cuts 2-bit quads from a byte, 4-bit quads from two, 8-bit ones whole.
+    const int shift = bits == 8 ? 0 : bits * (p % 4);
+    return {
+        p,
+        bits == 4 ? p / 4 * 2 : p * bits / 8,
+        ((1u << bits) - 1) << shift,
+        1.0f / static_cast<float>(1 << shift),
+        1.0f};
+  }
+}
+
+// result += fma(scale, accum, sum * bias), as `scale * accum + sum * bias`
+// contracts; the lane sums of x follow its planes.
+class AffineScales {
+ public:
+  GLM_INLINE AffineScales(const DotArgs& a, int values)
+      : scales_(a.planes[1]),
+        biases_(a.planes[2]),
+        type_(a.format.float_type),
+        spread_(
+            a,
+            values,
+            type_ == FloatType::float32 ? 4 : 2,
+            type_ == FloatType::bfloat16 ? 2 : 0) {}
+
+  template <int R>
+  GLM_INLINE void locate(TileRows& rows, int row, int stride) const {
+    const size_t at = static_cast<size_t>(row) * spread_.row_bytes();
+    rows.scales = scales_ + at;
+    rows.biases = biases_ + at;
+    rows.scale_stride = static_cast<ptrdiff_t>(stride) * spread_.row_bytes();
+    rows.direct_halves =
+        spread_.direct_halves(at + (R - 1) * rows.scale_stride);
+  }
+
+  template <int R, int M>
+  GLM_INLINE void finish(
+      const TileRows& rows,
+      int hb,
+      const float* sums,
+      const F16 (&acc)[R][M],
+      F16 (&result)[R][M]) const {
+    if (__builtin_expect(type_ == FloatType::float32, 0)) {
+      const auto read = GLM_EACH(row) {
+        return spread_.floats(row, hb);
+      };
+      return add_groups(
+          rows.scales, rows.biases, rows.scale_stride, sums, acc, result, read);
+    }
+    const bool direct = hb < rows.direct_halves;
+    uint8_t edges[2][R][16];
+    ptrdiff_t stride = rows.scale_stride, same = stride;
+    const uint8_t* s =
+        spread_.locate(rows.scales, hb, direct, edges[0], stride);
+    const uint8_t* b = spread_.locate(rows.biases, hb, direct, edges[1], same);
+    if (type_ == FloatType::bfloat16) {
+      const auto read = GLM_EACH(p) {
+        return as_float(spread_(p));
+      };
+      return add_groups(s, b, stride, sums, acc, result, read);
+    }
+    const auto read = GLM_EACH(p) {
+      return half_to_float(spread_(p));
+    };
+    add_groups(s, b, stride, sums, acc, result, read);
+  }
+
+ private:
+  template <int R, int M, class Read>
+  static GLM_INLINE void add_groups(
+      const uint8_t* scales,
+      const uint8_t* biases,
+      ptrdiff_t stride,
+      const float* sums,
+      const F16 (&acc)[R][M],
+      F16 (&result)[R][M],
+      Read read) {
+    unroll<R>(GLM_EACH(r) {
+      const F16 s = read(scales + r * stride), b = read(biases + r * stride);
+      unroll<M>(GLM_EACH(m) {
+        const F16 offset = mul(load(sums + m * kHalf), b);
+        result[r][m] = add(result[r][m], fma(s, acc[r][m], offset));
+      });
+    });
+  }
+
+  const uint8_t* scales_;
+  const uint8_t* biases_;
+  const FloatType type_;
+  const Spread spread_;
+};
+
+template <int bits, bool fast>
+struct Affine {
+  static constexpr int kPacks = fast && bits > 2 ? 2 : 1;
+  static constexpr int kValues = affine_pack<bits> * kPacks;
+  static constexpr int kBytes = kValues * bits / 8;
+  static constexpr size_t kHalfBytes = kHalf * kBytes;
+  static constexpr size_t kOverread = kBytes == 3 ? 1 : 0;
+  static constexpr int kTerms = bits == 3 ? kValues * 10 / 8
+      : bits == 5                         ? kValues * 12 / 8
+      : bits == 6                         ? kValues * 6 / 4
+                                          : kValues;
+  static constexpr bool kQuads = bits == 2 || bits == 4;
+  static constexpr bool kCarriesAccumulator = false;
+  static constexpr int kSumStep = bits == 8 ? 1 : bits % 2 ? 8 : 4;
+  using Words = LaneWords<kBytes>;
+  using Scales = AffineScales;
+
+  static constexpr Term term(int p) {
+    return affine_term<bits>(p);
+  }
+
+#if defined(GLM_AVX512)
+  Table16 nibbles[4];
+  GLM_INLINE Affine() : nibbles{table(1), table(16), table(256), table(4096)} {}
+  static GLM_INLINE Table16 table(float unit) {
+    float v[16];
+    for (int i = 0; i < 16; i++) {
+      v[i] = unit * static_cast<float>(i);
+    }
+    return Table16(v);
+  }
+#endif
+
+  template <int p>
+  GLM_INLINE F16 decode(const Words& words) const {
+    constexpr Term t = term(p);
+#if defined(GLM_AVX512)
+    if constexpr (bits == 4) {
+      return nibbles[p % 4](shift_right<4 * (p % 8)>(words.w[p / 8]));
+    }
+#endif
+    return to_float(bits_and(from_byte<t.byte>(words), t.mask));
+  }
+};
+
+template <int bits>
+const Kernel& find_affine(bool fast) {
+  return fast ? kernel<Affine<bits, true>> : kernel<Affine<bits, false>>;
+}
+
+template <>
+const Kernel& find_kernel<glm_fused::Family::affine>(
+    const glm_fused::Format& format,
+    bool fast) {
+  switch (format.spec->bits) {
+    case 2:
+      return find_affine<2>(fast);
+    case 3:
+      return find_affine<3>(fast);
+    case 4:
+      return find_affine<4>(fast);
+    case 5:
+      return find_affine<5>(fast);
+    case 6:
+      return find_affine<6>(fast);
+    default:
+      return find_affine<8>(fast);
+  }
+}
+
+}  // namespace
+#endif

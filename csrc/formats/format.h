@@ -1,0 +1,89 @@
+// How the rows of a weight matrix are stored: the registry of all formats.
+//
+// A weight [..., n, k] is one to three arrays, its planes. A row of a plane is
+// a whole number of elements for every block of `block` columns. README.md in
+// this folder says how a format is added.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+namespace glm_fused {
+
+enum class FloatType : uint8_t { float32, float16, bfloat16 };
+
+inline size_t size_of(FloatType type) {
+  return type == FloatType::float32 ? 4 : 2;
+}
+
+// Formats that share a header, formats/<family>.h, here and in metal/.
+enum class Family : uint8_t { dense, affine, fp };
+
+// `floats` are of any of the three types, the same in all such planes.
+enum class PlaneType : uint8_t {
+  uint32,
+  uint8,
+  float32,
+  float16,
+  bfloat16,
+  floats
+};
+
+struct PlaneSpec {
+  std::string_view name;  // as the last part of a tensor's name
+  PlaneType type = PlaneType::floats;
+  int count = 0;  // elements a block
+};
+
+constexpr int kMaxPlanes = 3;
+
+// One row of the registry.
+struct FormatSpec {
+  std::string_view name;  // in every output
+  Family family;
+  std::string_view mode;  // MLX's, or "dense"
+  int bits;               // of a value, without its share of the scales
+  int block;              // columns; MLX's group_size
+  std::array<PlaneSpec, kMaxPlanes> planes;
+  int plane_count;
+  bool is_default = true;  // MLX's for its mode, where only that is given
+};
+
+// Every format that the kernels take, in the order of the registry.
+std::span<const FormatSpec> formats();
+
+// Null if there is none.
+const FormatSpec* find_format(std::string_view name);
+
+// A format as found in a weight: `float_type` is that of its values (dense) or
+// of its planes of `floats`; float32 where it has neither.
+struct Format {
+  const FormatSpec* spec;
+  FloatType float_type = FloatType::float32;
+
+  Family family() const {
+    return spec->family;
+  }
+  size_t row_bytes(int plane, int k) const {
+    const PlaneSpec& p = spec->planes[plane];
+    const size_t size = p.type == PlaneType::uint32 ? 4
+        : p.type == PlaneType::uint8                ? 1
+                                                    : size_of(float_type);
+    return static_cast<size_t>(k / spec->block) * p.count * size;
+  }
+};
+
+// The dense format of values of `type`.
+Format dense_format(FloatType type);
+
+// MLX runs `qmv_fast` on whole tiles of eight rows and 512 columns and `qmv`
+// elsewhere; the two give a lane different columns, so their sums differ in
+// the last bits. Dense weights know one order.
+inline bool uses_fast_order(const Format& format, int n, int k) {
+  return format.family() != Family::dense && n % 8 == 0 && k % 512 == 0;
+}
+
+}  // namespace glm_fused

@@ -1,0 +1,227 @@
+// mxfp4, mxfp8 (a power of two per 32 values) and nvfp4 (an e4m3 scale per 16).
+// Planes: weight, scales.
+#pragma once
+
+#include "formats/decode.h"
+
+namespace glm_fused {
+
+class FpRow {
+ public:
+  FpRow(const Format& format, const uint8_t* const* planes)
+      : format_(format), weight_(planes[0]), scales_(planes[1]) {}
+
+  static int values(const Format& format, bool fast_order) {
+    return (fast_order ? 2 : 1) * 32 / format.spec->bits;
+  }
+  static std::string
+  shader(const Format& format, const std::string&, bool fast_order) {
+    return "Fp<" + std::to_string(format.spec->block) + ", " +
+        std::to_string(format.spec->bits) + ", " +
+        (fast_order ? "true>" : "false>");
+  }
+
+  void add(const float* x, int column, int values, float& result) const {
+    const int bits = format_.spec->bits;
+    const uint8_t* w = weight_ + static_cast<size_t>(column) * bits / 8;
+    const uint8_t code = scales_[column / format_.spec->block];
+    const float scale = format_.spec->block == 16 ? e4m3(code) : e8m0(code);
+    result =
+        result + scale * (bits == 4 ? fp4(w, x, values) : fp8(w, x, values));
+  }
+
+ private:
+  static float e4m3(uint8_t byte) {
+    const uint16_t v = byte & 127, sign = (byte & 128) << 8;
+    const uint16_t nan = ((v + 1) >> 7) << 14;
+    return from_float16(static_cast<uint16_t>(v << 7 | nan | sign)) * 256.0f;
+  }
+
+  static float e8m0(uint8_t byte) {
+    return float_of(byte == 0 ? 0x400000u : static_cast<uint32_t>(byte) << 23);
+  }
+
+  static float e2m1(int code) {
+    static const float magnitude[] = {
+        0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+    return code & 8 ? -magnitude[code & 7] : magnitude[code & 7];
+  }
+
+  static float fp4(const uint8_t* w, const float* x, int values) {
+    float accum = 0;
+    for (int v = 0; v < values; v += 4) {
+      float ws[4];
+      for (int j = 0; j < 4; j++) {
+        ws[j] = e2m1(w[(v + j) / 2] >> 4 * (j % 2) & 15);
+      }
+      accum = accum + four(x + v, ws);
+    }
+    return accum;
+  }
+
+  static float fp8(const uint8_t* w, const float* x, int values) {
+    float accum = 0;
+    for (int v = 0; v < values; v++) {
+      accum = std::fma(x[v], e4m3(w[v]), accum);
+    }
+    return accum;
+  }
+
+  const Format& format_;
+  const uint8_t* weight_;
+  const uint8_t* scales_;
+};
+
+template <>
+struct RowOf<Family::fp> {
+  using type = FpRow;
+};
+
+}  // namespace glm_fused
+
+#if defined(GLM_DOT_KERNELS)
+#include "cpu/dot/dot_body.h"
+#include "cpu/dot/group_scales.h"
+
+namespace {
+
+// e4m3 as MLX reads it: through half precision, NaN for 0x7f and 0xff.
+GLM_INLINE F16 e4m3_to_float(U16 bytes) {
+  const U16 magnitude = bits_and(bytes, 0x7f);
+  const U16 nan = shift_left<14>(shift_right<7>(add_words(magnitude, 1)));
+  const U16 sign = shift_left<8>(bits_and(bytes, 0x80));
+  const U16 half = bits_or(bits_or(shift_left<7>(magnitude), nan), sign);
+  return mul(half_to_float(half), splat(256.0f));
+}
+
+// 2^(code - 127); 2^-127 is subnormal and written as such.
+struct E8M0 {
+  static constexpr int kByte = 3;
+  static GLM_INLINE F16 decode(U16 v) {
+    return as_float(max_words(shift_right<1>(v), 0x400000u));
+  }
+};
+struct E4M3 {
+  static constexpr int kByte = 0;
+  static GLM_INLINE F16 decode(U16 v) {
+    return e4m3_to_float(v);
+  }
+};
+
+// result += scale * accum, two roundings: MLX multiplies inside qdot.
+template <class Code>
+class ByteScales {
+ public:
+  GLM_INLINE ByteScales(const DotArgs& a, int values)
+      : scales_(a.planes[1]), spread_(a, values, 1, Code::kByte) {}
+
+  template <int R>
+  GLM_INLINE void locate(TileRows& rows, int row, int stride) const {
+    const size_t at = static_cast<size_t>(row) * spread_.row_bytes();
+    rows.scales = scales_ + at;
+    rows.scale_stride = static_cast<ptrdiff_t>(stride) * spread_.row_bytes();
+    rows.direct_halves =
+        spread_.direct_halves(at + (R - 1) * rows.scale_stride);
+  }
+
+  template <int R, int M>
+  GLM_INLINE void finish(
+      const TileRows& rows,
+      int hb,
+      const float*,
+      const F16 (&acc)[R][M],
+      F16 (&result)[R][M]) const {
+    uint8_t edge[R][16];
+    ptrdiff_t stride = rows.scale_stride;
+    const uint8_t* at =
+        spread_.locate(rows.scales, hb, hb < rows.direct_halves, edge, stride);
+    unroll<R>(GLM_EACH(r) {
+      const F16 s = Code::decode(spread_(at + r * stride));
+      unroll<M>(
+          GLM_EACH(m) { result[r][m] = add(result[r][m], mul(s, acc[r][m])); });
+    });
+  }
+
+ private:
+  const uint8_t* scales_;
+  const Spread spread_;
+};
+
+template <bool fast, class Code>
+struct Fp4 {
+  static constexpr int kValues = fast ? 16 : 8;
+  static constexpr int kBytes = kValues / 2;
+  static constexpr size_t kHalfBytes = kHalf * kBytes;
+  static constexpr size_t kOverread = 0;
+  static constexpr int kTerms = kValues;
+  static constexpr bool kQuads = true;
+  static constexpr bool kCarriesAccumulator = false;
+  static constexpr int kSumStep = 0;
+  using Words = LaneWords<kBytes>;
+  using Scales = ByteScales<Code>;
+
+  static constexpr Term term(int p) {
+    return {p, p / 2, 0, 1.0f, 1.0f};
+  }
+  static constexpr float kE2M1[16] = {
+      0.0f,
+      0.5f,
+      1.0f,
+      1.5f,
+      2.0f,
+      3.0f,
+      4.0f,
+      6.0f,
+      -0.0f,
+      -0.5f,
+      -1.0f,
+      -1.5f,
+      -2.0f,
+      -3.0f,
+      -4.0f,
+      -6.0f};
+  Table16 table{kE2M1};
+
+  template <int p>
+  GLM_INLINE F16 decode(const Words& words) const {
+    return table(shift_right<4 * (p % 8)>(words.w[p / 8]));
+  }
+};
+
+template <bool fast>
+struct Fp8 {
+  static constexpr int kValues = fast ? 8 : 4;
+  static constexpr int kBytes = kValues;
+  static constexpr size_t kHalfBytes = kHalf * kBytes;
+  static constexpr size_t kOverread = 0;
+  static constexpr int kTerms = kValues;
+  static constexpr bool kQuads = false;
+  static constexpr bool kCarriesAccumulator = false;
+  static constexpr int kSumStep = 0;
+  using Words = LaneWords<kBytes>;
+  using Scales = ByteScales<E8M0>;
+
+  static constexpr Term term(int p) {
+    return {p, p, 0xff, 1.0f, 1.0f};
+  }
+  template <int p>
+  GLM_INLINE F16 decode(const Words& words) const {
+    return e4m3_to_float(bits_and(from_byte<p>(words), 0xff));
+  }
+};
+
+template <>
+const Kernel& find_kernel<glm_fused::Family::fp>(
+    const glm_fused::Format& format,
+    bool fast) {
+  if (format.spec->bits == 8) {
+    return fast ? kernel<Fp8<true>> : kernel<Fp8<false>>;
+  }
+  if (format.spec->block == 16) {
+    return fast ? kernel<Fp4<true, E4M3>> : kernel<Fp4<false, E4M3>>;
+  }
+  return fast ? kernel<Fp4<true, E8M0>> : kernel<Fp4<false, E8M0>>;
+}
+
+}  // namespace
+#endif

@@ -1,0 +1,113 @@
+"""Reads a model's parameters, within their own size of memory, and checks scales on the way."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from tqdm import tqdm
+
+from .. import _ext
+from ..formats.weights import Format
+from ..host import to_numpy
+from .folder import Checkpoint
+
+
+class Scales(NamedTuple):
+    """Scales to check, and the format that they belong to; None for those of FP8 blocks."""
+
+    name: str
+    array: mx.array
+    format: Format | None
+
+
+def read_parameters(model: nn.Module, checkpoint: Checkpoint, sources: list[Scales]) -> None:
+    """Read the model's parameters one by one, and check scales; consumes ``sources``.
+
+    Raises RuntimeError, naming the parameter, for one that cannot be read, and ValueError, naming
+    the tensor and the place in it, for a scale that is none.
+    """
+    formats = {name: m.format for name, m in model.named_modules() if "scales" in m}
+    parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    total = sum(array.nbytes for _, array in parameters)
+    with _lean_memory(), _progress(total) as bar:
+        while sources:
+            _read(sources[-1].name, sources[-1].array, checkpoint)
+            _check_scales(sources.pop(), checkpoint)
+        for name, array in parameters:
+            _read(name, array, checkpoint)
+            module, _, leaf = name.rpartition(".")
+            if leaf in ("scales", "biases"):
+                _check_scales(Scales(name, array, formats[module]), checkpoint)
+            bar.update(array.nbytes)
+
+
+def _read(name: str, array: mx.array, checkpoint: Checkpoint) -> None:
+    """Read a lazy array; the error of a failing disk says which."""
+    try:
+        mx.eval(array)
+    except RuntimeError as error:
+        raise RuntimeError(f"[loader] {checkpoint.path}: {name}: {error}") from None
+
+
+def _check_scales(scales: Scales, checkpoint: Checkpoint) -> None:
+    """Raise ValueError if a scale is NaN, infinite or, for FP8 blocks, not positive."""
+    name, array, fmt = scales
+    if array.dtype == mx.uint8:
+        # e8m0 has one NaN; e4m3, of nvfp4, has one for each sign.
+        e4m3 = fmt is not None and fmt.mode == "nvfp4"
+        bad, expected = (array & 0x7F) == 0x7F if e4m3 else array == 0xFF, "no NaN"
+    elif name.endswith("_scale_inv"):
+        bad, expected = ~((array > 0) & mx.isfinite(array)), "positive finite numbers"
+    else:
+        bad, expected = ~mx.isfinite(array), "finite numbers"
+    if not bad.any().item():
+        return
+    index = np.argwhere(to_numpy(bad))[0].tolist()
+    value = array[tuple(index)].item()
+    if name not in checkpoint.tensors:
+        name, index = _stored_name(name, index, checkpoint)
+    raise ValueError(f"[loader] {name} has {value} at {index}, expected {expected}.")
+
+
+def _stored_name(name: str, index: list[int], checkpoint: Checkpoint) -> tuple[str, list[int]]:
+    """The tensor, and where in it, that one of a parameter's numbers was read from."""
+    expert, rest = name.replace(".switch_mlp.", f".experts.{index[0]}."), index[1:]
+    packed = expert.removesuffix("scales") + "weight_scale"
+    if expert in checkpoint.tensors:
+        return expert, rest
+    if packed in checkpoint.tensors:
+        return packed, index if expert == name else rest
+    return name, index
+
+
+@contextmanager
+def _lean_memory() -> Iterator[None]:
+    """No cache of freed buffers, and no reading ahead of what consumes the data."""
+    mx.synchronize()
+    cache = mx.set_cache_limit(0)
+    # Above its limit MLX waits for the tasks that it counts, for ever if one of them is over.
+    limit = mx.set_memory_limit(1) if _ext.active_tasks() == 0 else None
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(cache)
+        if limit is not None:
+            mx.set_memory_limit(limit)
+
+
+def _progress(total: int) -> tqdm[Any]:
+    return tqdm(
+        total=total,
+        desc="Loading",
+        unit="B",
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+        leave=False,
+    )

@@ -1,0 +1,60 @@
+"""Loading a model as the options of a command say."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import UsageError, flags, parsed_size
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from ..engine_options import EngineOptions
+
+STREAMING = (
+    "memory_budget", "slots", "sidecar", "context", "policy", "pins", "lookahead", "direct_io",
+    "read_depth", "read_split", "trace",
+)  # fmt: skip
+
+
+def engine_options(options: argparse.Namespace, context: int) -> EngineOptions:
+    """How to load, of the options that `add_kv_format` and `add_streaming` add.
+
+    ``context`` is what memory is planned for unless ``--context`` says otherwise. Raises UsageError
+    for options that do not fit together.
+    """
+    from ..engine_options import EngineOptions, idle_options
+    from ..streaming.pins import read_pins
+
+    values: dict[str, Any] = {name: getattr(options, name) for name in STREAMING}
+    given = {name: value for name, value in values.items() if value is not None}
+    if idle := idle_options(given):
+        raise UsageError(f"{flags(idle)}: needs --memory-budget, --slots or --sidecar.")
+    if ("pins" in given) != (given.get("policy") == "pinned"):
+        raise UsageError("--pins and --policy pinned need one another.")
+    given.pop("trace", None)
+    if given.get("memory_budget", "auto") != "auto":
+        given["memory_budget"] = parsed_size("--memory-budget", options.memory_budget)
+    if "read_split" in given:
+        given["read_split"] = parsed_size("--read-split", options.read_split)
+    if "pins" in given:
+        given["pins"] = read_pins(Path(options.pins))
+    return EngineOptions(kv_format=options.kv_format, default_context=context, **given)
+
+
+def open_engine(
+    path: str | Path, threads: int | None, options: EngineOptions | None = None
+) -> Engine:
+    """The engine of the checkpoint that ``path`` means, after ``--threads`` was followed."""
+    from .. import set_num_threads
+    from ..checkpoint.paths import DEMO, checkpoint_folder
+    from ..engine import Engine
+
+    folder = checkpoint_folder(path)
+    if path == DEMO and folder == Path(DEMO):
+        print(f"{DEMO} is the folder ./{DEMO} here, not the bundled model.", file=sys.stderr)
+    if threads is not None:
+        set_num_threads(threads)
+    return Engine(folder, options)

@@ -1,0 +1,224 @@
+"""A session with one model: what the command line does, for whoever uses the library."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import mlx.core as mx
+from mlx_lm.models.cache import CacheList
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .checkpoint.paths import checkpoint_folder
+from .checkpoint.prompt_cache import load_prompt_cache
+from .engine_options import EngineOptions
+from .generation.generate import Completion, OnProgress, Piece, generate, stream_generate
+from .generation.options import Options, defaults_of
+from .generation.prompts import Prompt, encode
+from .generation.tokenizer import load_tokenizer
+from .loader import Opened, open_model
+from .models.cache import Span
+from .models.cache_check import check_cache
+from .models.decoder import Model
+from .models.tokens import check_tokens
+from .streaming.banks import Streaming
+from .streaming.model import streaming_of
+
+
+class Engine:
+    """A model with its tokenizer, caches and limits, loaded strictly and within its budget.
+
+    A context manager: leaving it closes the engine. Several threads may share one, each with a
+    cache of its own.
+
+        with glm_fused.Engine("demo") as engine:
+            print(engine.generate("def main():", max_tokens=40).text)
+
+    Attributes:
+        path: the folder of the checkpoint.
+        config: its config.json, with the stop tokens of generation_config.json.
+        options: how it was loaded.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        options: EngineOptions | None = None,
+        *,
+        lazy: bool = False,
+        tokenizer: bool = True,
+    ):
+        """Load the checkpoint in the folder ``path``.
+
+        Args:
+            path: a folder; "demo" is the bundled model where there is no folder of that name.
+            options: how to load it; None: all in memory, caches in the type of the activations.
+            lazy: read parameters when they are first used, without a check of scales for NaN.
+            tokenizer: load the tokenizer too; generating needs it, `step` does not.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: something does not fit; the message names file and tensor with what was
+                found and expected, or the budget with what would fit.
+            RuntimeError: a parameter, which the message names, cannot be read.
+        """
+        self.options = EngineOptions() if options is None else options
+        folder = checkpoint_folder(path)
+        if tokenizer and not (folder / "tokenizer_config.json").exists():
+            raise FileNotFoundError(f"{folder} has no tokenizer_config.json.")
+        opened = open_model(folder, self.options.kv_format, self.options.stream_options())
+        self.path: Path = opened.checkpoint.path
+        self.config: dict[str, Any] = opened.config
+        self._opened: Opened | None = opened
+        self._tokenizer: TokenizerWrapper | None = None
+        try:
+            if tokenizer:
+                self._tokenizer = load_tokenizer(opened.checkpoint)
+            if not lazy:
+                opened.read()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def model(self) -> Model:
+        """The model; ValueError once the engine is closed."""
+        if self._opened is None:
+            raise ValueError(f"[engine] the engine of {self.path} is closed.")
+        return self._opened.model
+
+    @property
+    def tokenizer(self) -> TokenizerWrapper:
+        """The tokenizer; ValueError where it was not loaded or the engine is closed."""
+        if self._tokenizer is None:
+            state = "closed" if self._opened is None else "without its tokenizer"
+            raise ValueError(f"[engine] the engine of {self.path} is {state}.")
+        return self._tokenizer
+
+    @property
+    def streaming(self) -> Streaming | None:
+        """Plan, source and counters of streamed experts; None where all are in memory."""
+        return streaming_of(self.model)
+
+    @property
+    def context(self) -> int:
+        """How many tokens a prompt and what follows may have; with streaming, those planned for."""
+        return self.model.context
+
+    @property
+    def defaults(self) -> Options:
+        """How the checkpoint asks for text to be generated."""
+        return defaults_of(self.model)
+
+    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """The prompt's tokens, checked; arguments and errors are `glm_fused.generate`'s."""
+        return encode(self.model, self.tokenizer, prompt, raw)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        options: Options | None = None,
+        on_text: Callable[[str], None] = lambda text: None,
+        *,
+        raw: bool = False,
+        on_progress: OnProgress = lambda what, done, total: None,
+        **changes: Any,
+    ) -> Completion:
+        """Continue a prompt; arguments, result and errors are those of `glm_fused.generate`."""
+        return generate(
+            self.model,
+            self.tokenizer,
+            prompt,
+            options,
+            on_text,
+            raw=raw,
+            on_progress=on_progress,
+            **changes,
+        )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        options: Options | None = None,
+        *,
+        raw: bool = False,
+        on_progress: OnProgress = lambda what, done, total: None,
+        **changes: Any,
+    ) -> Iterator[Piece]:
+        """Continue a prompt piece by piece, as `glm_fused.stream_generate` does."""
+        return stream_generate(
+            self.model,
+            self.tokenizer,
+            prompt,
+            options,
+            raw=raw,
+            on_progress=on_progress,
+            **changes,
+        )
+
+    def make_cache(self) -> list[CacheList]:
+        """An empty cache for `step`: an entry a layer, in the engine's ``kv_format``."""
+        return self.model.make_cache()
+
+    def load_cache(self, path: str | os.PathLike[str]) -> list[CacheList]:
+        """A prompt cache from a .safetensors file that mlx-lm's ``save_prompt_cache`` wrote.
+
+        Raises FileNotFoundError for a missing file and ValueError, naming the file or layer, for
+        one that is no prompt cache, or another model's.
+        """
+        return load_prompt_cache(path, self.model.args)
+
+    def step(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
+        """One forward of the model, on the current path.
+
+        Args:
+            tokens: integers [batch, length], each in [0, vocabulary).
+            cache: what `make_cache` or `load_cache` gave, updated in place; None: no context.
+
+        Returns:
+            Logits [batch, length, vocabulary] in the type of the activations, not yet evaluated.
+
+        Raises:
+            ValueError: tokens or cache are of another kind, or together exceed `context`.
+            RuntimeError: when the result is evaluated on the CPU, a token that was not evaluated
+                yet is outside the vocabulary; an expert cannot be read.
+        """
+        model = self.model
+        if model.context < model.args.max_position_embeddings:  # the model itself knows the other
+            self._check_room(tokens, cache)
+        logits: mx.array = model(tokens, cache)
+        return logits
+
+    def _check_room(self, tokens: mx.array, cache: Sequence[Any] | None) -> None:
+        check_tokens(tokens)
+        if cache is not None:
+            check_cache(cache, self.model.args, tokens.shape[0])
+        span = Span.of(cache, tokens.shape[1])
+        if span.total > self.context:
+            raise ValueError(
+                f"[engine] {span.first} cached and {span.length} new tokens, expected at most"
+                f" {self.context}, for which memory was planned (context plans for more)."
+            )
+
+    def close(self) -> None:
+        """Let go of model and tokenizer, and give MLX back its limit of cached memory.
+
+        What else refers to the model keeps it in memory. Closing twice is no error.
+        """
+        if self._opened is not None:
+            self._opened.restore_limit()
+        self._opened = self._tokenizer = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,120 @@
+"""How an engine loads a model, with the checks that the command line makes too."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .formats.kv_rows import check_kv_format
+from .memory import parse_size
+from .streaming.options import DEFAULT_CONTEXT, POLICIES, RANGES, StreamOptions
+from .validation import show
+
+STARTING = ("memory_budget", "slots", "sidecar")
+_NAMES = {  # of `StreamOptions`, for those that are called otherwise here
+    "memory_budget": "budget",
+    "lookahead": "spares",
+    "direct_io": "direct",
+    "read_depth": "depth",
+    "read_split": "split",
+}
+_STREAMING = (
+    *STARTING, "context", "policy", "pins", "lookahead", "direct_io", "read_depth", "read_split",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How `Engine` loads a model; the command line's options have the same names.
+
+    Any of ``memory_budget``, ``slots`` and ``sidecar`` has routed experts streamed, and all that
+    follow them need one of the three. None is the usual value.
+
+    Attributes:
+        kv_format: how caches store keys: "auto" (as the activations), "bf16", "fp16", "fp32",
+            "fp8" or "int8".
+        memory_budget: bytes that the process may keep resident: a number, a text with its unit
+            such as "24GB", or "auto", which is what this machine affords.
+        slots: experts resident per layer, in place of as many as the budget allows.
+        sidecar: the folder of a packed sidecar to read experts from, in place of the checkpoint.
+        context: tokens to keep room for in the cache. A prompt and what follows it may have as
+            many; without it, ``default_context`` or the model's own, whichever is less.
+        policy: which expert gives way: "learned" (usual), "lru", "s3fifo" or "pinned".
+        pins: experts that stay once they are read, by layer; for "pinned" and only for it.
+        lookahead: slots per layer for what the next layer's router may choose; usually 0.
+        direct_io: read past the page cache.
+        read_depth: reads in flight; usually 16.
+        read_split: bytes per read, a multiple of 4096, or a text such as "1MiB", the usual value.
+        default_context: tokens to plan for where ``context`` does not say.
+
+    Raises ValueError, naming the option, for a value that it cannot have and for one that would do
+    nothing.
+    """
+
+    kv_format: str = "auto"
+    memory_budget: int | str | None = None
+    slots: int | None = None
+    sidecar: str | os.PathLike[str] | None = None
+    context: int | None = None
+    policy: str | None = None
+    pins: Mapping[int, Sequence[int]] | None = None
+    lookahead: int | None = None
+    direct_io: bool | None = None
+    read_depth: int | None = None
+    read_split: int | str | None = None
+    default_context: int = DEFAULT_CONTEXT
+
+    def __post_init__(self) -> None:
+        check_kv_format(self.kv_format)
+        for name, (low, high) in (*RANGES.items(), ("default_context", RANGES["context"])):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or not low <= value <= high):
+                expected = f"an integer from {low} to {high}"
+                raise ValueError(f"[engine] {name} is {show(value)}, expected {expected}.")
+        for name in ("memory_budget", "read_split"):
+            _bytes(name, getattr(self, name))
+        if self.policy is not None and self.policy not in POLICIES:
+            expected = f"one of {', '.join(POLICIES)}"
+            raise ValueError(f"[engine] policy is {show(self.policy)}, expected {expected}.")
+        if idle := idle_options(self._given()):
+            needed = "memory_budget, slots or sidecar"
+            raise ValueError(f"[engine] {', '.join(idle)}: needs {needed}.")
+        if (self.pins is not None) != (self.policy == "pinned"):
+            raise ValueError("[engine] pins and policy 'pinned' need one another.")
+
+    def _given(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in _STREAMING}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def stream_options(self) -> StreamOptions | None:
+        """How to stream experts; None where no option asks for it."""
+        given = self._given()
+        if not given:
+            return None
+        for name in ("memory_budget", "read_split"):
+            if name in given:
+                given[name] = _bytes(name, given[name])
+        options = {_NAMES.get(name, name): value for name, value in given.items()}
+        return StreamOptions(default_context=self.default_context, **options)
+
+
+def idle_options(given: Collection[str]) -> list[str]:
+    """Those of the names of ``given`` options of streaming that do nothing without the others."""
+    return [] if set(given) & set(STARTING) else list(given)
+
+
+def _bytes(name: str, value: object) -> int | None:
+    """A number of bytes; None stands for "auto" too."""
+    if value is None or (name == "memory_budget" and value == "auto"):
+        return None
+    if isinstance(value, str):
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            raise ValueError(f"[engine] {name}: {error}.") from None
+    if type(value) is not int or not 0 < value < 2**63:
+        expected = "a number of bytes, or a text such as 24GB"
+        raise ValueError(f"[engine] {name} is {show(value)}, expected {expected}.")
+    return value

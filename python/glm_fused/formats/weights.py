@@ -1,0 +1,97 @@
+"""The registry of weight formats (csrc/formats), and a weight in one of them."""
+
+from __future__ import annotations
+
+import copyreg
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from .._ext import Format as Format
+from .._ext import formats
+
+FORMATS = {fmt.name: fmt for fmt in formats()}
+DENSE_FORMATS = {fmt.planes[0].dtypes[0]: fmt for fmt in FORMATS.values() if fmt.mode == "dense"}
+FP8_BLOCK = 128  # rows and columns that share a scale in checkpoints of FP8
+QUANTIZED = tuple(fmt for fmt in FORMATS.values() if fmt.mode != "dense")
+
+
+class Weight(NamedTuple):
+    """A weight matrix [..., n, k].
+
+    Attributes:
+        planes: the arrays that `format` names, in its order, such as those that ``mx.quantize``
+            returns: one of floats [..., n, k] where it is dense; else uint32
+            [..., n, k * bits / 32], then scales and, if it is affine, biases
+            [..., n, k / group_size].
+        format: one of `FORMATS`.
+    """
+
+    planes: Sequence[mx.array]
+    format: Format
+
+    @staticmethod
+    def dense(values: mx.array) -> Weight:
+        """The weight of floats [..., n, k], in the format of their dtype."""
+        return Weight((values,), dense_format(values.dtype))
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """Keyword arguments of MLX's ops on packed weights: the planes but for the first, and how
+        they are to be read."""
+        scales = zip(plane_names(self.format)[1:], self.planes[1:], strict=True)
+        return dict(scales) | self.format.parameters
+
+
+def dense_format(dtype: mx.Dtype) -> Format:
+    """The format of floats of ``dtype``; ValueError if there is none."""
+    if dtype not in DENSE_FORMATS:
+        expected = ", ".join(str(found) for found in DENSE_FORMATS)
+        raise ValueError(f"[formats] a dense weight is one of {expected} but is {dtype}.")
+    return DENSE_FORMATS[dtype]
+
+
+def quantized_format(
+    group_size: int | None = None, bits: int | None = None, mode: str = "affine"
+) -> Format:
+    """The format that ``mx.quantize`` packs to, given its arguments; None is MLX's default.
+
+    Raises ValueError, naming the argument, if there is none.
+    """
+    of_mode = [fmt for fmt in QUANTIZED if fmt.mode == mode]
+    if not of_mode:
+        expected = ", ".join(modes())
+        raise ValueError(f"[formats] mode must be one of {expected} but is {mode!r}.")
+    default = next(fmt for fmt in of_mode if fmt.is_default)
+    group_size = default.group_size if group_size is None else group_size
+    bits = default.bits if bits is None else bits
+    for fmt in of_mode:
+        if (fmt.group_size, fmt.bits) == (group_size, bits):
+            return fmt
+    raise ValueError(
+        f"[formats] {mode} has no {bits!r} bits in groups of {group_size!r}, expected one of"
+        f" {', '.join(fmt.name for fmt in of_mode)}."
+    )
+
+
+def modes() -> tuple[str, ...]:
+    """MLX's quantization modes."""
+    return tuple(dict.fromkeys(fmt.mode for fmt in QUANTIZED))
+
+
+@cache
+def plane_names(fmt: Format) -> tuple[str, ...]:
+    """The last parts of the names of a weight's tensors."""
+    return tuple(plane.name for plane in fmt.planes)
+
+
+def named(name: str) -> Format:
+    """The format of that name; ValueError if there is none."""
+    if name not in FORMATS:
+        raise ValueError(f"[formats] {name!r} is none of {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+copyreg.pickle(Format, lambda fmt: (named, (fmt.name,)))

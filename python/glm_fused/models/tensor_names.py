@@ -1,0 +1,52 @@
+"""What a stored tensor's name tells: its layer, and why the model has no use for it."""
+
+import re
+
+from .config import ModelArgs
+
+_LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.")
+_MTP = re.compile(r"(?:model\.)?mtp\.([0-9]{1,3})\.(?:block\.)?")
+_MTP_NORM = re.compile(r"(?:model\.)?mtp\.[0-9]{1,3}\.norm\.")
+MTP_REASON = "MTP layer"
+
+
+def layer_of(name: str) -> int | None:
+    """The layer whose number a tensor's name has."""
+    match = _LAYER.match(name)
+    return int(match[1]) if match else None
+
+
+def release_name(name: str, args: ModelArgs) -> str:
+    """The name that the release has for a tensor.
+
+    Some checkpoints keep MTP layers as ``mtp.0`` and so on, with the tensors of a decoder layer in
+    ``block``; in the release they follow the decoder's layers.
+    """
+    match = _MTP.match(name)
+    if match is None:
+        return name
+    rest = name[match.end() :]
+    if _MTP_NORM.match(name):
+        rest = f"shared_head.{rest}"
+    return f"model.layers.{args.num_hidden_layers + int(match[1])}.{rest}"
+
+
+def is_expert(name: str) -> bool:
+    """Whether a tensor belongs to routed experts, of whichever layer and layout."""
+    return ".mlp.switch_mlp." in name or ".mlp.experts." in name
+
+
+def unused(name: str, args: ModelArgs) -> str | None:
+    """Why the model does not use a tensor that checkpoints may have, or None."""
+    if name.endswith("rotary_emb.inv_freq"):
+        return "rotary tables"
+    if name.startswith("lm_head.") and args.tie_word_embeddings:
+        return "tied head"
+    layer = layer_of(release_name(name, args))
+    if layer is None:
+        return None
+    if layer >= args.num_hidden_layers:
+        return MTP_REASON
+    if ".self_attn.indexer." in name and not args.layers[layer].is_full:
+        return "indexer of a shared layer"
+    return None

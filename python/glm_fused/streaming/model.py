@@ -1,0 +1,47 @@
+"""The model whose routed experts are streamed, as mlx-lm and everyone else calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from .. import _ext
+from ..models.config import ModelArgs
+from ..models.decoder import Model
+from .banks import Streaming
+from .experts import reads_for
+
+
+class StreamedModel(Model):
+    """A `Model` that raises where an expert could not be read for what it computed.
+
+    Attributes:
+        streaming: plan, source and banks of its experts, once `attach_banks` has given it any.
+    """
+
+    def __init__(self, args: ModelArgs):
+        super().__init__(args)
+        self.streaming: Streaming | None = None
+
+    @property
+    def context(self) -> int:
+        """How many tokens memory is planned for, within the model's own context."""
+        limit = super().context
+        return limit if self.streaming is None else min(limit, self.streaming.plan.context)
+
+    def forward(
+        self, tokens: mx.array, cache: Sequence[Any] | None, trace: list[mx.array] | None
+    ) -> mx.array:
+        """Logits [b, l, vocab], whose evaluation raises RuntimeError after a read that failed.
+
+        Raises RuntimeError at once for a ``cache`` that an earlier read failed for.
+        """
+        with reads_for(cache) as reads:
+            return _ext.slots_verify(reads, super().forward(tokens, cache, trace))
+
+
+def streaming_of(model: Model) -> Streaming | None:
+    """How the experts of ``model`` are streamed; None where they are all in memory."""
+    return model.streaming if isinstance(model, StreamedModel) else None
