@@ -67,13 +67,14 @@ def packed(codes, bits):
     return words.view(np.int32)
 
 
-def checkpoint_tensors(config, form_of, dtype="float32"):
+def checkpoint_tensors(config, form_of, dtype="float32", **options):
     """Stored tensors, and the float32 values of every tensor under its name in the release.
 
-    ``form_of(module)`` gives (bits, group_size), or None for a module that stays as it is.
+    ``form_of(module)`` gives (bits, group_size), or None for a module that stays as it is;
+    ``options`` are those of ``hf_tensors``.
     """
     stored, values = {}, {}
-    for name, array in hf_tensors(config, DTYPES[dtype]).items():
+    for name, array in hf_tensors(config, DTYPES[dtype], **options).items():
         path = name.removesuffix(".weight")
         form = form_of(path) if LINEAR.search(name) else None
         if form is None:

@@ -1,6 +1,7 @@
 """Checkpoints of compressed-tensors give the logits of the numbers that they stand for."""
 
 import json
+import random
 import re
 import sys
 
@@ -85,6 +86,18 @@ def test_words_are_loaded_as_they_lie(tmp_path):
     assert words.tobytes() == stored[f"{Q_A}.weight_packed"][2]
     assert mx.array_equal(layer.scales, stored[f"{Q_A}.weight_scale"])
     assert mx.array_equal(layer.biases, -8 * layer.scales)
+
+
+def test_unused_tensors_are_packed_too(tmp_path):
+    """MTP's layer and the indexers that some quantizers keep on shared layers."""
+    config = config_of()
+    expected = logits(write(tmp_path / "without"))
+    stored, _ = made.checkpoint_tensors(config, uniform(4, 64), mtp=True, shared_indexers=True)
+    path = made.write(tmp_path / "with", config, stored)
+    assert np.array_equal(logits(path), expected)
+    found = describe(path)
+    assert set(found["ignored_tensors"]) == {"MTP layer", "indexer of a shared layer"}
+    assert found["mtp_layers"][0]["missing"] == []
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -229,6 +242,46 @@ def test_impossible_groups(group, message):
 def test_impossible_configs(changes, message):
     with pytest.raises(ValueError, match=message):
         parse("quantization_config", quantization_config(**changes))
+
+
+def _garbage(rng, depth=0):
+    plain = [
+        None,
+        True,
+        0,
+        4,
+        -1,
+        10**400,
+        0.5,
+        float("nan"),
+        "",
+        "re:(",
+        "re:.*",
+        "Linear",
+        [],
+        {},
+    ]
+    if depth < 2 and rng.random() < 0.3:
+        return [_garbage(rng, depth + 1) for _ in range(rng.randrange(3))]
+    return rng.choice(plain)
+
+
+def test_mutated_configs_parse_or_raise_value_error():
+    rng, parsed = random.Random(5), 0
+    for _ in range(3000):
+        config = json.loads(json.dumps(quantization_config(groups=MIX)))
+        group = rng.choice(list(config["config_groups"].values()))
+        place = rng.choice([config, group, group["weights"], config["config_groups"]])
+        place[rng.choice(sorted(place))] = _garbage(rng)
+        try:
+            found = parse("quantization_config", config)
+        except ValueError as error:
+            assert str(error).startswith("[config] ")
+            assert len(str(error)) < 400
+        else:
+            parsed += 1
+            assert len(found.declared(EXPERT)) == 2
+    assert 0 < parsed < 3000
 
 
 def test_the_closest_target_counts():

@@ -59,3 +59,13 @@ def test_the_workflow_and_the_tests_use_one_cibuildwheel():
     (used,) = (s["uses"] for s in steps() if s.get("uses", "").startswith("pypa/cibuildwheel@"))
     pinned = used.replace("pypa/cibuildwheel@v", "cibuildwheel==")
     assert pinned in PYPROJECT["project"]["optional-dependencies"]["test"]
+
+
+def test_ci_and_pre_commit_run_the_same_pinned_linters():
+    (local,) = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"]
+    assert {hook["language"] for hook in local["hooks"]} == {"system"}
+    extra = PYPROJECT["project"]["optional-dependencies"]["test"]
+    pinned = {requirement.split("==")[0] for requirement in extra if "==" in requirement}
+    assert {hook["entry"].split()[0] for hook in local["hooks"]} == {"ruff", "clang-format", "mypy"}
+    assert {"ruff", "clang-format", "mypy", "pre-commit"} <= pinned
+    assert "pre-commit run --all-files" in (REPOSITORY / ".ci/run").read_text().splitlines()

@@ -216,7 +216,7 @@ class AffineScales {
       const F16 (&acc)[R][M],
       F16 (&result)[R][M]) const {
     if (__builtin_expect(type_ == FloatType::float32, 0)) {
-      const auto read = [&](const uint8_t* row) __attribute__((always_inline)) {
+      const auto read = GLM_EACH(row) {
         return spread_.floats(row, hb);
       };
       return add_groups(
@@ -229,12 +229,12 @@ class AffineScales {
         spread_.locate(rows.scales, hb, direct, edges[0], stride);
     const uint8_t* b = spread_.locate(rows.biases, hb, direct, edges[1], same);
     if (type_ == FloatType::bfloat16) {
-      const auto read = [&](const uint8_t* p) __attribute__((always_inline)) {
+      const auto read = GLM_EACH(p) {
         return as_float(spread_(p));
       };
       return add_groups(s, b, stride, sums, acc, result, read);
     }
-    const auto read = [&](const uint8_t* p) __attribute__((always_inline)) {
+    const auto read = GLM_EACH(p) {
       return half_to_float(spread_(p));
     };
     add_groups(s, b, stride, sums, acc, result, read);

@@ -148,7 +148,7 @@ GLM_INLINE void load_columns(
     }
     float* column = to + at / size * stride;
     unroll<kHalf>(GLM_EACH(w) {
-      unroll<per_word>(GLM_EACH(j) {
+      for_each_constant<per_word>(GLM_EACH(j) {
         store(column + (w * per_word + j) * stride, convert(words[w], j, by));
       });
     });

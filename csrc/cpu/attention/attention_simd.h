@@ -62,7 +62,7 @@ transpose_words(const uint8_t* rows, size_t stride, U16 to[16]) {
   __m512i a[16], b[16];
   // Four rows' quarters in one register, so that two unpacks finish a 4 x 4.
   unroll<16>(GLM_EACH(i) {
-    constexpr int quarter = i / 4, row = i % 4;
+    const int quarter = i / 4, row = i % 4;
     const auto words = [&](int r) {
       return _mm_loadu_si128(
           reinterpret_cast<const __m128i*>(

@@ -18,7 +18,15 @@
 
 #include <cstdint>
 
-#define GLM_INLINE inline __attribute__((always_inline))
+// Builds for a debugger or a sanitizer keep the lanes' functions and loops as
+// they are written: checks that are repeated in straight line, hundreds of
+// times in one function, take a compiler many minutes.
+#if defined(GLM_FUSED_NO_FORCED_INLINING)
+#define GLM_ALWAYS_INLINE
+#else
+#define GLM_ALWAYS_INLINE __attribute__((always_inline))
+#endif
+#define GLM_INLINE inline GLM_ALWAYS_INLINE
 
 namespace {
 
@@ -31,16 +39,27 @@ struct Constant {
   }
 };
 
-// fn(0), fn(1), … fn(n - 1) in straight line, each index a constant: arrays of
-// vectors that are indexed this way stay in registers.
+// fn(0), fn(1), … fn(n - 1) in straight line, each index a constant.
 template <int n, class Fn>
-GLM_INLINE void unroll(Fn&& fn) {
+GLM_INLINE void for_each_constant(Fn&& fn) {
   if constexpr (n > 0) {
-    unroll<n - 1>(fn);
+    for_each_constant<n - 1>(fn);
     fn(Constant<n - 1>());
   }
 }
-#define GLM_EACH(i) [&](auto i) __attribute__((always_inline))
+// The same, so that arrays of vectors that are indexed this way stay in
+// registers: fn may not count on the index being a constant.
+template <int n, class Fn>
+GLM_INLINE void unroll(Fn&& fn) {
+#if defined(GLM_FUSED_NO_FORCED_INLINING)
+  for (int i = 0; i < n; i++) {
+    fn(i);
+  }
+#else
+  for_each_constant<n>(fn);
+#endif
+}
+#define GLM_EACH(i) [&](auto i) GLM_ALWAYS_INLINE
 
 }  // namespace
 

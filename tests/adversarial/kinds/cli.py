@@ -3,7 +3,8 @@
 import argparse
 import json
 import random
-from contextlib import contextmanager
+import tempfile
+from contextlib import chdir, contextmanager
 from unittest import mock
 
 from tests.adversarial.harness import Unclear, Wrong
@@ -146,7 +147,9 @@ def case(seed, folder):
     words, parser = rng.choices(commands, weights)[0]
     line = command_line(rng, folder, words, parser)
     set_num_threads(2)  # whatever the case before asked for
-    code, out, err = _command.run(*line, stdin=rng.choice(["w1 w2", ""]))
+    stdin = rng.choice(["w1 w2", ""])
+    with tempfile.TemporaryDirectory() as here, chdir(here):  # a word may name a file to write
+        code, out, err = _command.run(*line, stdin=stdin)
     if code in (0, 1):
         if code == 0 and out and "-h" not in line and "--version" not in line:
             check(line, out, str(folder / "good"))
