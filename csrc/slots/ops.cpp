@@ -63,27 +63,29 @@ class Resolve : public SlotPrimitive {
       : SlotPrimitive(stream), use_(std::move(use)) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    auto& out = outputs[0];
-    outputs[1].set_data(mx::allocator::malloc(outputs[1].nbytes()));
-    // Whatever becomes of the graph, without the slots there is no use.
-    out.set_data(
-        mx::array::Data(
-            mx::allocator::allocator().malloc(out.nbytes()),
-            [use = use_](mx::allocator::Buffer buffer) {
-              use->end();
-              mx::allocator::allocator().free(buffer);
-            }));
-    cpu::enqueue(
-        *this,
-        [use = use_,
-         experts = mx::array::unsafe_weak_copy(inputs[0]),
-         slots = mx::array::unsafe_weak_copy(out)]() mutable {
-          use->resolve(
-              experts.data<int32_t>(),
-              experts.shape(0),
-              experts.shape(1),
-              slots.data<int32_t>());
-        });
+    cpu::evaluate(*this, [&] {
+      auto& out = outputs[0];
+      outputs[1].set_data(mx::allocator::malloc(outputs[1].nbytes()));
+      // Whatever becomes of the graph, without the slots there is no use.
+      out.set_data(
+          mx::array::Data(
+              mx::allocator::allocator().malloc(out.nbytes()),
+              [use = use_](mx::allocator::Buffer buffer) {
+                use->end();
+                mx::allocator::allocator().free(buffer);
+              }));
+      cpu::enqueue(
+          stream(),
+          [use = use_,
+           experts = cpu::holding(inputs[0]),
+           slots = cpu::holding(out)]() mutable noexcept {
+            use->resolve(
+                experts.data<int32_t>(),
+                experts.shape(0),
+                experts.shape(1),
+                slots.data<int32_t>());
+          });
+    });
   }
   const char* name() const override {
     return "SlotsResolve";
@@ -99,12 +101,15 @@ class Wait : public SlotPrimitive {
       : SlotPrimitive(stream), use_(std::move(use)) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    outputs[0].copy_shared_buffer(inputs[0]);
-    cpu::enqueue(
-        *this,
-        [use = use_, slots = mx::array::unsafe_weak_copy(inputs[0])]() mutable {
-          use->wait(slots.data<int32_t>(), slots.size());
-        });
+    cpu::evaluate(*this, [&] {
+      outputs[0].copy_shared_buffer(inputs[0]);
+      // The one task that throws: a GPU that computes with the slots has no
+      // other way to raise.
+      cpu::enqueue(
+          stream(), [use = use_, slots = cpu::holding(inputs[0])]() mutable {
+            use->wait(slots.data<int32_t>(), slots.size());
+          });
+    });
   }
   const char* name() const override {
     return "SlotsWait";
@@ -169,15 +174,16 @@ class Verify : public SlotPrimitive {
     if (waits_) {
       return;
     }
-    cpu::enqueue(
-        *this,
-        [reads = reads_,
-         y = mx::array::unsafe_weak_copy(outputs[0])]() mutable {
-          if (!reads->error().empty()) {
-            // All bits set is NaN. MLX keeps the result of what has failed.
-            std::memset(y.data<std::byte>(), 0xff, y.nbytes());
-          }
-        });
+    cpu::evaluate(*this, [&] {
+      cpu::enqueue(
+          stream(),
+          [reads = reads_, y = cpu::holding(outputs[0])]() mutable noexcept {
+            if (reads->failed()) {
+              // All bits set is NaN. MLX keeps the result of what has failed.
+              std::memset(y.data<std::byte>(), 0xff, y.nbytes());
+            }
+          });
+    });
   }
   const char* name() const override {
     return "SlotsVerify";
@@ -194,12 +200,18 @@ class Prefetch : public SlotPrimitive {
       : SlotPrimitive(stream), bank_(std::move(bank)) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    outputs[0].copy_shared_buffer(inputs[0]);
-    cpu::enqueue(
-        *this,
-        [bank = bank_, experts = mx::array::unsafe_weak_copy(inputs[1])] {
-          bank->prefetch(experts.data<int32_t>(), experts.size());
-        });
+    cpu::evaluate(*this, [&] {
+      outputs[0].copy_shared_buffer(inputs[0]);
+      cpu::enqueue(
+          stream(),
+          [bank = bank_, experts = cpu::holding(inputs[1])]() noexcept {
+            try {
+              bank->prefetch(experts.data<int32_t>(), experts.size());
+            } catch (const std::exception&) {
+              // What is not read ahead, the request for it reads or fails to.
+            }
+          });
+    });
   }
   const char* name() const override {
     return "SlotsPrefetch";

@@ -24,6 +24,7 @@ class Reads {
   void fail(const char* error) noexcept;
   // Of the first failure, or empty.
   std::string error() const;
+  bool failed() const noexcept;
 
  private:
   const std::shared_ptr<const Reads> origin_;
@@ -39,7 +40,11 @@ class Use : public Arrivals {
 
   // Starts to read, if there are slots to read into; `begin` does otherwise.
   // What fails, the reads remember, and `wait` throws.
-  void resolve(const int32_t* experts, int tokens, int top_k, int32_t* slots);
+  void resolve(
+      const int32_t* experts,
+      int tokens,
+      int top_k,
+      int32_t* slots) noexcept;
 
   bool begin(int32_t* slots, size_t count) override;
   std::vector<int> take(std::vector<int>& pending) override;

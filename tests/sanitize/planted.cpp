@@ -31,6 +31,7 @@ extern "C" __attribute__((visibility("default"))) int glm_fused_plant(
           shared = 1 << shift;
         }
       },
-      1e9);
+      1e9,
+      glm_fused::cpu::num_threads());
   return shared;
 }
