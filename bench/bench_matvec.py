@@ -19,6 +19,7 @@ from common import DTYPES, bits_per_weight, median, parser, report
 
 import glm_fused
 from glm_fused import ops
+from glm_fused.ops import stock
 from glm_fused.selftest.benchmark import FORMATS, nbytes, read_bandwidth, seconds
 from glm_fused.selftest.synthetic import Bits
 
@@ -82,7 +83,7 @@ def measure(projection: str, name: str, options: argparse.Namespace) -> list[dic
             w = weights[0]
             reference = seconds(lambda w=w, x=x: ops.quantized_matvec(x, w, reference=True))
             row["x reference"] = reference / took
-            row["x stock"] = seconds(lambda w=w, x=x: ops.stock_matmul(x, w)) / took
+            row["x stock"] = seconds(lambda w=w, x=x: stock.quantized_matvec(x, w)) / took
         made.append(row)
     return made
 

@@ -44,8 +44,27 @@ Weight weight(const WeightTuple& t) {
       std::get<5>(t)};
 }
 
-mx::StreamOrDevice on(bool metal) {
-  return metal ? metal_stream() : mx::Device(mx::Device::cpu);
+// The code that runs an op (glm_fused.ops.routes).
+enum class Kernel { cpu, metal, loops, mlx };
+
+bool is_reference(Kernel kernel) {
+  return kernel == Kernel::loops;
+}
+
+// The stream that is asked for, or the default one of the kernel's device.
+mx::StreamOrDevice on(Kernel kernel, const mx::StreamOrDevice& asked) {
+  if (kernel == Kernel::mlx) {
+    throw std::invalid_argument("[ops] MLX's own ops are not called here.");
+  }
+  if (kernel == Kernel::metal) {
+    return metal_stream(asked);
+  }
+  const mx::Device cpu(mx::Device::cpu);
+  if (std::holds_alternative<std::monostate>(asked)) {
+    return cpu;
+  }
+  const mx::Stream stream = mx::to_stream(asked);
+  return stream.device == cpu ? mx::StreamOrDevice(stream) : cpu;
 }
 
 }  // namespace
@@ -56,6 +75,11 @@ NB_MODULE(_ext, m) {
   m.attr("metal_max_tokens") = metal::kMaxTokens;
   m.attr("built_with_nanobind") = GLM_FUSED_NANOBIND_VERSION;
 
+  nb::enum_<Kernel>(m, "Kernel", "Which code runs an op: see ops.routes.")
+      .value("cpu", Kernel::cpu, "This package's CPU kernels.")
+      .value("metal", Kernel::metal, "This package's Metal kernels.")
+      .value("loops", Kernel::loops, "Plain loops, the reference.")
+      .value("mlx", Kernel::mlx, "Stock MLX ops.");
   m.def(
       "probe",
       [](const mx::array& a) { return a; },
@@ -72,12 +96,17 @@ NB_MODULE(_ext, m) {
       "when they are evaluated.");
   m.def(
       "quantized_matvec",
-      [](const mx::array& x, const WeightTuple& w, bool reference) {
-        return quantized_matvec(x, weight(w), reference, mx::Device::cpu);
+      [](const mx::array& x,
+         const WeightTuple& w,
+         Kernel kernel,
+         const mx::StreamOrDevice& stream) {
+        return quantized_matvec(
+            x, weight(w), is_reference(kernel), on(kernel, stream));
       },
       "x"_a,
       "w"_a,
-      "reference"_a);
+      "kernel"_a,
+      "stream"_a.none());
   m.def(
       "moe_decode",
       [](const mx::array& x,
@@ -87,8 +116,8 @@ NB_MODULE(_ext, m) {
          const mx::array& slots,
          const mx::array& scores,
          const slots::UseHandle* use,
-         bool reference,
-         bool metal) {
+         Kernel kernel,
+         const mx::StreamOrDevice& stream) {
         return moe_decode(
             x,
             weight(gate),
@@ -96,9 +125,9 @@ NB_MODULE(_ext, m) {
             weight(down),
             slots,
             scores,
-            reference,
+            is_reference(kernel),
             use ? use->value->use() : nullptr,
-            on(metal));
+            on(kernel, stream));
       },
       "x"_a,
       "gate"_a,
@@ -107,24 +136,32 @@ NB_MODULE(_ext, m) {
       "slots"_a,
       "scores"_a,
       "use"_a.none(),
-      "reference"_a,
-      "metal"_a);
+      "kernel"_a,
+      "stream"_a.none());
   m.def(
       "swiglu",
-      [](const mx::array& gate, const mx::array& up, bool metal) {
-        return swiglu(gate, up, on(metal));
+      [](const mx::array& gate,
+         const mx::array& up,
+         Kernel kernel,
+         const mx::StreamOrDevice& stream) {
+        return swiglu(gate, up, on(kernel, stream));
       },
       "gate"_a,
       "up"_a,
-      "metal"_a);
+      "kernel"_a,
+      "stream"_a.none());
   m.def(
       "expert_sum",
-      [](const mx::array& y, const mx::array& scores, bool metal) {
-        return expert_sum(y, scores, on(metal));
+      [](const mx::array& y,
+         const mx::array& scores,
+         Kernel kernel,
+         const mx::StreamOrDevice& stream) {
+        return expert_sum(y, scores, on(kernel, stream));
       },
       "y"_a,
       "scores"_a,
-      "metal"_a);
+      "kernel"_a,
+      "stream"_a.none());
   m.def(
       "router_topk",
       [](const mx::array& x,
@@ -135,15 +172,15 @@ NB_MODULE(_ext, m) {
          int topk_group,
          bool norm_topk_prob,
          float routed_scaling_factor,
-         bool reference,
-         bool metal) {
+         Kernel kernel,
+         const mx::StreamOrDevice& stream) {
         return router_topk(
             x,
             weight,
             correction_bias,
             {top_k, n_group, topk_group, norm_topk_prob, routed_scaling_factor},
-            reference,
-            on(metal));
+            is_reference(kernel),
+            on(kernel, stream));
       },
       "x"_a,
       "weight"_a,
@@ -153,8 +190,8 @@ NB_MODULE(_ext, m) {
       "topk_group"_a,
       "norm_topk_prob"_a,
       "routed_scaling_factor"_a,
-      "reference"_a,
-      "metal"_a);
+      "kernel"_a,
+      "stream"_a.none());
   m.def(
       "indexer_topk",
       [](const mx::array& q,
@@ -163,10 +200,17 @@ NB_MODULE(_ext, m) {
          int k,
          float scale,
          const std::optional<mx::array>& start,
-         bool reference,
-         bool metal) {
+         Kernel kernel,
+         const mx::StreamOrDevice& stream) {
         return indexer_topk(
-            q, keys, weights, k, scale, start, reference, on(metal));
+            q,
+            keys,
+            weights,
+            k,
+            scale,
+            start,
+            is_reference(kernel),
+            on(kernel, stream));
       },
       "q"_a,
       "keys"_a,
@@ -174,8 +218,8 @@ NB_MODULE(_ext, m) {
       "k"_a,
       "scale"_a,
       "start"_a.none(),
-      "reference"_a,
-      "metal"_a);
+      "kernel"_a,
+      "stream"_a.none());
   m.def(
       "sparse_mla_decode",
       [](const mx::array& q,
@@ -185,8 +229,8 @@ NB_MODULE(_ext, m) {
          int rank,
          float scale,
          const std::optional<mx::array>& start,
-         bool reference,
-         bool metal) {
+         Kernel kernel,
+         const mx::StreamOrDevice& stream) {
         return sparse_mla_decode(
             q,
             latents,
@@ -195,8 +239,8 @@ NB_MODULE(_ext, m) {
             rank,
             scale,
             start,
-            reference,
-            on(metal));
+            is_reference(kernel),
+            on(kernel, stream));
       },
       "q"_a,
       "latents"_a,
@@ -205,8 +249,8 @@ NB_MODULE(_ext, m) {
       "rank"_a,
       "scale"_a,
       "start"_a.none(),
-      "reference"_a,
-      "metal"_a);
+      "kernel"_a,
+      "stream"_a.none());
   m.def(
       "moe_decode_obstacle",
       [](int tokens, int top_k) {

@@ -412,7 +412,7 @@ def test_the_library_is_listed():
     assert all(f"{name}(" in text for name in ("load", "load_model", "generate"))
     code = "import sys, glm_fused; dir(glm_fused); print('mlx_lm' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
-    code = "import glm_fused.generation, glm_fused; print(callable(glm_fused.generate))"
+    code = "import glm_fused.generation.generate, glm_fused; print(callable(glm_fused.generate))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "True\n"
 
 

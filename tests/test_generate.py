@@ -1,5 +1,7 @@
 """Streaming generation and the comparison of both paths, on a tiny random checkpoint."""
 
+import re
+
 import mlx.core as mx
 import pytest
 from conftest import tiny_config, write_checkpoint
@@ -164,6 +166,13 @@ def test_debug_names_the_path_of_every_layer(loaded, monkeypatch, caplog):
     with caplog.at_level("DEBUG", logger="glm_fused"):
         generate(*loaded, [3, 4], Options(max_tokens=1))
         with paths.reference_path():
-            generate(*loaded, [3, 4], Options(max_tokens=1))
-    assert "layer 4: shared indexer, moe_decode affine4/affine4/affine4: fused" in caplog.text
-    assert "layer 0: full indexer, dense mlp affine4/affine4/affine4: reference" in caplog.text
+            assert generate(*loaded, [3, 4], Options(max_tokens=1)).path == "reference"
+    text = caplog.text
+    experts = (
+        r"layer 4: shared indexer, experts affine4/affine4/affine4: cpu \(\w+, \d+ threads\): "
+    )
+    assert re.search(experts + "quantized_matvec, sparse_mla_decode, router_topk, moe_decode", text)
+    dense = (
+        "layer 0: full indexer, dense mlp affine4/affine4/affine4: loops (the reference, asked for)"
+    )
+    assert f"{dense}: indexer_topk, quantized_matvec, sparse_mla_decode" in text

@@ -280,9 +280,9 @@ MEASURE = """
 import json, sys
 import numpy as np
 from glm_fused.generation import generate
-from glm_fused.options import Options
+from glm_fused.generation.options import Options
 from glm_fused.loader import load
-from glm_fused.streaming import StreamOptions
+from glm_fused.streaming.banks import StreamOptions
 
 path, budget, tokens = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 options = StreamOptions(budget=budget, context=300 + tokens)

@@ -11,12 +11,16 @@ namespace glm_fused {
 #ifdef GLM_FUSED_METAL_SIM
 // sim/host: Linux MLX has no GPU stream, so a CPU stream stands for one, and
 // `place` has a primitive on it run its `eval_gpu`.
-mlx::core::StreamOrDevice metal_stream();
+mlx::core::StreamOrDevice metal_stream(const mlx::core::StreamOrDevice& asked);
 std::shared_ptr<mlx::core::Primitive> place(
     std::shared_ptr<mlx::core::Primitive> primitive);
 #else
-inline mlx::core::StreamOrDevice metal_stream() {
-  return mlx::core::Device(mlx::core::Device::gpu);
+// The one asked for, or the default one.
+inline mlx::core::StreamOrDevice metal_stream(
+    const mlx::core::StreamOrDevice& asked) {
+  return std::holds_alternative<std::monostate>(asked)
+      ? mlx::core::Device(mlx::core::Device::gpu)
+      : asked;
 }
 inline std::shared_ptr<mlx::core::Primitive> place(
     std::shared_ptr<mlx::core::Primitive> primitive) {

@@ -1,6 +1,7 @@
 """Compiled kernels of glm_fused; call them through glm_fused.ops."""
 
 from collections.abc import Sequence
+import enum
 
 import mlx.core
 
@@ -9,6 +10,21 @@ built_with_mlx: str = "0.32.4"
 metal_max_tokens: int = 16
 
 built_with_nanobind: str = "3.1.0"
+
+class Kernel(enum.Enum):
+    """Which code runs an op: see ops.routes."""
+
+    cpu = 0
+    """This package's CPU kernels."""
+
+    metal = 1
+    """This package's Metal kernels."""
+
+    loops = 2
+    """Plain loops, the reference."""
+
+    mlx = 3
+    """Stock MLX ops."""
 
 def probe(a: mlx.core.array) -> mlx.core.array:
     """Return `a`: fails where this build and the installed mlx disagree."""
@@ -21,7 +37,12 @@ def check_tokens(tokens: mlx.core.array, vocabulary: int) -> mlx.core.array:
 def quantized_matvec(
     x: mlx.core.array,
     w: tuple[mlx.core.array, mlx.core.array | None, mlx.core.array | None, int, int, str],
-    reference: bool,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
 ) -> mlx.core.array: ...
 def moe_decode(
     x: mlx.core.array,
@@ -31,11 +52,33 @@ def moe_decode(
     slots: mlx.core.array,
     scores: mlx.core.array,
     use: SlotUse | None,
-    reference: bool,
-    metal: bool,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
 ) -> mlx.core.array: ...
-def swiglu(gate: mlx.core.array, up: mlx.core.array, metal: bool) -> mlx.core.array: ...
-def expert_sum(y: mlx.core.array, scores: mlx.core.array, metal: bool) -> mlx.core.array: ...
+def swiglu(
+    gate: mlx.core.array,
+    up: mlx.core.array,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
+def expert_sum(
+    y: mlx.core.array,
+    scores: mlx.core.array,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
 def router_topk(
     x: mlx.core.array,
     weight: mlx.core.array,
@@ -45,8 +88,12 @@ def router_topk(
     topk_group: int,
     norm_topk_prob: bool,
     routed_scaling_factor: float,
-    reference: bool,
-    metal: bool,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
 ) -> tuple[mlx.core.array, mlx.core.array]: ...
 def indexer_topk(
     q: mlx.core.array,
@@ -55,8 +102,12 @@ def indexer_topk(
     k: int,
     scale: float,
     start: mlx.core.array | None,
-    reference: bool,
-    metal: bool,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
 ) -> mlx.core.array: ...
 def sparse_mla_decode(
     q: mlx.core.array,
@@ -66,8 +117,12 @@ def sparse_mla_decode(
     rank: int,
     scale: float,
     start: mlx.core.array | None,
-    reference: bool,
-    metal: bool,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
 ) -> mlx.core.array: ...
 def moe_decode_obstacle(tokens: int, top_k: int) -> str:
     """Why moe_decode has no Metal kernel for these counts; empty if it has."""

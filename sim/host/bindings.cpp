@@ -104,7 +104,7 @@ nb::object load_host(nb::handle native) {
 
 }  // namespace
 
-mx::StreamOrDevice metal_stream() {
+mx::StreamOrDevice metal_stream(const mx::StreamOrDevice&) {
   return simulated_stream();
 }
 

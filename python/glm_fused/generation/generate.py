@@ -13,9 +13,10 @@ from mlx_lm.generate import generation_stream
 from mlx_lm.generate import stream_generate as mlx_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .. import _ext, ops
+from .. import ops
 from ..formats.kv_rows import format_of
 from ..host import settle
+from ..models.decode_routes import attention_routes, explain, mlp_routes, path_taken
 from ..models.decoder import Model
 from ..models.moe import MoE
 from ..ops import paths
@@ -44,6 +45,7 @@ class Piece:
 class Completion:
     """A generated text.
 
+    ``path`` is "fused", "reference", or "fused, but …" with the ops that fell back and why.
     ``finish_reason`` is "length" where ``max_tokens`` or the context ended it, else "stop".
     ``tokens`` ends with the stop token, or the one that completed a stop text, of which ``text``
     has nothing. ``peak_memory_bytes`` is MLX's: weights, cache, slots of experts, temporaries;
@@ -227,7 +229,7 @@ class _Run:
             text=self._text,
             tokens=self._tokens,
             finish_reason=self._finish_reason,
-            path="reference" if paths.use_reference() else "fused",
+            path=path_taken(self._model.args),
             prompt_tokens=len(self._prompt),
             prompt_seconds=self._prompt_seconds,
             prompt_tps=len(self._prompt) / self._prompt_seconds,
@@ -241,21 +243,16 @@ class _Run:
 
 
 def debug_paths(model: Model) -> None:
-    """With ``GLM_FUSED_DEBUG``, say which path each layer takes and why."""
+    """With ``GLM_FUSED_DEBUG``, say which code runs the ops of each layer, and why."""
     if not paths.flag("GLM_FUSED_DEBUG"):
         return
-    if mx.default_device() == mx.gpu:
-        path = "stock MLX ops (the default device is a GPU)"
-    elif paths.use_reference():
-        path = "reference (asked for)"
-    else:
-        path = f"fused ({_ext.cpu_kernels()}, {_ext.num_threads()} threads)"
     for i, layer in enumerate(model.layers):
         indexer = "full" if "indexer" in layer.self_attn else "shared"
         mlp = layer.mlp.switch_mlp if isinstance(layer.mlp, MoE) else layer.mlp
         formats = "/".join(_format(weight) for weight in mlp.weights())
-        kind = "moe_decode" if isinstance(layer.mlp, MoE) else "dense mlp"
-        paths.debug("layer %d: %s indexer, %s %s: %s", i, indexer, kind, formats, path)
+        kind = "experts" if isinstance(layer.mlp, MoE) else "dense mlp"
+        routes = (*attention_routes(model.args, i), *mlp_routes(model.args, i))
+        paths.debug("layer %d: %s indexer, %s %s: %s", i, indexer, kind, formats, explain(routes))
 
 
 def ratio(a: float | None, b: float | None) -> float | None:

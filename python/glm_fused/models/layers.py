@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx_lm.models import switch_layers
 
 from .. import ops
+from ..ops import stock
 
 
 class _Layer(nn.Module, ABC):
@@ -107,7 +108,7 @@ class _PerExpert(_Layer):
         """x [..., m, in] and experts [...] -> [..., m, out]."""
         # On the CPU MLX accumulates in the type that it is given.
         rows = x.astype(mx.float32) if mx.default_device() == mx.cpu else x
-        return ops.stock_gather(rows, self.as_weight(), experts, sorted_indices).astype(x.dtype)
+        return stock.gather(rows, self.as_weight(), experts, sorted_indices).astype(x.dtype)
 
     def to_lora(self, r: int, scale: float, dropout: float) -> nn.Module:
         """The layer with a low-rank adapter, as mlx-lm's trainer asks for it."""

@@ -1,10 +1,59 @@
-"""The long-context ops in stock MLX: what a GPU default device runs, and a yardstick."""
+"""The ops as chains of stock MLX ones: what a GPU runs for want of better, and a yardstick."""
 
 import mlx.core as mx
 
 from ..formats import kv_rows
 from .chunks import over_queries
+from .steps import expert_sum, swiglu
 from .topk import topk_indices
+from .weight import Weight
+
+
+def quantized_matvec(x: mx.array, w: Weight) -> mx.array:
+    """`glm_fused.ops.quantized_matvec` by MLX's own matrix kernels."""
+    if w.scales is None:
+        return (x @ w.weight.swapaxes(-1, -2)).astype(x.dtype)
+    return mx.quantized_matmul(
+        x,
+        w.weight,
+        scales=w.scales,
+        biases=w.biases,
+        transpose=True,
+        group_size=w.group_size,
+        bits=w.bits,
+        mode=w.mode,
+    ).astype(x.dtype)
+
+
+def gather(x: mx.array, w: Weight, slots: mx.array, sorted_indices: bool = False) -> mx.array:
+    """``x W^T`` for the matrix that each slot names, in x's dtype."""
+    if w.scales is None:
+        columns = w.weight.swapaxes(-1, -2)
+        y = mx.gather_mm(x, columns, rhs_indices=slots, sorted_indices=sorted_indices)
+    else:
+        y = mx.gather_qmm(
+            x,
+            w.weight,
+            w.scales,
+            w.biases,
+            rhs_indices=slots,
+            transpose=True,
+            group_size=w.group_size,
+            bits=w.bits,
+            mode=w.mode,
+            sorted_indices=sorted_indices,
+        )
+    return y.astype(x.dtype)
+
+
+def moe_decode(
+    x: mx.array, gate: Weight, up: Weight, down: Weight, slots: mx.array, scores: mx.array
+) -> mx.array:
+    """`glm_fused.ops.moe_decode` by MLX's own matrix kernels, each step stored in x's dtype."""
+    slots = mx.stop_gradient(slots)  # which MLX refuses to differentiate
+    rows = x[:, None, None, :]
+    act = swiglu(gather(rows, gate, slots), gather(rows, up, slots))
+    return expert_sum(gather(act, down, slots).squeeze(-2), scores)
 
 
 def indexer_topk(

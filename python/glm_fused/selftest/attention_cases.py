@@ -8,7 +8,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .. import _ext
 from ..formats import kv_rows
 from ..host import to_numpy
 from .case import Case
@@ -70,8 +69,8 @@ class SparseMlaDecode(Case):
             "scale": 0.125,
         }
 
-    def obstacle(self) -> str:
-        return _ext.sparse_mla_decode_obstacle(self.top_k or self.keys)
+    def sizes(self) -> tuple[int, ...]:
+        return (self.top_k or self.keys,)
 
 
 @dataclass(frozen=True)

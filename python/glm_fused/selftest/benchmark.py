@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from .. import _ext, ops
 from ..checkpoint.quantization import Format
-from ..ops import Weight
+from ..ops import Weight, stock
 from .synthetic import Bits
 
 FORMATS: dict[str, Format | None] = {
@@ -92,7 +92,7 @@ class RoutedExperts:
     def stock(self, slots: mx.array, scores: mx.array) -> mx.array:
         """The same by MLX's own ops alone."""
         rows = self.x[:, None, None, :]
-        gate = ops.stock_gather(rows, self.gate, slots)
-        act = gate * mx.sigmoid(gate) * ops.stock_gather(rows, self.up, slots)
-        y = ops.stock_gather(act, self.down, slots).squeeze(-2)
+        gate = stock.gather(rows, self.gate, slots)
+        act = gate * mx.sigmoid(gate) * stock.gather(rows, self.up, slots)
+        y = stock.gather(act, self.down, slots).squeeze(-2)
         return (y * scores[..., None]).sum(axis=-2).astype(self.x.dtype)

@@ -44,9 +44,9 @@ class Case:
         out = getattr(ops, self.op)(**arguments, reference=reference)
         return out if isinstance(out, tuple) else (out,)
 
-    def obstacle(self) -> str:
-        """Why no Metal kernel takes this case; empty if one does."""
-        return ""
+    def sizes(self) -> tuple[int, ...]:
+        """What the choice of the op's route depends on: see `glm_fused.ops.routes.choose`."""
+        return ()
 
     def bits(self) -> Bits:
         return Bits(zlib.crc32(self.name.encode()))

@@ -7,7 +7,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import _ext
 from ..checkpoint.quantization import BITS, GROUP_SIZES, Format
 from .case import Case
 from .synthetic import DTYPES
@@ -55,8 +54,8 @@ class MoeDecode(Case):
             "scores": mx.abs(bits.floats((self.tokens, self.top_k), mx.float32, -1)),
         }
 
-    def obstacle(self) -> str:
-        return _ext.moe_decode_obstacle(self.tokens, self.top_k)
+    def sizes(self) -> tuple[int, ...]:
+        return self.tokens, self.top_k
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,8 @@ class RouterTopk(Case):
             "routed_scaling_factor": 2.5,
         }
 
-    def obstacle(self) -> str:
-        return _ext.router_topk_obstacle(self.experts)
+    def sizes(self) -> tuple[int, ...]:
+        return (self.experts,)
 
 
 @dataclass(frozen=True)

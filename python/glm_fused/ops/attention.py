@@ -1,0 +1,102 @@
+"""Attention over long contexts: which cached keys, and what they give."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from .. import _ext
+from . import routes, stock
+from .routes import Kernel, Stream
+from .unfit import unfit
+
+
+def indexer_topk(
+    q: mx.array,
+    keys: mx.array,
+    weights: mx.array,
+    k: int,
+    *,
+    scale: float,
+    start: mx.array | None = None,
+    reference: bool | None = None,
+    stream: Stream = None,
+) -> mx.array:
+    """The cached keys that each query attends to (lightning indexer, DeepSeek-V3.2).
+
+    The queries are the cache's last ``l`` tokens; query ``i`` sees the keys ``start`` to
+    ``t - l + i``. Scores are ``sum_h weights[h] * relu(q[h] . key * scale)`` in fp32; the `k` best
+    are selected, the lowest index among equals; a NaN ranks with -inf. Holds at most 64 MiB of
+    scores at once (one query's, where `t` is beyond 2^24), however many queries there are.
+
+    Args:
+        q: float [b, l, heads, dim].
+        keys: float [b, t, dim], or packed rows of `glm_fused.formats.kv_rows`.
+        weights: float [b, l, heads].
+        k: how many keys to select, at least 1.
+        start: int32 [b], each sequence's first key that is not padding; None: 0.
+        reference: True or False overrides the current path.
+        stream: where to run; None: the default device.
+
+    Returns:
+        int32 [b, l, k], ascending, then -1 where fewer than `k` keys are visible.
+
+    Raises:
+        ValueError: a shape or dtype does not fit; the message names the argument.
+    """
+    kernel = routes.take("indexer_topk", stream=stream, reference=reference)
+    if kernel is Kernel.mlx:
+        with routes.on(stream):
+            return stock.indexer_topk(q, keys, weights, k, scale, start)
+    try:
+        return _ext.indexer_topk(q, keys, weights, k, scale, start, kernel, stream)
+    except TypeError:
+        raise unfit("indexer_topk", keys=keys, k=k, scale=scale, start=start) from None
+
+
+def sparse_mla_decode(
+    q: mx.array,
+    latents: mx.array,
+    ropes: mx.array | None = None,
+    selected: mx.array | None = None,
+    *,
+    rank: int,
+    scale: float,
+    start: mx.array | None = None,
+    reference: bool | None = None,
+    stream: Stream = None,
+) -> mx.array:
+    """Absorbed multi-head latent attention over the selected cached rows (DeepSeek-V2).
+
+    ``softmax(q . row * scale) row[:rank]`` in fp32. The queries are the cache's last ``l`` tokens
+    and see what `indexer_topk` lets them see; an entry of `selected` outside that, such as -1, is
+    skipped. A query without keys gives zeros. Results depend neither on the number of queries nor
+    on threads. Needs, per query and listed key, heads * 4 bytes, for 32 MiB of queries (at least
+    one) at a time.
+
+    Args:
+        q: float [b, l, heads, rank + rope].
+        latents: float [b, t, rank], or packed rows of `glm_fused.formats.kv_rows`, which include
+            `ropes`.
+        ropes: float [b, t, rope].
+        selected: int32 [b, l, k]; None: every visible key.
+        start: int32 [b], each sequence's first key that is not padding; None: 0.
+        reference: True or False overrides the current path.
+        stream: where to run; None: the default device.
+
+    Returns:
+        float32 [b, l, heads, rank].
+
+    Raises:
+        ValueError: a shape or dtype does not fit; the message names the argument.
+    """
+    listed = latents.shape[1] if selected is None else selected.shape[-1]
+    kernel = routes.take("sparse_mla_decode", listed, stream=stream, reference=reference)
+    if kernel is Kernel.mlx:
+        with routes.on(stream):
+            return stock.sparse_mla_decode(q, latents, ropes, selected, rank, scale, start)
+    try:
+        return _ext.sparse_mla_decode(
+            q, latents, ropes, selected, rank, scale, start, kernel, stream
+        )
+    except TypeError:
+        raise unfit("sparse_mla_decode", rank=rank, scale=scale, start=start) from None

@@ -1,0 +1,136 @@
+"""Which code runs an op, and why: the ops, ``GLM_FUSED_DEBUG``, the self-test and reports read it.
+
+=================  ===============  =====================  ===============  ======================
+op                 fused, CPU       fused, GPU             reference, CPU   reference, GPU
+=================  ===============  =====================  ===============  ======================
+quantized_matvec   ``cpu``          ``mlx``, whose bits    ``loops``        ``mlx``
+                                    the CPU's follow
+moe_decode         ``cpu``          ``metal``; ``mlx``     ``loops``        ``mlx``: ``gather_qmm``,
+                                    for a prompt                            `swiglu`, `expert_sum`
+router_topk        ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
+indexer_topk       ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
+sparse_mla_decode  ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
+=================  ===============  =====================  ===============  ======================
+
+``cpu`` and ``metal`` are this package's kernels, ``loops`` its plain loops with one rounding a
+step, which define the bits, and ``mlx`` is a chain of stock MLX ops (`glm_fused.ops.stock`). The
+paths of a device have the same bits, but for `indexer_topk` and `sparse_mla_decode` as ``mlx``,
+which is where a GPU without Metal falls back to. What a Metal kernel does not take falls back, too:
+the route says so, and the op warns once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from .. import _ext
+from . import metal_sim, paths
+
+Kernel = _ext.Kernel
+Stream = mx.Stream | mx.ThreadLocalStream | mx.Device | mx.DeviceType | None
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The code that runs an op.
+
+    Attributes:
+        op: the op's name.
+        kernel: which code, as the table above has it.
+        reason: why it is not the fused kernel of the device; empty where it is.
+        fell_back: whether that is for want of a kernel, rather than asked for or better.
+    """
+
+    op: str
+    kernel: _ext.Kernel
+    reason: str = ""
+    fell_back: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.kernel.name}" + (f" ({self.reason})" if self.reason else "")
+
+
+_CPU, _METAL = (
+    {
+        op: Route(op, kernel)
+        for op in (
+            "quantized_matvec",
+            "moe_decode",
+            "router_topk",
+            "indexer_topk",
+            "sparse_mla_decode",
+        )
+    }
+    for kernel in (Kernel.cpu, Kernel.metal)
+)
+
+
+def choose(op: str, *sizes: int, stream: Stream = None, reference: bool | None = None) -> Route:
+    """The code that runs ``op``.
+
+    Args:
+        op: one of the table above.
+        sizes: what a Metal kernel may not take: of moe_decode tokens and top_k, of router_topk
+            experts, of sparse_mla_decode the keys listed for a query.
+        stream: where; None: the default device. In a build with the simulator, within
+            `metal_sim.simulated`, ops with a Metal kernel run it wherever they are asked to run.
+        reference: True or False overrides the current path.
+    """
+    on_gpu = is_gpu(stream)
+    if paths.use_reference(reference):
+        stock = on_gpu and op in ("quantized_matvec", "moe_decode")
+        return Route(op, Kernel.mlx if stock else Kernel.loops, "the reference, asked for")
+    if not (on_gpu or metal_sim.active()):
+        return _CPU[op]
+    if op == "quantized_matvec":
+        return Route(op, Kernel.mlx) if on_gpu else _CPU[op]
+    other = Kernel.mlx if on_gpu and op != "router_topk" else Kernel.cpu
+    if not has_metal(stream):
+        return Route(op, other, "MLX finds no Metal device", True)
+    if op == "moe_decode" and sizes[0] > _ext.metal_max_tokens:
+        return Route(op, other, f"{sizes[0]} tokens are a prompt")
+    if obstacle := metal_obstacle(op, *sizes):
+        return Route(op, other, obstacle, True)
+    return _METAL[op]
+
+
+def metal_obstacle(op: str, *sizes: int) -> str:
+    """Why the op's Metal kernel does not take these sizes (see `choose`); empty if it does."""
+    if op == "moe_decode":
+        return _ext.moe_decode_obstacle(*sizes)
+    if op == "router_topk":
+        return _ext.router_topk_obstacle(*sizes)
+    return _ext.sparse_mla_decode_obstacle(*sizes) if op == "sparse_mla_decode" else ""
+
+
+def take(op: str, *sizes: int, stream: Stream, reference: bool | None) -> _ext.Kernel:
+    """`choose`, for an op that is about to run: a fall-back is warned of once."""
+    route = choose(op, *sizes, stream=stream, reference=reference)
+    if route.fell_back:
+        paths.fall_back(route.op, route.reason)
+    elif route.reason and not paths.use_reference(reference):
+        paths.debug("%s", route)
+    return route.kernel
+
+
+def on(stream: Stream) -> contextlib.AbstractContextManager[Any]:
+    """Within the block, MLX's ops run on ``stream``; None leaves them where they are."""
+    return contextlib.nullcontext() if stream is None else mx.stream(stream)
+
+
+def is_gpu(stream: Stream) -> bool:
+    """Whether a stream is a GPU's; None is the default device's. Raises TypeError for others."""
+    if stream is None:
+        return bool(mx.default_device() == mx.gpu)
+    if not isinstance(stream, Stream):
+        raise TypeError(f"[ops] stream must be an MLX stream or device but is {stream!r}.")
+    return bool(getattr(stream, "device", stream) == mx.gpu)
+
+
+def has_metal(stream: Stream) -> bool:
+    """Whether ops with a Metal kernel of their own have a device to run it on."""
+    return metal_sim.active() or (is_gpu(stream) and mx.metal.is_available())
