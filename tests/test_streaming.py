@@ -279,7 +279,7 @@ def test_sizes_that_are_none(text):
 MEASURE = """
 import json, sys
 import numpy as np
-from glm_fused.generation import generate
+from glm_fused.generation.generate import generate
 from glm_fused.generation.options import Options
 from glm_fused.loader import load
 from glm_fused.streaming.banks import StreamOptions

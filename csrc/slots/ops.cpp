@@ -5,8 +5,6 @@
 
 #include "checks.h"
 #include "cpu/runtime/dispatch.h"
-#include "mlx/backend/cpu/encoder.h"
-#include "mlx/primitives.h"
 
 namespace glm_fused::slots {
 
@@ -51,10 +49,16 @@ class SlotPrimitive : public mx::Primitive {
  public:
   using mx::Primitive::Primitive;
 
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    cpu::evaluate(*this, [&] { run(inputs, outputs); });
+  }
   void eval_gpu(const Arrays&, Arrays&) override {
     throw std::runtime_error(
         "[" + std::string(name()) + "] runs on a CPU stream.");
   }
+
+ private:
+  virtual void run(const Arrays& inputs, Arrays& outputs) = 0;
 };
 
 class Resolve : public SlotPrimitive {
@@ -62,36 +66,35 @@ class Resolve : public SlotPrimitive {
   Resolve(mx::Stream stream, std::shared_ptr<Use> use)
       : SlotPrimitive(stream), use_(std::move(use)) {}
 
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    cpu::evaluate(*this, [&] {
-      auto& out = outputs[0];
-      outputs[1].set_data(mx::allocator::malloc(outputs[1].nbytes()));
-      // Whatever becomes of the graph, without the slots there is no use.
-      out.set_data(
-          mx::array::Data(
-              mx::allocator::allocator().malloc(out.nbytes()),
-              [use = use_](mx::allocator::Buffer buffer) {
-                use->end();
-                mx::allocator::allocator().free(buffer);
-              }));
-      cpu::enqueue(
-          stream(),
-          [use = use_,
-           experts = cpu::holding(inputs[0]),
-           slots = cpu::holding(out)]() mutable noexcept {
-            use->resolve(
-                experts.data<int32_t>(),
-                experts.shape(0),
-                experts.shape(1),
-                slots.data<int32_t>());
-          });
-    });
-  }
   const char* name() const override {
     return "SlotsResolve";
   }
 
  private:
+  void run(const Arrays& inputs, Arrays& outputs) override {
+    auto& out = outputs[0];
+    outputs[1].set_data(mx::allocator::malloc(outputs[1].nbytes()));
+    // Whatever becomes of the graph, without the slots there is no use.
+    out.set_data(
+        mx::array::Data(
+            mx::allocator::allocator().malloc(out.nbytes()),
+            [use = use_](mx::allocator::Buffer buffer) {
+              use->end();
+              mx::allocator::allocator().free(buffer);
+            }));
+    cpu::enqueue(
+        stream(),
+        [use = use_,
+         experts = cpu::holding(inputs[0]),
+         slots = cpu::holding(out)]() mutable noexcept {
+          use->resolve(
+              experts.data<int32_t>(),
+              experts.shape(0),
+              experts.shape(1),
+              slots.data<int32_t>());
+        });
+  }
+
   std::shared_ptr<Use> use_;
 };
 
@@ -100,22 +103,20 @@ class Wait : public SlotPrimitive {
   Wait(mx::Stream stream, std::shared_ptr<Use> use)
       : SlotPrimitive(stream), use_(std::move(use)) {}
 
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    cpu::evaluate(*this, [&] {
-      outputs[0].copy_shared_buffer(inputs[0]);
-      // The one task that throws: a GPU that computes with the slots has no
-      // other way to raise.
-      cpu::enqueue(
-          stream(), [use = use_, slots = cpu::holding(inputs[0])]() mutable {
-            use->wait(slots.data<int32_t>(), slots.size());
-          });
-    });
-  }
   const char* name() const override {
     return "SlotsWait";
   }
 
  private:
+  void run(const Arrays& inputs, Arrays& outputs) override {
+    outputs[0].copy_shared_buffer(inputs[0]);
+    // The one task that throws: a GPU has no other way to raise.
+    cpu::enqueue(
+        stream(), [use = use_, slots = cpu::holding(inputs[0])]() mutable {
+          use->wait(slots.data<int32_t>(), slots.size());
+        });
+  }
+
   std::shared_ptr<Use> use_;
 };
 
@@ -125,14 +126,16 @@ class Hold : public SlotPrimitive {
  public:
   using SlotPrimitive::SlotPrimitive;
 
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    outputs[0].copy_shared_buffer(inputs[0]);
-  }
   void eval_gpu(const Arrays& inputs, Arrays& outputs) override {
     outputs[0].copy_shared_buffer(inputs[0]);
   }
   const char* name() const override {
     return "SlotsHold";
+  }
+
+ private:
+  void run(const Arrays& inputs, Arrays& outputs) override {
+    outputs[0].copy_shared_buffer(inputs[0]);
   }
 };
 
@@ -151,11 +154,8 @@ class Release : public Hold {
   std::shared_ptr<const mx::array> result_;
 };
 
-// Raises on the thread that evaluates, once all before it has run. A task that
-// throws on the stream's thread would have MLX raise at whatever that thread
-// enqueues next, between a node's work and the list of buffers that keeps the
-// work's memory: it would run on memory that is gone. MLX would also miscount
-// its tasks, and might raise in another generation.
+// Raises on the thread that evaluates, once all before it has run: no task may
+// (cpu/runtime/dispatch.h), and it might be in another generation.
 class Verify : public SlotPrimitive {
  public:
   // `waits` where all before it runs on CPU streams; a GPU's work is not begun
@@ -163,7 +163,12 @@ class Verify : public SlotPrimitive {
   Verify(mx::Stream stream, std::shared_ptr<const Reads> reads, bool waits)
       : SlotPrimitive(stream), reads_(std::move(reads)), waits_(waits) {}
 
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+  const char* name() const override {
+    return "SlotsVerify";
+  }
+
+ private:
+  void run(const Arrays& inputs, Arrays& outputs) override {
     if (waits_) {
       mx::synchronize(stream());
     }
@@ -174,22 +179,16 @@ class Verify : public SlotPrimitive {
     if (waits_) {
       return;
     }
-    cpu::evaluate(*this, [&] {
-      cpu::enqueue(
-          stream(),
-          [reads = reads_, y = cpu::holding(outputs[0])]() mutable noexcept {
-            if (reads->failed()) {
-              // All bits set is NaN. MLX keeps the result of what has failed.
-              std::memset(y.data<std::byte>(), 0xff, y.nbytes());
-            }
-          });
-    });
-  }
-  const char* name() const override {
-    return "SlotsVerify";
+    cpu::enqueue(
+        stream(),
+        [reads = reads_, y = cpu::holding(outputs[0])]() mutable noexcept {
+          if (reads->failed()) {
+            // All bits set is NaN. MLX keeps the result of what has failed.
+            std::memset(y.data<std::byte>(), 0xff, y.nbytes());
+          }
+        });
   }
 
- private:
   std::shared_ptr<const Reads> reads_;
   bool waits_;
 };
@@ -199,25 +198,23 @@ class Prefetch : public SlotPrimitive {
   Prefetch(mx::Stream stream, std::shared_ptr<Bank> bank)
       : SlotPrimitive(stream), bank_(std::move(bank)) {}
 
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    cpu::evaluate(*this, [&] {
-      outputs[0].copy_shared_buffer(inputs[0]);
-      cpu::enqueue(
-          stream(),
-          [bank = bank_, experts = cpu::holding(inputs[1])]() noexcept {
-            try {
-              bank->prefetch(experts.data<int32_t>(), experts.size());
-            } catch (const std::exception&) {
-              // What is not read ahead, the request for it reads or fails to.
-            }
-          });
-    });
-  }
   const char* name() const override {
     return "SlotsPrefetch";
   }
 
  private:
+  void run(const Arrays& inputs, Arrays& outputs) override {
+    outputs[0].copy_shared_buffer(inputs[0]);
+    cpu::enqueue(
+        stream(), [bank = bank_, experts = cpu::holding(inputs[1])]() noexcept {
+          try {
+            bank->prefetch(experts.data<int32_t>(), experts.size());
+          } catch (const std::exception&) {
+            // What is not read ahead, the request for it reads or fails to.
+          }
+        });
+  }
+
   std::shared_ptr<Bank> bank_;
 };
 
