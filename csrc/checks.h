@@ -61,6 +61,9 @@ inline void check_shape(
   }
 }
 
+// Each of the slots, which are there and contiguous, must be below `count`.
+void check_slots(const mx::array& slots, int count);
+
 // Counts are kept in int: the product of `factors`, which are not negative,
 // must be one. `what` says of what.
 inline void check_count(

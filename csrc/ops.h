@@ -14,8 +14,8 @@
 
 namespace glm_fused {
 
-// `tokens` [b, l] as int32; evaluation throws where one is not from 0 to
-// vocabulary - 1. On the CPU alone.
+// `tokens` [b, l], as int32 unless all are sure to be from 0 to vocabulary - 1;
+// evaluation throws where one is not. On the CPU alone.
 mx::array check_tokens(
     const mx::array& tokens,
     int vocabulary,

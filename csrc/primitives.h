@@ -56,12 +56,14 @@ class MoeDecode : public FusedPrimitive {
       Format gate,
       Format up,
       Format down,
-      std::shared_ptr<Arrivals> arrivals)
+      std::shared_ptr<Arrivals> arrivals,
+      bool known_slots)
       : FusedPrimitive(stream, reference),
         gate_(gate),
         up_(up),
         down_(down),
-        arrivals_(std::move(arrivals)) {}
+        arrivals_(std::move(arrivals)),
+        known_slots_(known_slots) {}
   void eval_cpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override;
@@ -80,6 +82,7 @@ class MoeDecode : public FusedPrimitive {
  private:
   Format gate_, up_, down_;
   std::shared_ptr<Arrivals> arrivals_;  // null: all slots are filled
+  bool known_slots_;  // that there are such slots; else they are looked at
 };
 
 // inputs: x [t, hidden], weight [e, hidden], correction_bias [e].

@@ -4,39 +4,35 @@
 #include "checks.h"
 #include "cpu/runtime/dispatch.h"
 #include "mlx/primitives.h"
+#include "ops/known_ids.h"
 
 namespace glm_fused {
 
 namespace {
 
-// Copies ids to `copies`, unless null, with 0 for those outside the vocabulary:
-// what follows in the stream runs although this throws, and must find rows to
-// read.
+// Copies ids to `copies`, unless null.
 template <class T>
 void copy_ids(const mx::array& tokens, int vocabulary, int32_t* copies) {
   const T* ids = tokens.data<T>();
-  size_t wrong = tokens.size();
-  for (size_t i = tokens.size(); i-- > 0;) {
-    const bool known =
-        std::cmp_greater_equal(ids[i], 0) && std::cmp_less(ids[i], vocabulary);
-    if (copies) {
-      copies[i] = known ? static_cast<int32_t>(ids[i]) : 0;
+  const auto length = static_cast<size_t>(tokens.shape(-1));
+  for (size_t i = 0; i < tokens.size(); i++) {
+    if (std::cmp_less(ids[i], 0) ||
+        std::cmp_greater_equal(ids[i], vocabulary)) {
+      invalid(
+          "model",
+          "tokens must be from 0 to ",
+          vocabulary - 1,
+          ", the vocabulary, but [",
+          i / length,
+          ", ",
+          i % length,
+          "] is ",
+          std::to_string(ids[i]),
+          ".");
     }
-    wrong = known ? wrong : i;
-  }
-  if (wrong < tokens.size()) {
-    const auto length = static_cast<size_t>(tokens.shape(-1));
-    invalid(
-        "model",
-        "tokens must be from 0 to ",
-        vocabulary - 1,
-        ", the vocabulary, but [",
-        wrong / length,
-        ", ",
-        wrong % length,
-        "] is ",
-        std::to_string(ids[wrong]),
-        ".");
+    if (copies) {
+      copies[i] = static_cast<int32_t>(ids[i]);
+    }
   }
 }
 
@@ -61,7 +57,8 @@ void copy_ids(const mx::array& tokens, int vocabulary, int32_t* copies) {
   }
 }
 
-// inputs: tokens [b, l]. output: the same, int32.
+// inputs: tokens [b, l]. output: the same, int32. It waits for them: nothing
+// after it may run on others.
 class CheckTokens : public mx::Primitive {
  public:
   CheckTokens(mx::Stream stream, int vocabulary)
@@ -70,13 +67,11 @@ class CheckTokens : public mx::Primitive {
   void eval_cpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override {
-    cpu::dispatch(
-        *this,
-        inputs,
-        outputs,
-        [vocabulary = vocabulary_](auto& in, auto& out) {
-          copy_ids(in[0], vocabulary, out[0].template data<int32_t>());
-        });
+    cpu::evaluate(*this, [&] {
+      cpu::allocate(*this, outputs);
+      cpu::wait_for(inputs[0], stream());
+      copy_ids(inputs[0], vocabulary_, outputs[0].data<int32_t>());
+    });
   }
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&)
       override {
@@ -103,8 +98,11 @@ check_tokens(const mx::array& tokens, int vocabulary, mx::StreamOrDevice s) {
         shape_of(tokens),
         ".");
   }
-  if (tokens.is_available() && tokens.flags().row_contiguous) {
+  if (is_readable(tokens)) {
     copy_ids(tokens, vocabulary, nullptr);
+    return tokens;
+  }
+  if (known_below(tokens, vocabulary)) {
     return tokens;
   }
   return mx::array(

@@ -1,10 +1,57 @@
 #include <algorithm>
+#include <utility>
 
 #include "checks.h"
+#include "ops/known_ids.h"
 #include "ops/placement.h"
 #include "primitives.h"
 
 namespace glm_fused {
+
+namespace {
+
+template <class T>
+void check_slots_of(const mx::array& slots, int count) {
+  const T* slot = slots.data<T>();
+  for (size_t i = 0; i < slots.size(); i++) {
+    if (std::cmp_less(slot[i], 0) || std::cmp_greater_equal(slot[i], count)) {
+      invalid(
+          "moe_decode",
+          "slots[",
+          i / slots.shape(1),
+          ", ",
+          i % slots.shape(1),
+          "] must be in [0, ",
+          count,
+          ") but is ",
+          slot[i],
+          ".");
+    }
+  }
+}
+
+// Whether the slots need no look when they are evaluated: the bank's are looked
+// at as they come.
+bool check_now(const mx::array& slots, int count, bool arrive) {
+  if (arrive || known_below(slots, count)) {
+    return true;
+  }
+  const bool readable = is_readable(slots);
+  if (readable) {
+    check_slots(slots, count);
+  }
+  return readable;
+}
+
+}  // namespace
+
+void check_slots(const mx::array& slots, int count) {
+  if (slots.dtype() == mx::int32) {
+    check_slots_of<int32_t>(slots, count);
+  } else {
+    check_slots_of<uint32_t>(slots, count);
+  }
+}
 
 mx::array moe_decode(
     const mx::array& x,
@@ -80,7 +127,8 @@ mx::array moe_decode(
           gate_format,
           up_format,
           down_format,
-          arrivals));
+          arrivals,
+          check_now(slots, bank, arrivals != nullptr)));
   return mx::array(x.shape(), x.dtype(), primitive, std::move(inputs));
 }
 

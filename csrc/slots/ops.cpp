@@ -5,8 +5,6 @@
 
 #include "checks.h"
 #include "cpu/runtime/dispatch.h"
-#include "mlx/backend/cpu/encoder.h"
-#include "mlx/primitives.h"
 
 namespace glm_fused::slots {
 
@@ -51,10 +49,16 @@ class SlotPrimitive : public mx::Primitive {
  public:
   using mx::Primitive::Primitive;
 
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+    cpu::evaluate(*this, [&] { run(inputs, outputs); });
+  }
   void eval_gpu(const Arrays&, Arrays&) override {
     throw std::runtime_error(
         "[" + std::string(name()) + "] runs on a CPU stream.");
   }
+
+ private:
+  virtual void run(const Arrays& inputs, Arrays& outputs) = 0;
 };
 
 class Resolve : public SlotPrimitive {
@@ -62,7 +66,12 @@ class Resolve : public SlotPrimitive {
   Resolve(mx::Stream stream, std::shared_ptr<Use> use)
       : SlotPrimitive(stream), use_(std::move(use)) {}
 
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+  const char* name() const override {
+    return "SlotsResolve";
+  }
+
+ private:
+  void run(const Arrays& inputs, Arrays& outputs) override {
     auto& out = outputs[0];
     outputs[1].set_data(mx::allocator::malloc(outputs[1].nbytes()));
     // The use ends with the slots, whatever becomes of the graph.
@@ -74,10 +83,10 @@ class Resolve : public SlotPrimitive {
               mx::allocator::allocator().free(buffer);
             }));
     cpu::enqueue(
-        *this,
+        stream(),
         [use = use_,
-         experts = mx::array::unsafe_weak_copy(inputs[0]),
-         slots = mx::array::unsafe_weak_copy(out)]() mutable {
+         experts = cpu::holding(inputs[0]),
+         slots = cpu::holding(out)]() mutable noexcept {
           use->resolve(
               experts.data<int32_t>(),
               experts.shape(0),
@@ -85,11 +94,7 @@ class Resolve : public SlotPrimitive {
               slots.data<int32_t>());
         });
   }
-  const char* name() const override {
-    return "SlotsResolve";
-  }
 
- private:
   std::shared_ptr<Use> use_;
 };
 
@@ -98,19 +103,20 @@ class Wait : public SlotPrimitive {
   Wait(mx::Stream stream, std::shared_ptr<Use> use)
       : SlotPrimitive(stream), use_(std::move(use)) {}
 
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    outputs[0].copy_shared_buffer(inputs[0]);
-    cpu::enqueue(
-        *this,
-        [use = use_, slots = mx::array::unsafe_weak_copy(inputs[0])]() mutable {
-          use->wait(slots.data<int32_t>(), slots.size());
-        });
-  }
   const char* name() const override {
     return "SlotsWait";
   }
 
  private:
+  void run(const Arrays& inputs, Arrays& outputs) override {
+    outputs[0].copy_shared_buffer(inputs[0]);
+    // The one task that throws: a GPU has no other way to raise.
+    cpu::enqueue(
+        stream(), [use = use_, slots = cpu::holding(inputs[0])]() mutable {
+          use->wait(slots.data<int32_t>(), slots.size());
+        });
+  }
+
   std::shared_ptr<Use> use_;
 };
 
@@ -120,14 +126,16 @@ class Hold : public SlotPrimitive {
  public:
   using SlotPrimitive::SlotPrimitive;
 
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    outputs[0].copy_shared_buffer(inputs[0]);
-  }
   void eval_gpu(const Arrays& inputs, Arrays& outputs) override {
     outputs[0].copy_shared_buffer(inputs[0]);
   }
   const char* name() const override {
     return "SlotsHold";
+  }
+
+ private:
+  void run(const Arrays& inputs, Arrays& outputs) override {
+    outputs[0].copy_shared_buffer(inputs[0]);
   }
 };
 
@@ -146,11 +154,8 @@ class Release : public Hold {
   std::shared_ptr<const mx::array> result_;
 };
 
-// Raises on the thread that evaluates, once all before it has run. A task that
-// throws on the stream's thread would have MLX raise at whatever that thread
-// enqueues next, between a node's work and the list of buffers that keeps the
-// work's memory: it would run on memory that is gone. MLX would also miscount
-// its tasks, and might raise in another generation.
+// Raises on the thread that evaluates, once all before it has run: no task may
+// (cpu/runtime/dispatch.h), and it might be in another generation.
 class Verify : public SlotPrimitive {
  public:
   // `waits` where all before it runs on CPU streams; a GPU's work is not begun
@@ -158,7 +163,12 @@ class Verify : public SlotPrimitive {
   Verify(mx::Stream stream, std::shared_ptr<const Reads> reads, bool waits)
       : SlotPrimitive(stream), reads_(std::move(reads)), waits_(waits) {}
 
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
+  const char* name() const override {
+    return "SlotsVerify";
+  }
+
+ private:
+  void run(const Arrays& inputs, Arrays& outputs) override {
     if (waits_) {
       mx::synchronize(stream());
     }
@@ -170,20 +180,15 @@ class Verify : public SlotPrimitive {
       return;
     }
     cpu::enqueue(
-        *this,
-        [reads = reads_,
-         y = mx::array::unsafe_weak_copy(outputs[0])]() mutable {
-          if (!reads->error().empty()) {
+        stream(),
+        [reads = reads_, y = cpu::holding(outputs[0])]() mutable noexcept {
+          if (reads->failed()) {
             // All bits set is NaN. MLX keeps the result of what has failed.
             std::memset(y.data<std::byte>(), 0xff, y.nbytes());
           }
         });
   }
-  const char* name() const override {
-    return "SlotsVerify";
-  }
 
- private:
   std::shared_ptr<const Reads> reads_;
   bool waits_;
 };
@@ -193,19 +198,23 @@ class Prefetch : public SlotPrimitive {
   Prefetch(mx::Stream stream, std::shared_ptr<Bank> bank)
       : SlotPrimitive(stream), bank_(std::move(bank)) {}
 
-  void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    outputs[0].copy_shared_buffer(inputs[0]);
-    cpu::enqueue(
-        *this,
-        [bank = bank_, experts = mx::array::unsafe_weak_copy(inputs[1])] {
-          bank->prefetch(experts.data<int32_t>(), experts.size());
-        });
-  }
   const char* name() const override {
     return "SlotsPrefetch";
   }
 
  private:
+  void run(const Arrays& inputs, Arrays& outputs) override {
+    outputs[0].copy_shared_buffer(inputs[0]);
+    cpu::enqueue(
+        stream(), [bank = bank_, experts = cpu::holding(inputs[1])]() noexcept {
+          try {
+            bank->prefetch(experts.data<int32_t>(), experts.size());
+          } catch (const std::exception&) {
+            // What is not read ahead, the request for it reads or fails to.
+          }
+        });
+  }
+
   std::shared_ptr<Bank> bank_;
 };
 

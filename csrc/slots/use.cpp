@@ -27,15 +27,25 @@ std::string Reads::error() const {
   return "";
 }
 
+bool Reads::failed() const noexcept {
+  for (const Reads* r = this; r != nullptr; r = r->origin_.get()) {
+    std::lock_guard lock(r->mutex_);
+    if (!r->error_.empty()) {
+      return true;
+    }
+  }
+  return false;
+}
+
 void Use::resolve(
     const int32_t* experts,
     int tokens,
     int top_k,
-    int32_t* slots) {
+    int32_t* slots) noexcept {
   // No kernel takes these; they stand until the slots are known.
   std::fill_n(slots, static_cast<size_t>(tokens) * top_k, -1);
   experts_.clear();
-  if (!error().empty()) {
+  if (reads_->failed()) {
     return;
   }
   try {
@@ -51,7 +61,7 @@ void Use::resolve(
 }
 
 bool Use::begin(int32_t* slots, size_t count) {
-  if (!error().empty()) {
+  if (reads_->failed()) {
     return false;
   }
   if (experts_.size() != count) {

@@ -25,6 +25,7 @@ class Reads {
   void fail(const char* error) noexcept;
   // Returns the first failure's text, or an empty one.
   std::string error() const;
+  bool failed() const noexcept;
 
  private:
   const std::shared_ptr<const Reads> origin_;
@@ -41,7 +42,11 @@ class Use : public Arrivals {
 
   // Starts to read if there are slots to read into; otherwise `begin` does. The
   // reads remember what fails, and `wait` throws it.
-  void resolve(const int32_t* experts, int tokens, int top_k, int32_t* slots);
+  void resolve(
+      const int32_t* experts,
+      int tokens,
+      int top_k,
+      int32_t* slots) noexcept;
 
   bool begin(int32_t* slots, size_t count) override;
   std::vector<int> take(std::vector<int>& pending) override;

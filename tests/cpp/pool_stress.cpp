@@ -14,6 +14,7 @@
 
 #include "cpu/runtime/thread_pool.h"
 
+using glm_fused::cpu::num_threads;
 using glm_fused::cpu::parallel_for;
 
 namespace {
@@ -44,7 +45,8 @@ void region(int count, int thrower, int throwers) {
             throw std::runtime_error("task " + std::to_string(i));
           }
         },
-        kWork);
+        kWork,
+        num_threads());
   } catch (const std::bad_alloc&) {
     thrown = true;
   } catch (const std::runtime_error& error) {
@@ -77,7 +79,8 @@ void plant(const char* bug) {
           shared = 1 << shift;
         }
       },
-      kWork);
+      kWork,
+      num_threads());
   std::printf("%d\n", shared);
 }
 

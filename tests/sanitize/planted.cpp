@@ -5,6 +5,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/runtime/scratch.h"
 #include "cpu/runtime/thread_pool.h"
 
 extern "C" __attribute__((visibility("default"))) int glm_fused_plant(
@@ -13,6 +14,10 @@ extern "C" __attribute__((visibility("default"))) int glm_fused_plant(
   int shared = 0;
   std::atomic<int> begun{0};
   volatile int shift = 40;
+  const auto block = glm_fused::cpu::scratch_block(
+      mlx::core::Stream(0, mlx::core::Device::cpu), 1024);
+  glm_fused::cpu::Scratch scratch(block.get(), 1024);
+  const std::span<int> spans[] = {scratch.take<int>(3), scratch.take<int>(3)};
   std::vector<int> memory(4);
   int* past = memory.data() + memory.size();
   glm_fused::cpu::set_num_threads(4);
@@ -27,10 +32,13 @@ extern "C" __attribute__((visibility("default"))) int glm_fused_plant(
           shared++;
         } else if (name == "overflow") {
           *past = 1;
+        } else if (name == "scratch") {
+          spans[0][spans[0].size()] = 1;
         } else if (name == "shift") {
           shared = 1 << shift;
         }
       },
-      1e9);
+      1e9,
+      glm_fused::cpu::num_threads());
   return shared;
 }

@@ -9,7 +9,6 @@
 #include "cpu/attention/attention_select.h"
 #include "cpu/attention/attention_simd.h"
 #include "cpu/attention/indexer_body.h"
-#include "cpu/runtime/aligned_floats.h"
 
 namespace {
 
@@ -190,8 +189,7 @@ void accumulate_heads(
 
 void combine(const CombineArgs& a) {
   const int stride = round_up(a.columns, kHalf);
-  const AlignedFloats out(static_cast<size_t>(a.heads) * stride);
-  std::fill_n(out.get(), static_cast<size_t>(a.heads) * stride, 0.0f);
+  std::fill_n(a.sums, static_cast<size_t>(a.heads) * stride, 0.0f);
   alignas(64) float v[kSplit * kSplit];
   const int32_t* keys = a.keys;
   const float* p = a.p;
@@ -201,7 +199,7 @@ void combine(const CombineArgs& a) {
     for (int first = 0; first < a.columns; first += kSplit) {
       const int columns = std::min(kSplit, a.columns - first);
       load_latents({*a.rows, keys, count, next, a.column + first, columns, v});
-      float* to = out.get() + first;
+      float* to = a.sums + first;
       int c = 0;
       for (; c + kWide * kHalf <= columns; c += kWide * kHalf) {
         accumulate_heads<kWide>(a, s, p, v + c, to + c, stride);
@@ -214,7 +212,7 @@ void combine(const CombineArgs& a) {
     p += static_cast<size_t>(count) * a.lanes;
   }
   for (int h = 0; h < a.heads; h++) {
-    float* row = out.get() + h * stride;
+    float* row = a.sums + h * stride;
     for (int c = 0; c < stride; c += kHalf) {
       store(row + c, div(load(row + c), splat(a.total[h])));
     }
@@ -245,6 +243,7 @@ constexpr AttentionKernels attention_table(const char* name) {
       index_packed,
       index_pack,
       index_scores,
+      index_spare,
       select,
       split,
       weigh,

@@ -30,7 +30,7 @@ double multiply_adds(int64_t rounds) {
       per_round = result == 0 ? 0 : done;
     }
   };
-  parallel_for(threads, task, 1e9);
+  parallel_for(threads, task, 1e9, threads);
   return static_cast<double>(per_round) * rounds * threads;
 }
 

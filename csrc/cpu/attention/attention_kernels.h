@@ -21,6 +21,7 @@ struct IndexArgs {
   const int* high;
   uint32_t* scores;  // [queries, stride], as ordered words; key t is column t
   size_t stride;
+  float* spare;  // of index_spare's size
 };
 
 // One query token's attention over one split.
@@ -50,7 +51,8 @@ struct CombineArgs {
   const float* e;      // [splits, lanes]
   const float* total;  // [lanes]
   int column, columns;
-  float* out;  // [heads, rank]
+  float* sums;  // [heads, columns rounded up to 16]
+  float* out;   // [heads, rank]
 };
 
 struct AttentionKernels {
@@ -59,6 +61,7 @@ struct AttentionKernels {
   size_t (*index_packed)(int heads, int dim);
   void (*index_pack)(const float* q, int heads, int dim, float* packed);
   void (*index_scores)(const IndexArgs&);
+  size_t (*index_spare)(int queries, int heads);
   // Ascending indices of the k largest of words[0, count), the lowest index
   // first among equals; 0 < k < count. `spare` holds count + 16 words.
   void (*select)(

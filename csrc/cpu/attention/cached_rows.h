@@ -2,9 +2,10 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
+#include <span>
 
 #include "checks.h"
+#include "cpu/runtime/scratch.h"
 #include "row_layout.h"
 
 namespace glm_fused::cpu {
@@ -13,12 +14,34 @@ namespace glm_fused::cpu {
 // a growing cache's are, else copied.
 class RowArray {
  public:
-  explicit RowArray(const mx::array& a)
+  RowArray(const mx::array& a, Scratch& scratch)
       : array_(a),
         batch_(a.strides(0) * a.itemsize()),
         row_(a.strides(1) * a.itemsize()) {
     if (a.strides(2) != 1 && a.shape(2) > 1) {
-      copy();
+      copy_ = scratch.take<uint8_t>(a.nbytes());
+      row_ = a.shape(2) * a.itemsize();
+      batch_ = a.shape(1) * row_;
+    }
+  }
+
+  // Once the array is there: makes the copy, if one is needed.
+  void load() const {
+    if (copy_.empty()) {
+      return;
+    }
+    const mx::array& a = array_;
+    const auto size = static_cast<int64_t>(a.itemsize());
+    const auto* from = a.data<uint8_t>();
+    uint8_t* to = copy_.data();
+    for (int b = 0; b < a.shape(0); b++) {
+      for (int i = 0; i < a.shape(1); i++) {
+        for (int c = 0; c < a.shape(2); c++) {
+          const int64_t at =
+              b * a.strides(0) + i * a.strides(1) + c * a.strides(2);
+          to = std::copy_n(from + at * size, size, to);
+        }
+      }
     }
   }
 
@@ -29,32 +52,18 @@ class RowArray {
     return float_type_of(array_.dtype());
   }
   const uint8_t* data(int b) const {
-    return (copy_.empty() ? array_.data<uint8_t>() : copy_.data()) + b * batch_;
+    const uint8_t* first =
+        copy_.empty() ? array_.data<uint8_t>() : copy_.data();
+    return first + b * batch_;
   }
   size_t stride() const {
     return row_;
   }
 
  private:
-  void copy() {
-    const size_t size = array_.itemsize(), rows = array_.shape(1);
-    const auto* from = array_.data<uint8_t>();
-    for (int b = 0; b < array_.shape(0); b++) {
-      for (size_t i = 0; i < rows; i++) {
-        for (int c = 0; c < array_.shape(2); c++) {
-          const auto* value = from + b * batch_ + i * row_ +
-              c * array_.strides(2) * static_cast<int64_t>(size);
-          copy_.insert(copy_.end(), value, value + size);
-        }
-      }
-    }
-    row_ = array_.shape(2) * size;
-    batch_ = rows * row_;
-  }
-
   const mx::array& array_;
   int64_t batch_, row_;
-  std::vector<uint8_t> copy_;
+  std::span<uint8_t> copy_;
 };
 
 // Sequence b; `ropes` is null where the rows have no RoPE part or carry it

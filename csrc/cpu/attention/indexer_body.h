@@ -5,7 +5,6 @@
 
 #include "cpu/attention/attention_kernels.h"
 #include "cpu/attention/attention_rows.h"
-#include "cpu/runtime/aligned_floats.h"
 
 namespace {
 
@@ -152,12 +151,15 @@ void score_tile(
   }
 }
 
+size_t index_spare(int queries, int heads) {
+  const int rows = std::min(queries, kQueries) * round_up(heads, kHeads);
+  return static_cast<size_t>(kDepth + rows) * kKeys;
+}
+
 void index_scores(const IndexArgs& a) {
   const int heads = round_up(a.heads, kHeads);
   const int shares = heads / kHeads * ((a.dim + kDepth - 1) / kDepth);
-  const AlignedFloats keys(static_cast<size_t>(kDepth) * kKeys);
-  const AlignedFloats dots(
-      static_cast<size_t>(std::min(a.queries, kQueries)) * heads * kKeys);
+  float *keys = a.spare, *dots = a.spare + kDepth * kKeys;
   for (int begin = a.begin; begin < a.end; begin += kKeys) {
     const int end = std::min(begin + kKeys, a.end);
     // For one query the next keys come while these are scored.
@@ -167,7 +169,7 @@ void index_scores(const IndexArgs& a) {
         begin, end, next, more * a.keys.latent_stride / shares};
     for (int i = 0; i < a.queries; i += kQueries) {
       const int last = std::min(i + kQueries, a.queries);
-      score_tile(a, tile, i, last, keys.get(), dots.get());
+      score_tile(a, tile, i, last, keys, dots);
     }
   }
 }

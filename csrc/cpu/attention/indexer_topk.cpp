@@ -4,9 +4,7 @@
 
 #include "cpu/attention/attention_kernels.h"
 #include "cpu/dot/matrix.h"
-#include "cpu/runtime/aligned_floats.h"
 #include "cpu/runtime/dispatch.h"
-#include "cpu/runtime/thread_pool.h"
 #include "primitives.h"
 #include "reference/reference.h"
 
@@ -20,33 +18,52 @@ namespace {
 constexpr size_t kMaxScores = 1 << 24;
 constexpr int kTaskKeys = 384;
 
-// Queries [first, first + count) of one sequence.
-class Block {
+class Topk {
  public:
-  Block(const Indexer& a, int b, int first, int count)
+  Topk(const Indexer& a, bool reference, Scratch& scratch, int workers)
       : a_(a),
-        b_(b),
-        first_(first),
-        count_(count),
+        reference_(reference),
+        workers_(workers),
         keys_(a.keys.keys()),
+        step_(
+            std::min<size_t>(
+                std::max<size_t>(kMaxScores / std::max(keys_, 1), 1),
+                a.queries())),
+        width_(static_cast<size_t>(a.heads()) * a.dim()),
         packed_(attention_kernels().index_packed(a.heads(), a.dim())),
-        q_(packed_ * count),
-        scores_(new uint32_t[static_cast<size_t>(keys_) * count]),
-        low_(count, 0),
-        high_(count, 0) {}
+        q_(scratch.take<float>(packed_ * step_)),
+        scores_(scratch.take<uint32_t>(static_cast<size_t>(keys_) * step_)),
+        low_(scratch.take<int>(step_)),
+        high_(scratch.take<int>(step_)),
+        row_(scratch.take_each<float>(workers, width_)),
+        spare_(scratch.take_each<float>(
+            workers,
+            attention_kernels().index_spare(step_, a.heads()))),
+        words_(scratch.take_each<uint32_t>(workers, keys_ + 16)) {}
 
   void run() {
-    pack();
-    score();
-    select();
+    a_.keys.load();
+    if (reference_) {
+      reference::indexer_topk(a_);
+      return;
+    }
+    for (b_ = 0; b_ < a_.q.shape(0); b_++) {
+      for (first_ = 0; first_ < a_.queries(); first_ += step_) {
+        count_ = std::min(step_, a_.queries() - first_);
+        pack();
+        score();
+        select();
+      }
+    }
   }
 
  private:
   // A query that sees at most k keys takes them all, unscored.
-  void pack() {
+  void pack() const {
     const Visible visible = a_.visible(b_);
-    const size_t width = static_cast<size_t>(a_.heads()) * a_.dim();
-    const auto task = [&](int i) {
+    std::fill_n(low_.begin(), count_, 0);
+    std::fill_n(high_.begin(), count_, 0);
+    const auto task = [&](int i, int worker) {
       const int high = visible.high(first_ + i);
       if (high - visible.low <= a_.k()) {
         select_all(visible.low, high, a_.k(), a_.out(b_, first_ + i));
@@ -54,17 +71,17 @@ class Block {
       }
       low_[i] = visible.low;
       high_[i] = high;
-      const Floats q = uninitialized(width);
-      load_row(a_.q, a_.row(b_, first_ + i), width, q.get());
+      float* q = row_[worker];
+      load_row(a_.q, a_.row(b_, first_ + i), width_, q);
       attention_kernels().index_pack(
-          q.get(), a_.heads(), a_.dim(), q_.get() + i * packed_);
+          q, a_.heads(), a_.dim(), q_.data() + i * packed_);
     };
-    parallel_for(count_, task, static_cast<double>(width) * count_);
+    parallel_for(count_, task, static_cast<double>(width_) * count_, workers_);
   }
 
-  void score() {
-    IndexArgs args{
-        q_.get(),
+  void score() const {
+    const IndexArgs args{
+        q_.data(),
         a_.weights.data<float>() + a_.row(b_, first_) * a_.heads(),
         count_,
         a_.heads(),
@@ -75,72 +92,63 @@ class Block {
         0,
         low_.data(),
         high_.data(),
-        scores_.get(),
-        static_cast<size_t>(keys_)};
-    const auto task = [&](int i) {
+        scores_.data(),
+        static_cast<size_t>(keys_),
+        nullptr};
+    const auto task = [&](int i, int worker) {
       IndexArgs part = args;
       part.begin = i * kTaskKeys;
       part.end = std::min(part.begin + kTaskKeys, keys_);
+      part.spare = spare_[worker];
       attention_kernels().index_scores(part);
     };
-    const int last = *std::max_element(high_.begin(), high_.end());
-    const double work = static_cast<double>(a_.heads()) * a_.dim() * last;
-    parallel_for((last + kTaskKeys - 1) / kTaskKeys, task, work * count_);
+    const int last = *std::max_element(high_.begin(), high_.begin() + count_);
+    const double work = static_cast<double>(width_) * last * count_;
+    parallel_for((last + kTaskKeys - 1) / kTaskKeys, task, work, workers_);
   }
 
-  void select() {
-    const auto task = [&](int i) {
+  void select() const {
+    const auto task = [&](int i, int worker) {
       const int low = low_[i], count = high_[i] - low;
       if (count == 0) {
         return;
       }
-      const std::unique_ptr<uint32_t[]> spare(new uint32_t[count + 16]);
       int32_t* out = a_.out(b_, first_ + i);
-      const uint32_t* words = scores_.get() + static_cast<size_t>(keys_) * i;
-      attention_kernels().select(words + low, count, a_.k(), spare.get(), out);
+      const uint32_t* words = scores_.data() + static_cast<size_t>(keys_) * i;
+      attention_kernels().select(
+          words + low, count, a_.k(), words_[worker], out);
       for (int j = 0; j < a_.k(); j++) {
         out[j] += low;
       }
     };
-    parallel_for(count_, task, 10.0 * keys_ * count_);
+    parallel_for(count_, task, 10.0 * keys_ * count_, workers_);
   }
 
-  const Indexer& a_;
-  const int b_, first_, count_, keys_;
-  const size_t packed_;
-  const AlignedFloats q_;
-  const std::unique_ptr<uint32_t[]> scores_;
-  std::vector<int> low_, high_;
+  const Indexer a_;
+  const bool reference_;
+  const int workers_, keys_, step_;
+  const size_t width_, packed_;
+  const std::span<float> q_;
+  const std::span<uint32_t> scores_;  // [query, key]
+  const std::span<int> low_, high_;
+  const Shares<float> row_, spare_;
+  const Shares<uint32_t> words_;
+  int b_ = 0, first_ = 0, count_ = 0;  // the queries of a sequence at hand
 };
 
 }  // namespace
-
-void indexer_topk(const Indexer& a) {
-  const size_t keys = std::max(a.keys.keys(), 1);
-  const int step = static_cast<int>(std::max<size_t>(kMaxScores / keys, 1));
-  for (int b = 0; b < a.q.shape(0); b++) {
-    for (int first = 0; first < a.queries(); first += step) {
-      Block(a, b, first, std::min(step, a.queries() - first)).run();
-    }
-  }
-}
 
 }  // namespace cpu
 
 void IndexerTopk::eval_cpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
-  const auto task = [layout = layout_, scale = scale_, reference = reference_](
-                        const auto& in, auto& out) {
-    const cpu::RowArray keys(in[1]);
-    const cpu::Indexer a{in[0], keys, in[2], in[3], layout, scale, out[0]};
-    if (reference) {
-      reference::indexer_topk(a);
-    } else {
-      cpu::indexer_topk(a);
-    }
+  const auto make = [&](auto& in, auto& out, cpu::Scratch& scratch, int n) {
+    const cpu::RowArray keys(in[1], scratch);
+    const cpu::Indexer a{in[0], keys, in[2], in[3], layout_, scale_, out[0]};
+    return cpu::Topk(a, reference_, scratch, n);
   };
-  cpu::dispatch(*this, inputs, outputs, task);
+  cpu::dispatch(*this, inputs, outputs, make, reference_);
 }
 
 }  // namespace glm_fused

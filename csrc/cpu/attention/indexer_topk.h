@@ -7,7 +7,7 @@ namespace glm_fused::cpu {
 
 struct Indexer {
   const mx::array& q;        // [b, l, heads, dim]
-  const RowArray& keys;      // [b, t, row]
+  RowArray keys;             // [b, t, row]
   const mx::array& weights;  // [b, l, heads] float32
   const mx::array& start;    // [b] int32
   RowLayout layout;

@@ -1,15 +1,12 @@
 #include "cpu/attention/sparse_mla_decode.h"
 
 #include <algorithm>
-#include <memory>
 #include <optional>
-#include <vector>
+#include <span>
 
 #include "cpu/attention/attention_kernels.h"
 #include "cpu/dot/matrix.h"
-#include "cpu/runtime/aligned_floats.h"
 #include "cpu/runtime/dispatch.h"
-#include "cpu/runtime/thread_pool.h"
 #include "primitives.h"
 #include "reference/reference.h"
 
@@ -23,205 +20,225 @@ constexpr size_t kMaxScratch = 1 << 23;  // floats of queries taken together
 constexpr int kLane = 16;
 constexpr int kColumns = 64;  // the least that a task of the combine takes
 
-// One query's list of keys and the scratch of its splits.
-struct Query {
-  std::vector<int32_t> keys;
-  std::vector<int> counts;  // of each split that has keys
-  std::vector<int> begins;  // its first key
-  AlignedFloats q, p, m, l, e, total;
-
-  Query(int list, int width, int lanes)
-      : q(static_cast<size_t>(width) * lanes),
-        p(static_cast<size_t>(list) * lanes),
-        m(splits(list) * lanes),
-        l(splits(list) * lanes),
-        e(splits(list) * lanes),
-        total(lanes) {}
-
-  static size_t splits(int list) {
-    return (list + kSplit - 1) / kSplit;
-  }
-};
-
-// Queries [first, first + count) of one sequence.
-class Block {
+class Attention {
  public:
-  Block(const Mla& a, int b, int first, int count)
+  Attention(const Mla& a, bool reference, Scratch& scratch, int workers)
       : a_(a),
-        b_(b),
-        first_(first),
-        count_(count),
+        reference_(reference),
+        workers_(workers),
         list_(a.list_size()),
         width_(a.layout.rank + a.layout.rope),
-        lanes_((a.heads() + kLane - 1) / kLane * kLane),
-        rows_(a.rows(b)),
-        queries_(count) {}
+        lanes_(round_up(a.heads(), kLane)),
+        splits_((list_ + kSplit - 1) / kSplit),
+        step_(step()),
+        keys_(scratch.take_each<int32_t>(step_, list_)),
+        counts_(scratch.take_each<int>(step_, splits_)),
+        begins_(scratch.take_each<int>(step_, splits_)),
+        filled_(scratch.take<int>(step_)),
+        q_(scratch.take_each<float>(step_, lanes(width_))),
+        p_(scratch.take_each<float>(step_, lanes(list_))),
+        m_(scratch.take_each<float>(step_, lanes(splits_))),
+        l_(scratch.take_each<float>(step_, lanes(splits_))),
+        e_(scratch.take_each<float>(step_, lanes(splits_))),
+        total_(scratch.take_each<float>(step_, lanes_)),
+        row_(scratch.take_each<float>(
+            workers,
+            static_cast<size_t>(a.heads()) * width_)),
+        sums_(scratch.take_each<float>(
+            workers,
+            static_cast<size_t>(a.heads()) * round_up(a.layout.rank, kLane))) {}
 
   void run() {
-    const auto each = [&](int i) { prepare(i); };
-    parallel_for(count_, each, static_cast<double>(width_) * lanes_ * count_);
-    split();
-    const auto weigh = [&](int i) {
-      Query& q = *queries_[i];
-      attention_kernels().weigh(parts(i), q.e.get(), q.total.get());
-    };
-    parallel_for(count_, weigh, work() / width_);
-    combine();
+    a_.latents.load();
+    if (a_.ropes) {
+      a_.ropes->load();
+    }
+    if (reference_) {
+      reference::sparse_mla_decode(a_);
+      return;
+    }
+    for (b_ = 0; b_ < a_.q.shape(0); b_++) {
+      rows_ = a_.rows(b_);
+      for (first_ = 0; first_ < a_.queries(); first_ += step_) {
+        count_ = std::min(step_, a_.queries() - first_);
+        run_block();
+      }
+    }
   }
 
  private:
+  static int round_up(int n, int unit) {
+    return (n + unit - 1) / unit * unit;
+  }
+
+  size_t lanes(int rows) const {
+    return static_cast<size_t>(rows) * lanes_;
+  }
+
+  // Queries that are taken together.
+  int step() const {
+    const size_t lanes = a_.heads() + kLane - 1;
+    const size_t floats = (static_cast<size_t>(list_) + width_) * lanes;
+    return static_cast<int>(std::min<size_t>(
+        std::max<size_t>(kMaxScratch / floats, 1), a_.queries()));
+  }
+
   double work() const {
     return static_cast<double>(width_) * lanes_ * list_ * count_;
   }
 
-  void prepare(int i) {
-    queries_[i] = std::make_unique<Query>(list_, width_, lanes_);
-    Query& query = *queries_[i];
-    const size_t row = a_.row(b_, first_ + i);
-    const Floats q = uninitialized(static_cast<size_t>(a_.heads()) * width_);
-    load_row(a_.q, row, a_.heads() * width_, q.get());
+  void run_block() const {
+    const auto each = [&](int i, int worker) {
+      load_query(i, row_[worker]);
+      list_keys(i);
+    };
+    const double values = static_cast<double>(width_) * lanes_ * count_;
+    parallel_for(count_, each, values, workers_);
+    split();
+    const auto weigh = [&](int i) {
+      attention_kernels().weigh(parts(i), e_[i], total_[i]);
+    };
+    parallel_for(count_, weigh, work() / width_, workers_);
+    combine();
+  }
+
+  void load_query(int i, float* q) const {
+    load_row(a_.q, a_.row(b_, first_ + i), a_.heads() * width_, q);
     for (int d = 0; d < width_; d++) {
-      float* to = query.q.get() + static_cast<size_t>(d) * lanes_;
+      float* to = q_[i] + lanes(d);
       for (int h = 0; h < lanes_; h++) {
         to[h] = h < a_.heads() ? q[static_cast<size_t>(h) * width_ + d] : 0;
       }
     }
+  }
+
+  // The visible keys of the query's list, back to back, and its splits without
+  // those that have none.
+  void list_keys(int i) const {
+    int keys = 0, splits = 0;
     for (int s = 0; s < list_; s += kSplit) {
-      const size_t begin = query.keys.size();
+      const int begin = keys;
       for (int j = s; j < std::min(s + kSplit, list_); j++) {
         const int key = a_.entry(b_, first_ + i, j);
         if (key >= 0) {
-          query.keys.push_back(key);
+          keys_[i][keys++] = key;
         }
       }
-      if (query.keys.size() > begin) {
-        query.begins.push_back(static_cast<int>(begin));
-        query.counts.push_back(static_cast<int>(query.keys.size() - begin));
+      if (keys > begin) {
+        begins_[i][splits] = begin;
+        counts_[i][splits++] = keys - begin;
       }
     }
+    filled_[i] = splits;
   }
 
   // A task takes several splits, so that it can fetch one's keys during
   // another.
-  void split() {
+  void split() const {
     constexpr int most = 16;
-    const int splits = static_cast<int>(Query::splits(list_));
-    const int share = splits * count_ / (2 * num_threads());
+    const int share = splits_ * count_ / (2 * workers_);
     const int group = std::clamp(share, 1, most);
-    const int groups = (splits + group - 1) / group;
+    const int groups = (splits_ + group - 1) / group;
     const auto task = [&](int t) {
-      const Query& q = *queries_[t / groups];
-      const int begin = t % groups * group;
-      const int end =
-          std::min(begin + group, static_cast<int>(q.counts.size()));
+      const int i = t / groups, begin = t % groups * group;
+      const int end = std::min(begin + group, filled_[i]);
       for (int s = begin; s < end; s++) {
-        const size_t lane = static_cast<size_t>(s) * lanes_;
         attention_kernels().split(
-            {q.q.get(),
+            {q_[i],
              lanes_,
              a_.scale,
-             &rows_,
-             q.keys.data() + q.begins[s],
-             q.counts[s],
-             s + 1 < end ? q.counts[s + 1] : 0,
-             q.p.get() + static_cast<size_t>(q.begins[s]) * lanes_,
-             q.m.get() + lane,
-             q.l.get() + lane});
+             &*rows_,
+             keys_[i] + begins_[i][s],
+             counts_[i][s],
+             s + 1 < end ? counts_[i][s + 1] : 0,
+             p_[i] + lanes(begins_[i][s]),
+             m_[i] + lanes(s),
+             l_[i] + lanes(s)});
       }
     };
-    parallel_for(count_ * groups, task, work());
+    parallel_for(count_ * groups, task, work(), workers_);
   }
 
   CombineArgs parts(int i) const {
-    const Query& q = *queries_[i];
     return {
-        &rows_,
-        q.keys.data(),
-        q.counts.data(),
-        static_cast<int>(q.counts.size()),
+        &*rows_,
+        keys_[i],
+        counts_[i],
+        filled_[i],
         a_.heads(),
         lanes_,
-        q.p.get(),
-        q.m.get(),
-        q.l.get(),
-        q.e.get(),
-        q.total.get(),
+        p_[i],
+        m_[i],
+        l_[i],
+        e_[i],
+        total_[i],
         0,
-        rows_.rank,
+        rows_->rank,
+        nullptr,
         a_.out(b_, first_ + i)};
   }
 
   // A query's columns are divided no further than the threads need: each part
   // walks all of its rows.
-  void combine() {
-    const int wanted = (num_threads() + count_ - 1) / count_;
-    const int blocks = (rows_.rank + kColumns - 1) / kColumns;
+  void combine() const {
+    const int rank = rows_->rank;
+    const int wanted = (workers_ + count_ - 1) / count_;
+    const int blocks = (rank + kColumns - 1) / kColumns;
     const int columns = (blocks + wanted - 1) / wanted * kColumns;
-    const int tasks = (rows_.rank + columns - 1) / columns;
-    const auto task = [&](int t) {
+    const int tasks = (rank + columns - 1) / columns;
+    const auto task = [&](int t, int worker) {
       CombineArgs args = parts(t / tasks);
       args.column = t % tasks * columns;
-      args.columns = std::min(columns, rows_.rank - args.column);
+      args.columns = std::min(columns, rank - args.column);
+      args.sums = sums_[worker];
       if (args.splits == 0) {
-        std::fill_n(args.out, static_cast<size_t>(args.heads) * rows_.rank, 0);
+        std::fill_n(args.out, static_cast<size_t>(args.heads) * rank, 0);
       } else {
         attention_kernels().combine(args);
       }
     };
-    parallel_for(count_ * tasks, task, work());
+    parallel_for(count_ * tasks, task, work(), workers_);
   }
 
-  const Mla& a_;
-  const int b_, first_, count_, list_, width_, lanes_;
-  const Rows rows_;
-  std::vector<std::unique_ptr<Query>> queries_;
+  const Mla a_;
+  const bool reference_;
+  const int workers_, list_, width_, lanes_, splits_, step_;
+  // Of each query its keys, its splits' sizes, first keys and number, and what
+  // the kernels need.
+  const Shares<int32_t> keys_;
+  const Shares<int> counts_, begins_;
+  const std::span<int> filled_;
+  const Shares<float> q_, p_, m_, l_, e_, total_;
+  const Shares<float> row_, sums_;     // of each worker
+  int b_ = 0, first_ = 0, count_ = 0;  // the queries of a sequence at hand
+  std::optional<Rows> rows_;
 };
 
 }  // namespace
-
-void sparse_mla_decode(const Mla& a) {
-  const size_t width = a.layout.rank + a.layout.rope;
-  const size_t lanes = a.heads() + kLane - 1;
-  const size_t floats = (a.list_size() + width) * lanes;
-  const int step = static_cast<int>(std::max<size_t>(kMaxScratch / floats, 1));
-  for (int b = 0; b < a.q.shape(0); b++) {
-    for (int first = 0; first < a.queries(); first += step) {
-      Block(a, b, first, std::min(step, a.queries() - first)).run();
-    }
-  }
-}
 
 }  // namespace cpu
 
 void SparseMlaDecode::eval_cpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
-  const auto task = [layout = layout_,
-                     scale = scale_,
-                     ropes = ropes_,
-                     selected = selected_,
-                     reference = reference_](const auto& in, auto& out) {
-    const cpu::RowArray latents(in[2]);
-    std::optional<cpu::RowArray> rope_rows;
-    if (ropes) {
-      rope_rows.emplace(in[3]);
+  const auto make = [&](auto& in, auto& out, cpu::Scratch& scratch, int n) {
+    const cpu::RowArray latents(in[2], scratch);
+    std::optional<cpu::RowArray> ropes;
+    if (ropes_) {
+      ropes.emplace(in[3], scratch);
     }
     const cpu::Mla a{
         in[0],
         in[1],
         latents,
-        ropes ? &*rope_rows : nullptr,
-        selected ? &in[3 + ropes] : nullptr,
-        layout,
-        scale,
+        ropes,
+        selected_ ? &in[3 + ropes_] : nullptr,
+        layout_,
+        scale_,
         out[0]};
-    if (reference) {
-      reference::sparse_mla_decode(a);
-    } else {
-      cpu::sparse_mla_decode(a);
-    }
+    return cpu::Attention(a, reference_, scratch, n);
   };
-  cpu::dispatch(*this, inputs, outputs, task);
+  cpu::dispatch(*this, inputs, outputs, make, reference_);
 }
 
 }  // namespace glm_fused

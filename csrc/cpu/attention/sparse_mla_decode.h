@@ -1,16 +1,18 @@
 // What sparse_mla_decode works on, for the fused path and the reference alike.
 #pragma once
 
+#include <optional>
+
 #include "cpu/attention/cached_rows.h"
 
 namespace glm_fused::cpu {
 
 struct Mla {
-  const mx::array& q;         // [b, l, heads, rank + rope]
-  const mx::array& start;     // [b] int32
-  const RowArray& latents;    // [b, t, row]
-  const RowArray* ropes;      // [b, t, rope], or null
-  const mx::array* selected;  // [b, l, k] int32, or null: every visible key
+  const mx::array& q;             // [b, l, heads, rank + rope]
+  const mx::array& start;         // [b] int32
+  RowArray latents;               // [b, t, row]
+  std::optional<RowArray> ropes;  // [b, t, rope]
+  const mx::array* selected;      // [b, l, k] int32, or null: every visible key
   RowLayout layout;
   float scale;
   mx::array& y;  // [b, l, heads, rank] float32
@@ -28,7 +30,7 @@ struct Mla {
     return y.data<float>() + row(b, i) * heads() * layout.rank;
   }
   Rows rows(int b) const {
-    return cached_rows(layout, latents, ropes, b);
+    return cached_rows(layout, latents, ropes ? &*ropes : nullptr, b);
   }
   Visible visible(int b) const {
     return {start, b, latents.keys(), queries()};

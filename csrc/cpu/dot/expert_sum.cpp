@@ -8,52 +8,76 @@
 
 namespace glm_fused {
 
+namespace cpu {
+
 namespace {
 
-using Arrays = std::vector<mx::array>;
-
 // act = swiglu(gate, up), arrays of one shape.
-void swiglu_all(const Arrays& in, Arrays& out) {
-  const FloatType type = float_type_of(out[0].dtype());
-  constexpr size_t kValues = 4096;  // at once
-  float gate[kValues], up[kValues];
-  for (size_t at = 0; at < out[0].size(); at += kValues) {
-    const int count = static_cast<int>(std::min(kValues, out[0].size() - at));
-    cpu::load_values(in[0], at, count, gate);
-    cpu::load_values(in[1], at, count, up);
-    for (int i = 0; i < count; i++) {
-      gate[i] = swiglu(gate[i], up[i], type);
-    }
-    cpu::store_row(out[0], at, gate, count);
-  }
-}
+struct SwigluAll {
+  const mx::array &gate, &up;
+  mx::array& act;
 
-void sum_experts(const Arrays& in, Arrays& out) {
-  const mx::array &y = in[0], &scores = in[1];
-  const int tokens = y.shape(0), top_k = y.shape(1), hidden = y.shape(2);
-  std::vector<float> row(hidden);
-  for (int token = 0; token < tokens; token++) {
-    std::vector<float> sum(hidden, 0.0f);
-    for (int pair = token * top_k; pair < (token + 1) * top_k; pair++) {
-      cpu::load_row(y, pair, hidden, row.data());
-      for (int i = 0; i < hidden; i++) {
-        const float term = row[i] * scores.data<float>()[pair];
-        sum[i] = sum[i] + term;
+  void run() {
+    const FloatType type = float_type_of(act.dtype());
+    constexpr size_t kValues = 4096;  // at once
+    float g[kValues], u[kValues];
+    for (size_t at = 0; at < act.size(); at += kValues) {
+      const int count = static_cast<int>(std::min(kValues, act.size() - at));
+      load_values(gate, at, count, g);
+      load_values(up, at, count, u);
+      for (int i = 0; i < count; i++) {
+        g[i] = swiglu(g[i], u[i], type);
       }
+      store_row(act, at, g, count);
     }
-    const size_t offset = static_cast<size_t>(token) * hidden;
-    cpu::store_row(out[0], offset, sum.data(), hidden);
   }
-}
+};
+
+struct SumExperts {
+  const mx::array &y, &scores;
+  mx::array& out;
+  std::span<float> row, sum;
+
+  void run() {
+    const int tokens = y.shape(0), top_k = y.shape(1), hidden = y.shape(2);
+    for (int token = 0; token < tokens; token++) {
+      std::fill(sum.begin(), sum.end(), 0.0f);
+      for (int pair = token * top_k; pair < (token + 1) * top_k; pair++) {
+        load_row(y, pair, hidden, row.data());
+        for (int i = 0; i < hidden; i++) {
+          const float term = row[i] * scores.data<float>()[pair];
+          sum[i] = sum[i] + term;
+        }
+      }
+      const size_t offset = static_cast<size_t>(token) * hidden;
+      store_row(out, offset, sum.data(), hidden);
+    }
+  }
+};
 
 }  // namespace
 
-void Swiglu::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  cpu::dispatch(*this, inputs, outputs, swiglu_all);
+}  // namespace cpu
+
+void Swiglu::eval_cpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto make = [](auto& in, auto& out, cpu::Scratch&, int) {
+    return cpu::SwigluAll{in[0], in[1], out[0]};
+  };
+  cpu::dispatch(*this, inputs, outputs, make);
 }
 
-void ExpertSum::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  cpu::dispatch(*this, inputs, outputs, sum_experts);
+void ExpertSum::eval_cpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto make = [](auto& in, auto& out, cpu::Scratch& scratch, int) {
+    const int hidden = in[0].shape(2);
+    const auto row = scratch.take<float>(hidden);
+    const auto sum = scratch.take<float>(hidden);
+    return cpu::SumExperts{in[0], in[1], out[0], row, sum};
+  };
+  cpu::dispatch(*this, inputs, outputs, make);
 }
 
 }  // namespace glm_fused

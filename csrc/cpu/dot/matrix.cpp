@@ -89,13 +89,16 @@ uint32_t stream_read(const mx::array& a) {
     const size_t count = std::min(kChunk, a.nbytes() - at);
     result |= kernels().read(a.data<uint8_t>() + at, count);
   };
-  parallel_for(static_cast<int>(chunks), task, static_cast<double>(a.nbytes()));
+  parallel_for(
+      static_cast<int>(chunks),
+      task,
+      static_cast<double>(a.nbytes()),
+      num_threads());
   return result;
 }
 
-int tile_rows(int n, int matrices) {
-  const int64_t per_task =
-      static_cast<int64_t>(n) * matrices / (4 * num_threads());
+int tile_rows(int n, int matrices, int workers) {
+  const int64_t per_task = static_cast<int64_t>(n) * matrices / (4 * workers);
   return static_cast<int>(
       std::clamp<int64_t>(per_task / 4 * 4, 4, kMaxTileRows));
 }

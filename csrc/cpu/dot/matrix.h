@@ -1,7 +1,6 @@
 // A checked weight in memory, and the fp32 rows that meet it.
 #pragma once
 
-#include <memory>
 #include <vector>
 
 #include "cpu/dot/dot_kernels.h"
@@ -51,16 +50,11 @@ void store_row(
     const float* values,
     int count);
 
-using Floats = std::unique_ptr<float[]>;
-inline Floats uninitialized(size_t count) {
-  return Floats(new float[count]);
-}
-
 // Reads the array's buffer once on every thread of the pool; the result only
 // keeps the compiler from dropping the reads.
 uint32_t stream_read(const mlx::core::array& a);
 
-// Rows of W per task: about four tasks a thread, at most kMaxTileRows.
-int tile_rows(int n, int matrices);
+// Rows of W per task: about four tasks a worker, at most kMaxTileRows.
+int tile_rows(int n, int matrices, int workers);
 
 }  // namespace glm_fused::cpu

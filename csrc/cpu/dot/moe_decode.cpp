@@ -2,13 +2,13 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
+#include <memory>
 #include <numeric>
+#include <vector>
 
 #include "checks.h"
-#include "cpu/dot/matrix.h"
+#include "cpu/dot/panels.h"
 #include "cpu/runtime/dispatch.h"
-#include "cpu/runtime/thread_pool.h"
 #include "primitives.h"
 #include "reference/reference.h"
 #include "rounding.h"
@@ -21,191 +21,201 @@ namespace {
 
 // Tokens taken together: bounds the scratch memory of a long prefill.
 constexpr int kMaxTokens = 256;
+// Values of the choices' outputs that a task holds, unless they are so many
+// that a vector of rows each is more.
+constexpr int kMaxValues = 1 << 16, kMinTile = 32;
 
-// Up to eight (token, choice) pairs that share a slot. Pair p of a chunk is
-// token p / top_k, choice p % top_k.
-struct Panel {
-  int slot;
-  std::vector<int> pairs;
-  int width() const {
-    return static_cast<int>(pairs.size());
-  }
-};
-
-std::vector<Panel> group_by_slot(const int32_t* slots, int pairs) {
-  std::map<int, std::vector<int>> by_slot;
-  for (int p = 0; p < pairs; p++) {
-    by_slot[slots[p]].push_back(p);
-  }
-  std::vector<Panel> panels;
-  for (const auto& [slot, list] : by_slot) {
-    for (auto at = list.begin(); at != list.end();) {
-      const int width = panel_width(static_cast<int>(list.end() - at));
-      panels.push_back({slot, {at, at + width}});
-      at += width;
-    }
-  }
-  return panels;
-}
-
-class Chunk {
+class Fused {
  public:
-  Chunk(const Moe& moe, int first_token, int tokens)
+  Fused(const Moe& moe, bool arrivals, Scratch& scratch, int workers)
       : moe_(moe),
-        first_(first_token),
-        tokens_(tokens),
         top_k_(moe.slots.shape(1)),
-        slots_(moe.slots.data<int32_t>() + first_token * top_k_),
-        panels_(group_by_slot(slots_, tokens * top_k_)),
-        act_(uninitialized(static_cast<size_t>(tokens) * top_k_ * moe.gate.n)) {
-  }
+        workers_(workers),
+        same_pack_(moe.up.kernel->pack == moe.gate.kernel->pack),
+        most_(std::min(kMaxTokens, moe.x.shape(0)) * top_k_),
+        panels_(most_, top_k_, scratch),
+        batch_(scratch.take<int>(most_)),
+        gate_inputs_(scratch.take<const float*>(most_)),
+        up_inputs_(scratch.take<const float*>(most_)),
+        row_(scratch.take<float>(moe.gate.k)),
+        gate_packed_(scratch.take<float>(packed(moe.gate) * most_)),
+        up_packed_(
+            scratch.take<float>(same_pack_ ? 0 : packed(moe.up) * most_)),
+        act_(scratch.take<float>(static_cast<size_t>(most_) * moe.gate.n)),
+        down_packed_(scratch.take<float>(packed(moe.down) * most_)),
+        y_(scratch.take<float>(
+            arrivals ? static_cast<size_t>(most_) * moe.down.n : 0)),
+        tile_y_(scratch.take_each<float>(workers, most_tile_values())) {}
 
   // With `arrivals`, experts are computed as they come.
   void run(Arrivals* arrivals) {
+    const int tokens = moe_.x.shape(0);
+    for (first_ = 0; first_ < tokens; first_ += kMaxTokens) {
+      tokens_ = std::min(kMaxTokens, tokens - first_);
+      run_chunk(arrivals);
+    }
+  }
+
+ private:
+  using Batch = std::span<const int>;  // of panels
+
+  static size_t packed(const Matrix& w) {
+    return w.kernel->packed_floats(w.k);
+  }
+
+  size_t most_tile_values() const {
+    const size_t pairs = most_, n = moe_.down.n;
+    const size_t most = std::max<size_t>(kMaxValues, pairs * kMinTile);
+    return std::min({pairs * kMaxTileRows, most, pairs * n});
+  }
+
+  void run_chunk(Arrivals* arrivals) {
+    const int* slots = moe_.slots.data<int32_t>() + first_ * top_k_;
+    panels_.group(slots, tokens_ * top_k_);
     pack_inputs();
-    down_inputs_.resize(panels_.size());
+    if (!arrivals) {
+      const Batch all = all_panels();
+      project(all);
+      down_sum(all);
+      return;
+    }
     std::vector<int> pending = distinct_slots();
-    Panels batch = arrivals ? take(*arrivals, pending) : all_panels();
-    if (batch.size() == panels_.size()) {
+    Batch batch = take(*arrivals, pending);
+    if (pending.empty()) {
       project(batch);
       down_sum(batch);
       return;
     }
-    const Floats y =
-        uninitialized(static_cast<size_t>(tokens_) * top_k_ * moe_.down.n);
     while (true) {
       project(batch);
-      down(batch, y.get());
+      down(batch);
       if (pending.empty()) {
         break;
       }
       batch = take(*arrivals, pending);
     }
-    sum(y.get());
+    sum();
   }
 
- private:
-  using Panels = std::vector<int>;  // indices
-
-  Panels all_panels() const {
-    Panels all(panels_.size());
+  Batch all_panels() const {
+    const auto all = batch_.first(panels_.count());
     std::iota(all.begin(), all.end(), 0);
     return all;
   }
 
   std::vector<int> distinct_slots() const {
     std::vector<int> slots;
-    for (const auto& panel : panels_) {
-      if (slots.empty() || slots.back() != panel.slot) {
-        slots.push_back(panel.slot);
+    for (int i = 0; i < panels_.count(); i++) {
+      if (slots.empty() || slots.back() != panels_[i].slot) {
+        slots.push_back(panels_[i].slot);
       }
     }
     return slots;
   }
 
-  Panels take(Arrivals& arrivals, std::vector<int>& pending) const {
+  Batch take(Arrivals& arrivals, std::vector<int>& pending) const {
     const std::vector<int> slots = arrivals.take(pending);
-    Panels panels = all_panels();
-    std::erase_if(panels, [&](int i) {
-      return std::ranges::find(slots, panels_[i].slot) == slots.end();
-    });
-    return panels;
+    int count = 0;
+    for (int i = 0; i < panels_.count(); i++) {
+      if (std::ranges::find(slots, panels_[i].slot) != slots.end()) {
+        batch_[count++] = i;
+      }
+    }
+    return batch_.first(count);
   }
 
-  double work(const Panels& batch, int matrices) const {
+  double work(Batch batch, int matrices) const {
     int pairs = 0;
     for (int i : batch) {
-      pairs += panels_[i].width();
+      pairs += panels_[i].width;
     }
     return static_cast<double>(moe_.gate.n) * moe_.gate.k * matrices * pairs;
   }
 
   // Panels over the same tokens share their packed x: with one token, all.
   void pack_inputs() {
-    std::map<std::vector<int>, std::pair<const float*, const float*>> packed;
-    const Floats row = uninitialized(moe_.gate.k);
-    for (const auto& panel : panels_) {
-      std::vector<int> tokens;
-      for (int pair : panel.pairs) {
-        tokens.push_back(pair / top_k_);
-      }
-      auto& [gate, up] = packed[tokens];
-      if (gate == nullptr) {
-        float* g = allocate(moe_.gate, panel.width());
-        const bool same = moe_.up.kernel->pack == moe_.gate.kernel->pack;
-        float* u = same ? g : allocate(moe_.up, panel.width());
-        for (int m = 0; m < panel.width(); m++) {
-          load_row(moe_.x, first_ + tokens[m], moe_.gate.k, row.get());
-          moe_.gate.kernel->pack(row.get(), moe_.gate.k, g, m, panel.width());
-          if (!same) {
-            moe_.up.kernel->pack(row.get(), moe_.up.k, u, m, panel.width());
+    const Matrix &gate = moe_.gate, &up = moe_.up;
+    float *g = gate_packed_.data(), *u = up_packed_.data();
+    panels_.each_twin([&](int i, int twin) {
+      if (twin == i) {
+        const auto pairs = panels_.pairs(i);
+        const int width = panels_[i].width;
+        for (int m = 0; m < width; m++) {
+          const int token = first_ + panels_.token(pairs[m]);
+          load_row(moe_.x, token, gate.k, row_.data());
+          gate.kernel->pack(row_.data(), gate.k, g, m, width);
+          if (!same_pack_) {
+            up.kernel->pack(row_.data(), up.k, u, m, width);
           }
         }
-        gate = g;
-        up = u;
+        gate_inputs_[i] = g;
+        up_inputs_[i] = same_pack_ ? g : u;
+        g += packed(gate) * width;
+        u += same_pack_ ? 0 : packed(up) * width;
       }
-      inputs_.push_back({gate, up});
-    }
-  }
-
-  float* allocate(const Matrix& w, int width) {
-    scratch_.push_back(uninitialized(w.kernel->packed_floats(w.k) * width));
-    return scratch_.back().get();
+      gate_inputs_[i] = gate_inputs_[twin];
+      up_inputs_[i] = up_inputs_[twin];
+    });
   }
 
   // All but the down projection.
-  void project(const Panels& batch) {
+  void project(Batch batch) const {
     gate_up(batch);
     pack_activations(batch);
   }
 
-  void gate_up(const Panels& batch) {
+  void gate_up(Batch batch) const {
     const int count = static_cast<int>(batch.size());
-    const int n = moe_.gate.n, tile = tile_rows(n, count);
+    const int n = moe_.gate.n, tile = tile_rows(n, count, workers_);
     const int tiles = (n + tile - 1) / tile;
     const auto task = [&](int t) {
       const int i = batch[t / tiles];
-      const auto& panel = panels_[i];
-      const auto [gate_x, up_x] = inputs_[i];
+      const auto [slot, at, width] = panels_[i];
       const int first = t % tiles * tile, rows = std::min(tile, n - first);
-      const int width = panel.width();
       float gate[8 * kMaxTileRows], up[8 * kMaxTileRows];
-      moe_.gate.dot(panel.slot, first, rows, gate_x, width, gate);
-      moe_.up.dot(panel.slot, first, rows, up_x, width, up);
+      moe_.gate.dot(slot, first, rows, gate_inputs_[i], width, gate);
+      moe_.up.dot(slot, first, rows, up_inputs_[i], width, up);
       for (int m = 0; m < width; m++) {
-        float* act = act_.get() + static_cast<size_t>(panel.pairs[m]) * n;
         kernels().swiglu(
-            gate + m * rows, up + m * rows, act + first, rows, moe_.type);
+            gate + m * rows,
+            up + m * rows,
+            act(panels_.pairs(i)[m]) + first,
+            rows,
+            moe_.type);
       }
     };
-    parallel_for(count * tiles, task, work(batch, 2));
+    parallel_for(count * tiles, task, work(batch, 2), workers_);
   }
 
-  void pack_activations(const Panels& batch) {
+  float* act(int pair) const {
+    return act_.data() + static_cast<size_t>(pair) * moe_.gate.n;
+  }
+
+  float* down_input(int i) const {
+    return down_packed_.data() + packed(moe_.down) * panels_[i].first;
+  }
+
+  void pack_activations(Batch batch) const {
     const Matrix& down = moe_.down;
-    for (int i : batch) {
-      down_inputs_[i] = allocate(down, panels_[i].width());
-    }
     const auto task = [&](int b) {
-      const int i = batch[b];
-      const auto& panel = panels_[i];
-      for (int m = 0; m < panel.width(); m++) {
-        const float* act =
-            act_.get() + static_cast<size_t>(panel.pairs[m]) * down.k;
-        down.kernel->pack(act, down.k, down_inputs_[i], m, panel.width());
+      const int i = batch[b], width = panels_[i].width;
+      for (int m = 0; m < width; m++) {
+        const float* from = act(panels_.pairs(i)[m]);
+        down.kernel->pack(from, down.k, down_input(i), m, width);
       }
     };
-    parallel_for(static_cast<int>(batch.size()), task, work(batch, 2));
+    const int count = static_cast<int>(batch.size());
+    parallel_for(count, task, work(batch, 2), workers_);
   }
 
   // Rows of y, [pair] every `stride` values; each projection is rounded as the
   // unfused chain stores it.
   void down_rows(int i, int first, int rows, float* y, size_t stride) const {
-    const auto& panel = panels_[i];
+    const auto [slot, at, width] = panels_[i];
     float out[8 * kMaxTileRows];
-    moe_.down.dot(panel.slot, first, rows, down_inputs_[i], panel.width(), out);
-    for (int m = 0; m < panel.width(); m++) {
-      float* to = y + panel.pairs[m] * stride;
+    moe_.down.dot(slot, first, rows, down_input(i), width, out);
+    for (int m = 0; m < width; m++) {
+      float* to = y + panels_.pairs(i)[m] * stride;
       for (int r = 0; r < rows; r++) {
         to[r] = round_to(out[m * rows + r], moe_.type);
       }
@@ -229,152 +239,148 @@ class Chunk {
     }
   }
 
-  // y [pair, n] of the batch.
-  void down(const Panels& batch, float* y) const {
+  // y_ [pair, n] of the batch.
+  void down(Batch batch) const {
     const int count = static_cast<int>(batch.size());
-    const int n = moe_.down.n, tile = tile_rows(n, count);
+    const int n = moe_.down.n, tile = tile_rows(n, count, workers_);
     const int tiles = (n + tile - 1) / tile;
     const auto task = [&](int t) {
       const int first = t % tiles * tile, rows = std::min(tile, n - first);
-      down_rows(batch[t / tiles], first, rows, y + first, n);
+      down_rows(batch[t / tiles], first, rows, y_.data() + first, n);
     };
-    parallel_for(count * tiles, task, work(batch, 1));
+    parallel_for(count * tiles, task, work(batch, 1), workers_);
   }
 
-  void sum(const float* y) const {
-    const int n = moe_.down.n, tile = tile_rows(n, 1);
+  void sum() const {
+    const int n = moe_.down.n, tile = tile_rows(n, 1, workers_);
     const auto task = [&](int t) {
       const int first = t * tile;
-      sum_rows(first, std::min(tile, n - first), y + first, n);
+      sum_rows(first, std::min(tile, n - first), y_.data() + first, n);
     };
-    parallel_for(
-        (n + tile - 1) / tile, task, static_cast<double>(n) * tokens_ * top_k_);
+    const double work = static_cast<double>(n) * tokens_ * top_k_;
+    parallel_for((n + tile - 1) / tile, task, work, workers_);
   }
 
   // `down` of all panels, then `sum`, a tile of rows at a time: the choices'
   // outputs stay in a core's L2 cache.
-  void down_sum(const Panels& all) const {
-    constexpr int kMaxValues = 1 << 16;
-    const int n = moe_.down.n;
-    const int most = std::max(32, kMaxValues / (tokens_ * top_k_));
-    const int count = static_cast<int>(all.size());
-    const int tile = std::min(tile_rows(n, count), most);
-    const auto task = [&](int t) {
+  void down_sum(Batch all) const {
+    const int n = moe_.down.n, count = static_cast<int>(all.size());
+    const int most = std::max(kMinTile, kMaxValues / (tokens_ * top_k_));
+    const int tile = std::min(tile_rows(n, count, workers_), most);
+    const auto task = [&](int t, int worker) {
       const int first = t * tile, rows = std::min(tile, n - first);
-      const Floats y =
-          uninitialized(static_cast<size_t>(tokens_) * top_k_ * rows);
       for (int i : all) {
-        down_rows(i, first, rows, y.get(), rows);
+        down_rows(i, first, rows, tile_y_[worker], rows);
       }
-      sum_rows(first, rows, y.get(), rows);
+      sum_rows(first, rows, tile_y_[worker], rows);
     };
-    parallel_for((n + tile - 1) / tile, task, work(all, 1));
+    parallel_for((n + tile - 1) / tile, task, work(all, 1), workers_);
   }
 
-  const Moe& moe_;
-  const int first_, tokens_, top_k_;
-  const int32_t* slots_;
-  const std::vector<Panel> panels_;  // by slot
-  const Floats act_;                 // [pair, intermediate]
-  std::vector<std::pair<const float*, const float*>> inputs_;  // gate, up
-  std::vector<float*> down_inputs_;
-  std::vector<Floats> scratch_;
+  const Moe moe_;
+  const int top_k_, workers_;
+  const bool same_pack_;
+  const int most_;  // pairs of a chunk
+  int first_ = 0, tokens_ = 0;
+  Panels panels_;
+  const std::span<int> batch_;
+  const std::span<const float*> gate_inputs_, up_inputs_;  // by panel
+  const std::span<float> row_, gate_packed_, up_packed_;
+  const std::span<float> act_;  // [pair, intermediate]
+  const std::span<float> down_packed_, y_;
+  const Shares<float> tile_y_;
 };
 
-void check_slots(const Moe& moe) {
-  const int32_t* slots = moe.slots.data<int32_t>();
-  for (size_t i = 0; i < moe.slots.size(); i++) {
-    if (slots[i] < 0 || slots[i] >= moe.gate.slots) {
-      invalid(
-          "moe_decode",
-          "slots[",
-          i / moe.slots.shape(1),
-          ", ",
-          i % moe.slots.shape(1),
-          "] must be in [0, ",
-          moe.gate.slots,
-          ") but is ",
-          slots[i],
-          ".");
+class Decode {
+ public:
+  Decode(
+      const Moe& moe,
+      bool reference,
+      std::shared_ptr<Arrivals> arrivals,
+      Scratch& scratch,
+      int workers)
+      : moe_(moe),
+        reference_(reference),
+        arrivals_(std::move(arrivals)),
+        fused_(moe, arrivals_ != nullptr, scratch, workers) {}
+
+  void run() {
+    if (!arrivals_) {
+      compute();
+      return;
+    }
+    try {
+      // The slots may become others than MLX's array says so far.
+      mx::array slots = moe_.slots;
+      if (!arrivals_->begin(slots.data<int32_t>(), slots.size())) {
+        fill_with_nan();
+        return;
+      }
+      check_slots(slots, moe_.gate.slots);
+      compute();
+      arrivals_->end();
+    } catch (const std::exception& error) {
+      // MLX goes on with what was enqueued, and keeps the results: they must
+      // not look like any.
+      fill_with_nan();
+      arrivals_->failed(error);
     }
   }
-}
 
-// The slots may become others than MLX's array says so far.
-bool begin(const Moe& moe, Arrivals& arrivals) {
-  mx::array slots = moe.slots;
-  return arrivals.begin(slots.data<int32_t>(), slots.size());
-}
-
-void wait_for_all(const Moe& moe, Arrivals& arrivals) {
-  const int32_t* slots = moe.slots.data<int32_t>();
-  std::vector<int> pending(slots, slots + moe.slots.size());
-  while (!pending.empty()) {
-    arrivals.take(pending);
+ private:
+  void compute() {
+    if (!reference_) {
+      fused_.run(arrivals_.get());
+      return;
+    }
+    if (arrivals_) {
+      wait_for_all();
+    }
+    reference::moe_decode(moe_);
   }
-}
 
-// Of any of the types that an activation has: all bits set is NaN.
-void fill_with_nan(mx::array& y) {
-  std::memset(y.data<std::byte>(), 0xff, y.nbytes());
-}
+  void wait_for_all() const {
+    const int32_t* slots = moe_.slots.data<int32_t>();
+    std::vector<int> pending(slots, slots + moe_.slots.size());
+    while (!pending.empty()) {
+      arrivals_->take(pending);
+    }
+  }
+
+  // Of any of the types that an activation has: all bits set is NaN.
+  void fill_with_nan() const {
+    std::memset(moe_.y.data<std::byte>(), 0xff, moe_.y.nbytes());
+  }
+
+  const Moe moe_;
+  const bool reference_;
+  const std::shared_ptr<Arrivals> arrivals_;
+  Fused fused_;
+};
 
 }  // namespace
-
-void moe_decode(const Moe& moe, Arrivals* arrivals) {
-  const int tokens = moe.x.shape(0);
-  for (int first = 0; first < tokens; first += kMaxTokens) {
-    Chunk(moe, first, std::min(kMaxTokens, tokens - first)).run(arrivals);
-  }
-}
 
 }  // namespace cpu
 
 void MoeDecode::eval_cpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
-  const auto task = [gate_format = gate_,
-                     up_format = up_,
-                     down_format = down_,
-                     reference = reference_,
-                     arrivals = arrivals_](const auto& in, auto& out) {
+  if (!known_slots_) {
+    cpu::evaluate(*this, [&] {
+      cpu::wait_for(inputs[1], stream());
+      check_slots(inputs[1], inputs[3].shape(0));
+    });
+  }
+  const auto make = [&](auto& in, auto& out, cpu::Scratch& scratch, int n) {
     size_t next = 3;
-    const cpu::Matrix gate(in, next, gate_format, in[0].shape(1));
-    const cpu::Matrix up(in, next, up_format, in[0].shape(1));
-    const cpu::Matrix down(in, next, down_format, gate.n);
+    const cpu::Matrix gate(in, next, gate_, in[0].shape(1));
+    const cpu::Matrix up(in, next, up_, in[0].shape(1));
+    const cpu::Matrix down(in, next, down_, gate.n);
     const FloatType type = float_type_of(out[0].dtype());
     const cpu::Moe moe{in[0], in[1], in[2], gate, up, down, out[0], type};
-    const auto compute = [&](Arrivals* some) {
-      cpu::check_slots(moe);
-      if (!reference) {
-        cpu::moe_decode(moe, some);
-        return;
-      }
-      if (some) {
-        cpu::wait_for_all(moe, *some);
-      }
-      reference::moe_decode(moe);
-    };
-    try {
-      if (!arrivals) {
-        compute(nullptr);
-      } else if (cpu::begin(moe, *arrivals)) {
-        compute(arrivals.get());
-        arrivals->end();
-      } else {
-        cpu::fill_with_nan(out[0]);
-      }
-    } catch (const std::exception& error) {
-      // MLX goes on with what was enqueued, and keeps the results: they must
-      // not look like any.
-      cpu::fill_with_nan(out[0]);
-      if (!arrivals) {
-        throw;
-      }
-      arrivals->failed(error);
-    }
+    return cpu::Decode(moe, reference_, arrivals_, scratch, n);
   };
-  cpu::dispatch(*this, inputs, outputs, task);
+  cpu::dispatch(*this, inputs, outputs, make, reference_);
 }
 
 }  // namespace glm_fused

@@ -9,9 +9,9 @@ struct Moe {
   const mlx::core::array& x;       // [tokens, hidden]
   const mlx::core::array& slots;   // [tokens, top_k] int32
   const mlx::core::array& scores;  // [tokens, top_k] float32
-  const Matrix& gate;              // [slots, intermediate, hidden]
-  const Matrix& up;
-  const Matrix& down;   // [slots, hidden, intermediate]
+  const Matrix gate;               // [slots, intermediate, hidden]
+  const Matrix up;
+  const Matrix down;    // [slots, hidden, intermediate]
   mlx::core::array& y;  // [tokens, hidden]
   FloatType type;       // of x and y
 };

@@ -2,7 +2,6 @@
 
 #include "cpu/dot/matrix.h"
 #include "cpu/runtime/dispatch.h"
-#include "cpu/runtime/thread_pool.h"
 #include "primitives.h"
 #include "reference/reference.h"
 
@@ -15,84 +14,115 @@ namespace {
 // Rows of x packed at once: their panels stay in a core's L2 cache.
 constexpr int kMaxRows = 64;
 
-// y for `count` rows of x that all meet slot `slot`; row i of them lies at
-// `row_of(i)` in x and y. `parallel` says who spreads the work: this function
-// over the rows of W, or its caller over the slots.
-template <class RowOf>
-void matvec_rows(
-    const Matrix& w,
-    int slot,
-    const mx::array& x,
-    mx::array& y,
-    int count,
-    bool parallel,
-    RowOf&& row_of) {
-  const size_t packed = w.kernel->packed_floats(w.k);
-  const Floats panels = uninitialized(packed * count);
-  const Floats row = uninitialized(w.k);
-  for (int begin = 0; begin < count;) {
-    const int width = panel_width(count - begin);
-    for (int m = 0; m < width; m++) {
-      load_row(x, row_of(begin + m), w.k, row.get());
-      w.kernel->pack(row.get(), w.k, panels.get() + packed * begin, m, width);
-    }
-    begin += width;
+// y = x W^T. One head's work is spread over the rows of W, several are done by
+// a thread each, with panels of its own.
+class Matvec {
+ public:
+  Matvec(
+      const Matrix& w,
+      bool reference,
+      const mx::array& x,
+      mx::array& y,
+      Scratch& scratch,
+      int workers)
+      : w_(w),
+        reference_(reference),
+        x_(x),
+        y_(y),
+        workers_(workers),
+        per_head_(x.ndim() < 2 ? 1 : x.shape(-2)),
+        all_(x.size() / w.k),
+        rows_(
+            static_cast<int>(all_ / w.slots / std::max(per_head_, 1)) *
+            per_head_),
+        packed_(w.kernel->packed_floats(w.k)) {
+    const int packers = w.slots == 1 ? 1 : workers;
+    const int most = std::min(kMaxRows, rows_);
+    panels_ = scratch.take_each<float>(packers, packed_ * most);
+    row_ = scratch.take_each<float>(packers, w.k);
   }
-  const int tile = parallel ? tile_rows(w.n, 1) : kMaxTileRows;
-  const auto task = [&](int t) {
-    const int first = t * tile, rows = std::min(tile, w.n - first);
-    float out[8 * kMaxTileRows];
+
+  void run() {
+    if (reference_) {
+      reference::quantized_matvec(w_, x_, y_);
+      return;
+    }
+    const auto head = [&](int h, int worker) {
+      for (int begin = 0; begin < rows_; begin += kMaxRows) {
+        const int count = std::min(kMaxRows, rows_ - begin);
+        pack(h, begin, count, worker);
+        multiply(h, begin, count, worker);
+      }
+    };
+    const double work = static_cast<double>(w_.n) * w_.k * all_;
+    parallel_for(w_.slots, head, work, workers_);
+  }
+
+ private:
+  // Where row i of head h lies in x and y.
+  size_t row_of(int h, int i) const {
+    const int b = i / per_head_, m = i % per_head_;
+    return (static_cast<size_t>(b) * w_.slots + h) * per_head_ + m;
+  }
+
+  void pack(int h, int first, int count, int worker) const {
+    float *row = row_[worker], *panels = panels_[worker];
     for (int begin = 0; begin < count;) {
       const int width = panel_width(count - begin);
-      w.dot(slot, first, rows, panels.get() + packed * begin, width, out);
       for (int m = 0; m < width; m++) {
-        const size_t at = row_of(begin + m) * w.n + first;
-        store_row(y, at, out + m * rows, rows);
+        load_row(x_, row_of(h, first + begin + m), w_.k, row);
+        w_.kernel->pack(row, w_.k, panels + packed_ * begin, m, width);
       }
       begin += width;
     }
-  };
-  const int tiles = (w.n + tile - 1) / tile;
-  const double work = static_cast<double>(w.n) * w.k * count;
-  parallel_for(tiles, task, parallel ? work : 0);
-}
+  }
+
+  void multiply(int h, int first_row, int count, int worker) const {
+    const float* panels = panels_[worker];
+    const bool alone = w_.slots == 1;
+    const int tile = alone ? tile_rows(w_.n, 1, workers_) : kMaxTileRows;
+    const auto task = [&](int t) {
+      const int first = t * tile, rows = std::min(tile, w_.n - first);
+      float out[8 * kMaxTileRows];
+      for (int begin = 0; begin < count;) {
+        const int width = panel_width(count - begin);
+        w_.dot(h, first, rows, panels + packed_ * begin, width, out);
+        for (int m = 0; m < width; m++) {
+          const size_t at = row_of(h, first_row + begin + m) * w_.n + first;
+          store_row(y_, at, out + m * rows, rows);
+        }
+        begin += width;
+      }
+    };
+    const int tiles = (w_.n + tile - 1) / tile;
+    const double work = static_cast<double>(w_.n) * w_.k * count;
+    parallel_for(tiles, task, alone ? work : 0, workers_);
+  }
+
+  const Matrix w_;
+  const bool reference_;
+  const mx::array& x_;
+  mx::array& y_;
+  const int workers_, per_head_;
+  const size_t all_;
+  const int rows_;
+  const size_t packed_;
+  Shares<float> panels_, row_;
+};
 
 }  // namespace
-
-void quantized_matvec(const Matrix& w, const mx::array& x, mx::array& y) {
-  const int per_head = x.ndim() < 2 ? 1 : x.shape(-2);
-  const int heads = w.slots;
-  const size_t all = x.size() / w.k;
-  const int batch = static_cast<int>(all / heads / std::max(per_head, 1));
-  const int rows = batch * per_head;
-  const auto head = [&](int h) {
-    for (int begin = 0; begin < rows; begin += kMaxRows) {
-      const int count = std::min(kMaxRows, rows - begin);
-      matvec_rows(w, h, x, y, count, heads == 1, [&](int i) -> size_t {
-        const int b = (begin + i) / per_head, m = (begin + i) % per_head;
-        return (static_cast<size_t>(b) * heads + h) * per_head + m;
-      });
-    }
-  };
-  parallel_for(heads, head, static_cast<double>(w.n) * w.k * all);
-}
 
 }  // namespace cpu
 
 void QuantizedMatvec::eval_cpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
-  const auto task = [format = format_, reference = reference_](
-                        const auto& in, auto& out) {
+  const auto make = [&](auto& in, auto& out, cpu::Scratch& scratch, int n) {
     size_t next = 1;
-    const cpu::Matrix w(in, next, format, in[0].shape(-1));
-    if (reference) {
-      reference::quantized_matvec(w, in[0], out[0]);
-    } else {
-      cpu::quantized_matvec(w, in[0], out[0]);
-    }
+    const cpu::Matrix w(in, next, format_, in[0].shape(-1));
+    return cpu::Matvec(w, reference_, in[0], out[0], scratch, n);
   };
-  cpu::dispatch(*this, inputs, outputs, task);
+  cpu::dispatch(*this, inputs, outputs, make, reference_);
 }
 
 }  // namespace glm_fused

@@ -6,7 +6,6 @@
 #include "checks.h"
 #include "cpu/dot/matrix.h"
 #include "cpu/runtime/dispatch.h"
-#include "cpu/runtime/thread_pool.h"
 #include "primitives.h"
 #include "reference/reference.h"
 #include "swiglu.h"
@@ -17,135 +16,184 @@ namespace cpu {
 
 namespace {
 
-// The `count` best of `scores`, best first; the lowest index wins a tie, and
-// NaN loses to everything.
-std::vector<int> best(const std::vector<float>& scores, int count) {
-  std::vector<int> order(scores.size());
-  std::iota(order.begin(), order.end(), 0);
-  const auto key = [&](int i) {
-    return std::isnan(scores[i]) ? -std::numeric_limits<float>::infinity()
-                                 : scores[i];
-  };
-  std::partial_sort(
-      order.begin(), order.begin() + count, order.end(), [&](int a, int b) {
-        return key(a) != key(b) ? key(a) > key(b) : a < b;
-      });
-  order.resize(count);
-  return order;
-}
+// Chooses the experts of one token after the other.
+class Selection {
+ public:
+  Selection(const Routing& routing, int experts, Scratch& scratch)
+      : r_(routing),
+        weight_(scratch.take<float>(experts)),
+        biased_(scratch.take<float>(experts)),
+        worth_(scratch.take<float>(routing.n_group)),
+        kept_(scratch.take<bool>(routing.n_group)),
+        order_(scratch.take<int>(std::max(experts, routing.n_group))) {}
 
-// Sets the scores of all but the best groups to -inf; a group is worth the sum
-// of its two best scores.
-void keep_groups(std::vector<float>& scores, const Routing& r) {
-  if (r.n_group == 1) {
-    return;
-  }
-  const int size = static_cast<int>(scores.size()) / r.n_group;
-  std::vector<float> worth(r.n_group);
-  for (int g = 0; g < r.n_group; g++) {
-    std::vector<float> group(
-        scores.begin() + g * size, scores.begin() + (g + 1) * size);
-    const auto top = best(group, 2);
-    worth[g] = group[top[0]] + group[top[1]];
-  }
-  std::vector<bool> kept(r.n_group, false);
-  for (int g : best(worth, r.topk_group)) {
-    kept[g] = true;
-  }
-  for (size_t i = 0; i < scores.size(); i++) {
-    if (!kept[i / size]) {
-      scores[i] = -std::numeric_limits<float>::infinity();
+  void select(
+      const float* logits,
+      const float* bias,
+      int32_t* chosen,
+      float* scores) const {
+    for (size_t e = 0; e < weight_.size(); e++) {
+      weight_[e] = sigmoid(logits[e], FloatType::float32);
+      biased_[e] = weight_[e] + bias[e];
+    }
+    keep_groups();
+    const auto order = best(biased_, r_.top_k);
+    float total = 0;
+    for (int j = 0; j < r_.top_k; j++) {
+      chosen[j] = order[j];
+      scores[j] = weight_[order[j]];
+      total = total + scores[j];
+    }
+    total = total + 1e-20f;
+    for (int j = 0; j < r_.top_k; j++) {
+      const float share = r_.norm_topk_prob ? scores[j] / total : scores[j];
+      scores[j] = share * r_.routed_scaling_factor;
     }
   }
-}
+
+ private:
+  // The `count` best of `scores`, best first, until it is called again; the
+  // lowest index wins a tie, and NaN loses to everything.
+  std::span<const int> best(std::span<const float> scores, int count) const {
+    const auto order = order_.first(scores.size());
+    std::iota(order.begin(), order.end(), 0);
+    const auto key = [&](int i) {
+      return std::isnan(scores[i]) ? -std::numeric_limits<float>::infinity()
+                                   : scores[i];
+    };
+    std::partial_sort(
+        order.begin(), order.begin() + count, order.end(), [&](int a, int b) {
+          return key(a) != key(b) ? key(a) > key(b) : a < b;
+        });
+    return order.first(count);
+  }
+
+  // Sets the scores of all but the best groups to -inf; a group is worth the
+  // sum of its two best scores.
+  void keep_groups() const {
+    if (r_.n_group == 1) {
+      return;
+    }
+    const size_t size = biased_.size() / r_.n_group;
+    for (int g = 0; g < r_.n_group; g++) {
+      const auto group = biased_.subspan(g * size, size);
+      const auto top = best(group, 2);
+      worth_[g] = group[top[0]] + group[top[1]];
+    }
+    std::fill(kept_.begin(), kept_.end(), false);
+    for (int g : best(worth_, r_.topk_group)) {
+      kept_[g] = true;
+    }
+    for (size_t i = 0; i < biased_.size(); i++) {
+      if (!kept_[i / size]) {
+        biased_[i] = -std::numeric_limits<float>::infinity();
+      }
+    }
+  }
+
+  const Routing r_;
+  const std::span<float> weight_, biased_, worth_;
+  const std::span<bool> kept_;
+  const std::span<int> order_;
+};
+
+class Router {
+ public:
+  Router(
+      const Matrix& w,
+      const Routing& routing,
+      bool reference,
+      const mx::array& x,
+      const mx::array& bias,
+      mx::array& experts,
+      mx::array& scores,
+      Scratch& scratch,
+      int workers)
+      : w_(w),
+        reference_(reference),
+        workers_(workers),
+        x_(x),
+        bias_(bias),
+        experts_(experts),
+        scores_(scores),
+        packed_(w.kernel->packed_floats(w.k)),
+        selection_(routing, w.n, scratch),
+        logits_(scratch.take<float>(static_cast<size_t>(tokens()) * w.n)),
+        panel_(scratch.take<float>(packed_ * kMaxWidth)),
+        row_(scratch.take<float>(w.k)) {}
+
+  void run() {
+    if (reference_) {
+      reference::router_logits(w_, x_, logits_.data());
+    } else {
+      find_logits();
+    }
+    const size_t top_k = experts_.shape(1);
+    for (int t = 0; t < tokens(); t++) {
+      selection_.select(
+          logits_.data() + static_cast<size_t>(t) * w_.n,
+          bias_.data<float>(),
+          experts_.data<int32_t>() + t * top_k,
+          scores_.data<float>() + t * top_k);
+    }
+  }
+
+ private:
+  static constexpr int kMaxWidth = 8;
+
+  int tokens() const {
+    return x_.shape(0);
+  }
+
+  void find_logits() const {
+    const int tile = tile_rows(w_.n, 1, workers_);
+    const int tiles = (w_.n + tile - 1) / tile;
+    for (int begin = 0; begin < tokens();) {
+      const int width = panel_width(tokens() - begin);
+      for (int m = 0; m < width; m++) {
+        load_row(x_, begin + m, w_.k, row_.data());
+        w_.kernel->pack(row_.data(), w_.k, panel_.data(), m, width);
+      }
+      const auto task = [&](int t) {
+        const int first = t * tile, rows = std::min(tile, w_.n - first);
+        float out[kMaxWidth * kMaxTileRows];
+        w_.dot(0, first, rows, panel_.data(), width, out);
+        for (int m = 0; m < width; m++) {
+          const size_t row = static_cast<size_t>(begin + m) * w_.n;
+          std::copy_n(out + m * rows, rows, logits_.data() + row + first);
+        }
+      };
+      const double work = static_cast<double>(w_.n) * w_.k * width;
+      parallel_for(tiles, task, work, workers_);
+      begin += width;
+    }
+  }
+
+  const Matrix w_;
+  const bool reference_;
+  const int workers_;
+  const mx::array &x_, &bias_;
+  mx::array &experts_, &scores_;
+  const size_t packed_;
+  const Selection selection_;
+  const std::span<float> logits_, panel_, row_;
+};
 
 }  // namespace
-
-void select_experts(
-    const float* logits,
-    const float* bias,
-    int experts,
-    const Routing& r,
-    int32_t* chosen,
-    float* scores) {
-  std::vector<float> weight(experts), biased(experts);
-  for (int e = 0; e < experts; e++) {
-    weight[e] = sigmoid(logits[e], FloatType::float32);
-    biased[e] = weight[e] + bias[e];
-  }
-  keep_groups(biased, r);
-  const auto order = best(biased, r.top_k);
-  float total = 0;
-  for (int j = 0; j < r.top_k; j++) {
-    chosen[j] = order[j];
-    scores[j] = weight[order[j]];
-    total = total + scores[j];
-  }
-  total = total + 1e-20f;
-  for (int j = 0; j < r.top_k; j++) {
-    const float share = r.norm_topk_prob ? scores[j] / total : scores[j];
-    scores[j] = share * r.routed_scaling_factor;
-  }
-}
-
-void router_logits(const Matrix& w, const mx::array& x, float* logits) {
-  const int tokens = x.shape(0);
-  const size_t packed = w.kernel->packed_floats(w.k);
-  const int tile = tile_rows(w.n, 1), tiles = (w.n + tile - 1) / tile;
-  constexpr int kMaxWidth = 8;
-  const Floats panel = uninitialized(packed * kMaxWidth);
-  const Floats row = uninitialized(w.k);
-  for (int begin = 0; begin < tokens;) {
-    const int width = panel_width(tokens - begin);
-    for (int m = 0; m < width; m++) {
-      load_row(x, begin + m, w.k, row.get());
-      w.kernel->pack(row.get(), w.k, panel.get(), m, width);
-    }
-    const auto task = [&](int t) {
-      const int first = t * tile, rows = std::min(tile, w.n - first);
-      float out[kMaxWidth * kMaxTileRows];
-      w.dot(0, first, rows, panel.get(), width, out);
-      for (int m = 0; m < width; m++) {
-        std::copy_n(
-            out + m * rows,
-            rows,
-            logits + static_cast<size_t>(begin + m) * w.n + first);
-      }
-    };
-    parallel_for(tiles, task, static_cast<double>(w.n) * w.k * width);
-    begin += width;
-  }
-}
 
 }  // namespace cpu
 
 void RouterTopk::eval_cpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
-  const auto task = [routing = routing_, reference = reference_](
-                        const auto& in, auto& out) {
+  const auto make = [&](auto& in, auto& out, cpu::Scratch& scratch, int n) {
     const Format format = dense_format(float_type_of(in[1].dtype()));
     size_t next = 1;
     const cpu::Matrix w(in, next, format, in[0].shape(-1));
-    const int tokens = in[0].shape(0);
-    const auto logits = cpu::uninitialized(static_cast<size_t>(tokens) * w.n);
-    if (reference) {
-      reference::router_logits(w, in[0], logits.get());
-    } else {
-      cpu::router_logits(w, in[0], logits.get());
-    }
-    for (int t = 0; t < tokens; t++) {
-      const size_t row = static_cast<size_t>(t) * routing.top_k;
-      cpu::select_experts(
-          logits.get() + static_cast<size_t>(t) * w.n,
-          in[2].template data<float>(),
-          w.n,
-          routing,
-          out[0].template data<int32_t>() + row,
-          out[1].template data<float>() + row);
-    }
+    return cpu::Router(
+        w, routing_, reference_, in[0], in[2], out[0], out[1], scratch, n);
   };
-  cpu::dispatch(*this, inputs, outputs, task);
+  cpu::dispatch(*this, inputs, outputs, make, reference_);
 }
 
 }  // namespace glm_fused

@@ -1,57 +1,101 @@
 // How a graph node's work reaches MLX's CPU stream.
+//
+// MLX keeps what a task throws with its stream and raises it at whatever the
+// main thread enqueues next: between a node's task and the list of buffers that
+// keeps the task's memory, or after the task was counted and before it is
+// there. So no task of ours throws. All that may fail, memory and threads that
+// cannot be had and data that no kernel takes, fails on the thread that
+// evaluates, before the task is enqueued.
 #pragma once
 
 #include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "cpu/runtime/scratch.h"
+#include "cpu/runtime/thread_pool.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/primitives.h"
 
 namespace glm_fused::cpu {
 
-// Enqueues `work` of a primitive, allocating all that it takes first: MLX
-// counts a task before it makes one of a function too large for a pointer, and
-// waits for ever for those that were counted and not made. Of what `work`
-// throws MLX keeps the text alone: that of a failed allocation is one that says
-// where.
-template <class Work>
-void enqueue(mlx::core::Primitive& primitive, Work work) {
-  struct Kept {
-    const char* name;
-    Work work;
-  };
-  auto* kept = new Kept{primitive.name(), std::move(work)};
-  mlx::core::cpu::get_command_encoder(primitive.stream()).dispatch([kept] {
-    const std::unique_ptr<Kept> owned(kept);
-    try {
-      owned->work();
-    } catch (const std::bad_alloc&) {
-      throw std::runtime_error(
-          "[" + std::string(owned->name) + "] out of memory.");
+using Arrays = std::vector<mlx::core::array>;
+
+// Returns when all that is enqueued on `stream` has run. It may wait for a GPU,
+// whose work MLX does not begin while nodes are enqueued: it is begun here.
+inline void finish(mlx::core::Stream stream) {
+  for (const auto& other : mlx::core::get_streams()) {
+    if (other.device == mlx::core::Device::gpu) {
+      try {
+        mlx::core::synchronize(other);
+      } catch (const std::runtime_error&) {
+        // It is another thread's.
+      }
     }
-  });
+  }
+  mlx::core::synchronize(stream);
 }
 
-// Allocates the outputs and enqueues task(inputs, outputs); nothing is enqueued
-// for empty outputs. MLX keeps the arrays alive until the task has run, so the
-// task holds weak copies. What it throws, evaluation raises.
-template <class Task>
-void dispatch(
-    mlx::core::Primitive& primitive,
-    const std::vector<mlx::core::array>& inputs,
-    std::vector<mlx::core::array>& outputs,
-    Task task) {
-  auto& encoder = mlx::core::cpu::get_command_encoder(primitive.stream());
-  std::vector<mlx::core::array> in, out;
-  for (const auto& input : inputs) {
-    encoder.set_input_array(input);
-    in.push_back(mlx::core::array::unsafe_weak_copy(input));
+// The same where another error is on its way.
+inline void settle(mlx::core::Stream stream) noexcept {
+  try {
+    finish(stream);
+  } catch (...) {
   }
+}
+
+// Returns when `a`, an input of a node that is evaluated on `stream`, is there.
+// An array that another node of this evaluation gives has no event, so that
+// `is_available` would be true of it too early.
+inline void wait_for(const mlx::core::array& a, mlx::core::Stream stream) {
+  if (a.status() != mlx::core::array::Status::available) {
+    finish(stream);
+  }
+}
+
+// The same array without its place in the graph, which keeps the buffer.
+inline mlx::core::array holding(const mlx::core::array& a) {
+  mlx::core::array held(a.shape(), a.dtype(), nullptr, {});
+  held.copy_shared_buffer(a);
+  return held;
+}
+
+// Enqueues `work` with all that it holds, or throws and lets go of it. Not by
+// MLX's encoder, which counts a task before it has the memory for it, and waits
+// for ever for those that were counted and are not there.
+template <class Work>
+void enqueue(mlx::core::Stream stream, Work work) {
+  auto held = std::make_unique<Work>(std::move(work));
+  mlx::core::scheduler::enqueue(stream, [work = held.get()] {
+    const std::unique_ptr<Work> owned(work);
+    (*owned)();
+  });
+  static_cast<void>(held.release());
+}
+
+// Evaluates a node by `run`. What that throws leaves only after the stream's
+// tasks have run: MLX lets go of the node's inputs first, to which they may
+// yet write.
+template <class Run>
+void evaluate(mlx::core::Primitive& primitive, const Run& run) {
+  try {
+    run();
+  } catch (const std::bad_alloc&) {
+    settle(primitive.stream());
+    throw std::runtime_error(
+        "[" + std::string(primitive.name()) + "] out of memory.");
+  } catch (...) {
+    settle(primitive.stream());
+    throw;
+  }
+}
+
+inline void allocate(mlx::core::Primitive& primitive, Arrays& outputs) {
   for (auto& output : outputs) {
     output.set_data(mlx::core::allocator::malloc(output.nbytes()));
     if (output.nbytes() > 0 && output.buffer().ptr() == nullptr) {
@@ -59,16 +103,66 @@ void dispatch(
           "[" + std::string(primitive.name()) + "] out of memory for " +
           std::to_string(output.nbytes()) + " bytes of output.");
     }
-    encoder.set_output_array(output);
-    out.push_back(mlx::core::array::unsafe_weak_copy(output));
   }
-  if (outputs[0].size() > 0) {
+}
+
+// Allocates the outputs and enqueues make(inputs, outputs, scratch, workers)
+// .run(), unless the outputs are empty. `make` takes what the kernel needs from
+// `scratch`, for at most `workers` threads; it is called twice, first to
+// measure. With `here` the kernel runs on this thread once those before it
+// have, and may throw and allocate.
+template <class Make>
+void dispatch(
+    mlx::core::Primitive& primitive,
+    const Arrays& inputs,
+    Arrays& outputs,
+    const Make& make,
+    bool here = false) {
+  using Kernel =
+      std::invoke_result_t<const Make&, Arrays&, Arrays&, Scratch&, int>;
+  // The kernel refers to the arrays. That they are held keeps the next node
+  // from taking an output over until the task has run: in a prompt that is one
+  // to two percent more memory. MLX holds the outputs of no node, and lets go
+  // of them where an evaluation ends early.
+  struct Work {
+    Arrays in, out;
+    Block block;
+    Kernel kernel;
+    void operator()() noexcept {
+      kernel.run();
+    }
+  };
+  evaluate(primitive, [&] {
+    allocate(primitive, outputs);
+    if (outputs[0].size() == 0) {
+      return;
+    }
+    Arrays in, out;
+    for (const auto& input : inputs) {
+      in.push_back(holding(input));
+    }
+    for (const auto& output : outputs) {
+      out.push_back(holding(output));
+    }
+    const int workers = num_threads();
+    Scratch measured;
+    make(in, out, measured, workers);
+    Block block = scratch_block(primitive.stream(), measured.used());
+    Scratch scratch(block.get(), measured.used());
+    Kernel kernel = make(in, out, scratch, workers);
+    if (here) {
+      finish(primitive.stream());
+      kernel.run();
+      return;
+    }
     enqueue(
-        primitive,
-        [in = std::move(in),
-         out = std::move(out),
-         task = std::move(task)]() mutable { task(in, out); });
-  }
+        primitive.stream(),
+        Work{
+            std::move(in),
+            std::move(out),
+            std::move(block),
+            std::move(kernel)});
+  });
 }
 
 }  // namespace glm_fused::cpu

@@ -7,7 +7,6 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -73,9 +72,9 @@ int default_threads() {
 class Pool {
  public:
   explicit Pool(int threads)
-      : workers_(
-            start_threads("the CPU kernels", threads - 1, [this] { work(); })) {
-  }
+      : workers_(start_threads("the CPU kernels", threads - 1, [this] {
+          work(1 + started_.fetch_add(1, std::memory_order_relaxed));
+        })) {}
 
   ~Pool() {
     {
@@ -94,9 +93,10 @@ class Pool {
   }
 
   // Throws what a task threw first, once no worker runs any more.
-  void run(int count, const std::function<void(int)>& task) {
+  void run(int count, const TaskRef& task, int workers) {
     task_ = &task;
     count_ = count;
+    limit_ = workers;
     next_.store(0, std::memory_order_relaxed);
     busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
     {
@@ -104,7 +104,7 @@ class Pool {
       generation_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
-    drain();
+    drain(0);
     while (busy_.load(std::memory_order_acquire) != 0) {
       relax();
     }
@@ -114,11 +114,11 @@ class Pool {
   }
 
  private:
-  void drain() noexcept {
+  void drain(int worker) noexcept {
     for (int64_t i;
          (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
       try {
-        (*task_)(static_cast<int>(i));
+        (*task_)(static_cast<int>(i), worker);
       } catch (...) {
         std::lock_guard lock(mutex_);
         if (!error_) {
@@ -129,7 +129,7 @@ class Pool {
     }
   }
 
-  void work() {
+  void work(int worker) {
     uint64_t seen = 0;
     while (true) {
       for (int i = 0; i < kSpins && generation_.load() == seen; i++) {
@@ -143,7 +143,9 @@ class Pool {
       if (stop_) {
         return;
       }
-      drain();
+      if (worker < limit_) {
+        drain(worker);
+      }
       busy_.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -153,8 +155,10 @@ class Pool {
   std::atomic<uint64_t> generation_{0};
   std::atomic<int64_t> next_{0};
   std::atomic<int> busy_{0};
+  std::atomic<int> started_{0};
   int64_t count_ = 0;
-  const std::function<void(int)>* task_ = nullptr;
+  int limit_ = 0;  // workers from this number on take no part
+  const TaskRef* task_ = nullptr;
   std::exception_ptr error_;  // of a region, the first
   bool stop_ = false;
   std::vector<std::thread> workers_;  // last: they use the others
@@ -164,6 +168,8 @@ struct Shared {
   std::mutex region;           // held for the whole of a parallel region
   std::unique_ptr<Pool> pool;  // guarded by `region`
   int threads = 0;             // guarded by `region`; 0: not decided yet
+  // Of the pool, 0 without one: to be read while a region runs.
+  std::atomic<int> running{0};
 };
 
 // Never destroyed: MLX's threads may still compute while the process ends.
@@ -175,48 +181,49 @@ Shared& shared() {
 // A forked child has the parent's memory but none of its threads.
 void forget_pool_in_child() {
   static_cast<void>(shared().pool.release());
+  shared().running = 0;
   shared().region.unlock();
 }
 
-Pool& current_pool(Shared& s) {
+void start_pool(Shared& s) {
   if (s.threads == 0) {
     s.threads = default_threads();
   }
-  if (!s.pool) {
-    static const int registered = pthread_atfork(
-        [] { shared().region.lock(); },
-        [] { shared().region.unlock(); },
-        forget_pool_in_child);
-    static_cast<void>(registered);
-    s.pool = std::make_unique<Pool>(s.threads);
-  }
-  return *s.pool;
+  static const int registered = pthread_atfork(
+      [] { shared().region.lock(); },
+      [] { shared().region.unlock(); },
+      forget_pool_in_child);
+  static_cast<void>(registered);
+  s.pool = std::make_unique<Pool>(s.threads);
+  s.running = s.pool->threads();
 }
 
 }  // namespace
 
-void parallel_for(
-    int count,
-    const std::function<void(int)>& task,
-    double work) {
-  if (count > 1 && work >= kMinParallelWork) {
+void parallel_for(int count, TaskRef task, double work, int workers) {
+  if (count > 1 && work >= kMinParallelWork && workers > 1) {
     Shared& s = shared();
     std::lock_guard lock(s.region);
-    Pool& p = current_pool(s);
-    if (p.threads() > 1) {
-      p.run(count, task);
+    if (s.pool && s.pool->threads() > 1) {
+      s.pool->run(count, task, workers);
       return;
     }
   }
   for (int i = 0; i < count; i++) {
-    task(i);
+    task(i, 0);
   }
 }
 
 int num_threads() {
   Shared& s = shared();
+  if (const int running = s.running) {
+    return running;
+  }
   std::lock_guard lock(s.region);
-  return current_pool(s).threads();
+  if (!s.pool) {
+    start_pool(s);
+  }
+  return s.pool->threads();
 }
 
 void set_num_threads(int n) {
@@ -224,6 +231,7 @@ void set_num_threads(int n) {
   Shared& s = shared();
   std::lock_guard lock(s.region);
   s.threads = n;
+  s.running = 0;
   s.pool.reset();
 }
 

@@ -1,18 +1,50 @@
 // The extension's own threads: MLX's CPU ops run on one.
 #pragma once
 
-#include <functional>
+#include <memory>
+#include <type_traits>
 
 namespace glm_fused::cpu {
+
+// A task(i) or task(i, worker) that outlives the call that it is handed to.
+class TaskRef {
+ public:
+  template <
+      class Task,
+      class = std::enable_if_t<!std::is_same_v<std::decay_t<Task>, TaskRef>>>
+  TaskRef(const Task& task)
+      : task_(std::addressof(task)),
+        call_([](const void* at, int i, int worker) {
+          const Task& task = *static_cast<const Task*>(at);
+          if constexpr (std::is_invocable_v<const Task&, int, int>) {
+            task(i, worker);
+          } else {
+            static_cast<void>(worker);
+            task(i);
+          }
+        }) {}
+
+  void operator()(int i, int worker) const {
+    call_(task_, i, worker);
+  }
+
+ private:
+  const void* task_;
+  void (*call_)(const void*, int, int);
+};
 
 // Calls task(i) for every i in [0, count), in any order, on the pool and the
 // calling thread; returns when all are done. Regions run one at a time, so
 // several MLX streams never oversubscribe the processor. `work`, in
 // multiply-adds, tells whether waking the pool is worth it. Throws what a task
 // threw first, after the tasks that had begun have ended; others are left out.
-void parallel_for(int count, const std::function<void(int)>& task, double work);
+// task(i, worker) knows its thread's number: the caller's is 0, and all are
+// below `workers`, which bounds how many take part. Without a pool the caller
+// runs all tasks.
+void parallel_for(int count, TaskRef task, double work, int workers);
 
-// Those that run: fewer than asked for where the system gives no more.
+// The pool's threads, which it starts: fewer than asked for where the system
+// gives no more. Throws std::bad_alloc.
 int num_threads();
 
 // Throws std::invalid_argument unless 1 <= n <= 1024.

@@ -111,8 +111,8 @@ class Model(nn.Module):
 
         Raises ValueError for tokens of another kind or outside the vocabulary, for caches of
         another model, and where cached and new tokens exceed ``max_position_embeddings``. Of tokens
-        that are yet to be evaluated, one outside the vocabulary raises RuntimeError when the logits
-        are evaluated on the CPU; on a GPU they are NaN.
+        that are yet to be evaluated, one outside the vocabulary raises it when the logits are
+        evaluated on the CPU; on a GPU they are NaN.
         """
         check_tokens(tokens)
         if cache is not None:

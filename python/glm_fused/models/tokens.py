@@ -27,8 +27,8 @@ def check_length(cached: int, new: int, context: int) -> None:
 def embed(embedding: nn.Module, tokens: mx.array, vocabulary: int) -> mx.array:
     """Integer tokens [b, l] -> their rows [b, l, hidden].
 
-    A token outside the vocabulary is a ValueError. Of tokens that are yet to be evaluated it is a
-    RuntimeError, when the result is evaluated on the CPU; a GPU cannot raise, and gives NaN.
+    A token outside the vocabulary is a ValueError: of tokens that are yet to be evaluated, when the
+    result is evaluated on the CPU; a GPU cannot raise, and gives NaN.
     """
     if mx.default_device() == mx.gpu:
         tokens = tokens.astype(mx.int64)  # which holds the vocabulary's size, too

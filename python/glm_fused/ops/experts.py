@@ -45,9 +45,10 @@ def moe_decode(
         [tokens, hidden] in x's dtype.
 
     Raises:
-        ValueError: a shape, dtype or format does not fit; the message names the argument.
-        RuntimeError: when the result is evaluated on the CPU, a slot is out of range; a GPU cannot
-            raise, and gives NaN. On both, an expert of `use` cannot be read.
+        ValueError: a shape, dtype or format does not fit, or a slot is out of range; the message
+            names the argument. Of slots that are yet to be evaluated, when the result is evaluated
+            on the CPU; a GPU cannot raise, and gives NaN.
+        RuntimeError: when the result is evaluated, an expert of `use` cannot be read.
     """
     tokens, top_k = _rows(x), _columns(slots)
     kernel = routes.take("moe_decode", tokens, top_k, stream=stream, reference=reference)

@@ -18,7 +18,6 @@ from glm_fused.selftest.synthetic import Bits
 NAME = "memory"
 QUICK_CASES = 24
 SLOW_CASES = 2000
-PIECE = 25  # what a task throws, MLX may answer with a hang or worse a while later (README.md)
 TIMEOUT = 60.0
 unavailable = slots.unavailable
 _state = {}

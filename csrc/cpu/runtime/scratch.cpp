@@ -1,0 +1,78 @@
+#include "cpu/runtime/scratch.h"
+
+#include <cstdio>
+#include <exception>
+#include <new>
+#include <unordered_map>
+
+#if defined(__SANITIZE_ADDRESS__)
+#define GLM_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define GLM_ASAN 1
+#endif
+#endif
+
+#ifdef GLM_ASAN
+#include <sanitizer/asan_interface.h>
+#endif
+
+namespace glm_fused::cpu {
+
+namespace {
+
+#ifdef GLM_ASAN
+// Spans lie apart, and what is between them is not to be touched: of a block
+// that tasks share the sanitizer would not know.
+constexpr size_t kApart = 64;
+void forbid(uintptr_t at, size_t bytes) {
+  ASAN_POISON_MEMORY_REGION(reinterpret_cast<void*>(at), bytes);
+}
+#else
+constexpr size_t kApart = 0;
+void forbid(uintptr_t, size_t) {}
+#endif
+
+}  // namespace
+
+uintptr_t Scratch::next(size_t bytes) {
+  const size_t lines = (bytes + kLine - 1) / kLine * kLine + kApart;
+  if (lines > size_ - used_) {
+    std::fprintf(
+        stderr,
+        "glm_fused: a kernel takes %zu bytes of scratch memory, of which %zu "
+        "of %zu are left.\n",
+        lines,
+        size_ - used_,
+        size_);
+    std::terminate();
+  }
+  const uintptr_t at = block_ + used_;
+  used_ += lines;
+  if (block_ != 0) {
+    forbid(at + bytes, lines - bytes);
+  }
+  return at;
+}
+
+Block scratch_block(mlx::core::Stream stream, size_t bytes) {
+  struct Last {
+    std::weak_ptr<std::byte> block;
+    size_t size = 0;
+  };
+  // Of the streams that this thread enqueues on.
+  thread_local std::unordered_map<int, Last> blocks;
+  Last& last = blocks[stream.index];
+  if (last.size >= bytes && kApart == 0) {
+    if (Block block = last.block.lock()) {
+      return block;
+    }
+  }
+  constexpr std::align_val_t line{64};
+  const auto free = [line](std::byte* p) { ::operator delete(p, line); };
+  Block block(static_cast<std::byte*>(::operator new(bytes, line)), free);
+  last = {block, bytes};
+  return block;
+}
+
+}  // namespace glm_fused::cpu

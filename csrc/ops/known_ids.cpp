@@ -1,0 +1,91 @@
+#include "ops/known_ids.h"
+
+#include <algorithm>
+#include <iterator>
+#include <string_view>
+#include <utility>
+
+#include "mlx/dtype_utils.h"
+#include "mlx/primitives.h"
+
+namespace glm_fused {
+
+namespace mx = mlx::core;
+
+namespace {
+
+// Their values are all among those of their first input.
+constexpr std::string_view kViews[] = {
+    "Contiguous",
+    "Copy",
+    "ExpandDims",
+    "Flatten",
+    "Reshape",
+    "Slice",
+    "Squeeze",
+    "StopGradient",
+    "Transpose",
+    "Unflatten"};
+
+template <class T>
+bool all_below(const mx::array& ids, int64_t bound) {
+  const T* values = ids.data<T>();
+  return std::all_of(values, values + ids.size(), [&](T id) {
+    return std::cmp_greater_equal(id, 0) && std::cmp_less(id, bound);
+  });
+}
+
+bool values_below(const mx::array& ids, int64_t bound) {
+  switch (ids.dtype()) {
+    case mx::int32:
+      return all_below<int32_t>(ids, bound);
+    case mx::int64:
+      return all_below<int64_t>(ids, bound);
+    case mx::uint32:
+      return all_below<uint32_t>(ids, bound);
+    case mx::uint64:
+      return all_below<uint64_t>(ids, bound);
+    default:
+      return false;
+  }
+}
+
+bool is_wide_integer(mx::Dtype type) {
+  return mx::issubdtype(type, mx::integer) && type.size() >= 4;
+}
+
+}  // namespace
+
+bool is_readable(const mx::array& a) {
+  return !a.is_tracer() && a.is_available() && a.flags().row_contiguous;
+}
+
+bool known_below(const mx::array& ids, int64_t bound) {
+  mx::array at = ids;
+  while (is_wide_integer(at.dtype())) {
+    if (is_readable(at)) {
+      return values_below(at, bound);
+    }
+    if (!at.has_primitive() || at.inputs().empty()) {
+      return false;
+    }
+    const std::string_view name = at.primitive().name();
+    const mx::array& from = at.inputs()[0];
+    if (name == "ArgReduce") {
+      // A compiled graph may run again with other shapes.
+      return !at.is_tracer() && at.size() > 0 &&
+          static_cast<int64_t>(from.size() / at.size()) <= bound;
+    }
+    if (name == "RouterTopk") {
+      return at.sibling_position() == 0 && at.inputs()[1].shape(0) <= bound;
+    }
+    if (name != "AsType" &&
+        std::ranges::find(kViews, name) == std::end(kViews)) {
+      return false;
+    }
+    at = mx::array(from);
+  }
+  return false;
+}
+
+}  // namespace glm_fused
