@@ -11,7 +11,7 @@ from metal_backend import metal
 from metal_mutants import Mutants, Mutation
 
 DENSE, AFFINE4, AFFINE3 = ("dense", 0, 0), ("affine", 4, 32), ("affine", 3, 32)
-MXFP4, MXFP8 = ("mxfp4", 4, 32), ("mxfp8", 8, 32)
+MXFP4, MXFP8, NVFP4_GLOBAL = ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4-global", 4, 16)
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,16 @@ WHOLE = experts(
     "whole", AFFINE4, AFFINE4, DENSE, top_k=1, hidden=256, intermediate=3, used=1, rows=1,
     simdgroups=(1, 1),
 )  # fmt: skip
+FACTORS = experts(
+    "factors", NVFP4_GLOBAL, NVFP4_GLOBAL, DENSE, tokens=2, hidden=288, intermediate=9, used=2,
+    simdgroups=(1, 2), slots=((1, 0), (0, 1)),
+)  # fmt: skip
 # Slots before the first and after the last.
 BAD = experts(
     "bad", DENSE, DENSE, DENSE, tokens=2, hidden=9, intermediate=3, used=2, rows=2,
     simdgroups=(1, 2), slots=((-1, 1), (-1, 2)),
 )  # fmt: skip
-CASES = [SHARED, ODD, FAST, MIXED, WIDE, WHOLE, BAD]
+CASES = [SHARED, ODD, FAST, MIXED, WIDE, WHOLE, FACTORS, BAD]
 
 # Name, case, change: its text, with @old@new@ where it differs. n of (…, n): the n-th such text.
 BARRIER = "@  threadgroup_barrier(mem_flags::mem_threadgroup);\n@@"
@@ -98,11 +102,14 @@ GATE_UP = [
     # dot_rows.h
     ("row of the slot", SHARED, "weight + row * F::row_bytes(k)@ + F::column_bytes(column)@@"),
     ("scale of the lane", SHARED, "F::row_scales(k)@ + F::column_scales(column)@@"),
-    ("bias of the lane", SHARED, "biases@ + scale@@}", 0),
+    ("bias of the lane", SHARED, "biases + (F::factors ? slot * sizeof(float) : @scale@0@)"),
     ("row of the tile", SHARED, "weight + @rows * F::row_bytes(k) + @@F::column_bytes(columns)"),
     ("block of the row", SHARED, "row_bytes(k)@ + F::column_bytes(columns)@@"),
     ("scale of the block", SHARED, "rows * F::row_scales(k)@ + F::column_scales(columns)@@"),
-    ("bias of the block", SHARED, "biases@ + scale@@}", 1),
+    ("bias of the block", SHARED, "biases + (F::factors ? 0 : @scale@0@)"),
+    ("factor of the slot", FACTORS, "F::factors ? @slot@0@ * sizeof(float)"),
+    ("factor of the block", FACTORS, "F::factors ? @0@scale@ : scale"),
+    ("factor", FACTORS, "factors ? @sum * *(const device float*)factor@sum@ : sum"),
     ("sums zeroed", SHARED, "width@@ + 1@; i++) {\n    result[i] = 0"),
     ("sums zeroed, one less", SHARED, "width@@ - 1@; i++) {\n    result[i] = 0"),
     ("blocks", SHARED, "column < end@@ + 1@;"),
