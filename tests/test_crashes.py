@@ -159,7 +159,15 @@ def test_ctrl_c_ends_a_run_without_a_traceback(prompt):
     command = [sys.executable, "-m", "glm_fused", "generate", "--model"]
     tokens = "7000" if len(prompt) < 100 else "7"
     command += [str(bundled_folder()), "--raw", "--max-tokens", tokens, "--prompt", "-"]
-    run = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True)
+    run = subprocess.Popen(
+        command,
+        stdin=-1,
+        stdout=-1,
+        stderr=-1,
+        text=True,
+        # A shell has what it runs in the background ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     run.stdin.write(prompt)
     run.stdin.close()
     if len(prompt) < 100:

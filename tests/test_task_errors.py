@@ -11,6 +11,7 @@ from test_model import tiny
 
 import glm_fused
 from glm_fused import _ext, ops
+from glm_fused.formats.weights import FORMATS
 from glm_fused.selftest.synthetic import Bits
 
 
@@ -27,8 +28,8 @@ def moe(seed=0, tokens=3, bank=8):
     """moe_decode as a function of its slots, and some of these."""
     bits = Bits(seed)
     x = bits.floats((tokens, 128), mx.bfloat16)
-    gate, up = (bits.weight((bank, 96, 128), None, mx.bfloat16) for _ in range(2))
-    down = bits.weight((bank, 128, 96), None, mx.bfloat16)
+    gate, up = (bits.weight((bank, 96, 128), FORMATS["bf16"], mx.bfloat16) for _ in range(2))
+    down = bits.weight((bank, 128, 96), FORMATS["bf16"], mx.bfloat16)
     scores = mx.abs(bits.floats((tokens, 3), mx.float32))
     slots = mx.array(bits.choices(tokens, 3, bank))
     return lambda chosen: ops.moe_decode(x, gate, up, down, chosen, scores), slots
@@ -147,7 +148,7 @@ def test_threads_that_come_and_go_while_tasks_wait():
     """A task has scratch memory for the threads that there were when it was enqueued."""
     bits, before = Bits(1), glm_fused.num_threads()
     x = bits.floats((1, 9, 512), mx.float32)
-    w = bits.weight((6, 256, 512), None, mx.float32)
+    w = bits.weight((6, 256, 512), FORMATS["fp32"], mx.float32)
     q, keys = bits.floats((1, 5, 8, 64), mx.float32), bits.floats((1, 900, 64), mx.float32)
     call, slots = moe(2, tokens=70)
 
@@ -166,7 +167,7 @@ def test_threads_that_come_and_go_while_tasks_wait():
             found = [results() for _ in range(5)]
             mx.async_eval(found)
             glm_fused.set_num_threads(end)
-            mx.eval(ops.quantized_matvec(x[0], ops.Weight(mx.zeros((256, 512)))))
+            mx.eval(ops.quantized_matvec(x[0], ops.Weight.dense(mx.zeros((256, 512)))))
             for arrays in found:
                 assert all(mx.array_equal(a, b) for a, b in zip(arrays, expected, strict=True))
     finally:
@@ -179,9 +180,11 @@ def test_prompts_of_any_length_fit_their_scratch_memory(tokens, bank, top_k):
     """More pairs than a tile of outputs takes, one slot for all, gate and up packed apart."""
     bits = Bits(tokens)
     x = bits.floats((tokens, 64), mx.float32)
-    gate = ops.Weight(bits.floats((bank, 36, 64), mx.float32))
-    up = ops.Weight(*mx.quantize(bits.floats((bank, 36, 64), mx.float32), 32, 4), 32, 4, "affine")
-    down = ops.Weight(bits.floats((bank, 64, 36), mx.float32))
+    gate = ops.Weight.dense(bits.floats((bank, 36, 64), mx.float32))
+    up = ops.Weight(
+        mx.quantize(bits.floats((bank, 36, 64), mx.float32), 32, 4), FORMATS["affine4-g32"]
+    )
+    down = ops.Weight.dense(bits.floats((bank, 64, 36), mx.float32))
     rng = np.random.default_rng(tokens)
     slots = mx.array(rng.integers(0, bank, (tokens, top_k)), mx.int32)
     scores = mx.ones((tokens, top_k))
