@@ -69,7 +69,7 @@ Block scratch_block(mlx::core::Stream stream, size_t bytes) {
     }
   }
   constexpr std::align_val_t line{64};
-  const auto free = [line](std::byte* p) { ::operator delete(p, line); };
+  const auto free = [](std::byte* p) { ::operator delete(p, line); };
   Block block(static_cast<std::byte*>(::operator new(bytes, line)), free);
   last = {block, bytes};
   return block;
