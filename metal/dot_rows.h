@@ -12,15 +12,19 @@ struct Matrix {
   // Gives row 0 of a slot's n rows, from a lane's first column on.
   METAL_FUNC Matrix<F> at(int slot, int n, int k, int lane) const thread {
     const int column = lane * F::values;
-    const size_t row = size_t(slot) * n;
-    const size_t scale = row * F::row_scales(k) + F::column_scales(column);
+    const int shared = (n + F::scale_rows - 1) / F::scale_rows;
+    const size_t scale =
+        size_t(slot) * shared * F::row_scales(k) + F::column_scales(column);
     return {
-        weight + row * F::row_bytes(k) + F::column_bytes(column),
+        weight + size_t(slot) * n * F::row_bytes(k) + F::column_bytes(column),
         scales + scale,
         biases + (F::factors ? slot * sizeof(float) : scale)};
   }
+  // The rows of a tile, 1 to 8 from a multiple of their number on, share their
+  // scales where rows do.
   METAL_FUNC Matrix<F> skip(int rows, int columns, int k) const thread {
-    const int scale = rows * F::row_scales(k) + F::column_scales(columns);
+    const int scale =
+        rows / F::scale_rows * F::row_scales(k) + F::column_scales(columns);
     return {
         weight + rows * F::row_bytes(k) + F::column_bytes(columns),
         scales + scale,

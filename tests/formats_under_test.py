@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
 import numpy as np
 
@@ -14,7 +16,20 @@ AFFINE = [("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (3
 NAN = {mx.uint8: 0xFF, mx.uint32: 0xFFFFFFFF}  # of codes, if they have one
 FORMATS = [*AFFINE, ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16), ("dense", 0, 0)]
 
-FACTORS = [("nvfp4-global", 4, 16)]  # which MLX's own kernels do not take
+OURS = [("nvfp4-global", 4, 16), ("fp8", 8, 128)]  # which MLX's own kernels do not take
+
+
+def e4m3(code: int) -> float:
+    """The value of a code: a sign, four bits of exponent, three of mantissa; 127 is NaN."""
+    exponent, mantissa = code >> 3 & 15, code & 7
+    if code & 127 == 127:
+        return math.nan
+    if exponent == 0:
+        return (-1) ** (code >> 7) * mantissa * 2.0**-9
+    return (-1) ** (code >> 7) * (8 + mantissa) * 2.0 ** (exponent - 10)
+
+
+E4M3 = np.array([e4m3(code) for code in range(256)])
 
 
 def format_id(fmt: tuple[str, int, int]) -> str:
@@ -23,7 +38,7 @@ def format_id(fmt: tuple[str, int, int]) -> str:
 
 def found_format(fmt: tuple[str, int, int]) -> Format:
     mode, bits, group = fmt
-    return named(mode) if fmt in FACTORS else quantized_format(group, bits, mode)
+    return named(mode) if fmt in OURS else quantized_format(group, bits, mode)
 
 
 def random_weight(
@@ -38,15 +53,27 @@ def random_weight(
     if mode == "dense":
         return ops.Weight.dense(values.astype(float_dtype))
     found = found_format(fmt)
+    if mode == "fp8":
+        return ops.Weight(random_squares(rng, values, float_dtype), found)
     if mode == "affine":
         return ops.Weight(mx.quantize(values.astype(float_dtype), **found.parameters), found)
     # MLX packs eight elements at a time: quantize whole rows of eight, keep the first n.
     n = shape[-2]
     padded = mx.concatenate([values] * (8 // min(n, 8) + 1), axis=-2)[..., : -(-n // 8) * 8, :]
     planes = [plane[..., :n, :] for plane in mx.quantize(padded, **found.parameters)]
-    if fmt in FACTORS:
+    if fmt in OURS:
         planes.append(mx.array(rng.uniform(0.1, 3, shape[:-2]).astype(np.float32)))
     return ops.Weight(planes, found)
+
+
+def random_squares(
+    rng: np.random.Generator, values: mx.array, scale_dtype: mx.Dtype
+) -> tuple[mx.array, mx.array]:
+    """The planes of an FP8 weight like ``values`` [..., n, k], scales that differ by square."""
+    *rows, k = values.shape
+    rows[-1] = -(-rows[-1] // 128)
+    scales = mx.array(rng.uniform(0.1, 0.5, (*rows, k // 128)).astype(np.float32))
+    return mx.to_fp8(values * 10), scales.astype(scale_dtype)
 
 
 def poison(w: ops.Weight, unused: list[int]) -> ops.Weight:
@@ -64,6 +91,10 @@ def dequantized(w: ops.Weight) -> np.ndarray:
     weight = w.planes[0]
     if w.format.mode == "dense":
         return np.array(weight.astype(mx.float32), dtype=np.float64)
+    if w.format.name == "fp8":
+        codes, scales = (np.array(plane.astype(mx.float32)) for plane in w.planes)
+        squares = scales.repeat(128, -1).repeat(128, -2)[..., : codes.shape[-2], :]
+        return E4M3[codes.astype(int)] * squares
     how = w.quantization
     if w.format.mode == "affine":
         how |= {name: how[name].astype(mx.float32) for name in ("scales", "biases")}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from test_mlx_lm import CONFIG, PROMPT, TYPES
-from tests.formats_under_test import FACTORS, dequantized, format_id, random_weight
+from tests.formats_under_test import OURS, dequantized, format_id, random_weight
 
 from glm_fused import ops
 from glm_fused.models.config import args_from_config
@@ -15,7 +15,7 @@ from glm_fused.ops import stock
 
 FORMATS = [
     ("affine", 4, 64), ("affine", 3, 32), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16),
-    ("dense", 0, 0), *FACTORS,
+    ("dense", 0, 0), *OURS,
 ]  # fmt: skip
 
 
@@ -46,9 +46,9 @@ def experts_by_hand(x, gate, up, down, slots, scores):
 @pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
 @pytest.mark.parametrize("heads", [None, 3])
 def test_quantized_matvec(rng, fmt, heads):
-    shape = (24, 64) if heads is None else (heads, 24, 64)
+    shape = (136, 128) if heads is None else (heads, 136, 128)
     weight = random_weight(rng, shape, fmt, mx.float32)
-    x = mx.array(rng.standard_normal((2, heads or 1, 5, 64), dtype="float32"))
+    x = mx.array(rng.standard_normal((2, heads or 1, 5, 128), dtype="float32"))
     w = dense(weight)
     found = mx.grad(lambda x: mx.sin(ops.quantized_matvec(x, weight)).sum())(x)
     expected = mx.grad(lambda x: mx.sin(x @ w.swapaxes(-1, -2)).sum())(x)
@@ -64,9 +64,9 @@ def test_dense_weight_is_trained(rng):
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=format_id)
 def test_moe_decode(rng, fmt):
-    gate, up = (random_weight(rng, (6, 64, 128), fmt, mx.float32) for _ in range(2))
-    down = random_weight(rng, (6, 128, 64), fmt, mx.float32)
-    x = mx.array(rng.standard_normal((7, 128), dtype="float32"))
+    gate, up = (random_weight(rng, (6, 128, 256), fmt, mx.float32) for _ in range(2))
+    down = random_weight(rng, (6, 256, 128), fmt, mx.float32)
+    x = mx.array(rng.standard_normal((7, 256), dtype="float32"))
     slots = mx.array(rng.integers(0, 6, (7, 3)).astype("int32"))
     scores = mx.array(rng.random((7, 3), dtype="float32"))
 

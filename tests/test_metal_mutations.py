@@ -12,6 +12,7 @@ from metal_mutants import Mutants, Mutation
 
 DENSE, AFFINE4, AFFINE3 = ("dense", 0, 0), ("affine", 4, 32), ("affine", 3, 32)
 MXFP4, MXFP8, NVFP4_GLOBAL = ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4-global", 4, 16)
+FP8 = ("fp8", 8, 128)
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,17 @@ FACTORS = experts(
     "factors", NVFP4_GLOBAL, NVFP4_GLOBAL, DENSE, tokens=2, hidden=288, intermediate=9, used=2,
     simdgroups=(1, 2), slots=((1, 0), (0, 1)),
 )  # fmt: skip
+# Rows of two squares; slots that end within one.
+SQUARES = experts(
+    "squares", FP8, FP8, DENSE, tokens=2, hidden=384, intermediate=133, used=2, rows=2,
+    simdgroups=(2, 1), slots=((1, 0), (0, 1)),
+)  # fmt: skip
 # Slots before the first and after the last.
 BAD = experts(
     "bad", DENSE, DENSE, DENSE, tokens=2, hidden=9, intermediate=3, used=2, rows=2,
     simdgroups=(1, 2), slots=((-1, 1), (-1, 2)),
 )  # fmt: skip
-CASES = [SHARED, ODD, FAST, MIXED, WIDE, WHOLE, FACTORS, BAD]
+CASES = [SHARED, ODD, FAST, MIXED, WIDE, WHOLE, FACTORS, SQUARES, BAD]
 
 # Name, case, change: its text, with @old@new@ where it differs. n of (…, n): the n-th such text.
 BARRIER = "@  threadgroup_barrier(mem_flags::mem_threadgroup);\n@@"
@@ -100,12 +106,18 @@ GATE_UP = [
     ("member mask", SHARED, "= @member ? next : pair@next@;"),
     ("next link mask", SHARED, "@member ? links[next] / 2 : pairs@links[next] / 2@"),
     # dot_rows.h
-    ("row of the slot", SHARED, "weight + row * F::row_bytes(k)@ + F::column_bytes(column)@@"),
+    ("row of the slot", SHARED, "* n * F::row_bytes(k)@ + F::column_bytes(column)@@"),
     ("scale of the lane", SHARED, "F::row_scales(k)@ + F::column_scales(column)@@"),
     ("bias of the lane", SHARED, "biases + (F::factors ? slot * sizeof(float) : @scale@0@)"),
     ("row of the tile", SHARED, "weight + @rows * F::row_bytes(k) + @@F::column_bytes(columns)"),
     ("block of the row", SHARED, "row_bytes(k)@ + F::column_bytes(columns)@@"),
-    ("scale of the block", SHARED, "rows * F::row_scales(k)@ + F::column_scales(columns)@@"),
+    ("scale of the block", SHARED, "F::row_scales(k)@ + F::column_scales(columns)@@"),
+    ("squares of a slot", SQUARES, "(n@ + F::scale_rows - 1@@) / F::scale_rows"),
+    ("square of the tile", SQUARES, "rows@ / F::scale_rows@@ * F::row_scales(k)"),
+    ("square of the tile, none", SQUARES, "@rows@0@ / F::scale_rows * F::row_scales"),
+    ("square of the column", SQUARES, "column / @group_size@(2 * group_size)@", 0),
+    ("code", SQUARES, "fma(x_thread[i], mlx_fp::Dequantize<8>{}(cells.w[@i@0@])"),
+    ("scale of the square", SQUARES, "result = fma(@cells.scale@1.0f@, accum"),
     ("bias of the block", SHARED, "biases + (F::factors ? 0 : @scale@0@)"),
     ("factor of the slot", FACTORS, "F::factors ? @slot@0@ * sizeof(float)"),
     ("factor of the block", FACTORS, "F::factors ? @0@scale@ : scale"),
@@ -158,7 +170,8 @@ GATE_UP = [
     ("scales of a row, fp", MIXED, "k / group_size@@ + 1@", 1),
     ("bytes of a lane, fp", MIXED, "column / values * bytes@@ + 4@", 1),
     ("group of a lane, fp", MIXED, "column / @@2 / @group_size", 1),
-    ("blocks of dense", ODD, "k / block@@ + 1@;\n"),
+    ("blocks of dense", ODD, "k / block@@ + 1@;\n", 0),
+    ("blocks of squares", SQUARES, "k / block@@ - 1@;\n", 1),
     ("dense row", ODD, "k@@ / 2@ * int(sizeof(W))"),
     ("dense column", ODD, "column@@ / 2@ * int(sizeof(W))"),
     ("dense weight mask", ODD, "@i < used ? from[i] : W(0)@from[i]@"),

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from formats_under_test import (
     DTYPES,
-    FACTORS,
     FORMATS,
+    OURS,
     assert_same_bits,
     dequantized,
     format_id,
@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from glm_fused import ops
 
-EACH = [*FORMATS, *FACTORS]
+EACH = [*FORMATS, *OURS]
 
 pytestmark = pytest.mark.usefixtures("device")
 # What stock MLX, which has the GPU's matrices and prompts, does not promise.
@@ -250,12 +250,12 @@ def test_router_takes_the_lowest_index_among_equals():
 
 BITS_OF_EVERY_FORMAT = """
 import hashlib, mlx.core as mx, numpy as np
-from formats_under_test import FACTORS, FORMATS, DTYPES, bits_of, random_weight
+from formats_under_test import OURS, FORMATS, DTYPES, bits_of, random_weight
 from glm_fused import _ext, ops
 mx.set_default_device(mx.cpu)
 digest = hashlib.sha256()
 rng = np.random.default_rng(11)
-for fmt in [*FORMATS, *FACTORS]:
+for fmt in [*FORMATS, *OURS]:
     for scales in DTYPES.values():
         for n, k in ((16, 1024), (11, 256 + 128)):
             w = random_weight(rng, (n, k), fmt, scales)

@@ -42,7 +42,8 @@ double bits_per_weight(const FormatSpec& f) {
   double bits = 0;
   for (int p = 0; p < f.plane_count; p++) {
     const mx::Dtype narrowest = dtypes_of(f.planes[p].type).back();
-    bits += 8.0 * f.planes[p].count * narrowest.size() / f.block;
+    const PlaneSpec& plane = f.planes[p];
+    bits += 8.0 * plane.count * narrowest.size() / (f.block * plane.rows);
   }
   return bits;
 }
@@ -58,7 +59,11 @@ void bind_plane(nb::module_& m) {
       .def_ro(
           "per_matrix",
           &PlaneSpec::per_matrix,
-          "Whether it is one element a matrix, which multiplies its products.");
+          "Whether it is one element a matrix, which multiplies its products.")
+      .def_ro(
+          "rows",
+          &PlaneSpec::rows,
+          "Rows of the weight that share a row of the plane.");
 }
 
 }  // namespace
@@ -69,7 +74,9 @@ void bind_formats(nb::module_& m) {
       m, "Format", "How the rows of a weight are stored; one of `formats()`.")
       .def_ro("name", &FormatSpec::name, "The format's name in every output.")
       .def_ro(
-          "mode", &FormatSpec::mode, "MLX's quantization mode, or ``dense``.")
+          "mode",
+          &FormatSpec::mode,
+          "MLX's quantization mode, ``dense``, or empty where MLX has none.")
       .def_ro("bits", &FormatSpec::bits, "Bits of a value; 0 for ``dense``.")
       .def_ro(
           "group_size",

@@ -4,6 +4,7 @@
 #include "formats/affine.h"
 #include "formats/dense.h"
 #include "formats/fp.h"
+#include "formats/fp8.h"
 
 namespace glm_fused {
 
@@ -20,6 +21,8 @@ decltype(auto) with_family(Family family, Fn&& fn) {
       return fn(FamilyTag<Family::affine>());
     case Family::fp:
       return fn(FamilyTag<Family::fp>());
+    case Family::fp8:
+      return fn(FamilyTag<Family::fp8>());
     default:
       return fn(FamilyTag<Family::dense>());
   }

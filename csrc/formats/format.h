@@ -1,8 +1,9 @@
 // How the rows of a weight matrix are stored: the registry of all formats.
 //
 // A weight [..., n, k] is one to three arrays, its planes. A row of a plane is
-// a whole number of elements for every block of `block` columns. README.md in
-// this folder says how a format is added.
+// a whole number of elements for every block of `block` columns, and belongs to
+// one row of the weight or to several. README.md in this folder says how a
+// format is added.
 #pragma once
 
 #include <array>
@@ -20,7 +21,7 @@ inline size_t size_of(FloatType type) {
 }
 
 // Formats that share a header, formats/<family>.h, here and in metal/.
-enum class Family : uint8_t { dense, affine, fp };
+enum class Family : uint8_t { dense, affine, fp, fp8 };
 
 // `floats` are of any of the three types, the same in all such planes.
 enum class PlaneType : uint8_t {
@@ -38,6 +39,7 @@ struct PlaneSpec {
   int count = 0;  // elements a block
   // One element a matrix instead, [...], which multiplies its products.
   bool per_matrix = false;
+  int rows = 1;  // of the weight that share a row of the plane
 };
 
 constexpr int kMaxPlanes = 3;
@@ -46,7 +48,7 @@ constexpr int kMaxPlanes = 3;
 struct FormatSpec {
   std::string_view name;  // in every output
   Family family;
-  std::string_view mode;  // MLX's, or "dense"
+  std::string_view mode;  // MLX's, "dense", or "" where MLX has none
   int bits;               // of a value, without its share of the scales
   int block;              // columns; MLX's group_size
   std::array<PlaneSpec, kMaxPlanes> planes;
@@ -82,15 +84,16 @@ struct Format {
         return 2;
     }
   }
-  // From row to row, and from matrix [n, k] to matrix.
+  // From row to row of the plane, and from matrix [n, k] to matrix.
   size_t row_bytes(int plane, int k) const {
     const PlaneSpec& p = spec->planes[plane];
     const size_t elements = static_cast<size_t>(k / spec->block) * p.count;
     return p.per_matrix ? 0 : elements * element_bytes(plane);
   }
   size_t matrix_bytes(int plane, int n, int k) const {
-    return spec->planes[plane].per_matrix ? element_bytes(plane)
-                                          : n * row_bytes(plane, k);
+    const PlaneSpec& p = spec->planes[plane];
+    const size_t rows = (n + p.rows - 1) / p.rows;
+    return p.per_matrix ? element_bytes(plane) : rows * row_bytes(plane, k);
   }
 };
 

@@ -41,13 +41,13 @@ class FpRow {
     return sum * factor_;
   }
 
- private:
   static float e4m3(uint8_t byte) {
     const uint16_t v = byte & 127, sign = (byte & 128) << 8;
     const uint16_t nan = ((v + 1) >> 7) << 14;
     return from_float16(static_cast<uint16_t>(v << 7 | nan | sign)) * 256.0f;
   }
 
+ private:
   static float e8m0(uint8_t byte) {
     return float_of(byte == 0 ? 0x400000u : static_cast<uint32_t>(byte) << 23);
   }

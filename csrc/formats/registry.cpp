@@ -51,6 +51,20 @@ constexpr FormatSpec scaled(std::string_view name, FormatSpec format) {
   return format;
 }
 
+// Released checkpoints': a scale for a square of `size` rows and columns.
+constexpr FormatSpec fp8(std::string_view name, int size) {
+  return {
+      name,
+      Family::fp8,
+      "",
+      8,
+      size,
+      {{{"weight", PlaneType::uint8, size},
+        {"scales", PlaneType::floats, 1, false, size}}},
+      2,
+      false};
+}
+
 // A group size is part of the name where it is not MLX's default.
 constexpr FormatSpec kFormats[] = {
     dense("bf16", PlaneType::bfloat16),
@@ -78,6 +92,7 @@ constexpr FormatSpec kFormats[] = {
     fp("mxfp8", 8, 32),
     fp("nvfp4", 4, 16),
     scaled("nvfp4-global", fp("nvfp4", 4, 16)),
+    fp8("fp8", 128),
 };
 
 }  // namespace

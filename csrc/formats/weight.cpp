@@ -43,6 +43,8 @@ void check_plane(
     shape.resize(shape.size() - 2);
   } else {
     shape.back() = k / w.spec->block * plane.count;
+    int& rows = shape[shape.size() - 2];
+    rows = (rows + plane.rows - 1) / plane.rows;
   }
   check_shape(op, name, a, shape);
 }

@@ -61,6 +61,17 @@ mx::array as_float32(const mx::array& a, const mx::Stream& s) {
   return mx::astype(a, mx::float32, s);
 }
 
+// The values of a weight in a format that MLX has no ops for, in float32.
+mx::array
+decoded(const mx::array* planes, const FormatSpec& spec, const mx::Stream& s) {
+  const PlaneSpec& scale = spec.planes[1];
+  const mx::array codes = mx::from_fp8(planes[0], mx::float32, s);
+  mx::array scales = mx::repeat(as_float32(planes[1], s), spec.block, -1, s);
+  scales = mx::repeat(scales, scale.rows, -2, s);
+  const mx::Shape begin(codes.ndim(), 0);
+  return mx::multiply(codes, mx::slice(scales, begin, codes.shape(), s), s);
+}
+
 // x W^T; `next` is the position of the weight's first plane, then moves on.
 // With `slots`, W is a stack and each of x [rows, 1, k] takes its own matrix of
 // it; they are ascending, for which MLX sums a matrix's gradient as it goes.
@@ -74,8 +85,11 @@ mx::array project(
   const FormatSpec& spec = *format.spec;
   const mx::array* const planes = &inputs[next];
   next += spec.plane_count;
-  if (spec.family == Family::dense) {
-    const mx::array columns = mx::swapaxes(as_float32(planes[0], s), -1, -2, s);
+  if (spec.family == Family::dense || spec.family == Family::fp8) {
+    const mx::array rows = spec.family == Family::dense
+        ? as_float32(planes[0], s)
+        : decoded(planes, spec, s);
+    const mx::array columns = mx::swapaxes(rows, -1, -2, s);
     return slots ? mx::gather_mm(x, columns, std::nullopt, slots, true, s)
                  : mx::matmul(x, columns, s);
   }

@@ -14,6 +14,7 @@ struct Affine {
   GLM_CONST int values = mlx_affine::get_pack_factor<bits, 32>() * packs;
   GLM_CONST int bytes = mlx_affine::get_bytes_per_pack<bits, 32>() * packs;
   GLM_CONST int block = values * kLanes;
+  GLM_CONST int scale_rows = 1;       // that share their scales
   GLM_CONST bool whole_tiles = fast;  // n % 8 == 0, k % 512 == 0
   GLM_CONST bool factors = false;     // `biases` is one factor a matrix
 

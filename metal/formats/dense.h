@@ -10,6 +10,7 @@ struct Dense {
 
   GLM_CONST int values = 4;
   GLM_CONST int block = values * kLanes;
+  GLM_CONST int scale_rows = 1;  // that share their scales
   GLM_CONST bool whole_tiles = false;
   GLM_CONST bool factors = false;  // `biases` is one factor a matrix
 

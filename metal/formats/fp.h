@@ -14,6 +14,7 @@ struct Fp {
   GLM_CONST int values = mlx_fp::get_pack_factor<32, bits>() * packs;
   GLM_CONST int bytes = mlx_fp::get_bytes_per_pack<32>() * packs;
   GLM_CONST int block = values * kLanes;
+  GLM_CONST int scale_rows = 1;           // that share their scales
   GLM_CONST bool whole_tiles = fast;      // n % 8 == 0, k % 512 == 0
   GLM_CONST bool factors = global_scale;  // `biases` is one factor a matrix
 

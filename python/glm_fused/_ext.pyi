@@ -31,6 +31,10 @@ class Plane:
     def per_matrix(self) -> bool:
         """Whether it is one element a matrix, which multiplies its products."""
 
+    @property
+    def rows(self) -> int:
+        """Rows of the weight that share a row of the plane."""
+
 class Format:
     """How the rows of a weight are stored; one of `formats()`."""
 
@@ -40,7 +44,7 @@ class Format:
 
     @property
     def mode(self) -> str:
-        """MLX's quantization mode, or ``dense``."""
+        """MLX's quantization mode, ``dense``, or empty where MLX has none."""
 
     @property
     def bits(self) -> int:

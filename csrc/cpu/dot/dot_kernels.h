@@ -16,6 +16,7 @@ struct DotArgs {
   const uint8_t* planes[kMaxPlanes];  // row 0 of the tile in each
   Format format;
   int k;
+  int row;  // of the matrix, that is row 0 of the tile
   int rows;
   const float* x;  // a panel: `width` vectors, packed by Kernel::pack
   int width;       // 1, 2, 4 or 8

@@ -18,6 +18,7 @@ struct TileRows {
   ptrdiff_t weight_stride;
   ptrdiff_t scale_stride;
   int direct_halves;  // the first half-blocks, whose scales are read in place
+  int same_scales;    // the first rows, which share scales where several do
 };
 
 // Spreads the group values of a half-block, `size` bytes each and at most 16

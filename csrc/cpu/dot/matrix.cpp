@@ -31,7 +31,8 @@ Matrix::Matrix(
 
 void Matrix::locate(int slot, int row, const uint8_t** at) const {
   for (int p = 0; p < kMaxPlanes; p++) {
-    at[p] = planes[p] + slot * matrix_bytes[p] + row * row_bytes[p];
+    const int plane_row = row / format.spec->planes[p].rows;
+    at[p] = planes[p] + slot * matrix_bytes[p] + plane_row * row_bytes[p];
   }
 }
 
@@ -42,7 +43,7 @@ void Matrix::dot(
     const float* panel,
     int width,
     float* y) const {
-  DotArgs args{{}, format, k, rows, panel, width, y};
+  DotArgs args{{}, format, k, row, rows, panel, width, y};
   locate(slot, row, args.planes);
   kernel->dot(args);
 }

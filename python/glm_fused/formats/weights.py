@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from .._ext import Format as Format
-from .._ext import formats
+from .._ext import Plane, formats
 
 FORMATS = {fmt.name: fmt for fmt in formats()}
 DENSE_FORMATS = {fmt.planes[0].dtypes[0]: fmt for fmt in FORMATS.values() if fmt.mode == "dense"}
 FP8_BLOCK = 128  # rows and columns that share a scale in checkpoints of FP8
-# Those that mx.quantize packs to: it knows no factor of a matrix.
+# Those that mx.quantize packs to: it knows no factor of a matrix, and no squares of FP8.
 QUANTIZED = tuple(
-    fmt for fmt in FORMATS.values() if fmt.mode != "dense" and not fmt.planes[-1].per_matrix
+    fmt
+    for fmt in FORMATS.values()
+    if fmt.mode not in ("dense", "") and not fmt.planes[-1].per_matrix
 )
 
 
@@ -28,7 +30,8 @@ class Weight(NamedTuple):
         planes: the arrays that `format` names, in its order, such as those that ``mx.quantize``
             returns: one of floats [..., n, k] where it is dense; else uint32
             [..., n, k * bits / 32], then scales and, if it is affine, biases
-            [..., n, k / group_size]. A plane of one element a matrix is [...].
+            [..., n, k / group_size]. A plane of one element a matrix is [...]. FP8 is uint8
+            [..., n, k] and floats [..., ceil(n / 128), k / 128].
         format: one of `FORMATS`.
     """
 
@@ -93,6 +96,14 @@ def modes() -> tuple[str, ...]:
 def plane_names(fmt: Format) -> tuple[str, ...]:
     """The last parts of the names of a weight's tensors."""
     return tuple(plane.name for plane in fmt.planes)
+
+
+def plane_shape(fmt: Format, plane: Plane, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a plane of a weight [..., n, k] of ``shape``."""
+    *matrices, n, k = shape
+    if plane.per_matrix:
+        return tuple(matrices)
+    return (*matrices, -(-n // plane.rows), k // fmt.group_size * plane.count)
 
 
 def named(name: str) -> Format:

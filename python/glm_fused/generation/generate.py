@@ -252,9 +252,10 @@ def debug_paths(model: Model) -> None:
         return
     for layer, spec in zip(model.layers, model.args.layers, strict=True):
         mlp = layer.mlp.switch_mlp if isinstance(layer.mlp, MoE) else layer.mlp
-        formats = "/".join("adapted" if w is None else w.format.name for w in mlp.weights())
+        weights = mlp.weights()
+        formats = "/".join("adapted" if w is None else w.format.name for w in weights)
         kind = "experts" if spec.is_sparse else "dense mlp"
-        routes = (*attention_routes(model.args, spec), *mlp_routes(model.args, spec))
+        routes = (*attention_routes(model.args, spec), *mlp_routes(model.args, spec, weights))
         line = "layer %d: %s indexer, %s %s: %s"
         debug(line, spec.index, spec.attention, kind, formats, explain(routes))
 

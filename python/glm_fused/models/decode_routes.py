@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .. import _ext
-from ..ops import paths
+from ..formats.weights import Weight
+from ..ops import paths, stock
 from ..ops.routes import Kernel, Route, choose
 from .config import ModelArgs
 from .layer_spec import LayerSpec
@@ -17,12 +18,15 @@ def attention_routes(args: ModelArgs, layer: LayerSpec) -> list[Route]:
     return [choose("indexer_topk"), *routes] if layer.is_full else routes
 
 
-def mlp_routes(args: ModelArgs, layer: LayerSpec) -> list[Route]:
-    """Of the ops of a layer's MLP, for one token."""
+def mlp_routes(
+    args: ModelArgs, layer: LayerSpec, weights: Iterable[Weight | None] = ()
+) -> list[Route]:
+    """Of the ops of a layer's MLP, for one token; ``weights`` are its gate, up and down."""
+    stock_ops = stock.takes(*(w for w in weights if w is not None))
     if not layer.is_sparse:
-        return [choose("quantized_matvec")]
-    top_k = args.num_experts_per_tok
-    return [choose("router_topk", layer.experts), choose("moe_decode", 1, top_k)]
+        return [choose("quantized_matvec", stock_ops=stock_ops)]
+    experts = choose("moe_decode", 1, args.num_experts_per_tok, stock_ops=stock_ops)
+    return [choose("router_topk", layer.experts), experts]
 
 
 def path_taken(args: ModelArgs) -> str:

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx_lm.models import switch_layers
 
 from .. import ops
-from ..formats.weights import Format, plane_names, quantized_format
+from ..formats.weights import Format, plane_names, plane_shape, quantized_format
 from ..ops import stock
 
 
@@ -65,12 +65,8 @@ class _Packable(nn.Module):
 
     def unfilled(self, fmt: Format) -> _Packed:
         """The layer in a format, zeros in the place of the planes to be loaded."""
-        *rows, columns = self.weight.shape
-        blocks = columns // fmt.group_size
-        planes = [
-            mx.zeros(rows[:-1] if p.per_matrix else (*rows, blocks * p.count), p.dtypes[0])
-            for p in fmt.planes
-        ]
+        shape = self.weight.shape
+        planes = [mx.zeros(plane_shape(fmt, p, shape), p.dtypes[0]) for p in fmt.planes]
         return self.packed_class(ops.Weight(planes, fmt), self)
 
 

@@ -51,7 +51,14 @@ def moe_decode(
         RuntimeError: when the result is evaluated, an expert of `use` cannot be read.
     """
     tokens, top_k = _rows(x), _columns(slots)
-    kernel = routes.take("moe_decode", tokens, top_k, stream=stream, reference=reference)
+    kernel = routes.take(
+        "moe_decode",
+        tokens,
+        top_k,
+        stream=stream,
+        reference=reference,
+        stock_ops=stock.takes(gate, up, down),
+    )
     if use is not None and (kernel is Kernel.metal or kernel is Kernel.mlx):
         slots, use = use.wait(slots), None
     if kernel is Kernel.mlx:

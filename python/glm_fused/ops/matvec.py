@@ -29,7 +29,9 @@ def quantized_matvec(
     Raises:
         ValueError: a shape, dtype or format does not fit; the message names the argument.
     """
-    kernel = routes.take("quantized_matvec", stream=stream, reference=reference)
+    kernel = routes.take(
+        "quantized_matvec", stream=stream, reference=reference, stock_ops=stock.takes(w)
+    )
     if kernel is Kernel.mlx:
         with routes.on(stream):
             return stock.quantized_matvec(x, w)

@@ -16,7 +16,8 @@ sparse_mla_decode  ``cpu``          ``metal``              ``loops``        ``lo
 step, which define the bits, and ``mlx`` is a chain of stock MLX ops (`glm_fused.ops.stock`). The
 paths of a device have the same bits, but for `indexer_topk` and `sparse_mla_decode` as ``mlx``,
 which is where a GPU without Metal falls back to. What a Metal kernel does not take falls back, too:
-the route says so, and the op warns once.
+the route says so, and the op warns once. MLX has no ops for FP8 weights: the reference is ``loops``
+for them, and where a prompt runs as ``mlx`` they are rounded to the activations' type.
 """
 
 from __future__ import annotations
@@ -70,7 +71,13 @@ _CPU, _METAL = (
 )
 
 
-def choose(op: str, *sizes: int, stream: Stream = None, reference: bool | None = None) -> Route:
+def choose(
+    op: str,
+    *sizes: int,
+    stream: Stream = None,
+    reference: bool | None = None,
+    stock_ops: bool = True,
+) -> Route:
     """The code that runs ``op``.
 
     Args:
@@ -80,10 +87,11 @@ def choose(op: str, *sizes: int, stream: Stream = None, reference: bool | None =
         stream: where; None: the default device. In a build with the simulator, within
             `metal_sim.simulated`, ops with a Metal kernel run it wherever they are asked to run.
         reference: True or False overrides the current path.
+        stock_ops: whether MLX has matrix kernels for the weights' formats.
     """
     on_gpu = is_gpu(stream)
     if paths.use_reference(reference):
-        stock = on_gpu and op in ("quantized_matvec", "moe_decode")
+        stock = on_gpu and stock_ops and op in ("quantized_matvec", "moe_decode")
         return Route(op, Kernel.mlx if stock else Kernel.loops, "the reference, asked for")
     if not (on_gpu or metal_sim.active()):
         return _CPU[op]
@@ -108,9 +116,11 @@ def metal_obstacle(op: str, *sizes: int) -> str:
     return _ext.sparse_mla_decode_obstacle(*sizes) if op == "sparse_mla_decode" else ""
 
 
-def take(op: str, *sizes: int, stream: Stream, reference: bool | None) -> _ext.Kernel:
+def take(
+    op: str, *sizes: int, stream: Stream, reference: bool | None, stock_ops: bool = True
+) -> _ext.Kernel:
     """`choose`, for an op that is about to run: a fall-back is warned of once."""
-    route = choose(op, *sizes, stream=stream, reference=reference)
+    route = choose(op, *sizes, stream=stream, reference=reference, stock_ops=stock_ops)
     if route.fell_back:
         paths.fall_back(route.op, route.reason)
     elif route.reason and not paths.use_reference(reference):

@@ -5,10 +5,16 @@ from typing import Any
 import mlx.core as mx
 
 from ..formats import kv_rows
-from ..formats.weights import Weight
+from ..formats.weights import Format, Weight
 from .chunks import over_queries
 from .steps import expert_sum, swiglu
 from .topk import topk_indices
+
+
+def takes(*weights: Weight) -> bool:
+    """Whether MLX has matrix kernels for the formats; of what ops refuse, any answer does."""
+    formats = (w.format for w in weights if isinstance(w, Weight))
+    return all(fmt.mode for fmt in formats if isinstance(fmt, Format))
 
 
 def quantized_matvec(x: mx.array, w: Weight) -> mx.array:
@@ -16,6 +22,8 @@ def quantized_matvec(x: mx.array, w: Weight) -> mx.array:
     weight = w.planes[0]
     if w.format.mode == "dense":
         return (x @ weight.swapaxes(-1, -2)).astype(x.dtype)
+    if not takes(w):
+        return x @ decoded_fp8(w).astype(x.dtype).swapaxes(-1, -2)
     if w.factor is None:
         return mx.quantized_matmul(x, weight, transpose=True, **w.quantization).astype(x.dtype)
     y = mx.quantized_matmul(x.astype(mx.float32), weight, transpose=True, **w.quantization)
@@ -28,10 +36,21 @@ def gather(x: mx.array, w: Weight, slots: mx.array, sorted_indices: bool = False
     weight = w.planes[0]
     if w.format.mode == "dense":
         return mx.gather_mm(x, weight.swapaxes(-1, -2), **how).astype(x.dtype)
+    if not takes(w):
+        return mx.gather_mm(x, decoded_fp8(w).astype(x.dtype).swapaxes(-1, -2), **how)
     if w.factor is None:
         return mx.gather_qmm(x, weight, transpose=True, **how, **w.quantization).astype(x.dtype)
     y = mx.gather_qmm(x.astype(mx.float32), weight, transpose=True, **how, **w.quantization)
     return (y * w.factor[slots][..., None, None]).astype(x.dtype)
+
+
+def decoded_fp8(w: Weight) -> mx.array:
+    """The values of an FP8 weight [..., n, k] in float32: each code times its square's scale."""
+    codes, scales = w.planes
+    _, square = w.format.planes
+    scales = mx.repeat(scales.astype(mx.float32), w.format.group_size, axis=-1)
+    scales = mx.repeat(scales, square.rows, axis=-2)[..., : codes.shape[-2], :]
+    return mx.from_fp8(codes, mx.float32) * scales
 
 
 def moe_decode(
