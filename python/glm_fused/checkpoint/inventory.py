@@ -26,7 +26,7 @@ def check_tensors(
     check_expert_counts(args, tensors)
     inventory = Inventory()
     used = _set_aside(args, tensors, inventory)
-    checker = Checker(args, quantization, tensors, used)
+    checker = Checker(quantization, tensors, used)
     for source in _sources(args, tensors):
         stored = checker.check(source)
         if stored is not None:

@@ -29,14 +29,15 @@ class Source(NamedTuple):
 class Stored(NamedTuple):
     """A weight found: its format (`FP8` is no kernel's), and its bytes on disk and loaded.
 
-    ``packed`` tells that compressed-tensors wrote it, in that format but for the biases.
+    ``method`` names what wrote it, where its tensors are not the planes of the format:
+    compressed-tensors or modelopt.
     """
 
     source: Source
     format: Format | str
     nbytes: int
     loaded: int
-    packed: bool = False
+    method: str | None = None
 
 
 @dataclass
@@ -46,13 +47,12 @@ class Inventory:
     stored: list[Stored] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
 
-    @property
-    def packed(self) -> dict[str, tuple[Format, tuple[int, ...]]]:
-        """Format and shape of what compressed-tensors wrote, by path in the checkpoint."""
+    def written_by(self, method: str) -> dict[str, tuple[Format, tuple[int, ...]]]:
+        """Format and shape of what ``method`` wrote, by path in the checkpoint."""
         return {
             stored.source.path: (stored.format, stored.source.shape)
             for stored in self.stored
-            if stored.packed and isinstance(stored.format, Format)
+            if stored.method == method and isinstance(stored.format, Format)
         }
 
     @property

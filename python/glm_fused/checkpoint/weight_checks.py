@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from math import prod
 
 from ..formats.weights import DENSE_FORMATS, FP8_BLOCK, Format
-from ..models.config import ModelArgs
+from . import compressed_tensors, modelopt
 from .compressed_tensors import PackQuantized
+from .modelopt import ModelOpt
 from .quantization import Declaration
 from .safetensors_header import DTYPES, ITEM_BYTES, TensorInfo
 from .stored import FP8, Source, Stored
@@ -15,13 +16,16 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DENSE = {NAMES[dtype]: fmt for dtype, fmt in DENSE_FORMATS.items()}
 FLOATS = tuple(DENSE)
 INTEGER_PARTS = ("weight_packed", "weight_scale", "weight_shape")  # of compressed-tensors
+MODELOPT_SCALES = ("weight_scale", "weight_scale_2")
+_SCALES = (
+    "scales", "biases", "weight_scale_inv", *INTEGER_PARTS, *MODELOPT_SCALES, "input_scale",
+)  # fmt: skip
 
 
 @dataclass
 class Checker:
     """Checks one weight after another; ``missing``, ``wrong`` and what is ``left`` are problems."""
 
-    args: ModelArgs
     quantization: Declaration | None
     tensors: Mapping[str, TensorInfo]
     left: dict[str, None]
@@ -45,7 +49,7 @@ class Checker:
         if info.dtype not in dtypes or info.shape != shape:
             self.wrong.append(
                 f"{name} ({info.file}) is {info.dtype} {list(info.shape)}, expected"
-                f" {' or '.join(dtypes)} {list(shape)}{why}"
+                f" {_or(dtypes)} {list(shape)}{why}"
             )
         return info.nbytes
 
@@ -55,6 +59,8 @@ class Checker:
         if source.module.bias is not None:
             name, size = source.module.bias
             nbytes += self.expect(f"{source.path}.{name}", FLOATS, (size,))
+        if self._is_of_modelopt(source):
+            return self._nvfp4(source, nbytes)
         info = self.tensors.get(source.tensor)
         if info is None and any(f"{source.path}.{part}" in self.tensors for part in INTEGER_PARTS):
             return self._integers(source, nbytes)
@@ -121,11 +127,51 @@ class Checker:
         scales = self.expect(f"{path}.weight_scale", FLOATS, (rows, groups), why)
         shape = self.expect(f"{path}.weight_shape", ("I32", "I64"), (2,))
         loaded = nbytes + words + 2 * scales  # biases are as many
-        if source.kind == "kv_b_proj":  # embed_q becomes dense
-            dense, info = prod(source.module.shape), self.tensors.get(f"{path}.weight_scale")
-            loaded -= (words + 2 * scales) * dense // prod(source.shape)
-            loaded += dense * ITEM_BYTES[info.dtype] if info else 0
-        return Stored(source, declared, nbytes + words + scales + shape, loaded, packed=True)
+        info = self.tensors.get(f"{path}.weight_scale")
+        if source.kind == "kv_b_proj" and info is not None:
+            loaded = _split_bytes(source, words + 2 * scales, ITEM_BYTES[info.dtype])
+        method = compressed_tensors.METHOD
+        return Stored(source, declared, nbytes + words + scales + shape, loaded, method)
+
+    def _is_of_modelopt(self, source: Source) -> bool:
+        """Whether tensors are those that modelopt packs a weight to, as far as there are any."""
+        names = [f"{source.path}.{part}" for part in MODELOPT_SCALES]
+        if not isinstance(self.quantization, ModelOpt):
+            return names[1] in self.tensors  # other methods have scales of the first name
+        info = self.tensors.get(source.tensor)
+        return any(name in self.tensors for name in names) or bool(info and info.dtype == "U8")
+
+    def _nvfp4(self, source: Source, nbytes: int) -> Stored | None:
+        """A weight of modelopt: two codes a byte, scales of 16 values each, and a factor."""
+        path, fmt = source.path, self._declared_nvfp4(source)
+        self._leave_out(path)
+        if fmt is None:
+            self.left.pop(source.tensor, None)
+            return None
+        rows, columns = source.shape
+        planes = self.expect(source.tensor, ("U8",), (rows, columns * fmt.bits // 8))
+        planes += self.expect(
+            f"{path}.weight_scale", ("F8_E4M3",), (rows, columns // fmt.group_size)
+        )
+        factor = self._scalar(f"{path}.weight_scale_2")
+        unused = f"{path}.input_scale"  # of activations, which are not quantized here
+        disk = self._scalar(unused) if unused in self.tensors else 0
+        disk += nbytes + planes + factor
+        loaded = nbytes + planes + factor
+        if source.kind == "kv_b_proj":
+            loaded = _split_bytes(source, planes, 2) + factor * source.module.shape[0]
+        return Stored(source, fmt, disk, loaded, modelopt.METHOD)
+
+    def _declared_nvfp4(self, source: Source) -> Format | None:
+        if not source.module.quantizable or len(source.shape) != 2:
+            self.wrong.append(f"{source.tensor} is packed by modelopt, expected {_or(FLOATS)}")
+            return None
+        return self._declared(source, source.tensor, isinstance(self.quantization, ModelOpt))
+
+    def _scalar(self, name: str) -> int:
+        """Check a tensor of one float; returns its bytes, 0 if it is missing."""
+        info = self.tensors.get(name)
+        return self.expect(name, ("F32",), (1,) if info and info.shape == (1,) else ())
 
     def _declared(self, source: Source, tensor: str, packs: bool) -> Format | None:
         """The format that the config declares for a quantized tensor; problems are collected."""
@@ -143,5 +189,15 @@ class Checker:
 
     def _leave_out(self, path: str) -> None:
         """One problem is enough: do not also call the scales of a weight unexpected."""
-        for part in ("scales", "biases", "weight_scale_inv", *INTEGER_PARTS):
+        for part in _SCALES:
             self.left.pop(f"{path}.{part}", None)
+
+
+def _split_bytes(source: Source, packed: int, item_bytes: int) -> int:
+    """Bytes of ``kv_b_proj``, ``packed`` as stored, once ``embed_q`` has become dense."""
+    dense = prod(source.module.shape)
+    return packed - packed * dense // prod(source.shape) + dense * item_bytes
+
+
+def _or(options: tuple[str, ...]) -> str:
+    return " or ".join(options)

@@ -19,6 +19,8 @@ FP8_BLOCK = 128  # rows and columns that share a scale in checkpoints of FP8
 QUANTIZED = tuple(
     fmt for fmt in FORMATS.values() if fmt.mode != "dense" and not fmt.planes[-1].per_matrix
 )
+# The last parts of the names of tensors that are planes of some format.
+PLANES = tuple(dict.fromkeys(plane.name for fmt in FORMATS.values() for plane in fmt.planes))
 
 
 class Weight(NamedTuple):
@@ -51,6 +53,12 @@ class Weight(NamedTuple):
     def factor(self) -> mx.array | None:
         """What a matrix's products are multiplied by [...], if its format has that."""
         return self.planes[-1] if self.format.planes[-1].per_matrix else None
+
+
+def dequantize(w: Weight, dtype: mx.Dtype) -> mx.array:
+    """The values [..., n, k] of a weight that is not dense, in float32 and rounded once."""
+    values = mx.dequantize(w.planes[0], **w.quantization, dtype=mx.float32)
+    return (values if w.factor is None else values * w.factor[..., None, None]).astype(dtype)
 
 
 def dense_format(dtype: mx.Dtype) -> Format:
