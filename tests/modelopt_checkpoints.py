@@ -8,9 +8,16 @@ import numpy as np
 from conftest import DTYPES, hf_tensors, tiny_config
 
 EXPERTS = re.compile(r"model\.layers\.[1-4]\.mlp\.experts\.[0-9]+\.(gate|up|down)_proj")
+LINEAR = re.compile(r".*(_proj|_mqa|indexer\.wq_b|indexer\.wk|lm_head)")
+KEPT = re.compile(r".*weights_proj")
 PRODUCER = {"name": "modelopt", "version": "0.44.0"}
 IGNORED = ["lm_head", "model.layers.0*", "model.layers.*.self_attn*", "model.layers.5.*"]
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+
+
+def every_linear(path):
+    """Whether a module is a linear one, but for those of routers and indexers' weights."""
+    return LINEAR.fullmatch(path) and not KEPT.fullmatch(path)
 
 
 def quantization_config(**changes):

@@ -1,7 +1,6 @@
 """NVFP4 checkpoints of modelopt give the logits of the numbers that they stand for."""
 
 import json
-import re
 
 import integer_checkpoints as made
 import mlx.core as mx
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config, write_checkpoint
 from mlx.utils import tree_flatten
-from modelopt_checkpoints import config_of, declare_beside
+from modelopt_checkpoints import config_of, declare_beside, every_linear
 
 from glm_fused import reference_path
 from glm_fused.checkpoint.description import describe
@@ -21,12 +20,6 @@ TOKENS = mx.array([np.random.default_rng(1).integers(0, 256, 40).tolist()])
 EXPERT = "model.layers.1.mlp.experts.7.up_proj"
 DOWN = "model.layers.2.mlp.experts.3.down_proj"
 KV_B = "model.layers.2.self_attn.kv_b_proj"
-LINEAR = re.compile(r".*(_proj|_mqa|indexer\.w[kq]_?b?|lm_head)")
-KEPT = re.compile(r".*weights_proj")
-
-
-def every_linear(path):
-    return LINEAR.fullmatch(path) and not KEPT.fullmatch(path)
 
 
 def embedding(path):
