@@ -339,10 +339,6 @@ def test_impossible_quantization(checkpoint, change, message):
         ),
         ({"quant_method": "fp8", "weight_block_size": [64, 64]}, r"weight_block_size \[64, 64\]"),
         ({"quant_method": "fp8"}, "weight_block_size None"),
-        (
-            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-            "quant_method 'modelopt' with quant_algo 'NVFP4'.* global scale .* not supported yet",
-        ),
         ([4], "quantization_config must be an object"),
     ],
 )
@@ -350,26 +346,6 @@ def test_unknown_quantization_config(checkpoint, entry, message):
     path = checkpoint(tiny_config(quantization_config=entry))
     with pytest.raises(ValueError, match=message):
         load_model(path)
-
-
-def test_declaration_beside_the_config(checkpoint):
-    """modelopt may write hf_quant_config.json; config.json counts where it says something."""
-    path = checkpoint(tiny_config())
-    declared = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]}
-    declared = {"producer": {"name": "modelopt", "version": "0.44"}, "quantization": declared}
-    (path / "hf_quant_config.json").write_text(json.dumps(declared))
-    with pytest.raises(
-        ValueError, match="hf_quant_config: quant_method 'modelopt' with quant_algo"
-    ):
-        load_model(path)
-    for entry in ({"quantization": 3}, {"quantization": None}, {}):
-        (path / "hf_quant_config.json").write_text(json.dumps(entry))
-        with pytest.raises(
-            ValueError, match=r"hf_quant_config\.json: quantization .*, expected an obj"
-        ):
-            load_model(path)
-    path = checkpoint(tiny_config(), quantization=AFFINE)
-    load_model(path, lazy=True)
 
 
 def test_group_that_does_not_divide(checkpoint):

@@ -10,17 +10,20 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .checkpoint.compressed_tensors import METHOD, check_stored_shapes
+from .checkpoint import compressed_tensors, modelopt
+from .checkpoint.compressed_tensors import check_stored_shapes
 from .checkpoint.declaration import quantization_from_config
 from .checkpoint.folder import Checkpoint
 from .checkpoint.inventory import check_tensors
 from .checkpoint.reading import Scales, read_parameters
+from .checkpoint.stored import Inventory
 from .formats.kv_rows import check_kv_format
 from .formats.weights import Format
 from .generation.options import checkpoint_options, set_defaults
 from .generation.tokenizer import load_tokenizer
 from .models.config import ModelArgs, args_from_config
 from .models.decoder import Model
+from .models.packed_floats import to_nvfp4
 from .models.packed_integers import to_affine
 from .models.tensor_names import is_expert, unused
 from .streaming.banks import attach_banks, find_source, plan_streaming
@@ -28,11 +31,13 @@ from .streaming.model import StreamedModel
 from .streaming.options import StreamOptions
 from .validation import show
 
+_CONVERSIONS = {compressed_tensors.METHOD: to_affine, modelopt.METHOD: to_nvfp4}
 _SCALE_SUFFIXES = (
     ".weight_scale_inv",
     ".kv_b_proj.scales",
     ".kv_b_proj.biases",
     ".kv_b_proj.weight_scale",
+    ".kv_b_proj.weight_scale_2",
 )
 
 
@@ -131,11 +136,12 @@ def open_model(
     _check_stop_tokens(checkpoint, args)
     quantization = quantization_from_config(checkpoint.config)
     inventory = check_tensors(args, quantization, checkpoint.tensors)
-    packed, formats = inventory.packed, inventory.formats
+    formats = inventory.formats
     if stream is not None:
         source = find_source(checkpoint, args, stream.sidecar)
         plan = plan_streaming(inventory, args, source, stream, kv_format)
-    check_stored_shapes(checkpoint, {path: shape for path, (_, shape) in packed.items()})
+    integers = inventory.written_by(compressed_tensors.METHOD)
+    check_stored_shapes(checkpoint, {path: shape for path, (_, shape) in integers.items()})
     weights = _read_lazily(checkpoint)
     defaults, cache_limit = checkpoint_options(checkpoint.path), None
     if stream is None:
@@ -149,12 +155,22 @@ def open_model(
     model.kv_format = kv_format
     set_defaults(model, defaults)
     scales = _hidden_scales(weights, args, formats)
-    to_affine(weights, {path: fmt for path, (fmt, _) in packed.items()}, args)
-    weights = model.sanitize(weights, formats)
+    weights = _as_parameters(weights, inventory, model)
     _pack_modules(model, weights, formats)
     model.eval()
     model.load_weights(list(weights.items()), strict=True)
     return Opened(model, checkpoint, scales, cache_limit)
+
+
+def _as_parameters(
+    weights: dict[str, mx.array], inventory: Inventory, model: Model
+) -> dict[str, mx.array]:
+    """The tensors that were read, under the names and in the formats of the model's parameters."""
+    for method, convert in _CONVERSIONS.items():
+        found = inventory.written_by(method).items()
+        here = {path: fmt for path, (fmt, _) in found if f"{path}.weight_scale" in weights}
+        convert(weights, here, model.args)  # streamed experts are not here
+    return model.sanitize(weights, inventory.formats)
 
 
 def _hidden_scales(
@@ -171,7 +187,7 @@ def _hidden_scales(
 def _config_as_loaded(config: dict[str, Any], model: Model) -> dict[str, Any]:
     """The config with which the model's parameters, once saved, are a checkpoint."""
     declared = config.get("quantization_config")
-    if not isinstance(declared, dict) or declared.get("quant_method") != METHOD:
+    if not isinstance(declared, dict) or declared.get("quant_method") != compressed_tensors.METHOD:
         return config
     formats = {
         path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}

@@ -1,11 +1,11 @@
 """How a config declares the formats of its weights: one reader for every method that we load."""
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from ..formats.weights import FP8_BLOCK, Format
 from ..validation import show
-from . import compressed_tensors
+from . import compressed_tensors, modelopt
 from .quantization import Declaration, Quantization, parse_format
 from .safetensors_header import quoted
 
@@ -30,12 +30,12 @@ def quantization_from_config(config: Mapping[str, Any]) -> Declaration | None:
             return Quantization(parse_format(key, {"mode": method}), {})
         elif method == compressed_tensors.METHOD:
             return compressed_tensors.parse(key, entry)
-        elif method == "modelopt":
-            _refuse_modelopt(key, entry)
+        elif method == modelopt.METHOD:
+            return modelopt.parse(key, entry)
         elif method is not None:
             raise ValueError(
                 f"[config] {key}: quant_method {show(method)}, expected compressed-tensors, fp8,"
-                " mxfp4 or mxfp8; convert the checkpoint with mlx_lm.convert."
+                " modelopt, mxfp4 or mxfp8; convert the checkpoint with mlx_lm.convert."
             )
         else:
             return _parse(key, entry)
@@ -66,11 +66,3 @@ def _check_fp8(key: str, entry: Mapping[str, Any]) -> None:
         )
     if fmt != "e4m3":
         raise ValueError(f"[config] {key}: fmt {show(fmt)}, expected 'e4m3'.")
-
-
-def _refuse_modelopt(key: str, entry: Mapping[str, Any]) -> NoReturn:
-    raise ValueError(
-        f"[config] {key}: quant_method 'modelopt' with quant_algo {show(entry.get('quant_algo'))};"
-        " its weights have a second, global scale (weight_scale_2), which is not supported yet."
-        " Load a checkpoint of another method."
-    )

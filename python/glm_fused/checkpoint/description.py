@@ -14,8 +14,9 @@ from ..models.tensor_names import MTP_REASON
 from ..models.tensors import Module, modules
 from .declaration import quantization_from_config
 from .folder import Checkpoint
-from .inventory import Inventory, Stored, check_tensors
+from .inventory import check_tensors
 from .layer_contents import mtp_layers
+from .stored import Inventory, Stored
 
 WIDTH = 100
 RELEASED_EXPERTS = 256

@@ -26,7 +26,8 @@ class Checkpoint:
     """What a checkpoint contains, validated as far as its headers tell.
 
     ``config`` is config.json, with ``eos_token_id`` of generation_config.json when that has one and
-    ``hf_quant_config`` of the file of that name where config.json declares no quantization.
+    ``hf_quant_config`` of the file of that name where it applies: config.json declares no
+    quantization, and there are tensors that modelopt would have scaled.
     ``files`` gives each shard's size in bytes, ``tensors`` every tensor by name.
     """
 
@@ -55,6 +56,8 @@ class Checkpoint:
             )
         if not tensors:
             raise ValueError(f"[checkpoint] {path} has no tensors.")
+        if any(name.endswith(".weight_scale") for name in tensors):
+            _read_declaration(path, config)
         names = dict.fromkeys(info.file for info in tensors.values())
         files = {name: (path / name).stat().st_size for name in names}
         return cls(path, config, files, tensors)
@@ -80,7 +83,6 @@ def _read_config(path: Path) -> dict[str, Any]:
         eos = read_json(generation).get("eos_token_id")
         if eos is not None:
             config["eos_token_id"] = eos
-    _read_declaration(path, config)
     if (eos := config.get("eos_token_id")) is not None:
         ids = eos if isinstance(eos, list) else [eos]
         if not all(type(token) is int and token >= 0 for token in ids):
@@ -91,7 +93,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_declaration(path: Path, config: dict[str, Any]) -> None:
-    """Take the quantization from the file that modelopt writes where config.json has none."""
+    """Take the quantization from the file that modelopt writes where config.json has none.
+
+    The file may lie beside weights that it is not of, such as those that were dequantized.
+    """
     file = path / DECLARATION_FILE
     declared = any(config.get(key) is not None for key in ("quantization", "quantization_config"))
     if declared or not file.exists():

@@ -1,213 +1,18 @@
 """Compares a checkpoint's headers with what its config needs, before any data is read."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from math import prod
-from typing import NamedTuple
 
-from ..formats.weights import DENSE_FORMATS, FP8_BLOCK, Format
 from ..models.config import ModelArgs
 from ..models.tensor_names import MTP_REASON, layer_of, release_name, unused
-from ..models.tensors import Form, Module, modules
-from .compressed_tensors import PackQuantized
+from ..models.tensors import modules
 from .layer_contents import check_expert_counts
 from .quantization import Declaration
-from .safetensors_header import DTYPES, ITEM_BYTES, TensorInfo, quoted
+from .safetensors_header import TensorInfo, quoted
+from .stored import Inventory, Source, Stored
+from .weight_checks import Checker
 
-FP8 = "fp8"  # in blocks; a checkpoint's alone, which becomes bfloat16
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-DENSE = {NAMES[dtype]: fmt for dtype, fmt in DENSE_FORMATS.items()}
-FLOATS = tuple(DENSE)
 SHOWN = 3  # tensors named per kind of problem
 MAX_MISSING = 1000
-INTEGER_PARTS = ("weight_packed", "weight_scale", "weight_shape")  # of compressed-tensors
-
-
-class Source(NamedTuple):
-    """A weight as stored, in either layout: its module, its tensor and its logical shape."""
-
-    path: str
-    tensor: str
-    module: Module
-    form: Form
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.form.shape
-
-    @property
-    def kind(self) -> str:
-        return self.form.kind or self.module.kind
-
-
-class Stored(NamedTuple):
-    """A weight found: its format (`FP8` is no kernel's), and its bytes on disk and loaded.
-
-    ``packed`` tells that compressed-tensors wrote it, in that format but for the biases.
-    """
-
-    source: Source
-    format: Format | str
-    nbytes: int
-    loaded: int
-    packed: bool = False
-
-
-@dataclass
-class Inventory:
-    """Every weight of the model and where it is; ``ignored`` counts unused tensors by reason."""
-
-    stored: list[Stored] = field(default_factory=list)
-    ignored: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def packed(self) -> dict[str, tuple[Format, tuple[int, ...]]]:
-        """Format and shape of what compressed-tensors wrote, by path in the checkpoint."""
-        return {
-            stored.source.path: (stored.format, stored.source.shape)
-            for stored in self.stored
-            if stored.packed and isinstance(stored.format, Format)
-        }
-
-    @property
-    def formats(self) -> dict[str, Format]:
-        """The format of every packed weight, by its module in the checkpoint's and our layout."""
-        found: dict[str, Format] = {}
-        for source, fmt, *_ in self.stored:
-            if isinstance(fmt, Format) and fmt.mode != "dense":
-                found[source.path] = found[source.module.path] = fmt
-                if source.kind == "kv_b_proj":
-                    head = source.path.removesuffix("kv_b_proj")
-                    found[f"{head}unembed_out"] = fmt
-        return found
-
-
-@dataclass
-class _Checker:
-    args: ModelArgs
-    quantization: Declaration | None
-    tensors: Mapping[str, TensorInfo]
-    left: dict[str, None]
-    missing: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-
-    def take(self, name: str) -> TensorInfo | None:
-        self.left.pop(name, None)
-        info = self.tensors.get(name)
-        if info is None:
-            self.missing.append(name)
-        return info
-
-    def expect(
-        self, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...], why: str = ""
-    ) -> int:
-        """Check one tensor; returns its bytes, 0 if it is missing."""
-        info = self.take(name)
-        if info is None:
-            return 0
-        if info.dtype not in dtypes or info.shape != shape:
-            self.wrong.append(
-                f"{name} ({info.file}) is {info.dtype} {list(info.shape)}, expected"
-                f" {' or '.join(dtypes)} {list(shape)}{why}"
-            )
-        return info.nbytes
-
-    def check(self, source: Source) -> Stored | None:
-        """One weight with its scales; problems are collected."""
-        nbytes = 0
-        if source.module.bias is not None:
-            name, size = source.module.bias
-            nbytes += self.expect(f"{source.path}.{name}", FLOATS, (size,))
-        info = self.tensors.get(source.tensor)
-        if info is None and any(f"{source.path}.{part}" in self.tensors for part in INTEGER_PARTS):
-            return self._integers(source, nbytes)
-        if info is None:
-            self.take(source.tensor)
-            self._leave_out(source.path)
-            return None
-        if f"{source.path}.scales" in self.tensors or info.dtype == "U32":
-            return self._quantized(source, nbytes)
-        self._check_dense(source)
-        if info.dtype != "F8_E4M3" or len(source.shape) != 2 or not source.module.quantizable:
-            nbytes += self.expect(source.tensor, FLOATS, source.shape)
-            return Stored(source, DENSE.get(info.dtype, info.dtype), nbytes, nbytes)
-        loaded = nbytes + 2 * prod(source.shape)  # becomes bfloat16
-        nbytes += self.expect(source.tensor, ("F8_E4M3",), source.shape)
-        blocks = tuple(-(-size // FP8_BLOCK) for size in source.shape)
-        nbytes += self.expect(f"{source.tensor}_scale_inv", FLOATS, blocks)
-        return Stored(source, FP8, nbytes, loaded)
-
-    def _check_dense(self, source: Source) -> None:
-        if self.quantization is None:
-            return
-        declared, explicit = self.quantization.declared(source.path)
-        if explicit and declared and source.shape[-1] % declared.group_size == 0:
-            self.wrong.append(
-                f"{source.tensor} has no scales, but config.json declares it {declared}"
-            )
-
-    def _quantized(self, source: Source, nbytes: int) -> Stored | None:
-        stacked = source.module.quantizable and source.form.suffix != ""
-        packs = stacked and not isinstance(self.quantization, PackQuantized)
-        declared = self._declared(source, source.tensor, packs)
-        if declared is not None:
-            nbytes += self._planes(source, declared)
-            return Stored(source, declared, nbytes, nbytes)
-        self.left.pop(source.tensor, None)
-        self._leave_out(source.path)
-        return None
-
-    def _planes(self, source: Source, fmt: Format) -> int:
-        """Check the planes of a packed weight; returns their bytes."""
-        nbytes, blocks, shared = 0, source.shape[-1] // fmt.group_size, FLOATS
-        for plane in fmt.planes:
-            name, floats = f"{source.path}.{plane.name}", len(plane.dtypes) > 1
-            types = shared if floats else tuple(NAMES[dtype] for dtype in plane.dtypes)
-            rows = source.shape[:-1]
-            shape = rows[:-1] if plane.per_matrix else (*rows, blocks * plane.count)
-            nbytes += self.expect(name, types, shape, f" ({fmt} in config.json)")
-            if floats and name in self.tensors:
-                shared = (self.tensors[name].dtype,)  # of all planes of floats
-        return nbytes
-
-    def _integers(self, source: Source, nbytes: int) -> Stored | None:
-        """A weight of compressed-tensors: packed integers with scales, and its shape as data."""
-        path, name = source.path, f"{source.path}.{INTEGER_PARTS[0]}"
-        packs = source.module.quantizable and isinstance(self.quantization, PackQuantized)
-        declared = self._declared(source, name, packs)
-        self._leave_out(path)
-        if declared is None:
-            return None
-        rows, columns, why = source.shape[0], source.shape[-1], f" ({declared} in config.json)"
-        packed, groups = columns * declared.bits // 32, columns // declared.group_size
-        words = self.expect(name, ("I32",), (rows, packed), why)
-        scales = self.expect(f"{path}.weight_scale", FLOATS, (rows, groups), why)
-        shape = self.expect(f"{path}.weight_shape", ("I32", "I64"), (2,))
-        loaded = nbytes + words + 2 * scales  # biases are as many
-        if source.kind == "kv_b_proj":  # embed_q becomes dense
-            dense, info = prod(source.module.shape), self.tensors.get(f"{path}.weight_scale")
-            loaded -= (words + 2 * scales) * dense // prod(source.shape)
-            loaded += dense * ITEM_BYTES[info.dtype] if info else 0
-        return Stored(source, declared, nbytes + words + scales + shape, loaded, packed=True)
-
-    def _declared(self, source: Source, tensor: str, packs: bool) -> Format | None:
-        """The format that the config declares for a quantized tensor; problems are collected."""
-        columns, quantization = source.shape[-1], self.quantization
-        declared = quantization.declared(source.path)[0] if quantization and packs else None
-        if declared is None:
-            self.wrong.append(f"{tensor} is quantized, but config.json does not declare it")
-        elif columns % declared.group_size:
-            self.wrong.append(
-                f"{tensor} has rows of {columns}, which groups of {declared.group_size}"
-                f" ({declared}) do not divide"
-            )
-            return None
-        return declared
-
-    def _leave_out(self, path: str) -> None:
-        """One problem is enough: do not also call the scales of a weight unexpected."""
-        for part in ("scales", "biases", "weight_scale_inv", *INTEGER_PARTS):
-            self.left.pop(f"{path}.{part}", None)
 
 
 def check_tensors(
@@ -221,7 +26,7 @@ def check_tensors(
     check_expert_counts(args, tensors)
     inventory = Inventory()
     used = _set_aside(args, tensors, inventory)
-    checker = _Checker(args, quantization, tensors, used)
+    checker = Checker(quantization, tensors, used)
     for source in _sources(args, tensors):
         stored = checker.check(source)
         if stored is not None:

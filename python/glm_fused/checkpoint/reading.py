@@ -14,9 +14,12 @@ from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from .. import _ext
-from ..formats.weights import Format
+from ..formats.weights import PLANES, Format
 from ..host import to_numpy
 from .folder import Checkpoint
+
+SCALES = tuple(name for name in PLANES if name != "weight")
+_OF_METHODS = {"scales": "weight_scale", "global_scale": "weight_scale_2"}  # not of MLX
 
 
 class Scales(NamedTuple):
@@ -43,7 +46,7 @@ def read_parameters(model: nn.Module, checkpoint: Checkpoint, sources: list[Scal
         for name, array in parameters:
             _read(name, array, checkpoint)
             module, _, leaf = name.rpartition(".")
-            if leaf in ("scales", "biases"):
+            if leaf in SCALES:
                 _check_scales(Scales(name, array, formats[module]), checkpoint)
             bar.update(array.nbytes)
 
@@ -78,12 +81,14 @@ def _check_scales(scales: Scales, checkpoint: Checkpoint) -> None:
 
 def _stored_name(name: str, index: list[int], checkpoint: Checkpoint) -> tuple[str, list[int]]:
     """The tensor, and where in it, that one of a parameter's numbers was read from."""
-    expert, rest = name.replace(".switch_mlp.", f".experts.{index[0]}."), index[1:]
-    packed = expert.removesuffix("scales") + "weight_scale"
-    if expert in checkpoint.tensors:
-        return expert, rest
-    if packed in checkpoint.tensors:
-        return packed, index if expert == name else rest
+    expert, rest = name, index
+    if ".switch_mlp." in name:
+        expert, rest = name.replace(".switch_mlp.", f".experts.{index[0]}."), index[1:]
+    module, _, leaf = expert.rpartition(".")
+    packed = f"{module}.{_OF_METHODS.get(leaf)}"
+    for stored in (expert, packed):
+        if stored in checkpoint.tensors:
+            return stored, rest
     return name, index
 
 

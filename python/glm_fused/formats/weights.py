@@ -21,6 +21,8 @@ QUANTIZED = tuple(
     for fmt in FORMATS.values()
     if fmt.mode not in ("dense", "") and not fmt.planes[-1].per_matrix
 )
+# The last parts of the names of tensors that are planes of some format.
+PLANES = tuple(dict.fromkeys(plane.name for fmt in FORMATS.values() for plane in fmt.planes))
 
 
 class Weight(NamedTuple):
@@ -54,6 +56,12 @@ class Weight(NamedTuple):
     def factor(self) -> mx.array | None:
         """What a matrix's products are multiplied by [...], if its format has that."""
         return self.planes[-1] if self.format.planes[-1].per_matrix else None
+
+
+def dequantize(w: Weight, dtype: mx.Dtype) -> mx.array:
+    """The values [..., n, k] of a weight that is not dense, in float32 and rounded once."""
+    values = mx.dequantize(w.planes[0], **w.quantization, dtype=mx.float32)
+    return (values if w.factor is None else values * w.factor[..., None, None]).astype(dtype)
 
 
 def dense_format(dtype: mx.Dtype) -> Format:

@@ -11,7 +11,14 @@ import mlx.nn as nn
 from mlx_lm.models import switch_layers
 
 from .. import ops
-from ..formats.weights import Format, plane_names, plane_shape, quantized_format
+from ..formats.weights import (
+    QUANTIZED,
+    Format,
+    dequantize,
+    plane_names,
+    plane_shape,
+    quantized_format,
+)
 from ..ops import stock
 
 
@@ -37,8 +44,10 @@ class _Packed(nn.Module):
     def __init__(self, weight: ops.Weight, dense: nn.Module):
         nn.Module.__init__(self)  # that of a stock layer would make a weight
         self.format = fmt = weight.format
-        # What mlx-lm's tools ask of a quantized layer.
-        self.group_size, self.bits, self.mode = fmt.group_size, fmt.bits, fmt.mode
+        # What mlx-lm's tools ask of a quantized layer. They give the mode to MLX, which has to
+        # refuse a format that it does not know.
+        self.group_size, self.bits = fmt.group_size, fmt.bits
+        self.mode = fmt.mode if fmt in QUANTIZED else fmt.name
         self.biases = None  # stock code reads it in every mode
         for name, plane in zip(plane_names(fmt), weight.planes, strict=True):
             setattr(self, name, plane)
@@ -155,6 +164,14 @@ class QuantizedEmbedding(_Packed, nn.QuantizedEmbedding):  # type: ignore[misc]
     def __init__(self, weight: ops.Weight, dense: nn.Module):
         super().__init__(weight, dense)
         self.num_embeddings, self.dims = dense.weight.shape
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Tokens [...] -> their rows [..., dims], as stock code makes them where it can."""
+        if self.format in QUANTIZED:
+            return super().__call__(x)  # type: ignore[no-any-return]
+        planes = zip(self.format.planes, self.as_weight().planes, strict=True)
+        rows = [plane if spec.per_matrix else plane[x] for spec, plane in planes]
+        return dequantize(ops.Weight(rows, self.format), mx.bfloat16)
 
 
 class Embedding(_Packable, nn.Embedding):  # type: ignore[misc]

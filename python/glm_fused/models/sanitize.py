@@ -4,12 +4,10 @@ from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
-from ..formats.weights import FP8_BLOCK, Format, Weight, plane_names
+from ..formats.weights import FP8_BLOCK, PLANES, Format, Weight, plane_names
 from .config import ModelArgs
 from .tensor_names import unused
 from .tensors import Form, Module, modules
-
-_PARTS = ("weight", "scales", "biases")
 
 
 def sanitize(
@@ -75,7 +73,7 @@ def _stack_experts(weights: dict[str, mx.array], module: Module) -> None:
             _take_rows(weights, module, form)
             continue
         first, *_ = form.paths(1)
-        for part in _PARTS:
+        for part in PLANES:
             if f"{first}.{part}" in weights:
                 names = [f"{path}.{part}" for path in form.paths(module.experts)]
                 weights[f"{module.path}.{part}"] = stack(_pop_alike(weights, names))
@@ -125,7 +123,7 @@ def _split_kv_b(
     path, heads, nope = form.path, args.num_attention_heads, args.qk_nope_head_dim
     if f"{path}.weight" not in weights:
         return
-    found = {part: weights.pop(f"{path}.{part}", None) for part in _PARTS}
+    found = {part: weights.pop(f"{path}.{part}", None) for part in PLANES}
     parts = {part: array for part, array in found.items() if array is not None}
     rows, _ = form.shape
     for part, array in parts.items():

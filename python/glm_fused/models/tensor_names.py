@@ -47,6 +47,8 @@ def unused(name: str, args: ModelArgs) -> str | None:
         return None
     if layer >= args.num_hidden_layers:
         return MTP_REASON
+    if ".self_attn." in name and name.endswith((".k_scale", ".v_scale")):
+        return "scales of a quantized cache"
     if ".self_attn.indexer." in name and not args.layers[layer].is_full:
         return "indexer of a shared layer"
     return None

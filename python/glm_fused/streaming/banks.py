@@ -10,8 +10,8 @@ from typing import Any
 
 from .. import _ext, ops
 from ..checkpoint.folder import Checkpoint
-from ..checkpoint.inventory import Inventory
 from ..checkpoint.safetensors_header import DTYPES
+from ..checkpoint.stored import Inventory
 from ..formats.weights import Format, plane_names
 from ..memory import resident_bytes
 from ..models.config import ModelArgs

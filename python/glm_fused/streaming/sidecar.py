@@ -19,15 +19,16 @@ from typing import Any
 
 from ..checkpoint.folder import MAX_JSON_BYTES
 from ..checkpoint.safetensors_header import DTYPES, MAX_RANK, parse_json_object, regular_file_size
+from ..formats.weights import PLANES
 from ..models.tensors import PROJECTIONS
 from ..validation import MAX_SIZE, show
-from .source import LEAVES, ExpertSource, LayerExperts, Part
+from .source import ExpertSource, LayerExperts, Part
 
 FORMAT, VERSION = "glm-fused-experts", 2
 PAGE = 16384
 MANIFEST, UNFINISHED = "manifest.json", "manifest.unfinished.json"
 
-_PART_NAMES = frozenset(f"{p}.{leaf}" for p in PROJECTIONS for leaf in LEAVES)
+_PART_NAMES = frozenset(f"{p}.{plane}" for p in PROJECTIONS for plane in PLANES)
 _MAX_LAYERS, _MAX_BYTES = 10**6, 2**63 - 1
 
 # Per shard that holds experts: its size and its time of modification in nanoseconds.
@@ -243,9 +244,9 @@ def _part(entry: Any, what: str) -> Part:
     _expect(
         isinstance(dtype, str) and dtype in DTYPES, f"{what}: dtype", dtype, show(tuple(DTYPES))
     )
-    sizes = isinstance(shape, list) and 0 < len(shape) <= MAX_RANK
+    sizes = isinstance(shape, list) and len(shape) <= MAX_RANK
     sizes = sizes and all(type(n) is int and 0 < n <= MAX_SIZE for n in shape)
-    _expect(sizes, f"{what}: shape", shape, f"a list of 1 to {MAX_RANK} sizes")
+    _expect(sizes, f"{what}: shape", shape, f"a list of at most {MAX_RANK} sizes")
     return Part(name, dtype, tuple(shape))
 
 

@@ -11,7 +11,8 @@
   3. the shards that hold experts are those of the last packing, by name, size and time of
      modification. A copy that got a new time is refused until packing has compared it;
   4. times can lie (archives and stores that set them all alike), so of every expert a block of
-     4 KiB is compared, tensors in turn: a fine-tune changes every one of them.
+     4 KiB is compared, tensors in turn: a fine-tune changes every one of them, but for single
+     numbers, which are left out.
 
 - **Reading** an expert checks its own checksum.
 - ``glm-fused sidecar verify --model`` compares every byte and changes nothing.
@@ -198,7 +199,8 @@ def _sample(
     layer: int, expert: int, theirs: LayerExperts, ours: LayerExperts
 ) -> tuple[str, int, tuple[int, int], tuple[int, int]]:
     """A part's name, the bytes of a block and where it begins in both; spread over the parts."""
-    i = (layer + expert) % len(theirs.parts)
+    tensors = [i for i, part in enumerate(theirs.parts) if part.shape]
+    i = tensors[(layer + expert) % len(tensors)]
     part, (file, at), (my_file, my_at) = (
         theirs.parts[i],
         theirs.of_expert(expert)[i],

@@ -12,14 +12,15 @@ from typing import NamedTuple
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.safetensors_header import DTYPES, ITEM_BYTES, TensorInfo
+from ..formats.weights import PLANES
 from ..models.config import ModelArgs
 from ..models.tensors import Form, Module, expert_modules
 
-LEAVES = ("weight", "scales", "biases")
+_OF_MODELOPT = {"scales": "weight_scale", "global_scale": "weight_scale_2"}
 
 
 class Part(NamedTuple):
-    """One tensor of an expert: ``gate_proj.weight`` and so on, as stored."""
+    """One tensor of an expert: ``gate_proj.weight`` and so on, as kernels read what is stored."""
 
     name: str
     dtype: str
@@ -146,16 +147,28 @@ def _layer(
         form, projection = module.form_in(tensors), module.path.rpartition(".")[2]
         names = [f"{path}{{}}" for path in form.paths(module.experts)]
         _check_streamable(tensors, form, module)
-        for leaf in LEAVES:
-            suffix = form.suffix if leaf == "weight" else f".{leaf}"
+        of_modelopt = names[0].format(".weight_scale_2") in tensors
+        for leaf in PLANES:
+            stored = _OF_MODELOPT.get(leaf, leaf) if of_modelopt else leaf
+            suffix = form.suffix if leaf == "weight" else f".{stored}"
             found = [tensors[name] for name in (n.format(suffix) for n in names) if name in tensors]
             if not found:
                 continue
             shape, places = _places(found, form, module)
-            parts.append(Part(f"{projection}.{leaf}", found[0].dtype, shape))
+            part = Part(f"{projection}.{leaf}", found[0].dtype, shape)
+            parts.append(_of_modelopt(part) if of_modelopt else part)
             columns.append([(index[info.file], at) for info, at in places])
     locations = tuple(column[e] for e in range(modules[0].experts) for column in columns)
     return LayerExperts(tuple(parts), locations)
+
+
+def _of_modelopt(part: Part) -> Part:
+    """The part as a plane of ``nvfp4-global``, which has the same bytes."""
+    if part.dtype == "U8":  # codes: four bytes are a word
+        return Part(part.name, "U32", (*part.shape[:-1], part.shape[-1] // 4))
+    if part.dtype == "F8_E4M3":
+        return part._replace(dtype="U8")
+    return part._replace(shape=())  # the factor, which may be stored as [1]
 
 
 def _check_streamable(tensors: Mapping[str, TensorInfo], form: Form, module: Module) -> None:

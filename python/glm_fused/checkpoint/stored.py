@@ -1,0 +1,68 @@
+"""What was found in a checkpoint: every weight of the model, where it is and in which format."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ..formats.weights import Format
+from ..models.tensors import Form, Module
+
+FP8 = "fp8"  # in blocks; a checkpoint's alone, which becomes bfloat16
+
+
+class Source(NamedTuple):
+    """A weight as stored, in either layout: its module, its tensor and its logical shape."""
+
+    path: str
+    tensor: str
+    module: Module
+    form: Form
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.form.shape
+
+    @property
+    def kind(self) -> str:
+        return self.form.kind or self.module.kind
+
+
+class Stored(NamedTuple):
+    """A weight found: its format (`FP8` is no kernel's), and its bytes on disk and loaded.
+
+    ``method`` names what wrote it, where its tensors are not the planes of the format:
+    compressed-tensors or modelopt.
+    """
+
+    source: Source
+    format: Format | str
+    nbytes: int
+    loaded: int
+    method: str | None = None
+
+
+@dataclass
+class Inventory:
+    """Every weight of the model and where it is; ``ignored`` counts unused tensors by reason."""
+
+    stored: list[Stored] = field(default_factory=list)
+    ignored: dict[str, int] = field(default_factory=dict)
+
+    def written_by(self, method: str) -> dict[str, tuple[Format, tuple[int, ...]]]:
+        """Format and shape of what ``method`` wrote, by path in the checkpoint."""
+        return {
+            stored.source.path: (stored.format, stored.source.shape)
+            for stored in self.stored
+            if stored.method == method and isinstance(stored.format, Format)
+        }
+
+    @property
+    def formats(self) -> dict[str, Format]:
+        """The format of every packed weight, by its module in the checkpoint's and our layout."""
+        found: dict[str, Format] = {}
+        for source, fmt, *_ in self.stored:
+            if isinstance(fmt, Format) and fmt.mode != "dense":
+                found[source.path] = found[source.module.path] = fmt
+                if source.kind == "kv_b_proj":
+                    head = source.path.removesuffix("kv_b_proj")
+                    found[f"{head}unembed_out"] = fmt
+        return found
