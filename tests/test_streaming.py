@@ -207,12 +207,6 @@ def test_single_choices_sum_to_moe_decode(dtype):
     assert mx.array_equal(ops.expert_sum(parts.reshape(5, 3, 96), scores), whole)
 
 
-def test_fp8_experts_are_refused(tmp_path):
-    write_checkpoint(tmp_path, layout="fp8")
-    with pytest.raises(ValueError, match="F8_E4M3 experts, which cannot be streamed"):
-        load_model(tmp_path, stream=stream())
-
-
 def test_a_model_without_experts_is_refused(tmp_path):
     write_checkpoint(tmp_path, tiny_config(first_k_dense_replace=5))
     with pytest.raises(ValueError, match="no routed experts to stream"):

@@ -14,16 +14,16 @@ from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from .. import _ext
-from ..formats.weights import PLANES, Format
+from ..formats.weights import FP8, PLANES, Format
 from ..host import to_numpy
 from .folder import Checkpoint
+from .stored import OTHER_NAMES
 
 SCALES = tuple(name for name in PLANES if name != "weight")
-_OF_METHODS = {"scales": "weight_scale", "global_scale": "weight_scale_2"}  # not of MLX
 
 
 class Scales(NamedTuple):
-    """Scales to check, and the format that they belong to; None for those of FP8 blocks."""
+    """Scales to check, and the format of the parameter; None where it has become bfloat16."""
 
     name: str
     array: mx.array
@@ -60,13 +60,13 @@ def _read(name: str, array: mx.array, checkpoint: Checkpoint) -> None:
 
 
 def _check_scales(scales: Scales, checkpoint: Checkpoint) -> None:
-    """Raise ValueError if a scale is NaN, infinite or, for FP8 blocks, not positive."""
+    """Raise ValueError if a scale is NaN, infinite or, for FP8, not positive."""
     name, array, fmt = scales
     if array.dtype == mx.uint8:
         # e8m0 has one NaN; e4m3, of nvfp4, has one for each sign.
         e4m3 = fmt is not None and fmt.mode == "nvfp4"
         bad, expected = (array & 0x7F) == 0x7F if e4m3 else array == 0xFF, "no NaN"
-    elif name.endswith("_scale_inv"):
+    elif fmt == FP8 or name.endswith("_scale_inv"):
         bad, expected = ~((array > 0) & mx.isfinite(array)), "positive finite numbers"
     else:
         bad, expected = ~mx.isfinite(array), "finite numbers"
@@ -85,8 +85,8 @@ def _stored_name(name: str, index: list[int], checkpoint: Checkpoint) -> tuple[s
     if ".switch_mlp." in name:
         expert, rest = name.replace(".switch_mlp.", f".experts.{index[0]}."), index[1:]
     module, _, leaf = expert.rpartition(".")
-    packed = f"{module}.{_OF_METHODS.get(leaf)}"
-    for stored in (expert, packed):
+    others = (f"{module}.{other}" for other in OTHER_NAMES.get(leaf, ()))
+    for stored in (expert, *others):
         if stored in checkpoint.tensors:
             return stored, rest
     return name, index

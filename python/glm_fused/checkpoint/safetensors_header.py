@@ -38,6 +38,7 @@ DTYPES = {
     "U32": mx.uint32,
     "U8": mx.uint8,
 }  # of the planes of weights
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 

@@ -6,7 +6,9 @@ from typing import NamedTuple
 from ..formats.weights import Format
 from ..models.tensors import Form, Module
 
-FP8 = "fp8"  # in blocks; a checkpoint's alone, which becomes bfloat16
+# What methods other than MLX's call the planes of their weights.
+OTHER_NAMES = {"scales": ("weight_scale", "weight_scale_inv"), "global_scale": ("weight_scale_2",)}
+FP8_AS_BF16 = "fp8"  # on disk; it becomes bfloat16
 
 
 class Source(NamedTuple):
@@ -27,7 +29,7 @@ class Source(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A weight found: its format (`FP8` is no kernel's), and its bytes on disk and loaded.
+    """A weight found: its format (or `FP8_AS_BF16`), and its bytes on disk and loaded.
 
     ``method`` names what wrote it, where its tensors are not the planes of the format:
     compressed-tensors or modelopt.

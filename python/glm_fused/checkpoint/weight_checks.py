@@ -4,15 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
-from ..formats.weights import DENSE_FORMATS, FP8_BLOCK, Format, plane_shape
+from ..formats.weights import DENSE_FORMATS, FP8, FP8_BLOCK, Format, plane_shape
 from . import compressed_tensors, modelopt
 from .compressed_tensors import PackQuantized
 from .modelopt import ModelOpt
 from .quantization import Declaration
-from .safetensors_header import DTYPES, ITEM_BYTES, TensorInfo
-from .stored import FP8, Source, Stored
+from .safetensors_header import ITEM_BYTES, NAMES, TensorInfo
+from .stored import FP8_AS_BF16, Source, Stored
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DENSE = {NAMES[dtype]: fmt for dtype, fmt in DENSE_FORMATS.items()}
 FLOATS = tuple(DENSE)
 INTEGER_PARTS = ("weight_packed", "weight_scale", "weight_shape")  # of compressed-tensors
@@ -74,11 +73,17 @@ class Checker:
         if info.dtype != "F8_E4M3" or len(source.shape) != 2 or not source.module.quantizable:
             nbytes += self.expect(source.tensor, FLOATS, source.shape)
             return Stored(source, DENSE.get(info.dtype, info.dtype), nbytes, nbytes)
-        loaded = nbytes + 2 * prod(source.shape)  # becomes bfloat16
+        return self._fp8(source, nbytes)
+
+    def _fp8(self, source: Source, nbytes: int) -> Stored:
+        """Codes with a scale for each square; experts stay so, the rest becomes bfloat16."""
+        as_bf16 = nbytes + 2 * prod(source.shape)
         nbytes += self.expect(source.tensor, ("F8_E4M3",), source.shape)
-        blocks = tuple(-(-size // FP8_BLOCK) for size in source.shape)
-        nbytes += self.expect(f"{source.tensor}_scale_inv", FLOATS, blocks)
-        return Stored(source, FP8, nbytes, loaded)
+        squares = tuple(-(-size // FP8_BLOCK) for size in source.shape)
+        nbytes += self.expect(f"{source.tensor}_scale_inv", FLOATS, squares)
+        if source.module.experts and source.shape[-1] % FP8_BLOCK == 0:
+            return Stored(source, FP8, nbytes, nbytes)
+        return Stored(source, FP8_AS_BF16, nbytes, as_bf16)
 
     def _check_dense(self, source: Source) -> None:
         if self.quantization is None:

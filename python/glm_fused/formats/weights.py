@@ -14,7 +14,8 @@ from .._ext import Plane, formats
 
 FORMATS = {fmt.name: fmt for fmt in formats()}
 DENSE_FORMATS = {fmt.planes[0].dtypes[0]: fmt for fmt in FORMATS.values() if fmt.mode == "dense"}
-FP8_BLOCK = 128  # rows and columns that share a scale in checkpoints of FP8
+FP8 = FORMATS["fp8"]
+FP8_BLOCK = FP8.group_size  # rows and columns that share a scale
 # Those that mx.quantize packs to: it knows no factor of a matrix, and no squares of FP8.
 QUANTIZED = tuple(
     fmt
@@ -60,8 +61,16 @@ class Weight(NamedTuple):
 
 def dequantize(w: Weight, dtype: mx.Dtype) -> mx.array:
     """The values [..., n, k] of a weight that is not dense, in float32 and rounded once."""
+    if w.format == FP8:
+        return _decoded_fp8(*w.planes).astype(dtype)
     values = mx.dequantize(w.planes[0], **w.quantization, dtype=mx.float32)
     return (values if w.factor is None else values * w.factor[..., None, None]).astype(dtype)
+
+
+def _decoded_fp8(codes: mx.array, scales: mx.array) -> mx.array:
+    """Each code times the scale of its square, in float32."""
+    scales = mx.repeat(mx.repeat(scales.astype(mx.float32), FP8_BLOCK, -1), FP8_BLOCK, -2)
+    return mx.from_fp8(codes, mx.float32) * scales[..., : codes.shape[-2], : codes.shape[-1]]
 
 
 def dense_format(dtype: mx.Dtype) -> Format:

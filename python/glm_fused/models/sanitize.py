@@ -1,10 +1,10 @@
-"""Checkpoint tensors to parameters: experts stacked, ``kv_b_proj`` split, FP8 to bfloat16."""
+"""Checkpoint tensors to parameters: experts stacked, ``kv_b_proj`` split, other FP8 to bfloat16."""
 
 from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
-from ..formats.weights import FP8_BLOCK, PLANES, Format, Weight, plane_names
+from ..formats.weights import FP8, FP8_BLOCK, PLANES, Format, Weight, plane_names
 from .config import ModelArgs
 from .tensor_names import unused
 from .tensors import Form, Module, modules
@@ -25,6 +25,9 @@ def sanitize(
         scale_inv, target = weights.pop(name), name.removesuffix("_scale_inv")
         if target not in weights:
             raise ValueError(f"[weights] {name} scales {target}, which is missing.")
+        if formats.get(path := target.removesuffix(".weight")) == FP8:
+            weights[f"{path}.scales"] = scale_inv
+            continue
         weights[target] = dequantize_fp8(target, weights[target], scale_inv)
     for module in modules(args):
         if module.experts:

@@ -5,7 +5,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..formats import kv_rows
-from ..formats.weights import Format, Weight
+from ..formats.weights import Format, Weight, dequantize
 from .chunks import over_queries
 from .steps import expert_sum, swiglu
 from .topk import topk_indices
@@ -23,7 +23,7 @@ def quantized_matvec(x: mx.array, w: Weight) -> mx.array:
     if w.format.mode == "dense":
         return (x @ weight.swapaxes(-1, -2)).astype(x.dtype)
     if not takes(w):
-        return x @ decoded_fp8(w).astype(x.dtype).swapaxes(-1, -2)
+        return x @ dequantize(w, x.dtype).swapaxes(-1, -2)
     if w.factor is None:
         return mx.quantized_matmul(x, weight, transpose=True, **w.quantization).astype(x.dtype)
     y = mx.quantized_matmul(x.astype(mx.float32), weight, transpose=True, **w.quantization)
@@ -37,20 +37,11 @@ def gather(x: mx.array, w: Weight, slots: mx.array, sorted_indices: bool = False
     if w.format.mode == "dense":
         return mx.gather_mm(x, weight.swapaxes(-1, -2), **how).astype(x.dtype)
     if not takes(w):
-        return mx.gather_mm(x, decoded_fp8(w).astype(x.dtype).swapaxes(-1, -2), **how)
+        return mx.gather_mm(x, dequantize(w, x.dtype).swapaxes(-1, -2), **how)
     if w.factor is None:
         return mx.gather_qmm(x, weight, transpose=True, **how, **w.quantization).astype(x.dtype)
     y = mx.gather_qmm(x.astype(mx.float32), weight, transpose=True, **how, **w.quantization)
     return (y * w.factor[slots][..., None, None]).astype(x.dtype)
-
-
-def decoded_fp8(w: Weight) -> mx.array:
-    """The values of an FP8 weight [..., n, k] in float32: each code times its square's scale."""
-    codes, scales = w.planes
-    _, square = w.format.planes
-    scales = mx.repeat(scales.astype(mx.float32), w.format.group_size, axis=-1)
-    scales = mx.repeat(scales, square.rows, axis=-2)[..., : codes.shape[-2], :]
-    return mx.from_fp8(codes, mx.float32) * scales
 
 
 def moe_decode(

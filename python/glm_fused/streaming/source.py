@@ -11,12 +11,14 @@ from types import TracebackType
 from typing import NamedTuple
 
 from ..checkpoint.folder import Checkpoint
-from ..checkpoint.safetensors_header import DTYPES, ITEM_BYTES, TensorInfo
-from ..formats.weights import PLANES
+from ..checkpoint.safetensors_header import DTYPES, ITEM_BYTES, NAMES, TensorInfo
+from ..checkpoint.stored import OTHER_NAMES
+from ..formats.weights import FORMATS, FP8, FP8_BLOCK, PLANES, Format, plane_shape
 from ..models.config import ModelArgs
 from ..models.tensors import Form, Module, expert_modules
 
-_OF_MODELOPT = {"scales": "weight_scale", "global_scale": "weight_scale_2"}
+# The formats whose planes have other names on disk, by a tensor that no other has.
+_BY_SCALES = {"weight_scale_2": FORMATS["nvfp4-global"], "weight_scale_inv": FP8}
 
 
 class Part(NamedTuple):
@@ -126,7 +128,7 @@ class ExpertReader:
 def checkpoint_source(checkpoint: Checkpoint, args: ModelArgs) -> ExpertSource:
     """The experts in a checkpoint's own shards, in any layout that needs no conversion.
 
-    Raises ValueError for FP8 experts, whose blocks the kernels do not take.
+    Raises ValueError for experts in a form that kernels do not read as it lies on disk.
     """
     files = {checkpoint.path / name: size for name, size in checkpoint.files.items()}
     index = {name: i for i, name in enumerate(checkpoint.files)}
@@ -147,28 +149,36 @@ def _layer(
         form, projection = module.form_in(tensors), module.path.rpartition(".")[2]
         names = [f"{path}{{}}" for path in form.paths(module.experts)]
         _check_streamable(tensors, form, module)
-        of_modelopt = names[0].format(".weight_scale_2") in tensors
+        fmt = _format_by_scales(tensors, names[0])
         for leaf in PLANES:
-            stored = _OF_MODELOPT.get(leaf, leaf) if of_modelopt else leaf
-            suffix = form.suffix if leaf == "weight" else f".{stored}"
-            found = [tensors[name] for name in (n.format(suffix) for n in names) if name in tensors]
+            suffixes = [f".{other}" for other in (leaf, *OTHER_NAMES.get(leaf, ()))]
+            if leaf == "weight":
+                suffixes = [form.suffix]
+            stored = [n.format(suffix) for n in names for suffix in suffixes]
+            found = [tensors[name] for name in stored if name in tensors]
             if not found:
                 continue
             shape, places = _places(found, form, module)
             part = Part(f"{projection}.{leaf}", found[0].dtype, shape)
-            parts.append(_of_modelopt(part) if of_modelopt else part)
+            parts.append(part if fmt is None else _plane(part, leaf, fmt, module))
             columns.append([(index[info.file], at) for info, at in places])
     locations = tuple(column[e] for e in range(modules[0].experts) for column in columns)
     return LayerExperts(tuple(parts), locations)
 
 
-def _of_modelopt(part: Part) -> Part:
-    """The part as a plane of ``nvfp4-global``, which has the same bytes."""
-    if part.dtype == "U8":  # codes: four bytes are a word
-        return Part(part.name, "U32", (*part.shape[:-1], part.shape[-1] // 4))
-    if part.dtype == "F8_E4M3":
-        return part._replace(dtype="U8")
-    return part._replace(shape=())  # the factor, which may be stored as [1]
+def _format_by_scales(tensors: Mapping[str, TensorInfo], name: str) -> Format | None:
+    """The format of a weight whose planes have other types or names on disk, else None."""
+    for scales, fmt in _BY_SCALES.items():
+        if name.format(f".{scales}") in tensors:
+            return fmt
+    return None
+
+
+def _plane(part: Part, leaf: str, fmt: Format, module: Module) -> Part:
+    """The part as a plane of the format, which has the same bytes."""
+    plane = next(plane for plane in fmt.planes if plane.name == leaf)
+    dtype = part.dtype if len(plane.dtypes) > 1 else NAMES[plane.dtypes[0]]
+    return Part(part.name, dtype, plane_shape(fmt, plane, module.shape[1:]))
 
 
 def _check_streamable(tensors: Mapping[str, TensorInfo], form: Form, module: Module) -> None:
@@ -180,8 +190,14 @@ def _check_streamable(tensors: Mapping[str, TensorInfo], form: Form, module: Mod
             " biases that kernels read are not in its files; convert the checkpoint with"
             " python -m glm_fused.mlx_lm convert."
         )
-    dtype = tensors[first + form.suffix].dtype
-    if dtype not in DTYPES or f"{first}.weight_scale_inv" in tensors:
+    dtype, columns = tensors[first + form.suffix].dtype, module.shape[-1]
+    fp8 = f"{first}.weight_scale_inv" in tensors
+    if fp8 and columns % FP8_BLOCK:
+        raise ValueError(
+            f"[slots] {layer} has FP8 experts of {columns} columns, expected a multiple of"
+            f" {FP8_BLOCK} to stream them."
+        )
+    if dtype not in DTYPES and not fp8 and f"{first}.weight_scale_2" not in tensors:
         raise ValueError(
             f"[slots] {layer} has {dtype} experts, which cannot be streamed; convert the"
             " checkpoint with mlx_lm.convert."
