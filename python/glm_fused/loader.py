@@ -151,8 +151,7 @@ def open_model(
     if stream is not None:
         source = find_source(checkpoint, args, stream.sidecar)
         plan = plan_streaming(inventory, args, source, stream, kv_format)
-    integers = inventory.written_by(compressed_tensors.METHOD)
-    check_stored_shapes(checkpoint, {path: shape for path, (_, shape) in integers.items()})
+    check_stored_shapes(checkpoint, inventory.written_by(compressed_tensors.METHOD))
     weights = _read_lazily(checkpoint)
     defaults, cache_limit = checkpoint_options(checkpoint.path), None
     if stream is None:
@@ -166,9 +165,7 @@ def open_model(
     model.kv_format = kv_format
     set_defaults(model, defaults)
     scales = _hidden_scales(weights, args, formats, only_mlx_formats)
-    weights = _as_parameters(weights, inventory, model)
-    if only_mlx_formats:
-        dequantize_unknown(weights, formats)
+    weights = _as_parameters(weights, inventory, model, only_mlx_formats)
     _pack_modules(model, weights, formats)
     model.eval()
     model.load_weights(list(weights.items()), strict=True)
@@ -176,14 +173,17 @@ def open_model(
 
 
 def _as_parameters(
-    weights: dict[str, mx.array], inventory: Inventory, model: Model
+    weights: dict[str, mx.array], inventory: Inventory, model: Model, only_mlx_formats: bool
 ) -> dict[str, mx.array]:
     """The tensors that were read, under the names and in the formats of the model's parameters."""
     for method, convert in _CONVERSIONS.items():
         found = inventory.written_by(method).items()
         here = {path: fmt for path, (fmt, _) in found if f"{path}.weight_scale" in weights}
         convert(weights, here, model.args)  # streamed experts are not here
-    return model.sanitize(weights, inventory.formats)
+    weights = model.sanitize(weights, inventory.formats)
+    if only_mlx_formats:
+        dequantize_unknown(weights, inventory.formats)
+    return weights
 
 
 def _hidden_scales(
