@@ -311,6 +311,24 @@ def test_other_groups_are_refused(changes, message):
         parse("q", modelopt.quantization_config(**changes))
 
 
+def test_scales_that_the_index_leaves_out(tmp_path):
+    """As modelopt's own script for GLM-5 writes it; what else is not listed stays an error."""
+    stored, _ = modelopt.checkpoint_tensors(config_of())
+    expected = logits(made.write(tmp_path / "single", config_of(), stored))
+    path = write_checkpoint(tmp_path / "shards", config_of(), edit=lambda _: stored, shards=2)
+    file = path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    scales = [name for name in stored if name.endswith(("_scale", "_scale_2"))]
+    for name in scales:
+        del index["weight_map"][name]
+    file.write_text(json.dumps(index))
+    assert np.array_equal(logits(path), expected)
+    del index["weight_map"][f"{EXPERT}.weight"]
+    file.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"'{EXPERT}\.weight' is here, but .* has it in None"):
+        load_model(path)
+
+
 STALE = ({}, {"quant_algo": "FP8"}, {"quant_algo": None}, {"group_size": 128})
 
 
