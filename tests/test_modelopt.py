@@ -1,6 +1,7 @@
 """NVFP4 checkpoints of modelopt give the logits of the numbers that they stand for."""
 
 import json
+import sys
 
 import integer_checkpoints as made
 import mlx.core as mx
@@ -10,11 +11,13 @@ import pytest
 from conftest import tiny_config, write_checkpoint
 from mlx.utils import tree_flatten
 from modelopt_checkpoints import config_of, declare_beside, every_linear
+from test_generate import write_tokenizer
 
-from glm_fused import reference_path
+from glm_fused import Engine, reference_path
 from glm_fused.checkpoint.description import describe
 from glm_fused.checkpoint.modelopt import parse
 from glm_fused.loader import load_model
+from glm_fused.mlx_lm import __main__ as mlx_lm_tools
 
 TOKENS = mx.array([np.random.default_rng(1).integers(0, 256, 40).tolist()])
 EXPERT = "model.layers.1.mlp.experts.7.up_proj"
@@ -308,6 +311,24 @@ def test_other_groups_are_refused(changes, message):
         parse("q", modelopt.quantization_config(**changes))
 
 
+def test_scales_that_the_index_leaves_out(tmp_path):
+    """As modelopt's own script for GLM-5 writes it; what else is not listed stays an error."""
+    stored, _ = modelopt.checkpoint_tensors(config_of())
+    expected = logits(made.write(tmp_path / "single", config_of(), stored))
+    path = write_checkpoint(tmp_path / "shards", config_of(), edit=lambda _: stored, shards=2)
+    file = path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    scales = [name for name in stored if name.endswith(("_scale", "_scale_2"))]
+    for name in scales:
+        del index["weight_map"][name]
+    file.write_text(json.dumps(index))
+    assert np.array_equal(logits(path), expected)
+    del index["weight_map"][f"{EXPERT}.weight"]
+    file.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"'{EXPERT}\.weight' is here, but .* has it in None"):
+        load_model(path)
+
+
 STALE = ({}, {"quant_algo": "FP8"}, {"quant_algo": None}, {"group_size": 128})
 
 
@@ -352,3 +373,81 @@ def test_a_malformed_file_beside_the_config(tmp_path):
             ValueError, match=r"hf_quant_config\.json: quantization .*, expected an obj"
         ):
             load_model(path)
+
+
+def run_tool(monkeypatch, *arguments):
+    """One of mlx-lm's commands, in this process."""
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments)])
+    return mlx_lm_tools.main()
+
+
+def converted(tmp_path, monkeypatch, *options, beside=False, packs=PACKED["experts"]):
+    """A checkpoint, the values of its weights, and what ``convert`` made of it."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    stored, values = modelopt.checkpoint_tensors(config_of(beside), packs, "bfloat16")
+    made.write(source, config_of(beside), stored)
+    if beside:
+        declare_beside(source)
+    write_tokenizer(source)
+    arguments = ("--hf-path", source, "--mlx-path", target, *options)
+    assert run_tool(monkeypatch, "convert", *arguments) == 0
+    dense = {name: mx.array(array).astype(mx.bfloat16) for name, array in values.items()}
+    kept = {name: stored[name] for name in dense if f"{name}_scale" not in stored}
+    return target, dense | kept
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["config.json", "hf_quant_config.json"])
+@pytest.mark.parametrize("options", [(), ("-d",)], ids=["as it is", "-d"])
+@pytest.mark.parametrize("packs", [PACKED["experts"], every_linear], ids=["experts", "every"])
+def test_convert_gives_the_values(tmp_path, monkeypatch, packs, options, beside):
+    target, values = converted(tmp_path, monkeypatch, *options, beside=beside, packs=packs)
+    config = json.loads((target / "config.json").read_text())
+    assert not {"quantization", "quantization_config", "hf_quant_config"} & config.keys()
+    expected = made.write(tmp_path / "dense", tiny_config(), values)
+    found, wanted = (dict(tree_flatten(load_model(p)[0].parameters())) for p in (target, expected))
+    assert found.keys() == wanted.keys()
+    assert [name for name in found if not mx.array_equal(found[name], wanted[name])] == []
+
+
+def test_convert_quantizes_the_values(tmp_path, monkeypatch):
+    target, values = converted(tmp_path, monkeypatch, "-q", "--q-bits", 8)
+    model, config = load_model(target)
+    assert config["quantization"]["bits"] == 8
+    layer = model.layers[1].mlp.switch_mlp.up_proj
+    planes = layer.weight[7], layer.scales[7], layer.biases[7]
+    for plane, expected in zip(planes, mx.quantize(values[f"{EXPERT}.weight"], 64, 8), strict=True):
+        assert mx.array_equal(plane, expected)
+
+
+def test_stock_code_refuses_what_it_would_mistake(tmp_path):
+    """Without its factor a weight is another, so MLX must not take one for its own nvfp4."""
+    layer = load_model(write(tmp_path))[0].layers[1].mlp.switch_mlp.up_proj
+    with pytest.raises(ValueError, match="nvfp4-global"):
+        mx.dequantize(layer.weight, layer.scales, None, layer.group_size, layer.bits, layer.mode)
+
+
+@pytest.mark.parametrize("part", ["weight_scale", "weight_scale_2"])
+def test_nan_is_named_where_weights_become_dense(tmp_path, part):
+    byte = NAN if part == "weight_scale_2" else b"\x7f"
+    path = write(tmp_path, edit=spoil(f"{EXPERT}.{part}", 0, byte))
+    with pytest.raises(ValueError, match=rf"{EXPERT}\.{part} has .* at \[.*\], expected"):
+        Engine(path, tokenizer=False, only_mlx_formats=True)
+
+
+def test_lora_trains_on_the_values(tmp_path, monkeypatch, capsys):
+    """And what it gives is used with the packed weights."""
+    source, data, adapter = write(tmp_path / "model", dtype="bfloat16"), tmp_path / "data", "a"
+    write_tokenizer(source)
+    data.mkdir()
+    for split in ("train", "valid"):
+        (data / f"{split}.jsonl").write_text(4 * (json.dumps({"text": "w3 w5 w7 w9"}) + "\n"))
+    mx.disable_compile()
+    try:
+        arguments = ("--model", source, "--train", "--data", data, "--iters", 2, "--batch-size", 2)
+        arguments += ("--num-layers", 2, "--adapter-path", tmp_path / adapter)
+        assert run_tool(monkeypatch, "lora", *arguments) == 0
+        generate = ("--model", source, "--adapter-path", tmp_path / adapter, "--prompt", "w3")
+        generate += ("--max-tokens", 3, "--ignore-chat-template")
+        assert run_tool(monkeypatch, "generate", *generate) == 0
+    finally:
+        mx.enable_compile()

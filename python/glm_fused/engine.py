@@ -50,6 +50,7 @@ class Engine:
         *,
         lazy: bool = False,
         tokenizer: bool = True,
+        only_mlx_formats: bool = False,
     ):
         """Load the checkpoint in the folder ``path``.
 
@@ -58,6 +59,8 @@ class Engine:
             options: how to load it; None: all in memory, caches in the type of the activations.
             lazy: read parameters when they are first used, without a check of scales for NaN.
             tokenizer: load the tokenizer too; generating needs it, `step` does not.
+            only_mlx_formats: have weights in formats that MLX does not know become dense, in
+                bfloat16, and `config` say so, for what trains or saves the model.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -69,7 +72,9 @@ class Engine:
         folder = checkpoint_folder(path)
         if tokenizer and not (folder / "tokenizer_config.json").exists():
             raise FileNotFoundError(f"{folder} has no tokenizer_config.json.")
-        opened = open_model(folder, self.options.kv_format, self.options.stream_options())
+        opened = open_model(
+            folder, self.options.kv_format, self.options.stream_options(), only_mlx_formats
+        )
         self.path: Path = opened.checkpoint.path
         self.config: dict[str, Any] = opened.config
         self._opened: Opened | None = opened

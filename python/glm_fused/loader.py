@@ -25,6 +25,7 @@ from .models.config import ModelArgs, args_from_config
 from .models.decoder import Model
 from .models.packed_floats import to_nvfp4
 from .models.packed_integers import to_affine
+from .models.planes import dequantize_unknown
 from .models.tensor_names import is_expert, unused
 from .streaming.banks import attach_banks, find_source, plan_streaming
 from .streaming.model import StreamedModel
@@ -39,6 +40,7 @@ _SCALE_SUFFIXES = (
     ".kv_b_proj.weight_scale",
     ".kv_b_proj.weight_scale_2",
 )
+_MODELOPT_SUFFIXES = (".weight_scale", ".weight_scale_2")
 
 
 @dataclass(frozen=True)
@@ -46,18 +48,20 @@ class Opened:
     """A checkpoint and its model, over parameters that are read when they are first used.
 
     ``scales`` are those that no parameter of the model will show. ``cache_limit`` is MLX's, in
-    bytes, from before streaming lowered it; None where it did not.
+    bytes, from before streaming lowered it; None where it did not. ``only_mlx_formats`` tells that
+    the model's parameters are in formats that MLX knows.
     """
 
     model: Model
     checkpoint: Checkpoint
     scales: list[Scales]
     cache_limit: int | None = None
+    only_mlx_formats: bool = False
 
     @property
     def config(self) -> dict[str, Any]:
-        """The checkpoint's config; of compressed-tensors, as MLX would write it of the model."""
-        return _config_as_loaded(self.checkpoint.config, self.model)
+        """The checkpoint's config, or what MLX would write of a model in formats that it knows."""
+        return _config_as_loaded(self.checkpoint.config, self.model, self.only_mlx_formats)
 
     def read(self) -> None:
         """Read the parameters one by one, and check scales; errors are those of `load_model`."""
@@ -127,9 +131,16 @@ def load(
 
 
 def open_model(
-    path: str | os.PathLike[str], kv_format: str, stream: StreamOptions | None
+    path: str | os.PathLike[str],
+    kv_format: str,
+    stream: StreamOptions | None,
+    only_mlx_formats: bool = False,
 ) -> Opened:
-    """Check a checkpoint and make its model; no data is read. Errors are those of `load_model`."""
+    """Check a checkpoint and make its model; no data is read. Errors are those of `load_model`.
+
+    With ``only_mlx_formats`` a weight in another format becomes dense, in bfloat16; streamed
+    experts do not.
+    """
     check_kv_format(kv_format)
     checkpoint = Checkpoint.open(path)
     args = args_from_config(checkpoint.config)
@@ -140,8 +151,7 @@ def open_model(
     if stream is not None:
         source = find_source(checkpoint, args, stream.sidecar)
         plan = plan_streaming(inventory, args, source, stream, kv_format)
-    integers = inventory.written_by(compressed_tensors.METHOD)
-    check_stored_shapes(checkpoint, {path: shape for path, (_, shape) in integers.items()})
+    check_stored_shapes(checkpoint, inventory.written_by(compressed_tensors.METHOD))
     weights = _read_lazily(checkpoint)
     defaults, cache_limit = checkpoint_options(checkpoint.path), None
     if stream is None:
@@ -154,47 +164,62 @@ def open_model(
         weights = {name: array for name, array in weights.items() if not is_expert(name)}
     model.kv_format = kv_format
     set_defaults(model, defaults)
-    scales = _hidden_scales(weights, args, formats)
-    weights = _as_parameters(weights, inventory, model)
+    scales = _hidden_scales(weights, args, formats, only_mlx_formats)
+    weights = _as_parameters(weights, inventory, model, only_mlx_formats)
     _pack_modules(model, weights, formats)
     model.eval()
     model.load_weights(list(weights.items()), strict=True)
-    return Opened(model, checkpoint, scales, cache_limit)
+    return Opened(model, checkpoint, scales, cache_limit, only_mlx_formats)
 
 
 def _as_parameters(
-    weights: dict[str, mx.array], inventory: Inventory, model: Model
+    weights: dict[str, mx.array], inventory: Inventory, model: Model, only_mlx_formats: bool
 ) -> dict[str, mx.array]:
     """The tensors that were read, under the names and in the formats of the model's parameters."""
     for method, convert in _CONVERSIONS.items():
         found = inventory.written_by(method).items()
         here = {path: fmt for path, (fmt, _) in found if f"{path}.weight_scale" in weights}
         convert(weights, here, model.args)  # streamed experts are not here
-    return model.sanitize(weights, inventory.formats)
+    weights = model.sanitize(weights, inventory.formats)
+    if only_mlx_formats:
+        dequantize_unknown(weights, inventory.formats)
+    return weights
 
 
 def _hidden_scales(
-    weights: Mapping[str, mx.array], args: ModelArgs, formats: Mapping[str, Format]
+    weights: Mapping[str, mx.array],
+    args: ModelArgs,
+    formats: Mapping[str, Format],
+    only_mlx_formats: bool,
 ) -> list[Scales]:
     """Scales of tensors that become parameters of another form."""
+    suffixes = _SCALE_SUFFIXES + (_MODELOPT_SUFFIXES if only_mlx_formats else ())
     return [
         Scales(name, array, formats.get(name.rpartition(".")[0]))
         for name, array in weights.items()
-        if name.endswith(_SCALE_SUFFIXES) and unused(name, args) is None
+        if name.endswith(suffixes) and unused(name, args) is None
     ]
 
 
-def _config_as_loaded(config: dict[str, Any], model: Model) -> dict[str, Any]:
-    """The config with which the model's parameters, once saved, are a checkpoint."""
-    declared = config.get("quantization_config")
-    if not isinstance(declared, dict) or declared.get("quant_method") != compressed_tensors.METHOD:
+def _config_as_loaded(
+    config: dict[str, Any], model: Model, only_mlx_formats: bool
+) -> dict[str, Any]:
+    """The config with which the model's parameters, once saved, are a checkpoint for MLX.
+
+    It stays as it is where MLX wrote it, and where parameters may be in a format of another method.
+    """
+    declared = config.get("quantization_config") or config.get("hf_quant_config") or {}
+    method = declared.get("quant_method")
+    converted = only_mlx_formats or method == compressed_tensors.METHOD
+    if config.get("quantization") is not None or method is None or not converted:
         return config
     formats = {
         path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
         for path, module in model.named_modules()
         if "scales" in module
     }
-    rest = {key: value for key, value in config.items() if key != "quantization_config"}
+    declarations = ("quantization_config", "hf_quant_config")
+    rest = {key: value for key, value in config.items() if key not in declarations}
     if not formats:
         return rest
     usual = max(formats.values(), key=list(formats.values()).count)

@@ -142,13 +142,15 @@ def _expect(where: str, found: object, *options: object) -> None:
         raise ValueError(f"[config] {where} is {show(found)}, expected {expected}.")
 
 
-def check_stored_shapes(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Read the ``weight_shape`` of each module and raise ValueError unless it is as in ``shapes``.
+def check_stored_shapes(
+    checkpoint: Checkpoint, packed: Mapping[str, tuple[Format, tuple[int, ...]]]
+) -> None:
+    """Read the ``weight_shape`` of each module and raise ValueError unless it is as in ``packed``.
 
     The headers have to have passed ``check_tensors``.
     """
     by_file: dict[str, list[str]] = {}
-    for path in shapes:
+    for path in packed:
         name = f"{path}.weight_shape"
         by_file.setdefault(checkpoint.tensors[name].file, []).append(path)
     for file_name, paths in by_file.items():
@@ -159,8 +161,8 @@ def check_stored_shapes(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, 
                 sizes = struct.unpack(
                     "<2q" if info.dtype == "I64" else "<2i", file.read(info.nbytes)
                 )
-                if sizes != shapes[path]:
+                if sizes != (expected := packed[path][1]):
                     raise ValueError(
                         f"[checkpoint] {path}.weight_shape ({file_name}) is {list(sizes)}, expected"
-                        f" {list(shapes[path])} as config.json says."
+                        f" {list(expected)} as config.json says."
                     )

@@ -19,6 +19,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DECLARATION_FILE = "hf_quant_config.json"
 MAX_JSON_BYTES = 100_000_000
+_UNLISTED = ("weight_scale", "weight_scale_2", "input_scale")
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def _read_shards(path: Path, weight_map: dict[str, str]) -> dict[str, TensorInfo
                     f"[checkpoint] {path}: tensor {quoted(name)} is in both {tensors[name].file}"
                     f" and {file}."
                 )
-            if weight_map.get(name) != file:
+            if weight_map.get(name) != file and not _scales_of_listed(name, file, weight_map):
                 raise ValueError(
                     f"[checkpoint] {path / file}: tensor {quoted(name)} is here, but {INDEX_FILE}"
                     f" has it in {show(weight_map.get(name))}."
@@ -152,3 +153,13 @@ def _read_shards(path: Path, weight_map: dict[str, str]) -> dict[str, TensorInfo
                 " here."
             )
     return tensors
+
+
+def _scales_of_listed(name: str, file: str, weight_map: dict[str, str]) -> bool:
+    """Whether a tensor that the index leaves out is a scale of a weight that it has in the file.
+
+    One of modelopt's scripts, for DeepSeek and GLM-5, writes scales and keeps the index as it was.
+    """
+    module, _, leaf = name.rpartition(".")
+    listed = weight_map.get(f"{module}.weight") == file
+    return name not in weight_map and leaf in _UNLISTED and listed

@@ -100,7 +100,7 @@ def _our_options(command: str) -> Iterator[None]:
         argparse.ArgumentParser.parse_args = stock  # type: ignore[method-assign]
         if command in READING_ALL:
             _refuse_ours(command, parser)
-            register(Loading(refusal=REFUSALS.get(command)))
+            register(Loading(refusal=REFUSALS.get(command), only_mlx_formats=True))
         elif command in GENERATING:
             _add_ours(parser)
         parsed: argparse.Namespace = stock(parser, args, namespace)

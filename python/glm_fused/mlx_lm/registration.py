@@ -41,12 +41,15 @@ class Loading:
         unsupported: options of mlx-lm's on the command line, with their values, that
             these models do not take.
         refusal: why the command does not work on these models, or None.
+        only_mlx_formats: have weights in formats that MLX does not know become dense, since the
+            command reads them itself.
     """
 
     options: EngineOptions = field(default_factory=EngineOptions)
     given: list[str] = field(default_factory=list)
     unsupported: Mapping[str, Any] = field(default_factory=dict)
     refusal: str | None = None
+    only_mlx_formats: bool = False
 
 
 _loading = Loading()
@@ -103,7 +106,13 @@ def _load_model(
         )
         return loaded
     _check_options(path, strict, model_config or {})
-    engine = Engine(path, _loading.options, lazy=lazy, tokenizer=False)  # mlx-lm has its own
+    engine = Engine(
+        path,
+        _loading.options,
+        lazy=lazy,
+        tokenizer=False,  # mlx-lm has its own
+        only_mlx_formats=_loading.only_mlx_formats,
+    )
     if engine.streaming is not None:
         _remember(engine.model)
         print(engine.streaming.plan.format(), file=sys.stderr)

@@ -1,11 +1,12 @@
 """Checkpoint tensors to parameters: experts stacked, ``kv_b_proj`` split, other FP8 to bfloat16."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import mlx.core as mx
 
 from ..formats.weights import FP8, FP8_BLOCK, PLANES, Format, Weight, plane_names
 from .config import ModelArgs
+from .planes import stack
 from .tensor_names import unused
 from .tensors import Form, Module, modules
 
@@ -57,17 +58,6 @@ def dequantize_fp8(name: str, weight: mx.array, scale_inv: mx.array) -> mx.array
     values = values * scale_inv.astype(mx.float32)[:, None, :, None]
     values = values.astype(mx.bfloat16).reshape(weight.shape)
     return values if values.shape == (m, n) else mx.contiguous(values[:m, :n])
-
-
-def stack(parts: Sequence[mx.array]) -> mx.array:
-    """``mx.stack`` that needs each part only until it is copied.
-
-    The updates reuse one buffer, so evaluation need not hold all the parts beside the result.
-    """
-    result = mx.zeros((len(parts), *parts[0].shape), parts[0].dtype)
-    for i, part in enumerate(parts):
-        result[i] = part
-    return result
 
 
 def _stack_experts(weights: dict[str, mx.array], module: Module) -> None:

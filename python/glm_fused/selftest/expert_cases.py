@@ -13,6 +13,7 @@ from .synthetic import DTYPES
 
 DENSE = None  # floats of the activations' dtype
 AFFINE4, MXFP4 = FORMATS["affine4"], FORMATS["mxfp4"]
+FACTORS = [fmt for fmt in FORMATS.values() if fmt.planes[-1].per_matrix]
 EACH: tuple[Format | None, ...] = (*QUANTIZED, DENSE)
 
 
@@ -144,6 +145,17 @@ def _shapes() -> list[Case]:
     ]
 
 
+def _with_factors() -> list[Case]:
+    """Formats with a factor a matrix, in both of MLX's orders."""
+    made: list[Case] = []
+    for fmt in FACTORS:
+        for dtype, tokens in zip(DTYPES, (1, 2, 16), strict=True):
+            made.append(MoeDecode(dtype, tokens, fmt, fmt, fmt, 512, 512))
+        made.append(MoeDecode("bfloat16", 5, fmt, fmt, DENSE, 384, 45))
+        made.append(MoeDecode("float16", 2, DENSE, DENSE, fmt, 77, 384))
+    return made
+
+
 _ROUTERS: list[Case] = [
     RouterTopk("bfloat16", 2, "bfloat16", 256, 6144, 8),
     RouterTopk("float16", 3, "float32", 36, 131, 5, 4, 2),
@@ -160,8 +172,9 @@ def _matvecs(dtypes: list[str]) -> list[Case]:
 
 def expert_cases(quick: bool) -> list[Case]:
     """Every format, the quick cases first."""
-    made = [*_by_format(1), *_ROUTERS, *_matvecs(["bfloat16"])]
+    made = [*_by_format(1), *_with_factors()[:1], *_ROUTERS, *_matvecs(["bfloat16"])]
     if not quick:
+        made += _with_factors()
         made += [*_by_format(3), *_odd_sizes(), *_shapes(), *_matvecs(["float16", "float32"])]
         made.append(RouterTopk("float32", 1, "float32", 37, 130, 8))
     return list(dict.fromkeys(made))

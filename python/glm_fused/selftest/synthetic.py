@@ -71,7 +71,10 @@ class Bits:
             return Weight((mx.array(packed), scales, biases), fmt)
         if fmt.mode == "mxfp8":
             packed &= np.uint32(0xBFBFBFBF)  # no NaN codes
-        return Weight((mx.array(packed), mx.array(self._scale_bytes(groups, fmt, size))), fmt)
+        planes = [mx.array(packed), mx.array(self._scale_bytes(groups, fmt, size))]
+        if fmt.planes[-1].per_matrix:
+            planes.append(mx.abs(self.floats(tuple(lead[:-1]), mx.float32, spread=1)))
+        return Weight(planes, fmt)
 
     def _scale_bytes(self, shape: tuple[int, ...], fmt: Format, size: int) -> npt.NDArray[np.uint8]:
         raw = self.words(*shape)
