@@ -274,7 +274,7 @@ def test_simulator(capsys):
     if reason := metal_sim.unavailable():
         pytest.skip(reason)
     assert main(["selftest", "--backend", "metal-sim", "--quick"]) == 0
-    assert capsys.readouterr().out.count(" 25 of 25 cases passed") == 2
+    assert capsys.readouterr().out.count(" 26 of 26 cases passed") == 2
 
 
 def test_no_simulator(monkeypatch):

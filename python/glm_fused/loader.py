@@ -18,7 +18,7 @@ from .checkpoint.inventory import check_tensors
 from .checkpoint.reading import Scales, read_parameters
 from .checkpoint.stored import Inventory
 from .formats.kv_rows import check_kv_format
-from .formats.weights import Format
+from .formats.weights import FP8, Format
 from .generation.options import checkpoint_options, set_defaults
 from .generation.tokenizer import load_tokenizer
 from .models.config import ModelArgs, args_from_config
@@ -198,6 +198,7 @@ def _hidden_scales(
         Scales(name, array, formats.get(name.rpartition(".")[0]))
         for name, array in weights.items()
         if name.endswith(suffixes) and unused(name, args) is None
+        if only_mlx_formats or formats.get(name.rpartition(".")[0]) != FP8
     ]
 
 

@@ -13,7 +13,7 @@ from .synthetic import DTYPES
 
 DENSE = None  # floats of the activations' dtype
 AFFINE4, MXFP4 = FORMATS["affine4"], FORMATS["mxfp4"]
-FACTORS = [fmt for fmt in FORMATS.values() if fmt.planes[-1].per_matrix]
+OURS = [fmt for fmt in FORMATS.values() if fmt.mode != "dense" and fmt not in QUANTIZED]
 EACH: tuple[Format | None, ...] = (*QUANTIZED, DENSE)
 
 
@@ -145,15 +145,19 @@ def _shapes() -> list[Case]:
     ]
 
 
-def _with_factors() -> list[Case]:
-    """Formats with a factor a matrix, in both of MLX's orders."""
+def _unknown_to_mlx(dtypes_each: int) -> list[Case]:
+    """Formats that MLX does not know, with one or more activation dtypes."""
     made: list[Case] = []
-    for fmt in FACTORS:
-        for dtype, tokens in zip(DTYPES, (1, 2, 16), strict=True):
+    for fmt in OURS:
+        for dtype, tokens in list(zip(DTYPES, (1, 2, 16), strict=True))[:dtypes_each]:
             made.append(MoeDecode(dtype, tokens, fmt, fmt, fmt, 512, 512))
-        made.append(MoeDecode("bfloat16", 5, fmt, fmt, DENSE, 384, 45))
-        made.append(MoeDecode("float16", 2, DENSE, DENSE, fmt, 77, 384))
     return made
+
+
+def _unknown_of_odd_sizes() -> list[Case]:
+    """The same formats with odd row counts."""
+    up = [MoeDecode("bfloat16", 5, fmt, fmt, DENSE, 384, 45) for fmt in OURS]
+    return [*up, *(MoeDecode("float16", 2, DENSE, DENSE, fmt, 77, 384) for fmt in OURS)]
 
 
 _ROUTERS: list[Case] = [
@@ -172,9 +176,9 @@ def _matvecs(dtypes: list[str]) -> list[Case]:
 
 def expert_cases(quick: bool) -> list[Case]:
     """Every format, the quick cases first."""
-    made = [*_by_format(1), *_with_factors()[:1], *_ROUTERS, *_matvecs(["bfloat16"])]
+    made = [*_by_format(1), *_unknown_to_mlx(1), *_ROUTERS, *_matvecs(["bfloat16"])]
     if not quick:
-        made += _with_factors()
+        made += [*_unknown_to_mlx(3), *_unknown_of_odd_sizes()]
         made += [*_by_format(3), *_odd_sizes(), *_shapes(), *_matvecs(["float16", "float32"])]
         made.append(RouterTopk("float32", 1, "float32", 37, 130, 8))
     return list(dict.fromkeys(made))

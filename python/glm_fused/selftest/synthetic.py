@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ..formats.weights import Format, Weight
+from ..formats.weights import FP8, Format, Weight, plane_shape
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
@@ -63,7 +63,10 @@ class Bits:
         if fmt.mode == "dense":
             return Weight((self.floats(shape, fmt.planes[0].dtypes[0], size + 1),), fmt)
         packed = self.words(*lead, k * fmt.bits // 32)
-        groups = (*lead, k // fmt.group_size)
+        groups = plane_shape(fmt, fmt.planes[1], shape)
+        if fmt == FP8:
+            codes = mx.array(packed & np.uint32(0xBFBFBFBF)).view(mx.uint8)  # no NaN codes
+            return Weight((codes, mx.abs(self.floats(groups, dtype, size, spread=1))), fmt)
         if fmt.mode == "affine":
             top = 2 - fmt.bits + size
             scales = mx.abs(self.floats(groups, dtype, top, spread=1))
