@@ -348,6 +348,11 @@ def test_unknown_quantization_config(checkpoint, entry, message):
         load_model(path)
 
 
+def test_the_first_declaration_counts(checkpoint):
+    path = checkpoint(tiny_config(quantization_config=[4]), quantization=AFFINE)
+    assert load_model(path, lazy=True)[1]["quantization_config"] == [4]
+
+
 def test_group_that_does_not_divide(checkpoint):
     path = checkpoint(tiny_config(moe_intermediate_size=96), quantization=AFFINE)
     tensors = make_tensors(tiny_config(moe_intermediate_size=96), quantization=AFFINE)

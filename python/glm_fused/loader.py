@@ -209,10 +209,12 @@ def _config_as_loaded(
 
     It stays as it is where MLX wrote it, and where parameters may be in a format of another method.
     """
+    if config.get("quantization") is not None:
+        return config
     declared = config.get("quantization_config") or config.get("hf_quant_config") or {}
     method = declared.get("quant_method")
     converted = only_mlx_formats or method == compressed_tensors.METHOD
-    if config.get("quantization") is not None or method is None or not converted:
+    if method is None or not converted:
         return config
     formats = {
         path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
