@@ -40,8 +40,8 @@ _SCALE_SUFFIXES = (
 class Opened:
     """A checkpoint and its model, over parameters that are read when they are first used.
 
-    ``scales`` are those that no parameter of the model will show. ``cache_limit`` is MLX's, in
-    bytes, from before streaming lowered it; None where it did not.
+    ``scales`` are the stored scales that no parameter of the model keeps as they are.
+    ``cache_limit`` is MLX's limit in bytes before streaming lowered it; None where it did not.
     """
 
     model: Model
@@ -51,7 +51,7 @@ class Opened:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The checkpoint's config; of compressed-tensors, as MLX would write it of the model."""
+        """The checkpoint's config; MLX's own form of it where that is of compressed-tensors."""
         return _config_as_loaded(self.checkpoint.config, self.model)
 
     def read(self) -> None:
@@ -59,7 +59,7 @@ class Opened:
         read_parameters(self.model, self.checkpoint, self.scales)
 
     def restore_limit(self) -> None:
-        """Give MLX the limit that it had, for when the model is not used any more."""
+        """Give MLX back the limit that it had, once the model is not used any more."""
         if self.cache_limit is not None:
             mx.set_cache_limit(self.cache_limit)
 
@@ -77,8 +77,8 @@ def load_model(
     Args:
         path: the folder of a checkpoint; "demo" is the bundled model where there is no folder of
             that name.
-        lazy: read parameters when they are first used, without a check of scales for NaN. One that
-            cannot be read then is undefined, so load the model anew.
+        lazy: read parameters when they are first used, without a check of scales for NaN. The
+            values of one that cannot be read then are undefined, so load the model anew.
         kv_format: how the model's caches store keys: "auto" (as the activations), "bf16", "fp16",
             "fp32", "fp8" or "int8".
         stream: read routed experts as they are needed; ``model.streaming`` has the plan and
@@ -160,7 +160,7 @@ def open_model(
 def _hidden_scales(
     weights: Mapping[str, mx.array], args: ModelArgs, formats: Mapping[str, Format]
 ) -> list[Scales]:
-    """Scales of tensors that become parameters of another form."""
+    """The scales of tensors that become parameters of another form."""
     return [
         Scales(name, array, formats.get(name.rpartition(".")[0]))
         for name, array in weights.items()
@@ -169,7 +169,7 @@ def _hidden_scales(
 
 
 def _config_as_loaded(config: dict[str, Any], model: Model) -> dict[str, Any]:
-    """The config with which the model's parameters, once saved, are a checkpoint."""
+    """The config that makes a checkpoint of the model's parameters, once they are saved."""
     declared = config.get("quantization_config")
     if not isinstance(declared, dict) or declared.get("quant_method") != METHOD:
         return config
@@ -187,7 +187,7 @@ def _config_as_loaded(config: dict[str, Any], model: Model) -> dict[str, Any]:
 
 
 def _check_stop_tokens(checkpoint: Checkpoint, args: ModelArgs) -> None:
-    """A text would never end at a token that the model cannot choose."""
+    """Refuse stop tokens that the model cannot choose: a text would never end at them."""
     found = checkpoint.config.get("eos_token_id")
     for token in found if isinstance(found, list) else [found]:
         if token is not None and token >= args.vocab_size:
@@ -209,7 +209,7 @@ def _read_lazily(checkpoint: Checkpoint) -> dict[str, mx.array]:
 
 
 def _allow_open_files(count: int) -> None:
-    """Lazy arrays keep their file open, and macOS allows 256 files unless asked for more."""
+    """Raise the limit of open files: lazy arrays keep theirs open, and macOS allows only 256."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = count + 256
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -220,7 +220,7 @@ def _allow_open_files(count: int) -> None:
 def _pack_modules(
     model: Model, weights: Mapping[str, mx.array], formats: Mapping[str, Format]
 ) -> None:
-    """Replace each module that has scales by its packed form, still to be filled."""
+    """Replace each module that has scales by its packed form, which is filled later."""
     packed = [
         (path, module.unfilled(formats[path]))
         for path, module in model.named_modules()
