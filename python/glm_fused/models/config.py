@@ -10,7 +10,7 @@ from .layer_spec import SPARSE, LayerSpec, indexer_types, layer_specs, mlp_types
 from .rope import RopeParameters
 
 MAX_LAYERS = 1024  # bounds the work that a corrupt config can cause
-LEAST = 1e-20  # of what divides or scales: smaller numbers are 0 in float32
+LEAST = 1e-20  # the least that may divide or scale; far smaller numbers are 0 in float32
 
 SIZES = (
     "vocab_size",

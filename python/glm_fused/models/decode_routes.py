@@ -12,13 +12,13 @@ from .layer_spec import LayerSpec
 
 
 def attention_routes(args: ModelArgs, layer: LayerSpec) -> list[Route]:
-    """Of the ops of a layer's attention once a query has as many keys as it may select."""
+    """The routes of a layer's attention, for a query with at least ``index_topk`` keys."""
     routes = [choose("quantized_matvec"), choose("sparse_mla_decode", args.index_topk)]
     return [choose("indexer_topk"), *routes] if layer.is_full else routes
 
 
 def mlp_routes(args: ModelArgs, layer: LayerSpec) -> list[Route]:
-    """Of the ops of a layer's MLP, for one token."""
+    """The routes of the ops of a layer's MLP, for one token."""
     if not layer.is_sparse:
         return [choose("quantized_matvec")]
     top_k = args.num_experts_per_tok
@@ -26,7 +26,7 @@ def mlp_routes(args: ModelArgs, layer: LayerSpec) -> list[Route]:
 
 
 def path_taken(args: ModelArgs) -> str:
-    """ "reference", "fused", or "fused, but …" with the ops that fall back and why."""
+    """Name the path taken: "reference", "fused", or "fused, but …" with what falls back and why."""
     if paths.use_reference():
         return "reference"
     routes = [
@@ -39,7 +39,7 @@ def path_taken(args: ModelArgs) -> str:
 
 
 def explain(routes: Iterable[Route]) -> str:
-    """The code that runs, and for which ops; the CPU's kernels with their instruction set."""
+    """Say which code runs which ops; the CPU's kernels are named with their instruction set."""
     ops: dict[str, list[str]] = {}
     for route in dict.fromkeys(routes):
         code = route.kernel.name

@@ -22,7 +22,7 @@ class _Layer(nn.Module, ABC):
 
 
 class _Applied(_Layer):
-    """y = x W^T (+ bias), accumulated in float32 and returned in x's dtype."""
+    """Computes y = x W^T (+ bias), accumulated in float32 and returned in x's dtype."""
 
     def __call__(self, x: mx.array) -> mx.array:
         y = ops.quantized_matvec(x, self.as_weight())
@@ -35,9 +35,9 @@ class _Packed(nn.Module):
     format: Format
 
     def __init__(self, weight: ops.Weight, dense: nn.Module):
-        nn.Module.__init__(self)  # that of a stock layer would make a weight
+        nn.Module.__init__(self)  # a stock layer's own __init__ would make a weight
         self.format = fmt = weight.format
-        # What mlx-lm's tools ask of a quantized layer.
+        # mlx-lm's tools ask a quantized layer for these.
         self.group_size, self.bits, self.mode = fmt.group_size, fmt.bits, fmt.mode
         self.biases = None  # stock code reads it in every mode
         for name, plane in zip(plane_names(fmt), weight.planes, strict=True):
@@ -64,7 +64,7 @@ class _Packable(nn.Module):
         return self.packed_class(ops.Weight(mx.quantize(self.weight, **fmt.parameters), fmt), self)
 
     def unfilled(self, fmt: Format) -> _Packed:
-        """The layer in a format, zeros in the place of the planes to be loaded."""
+        """The layer in a format, with zeros in the place of the planes that are loaded later."""
         *rows, columns = self.weight.shape
         blocks = columns // fmt.group_size
         planes = [
@@ -95,7 +95,7 @@ class QuantizedLinear(_Applied, _Quantized, nn.QuantizedLinear):  # type: ignore
 
 
 class Linear(_Applied, _Dense, nn.Linear):  # type: ignore[misc]
-    """x [..., m, in] -> [..., m, out]."""
+    """Maps x [..., m, in] to [..., m, out]."""
 
     packed_class = QuantizedLinear
 
@@ -116,7 +116,7 @@ class QuantizedMultiLinear(_PerHead, _Quantized, switch_layers.QuantizedSwitchLi
 
 
 class MultiLinear(_PerHead, _Dense, switch_layers.SwitchLinear):  # type: ignore[misc]
-    """One matrix per head: x [..., heads, m, in] -> [..., heads, m, out]."""
+    """Maps x [..., heads, m, in] to [..., heads, m, out], with one matrix per head."""
 
     packed_class = QuantizedMultiLinear
 
@@ -125,11 +125,14 @@ class MultiLinear(_PerHead, _Dense, switch_layers.SwitchLinear):  # type: ignore
 
 
 class _PerExpert(_Layer):
-    """`SwitchMLP` has ``ops.moe_decode`` apply it, or calls it where one of three is adapted."""
+    """One projection of all experts.
+
+    `SwitchMLP` gives all three to ``ops.moe_decode``, and calls them where one has an adapter.
+    """
 
     def __call__(self, x: mx.array, experts: mx.array, sorted_indices: bool = False) -> mx.array:
-        """x [..., m, in] and experts [...] -> [..., m, out]."""
-        # On the CPU MLX accumulates in the type that it is given.
+        """Map x [..., m, in] by the matrices of integer experts [...] to [..., m, out]."""
+        # On the CPU MLX accumulates in the dtype of its input, hence float32.
         rows = x.astype(mx.float32) if mx.default_device() == mx.cpu else x
         return stock.gather(rows, self.as_weight(), experts, sorted_indices).astype(x.dtype)
 
@@ -162,7 +165,7 @@ class QuantizedEmbedding(_Packed, nn.QuantizedEmbedding):  # type: ignore[misc]
 
 
 class Embedding(_Packable, nn.Embedding):  # type: ignore[misc]
-    """Tokens to rows; also the weight of a tied output head."""
+    """Maps tokens to rows of its weight, which may be that of a tied output head too."""
 
     packed_class = QuantizedEmbedding
 
@@ -171,7 +174,7 @@ class Embedding(_Packable, nn.Embedding):  # type: ignore[misc]
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), x [..., m, hidden]."""
+    """Computes down(silu(gate(x)) * up(x)), a SwiGLU, of x [..., m, hidden]."""
 
     def __init__(self, hidden: int, intermediate: int):
         super().__init__()
@@ -180,10 +183,10 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate, hidden)
 
     def weights(self) -> tuple[ops.Weight, ops.Weight, ops.Weight]:
-        """Of gate, up and down."""
+        """The weights of gate, up and down."""
         return self.gate_proj.as_weight(), self.up_proj.as_weight(), self.down_proj.as_weight()
 
     def __call__(self, x: mx.array) -> mx.array:
-        # Not nn.silu: it is mx.compile'd, which on the CPU wants a C++ compiler at run time.
+        # nn.silu is compiled by mx.compile, which on the CPU wants a C++ compiler at run time.
         gate = self.gate_proj(x)
         return self.down_proj(gate * mx.sigmoid(gate) * self.up_proj(x))

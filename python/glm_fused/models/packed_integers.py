@@ -13,8 +13,8 @@ def to_affine(weights: dict[str, mx.array], packed: Mapping[str, Format], args: 
     """Replace the tensors of each module in ``packed`` by those of an affine weight, in place.
 
     A code q of b bits stands for ``(q - 2^(b - 1)) * scale``, so its bias is a power of two times
-    its scale, and the words are MLX's own. Of ``kv_b_proj``, the part that is transposed becomes
-    dense: quantizing it anew would change it.
+    its scale, and its words are laid out as MLX's own. The part of ``kv_b_proj`` that is transposed
+    becomes dense: quantizing it anew would change it.
     """
     transposed = {m.other_forms[0].path: m.path for m in modules(args) if m.kind == "embed_q"}
     for path, fmt in packed.items():
@@ -40,14 +40,14 @@ def zero_code(fmt: Format) -> int:
 
 
 def _per_head(rows: mx.array, args: ModelArgs) -> tuple[mx.array, mx.array]:
-    """Rows [heads * (nope + v), n] of ``kv_b_proj`` as [heads, nope, n] and [heads, v, n]."""
+    """Split rows [heads * (nope + v), n] of ``kv_b_proj`` in [heads, nope, n] and [heads, v, n]."""
     nope = args.qk_nope_head_dim
     heads = rows.reshape(args.num_attention_heads, nope + args.v_head_dim, -1)
     return heads[:, :nope], heads[:, nope:]
 
 
 def _dequantized(words: mx.array, scales: mx.array, fmt: Format) -> mx.array:
-    """The values in float32, rounded once to the scales' type."""
+    """The values of packed integers, computed in float32 and rounded once to the scales' dtype."""
     ones = mx.ones(scales.shape)
     codes = mx.dequantize(words, ones, ones * -zero_code(fmt), fmt.group_size, fmt.bits)
     values = codes * mx.repeat(scales.astype(mx.float32), fmt.group_size, axis=-1)
