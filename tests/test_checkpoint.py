@@ -353,7 +353,7 @@ def test_unknown_quantization_config(checkpoint, entry, message):
 
 
 def test_declaration_beside_the_config(checkpoint):
-    """modelopt may write hf_quant_config.json; config.json counts where it says something."""
+    """modelopt may write hf_quant_config.json; where config.json says something, that counts."""
     path = checkpoint(tiny_config())
     declared = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head"]}
     declared = {"producer": {"name": "modelopt", "version": "0.44"}, "quantization": declared}
