@@ -81,7 +81,7 @@ def run_op(rng):
 
 
 def run_model(rng):
-    """A function that runs a prompt and two tokens of a streamed model and tells if they are right."""
+    """A function that runs a prompt and two tokens of a streamed model; it says if it was right."""
     model = _state["fixture"].model(**random_options(rng))
     prompt = rng.choice(_state["fixture"].prompts)
     return lambda: tokens(generate_exactly(model, prompt, 2)) == prompt.expected[:2]
