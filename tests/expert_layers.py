@@ -32,7 +32,7 @@ class Case:
     used: int = 3
     seed: int = 0
     rows: int = 4
-    simdgroups: tuple[int, int] = (2, 8)  # of moe_gate_up and moe_down_sum
+    simdgroups: tuple[int, int] = (2, 8)  # moe_gate_up's and moe_down_sum's
 
     @property
     def tiles(self) -> tuple[int, int, int, int]:

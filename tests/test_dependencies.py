@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "python" / "glm_fused"
 
-# Low to high. A module may import what is in its own row or in a lower one.
+# The rows go from low to high. A module may import what is in its own row or in a lower one.
 # - ``checkpoint`` is above ``models``: it compares files with the modules of a model, and a model
 #   takes any weights that have its names.
 # - ``streaming`` is above both: it puts banks into a model, from the files of a checkpoint.

@@ -340,7 +340,7 @@ def test_load_brings_the_tokenizer(checkpoint):
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     model, found = load(path)
     assert found.encode("hello world") == [1, 2]
-    assert {250, 251} <= set(found.eos_token_ids)  # from config.json
+    assert {250, 251} <= set(found.eos_token_ids)  # config.json has them
     assert model(mx.array([[1, 2]])).shape == (1, 2, 256)
 
 

@@ -21,7 +21,7 @@ struct IndexArgs {
   const int* high;
   uint32_t* scores;  // [queries, stride], as ordered words; key t is column t
   size_t stride;
-  float* spare;  // of index_spare's size
+  float* spare;  // has index_spare's size
 };
 
 // What attention over one split takes, for one query token.

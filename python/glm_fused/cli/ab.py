@@ -56,9 +56,11 @@ class Comparison:
 
     @property
     def bit_identical(self) -> bool:
+        """Whether tokens and logits of all steps have the same bits."""
         return self.first_difference is None
 
     def describe(self) -> dict[str, Any]:
+        """The comparison, JSON-ready; ``tps`` is tokens a second."""
         fused, reference = self.fused, self.reference
         return {
             "bit_identical": self.bit_identical,

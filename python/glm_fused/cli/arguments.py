@@ -107,22 +107,26 @@ def read_prompt(text: str) -> str:
 
 
 def add_length(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add --max-tokens, whose help shows the ``default``."""
     kind = integer(1, 2**31 - 1)
     text = f"tokens to generate (default: {default})"
     parser.add_argument("--max-tokens", type=kind, metavar="N", help=text)
 
 
 def add_kv_format(parser: argparse.ArgumentParser, of: str = "") -> None:
+    """Add --kv-format; ``of`` says in its help which cache it is for."""
     text = f"how the cache{of} stores keys (default: as the activations)"
     parser.add_argument("--kv-format", choices=KV_FORMATS, default="auto", help=text)
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Add --threads."""
     threads = integer(1, MAX_THREADS)
     parser.add_argument("--threads", type=threads, metavar="N", help="of the CPU kernels")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json."""
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 

@@ -22,6 +22,7 @@ def discard(_: str) -> None:
 
 
 def print_json(document: dict[str, Any]) -> None:
+    """Print a document as JSON; raises ValueError for NaN and infinities in it."""
     print(json.dumps(document, indent=1, allow_nan=False))
 
 

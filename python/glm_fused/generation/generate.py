@@ -68,6 +68,7 @@ class Completion:
     kv_tokens: int
 
     def describe(self) -> dict[str, Any]:
+        """All of it, JSON-ready, with the number of tokens."""
         return asdict(self) | {"generation_tokens": len(self.tokens)}
 
 

@@ -64,6 +64,7 @@ class Options:
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
         return self.temp == 0
 
     def sampler(self, vocabulary: int) -> Sampler:

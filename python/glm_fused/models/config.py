@@ -125,6 +125,7 @@ class ModelArgs(BaseModelArgs):
 
     @property
     def qk_head_dim(self) -> int:
+        """The width of a head's queries and keys, its RoPE part included."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     def _check_scalars(self) -> None:

@@ -139,6 +139,7 @@ class Model(nn.Module):
 
     @property
     def layers(self) -> list[DecoderLayer]:
+        """The decoder's layers, where mlx-lm looks for them."""
         return self.model.layers
 
     @property
@@ -154,7 +155,10 @@ class Model(nn.Module):
 
     @property
     def kv_format(self) -> str:
-        """How new caches store keys: one of `glm_fused.formats.kv_rows`, ``auto`` at first."""
+        """How new caches store keys: one of `glm_fused.formats.kv_rows`, ``auto`` at first.
+
+        Setting another name raises ValueError.
+        """
         return self.layers[0].self_attn.kv_format
 
     @kv_format.setter

@@ -31,7 +31,7 @@ def embed(embedding: nn.Module, tokens: mx.array, vocabulary: int) -> mx.array:
     the result is evaluated on the CPU. A GPU cannot raise, and gives NaN.
     """
     if mx.default_device() == mx.gpu:
-        tokens = tokens.astype(mx.int64)  # which holds the vocabulary's size, too
+        tokens = tokens.astype(mx.int64)  # int64 can hold the vocabulary's size
         inside = (tokens >= 0) & (tokens < vocabulary)
         rows: mx.array = embedding(mx.where(inside, tokens, 0))
         return mx.where(inside[..., None], rows, mx.nan)

@@ -10,7 +10,10 @@ BUDGET_BYTES = 128 << 20  # scores take so much; temporaries around them about f
 def over_queries(
     part: Callable[[mx.array, int, int], mx.array], queries: mx.array, bytes_per_query: int
 ) -> mx.array:
-    """Concatenate ``part(queries[:, lo:hi], lo, hi)`` over chunks of axis 1, that of queries."""
+    """Concatenate ``part(queries[:, lo:hi], lo, hi)`` over chunks of ``queries`` [b, l, …].
+
+    A chunk's scores, at ``bytes_per_query``, stay within `BUDGET_BYTES`; it has at least one query.
+    """
     length = queries.shape[1]
     step = max(1, BUDGET_BYTES // max(bytes_per_query, 1))
     if step >= length:

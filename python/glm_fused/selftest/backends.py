@@ -23,12 +23,14 @@ class Backend:
 
     @property
     def title(self) -> str:
+        """The name, with the mode of a simulated backend."""
         if self.name != "metal-sim":
             return self.name
         return f"{self.name}, contraction {'on' if self.contract else 'off'}"
 
     @property
     def runs_kernels_on_gpu(self) -> bool:
+        """Whether ops with Metal kernels run these, on a GPU or in the simulator."""
         return self.name != "cpu"
 
     @contextlib.contextmanager

@@ -81,9 +81,11 @@ class RoutedExperts:
 
     @property
     def expert_bytes(self) -> float:
+        """The bytes of one expert's weights."""
         return sum(nbytes(w) for w in (self.gate, self.up, self.down)) / self.bank
 
     def fused(self, slots: mx.array, scores: mx.array, reference: bool = False) -> mx.array:
+        """The sum [tokens, hidden] of each token's experts by `ops.moe_decode`."""
         return ops.moe_decode(
             self.x, self.gate, self.up, self.down, slots, scores, reference=reference
         )

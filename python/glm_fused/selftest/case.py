@@ -33,9 +33,11 @@ class Case:
 
     @property
     def name(self) -> str:
+        """The name that the golden digests are kept under."""
         return f"{self.op}/{self.label()}-{self.dtype}-t{self.tokens}"
 
     def label(self) -> str:
+        """The part of the name that tells formats and sizes."""
         raise NotImplementedError
 
     def arguments(self) -> dict[str, Any]:
@@ -53,8 +55,10 @@ class Case:
 
     @property
     def seed(self) -> int:
+        """The seed of the inputs."""
         checksum = zlib.crc32(self.name.encode())
         return int(golden().get(self.name, {}).get("seed", checksum))
 
     def bits(self) -> Bits:
+        """The random bits that the inputs are made of."""
         return Bits(self.seed)

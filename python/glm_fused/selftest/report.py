@@ -67,6 +67,7 @@ def write(report: dict[str, Any], path: Path) -> None:
 
 
 def to_json(report: dict[str, Any]) -> str:
+    """The report as JSON."""
     return json.dumps(report, indent=1, allow_nan=False)
 
 

@@ -40,6 +40,7 @@ class Shares:
 
     @property
     def total(self) -> int:
+        """The sum of all shares, in bytes."""
         return self.process + self.dense + self.kv + self.staging
 
 
@@ -71,10 +72,12 @@ class Plan:
 
     @property
     def slot_bytes(self) -> int:
+        """The bytes of all slots of all layers."""
         return sum(min(self.slots, experts) * nbytes for experts, nbytes in self.layers)
 
     @property
     def total(self) -> int:
+        """The bytes that the plan takes."""
         return self.shares.total + self.slot_bytes
 
     def format(self) -> str:

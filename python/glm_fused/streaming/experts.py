@@ -70,6 +70,7 @@ class StreamedExperts(nn.Module):
 
     @property
     def bank(self) -> _ext.SlotBank:
+        """The bank of slots that experts are read into."""
         return self._bank
 
     def weights(self) -> tuple[ops.Weight, ops.Weight, ops.Weight]:

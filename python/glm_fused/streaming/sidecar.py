@@ -45,17 +45,21 @@ class PackedLayer:
 
     @property
     def file(self) -> str:
+        """The file's name."""
         return layer_file(self.layer)
 
     @property
     def slab(self) -> int:
+        """The bytes of an expert's slab."""
         return slab_bytes(self.parts)
 
     @property
     def size(self) -> int:
+        """The bytes that the file has to have."""
         return PAGE + len(self.checksums) * self.slab
 
     def describe(self) -> dict[str, Any]:
+        """The layer's entry in the manifest."""
         return {
             "layer": self.layer,
             "size": self.size,
@@ -96,6 +100,7 @@ class Sidecar:
         return sidecar
 
     def check_file(self, layer: PackedLayer) -> None:
+        """Raise ValueError unless a layer's file has its size and its header page."""
         file = self.path / layer.file
         size = regular_file_size(file)
         if size != layer.size:
