@@ -92,7 +92,7 @@ CASES = [DENSE, EARLY, LATE, LISTED, FULL, HEADS, EMPTY, NOTHING, ONE, FP8, INT8
 BARRIER = "@  threadgroup_barrier(mem_flags::mem_threadgroup);\n@@"
 SPLIT = [
     *((f"barrier {i}", LISTED, BARRIER, i) for i in range(8)),
-    # rows.h
+    # cached_rows.h
     ("columns of a latent", LISTED, "column <@@=@ rank) {", 0),
     ("columns of a latent, one less", LISTED, "column < rank@@ - 1@) {", 0),
     ("row of a key", LISTED, "latents@ + key * latent_stride@@))[column]"),

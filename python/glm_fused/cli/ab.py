@@ -25,7 +25,7 @@ _BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
 @dataclass(frozen=True)
 class Run:
-    """What one path computed: per step the token and the logits [1, vocabulary] before it."""
+    """What one path computed: per step the token and the logits [1, vocab] it was chosen from."""
 
     prompt_tokens: int
     tokens: list[int]

@@ -40,7 +40,7 @@ class Bits:
     def floats(
         self, shape: tuple[int, ...], dtype: mx.Dtype, top: int = 0, spread: int = 4
     ) -> mx.array:
-        """Random floats below ``2 ** (top + 1)`` in size, evenly over `spread` exponents."""
+        """Random floats below ``2 ** (top + 1)`` in magnitude, of `spread` exponents."""
         mantissa_bits, bias = _LAYOUTS[dtype]
         raw = self._words(math.prod(shape)).astype(np.int64)
         exponent = np.maximum(bias + top - (raw >> 28 & 7) % spread, 1)
