@@ -5,16 +5,17 @@
     python bench/bench_attention.py --formats fp16 --ggml FOLDER # and peers/llama_cpp.py
 
 GLM-5.2's geometry: indexer of 32 heads x 128, 2048 keys selected, 64 heads over rows of 512 + 64.
-Prints, per context and cache format, of the indexer with its top-k and of the attention: µs, GB/s
-of cached rows read, GFLOP/s, the fraction of the time that the rows' bytes would take at the
-streaming bandwidth, or the multiply-adds at the rate that registers allow, whichever is more (both
-measured before and after every call, with the same threads), and how many times slower stock MLX
-ops are (one call each, up to --stock-up-to). Several copies of the cache are used in turn, so that
-it comes from memory, as it does when a model's layers follow one another.
+It prints a row per context and cache format, with the same numbers for the indexer with its top-k
+and for the attention: µs, GB/s of cached rows read, GFLOP/s, the fraction of its bound that it
+reaches, and how many times slower stock MLX ops are (one call each, up to --stock-up-to). The bound
+is the time that the rows' bytes take at the streaming bandwidth, or the multiply-adds at the rate
+that registers allow, whichever is more; both are measured before and after every call, with the
+same threads. Several copies of the cache are used in turn, so that it comes from memory, as it does
+when a model's layers follow one another.
 
-With --ggml also llama.cpp's indexer, top-k and attention, called alternately with ours on the same
-keys, and how many times slower its whole chain is. Both must select the same keys (but for ties and
-rounding) and agree on the output.
+With --ggml it also calls llama.cpp's indexer, top-k and attention, alternately with ours on the
+same keys, and prints how many times slower the whole chain is. Both must select the same keys (but
+for ties and rounding) and agree on the output.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ INDEX_HEADS, INDEX_DIM, TOPK = 32, 128, 2048
 HEADS, RANK, ROPE, SCALE = 64, 512, 64, 0.0625
 FORMATS = ("bf16", "fp16", "fp32", "fp8", "int8")
 CONTEXTS = [2**i for i in range(11, 21)]
-BEYOND_CACHE = 100e6  # bytes of cached rows used in turn
+BEYOND_CACHE = 100e6  # so many bytes of cached rows are used in turn
 
 COLUMNS = {
     "format": "",
@@ -72,7 +73,7 @@ class Layer:
             values = rng.standard_normal(min(1 << 22, int(np.prod(shape))), dtype=np.float32)
             return mx.array(np.resize(values, shape)).astype(mx.bfloat16)
 
-        # Packed in pieces: the float32 values of a million rows would not fit.
+        # Rows are packed in pieces, as the float32 values of a million of them would not fit.
         pieces = [min(1 << 15, context - i) for i in range(0, context, 1 << 15)]
         packed = kv_format in kv_rows.PACKED
         keys, latents, ropes = [], [], []
@@ -96,7 +97,7 @@ class Layer:
         mx.eval(self.keys, self.latents, self.ropes, self.selected, self.q)
 
     def in_ggml(self, ggml: llama_cpp.Library) -> tuple[llama_cpp.Indexer, llama_cpp.Attention]:
-        """The same step of llama.cpp, checked to have the same result."""
+        """The same step in llama.cpp; raises SystemExit if it has another result."""
 
         def numpy(a: mx.array, dtype: Any) -> Any:
             return to_numpy(a.astype(mx.float32))[0].astype(dtype)
@@ -133,14 +134,14 @@ STOCK = {"ix": stock.indexer_topk, "at": stock.sparse_mla_decode}
 
 
 def floor(layer: Layer, size: int, work: int) -> float:
-    """Seconds that `size` bytes or `work` multiply-adds take, whichever is more, just now."""
+    """The seconds that `size` bytes or `work` multiply-adds take just now, whichever is more."""
     bandwidth = read_bandwidth(layer.latents) * 1e9
     return max(size / bandwidth, work / multiply_add_rate())
 
 
 @dataclass
 class Samples:
-    """Seconds of every call, and those of its bound in parts of them."""
+    """The seconds of every call, and for each the fraction of them that its bound would take."""
 
     times: list[float] = field(default_factory=list)
     fractions: list[float] = field(default_factory=list)
@@ -203,7 +204,7 @@ def measure(
 
 
 def plot(made: list[dict[str, Any]], path: str) -> None:
-    """µs over context, one pair of lines per format."""
+    """Draw µs over context, one pair of lines per format."""
     import matplotlib
 
     matplotlib.use("Agg")

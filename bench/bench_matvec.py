@@ -1,8 +1,8 @@
-"""Dense projections of GLM-5 as quantized_matvec runs them.
+"""Times dense projections of GLM-5 as quantized_matvec runs them.
 
     python bench/bench_matvec.py --formats affine4 bf16 --rows 1 16 512
 
-Prints, per projection, format and number of rows (tokens): µs, µs per row, GB/s of weights, the
+It prints, per projection, format and number of rows (tokens): µs, µs per row, GB/s of weights, the
 plain streaming read bandwidth measured in the same run and the fraction of it, GFLOP/s, and how
 many times slower the reference path and stock MLX are (each timed once, on one row). Several
 copies of a weight are used in turn, so that it comes from memory and not from a cache.
@@ -32,7 +32,7 @@ PROJECTIONS = {
     "shared_expert": (2048, 6144),
     "dense_mlp": (12288, 6144),
 }
-BEYOND_CACHE = 300e6  # bytes of weights used in turn
+BEYOND_CACHE = 300e6  # so many bytes of weights are used in turn
 
 COLUMNS = {
     "projection": "",

@@ -1,11 +1,11 @@
-"""The routed experts of one GLM layer (6144 / 2048, top-8), one or more tokens a call.
+"""Times the routed experts of one GLM layer (6144 / 2048, top-8), for one or more tokens a call.
 
     python bench/bench_moe_decode.py --formats affine4 mxfp4
 
-Prints, per weight format: the bytes of weights a call reads, µs, GB/s, the plain streaming read
-bandwidth measured between the calls with the same threads, the fraction of it reached, how many
-times slower the reference path and stock MLX are, and the largest error of ours and of stock MLX
-against float64 arithmetic on the dequantized weights (relative to the largest output).
+It prints, per weight format: the bytes of weights that a call reads, µs, GB/s, the plain streaming
+read bandwidth measured between the calls with the same threads, the fraction of it reached, how
+many times slower the reference path and stock MLX are, and the largest error of ours and of stock
+MLX against float64 arithmetic on the dequantized weights (relative to the largest output).
 Every call picks other experts from a bank that is far larger than the caches.
 """
 
@@ -54,7 +54,7 @@ class Layer(RoutedExperts):
         )
 
     def exact(self, slots: mx.array, scores: mx.array) -> np.ndarray:
-        """The first token's output in float64."""
+        """The first token's output [hidden], computed in float64."""
         x = in_float64(self.x[0])
         total = np.zeros(x.shape)
         for e, score in zip(to_numpy(slots)[0], to_numpy(scores)[0], strict=True):

@@ -2,13 +2,14 @@
 
     python bench/bench_streaming.py --folder /scratch/experts --slots 32 128
 
-Writes experts of the true shapes (affine4: 21.2 MB each, 256 a layer) in the sidecar's layout,
-deletes them afterwards, and prints, for every bank, past the page cache, with a cold and with a
-warm one: tokens a second through the slice's MoE layers, hit rate, bytes per token, the rate at
-which misses are read beside that of plain reads of whole experts, the share of the time in which
-nothing could be computed for want of them. Plain reads and decoding take turns, so that both meet
-the same disk. The hidden states are a random walk, so that neighbouring tokens share experts; a
-layer sees it from elsewhere than the next, so that lookahead does not help here as in a model.
+It writes experts of the true shapes (affine4: 21.2 MB each, 256 a layer) in the sidecar's layout,
+and deletes them afterwards. For every bank, reading past the page cache, with a cold and with a
+warm one, it prints: tokens a second through the slice's MoE layers, hit rate, bytes per token, the
+rate at which misses are read beside that of plain reads of whole experts, and the share of the time
+in which nothing could be computed for want of them. Plain reads and decoding take turns, so that
+both meet the same disk. The hidden states are a random walk, so that neighbouring tokens share
+experts. Each layer sees the walk from elsewhere than the next, so lookahead does not help here as
+in a model.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ TYPES = {"U32": mx.uint32, "BF16": mx.bfloat16}
 
 
 def write_layers(folder: Path, layers: int, experts: int) -> list[Path]:
-    """A file a layer. Experts differ by where in one random block their codes begin."""
+    """Write a file per layer; experts differ by where in one random block their codes begin."""
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 256, SLAB * 2, np.uint8).tobytes()
     scales = {}
@@ -127,11 +128,11 @@ class PlainReads:
 
 @dataclass
 class Slice:
-    """The MoE layers over a bank each."""
+    """The MoE layers of a slice, each over a bank of its own."""
 
     layers: list[MoE]
     banks: list[_ext.SlotBank]
-    state: mx.array  # where the walk is
+    state: mx.array  # where the random walk is
 
     @classmethod
     def build(
@@ -178,7 +179,7 @@ class Slice:
         return moe
 
     def decode(self, tokens: int, locality: float) -> dict[str, float]:
-        """Counters and seconds of ``tokens`` steps."""
+        """Decode ``tokens`` steps; returns the counters of the banks and the seconds they took."""
         before = self.totals()
         start = time.perf_counter()
         for _ in range(tokens):
@@ -186,7 +187,7 @@ class Slice:
             self.state = locality * self.state + (1 - locality**2) ** 0.5 * step
             y = mx.zeros_like(step)
             for i, layer in enumerate(self.layers):
-                # Each layer sees the walk from elsewhere: random experts would send all alike.
+                # Each layer sees the walk shifted: else all would see nearly the same vector.
                 x = mx.roll(self.state, 997 * i, axis=1) + 0.01 * mx.fast.rms_norm(y, None, 1e-5)
                 y = layer(x.astype(mx.bfloat16)).astype(mx.float32)
             mx.eval(y, self.state)
@@ -207,7 +208,7 @@ def measure(
     slice_ = Slice.build(files, slots, direct, options)
     slice_.decode(options.warm_up, options.locality)  # fills the banks
     run = Counter()
-    # In turns: a disk's rate changes by the minute.
+    # They take turns, because a disk's rate changes by the minute.
     for i in range(ROUNDS):
         if cache != "warm":
             drop_cache(files)
@@ -218,7 +219,7 @@ def measure(
         run.update(slice_.decode(tokens, options.locality))
     plain.close()
     rate = plain.bytes / plain.seconds
-    missed = run["misses"] * SLAB  # `bytes` are also those of lookahead
+    missed = run["misses"] * SLAB  # `bytes` would count those of lookahead too
     return {
         "slots": slots,
         "page_cache": cache,

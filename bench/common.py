@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: options, tables and JSON."""
+"""What the benchmarks share: options, tables and JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = {"bf16": mx.bfloat16, "fp16": mx.float16, "fp32": mx.float32}
 
 
 def multiply_add_rate() -> float:
-    """Multiply-adds per second, in registers, with the kernels' own threads."""
+    """The multiply-adds per second in registers, with the kernels' own threads."""
     start = time.perf_counter()
     count = _ext.multiply_adds(300_000)
     return count / (time.perf_counter() - start)
@@ -31,7 +31,7 @@ def median(values: list[float]) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
+    """The parts of the machine and the versions that the numbers depend on."""
     return {
         "cpu": chip(),
         "kernels": _ext.cpu_kernels(),
@@ -42,7 +42,7 @@ def machine() -> dict[str, Any]:
 
 
 def parser(description: str, formats: Iterable[str] = BENCHED) -> argparse.ArgumentParser:
-    """The options every benchmark has."""
+    """A parser with the options that every benchmark has."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--formats", nargs="+", choices=list(formats), default=list(formats))
     made.add_argument("--dtype", choices=DTYPES, default="bf16", help="activations")

@@ -13,10 +13,10 @@ class Arrivals {
  public:
   virtual ~Arrivals() = default;
 
-  // Nothing overwrites the slots from now until `end`. Rewrites those of
-  // `slots` that have changed since the graph ran up to here. Returns false if
-  // what the kernel computes is lost already, and it need not run. Throws
-  // std::runtime_error when there are no slots to be had.
+  // Keeps the slots from being overwritten from now until `end`, and rewrites
+  // those of `slots` that have changed since the graph ran up to here. Returns
+  // false if what the kernel computes is lost already, so that it need not run.
+  // Throws std::runtime_error when there are no slots to be had.
   virtual bool begin(int32_t* slots, size_t count) = 0;
 
   // Moves the slots that are filled out of `pending`, which must not be empty,
@@ -24,9 +24,9 @@ class Arrivals {
   // a slot of `pending` cannot be filled.
   virtual std::vector<int> take(std::vector<int>& pending) = 0;
 
-  // The kernel has run, or has `failed`, which it tells here and does not
-  // throw: whoever enqueues while a task throws loses memory that the next one
-  // writes to (slots/ops.cpp, Verify).
+  // The kernel calls `end` when it has run, or `failed` in place of throwing:
+  // whoever enqueues while a task throws loses memory that the next one writes
+  // to (slots/ops.cpp, Verify).
   virtual void end() = 0;
   virtual void failed(const std::exception& error) noexcept = 0;
 };

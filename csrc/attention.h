@@ -15,8 +15,8 @@
 // keys are visible all of them are, scores unseen, then -1.
 //
 // sparse_mla_decode, per query and head, over its list of keys (the selection,
-// or every visible key). Entry i of the list belongs to split i / kSplit; an
-// entry that is no visible key is skipped, and a split without keys too.
+// or every visible key). Entry i of the list belongs to split i / kSplit;
+// entries that are no visible key are skipped, and so are splits without keys.
 //   s      = chain over d = 0, 1, … of fma(q[d], k[d], s), then times scale;
 //            first the rank columns, then RoPE's
 //   m      = max of the split's s
@@ -33,6 +33,6 @@
 
 namespace glm_fused {
 
-constexpr int kSplit = 64;  // list entries
+constexpr int kSplit = 64;  // list entries in a split
 
 }  // namespace glm_fused

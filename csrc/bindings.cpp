@@ -27,8 +27,9 @@ using namespace glm_fused;
 
 namespace {
 
-// glm_fused.ops.Weight: planes and format. The caster of a std::vector is
-// noexcept: where memory runs out in it, the process ends.
+// This is glm_fused.ops.Weight: planes and format. It takes a sequence, because
+// the caster of a std::vector is noexcept: it ends the process where memory
+// runs out.
 using WeightTuple =
     std::tuple<nb::typed<nb::sequence, mx::array>, const FormatSpec*>;
 
@@ -50,7 +51,8 @@ bool is_reference(Kernel kernel) {
   return kernel == Kernel::loops;
 }
 
-// The stream that is asked for, or the default one of the kernel's device.
+// Returns the stream that is asked for, or the default one of the kernel's
+// device.
 mx::StreamOrDevice on(Kernel kernel, const mx::StreamOrDevice& asked) {
   if (kernel == Kernel::mlx) {
     throw std::invalid_argument("[ops] MLX's own ops are not called here.");

@@ -61,11 +61,12 @@ inline void check_shape(
   }
 }
 
-// Each of the slots, which are there and contiguous, must be below `count`.
+// Checks that every slot is from 0 to count - 1. The slots must be evaluated
+// and contiguous.
 void check_slots(const mx::array& slots, int count);
 
-// Counts are kept in int: the product of `factors`, which are not negative,
-// must be one. `what` says of what.
+// Checks that the product of `factors`, which are not negative, fits an int, in
+// which counts are kept. `what` says what is counted.
 inline void check_count(
     const std::string& op,
     const std::string& what,

@@ -14,24 +14,25 @@
 
 namespace glm_fused {
 
-// `tokens` [b, l], as int32 unless all are sure to be from 0 to vocabulary - 1;
-// evaluation throws where one is not. On the CPU alone.
+// Returns `tokens` [b, l], as int32 unless all are sure to be from 0 to
+// vocabulary - 1; evaluation throws where one is not. It runs on the CPU alone.
 mx::array check_tokens(
     const mx::array& tokens,
     int vocabulary,
     mx::StreamOrDevice s = {});
 
-// y[..., m, n] = sum_k x[..., m, k] W[..., n, k]; W is [n, k], or [h, n, k]
-// with x [..., h, m, k]. fp32 accumulation, result in x's dtype.
+// Returns y[..., m, n] = sum_k x[..., m, k] W[..., n, k], accumulated in fp32,
+// in x's dtype. W is [n, k], or [h, n, k] with x [..., h, m, k].
 mx::array quantized_matvec(
     const mx::array& x,
     const Weight& w,
     bool reference,
     mx::StreamOrDevice s = {});
 
-// [t, hidden]: sum over i of scores[t, i] * down(silu(gate x) * up x), each
-// projection taken from slot slots[t, i]. With `arrivals`, for the fused path
-// on the CPU alone, experts are computed as their slots are filled.
+// Returns [t, hidden]: the sum over i of scores[t, i] * down(silu(gate x) * up
+// x), with each projection taken from slot slots[t, i]. With `arrivals`, which
+// the fused path on the CPU alone takes, experts are computed as their slots
+// are filled.
 mx::array moe_decode(
     const mx::array& x,
     const Weight& gate,
@@ -43,11 +44,11 @@ mx::array moe_decode(
     const std::shared_ptr<Arrivals>& arrivals = nullptr,
     mx::StreamOrDevice s = {});
 
-// The steps of moe_decode that MLX has no op for, rounded as there: with
-// gather_qmm they are its unfused chain on a GPU.
+// These are the steps of moe_decode that MLX has no op for, rounded as there:
+// with gather_qmm they are its unfused chain on a GPU.
 mx::array
 swiglu(const mx::array& gate, const mx::array& up, mx::StreamOrDevice s = {});
-// [t, hidden]: sum over i of scores[t, i] * y[t, i].
+// Returns [t, hidden]: the sum over i of scores[t, i] * y[t, i].
 mx::array expert_sum(
     const mx::array& y,
     const mx::array& scores,
@@ -61,8 +62,9 @@ struct Routing {
   float routed_scaling_factor;
 };
 
-// (experts int32 [t, top_k], scores float32 [t, top_k]): sigmoid routing with
-// a correction bias that chooses but does not weigh (DeepSeek-V3, "noaux_tc").
+// Returns experts int32 [t, top_k] and scores float32 [t, top_k] of sigmoid
+// routing with a correction bias that chooses but does not weigh (DeepSeek-V3,
+// "noaux_tc").
 std::pair<mx::array, mx::array> router_topk(
     const mx::array& x,
     const mx::array& weight,
@@ -71,10 +73,10 @@ std::pair<mx::array, mx::array> router_topk(
     bool reference,
     mx::StreamOrDevice s = {});
 
-// int32 [b, l, k]: the cached keys that each of the last l tokens attends to,
-// ascending, then -1. q [b, l, heads, dim], weights [b, l, heads], keys
-// [b, t, dim] or packed (row_layout.h); `start` [b] is the first key that is no
-// padding.
+// Returns int32 [b, l, k]: the cached keys that each of the last l tokens
+// attends to, ascending, then -1. q is [b, l, heads, dim], weights [b, l,
+// heads], keys [b, t, dim] or packed (row_layout.h); `start` [b] is the first
+// key that is no padding.
 mx::array indexer_topk(
     const mx::array& q,
     const mx::array& keys,
@@ -85,10 +87,10 @@ mx::array indexer_topk(
     bool reference,
     mx::StreamOrDevice s = {});
 
-// float32 [b, l, heads, rank]: attention of the last l tokens over the cached
-// rows that `selected` [b, l, k] names, or over all that they may see. q is
-// [b, l, heads, rank + rope]; latents [b, t, rank] with ropes [b, t, rope], or
-// packed rows without.
+// Returns float32 [b, l, heads, rank]: attention of the last l tokens over the
+// cached rows that `selected` [b, l, k] names, or over all that they may see. q
+// is [b, l, heads, rank + rope]; latents are [b, t, rank] with ropes [b, t,
+// rope], or packed rows without.
 mx::array sparse_mla_decode(
     const mx::array& q,
     const mx::array& latents,

@@ -17,7 +17,7 @@ class FusedPrimitive : public mx::Primitive {
   FusedPrimitive(mx::Stream stream, bool reference)
       : mx::Primitive(stream), reference_(reference) {}
 
-  // Throws: for primitives and builds without a Metal kernel.
+  // Throws; it serves primitives and builds without a Metal kernel.
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&)
       override;
 
@@ -82,7 +82,7 @@ class MoeDecode : public FusedPrimitive {
  private:
   Format gate_, up_, down_;
   std::shared_ptr<Arrivals> arrivals_;  // null: all slots are filled
-  bool known_slots_;  // that there are such slots; else they are looked at
+  bool known_slots_;  // whether all slots are known to exist; else it checks
 };
 
 // inputs: x [t, hidden], weight [e, hidden], correction_bias [e].

@@ -1,7 +1,7 @@
-// The softmax's exponential on the CPU: the shaders' own text.
+// The softmax's exponential on the CPU is the shaders' own text.
 #pragma once
 
 #include "swiglu.h"
 
-// After multiply_add of swiglu.h.
+// It needs multiply_add, which swiglu.h brings.
 #include "metal/softmax_exp.h"

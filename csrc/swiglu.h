@@ -1,4 +1,4 @@
-// SwiGLU and the sigmoid on the CPU: the shaders' own text.
+// SwiGLU and the sigmoid on the CPU are the shaders' own text.
 #pragma once
 
 #include "rounding.h"

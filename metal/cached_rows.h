@@ -39,7 +39,7 @@ struct FloatRows {
 };
 
 struct Fp8Code {
-  GLM_CONST int tile = 128;  // values that share a scale
+  GLM_CONST int tile = 128;  // so many values share a scale
   static METAL_FUNC int scales(int rank) {
     return (rank + tile - 1) / tile;
   }

@@ -18,7 +18,7 @@ KERNELS = "mlx/backend/metal/kernels"
 ARITHMETIC = "mlx_arithmetic.h"
 _INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.MULTILINE)
 
-# namespace -> header and the definitions taken from it, in order
+# For each namespace, a header of MLX and the definitions taken from it, in order.
 _TAKEN = {
     "mlx_affine": (
         "quantized.h",
@@ -51,7 +51,7 @@ def definition(header: Path, name: str) -> str:
 
 
 def in_registers(text: str) -> str:
-    """The same text, its weights in `thread` memory."""
+    """The same text with its weights in `thread` memory."""
     return re.sub(r"\bconst device (uint8_t|uint16_t)\*", r"const thread \1*", text)
 
 
@@ -67,7 +67,7 @@ def mlx_arithmetic(include: Path) -> str:
 
 
 def flatten(name: str, include: Path, folder: Path = FOLDER) -> str:
-    """The text of ``<name>.metal`` with every header of this folder, once, in place."""
+    """The text of ``<name>.metal``, with each header of this folder where it is first included."""
     seen: set[str] = set()
 
     def expand(text: str) -> str:
@@ -86,7 +86,7 @@ def flatten(name: str, include: Path, folder: Path = FOLDER) -> str:
     body = expand((folder / f"{name}.metal").read_text())
     text = (used if ARITHMETIC in seen else "") + body
     text = re.sub(r" +$", "", text.replace("©", "(c)"), flags=re.MULTILINE)
-    text.encode("ascii")  # what MLX hands the text to Metal as
+    text.encode("ascii")  # raises for other text: MLX hands it to Metal as ASCII
     return text
 
 

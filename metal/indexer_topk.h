@@ -5,10 +5,10 @@
 #include "cached_rows.h"
 
 GLM_CONST int kScoreThreads = 128;
-GLM_CONST int kScoreKeys = 2 * kScoreThreads;  // of a threadgroup
+GLM_CONST int kScoreKeys = 2 * kScoreThreads;  // a threadgroup scores so many
 GLM_CONST int kKeyPitch = kScoreKeys + 1;
-GLM_CONST int kHeads = 32;  // scored together
-GLM_CONST int kDims = 16;   // in threadgroup memory
+GLM_CONST int kHeads = 32;  // so many are scored together
+GLM_CONST int kDims = 16;   // so many are in threadgroup memory at once
 
 // Gives words that compare as the scores do: -0 as 0, NaN as -infinity.
 METAL_FUNC uint ordered(float score) {

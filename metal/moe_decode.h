@@ -14,8 +14,9 @@ constexpr int rows_at_once(int rows, int width) {
 }
 
 // Packs the Link of each pair p into links[p]: bit 0 says whether the pair
-// leads a group, the bits above it which pair follows it. Where experts are not
-// shared every pair leads.
+// leads a group, and the bits above it are the number of the pair that follows
+// it in its slot. Where groups hold one pair, every pair leads and none
+// follows.
 template <int most>
 METAL_FUNC void find_links(
     const device int* slots,

@@ -1,4 +1,4 @@
-// Constants of one dispatch, as host and shader see them.
+// These are the constants of one dispatch, as host and shader see them.
 #pragma once
 
 struct MoeParams {
@@ -20,9 +20,9 @@ struct RouterParams {
 // Tells where cached rows lie, with strides in bytes. Packed rows
 // (csrc/row_layout.h) have no `ropes` of their own.
 struct RowsParams {
-  int keys;     // per sequence
-  int queries;  // the last keys' own
-  int rank;     // values of a latent, or of an indexer key
+  int keys;     // in each sequence
+  int queries;  // in each sequence; they belong to its last keys
+  int rank;     // how many values a latent, or an indexer key, has
   int rope;
   long latent_stride;  // from row to row
   long rope_stride;
@@ -32,9 +32,9 @@ struct RowsParams {
 
 struct MlaParams {
   RowsParams rows;
-  int first_token;  // of those that this dispatch takes
+  int first_token;  // this dispatch begins with it
   int heads;
-  int listed;  // entries per token in `selected`; 0: every visible key
+  int listed;  // entries per token in `selected`; 0 takes every visible key
   int splits;
   float scale;
 };
@@ -42,7 +42,7 @@ struct MlaParams {
 struct IndexParams {
   RowsParams rows;
   int b;            // the sequence
-  int first_query;  // of those that this dispatch takes
+  int first_query;  // this dispatch begins with it
   int heads;
   int top_k;
   float scale;

@@ -1,4 +1,5 @@
-// Finds pairs (token, choice), numbered token * top_k + choice, of one slot.
+// Finds the pairs (token, choice), numbered token * top_k + choice, that share
+// a slot.
 #pragma once
 
 #include "numbers.h"
@@ -25,8 +26,8 @@ link_of(const device int* slots, int pairs, int pair, int most) {
   return {earlier % most == 0, next};
 }
 
-// The members of the group that `pair` leads, or count 0 if it leads none.
-// Past the count the leader is repeated.
+// A Group has the members of the group that a pair leads, or count 0 if it
+// leads none. Past the count the leader is repeated.
 template <int most>
 struct Group {
   int members[most];

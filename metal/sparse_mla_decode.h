@@ -1,16 +1,17 @@
-// Attention over chosen latent rows with the arithmetic of csrc/attention.h:
-// one launch takes every split of 64 list entries, another combines the splits.
+// Computes attention over chosen latent rows with the arithmetic of
+// csrc/attention.h: one launch takes every split of 64 list entries, another
+// combines the splits.
 #pragma once
 
 #include "cached_rows.h"
 #include "softmax_exp.h"
 
-GLM_CONST int kSplit = 64;  // list entries, and heads, of a threadgroup
-GLM_CONST int kSide = 16;   // threads a side: a thread takes 4 heads
+GLM_CONST int kSplit = 64;  // list entries, and heads, in a threadgroup
+GLM_CONST int kSide = 16;   // threads on a side: a thread takes 4 heads
 GLM_CONST int kEach = kSplit / kSide;
 GLM_CONST int kMlaThreads = kSide * kSide;
 GLM_CONST int kDepth = 32;  // dimensions, or columns, in threadgroup memory
-GLM_CONST int kPitch = kSplit + 1;  // spares a column the bank of its neighbour
+GLM_CONST int kPitch = kSplit + 1;  // puts neighbouring columns in other banks
 
 // Gives entry `entry` of a token's list of keys, -1 where no such key is
 // visible.

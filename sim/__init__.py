@@ -23,7 +23,7 @@ __all__ = [
 
 
 def mlx_include() -> Path:
-    """The include directory of the installed MLX, with its Metal kernel headers."""
+    """The include directory of the installed MLX, which has its Metal kernels' headers."""
     import mlx.core as mx
 
     return Path(mx.__file__).parent / "include"

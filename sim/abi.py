@@ -1,4 +1,4 @@
-"""The executor's C interface (runtime/executor.h), by ctypes."""
+"""Calls the executor's C interface (runtime/executor.h) by ctypes."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class _Counts(c.Structure):
 
 @functools.cache
 def _executor() -> c.CDLL:
-    # Global, for the shader libraries that need its symbols.
+    # RTLD_GLOBAL, because the shader libraries need its symbols.
     lib = c.CDLL(str(executor()), mode=c.RTLD_GLOBAL)
     p, text = c.c_void_p, c.c_char_p
     signatures: dict[str, tuple[Any, list[Any]]] = {
@@ -136,6 +136,7 @@ def _executor() -> c.CDLL:
 
 
 def open_library(path: Path) -> int:
+    """A handle of a shader library; raises OSError, which says why, if it does not load."""
     error = c.create_string_buffer(1024)
     handle = _executor().sim_open(str(path).encode(), error, len(error))
     if not handle:
@@ -144,10 +145,12 @@ def open_library(path: Path) -> int:
 
 
 def contents(handle: int) -> Any:
+    """The library's `sim_contents`, a structure of its kernels and constants."""
     return _executor().sim_library_contents(handle).contents
 
 
 def arguments(kernel: Any) -> tuple[Argument, ...]:
+    """The arguments of a kernel in a library's contents."""
     return tuple(
         Argument(
             _KINDS[a.kind],
@@ -165,6 +168,7 @@ def arguments(kernel: Any) -> tuple[Argument, ...]:
 def specialize(
     handle: int, name: str, values: Sequence[tuple[FunctionConstant, npt.NDArray[Any]]]
 ) -> int:
+    """A handle of a kernel with values of its function constants; ValueError says what is wrong."""
     table = (_Constant * len(values))(
         *(_Constant(k.index, k.name.encode(), v.ctypes.data, v.nbytes) for k, v in values)
     )
@@ -201,7 +205,7 @@ class Dispatch:
 
 
 def launch(pipeline: int, dispatch: Dispatch, name: str) -> tuple[str, Report]:
-    """Why it failed, or "", and the report."""
+    """Run a kernel; returns why it failed, or "", and its report."""
     lib = _executor()
     handle = lib.sim_launch(pipeline, c.byref(dispatch.c))
     error = lib.sim_report_error(handle)
@@ -209,7 +213,7 @@ def launch(pipeline: int, dispatch: Dispatch, name: str) -> tuple[str, Report]:
 
 
 def take_report(handle: int, name: str) -> Report:
-    """The report behind a sim_report*, which is freed."""
+    """The report that a sim_report* points to; the pointer is freed."""
     lib = _executor()
     try:
         return _report(lib, handle, name)

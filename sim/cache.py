@@ -1,4 +1,4 @@
-"""Build results, by a key of everything they were made from."""
+"""Keeps build results, by a key of everything that they were made from."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pathlib import Path
 
 
 def directory() -> Path:
-    """GLM_FUSED_SIM_CACHE, or ~/.cache/glm-fused-sim."""
+    """The cache's folder: GLM_FUSED_SIM_CACHE, or else ~/.cache/glm-fused-sim."""
     named = os.environ.get("GLM_FUSED_SIM_CACHE")
     return Path(named) if named else Path.home() / ".cache" / "glm-fused-sim"
 
 
 def key(*parts: str) -> str:
+    """A name, of 32 hexadecimal digits, for what was made from `parts`."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{len(part)}:".encode())
@@ -25,7 +26,7 @@ def key(*parts: str) -> str:
 
 
 def cached(name: str, build: Callable[[Path], Path]) -> Path:
-    """The file `name` of the cache; when absent, what build(scratch directory) makes.
+    """The file `name` of the cache; where it is absent, `build(scratch directory)` makes it.
 
     It appears in one step, so that concurrent builders at worst both build."""
     target = directory() / name

@@ -1,4 +1,4 @@
-"""From Metal source to a shader library that the executor loads."""
+"""Makes a shader library, which the executor loads, from Metal source."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KINDS = {"buffer": 0, "threadgroup": 1, "position": 2}
 
 @functools.cache
 def _own_sources() -> str:
-    """What a library depends on besides its shader: this package's own text."""
+    """This package's own text, on which a library depends besides its shader."""
     here = toolchain.HERE
     files = sorted([*here.glob("runtime/*"), *here.glob("*.py")])
     return "".join(f.read_text() for f in files if f.is_file())
@@ -27,7 +27,7 @@ def _own_sources() -> str:
 
 @functools.cache
 def executor() -> Path:
-    """The executor's shared object, built on first use."""
+    """The executor's shared object, which is built on first use."""
     sources = sorted((toolchain.HERE / "runtime").glob("*"))
     text = "".join(s.read_text() for s in sources)
     command = [*toolchain.cxx(), "-std=c++20", "-O2", "-fPIC", "-shared"]
@@ -36,7 +36,7 @@ def executor() -> Path:
     command += ["-static-libstdc++", "-static-libgcc"]
 
     def build(scratch: Path) -> Path:
-        # One translation unit: the standard headers are most of the work.
+        # It is one translation unit, because the standard headers are most of the work.
         unit, target = scratch / "executor.cpp", scratch / "executor.so"
         unit.write_text("".join(f'#include "{s}"\n' for s in sources if s.suffix == ".cpp"))
         toolchain.run([*command, str(unit), "-o", str(target), "-lm", "-ldl"])
@@ -52,9 +52,10 @@ def compile_library(
     contract: bool = False,
     trace: bool = False,
 ) -> Path:
-    """The shared object of a shader; CompileError with the compiler's diagnostics.
+    """The shared object of a shader; see `sim.library.compile` for the arguments.
 
-    Cached by the preprocessed text, the flags, the compiler and this package."""
+    It is cached by the preprocessed text, the flags, the compiler and this package. Raises
+    CompileError with the compiler's diagnostics."""
     directories = [Path(d) for d in include_dirs]
     text = toolchain.preprocess(source, directories, dict(defines or {}))
     flags = " ".join(toolchain.shader_flags(contract, trace))
@@ -93,7 +94,7 @@ def _entry_points(entries: Sequence[EntryPoint]) -> str:
 
 
 def _table(rewritten: Rewritten, trace: bool) -> str:
-    """C source of the library's `sim_exports` and of its function constants."""
+    """The C source of the library's `sim_exports` and of its function constants."""
     header = toolchain.HERE / "runtime" / "executor.h"
     text = header.read_text().replace("#include <stddef.h>", "typedef __SIZE_TYPE__ size_t;")
     text = text.replace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Attribute of a kernel parameter: what the generated entry point passes for it.
+# For each attribute of a kernel parameter, what the generated entry point passes for it.
 POSITIONS = {
     "threadgroup_position_in_grid": "msl_extent{at->threadgroup_position}",
     "thread_position_in_threadgroup": "msl_extent{at->thread_position_in_threadgroup}",
@@ -28,7 +28,7 @@ POSITIONS = {
 
 @dataclass(frozen=True)
 class Argument:
-    """A kernel parameter. kind: "buffer", "threadgroup" or "position"; index of a position: -1."""
+    """A kernel parameter; `kind` is "buffer", "threadgroup" or "position", which has index -1."""
 
     kind: str
     index: int

@@ -24,7 +24,7 @@ _CONSTANT_TYPES = {
 
 
 class LaunchError(RuntimeError):
-    """A kernel that could not run to its end; `report` holds what was found until then."""
+    """A kernel could not run to its end; `report` holds what was found until then."""
 
     def __init__(self, message: str, report: Report) -> None:
         super().__init__(message)
@@ -33,7 +33,7 @@ class LaunchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel by its host name; `arguments` as the shader declares them, in order."""
+    """A kernel by its host name; `arguments` are in the order in which the shader declares them."""
 
     name: str
     arguments: tuple[Argument, ...]
@@ -47,9 +47,9 @@ def compile(
     contract: bool = False,
     trace: bool = False,
 ) -> Library:
-    """Compile Metal source: a str is the text itself, a Path names a file.
+    """Compile Metal source, which is the text itself as a str or a file as a Path.
 
-    `contract` lets the compiler fuse a*b+c within an expression; math is safe either way.
+    `contract` lets the compiler fuse a*b+c within an expression; other fast math is off either way.
     A library compiled with `trace` reports races, stray and uninitialised accesses and traffic
     of every launch, at a hundredth of the speed. Raises CompileError with the compiler's
     diagnostics."""
@@ -89,11 +89,12 @@ class Library:
     ) -> Report:
         """Run a kernel on arrays, by buffer index; what it writes is in them afterwards.
 
-        `grid` counts threadgroups, or threads with `grid_in_threads`; `threadgroup` is threads.
-        `constants`: function constants by index or name, those left out are zero.
-        `threadgroup_memory`: bytes, by index. `seed`: run the threads in a pseudo-random order
-        instead of the fixed one. `threads`: OS threads to spread threadgroups over (untraced).
-        `in_place`: run on the arrays themselves, without copies that end at guard pages.
+        `grid` counts threadgroups, or threads with `grid_in_threads`; `threadgroup` counts threads.
+        `constants` are function constants by index or name; those left out are zero.
+        `threadgroup_memory` has bytes by index. With a `seed` threads run in a pseudo-random order
+        instead of the fixed one. `threads` is how many OS threads share the threadgroups; a traced
+        library uses one. With `in_place` the kernel runs on the arrays themselves, without copies
+        that end at guard pages.
 
         Raises KeyError for an unknown kernel, ValueError for an array that cannot be bound and
         LaunchError when the kernel fails, e.g. by an access outside its buffers."""

@@ -1,4 +1,4 @@
-"""What the simulator's compiler accepts and Apple's would not, found in shader text.
+"""Finds, in shader text, what the simulator's compiler accepts and Apple's would not.
 
 Each rule is a function from an outline to (token position, message) pairs. The implicit
 conversions to bfloat that Apple refuses need no rule: the simulator refuses them too."""
@@ -45,7 +45,7 @@ _LIMIT = 32 * 1024
 
 
 def _pointer(o: Outline, first: int, end: int, unnamed: bool = False) -> int | None:
-    """The `*` or `&` of a declaration in a range that names no address space."""
+    """The position of a `*` or `&` whose declaration names no address space; None without one."""
     s = o.stream
     i = first
     while i < end:
@@ -78,7 +78,7 @@ def unqualified_pointers(o: Outline) -> Problems:
     s = o.stream
     ranges = [(a, b, True) for parameters in o.declared for a, b in parameters]
     ranges += [(_after_template(o, a), b, False) for _, a, b in o.statements]
-    # Casts: (T*)x, static_cast<T*>(x).
+    # Casts are (T*)x and static_cast<T*>(x).
     for i in range(len(s)):
         if s[i] == "(" and not s[i - 1].isidentifier() and s[s.close(i) - 1] in ("*", "&"):
             ranges.append((i + 1, s.close(i), True))
@@ -101,7 +101,7 @@ def threadgroup_outside_kernels(o: Outline) -> Problems:
 
 
 def recursion(o: Outline) -> Problems:
-    """Among functions that no overload shares a name and parameter count with."""
+    """Find recursion, among functions that share name and parameter count with no other."""
     count: dict[tuple[str, int], int] = {}
     for f in o.functions:
         count[f.signature] = count.get(f.signature, 0) + 1
@@ -170,7 +170,7 @@ def mutable_globals(o: Outline) -> Problems:
 
 
 def threadgroup_size(o: Outline) -> Problems:
-    """Sums the arrays of a kernel whose sizes are plain numbers or known constants."""
+    """Find kernels with too much threadgroup memory, as far as sizes are known constants."""
     values = _constants(o)
     for f in o.functions:
         sizes = [
@@ -198,7 +198,7 @@ def _constants(o: Outline) -> dict[str, int]:
 
 
 def _bytes(o: Outline, first: int, end: int, values: dict[str, int]) -> int:
-    """Size of what `threadgroup T x[a][b], y[c]` declares; 0 where it is not known."""
+    """The bytes that `threadgroup T x[a][b], y[c]` declares; 0 where they are not known."""
     words = o.stream.texts[first:end]
     if words[0] != "threadgroup" or {"*", "&", "="} & set(words[:3]):
         return 0

@@ -17,7 +17,7 @@ _NOT_FUNCTIONS = {
 
 
 def strip(text: str) -> str:
-    """Text without comments and preprocessor directives, on the same lines."""
+    """The text without comments and preprocessor directives; lines keep their numbers."""
 
     def blank(match: re.Match[str]) -> str:
         kept = match[1] if match.lastindex else None
@@ -32,7 +32,7 @@ def blank_directive(match: re.Match[str]) -> str:
 
 @dataclass
 class Function:
-    """Token ranges: `parameters` between the parentheses, `body` between the braces."""
+    """A function's token ranges: `parameters` are within the parentheses, `body` in the braces."""
 
     name: str
     kernel: bool
@@ -46,7 +46,7 @@ class Function:
 
 @dataclass
 class Outline:
-    """Statements are token ranges, with the kind of scope they stand in."""
+    """The outline of a text; statements are token ranges, with the kind of scope they stand in."""
 
     stream: TokenStream
     functions: list[Function] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Outline:
         return outline
 
     def _scan(self, scope: str, start: int, stop: int) -> None:
-        """Statements from start to stop; braces open inner scopes."""
+        """Collect the statements from start to stop; braces open inner scopes."""
         s = self.stream
         i = first = start
         while i < stop:
@@ -88,7 +88,7 @@ class Outline:
         return s.close(i) + 1
 
     def _macro(self, first: int, end: int) -> bool:
-        """A macro's use that no `;` ends."""
+        """Whether a range is the use of a macro that no `;` ends."""
         s = self.stream
         return s[first + 1] == "(" and s.close(first + 1) + 1 == end and s[end].isidentifier()
 
@@ -104,13 +104,14 @@ class Outline:
         self.statements.append((scope, first, end))
 
     def _open(self, scope: str, first: int, i: int) -> int:
-        """The scope whose `{` is at i; the position after it."""
+        """Collect the scope whose `{` is at i; returns the position after it."""
         s = self.stream
         closing = s.close(i)
         inside = (i + 1, closing)
         words = set(s.texts[first:i])
         if scope in ("function", "kernel"):
-            # Before the brace of a block or an initialiser: a control statement or a declaration.
+            # A control statement stands before the brace of a block, a declaration before that of
+            # an initialiser.
             if s[i - 1] not in (")", "else", "do", "{", "}", ";", ":"):
                 return (
                     closing + 1
@@ -137,7 +138,7 @@ class Outline:
         return closing + 2
 
     def parameter_list(self, first: int, end: int) -> int | None:
-        """Where the parentheses of a function's parameters open in a declaration."""
+        """Where the parameters' parentheses open, if the declaration is a function's, else None."""
         s = self.stream
         i = first
         while i < end and s[i] != "=":
@@ -152,7 +153,7 @@ class Outline:
         return None
 
     def calls(self, function: Function) -> Iterator[tuple[str, int, int]]:
-        """Name, number of arguments and position of the unqualified calls in a body."""
+        """The name, number of arguments and position of each unqualified call in a body."""
         s = self.stream
         for i in range(*function.body):
             plain = s[i - 1] not in (".", "->", "::") and s[i].isidentifier()

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Finding:
-    """One kind of mistake at one place; `count` times, told for the first.
+    """One kind of mistake at one place, made `count` times; the rest tells of the first time.
 
-    `buffer` is an index, "threadgroup", or None; `offset` the byte in it; threads are
-    (threadgroup, thread in it), both linear. `other…` is the earlier access of a race."""
+    `buffer` is an index, "threadgroup", or None; `offset` is the byte in it; threads are
+    (threadgroup, thread in it), both linear. `other_…` tells of the earlier access in a race."""
 
     kind: str
     file: str
@@ -30,7 +30,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of a buffer: each access counted, and (unique) each byte counted once."""
+    """The bytes of a buffer that a launch accessed; `unique_…` counts each byte once."""
 
     read: int
     written: int
@@ -40,7 +40,9 @@ class Traffic:
 
 @dataclass
 class Report:
-    """Findings of a traced launch (untraced: divergence only), traffic by buffer index."""
+    """What a launch did and what was wrong; untraced, divergence alone is found.
+
+    `traffic` is by buffer index; `seconds` is the wall time."""
 
     kernel: str
     races: list[Finding] = field(default_factory=list)

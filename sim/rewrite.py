@@ -1,4 +1,4 @@
-"""Metal constructs that clang's C++ for OpenCL lacks, rewritten; kernels and constants found."""
+"""Rewrites Metal constructs that clang's C++ for OpenCL lacks; finds kernels and constants."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class _Rewriter:
         return self.functions[name]
 
     def step(self, i: int) -> int:
-        """Rewrite what starts at i; the position to go on at."""
+        """Rewrite what starts at i; returns the position to go on at."""
         s = self.stream
         word = s[i]
         if word == "[[" and s[i + 1] == "function_constant" and s[s.close(i) + 1] == ";":
@@ -88,19 +88,23 @@ class _Rewriter:
         return i + 1
 
     def qualifies_method(self, i: int) -> bool:
-        """`constant` after a parameter list: a constructor may not be const."""
+        """Whether a `constant` at i qualifies a method.
+
+        Its `const` goes, because the method may be a constructor, which may not be const."""
         s = self.stream
         return s[i - 1] == ")" or (s[i - 1] == "const" and s[i - 2] == ")")
 
     def qualifies_constructor(self, i: int) -> bool:
-        """clang takes a braced temporary for one outside `thread`; drop the qualifier."""
+        """Whether a `thread` at i qualifies a constructor, which has to go.
+
+        With it clang takes a braced temporary for one outside `thread`."""
         s = self.stream
         if s[i - 1] != ")" or s[i + 1] not in (":", "{", ";", "="):
             return False
         return s[s.close(i - 1) - 1] in self.classes
 
     def conditional(self, i: int) -> None:
-        """Both results of `?:` become values, so that address spaces do not keep them apart."""
+        """Make values of both results of the `?:` at i, whose address spaces may differ."""
         s = self.stream
         colon = s.operand_end(i + 1)
         end = s.operand_end(colon + 1)
@@ -125,7 +129,9 @@ class _Rewriter:
         return s.close(i) + 1
 
     def instantiation(self, i: int) -> int:
-        """template [[host_name("x")]] [[kernel]] decltype(f<…>) f<…>;  or  … void f<…>(…);"""
+        """Take note of a kernel's instantiation at i and remove it.
+
+        It is `template [[host_name("x")]] [[kernel]] decltype(f<…>) f<…>;` or `… void f<…>(…);`."""
         s = self.stream
         host, at = "", i + 1
         while s[at] == "[[":
@@ -148,7 +154,7 @@ class _Rewriter:
         return end + 1
 
     def kernel(self, before: int, i: int) -> int:
-        """A kernel's signature, from its return type at i."""
+        """Rewrite a kernel's signature, which begins with its return type at i."""
         s = self.stream
         while s[i] == "[[":
             i = s.close(i) + 1
@@ -214,7 +220,7 @@ class _Rewriter:
         return argument, f"msl_pointer{{{table}[{index}]}}"
 
     def threadgroup_variable(self, i: int) -> int:
-        """`threadgroup T x[N];` becomes a reference into the threadgroup's memory."""
+        """Make of `threadgroup T x[N];` at i a reference into the threadgroup's memory."""
         s = self.stream
         end = i
         while s[end] != ";":

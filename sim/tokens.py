@@ -21,7 +21,7 @@ _CLOSERS = {"(": ")", "[": "]", "{": "}", "[[": "]"}
 
 
 class SyntaxProblem(ValueError):
-    """Text whose brackets do not match, or a construct that is not understood."""
+    """The text has brackets that do not match, or a construct that is not understood."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ def _scan(text: str, foreign: str) -> Iterator[Token]:
 
 
 class TokenStream:
-    """Significant tokens by position (`stream[i]` is the text), with matched brackets.
+    """The significant tokens by position (`stream[i]` is a text), with matched brackets.
 
     `foreign` is the path prefix of headers whose text is not the author's."""
 
@@ -70,7 +70,9 @@ class TokenStream:
         return self.all[self.places[i]]
 
     def _match_brackets(self) -> dict[int, int]:
-        """`[[` may also open two subscripts (`a[[b]…`), so its halves close one by one."""
+        """The partner of every bracket, by position.
+
+        `[[` may also open two subscripts (`a[[b]…`), so its halves close one by one."""
         partner: dict[int, int] = {}
         stack: list[tuple[str, int]] = []
         for i, text in enumerate(self.texts):
@@ -81,7 +83,7 @@ class TokenStream:
                     token = self.token(i)
                     raise SyntaxProblem(f"{token.file}:{token.line}: unmatched {text!r}")
                 opener = stack.pop()[1]
-                partner[opener] = i  # of `[[`, the second closer comes last and stays
+                partner[opener] = i  # the second closer of a `[[` comes last and stays
                 partner[i] = opener
         if stack:
             token = self.token(stack[-1][1])
@@ -149,7 +151,7 @@ class TokenStream:
         return i
 
     def _closes_arguments(self, i: int) -> bool:
-        """Whether the `>` at i closes template arguments: no operand follows, as of a shift."""
+        """Whether the `>` at i closes template arguments: after a shift there is an operand."""
         while self[i] == ">":
             i += 1
         return self[i] in (",", ";", ")", "::", "{")

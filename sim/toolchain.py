@@ -33,14 +33,14 @@ _QUIET = [
         "unused-value",
     )
 ]
-# Half rounds after every operation, as on the GPU; safe math, as MLX compiles.
+# Half is rounded after every operation, as on the GPU; math is safe, as MLX compiles its shaders.
 _ARITHMETIC = ["-Xclang", "-ffloat16-excess-precision=none", "-fno-fast-math"]
 _CODE = ["-O2", "-fno-unroll-loops", "-fPIC", "-g1", "-gdwarf-4", "-fno-stack-protector"]
 _CODE += ["-mllvm", "-trap-unreachable"]
 _TRACE = [
     "-fsanitize=thread",
     *("-fno-slp-vectorize", "-fno-vectorize", "-fno-optimize-sibling-calls"),
-    # Indices of a thread's own arrays, which the tracer does not see.
+    # This checks the indices of a thread's own arrays, which the tracer does not see.
     *("-fsanitize=local-bounds", "-fsanitize-trap=local-bounds", "-fno-sanitize-merge"),
     *("-fno-builtin-memset", "-fno-builtin-memcpy"),
     # A thread's own memory starts as NaN, so that a read before any write is no lucky zero.
@@ -51,7 +51,7 @@ _TRACE = [
 
 
 class CompileError(RuntimeError):
-    """A shader that does not compile; the message is the compiler's, with the shader's lines."""
+    """A shader does not compile; the message is the compiler's, with the shader's lines."""
 
 
 @functools.cache
@@ -64,7 +64,7 @@ def _zig() -> str:
 
 @functools.cache
 def clang() -> tuple[str, ...]:
-    """The shader compiler: GLM_FUSED_SIM_CLANG (clang 19 or later), or ziglang's."""
+    """The command of the shader compiler: GLM_FUSED_SIM_CLANG (clang 19 or later), or ziglang's."""
     named = os.environ.get("GLM_FUSED_SIM_CLANG")
     return (named,) if named else (_zig(), "clang")
 
@@ -77,7 +77,7 @@ def linker() -> tuple[str, ...]:
 
 @functools.cache
 def cxx() -> tuple[str, ...]:
-    """The executor's compiler: CXX, the system's, or ziglang's."""
+    """The command of the executor's compiler: CXX, else the system's, else ziglang's."""
     found = os.environ.get("CXX") or shutil.which("c++")
     return (found,) if found else (_zig(), "c++")
 
@@ -88,7 +88,7 @@ def version() -> str:
 
 
 def run(command: Sequence[str], stdin: str | None = None) -> str:
-    """Standard output of a command; CompileError with its diagnostics if it fails."""
+    """Run a command and return its standard output; CompileError has its diagnostics."""
     done = subprocess.run(command, input=stdin, capture_output=True, text=True)
     if done.returncode:
         raise CompileError(done.stderr.strip() or f"{command[0]} failed ({done.returncode})")
@@ -96,7 +96,9 @@ def run(command: Sequence[str], stdin: str | None = None) -> str:
 
 
 def preprocess(source: str | Path, include_dirs: Sequence[Path], defines: dict[str, str]) -> str:
-    """Shader text after the preprocessor, with line markers. A str is text, a Path a file."""
+    """Preprocess shader text, given as a str or a file's Path; the result has line markers.
+
+    Raises FileNotFoundError for a missing file and CompileError as `run` does."""
     # The address spaces and vector types are known before any #include.
     command = [*clang(), *_DIALECT, *_QUIET, "-E", "-I", str(HEADERS), "-include", "entry.h"]
     for directory in include_dirs:
@@ -115,7 +117,7 @@ def shader_flags(contract: bool, trace: bool) -> list[str]:
 
 
 def compile_shader(text: Path, target: Path, contract: bool, trace: bool) -> None:
-    """CompileError speaks of Metal's address spaces, not of clang's."""
+    """Compile preprocessed text; a CompileError names Metal's address spaces, not clang's."""
     flags = shader_flags(contract, trace)
     try:
         run([*clang(), *flags, "-c", str(text), "-o", str(target)])
@@ -130,5 +132,5 @@ def compile_c(text: Path, target: Path) -> None:
 
 
 def link(objects: Sequence[Path], needed: Path, target: Path) -> None:
-    """A shared object of `objects` that loads `needed` with it."""
+    """Link `objects` to a shared object that loads `needed` with it."""
     run([*linker(), "-shared", *map(str, [*objects, needed]), "-o", str(target)])

@@ -1,4 +1,4 @@
-"""Tiny GLM-5 checkpoints in every layout, made without the package's own code."""
+"""Makes tiny GLM-5 checkpoints in every layout, without the package's own code."""
 
 import json
 import re
@@ -74,7 +74,7 @@ _INDEX_SCHEDULE = ("indexer_types", "index_topk_freq", "index_skip_topk_offset")
 
 @pytest.fixture(scope="module", params=DEVICES)
 def device(request):
-    """MLX's default device, each in turn: on a Mac its GPU too."""
+    """Run the test with each device as MLX's default: the CPU, and on a Mac its GPU too."""
     before = mx.default_device()
     mx.set_default_device(getattr(mx, request.param))
     yield request.param
@@ -88,7 +88,7 @@ def tiny_config(**overrides):
 
 
 def tiny_config_51(**overrides):
-    """A small 5 / 5.1-style config: no schedule, so every layer runs its indexer."""
+    """A small 5 / 5.1-style config; it has no schedule, so every layer runs its indexer."""
     return tiny_config(**dict.fromkeys(_INDEX_SCHEDULE), **overrides)
 
 
@@ -133,10 +133,10 @@ def write_checkpoint(
 ):
     """Write a checkpoint of random weights; the same seed gives the same values in every layout.
 
-    `layout`: "hf" (an expert a tensor, `kv_b_proj`), "hf-fused" (3-D `experts.gate_up_proj`),
+    `layout` is "hf" (a tensor per expert, `kv_b_proj`), "hf-fused" (3-D `experts.gate_up_proj`),
     "fp8" (e4m3 with `weight_scale_inv`) or "mlx" (stacked experts, `embed_q`/`unembed_out`).
-    `quantization`: the config entry `{group_size, bits, mode, <module path>: {...} | False}`,
-    for "hf" and "mlx". `edit(tensors)` may change the tensors before they are written.
+    `quantization`, for "hf" and "mlx", is the config entry `{group_size, bits, mode, <module path>:
+    {...} | False}`. `edit(tensors)` may change the tensors before they are written.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -181,7 +181,7 @@ def make_tensors(
 
 
 def full_layers(config):
-    """Which layers have an indexer."""
+    """Whether each layer has an indexer, as a list."""
     types = config.get("indexer_types")
     return [types is None or types[i] == "full" for i in range(config["num_hidden_layers"])]
 
@@ -222,7 +222,7 @@ def _layer(config, i, full, tensors, add, norm):
         add(f"{prefix}.up_proj.weight", size, hidden)
         add(f"{prefix}.down_proj.weight", hidden, size)
 
-    # The indexer is drawn always, so that the other weights do not depend on the schedule.
+    # The indexer is always drawn, so that the other weights do not depend on the schedule.
     _attention(config, f"{layer}.self_attn", add, norm)
     if not full:
         for name in [k for k in tensors if k.startswith(f"{layer}.self_attn.indexer.")]:
@@ -294,7 +294,7 @@ def _to_mlx(config, tensors):
 
 
 def _setting(quantization, module):
-    """The entry for a module: its own, else that of its form in the other layout, else the top."""
+    """The entry for a module: its own, else its form's in the other layout, else the top one."""
     source = module.replace("unembed_out", "kv_b_proj").replace("embed_q", "kv_b_proj")
     expert = source.replace("switch_mlp", "experts.0")
     stack = re.sub(r"experts\.\d+", "switch_mlp", module)

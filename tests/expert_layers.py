@@ -1,4 +1,4 @@
-"""Random expert layers, and moe_decode on them: by the simulated host and by the CPU."""
+"""Random expert layers, and moe_decode on them by the simulated host and by the CPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Case:
     used: int = 3
     seed: int = 0
     rows: int = 4
-    simdgroups: tuple[int, int] = (2, 8)  # of moe_gate_up and moe_down_sum
+    simdgroups: tuple[int, int] = (2, 8)  # moe_gate_up's and moe_down_sum's
 
     @property
     def tiles(self) -> tuple[int, int, int, int]:
@@ -40,7 +40,7 @@ class Case:
 
 
 def to_numpy(a: mx.array) -> np.ndarray:
-    """The array's values; bfloat16 as its bits."""
+    """The array's values; for bfloat16 its bits as uint16."""
     if a.dtype == mx.bfloat16:
         return np.array(a.view(mx.uint16))
     return np.array(a)
@@ -62,13 +62,13 @@ class Layer:
     reports: list[Any] = field(default_factory=list)
 
     def moe(self) -> mx.array:
-        # Yet to be evaluated, as a router's are: slots that do not exist reach the kernel.
+        # Slots are not evaluated yet, as a router's are not, so that bad ones reach the kernel.
         slots = mx.array(self.slots) + 0
         return ops.moe_decode(self.x, self.gate, self.up, self.down, slots, mx.array(self.scores))
 
 
 def _with_unused(w: ops.Weight) -> ops.Weight:
-    """A slot of NaN before and after the slots of `w`."""
+    """`w` with a slot of NaN before and after its slots."""
 
     def pad(a: mx.array) -> mx.array:
         edge = mx.full((1, *a.shape[1:]), NAN.get(a.dtype, float("nan")), a.dtype)
@@ -101,7 +101,7 @@ def make_layer(c: Case, slots: np.ndarray | None = None, pad: bool = True) -> La
 
 
 def _weight_of_bits(rng: np.random.Generator, shape: tuple[int, ...], fmt: Format, dtype: str):
-    """A weight of small numbers, made fast: random bits whose exponents are kept low."""
+    """A weight of small numbers, made fast from random bits whose exponents are kept low."""
     mode, bits, group = fmt
     *slots, k = shape
 
@@ -129,7 +129,7 @@ def _weight_of_bits(rng: np.random.Generator, shape: tuple[int, ...], fmt: Forma
 
 
 def make_layer_of_bits(c: Case) -> Layer:
-    """A layer of GLM's size in a moment; one token takes every slot."""
+    """A layer of GLM's size, made in a moment; one token takes every slot."""
     rng = np.random.default_rng(c.seed)
     x = mx.array(rng.standard_normal((c.tokens, c.hidden), dtype=np.float32))
     slots = np.tile(rng.permutation(c.used)[: c.top_k].astype(np.int32), (c.tokens, 1))
@@ -146,9 +146,9 @@ def make_layer_of_bits(c: Case) -> Layer:
 
 
 def run_fused(layer: Layer, **settings: Any) -> np.ndarray:
-    """The bits of y by the simulated host; the reports of its two launches are left in the layer.
+    """The bits of y by the simulated host, which takes `settings`.
 
-    `settings` are the host's.
+    The reports of its two launches are left in the layer.
     """
     with metal(tiles=layer.case.tiles, **settings):
         y = layer.moe()
@@ -165,7 +165,7 @@ def run_cpu(layer: Layer) -> np.ndarray:
 
 
 def assert_same(a: np.ndarray, b: np.ndarray) -> None:
-    """Equal bit for bit."""
+    """Fail unless the arrays are equal bit for bit."""
     unsigned = {2: np.uint16, 4: np.uint32}[a.itemsize]
     different = np.argwhere(a.view(unsigned) != b.view(unsigned))
     assert a.shape == b.shape

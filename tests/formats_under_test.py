@@ -13,10 +13,10 @@ from glm_fused.formats.weights import Format, named, quantized_format
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 AFFINE = [("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
-NAN = {mx.uint8: 0xFF, mx.uint32: 0xFFFFFFFF}  # of codes, if they have one
+NAN = {mx.uint8: 0xFF, mx.uint32: 0xFFFFFFFF}  # codes that are NaN, in formats that have one
 FORMATS = [*AFFINE, ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16), ("dense", 0, 0)]
 
-OURS = [("nvfp4-global", 4, 16), ("fp8", 8, 128)]  # which MLX's own kernels do not take
+OURS = [("nvfp4-global", 4, 16), ("fp8", 8, 128)]  # MLX's own kernels do not take these
 
 
 def e4m3(code: int) -> float:
@@ -47,7 +47,7 @@ def random_weight(
     fmt: tuple[str, int, int],
     float_dtype: mx.Dtype = mx.bfloat16,
 ) -> ops.Weight:
-    """A weight of `shape` [..., n, k]; `float_dtype` is that of dense weights or affine scales."""
+    """A weight of `shape` [..., n, k]; dense weights and affine scales have `float_dtype`."""
     mode = fmt[0]
     values = mx.array(rng.standard_normal(shape, dtype=np.float32) / np.sqrt(shape[-1]))
     if mode == "dense":
@@ -77,7 +77,7 @@ def random_squares(
 
 
 def poison(w: ops.Weight, unused: list[int]) -> ops.Weight:
-    """`w` with NaN in the slots `unused`: NaN scales, or NaN weights where dense."""
+    """`w` with NaN in the slots `unused`: in the scales, or in the weights of a dense format."""
     if not unused:
         return w
     planes = [mx.array(plane) for plane in w.planes]
@@ -103,7 +103,7 @@ def dequantized(w: ops.Weight) -> np.ndarray:
 
 
 def bits_of(a: mx.array) -> np.ndarray:
-    """The array's bit patterns as integers; NaN payloads included."""
+    """The array's bit patterns as integers, NaN payloads included."""
     mx.eval(a)
     unsigned = {4: mx.uint32, 2: mx.uint16}[a.dtype.size]
     return np.array(a.view(unsigned))

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of compressed-tensors, written as its owners write them, in NumPy alone."""
+"""Writes tiny checkpoints of compressed-tensors, as its owners write them, in NumPy alone."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def quantization_config(groups=None, ignore=("lm_head", "re:.*weights_proj"), **
 
 
 def quantized(values, bits, group_size):
-    """Signed codes [m, n] and scales [m, n / group_size] of a float32 matrix."""
+    """The signed codes [m, n] and scales [m, n / group_size] of a float32 matrix."""
     m, n = values.shape
     grouped = values.reshape(m, n // group_size, group_size)
     scales = np.abs(grouped).max(axis=-1) / (2 ** (bits - 1) - 0.5)
@@ -59,7 +59,7 @@ def quantized(values, bits, group_size):
 
 
 def packed(codes, bits):
-    """Words of int32: a code, plus half of the range, at bit ``bits * i`` of its word."""
+    """Pack codes in int32 words: code i of a word, plus half of the range, is at ``bits * i``."""
     unsigned = (codes + 2 ** (bits - 1)).astype(np.uint32).reshape(len(codes), -1, 32 // bits)
     words = np.zeros(unsigned.shape[:2], np.uint32)
     for i in range(32 // bits):
@@ -68,7 +68,7 @@ def packed(codes, bits):
 
 
 def checkpoint_tensors(config, form_of, dtype="float32", **options):
-    """Stored tensors, and the float32 values of every tensor under its name in the release.
+    """The stored tensors, and the float32 values of every tensor under its name in the release.
 
     ``form_of(module)`` gives (bits, group_size), or None for a module that stays as it is;
     ``options`` are those of ``hf_tensors``.
@@ -93,7 +93,7 @@ def checkpoint_tensors(config, form_of, dtype="float32", **options):
 
 
 def write(directory, config, stored, edit=None):
-    """A checkpoint folder of one shard; ``edit(stored)`` may damage it first."""
+    """Write a checkpoint folder of one shard; ``edit(stored)`` may damage the tensors first."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     if edit is not None:
@@ -104,6 +104,6 @@ def write(directory, config, stored, edit=None):
 
 
 def write_dense(directory, values):
-    """The release's layout of the values, in float32."""
+    """Write the values in the release's layout, in float32."""
     tensors = {name: mx.array(array) for name, array in values.items()}
     return write(directory, tiny_config(), tensors)

@@ -25,7 +25,7 @@ def random(rng: np.random.Generator, shape: tuple[int, ...], dtype=mx.float32) -
 def random_rows(
     rng: np.random.Generator, kv_format: str, b: int, total: int, rank: int, rope: int
 ) -> tuple[mx.array, mx.array | None]:
-    """Cached rows [b, total, …] of a format, and their RoPE keys where they are apart."""
+    """Cached rows [b, total, …] of a format, and their RoPE keys where these are kept apart."""
     latents, ropes = random(rng, (b, total, rank)), random(rng, (b, total, rope))
     if kv_format in kv_rows.PACKED:
         return kv_rows.pack(latents, ropes if rope else None, kv_format), None
@@ -34,7 +34,7 @@ def random_rows(
 
 
 def digest(op: str) -> str:
-    """Of the op's results over every format."""
+    """A digest of the op's results over every format."""
     made = hashlib.sha256()
     rng = np.random.default_rng(12)
     for kv_format in KEY_FORMATS:
@@ -53,7 +53,7 @@ def digest(op: str) -> str:
 
 @functools.cache
 def digests(op: str) -> dict[str, str]:
-    """The digest by each instruction set that this processor has."""
+    """The digest with each instruction set that this processor has."""
     best = _ext.cpu_kernels()
     names = ["avx512", "avx2", "portable"]
     found = {best: digest(op)}

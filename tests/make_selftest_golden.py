@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python tests/make_selftest_golden.py
 
-Needs a build with -C cmake.define.GLM_FUSED_METAL_SIM=ON. With contraction: what the CPU computes,
-which the simulated shaders must equal. Without: what the simulated shaders compute, or MLX's own
-kernels for quantized_matvec.
+It needs a build with -C cmake.define.GLM_FUSED_METAL_SIM=ON. With contraction it keeps what the CPU
+computes, which the simulated shaders must equal; without, what the simulated shaders compute, or
+MLX's own kernels for quantized_matvec.
 """
 
 from __future__ import annotations

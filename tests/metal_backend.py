@@ -1,4 +1,4 @@
-"""Where tests run ops that have Metal kernels: a Mac's GPU, or the simulated host."""
+"""Runs ops that have Metal kernels where tests can: on a Mac's GPU, or on the simulated host."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _INSTANCE = "template [[host_name("
 
 @contextlib.contextmanager
 def metal(*, tiles=None, **settings):
-    """Ops with Metal kernels run them inside, on whatever there is.
+    """Within the block, ops with Metal kernels run them, on whatever there is.
 
     `tiles` are GLM_FUSED_METAL_TILES, `settings` the simulated host's.
     """
@@ -42,7 +42,7 @@ def metal(*, tiles=None, **settings):
 
 @contextlib.contextmanager
 def cpu():
-    """Everything runs on the CPU inside."""
+    """Within the block, everything runs on the CPU."""
     before = mx.default_device()
     mx.set_default_device(mx.cpu)
     try:
@@ -52,7 +52,7 @@ def cpu():
 
 
 def on_both(op):
-    """The op's arrays by Metal and by the CPU."""
+    """The op's arrays as Metal computes them and as the CPU does."""
     with metal():
         there = op()
         mx.eval(there)
@@ -63,7 +63,7 @@ def on_both(op):
 
 
 def split_instance(text: str) -> tuple[str, str]:
-    """A launcher's text as the shader and the line that makes a template's instance, or ""."""
+    """Split a launcher's text: the shader, and the line that makes a template's instance or ""."""
     source, found, line = text.rpartition(_INSTANCE)
     return (source, found + line) if found else (text, "")
 
@@ -71,8 +71,8 @@ def split_instance(text: str) -> tuple[str, str]:
 class Batches:
     """Makes the libraries of many cases, several kernels in each.
 
-    A launcher asks for one library a kernel. Most of a compilation is spent on what all kernels of
-    a shader share, so that tests of many kernels run on these instead.
+    A launcher asks for one library per kernel. Most of a compilation is spent on what all kernels
+    of a shader share, so tests of many kernels run on these libraries instead.
     """
 
     _SIZE = 24
@@ -80,7 +80,7 @@ class Batches:
     def __init__(self, run: Callable[[Any], Any], cases: Iterable[Any]) -> None:
         """`run` makes the arrays of a case; what they hold does not matter."""
         self._run, self._cases = run, list(cases)
-        self._texts: dict[str, str] = {}  # of a batch, by the names of its kernels
+        self._texts: dict[str, str] = {}  # the text of a batch, by the names of its kernels
         self._libraries: dict[tuple[str, bool, bool], Future[Path]] = {}
 
     def compiler(self, *, contract: bool, trace: bool) -> Callable[[str, str], tuple[Path, str]]:
@@ -105,7 +105,7 @@ class Batches:
 
     def _collect(self) -> None:
         """Ask the launchers what they compile for each case, and run nothing."""
-        lines: dict[str, dict[str, str]] = {}  # of instances, by shader and name
+        lines: dict[str, dict[str, str]] = {}  # the lines of instances, by shader and name
 
         def note(name: str, text: str) -> None:
             source, line = split_instance(text)

@@ -31,7 +31,7 @@ _OURS = re.compile(
     r"\b((?:moe_gate_up|moe_down_sum|router_topk|index_scores|mla_split|Affine|Dense|Fp|FloatRows)<"
     r"|(?:Fp8Rows|Int8Rows)\b)"
 )
-# Buffers that a kernel reads once, or twice, and where a mutant may not read more.
+# A kernel reads these buffers once, or twice, and a mutant may not read more of them.
 _FRUGAL = {
     "moe_gate_up": (2,),
     "moe_down_sum": (2,),
@@ -44,11 +44,11 @@ _FRUGAL = {
 
 
 class Case(Protocol):
-    """Arguments of an op; equal cases are the same one."""
+    """The arguments of an op; equal cases are the same one."""
 
     @property
     def tiles(self) -> tuple[int, int, int, int] | None:
-        """GLM_FUSED_METAL_TILES."""
+        """The value of GLM_FUSED_METAL_TILES, or None to leave it unset."""
 
     def run(self) -> Any:
         """The op's arrays."""
@@ -56,7 +56,9 @@ class Case(Protocol):
 
 @dataclass(frozen=True)
 class Mutation:
-    """A change of the kernel of a case: a text with @old@new@ where it differs, the `nth` such."""
+    """A change of a case's kernel, in the `nth` place that has its text.
+
+    The text has @old@new@ where the change is."""
 
     name: str
     case: Any
@@ -78,28 +80,28 @@ class Mutation:
 
 @dataclass
 class Right:
-    """A case by the unchanged shaders: its launches, traced, and what the launchers compiled."""
+    """A case on the unchanged shaders: its traced launches, and what the launchers compiled."""
 
     launches: list[Launch] = field(default_factory=list)
     texts: dict[str, tuple[str, str]] = field(default_factory=dict)  # name and text, by kernel
 
 
 def kernel_of(name: str) -> str:
-    """The kernel's function, of its host name."""
+    """The name of a kernel's function, given its host name."""
     return next(k for k in _FRUGAL if name.removeprefix("glm_fused_").startswith(k))
 
 
 def _own_text(text: str) -> str:
-    """The shader without what every mutant shares: system headers and MLX's arithmetic."""
+    """The shader without system headers and MLX's arithmetic, which all mutants share."""
     text = re.sub(r"^#include <.*\n", "", text.replace(mlx_arithmetic(), ""), flags=re.M)
-    # A plain kernel would be in the library under its own name, once a namespace.
+    # A plain kernel would be in the library under its own name once per namespace.
     return re.sub(
         r"(?<!>\n)^\[\[kernel\]\] void", "template <int>\n[[kernel]] void", text, flags=re.M
     )
 
 
 class Mutants:
-    """Mutations, and how each is told from the right shader."""
+    """Tells mutations from the right shaders."""
 
     def __init__(self, mutations: list[Mutation]) -> None:
         self._rights: dict[Any, Right] = {}
@@ -157,7 +159,7 @@ class Mutants:
             if kernel == m.kernel:
                 return library.result(), f"mutant_{batch.index(m)}_"
             if order.index(kernel) > order.index(m.kernel):
-                return None  # not run: what comes after the changed kernel is of no interest
+                return None  # kernels after the changed one are of no interest and do not run
             return compiled(name, text, contract=True, trace=False)
 
         return compiler
@@ -187,7 +189,7 @@ class Mutants:
 
 
 def host_function(library: str) -> str:
-    """The name of a plain kernel, of its library's name."""
+    """The name of a plain kernel, given its library's name."""
     return library.removeprefix("glm_fused_")
 
 

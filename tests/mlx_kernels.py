@@ -1,4 +1,4 @@
-"""The chain of MLX's own kernels that the experts' shaders equal, in the simulator."""
+"""Runs, in the simulator, the chain of MLX's own kernels that the experts' shaders equal."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def mlx_function(fmt: Format, dtype: str, n: int, k: int) -> str:
 
 
 class Libraries:
-    """MLX's kernels of the cases, those of a family, a type and a mode in one library."""
+    """MLX's kernels for the cases, with those of a family, a type and a mode in one library."""
 
     def __init__(self, cases: Iterable[Case]) -> None:
         self.cases = list(cases)
@@ -100,7 +100,7 @@ def gather_matvec(
     libs: Libraries, w: ops.Weight, fmt: Format, dtype: str, x: np.ndarray, lhs: np.ndarray,
     rhs: np.ndarray, contract: bool,
 ) -> np.ndarray:  # fmt: skip
-    """MLX's gather_qmm or gather_mm of single rows: out[i] = W[rhs[i]] x[lhs[i]]."""
+    """Run MLX's gather_qmm or gather_mm on single rows: out[i] = W[rhs[i]] x[lhs[i]]."""
     weight, *scaling = (to_numpy(plane) for plane in w.planes)
     bank, n, _ = weight.shape
     k, count = x.shape[1], len(rhs)
@@ -134,7 +134,7 @@ def gather_matvec(
 
 
 def run_chain(libs: Libraries, layer: Layer, contract: bool) -> np.ndarray:
-    """The bits of y from MLX's unmodified kernels, one launch a step, our swiglu between them."""
+    """The bits of y from MLX's unmodified kernels, one launch per step, with our swiglu between."""
     c = layer.case
     rhs = layer.slots.reshape(-1).astype(np.uint32)
     pairs = np.arange(len(rhs), dtype=np.uint32)

@@ -1,6 +1,7 @@
-"""Every op with every size in turn 0, -1 or beyond an int; a program of its own, as it may crash.
+"""Runs every op with every size in turn 0, -1 or beyond an int.
 
-``python tests/op_bounds.py`` prints each case before it runs and how it ended after it.
+It is a program of its own, as it may crash: ``python tests/op_bounds.py`` prints each case before
+it runs, and how it ended after it.
 """
 
 import itertools
@@ -14,7 +15,7 @@ HUGE = 2**31 - 1
 
 
 def view(*shape, dtype=mx.float32):
-    """One value seen as an array of any shape: it takes no memory."""
+    """One value seen as an array of any shape, which takes no memory."""
     return mx.zeros(shape, dtype) if 0 in shape else mx.broadcast_to(mx.zeros(1, dtype), shape)
 
 
@@ -82,7 +83,7 @@ BEYOND = {
 
 
 def cases():
-    """(name, op, whether it has to be refused)."""
+    """Yield (name, op, whether it has to be refused)."""
     for name, run in BEYOND.items():
         yield name, run, True
     for op, grid in GRIDS.items():

@@ -1,4 +1,4 @@
-"""Eviction policies in plain Python, as their definitions say."""
+"""Eviction policies in plain Python, written as their definitions say."""
 
 import math
 
@@ -18,7 +18,7 @@ class Lru:
         self.order.append(expert)
 
     def victims(self):
-        """Who gives way, first first."""
+        """The experts that may give way, the first to go first."""
         return [e for e in self.order if e not in self.pinned]
 
 

@@ -10,17 +10,17 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 DTYPES = {"float": mx.float32, "float16_t": mx.float16, "bfloat16_t": mx.bfloat16}
-# Of the largest result: one rounding of the output, and a float32 sum.
+# Parts of the largest result: they allow one rounding of the output, and a float32 sum.
 TOLERANCE = {"float": 2e-6, "float16_t": 1e-3, "bfloat16_t": 6e-3}
 
 
 def bits(x: mx.array) -> Array:
-    """An MLX array's memory, writable; bfloat16 as uint16."""
+    """A writable copy of an MLX array's memory; bfloat16 comes as uint16."""
     return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
 
 
 def wide(x: Array | mx.array, dtype: str = "float") -> npt.NDArray[np.float64]:
-    """float64 of an MLX array, or of numpy memory that holds `dtype`."""
+    """The float64 values of an MLX array, or of numpy memory that holds `dtype`."""
     if isinstance(x, mx.array):
         return np.array(x.astype(mx.float32)).astype(np.float64)
     if dtype == "bfloat16_t":
@@ -29,7 +29,7 @@ def wide(x: Array | mx.array, dtype: str = "float") -> npt.NDArray[np.float64]:
 
 
 def empty(shape: tuple[int, ...], dtype: str) -> Array:
-    """Memory for results, all NaN."""
+    """Memory for results, which holds NaN alone."""
     kinds = {"float": np.uint32, "float16_t": np.uint16, "bfloat16_t": np.uint16}
     memory = np.full(shape, -1, kinds[dtype].__name__.lstrip("u")).view(kinds[dtype])
     return memory if dtype == "bfloat16_t" else memory.view(f"f{memory.itemsize}")

@@ -1,4 +1,4 @@
-"""Caches that are not the model's, or not whole: one error each, before a token is computed."""
+"""Caches that are not the model's, or not whole, give one error each before a token is computed."""
 
 import copy
 import json
@@ -135,7 +135,7 @@ FAULTS = {
 @pytest.mark.parametrize("stepped", [False, True], ids=["new", "used"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_cache_that_is_not_whole_is_refused(model, fault, stepped):
-    """Also between two steps of a cache that passed before."""
+    """It is refused even between two steps of a cache that passed before."""
     kv = filled(model)
     if stepped:
         mx.eval(model(NEXT, kv))
@@ -146,7 +146,7 @@ def test_a_cache_that_is_not_whole_is_refused(model, fault, stepped):
     with pytest.raises(ValueError, match=message):
         model(NEXT, kv)
     after = [c.offset for layer in kv for c in getattr(layer, "caches", ())]
-    assert str(after) == str(lengths)  # refused before anything was appended
+    assert str(after) == str(lengths)  # nothing was appended before the refusal
 
 
 def test_a_batch_of_tokens_needs_a_cache_of_as_many_rows(model):

@@ -40,7 +40,7 @@ def environment(monkeypatch):
 
 
 def run(capsys, *args):
-    """Exit code, stdout, stderr."""
+    """Run the command; returns exit code, stdout, stderr."""
     try:
         code = main([str(arg) for arg in args])
     except SystemExit as exit:
@@ -160,7 +160,7 @@ def test_the_bundled_checkpoint(capsys):
     code, out, _ = run(capsys, "demo", "--max-tokens", "8", "--json")
     document = json.loads(out)
     assert code == 0
-    assert document["ab"]["prompt_tokens"] > 64  # index_topk: attention is sparse
+    assert document["ab"]["prompt_tokens"] > 64  # more than index_topk, so attention is sparse
     assert document["text"]
 
 
@@ -456,7 +456,7 @@ def command(*args):
 
 
 def test_module_and_closed_pipe(model):
-    """A reader that goes away: no traceback, nor Python's complaint at exit."""
+    """A reader that goes away causes no traceback, nor Python's complaint at exit."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     arguments = command("generate", "--model", model, "--prompt", WORDS, "--max-tokens", "50")
     process = subprocess.Popen(

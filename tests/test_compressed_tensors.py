@@ -89,7 +89,7 @@ def test_words_are_loaded_as_they_lie(tmp_path):
 
 
 def test_unused_tensors_are_packed_too(tmp_path):
-    """MTP's layer and the indexers that some quantizers keep on shared layers."""
+    """They are MTP's layer and the indexers that some quantizers keep on shared layers."""
     config = config_of()
     expected = logits(write(tmp_path / "without"))
     stored, _ = made.checkpoint_tensors(config, uniform(4, 64), mtp=True, shared_indexers=True)
@@ -200,7 +200,7 @@ def test_config_that_contradicts_the_tensors(tmp_path):
 
 
 def test_modules_left_as_they_are_need_no_entry(tmp_path):
-    """``Linear`` names all matrices, and some of them are stored as they were."""
+    """``Linear`` names all matrices, yet some of them are stored as they were."""
     model, _ = load_model(write(tmp_path, ignore=[]))
     assert "scales" not in model.lm_head
 

@@ -169,7 +169,7 @@ def test_yarn_is_the_same_in_either_spelling():
 
 
 def test_inverse_frequencies_are_torchs():
-    """Bit for bit, from transformers 5.23 with torch 2.13."""
+    """The expected bits are from transformers 5.23 with torch 2.13."""
     default = RopeParameters(theta=8e6).inv_freq(64)
     assert default.dtype == np.float32
     assert default[:8].tolist() == DEFAULT_64

@@ -1,4 +1,4 @@
-"""What must not end the process: sizes, threads and memory that run out, exits and interrupts."""
+"""Bad sizes, lack of threads and memory, exits and interrupts must not crash the process."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="limits and exits as 
 
 
 def program(code, *arguments, env=None, timeout=120):
-    """A Python program's result."""
+    """Run a Python program; returns what subprocess gives."""
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
@@ -35,7 +35,7 @@ def test_sizes_that_no_kernel_takes_are_refused_when_the_graph_is_built():
 
 
 def test_a_weight_without_columns_and_tokens_without_experts():
-    """Both divided by zero."""
+    """Both once divided by zero."""
     from glm_fused import ops
 
     empty = ops.Weight.dense(mx.zeros((8, 0)))
@@ -165,7 +165,7 @@ def test_ctrl_c_ends_a_run_without_a_traceback(prompt):
         stdout=-1,
         stderr=-1,
         text=True,
-        # A shell has what it runs in the background ignore the signal.
+        # What a shell runs in the background ignores the signal, and its children do too.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     run.stdin.write(prompt)

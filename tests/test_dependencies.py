@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "python" / "glm_fused"
 
-# Low to high. A module may import what is in its own row or in a lower one.
+# The rows go from low to high. A module may import what is in its own row or in a lower one.
 # - ``checkpoint`` is above ``models``: it compares files with the modules of a model, and a model
 #   takes any weights that have its names.
 # - ``streaming`` is above both: it puts banks into a model, from the files of a checkpoint.
@@ -33,7 +33,7 @@ ORDER = (
 
 
 class Import(NamedTuple):
-    """That one module imports another, at a line of a file; names are within the package."""
+    """An import of one module by another, at a line of a file; names are within the package."""
 
     importer: str
     imported: str
@@ -45,7 +45,10 @@ class Import(NamedTuple):
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """Every module by its name within ``package``; a folder's is that of its ``__init__``."""
+    """The files of all modules, by their names within ``package``.
+
+    A folder's name stands for its ``__init__``.
+    """
     found = {}
     for file in sorted([*package.rglob("*.py"), *package.rglob("*.pyi")]):
         parts = file.relative_to(package).with_suffix("").parts
@@ -54,9 +57,9 @@ def modules(package: Path) -> dict[str, Path]:
 
 
 def imports(package: Path) -> list[Import]:
-    """All imports of the package's own modules: those in functions and for type checkers, too.
+    """All imports of the package's own modules, even in functions and for type checkers.
 
-    That importing a module also runs its folder's ``__init__`` is left out.
+    Importing a module also runs its folder's ``__init__``, which does not count here.
     """
     known, found = modules(package), []
     for name, file in known.items():
@@ -89,7 +92,7 @@ def _imported(
 
 
 def upward(found: list[Import], order=ORDER) -> list[str]:
-    """What imports something above itself, and what has no place in the order."""
+    """Say which modules import something above themselves, and which have no place in the order."""
     problems = []
     for one in found:
         low, high = _row(one.importer, order), _row(one.imported, order)
@@ -131,7 +134,7 @@ def _way(edges: dict[str, dict[str, Import]], start: str, goal: str) -> list[Imp
 
 
 def _row(name: str, order) -> int | None:
-    """Where a module stands: by its own name, or that of the innermost folder that is listed."""
+    """A module's row: that of its own name, or of the innermost folder that is listed."""
     rows = {entry: row for row, entries in enumerate(order) for entry in entries}
     while name:
         if name in rows:
@@ -208,7 +211,7 @@ def test_what_runs_downward_is_not_reported(tmp_path):
 
 
 def test_a_planted_circle_is_found(tmp_path):
-    """Through three modules, one of which imports for a type checker and one late."""
+    """It leads through three modules, one of which imports for a type checker and one late."""
     files = {
         "models/a.py": "from . import b",
         "models/b.py": "if TYPE_CHECKING:\n    from .c import C",
@@ -231,7 +234,7 @@ def test_a_module_that_imports_itself_is_a_circle(tmp_path):
 
 
 def planted(folder: Path, files: dict[str, str]) -> Path:
-    """A package of empty modules, of which ``files`` have something in them."""
+    """Write a package of empty modules, except for ``files``, which have a text."""
     package = folder / "glm_fused"
     names = ("ops/paths", "models/moe", "cli/arguments", "generation/chat", "engine", "loader")
     packages = ("", "ops/", "models/", "checkpoint/", "streaming/", "generation/", "cli/")

@@ -1,4 +1,4 @@
-"""The description of a checkpoint, from headers alone; the releases' own numbers as the check."""
+"""The description of a checkpoint from headers alone, checked by the releases' own numbers."""
 
 import json
 import math
@@ -30,7 +30,7 @@ AFFINE_4 = {"group_size": 64, "bits": 4, "mode": "affine"}
 
 
 def hollow_file(path, tensors):
-    """A safetensors file with a true header and a hole for its data."""
+    """Write a safetensors file with a true header and a hole for its data."""
     header, offset = {}, 0
     for name, (dtype, shape) in tensors.items():
         size = math.prod(shape) * {"BF16": 2, "F32": 4, "U32": 4, "U8": 1}[dtype]
@@ -43,7 +43,7 @@ def hollow_file(path, tensors):
 
 
 def stacked_tensors(args, quantization):
-    """Names, types and shapes of a uniformly quantized MLX checkpoint."""
+    """The names, types and shapes in a uniformly quantized MLX checkpoint."""
     fmt, tensors = parse_format("", quantization), {}
     for module in modules(args):
         if module.bias:
@@ -62,7 +62,7 @@ def stacked_tensors(args, quantization):
 
 
 def release_tensors(args):
-    """Names, types and shapes of the bf16 release, without its MTP layer."""
+    """The names, types and shapes in the bf16 release, without its MTP layer."""
     tensors = {}
     for module in modules(args):
         path, shape = module.path, list(module.shape)

@@ -1,4 +1,4 @@
-"""The engine: what the command line does, for a library user."""
+"""The engine does for a library user what the command line does."""
 
 import mlx.core as mx
 import numpy as np

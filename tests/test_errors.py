@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 def run(capsys, *args):
-    """Exit code and stderr, which is one line."""
+    """Run the command; returns its exit code and stderr, which has to be one line."""
     try:
         code = main([str(arg) for arg in args])
     except SystemExit as exit:

@@ -1,4 +1,4 @@
-"""Layers with unlike numbers of experts: the bits of a model whose further experts never win."""
+"""Layers with unlike numbers of experts have the bits of a model whose further ones never win."""
 
 import json
 

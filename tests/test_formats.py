@@ -1,4 +1,4 @@
-"""The registry of weight formats against MLX, and what a weight that does not fit is told."""
+"""The registry of weight formats agrees with MLX, and weights that do not fit are clear errors."""
 
 import copy
 import pickle

@@ -20,7 +20,7 @@ WORDS = " ".join(f"w{i}" for i in range(3, 43))  # over twice index_topk
 
 
 def write_tokenizer(folder, chat_template=None):
-    """Token i is the word ``wi``."""
+    """Write a tokenizer whose token i is the word ``wi``."""
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
@@ -132,7 +132,7 @@ def test_a_comparison_runs_both_paths(loaded, monkeypatch):
 
 
 def test_a_comparison_finds_one_perturbed_value(loaded, monkeypatch):
-    """One value of one layer, changed on the fused path after five calls of each step's layers."""
+    """One value is changed on the fused path, in the 30th call of a layer in decode steps."""
     original = ops.moe_decode
     calls = []
 

@@ -90,7 +90,7 @@ def test_a_stop_text_ends_the_text_before_it(loaded):
     model, tokenizer = loaded
     plain = generate(model, tokenizer, [3, 4, 5], max_tokens=8)
     words = plain.text.split()
-    stop = f"{words[2][1:]} {words[3]}"  # within a token, and over two
+    stop = f"{words[2][1:]} {words[3]}"  # begins within a token and goes over two
     at = plain.text.index(stop)
     pieces = []
     completion = generate(model, tokenizer, [3, 4, 5], None, pieces.append, max_tokens=8, stop=stop)

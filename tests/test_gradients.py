@@ -188,7 +188,7 @@ def plain_ops(monkeypatch) -> None:
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model_type", TYPES)
 def test_every_parameter_of_a_model(model_type, compiled, monkeypatch):
-    """More keys than index_topk, so attention is sparse; mlx-lm's trainer compiles its step."""
+    """More keys than index_topk make attention sparse; mlx-lm's trainer compiles its step."""
     args = args_from_config(CONFIG | TYPES[model_type] | {"model_type": model_type})
     tokens = mx.array([PROMPT, PROMPT[::-1]])
 

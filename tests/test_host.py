@@ -13,14 +13,14 @@ from glm_fused.host import to_numpy
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("python/glm_fused", "bench", "tests/vectors")
 HOME = "python/glm_fused/host.py"
-# All of NumPy's that take a buffer, `__array__`, `__dlpack__` or a sequence for an array.
+# All functions of NumPy that take a buffer, `__array__`, `__dlpack__` or a sequence for an array.
 CONVERTERS = {
     "array", "asarray", "asanyarray", "ascontiguousarray", "asfortranarray", "asarray_chkfinite",
     "copy", "copyto", "from_dlpack", "frombuffer", "fromiter", "require", "matrix", "asmatrix",
     "memmap", "put", "place", "putmask",
 }  # fmt: skip
 PROTOCOLS = {"__array__", "__array_interface__", "__dlpack__", "__array_namespace__", "__buffer__"}
-# What is no array of MLX's: (file, call) -> why.
+# These calls, as (file, call), do not take an array of MLX's; the reason is with them.
 ALLOWED = {
     ("bench/demo_model/bits_per_byte.py", "np.array(window.tokens[-window.counted:])"): "a list",
     ("bench/bench_streaming.py", "memoryview(buffer)"): "a map of memory",
@@ -28,7 +28,7 @@ ALLOWED = {
 
 
 def is_literal(node):
-    """Numbers and displays of them, which are no array."""
+    """Whether a node is a number or a display of numbers, which is no array."""
     if isinstance(node, ast.List | ast.Tuple):
         return all(map(is_literal, node.elts))
     return isinstance(node, ast.Constant) or (
@@ -73,7 +73,7 @@ class Finder(ast.NodeVisitor):
         name = node.func
         if isinstance(name, ast.Name) and name.id == "getattr" and self.is_numpy(node.args[0]):
             self.found.append(node)
-        if isinstance(name, ast.Attribute) and name.attr == "ndarray":  # else an annotation
+        if isinstance(name, ast.Attribute) and name.attr == "ndarray":  # uncalled, it is a type
             self.found.append(name)
         if not (node.args and all(map(is_literal, node.args))):
             self.visit(name)
@@ -82,7 +82,7 @@ class Finder(ast.NodeVisitor):
 
 
 def conversions(source):
-    """(line, source of the call or name) of each conversion of what may be an mx.array."""
+    """The line and source text of each conversion of what may be an mx.array."""
     tree = ast.parse(source)
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     finder = Finder()
@@ -154,7 +154,7 @@ def test_what_is_no_array_of_mlx_is_not_found():
 
 
 def test_what_evaluation_raises_is_raised(tmp_path):
-    """NumPy alone answers with memory that was never written."""
+    """NumPy alone would answer with memory that was never written."""
     file = tmp_path / "experts.bin"
     file.write_bytes(bytes(EXPERTS * sum(BYTES)))
     bank = make_bank(file, 3)

@@ -1,4 +1,4 @@
-"""indexer_topk: fused against reference bit for bit, and against numpy's stable sort."""
+"""indexer_topk, fused: it equals the reference bit for bit, and numpy's stable sort."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def both(q, keys, weights, k, start=None, scale=SCALE):
 
 
 def stable(scores: np.ndarray, k: int) -> np.ndarray:
-    """The k best by a stable sort, NaN as -inf, ascending, then -1."""
+    """The k best by a stable sort that takes NaN as -inf: ascending, then -1."""
     scores = np.where(np.isnan(scores), -np.inf, scores)
     best = np.sort(np.argsort(-scores, kind="stable")[:k])
     return np.concatenate([best, np.full(k - len(best), -1)])
 
 
 def from_scores(scores: np.ndarray, k: int) -> np.ndarray:
-    """Select by given scores >= 0: one head of one dimension, whose key is the score."""
+    """Select by given scores >= 0, which are the keys of one head of one dimension."""
     keys = mx.array(scores.astype(np.float32))[None, :, None]
     one = mx.ones((1, 1, 1, 1))
     return both(one, keys, mx.ones((1, 1, 1)), k, scale=1.0)[0, 0]
@@ -62,7 +62,7 @@ def test_fused_equals_reference(data):
 
 @pytest.mark.parametrize("key_format", KEY_FORMATS)
 def test_selects_what_stock_mlx_selects(key_format):
-    """Their scores round differently, so keys at the boundary may be swapped."""
+    """The two round scores differently, so keys at the boundary may be swapped."""
     rng = np.random.default_rng(1)
     keys, _ = random_rows(rng, key_format, 2, 700, 64, 0)
     q, weights = random(rng, (2, 40, 8, 64)), random(rng, (2, 40, 8))
@@ -105,7 +105,7 @@ def select(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def test_negative_scores_and_signed_zeros():
-    """relu(x) * w with w < 0: every score is -0 or below."""
+    """With w < 0 every score relu(x) * w is -0 or below."""
     rng = np.random.default_rng(2)
     values = rng.integers(-3, 4, 500).astype(np.float32)
     keys, one = mx.array(values)[None, :, None], mx.ones((1, 1, 1, 1))

@@ -16,8 +16,8 @@ from glm_fused.models.cache import append, bytes_per_token
 from glm_fused.models.config import ModelArgs
 
 VECTORS = Path(__file__).parent / "vectors"
-# Mean error of the logits, of their standard deviation, while every key is selected. The golden
-# model's large random weights magnify: bf16 keeps 8 bits of a value, e4m3 4, int8 7.
+# The logits' mean error, as a part of their standard deviation, while every key is selected. The
+# golden model's large random weights magnify it: bf16 keeps 8 bits of a value, e4m3 4, int8 7.
 TOLERANCE = {"auto": 1e-5, "fp32": 1e-5, "fp16": 2e-3, "bf16": 0.1, "fp8": 0.4, "int8": 0.2}
 GLM_52 = {"indexer_types": ["full" if i < 3 or i % 4 == 2 else "shared" for i in range(78)]}
 
@@ -60,7 +60,7 @@ def test_packed_values_are_the_nearest(kv_format, steps):
     for first in range(0, 200, tile):
         x, y = (np.array(a[1:, first : first + tile]) for a in (values, found))
         largest = np.abs(x).max(axis=-1, keepdims=True)
-        # Half a step: of the value itself for e4m3, of the largest for int8.
+        # The error is at most half a step, of the value itself for e4m3, of the largest for int8.
         step = np.maximum(np.abs(x), largest * 2.0**-14) if kv_format == "fp8" else largest
         assert (np.abs(x - y) <= 1.001 * step / steps / (1 if kv_format == "fp8" else 2)).all()
 
@@ -70,7 +70,7 @@ def test_model_on_each_format(kv_format):
     model, tokens, expected = golden()
     model.kv_format = kv_format
     kv = model.make_cache()
-    # One token at a time and as a whole, with and without a cache: the same values are cached.
+    # The same values are cached one token at a time and as a whole, with and without a cache.
     logits = [model(tokens[:, :60], kv)] + [model(tokens[:, i : i + 1], kv) for i in range(60, 90)]
     logits = np.array(mx.concatenate(logits, axis=1))
     whole = np.array(model(tokens[:, :90]))
@@ -129,7 +129,7 @@ def test_unknown_format():
 
 @pytest.mark.parametrize("kv_format", ["auto", "fp8"])
 def test_decoding_does_not_copy_the_cache(kv_format):
-    """As mlx-lm generates: the next step is started before the last one is done."""
+    """It decodes as mlx-lm does, which starts the next step before the last one is done."""
     model, _ = glm_fused.load_model(bundled_folder(), kv_format=kv_format)
     model.model._context = 50_000
     kv = model.make_cache()

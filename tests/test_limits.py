@@ -1,4 +1,4 @@
-"""Limits: of token ids, of the context and of what one command may ask for."""
+"""Limits of token ids, of the context and of what one command may ask for."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ def test_a_token_outside_the_vocabulary_raises(token):
 
 
 def test_a_gpu_makes_a_token_outside_the_vocabulary_nan(monkeypatch):
-    """On the CPU's stream, which takes the same ops."""
+    """The CPU's stream stands in for a GPU's, as it takes the same ops."""
     embedding = nn.Embedding(96, 8)
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
     rows = tokens.embed(embedding, mx.array([[5, 96, -1, 2**31]], mx.int64), 96)

@@ -1,4 +1,4 @@
-"""The macOS wheel, built and linked on Linux: `-m macos` selects all that compiles."""
+"""The macOS wheel, built and linked on Linux; `-m macos` selects the tests that compile."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sim.macos.errors import MacOSBuildError
 
 PYTHON = f"{sys.version_info.major}{sys.version_info.minor}"
 
-# What csrc/metal calls in MLX's host code.
+# csrc/metal calls these functions of MLX's host code.
 HOST_CALLS = [
     "device",
     "get_command_encoder",
@@ -103,7 +103,7 @@ def test_every_source_for_arm64_is_compiled(built):
 
 @pytest.mark.macos
 def test_a_host_call_that_mlx_does_not_have_is_named(built, mlx, tmp_path):
-    """A launcher compiled against a get_kernel that takes an argument more than libmlx's."""
+    """A launcher is compiled against a get_kernel that takes one argument more than libmlx's."""
     header = "mlx/backend/metal/device.h"
     declared = "get_kernel(\n      const std::string& base_name,\n      MTL::Library* mtl_lib,\n"
     text = (mlx / "mlx/include" / header).read_text()
@@ -128,7 +128,7 @@ def compile_commands():
 
 
 def relink(source: Path, headers: Path) -> Path:
-    """The extension with one source compiled anew, headers in `headers` before all others."""
+    """Link the extension with one source compiled anew; headers in `headers` come first."""
     folder, env = build.cmake_dir(), build.environment()
     (command,) = (c for c in compile_commands() if c["file"] == str(source))
     compiler, *flags = shlex.split(command["command"])
@@ -152,9 +152,9 @@ def test_the_binary_is_one_that_macos_14_loads(extension, mlx):
     assert version.platform == lief.MachO.BuildVersion.PLATFORMS.MACOS
     assert list(version.minos) == [14, 0, 0]
     assert [r.path for r in binary.rpaths] == ["@loader_path/../mlx/lib"]
-    assert binary.has_code_signature  # ad hoc: Apple silicon runs nothing unsigned
+    assert binary.has_code_signature  # an ad hoc one, as Apple silicon runs nothing unsigned
     assert "_PyInit__ext" in macho.exported(binary)
-    # What MLX itself loads is on every Mac that runs it.
+    # The libraries that MLX itself loads are on every Mac that runs it.
     allowed = {providers.LIBMLX, *macho.libraries(macho.parse(mlx / "mlx/lib/libmlx.dylib"))}
     assert (
         {providers.LIBMLX, providers.LIBCXX, providers.LIBSYSTEM}

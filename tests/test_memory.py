@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny_config, write_checkpoint
 
 SHARDS = 8
-# Python objects, threads and the allocator's slack; about 1 % would do for a real checkpoint.
+# Python objects, threads and the allocator's slack take this; a real checkpoint needs about 1 %.
 OVERHEAD = 24 << 20
 MEASURE = """
 import json, resource, sys
@@ -34,7 +34,7 @@ AFFINE_4 = {"group_size": 64, "bits": 4, "mode": "affine"}
 
 
 def big_config():
-    """About 150 M weights, nearly all of them experts."""
+    """A config of about 150 M weights, nearly all of them experts."""
     return tiny_config(
         hidden_size=1024,
         intermediate_size=1024,

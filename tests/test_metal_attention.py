@@ -1,5 +1,5 @@
-"""The Metal kernels of indexer_topk and sparse_mla_decode, from Python to the shader: equal to the
-CPU bit for bit, clean under the tracer."""
+"""The Metal kernels of indexer_topk and sparse_mla_decode, from Python to the shader, equal the CPU
+bit for bit and are clean under the tracer."""
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +15,7 @@ DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 
 
 def random_selection(rng, b, queries, total, k):
-    """Visible keys, scattered -1 and keys that the query does not see."""
+    """A selection of visible keys, scattered -1 and keys that the query does not see."""
     chosen = np.stack([rng.permutation(total + 9)[:k] for _ in range(b * queries)]).astype(np.int32)
     return mx.array(np.where(chosen >= total + 5, -1, chosen).reshape(b, queries, k))
 
@@ -193,7 +193,7 @@ def test_two_launches_without_findings(run, kernels):
 
 @simulated_only
 def test_attention_reads_each_selected_row_twice_and_no_other():
-    """Once for the scores, once for the values, whatever the heads."""
+    """It reads a row once for the scores and once for the values, however many heads there are."""
     rank, rope, k, total = 96, 32, 128, 400
     run = attend(26, "bf16", heads=64, rank=rank, rope=rope, total=total, k=None, start=[total - k])
     with metal(trace=True):

@@ -1,5 +1,5 @@
-"""The whole way to a Metal kernel, from Python through `eval_gpu` to the shader: on a Mac its GPU,
-elsewhere the simulated host."""
+"""The whole way to a Metal kernel, from Python through `eval_gpu` to the shader; on a Mac it leads
+to its GPU, elsewhere to the simulated host."""
 
 import logging
 import subprocess
@@ -276,7 +276,7 @@ def test_demo_model_decodes_as_on_the_cpu():
         sparse = sum(layer.is_sparse for layer in model.args.layers)
         full = sum(layer.is_full for layer in model.args.layers)
         expected = {
-            # the prompt's experts are not Metal's
+            # A prompt's experts do not run on Metal kernels.
             "moe_gate_up": (steps - 1) * sparse,
             "moe_down_sum": (steps - 1) * sparse,
             "router_topk": steps * sparse,

@@ -1,5 +1,5 @@
-"""The Metal shaders of moe_decode in the simulator: equal, bit for bit, to the chain of MLX's own
-kernels and to the CPU; clean under the tracer; each weight read once."""
+"""The Metal shaders of moe_decode in the simulator equal, bit for bit, the chain of MLX's own
+kernels and the CPU; they are clean under the tracer and read each weight once."""
 
 import itertools
 
@@ -25,7 +25,7 @@ TYPES = ["float32", "float16", "bfloat16"]
 
 
 def shapes(dtype, fmt, seed):
-    """`fmt` in MLX's fast order, and in the general one with odd row counts."""
+    """Cases of `fmt` in MLX's fast order, and in the general one with odd numbers of rows."""
     tokens = [1, 2, 3][seed % 3]
     return [
         Case(dtype, fmt, fmt, fmt, tokens=1, seed=seed),
@@ -67,20 +67,20 @@ TRACED = [
 
 
 def traced_case(i, dtype):
-    """Formats i, i + 1 and i + 2: gate and up, or down, in MLX's fast order."""
+    """A case of formats i, i + 1 and i + 2, where gate and up, or down, are in MLX's fast order."""
     gate, up, down = (FORMATS[(i + j) % len(FORMATS)] for j in range(3))
     k = max(f[2] for f in (gate, up, down))
     sizes = (512, max(k, 64)) if i % 2 else (max(k, 64), 512)
     return Case(dtype, gate, up, down, 1 + i % 2, 2, *sizes, 2, rows=2, seed=i % 3)
 
 
-# Every format with every type.
+# These are every format with every type.
 TRACED_FORMATS = [
     traced_case(i, dtype)
     for shift, dtype in enumerate(TYPES)
     for i in range(-shift, len(FORMATS), 3)
 ]
-# GLM's sizes; the kernels are those of the first of `shapes`.
+# These have GLM's sizes, and the kernels of the first of `shapes`.
 GLM = [
     Case("bfloat16" if fmt == DENSE else c.dtype, fmt, fmt, fmt, 1, 8, 6144, 2048, 8)
     for fmt, c in zip(FORMATS, BY_FORMAT[::3], strict=True)

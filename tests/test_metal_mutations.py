@@ -1,5 +1,5 @@
-"""Every barrier, bound and mask of the shaders is needed: without it the tracer or the result says
-so. Changes that no run can show are listed with the reason."""
+"""Every barrier, bound and mask of the shaders is needed: without one, tracer or result tell.
+Changes that no run can show are listed with the reason."""
 
 import functools
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ FP8 = ("fp8", 8, 128)
 
 @dataclass(frozen=True)
 class Experts:
-    """A layer of experts of a name, and the slots chosen in it where they matter."""
+    """A named layer of experts, and the slots chosen in it where they matter."""
 
     name: str
     shape: Case
@@ -45,11 +45,11 @@ SHARED = experts(
     "shared", AFFINE4, AFFINE4, DENSE, tokens=4, hidden=288, intermediate=45, used=2,
     simdgroups=(2, 2), slots=((1, 1), (0, 1), (1, 0), (1, 0)),
 )  # fmt: skip
-# Odd numbers of rows and columns.
+# Its numbers of rows and columns are odd.
 ODD = experts(
     "odd", DENSE, DENSE, AFFINE4, tokens=2, hidden=77, intermediate=64, used=2, simdgroups=(2, 2)
 )
-# MLX's fast order, more simdgroups than rows need, one token.
+# It is in MLX's fast order, with more simdgroups than rows need, and one token.
 FAST = experts(
     "fast", AFFINE4, AFFINE4, DENSE, top_k=1, hidden=1024, intermediate=8, used=1, rows=2,
     simdgroups=(5, 2),
@@ -57,7 +57,7 @@ FAST = experts(
 MIXED = experts(
     "mixed", AFFINE3, MXFP8, MXFP4, top_k=1, hidden=288, intermediate=32, used=1, simdgroups=(1, 1)
 )
-# Groups of 9, 5, 3, 2 and 13 pairs.
+# Its slots have 9, 5, 3, 2 and 13 pairs.
 WIDE = experts(
     "wide", DENSE, DENSE, DENSE, tokens=16, hidden=9, intermediate=3, used=5, rows=1,
     simdgroups=(1, 2),
@@ -83,7 +83,8 @@ BAD = experts(
 )  # fmt: skip
 CASES = [SHARED, ODD, FAST, MIXED, WIDE, WHOLE, FACTORS, SQUARES, BAD]
 
-# Name, case, change: its text, with @old@new@ where it differs. n of (…, n): the n-th such text.
+# Each has a name, a case and a change, whose text has @old@new@ where it differs. Where the text
+# occurs several times, a number follows that tells which.
 BARRIER = "@  threadgroup_barrier(mem_flags::mem_threadgroup);\n@@"
 GATE_UP = [
     # sharing.h and find_links
@@ -239,11 +240,11 @@ DOWN_SUM = [
     ("choices, one less", SHARED, "choice < params.top_k@@ - 1@;"),
     ("scales of a row, fp", MIXED, "k / group_size@@ + 1@", 1),
 ]
-# No run can show these: the changed shader is as right, and the reason is told.
+# No run can show these, because the changed shader is as right; the reason is told.
 EQUIVALENT = [
     # Fewer rows at once, in more steps, give the same sums.
     ("rows at once", SHARED, "rows * width <= kMaxResults@@ / 4@"),
-    # Saves the products of rows past the last, which nothing stores.
+    # The mask saves the products of rows past the last, which nothing stores.
     ("rows multiplied mask", SHARED, "if (@F::whole_tiles || i % rows < used@true@", 1),
     # Members past the count repeat the leader: its result is stored twice.
     ("members stored", SHARED, "i / width < used@ && i % width < count@@"),

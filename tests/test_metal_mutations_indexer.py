@@ -16,10 +16,10 @@ from glm_fused import ops
 
 @dataclass(frozen=True)
 class Indexing:
-    """The `k` best of `total` keys. The keys `loud` have the largest scores, of all positive ones.
+    """A case of the `k` best of `total` keys.
 
-    A part `zeros` of the keys is zero. The other scores are `close` if their last bits alone
-    differ.
+    The keys `loud` have the largest scores; where there are any, all scores are positive. A part
+    `zeros` of the keys is zero. The other scores are `close` if their last bits alone differ.
     """
 
     name: str
@@ -60,9 +60,9 @@ ODD = Indexing("odd", 300, 40, heads=33, dim=17, queries=2)
 EDGES = Indexing("edges", 513, 40, heads=32, dim=16, start=(255,), loud=(255, 512))
 BATCH = Indexing("batch", 40, 8, b=2, start=(0, 5))
 SHORT = Indexing("short", 300, 40, heads=3, dim=5)
-# Equal scores, more of them than are wanted, in several simdgroups.
+# More scores are equal than are wanted, in several simdgroups.
 PLATEAU = Indexing("plateau", 500, 40, zeros=0.9)
-# As many keys as are wanted, one more, and fewer.
+# These have as many keys as are wanted, one more, and fewer.
 EXACT, ONE_MORE, FEW = (
     Indexing("exact", 40, 40),
     Indexing("one more", 41, 40),
@@ -89,7 +89,8 @@ CASES = [
     TAIL,
 ]
 
-# Name, case, change: its text, with @old@new@ where it differs. n of (…, n): the n-th such text.
+# Each has a name, a case and a change, whose text has @old@new@ where it differs. Where the text
+# occurs several times, a number follows that tells which.
 BARRIER = "@  threadgroup_barrier(mem_flags::mem_threadgroup);\n@@"
 SCORES = [
     *((f"barrier {i}", ODD, BARRIER, i) for i in range(2)),
@@ -214,7 +215,7 @@ SELECT = [
     ("words of a query", ODD, "all_words@ + size_t(tid.x) * params.rows.keys@@;"),
     ("chosen of a query", ODD, "chosen += (@size_t(params.b) * params.rows.queries + query@0@)"),
 ]  # fmt: skip
-# No run can show these: the changed shader is as right, and the reason is told.
+# No run can show these, because the changed shader is as right; the reason is told.
 EQUIVALENT = [
     # A block without visible keys stores nothing, as a block that is left does.
     ("index_scores", "block before the start, one more", EDGES, "kScoreKeys <= low@@ - 1@ ||"),
@@ -229,7 +230,7 @@ EQUIVALENT = [
     ("index_select", "words counted", PLATEAU, "i < high@@ + 1@; i += threads"),
     # 0, the word of a lane that is not valid, is below the word of any score.
     ("index_select", "valid mask", ODD, "counts = @valid && @@(word"),
-    # Nothing is added.
+    # Without the mask nothing is added.
     ("index_select", "alike mask of none", ODD, "if (lane == 0@ && alike > 0@@) {"),
     # Wider stretches share the keys out otherwise.
     ("index_select", "wider stretches", ODD, "((high - low + threads@ - 1@@) / threads)"),

@@ -17,7 +17,7 @@ from glm_fused import ops
 
 @dataclass(frozen=True)
 class Attention:
-    """Some heads over a list of `listed` keys, or over all keys where that is 0.
+    """A case of some heads over a list of `listed` keys, or over all keys where that is 0.
 
     The list holds the last key, key 0 where another follows it, and, with `gaps`, keys that no
     query sees. Its entries in `empty` are -1.
@@ -68,11 +68,11 @@ class Attention:
         )
 
 
-# Two sequences, each from a start of its own; the second split is not whole.
+# It has two sequences, each with a start of its own; the second split is not whole.
 DENSE = Attention("dense", 3, 25, 8, total=70, b=2, start=(3, 0))
-# A start before the first key.
+# Its start is before the first key.
 EARLY = Attention("early", 1, 8, total=66, start=(-5,))
-# A start past some of the listed keys.
+# Its start is past some of the listed keys.
 LATE = Attention("late", 1, 8, total=22, listed=20, start=(12,))
 LISTED = Attention("listed", 2, 40, 8, listed=66, queries=2, gaps=True)
 # No list entry, head or dimension is left over.
@@ -87,11 +87,12 @@ FP8 = Attention("fp8", 1, 128, 8, listed=4, kv_format="fp8")
 INT8 = Attention("int8", 1, 8, 8, listed=4, kv_format="int8")
 CASES = [DENSE, EARLY, LATE, LISTED, FULL, HEADS, EMPTY, NOTHING, ONE, FP8, INT8]
 
-# Name, case, change: its text, with @old@new@ where it differs. n of (…, n): the n-th such text.
+# Each has a name, a case and a change, whose text has @old@new@ where it differs. Where the text
+# occurs several times, a number follows that tells which.
 BARRIER = "@  threadgroup_barrier(mem_flags::mem_threadgroup);\n@@"
 SPLIT = [
     *((f"barrier {i}", LISTED, BARRIER, i) for i in range(8)),
-    # rows.h
+    # cached_rows.h
     ("columns of a latent", LISTED, "column <@@=@ rank) {", 0),
     ("columns of a latent, one less", LISTED, "column < rank@@ - 1@) {", 0),
     ("row of a key", LISTED, "latents@ + key * latent_stride@@))[column]"),
@@ -224,9 +225,9 @@ COMBINE = [
     ("token of the result", LISTED, "y[(@size_t(token) * params.heads + @@tid.x)"),
 ]  # fmt: skip
 END = "params.keys - params.queries + query + 1"
-# No run can show these: the changed shader is as right, and the reason is told.
+# No run can show these, because the changed shader is as right; the reason is told.
 EQUIVALENT = [
-    # From a start past the last key no key is visible, clamped or not.
+    # A start past the last key makes no key visible, clamped or not.
     ("mla_split", "start past the last key", DENSE, "clamp(start[b], 0, params.keys@@ + 1@)"),
     # An end before the start shows as few keys as one at it.
     ("mla_split", "end before the start", DENSE, f"Visible{{low, @max(low, {END})@{END}@}}"),

@@ -14,7 +14,7 @@ from glm_fused import ops
 
 @dataclass(frozen=True)
 class Routing:
-    """15 experts in 3 groups, with inputs of a kind."""
+    """A case of 15 experts in 3 groups, with inputs of a kind."""
 
     kind: str
     tiles = (4, 2, 8, 2)
@@ -25,9 +25,9 @@ class Routing:
         draw = (lambda s: rng.integers(-1, 2, s)) if self.kind == "ties" else rng.standard_normal
         x, weight, bias = (draw(s).astype(np.float32) for s in ((2, 9), (15, 9), (15,)))
         if self.kind == "nan":
-            bias[np.arange(15) % 5 != 2] = np.nan  # fewer numbers than experts chosen
+            bias[np.arange(15) % 5 != 2] = np.nan  # fewer numbers are left than experts are chosen
         if self.kind == "last":
-            bias[14] += 5  # is chosen
+            bias[14] += 5  # so that the last expert is chosen
         if self.kind == "alone":
             bias[10:15] += np.float32([-9, -9, -9, -9, 2])  # the best one is in the worst group
         return [mx.array(a) for a in (x, weight, bias)]
@@ -38,7 +38,8 @@ class Routing:
         )
 
 
-# Name, inputs, change: its text, with @old@new@ where it differs. Last: the n-th such text.
+# Each has a name, a kind of inputs and a change, whose text has @old@new@ where it differs. Where
+# the text occurs several times, a number follows that tells which.
 BARRIER = "@  threadgroup_barrier(mem_flags::mem_threadgroup);\n@@"
 ROUTER = [
     *((f"barrier {i}", "grouped", BARRIER, i) for i in range(6)),

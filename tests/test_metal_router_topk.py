@@ -1,4 +1,4 @@
-"""The Metal shader of router_topk in the simulator: one launch, equal to the CPU bit for bit."""
+"""The Metal shader of router_topk in the simulator takes one launch and equals the CPU's bits."""
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +11,7 @@ from glm_fused.ops import metal_sim
 
 
 def check(x, weight, bias, top_k, n_group=1, topk_group=1, norm=True, factor=2.5, **settings):
-    """The launch's report."""
+    """Compare the shader with the CPU; returns the launch's report."""
 
     def route():
         found = ops.router_topk(

@@ -56,16 +56,15 @@ TYPES = {
 
 
 def write_checkpoint(folder: Path, model_type: str, **changes: object) -> Path:
-    """A random model in MLX's layout, with a tokenizer whose token i is the word ``wi``."""
+    """Write a random model in MLX's layout, with a tokenizer whose token i is the word ``wi``."""
     folder.mkdir()
     config = CONFIG | TYPES[model_type] | {"model_type": model_type} | changes
     (folder / "config.json").write_text(json.dumps(config))
     mx.random.seed(7)
     model = Model(args_from_config(config))
     weights = {k: 3 * v for k, v in tree_flatten(model.parameters())}
-    weights["lm_head.weight"][VOCAB - 1] = weights["lm_head.weight"][
-        0
-    ]  # so EOS is never the argmax
+    # EOS is a copy of token 0, so it is never the argmax.
+    weights["lm_head.weight"][VOCAB - 1] = weights["lm_head.weight"][0]
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -143,7 +142,7 @@ def test_prompt_cache_is_trimmed_and_reused(loaded):
 
 
 def test_batch_generate(loaded):
-    """Rows of unequal length, some shorter than index_topk, as mlx-lm pads and merges them."""
+    """Rows have unequal lengths, some shorter than index_topk, as mlx-lm pads and merges them."""
     model, tokenizer = loaded
     prompts = [PROMPT, PROMPT[3:8], PROMPT[2:16], [11, 2]]
     counts = [10, 4, 8, 10]

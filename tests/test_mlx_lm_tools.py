@@ -53,7 +53,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(folder, monkeypatch, capsys):
-    """Runs a command in this process, in ``folder``; gives its exit code, stdout and stderr."""
+    """A function that runs a command in ``folder``; it gives exit code, stdout and stderr."""
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("GLM_FUSED_DEBUG", raising=False)
@@ -76,13 +76,13 @@ def generating(*args: object, tokens: int = 8) -> tuple[object, ...]:
 
 
 def continuation(path: Path, tokens: int = 8) -> str:
-    """What this package's own loader and generator say."""
+    """The continuation by this package's own loader and generator."""
     model, tokenizer = glm_fused.load(path)
     return generate(model, tokenizer, tokenizer.encode(PROMPT), Options(tokens)).text
 
 
 def dense_weights(path: Path) -> dict[str, mx.array]:
-    """Every parameter in float32, packed weights dequantized."""
+    """Every parameter in float32; packed weights are dequantized."""
     model, _ = glm_fused.load_model(path)
     weights = dict(tree_flatten(model.parameters()))
     for name, module in model.named_modules():
@@ -194,7 +194,7 @@ def test_convert_every_layout(run, tmp_path, layout, quantization, options):
     expected, found = dense_weights(source), dense_weights(target)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        tolerance = 0.02 * mx.abs(value).max().item()  # of eight bits, or of bfloat16
+        tolerance = 0.02 * mx.abs(value).max().item()  # eight bits, or bfloat16, are as close
         assert mx.abs(found[name] - value).max().item() <= tolerance, name
     if options == ("-d",):
         files = [mx.load(str(path)) for path in target.glob("*.safetensors")]
@@ -203,7 +203,7 @@ def test_convert_every_layout(run, tmp_path, layout, quantization, options):
 
 @pytest.fixture
 def interpreted():
-    """mlx.compile off: a C++ compiler takes minutes for what a test needs once."""
+    """Turn mlx.compile off: a C++ compiler takes minutes for what a test needs once."""
     mx.disable_compile()
     yield
     mx.enable_compile()
@@ -267,7 +267,7 @@ def test_fuse(run, adapter, folder):
 
 @pytest.mark.slow
 def test_lora_in_a_process_of_its_own(folder):
-    """With mlx.compile, as a user runs it."""
+    """It trains with mlx.compile, as a user does."""
     done = subprocess.run(
         command("lora", "--model", "model", "--train", "--data", "data", "--iters", "10",
                 "--batch-size", "2", "--num-layers", "-1", "--learning-rate", "1e-4",
@@ -367,7 +367,7 @@ def test_commands(run):
 
 
 def damaged(folder: Path, damage: str) -> Path:
-    """A copy of the model with one thing wrong."""
+    """Make a copy of the model with one thing wrong."""
     path = folder / damage
     shutil.copytree(folder / "model", path)
     file = path / "model.safetensors"
@@ -453,9 +453,9 @@ def test_perplexity(run):
 
 
 def test_evaluate(folder):
-    """lm-evaluation-harness, with a task and data of our own: it would download others.
+    """lm-evaluation-harness gets a task and data of our own, as it would download others.
 
-    In a process of its own, since it brings thread pools of other libraries.
+    It runs in a process of its own, since it brings thread pools of other libraries.
     """
     pytest.importorskip("lm_eval")
     questions = [
@@ -544,7 +544,7 @@ def test_a_server_without_its_model_ends(folder):
         command("server", "--model", str(path), "--port", str(free_port())),
         cwd=folder, env=environment(), capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    # mlx-lm's main thread says at the same time where it listens.
+    # At the same time mlx-lm's main thread says where it listens.
     assert done.returncode == 2
     assert re.search(r"error: \[safetensors\] .*truncated", done.stderr)
     assert "Traceback" not in done.stderr

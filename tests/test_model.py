@@ -1,4 +1,4 @@
-"""The model against transformers' golden vectors, however its tokens are fed."""
+"""The model agrees with transformers' golden vectors, however its tokens are fed."""
 
 import json
 from functools import cache
@@ -27,7 +27,7 @@ from glm_fused.ops import chunks, stock
 
 VECTORS = Path(__file__).parent / "vectors"
 CASES = ["glm51", "glm52", "glm_pattern", "deepseek_v32", "odd_sizes", "fp8"]
-TOLERANCE = 2e-4  # of the logits' standard deviation
+TOLERANCE = 2e-4  # as a part of the logits' standard deviation
 
 Keys = list[list[set[int]]]  # [full layer][query]: the selected keys that the query may see
 
@@ -40,7 +40,7 @@ def golden(case: str) -> tuple[Model, dict[str, mx.array]]:
 
 
 def feed(model: Model, tokens: mx.array, step: int, kv: Any = None) -> tuple[np.ndarray, Keys]:
-    """Logits and selections of one sequence, ``step`` tokens at a time."""
+    """The logits and selections of one sequence that is fed ``step`` tokens at a time."""
     kv = model.make_cache() if kv is None else kv
     logits: list[np.ndarray] = []
     chosen: Keys = []
@@ -89,7 +89,7 @@ def test_without_a_cache():
 
 @pytest.mark.parametrize("budget", [10_000, 1 << 30], ids=["few queries", "one chunk"])
 def test_stock_ops_agree(monkeypatch, budget):
-    """What a GPU default device runs."""
+    """They are what a GPU without Metal runs."""
     monkeypatch.setattr(chunks, "BUDGET_BYTES", budget)
 
     def indexer_topk(q, keys, weights, k, *, scale, start):
@@ -125,7 +125,7 @@ def test_left_padded_batch(step):
 
 
 def test_padding_is_ignored():
-    """Whatever the padding tokens are, the rest of the row does not notice."""
+    """The padding tokens do not change the rest of the row, whatever they are."""
     model, expected = golden("glm52")
     prompt = expected["tokens"][:, :60]
     outs = []

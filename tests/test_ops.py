@@ -1,4 +1,4 @@
-"""The fused kernels against the unfused reference, bit for bit, and against float64."""
+"""The fused kernels equal the unfused reference bit for bit, and are close to float64."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from glm_fused import ops
 EACH = [*FORMATS, *OURS]
 
 pytestmark = pytest.mark.usefixtures("device")
-# What stock MLX, which has the GPU's matrices and prompts, does not promise.
+# A GPU runs stock MLX for matrices and prompts, which does not promise what these tests check.
 cpu_only = pytest.mark.parametrize("device", ["cpu"], indirect=True)
 each_format = pytest.mark.parametrize("fmt", EACH, ids=format_id)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
@@ -42,8 +42,8 @@ def column_unit(fmt: tuple[str, int, int]) -> int:
     return fmt[2] or 1
 
 
-# A tolerance against float64 arithmetic on the same dequantized weights: fp32 accumulation, then
-# one rounding to the activation type.
+# These tolerances are against float64 arithmetic on the same dequantized weights; they allow fp32
+# accumulation, then one rounding to the activations' dtype.
 ROUNDING = {mx.float32: 2e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 
 
@@ -119,7 +119,7 @@ def moe_inputs(rng, tokens, top_k, bank, hidden, intermediate, formats, dtype, s
 
 
 def scales_for(device: str, dtype: mx.Dtype, wanted: mx.Dtype) -> mx.Dtype:
-    """The scales' type: stock MLX, the GPU's reference, promotes x to it where they differ."""
+    """The scales' dtype: stock MLX, the GPU's reference, promotes x to it where they differ."""
     return dtype if device == "gpu" else wanted
 
 

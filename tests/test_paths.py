@@ -1,4 +1,4 @@
-"""Which path is taken: keyword over context manager over environment."""
+"""The path taken is the keyword's, else the context manager's, else the environment's."""
 
 import logging
 import threading

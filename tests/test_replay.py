@@ -1,4 +1,4 @@
-"""Replaying traces: what a bank would have done, beside Belady's optimum."""
+"""Replays of traces tell what a bank would have done, beside Belady's optimum."""
 
 import json
 import lzma
@@ -161,7 +161,7 @@ def test_a_replay_is_drawn(tmp_path, rate):
 
 
 def test_the_optimum_is_belady():
-    """1 2 3 1 2 with two slots: keeping 1 saves one read where LRU saves none."""
+    """For 1 2 3 1 2 with two slots, keeping 1 saves one read where LRU saves none."""
     requests = [[1], [2], [3], [1], [2]]
     assert _ext.slots_simulate("lru", 4, 2, [], requests) == (0, 5)
     assert _ext.slots_simulate_optimum(4, 2, requests) == (1, 4)
@@ -169,7 +169,7 @@ def test_the_optimum_is_belady():
 
 @pytest.mark.parametrize("name", ["statistics", "cpp"])
 def test_learned_comes_close_to_the_optimum(tmp_path, name):
-    """Traces of the bundled model, in points of hit rate below Belady at the same size."""
+    """On traces of the bundled model its hit rate is about ten points below Belady's at most."""
     path = tmp_path / "trace.jsonl"
     path.write_bytes(lzma.decompress((TRACES / f"{name}.jsonl.xz").read_bytes()))
     trace, policies = read_trace(path), ["learned", "lru"]

@@ -1,4 +1,4 @@
-"""The bundled model at 20 times its index_topk: the same tokens as transformers in fp32."""
+"""The bundled model, at 20 times its index_topk, gives the tokens of transformers in fp32."""
 
 import json
 from pathlib import Path

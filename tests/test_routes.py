@@ -1,4 +1,4 @@
-"""Which code runs an op: the one answer that ops, debug output, self-test and reports read."""
+"""One answer tells which code runs an op; ops, debug output, self-test and reports read it."""
 
 import logging
 import warnings
@@ -105,7 +105,7 @@ def demo_args():
 
 
 def some_of_each():
-    """The first case of each op, in the smallest number of tokens."""
+    """The first case of each op with its smallest number of tokens."""
     smallest = {}
     for case in sorted(cases(quick=True), key=lambda case: case.tokens):
         smallest.setdefault(case.op, case)

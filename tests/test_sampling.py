@@ -1,4 +1,4 @@
-"""Extreme temperatures and nuclei behave as their limits; usual ones are mlx-lm's bits."""
+"""Extreme temperatures and nuclei behave as their limits; usual ones have mlx-lm's bits."""
 
 import mlx.core as mx
 import pytest
@@ -11,7 +11,7 @@ DTYPES = [mx.float32, mx.bfloat16, mx.float16]
 
 
 def logprobs(dtype, seed=0):
-    """Log-probabilities of a flat distribution: the best of them is far below 0."""
+    """The log-probabilities of a flat distribution, the best of which is far below 0."""
     x = mx.random.normal((1, VOCABULARY), key=mx.random.key(seed)).astype(dtype)
     return x - mx.logsumexp(x, keepdims=True)
 
@@ -21,7 +21,7 @@ def draws(sample, x, count=20):
     return [sample(x).item() for _ in range(count)]
 
 
-# MLX compiles what mlx-lm does for each value of top_p, a second each.
+# MLX compiles anew for each value of top_p, which takes a second each.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("temp", "top_p"), [(1e-5, 1.0), (5e-324, 1.0), (1.0, 1e-300)])
 def test_tiny_values_are_greedy(dtype, temp, top_p):

@@ -1,4 +1,4 @@
-"""``glm-fused selftest``: what it finds, what it writes, and that its digests hold."""
+"""``glm-fused selftest`` finds what is wrong and writes it, and its digests hold."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from glm_fused.selftest.expert_cases import MoeDecode, QuantizedMatvec, RouterTo
 from glm_fused.selftest.run import run_backend
 
 AFFINE4 = FORMATS["affine4"]
-# Contraction shows in their digests.
+# Contraction shows in the digests of these.
 MOE = next(c for c in cases(True) if c.op == "moe_decode" and c.gate == AFFINE4)
 ROUTER = next(c for c in cases(True) if c.op == "router_topk" and c.n_group > 1)
 MATVEC = next(c for c in cases(True) if c.op == "quantized_matvec")
@@ -297,7 +297,7 @@ def test_first_difference():
 
 
 def test_ulps_are_of_the_largest_value():
-    expected = [np.array([0x3F80, 0x0001], np.uint16)]  # bfloat16 1 and almost 0
+    expected = [np.array([0x3F80, 0x0001], np.uint16)]  # in bfloat16 these are 1 and almost 0
     found = [np.array([0x3F81, 0x3C00], np.uint16)]  # one ulp more, and an ulp of 1
     assert compare.ulps(expected, expected, mx.bfloat16) == 0
     assert compare.ulps(found, expected, mx.bfloat16) == pytest.approx(1)

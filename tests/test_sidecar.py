@@ -1,4 +1,4 @@
-"""Packed sidecars: what is written, resumed, refused; and the commands around them."""
+"""Packed sidecars: what is written, resumed and refused, and the commands around them."""
 
 import errno
 import fcntl
@@ -80,7 +80,7 @@ def test_packing_again_changes_nothing(folders):
 
 @pytest.mark.parametrize("finished", [0, 1, 3])
 def test_packing_goes_on(folders, monkeypatch, finished):
-    """With what an interrupted run leaves: some layers, a piece of another."""
+    """An interrupted run leaves some layers and a piece of another."""
     model, path = folders
     whole = contents(path)
     manifest = json.loads(whole["manifest.json"])
@@ -99,7 +99,7 @@ def test_packing_goes_on(folders, monkeypatch, finished):
 
 
 def test_a_killed_packer(folders, original):
-    """kill -9, wherever it strikes; the next run ends with the same files."""
+    """Wherever kill -9 strikes, the next run ends with the same files."""
     model, path = folders
     whole = contents(path)
     shutil.rmtree(path)
@@ -291,7 +291,7 @@ def fine_tune(model, layer=3, expert=5, at=lambda size: size // 2, keep_times=Fa
 
 
 def test_experts_that_changed_under_the_same_routers_are_refused(folders, capsys):
-    """By loading, by packing and by verify; nothing is overwritten."""
+    """Loading, packing and verify refuse them, and nothing is overwritten."""
     model, path = folders
     before = contents(path)
     shard = fine_tune(model)
@@ -301,12 +301,12 @@ def test_experts_that_changed_under_the_same_routers_are_refused(folders, capsys
         pack(model, path)
     assert main(["sidecar", "verify", "--model", str(model), str(path)]) == 1
     assert "experts [5] are not the checkpoint's" in capsys.readouterr().out
-    assert main(["sidecar", "verify", str(path)]) == 0  # it is whole, just not of this one
+    assert main(["sidecar", "verify", str(path)]) == 0  # it is whole, but another checkpoint's
     assert contents(path) == before
 
 
 def test_a_fine_tune_is_noticed_whatever_its_files_times_say(folders, tmp_path):
-    """Other experts in files of the same names, sizes and times: the sample notices."""
+    """The sample notices other experts in files of the same names, sizes and times."""
     model, path = folders
     tuned = write_checkpoint(
         tmp_path / "tuned", tiny_config(), quantization=AFFINE, shards=2, edit=other_experts
@@ -328,7 +328,7 @@ def other_experts(tensors):
 
 
 def test_an_edit_that_hides_is_found_by_packing_and_verify(folders, capsys):
-    """Outside the sampled blocks and with its old time back: loading cannot see that."""
+    """It lies outside the sampled blocks, in a file with its old time, which loading cannot see."""
     model, path = folders
     fine_tune(model, keep_times=True)
     load_model(model, stream=stream(sidecar=path))
@@ -339,7 +339,7 @@ def test_an_edit_that_hides_is_found_by_packing_and_verify(folders, capsys):
 
 
 def test_a_copied_checkpoint_is_compared_once(folders, capsys):
-    """New times alone are refused until packing has compared every byte, and changes none."""
+    """New times alone are refused until packing has compared every byte; it changes none."""
     model, path = folders
     before = contents(path)
     for file in model.glob("*.safetensors"):
@@ -366,7 +366,7 @@ def test_going_on_over_changed_experts_is_refused(folders):
 
 
 def unfinish(path, finished):
-    """What an interrupted run leaves after so many layers."""
+    """Leave what an interrupted run leaves after so many layers."""
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["layers"] = manifest["layers"][:finished]
     (path / "manifest.json").unlink()
@@ -397,7 +397,7 @@ def bf16_as_f16(parts):
 
 
 def drop_expert(manifest):
-    """And its slab, so that the file has its size."""
+    """Drop an expert's entry and its slab, so that the file has the size that it should."""
     for layer in manifest["layers"]:
         layer["checksums"].pop()
         layer["size"] -= 32768
@@ -414,7 +414,7 @@ MISTAKEN = {
 
 @pytest.mark.parametrize("fault", MISTAKEN)
 def test_a_manifest_that_mistakes_the_experts_is_refused(folders, fault, capsys):
-    """Sound in itself, and as long as it should be, but not what the checkpoint says."""
+    """It is sound in itself and as long as it should be, but not what the checkpoint says."""
     model, path = folders
     expected = run(load_model(model)[0])
     manifest = json.loads((path / "manifest.json").read_text())
@@ -543,7 +543,7 @@ def test_one_packer_at_a_time(folders, monkeypatch):
 
 
 def test_packers_without_locks_do_not_disturb_each_other(folders, monkeypatch):
-    """As on some network disks: both end with the right files."""
+    """Some network disks have no locks; there both packers end with the right files."""
     model, path = folders
     whole = contents(path)
     shutil.rmtree(path)

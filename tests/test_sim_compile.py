@@ -53,7 +53,7 @@ def run(library: sim.Library, x: np.ndarray, **constants: float) -> np.ndarray:
 
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, but for the executor."""
+    """A cache that is empty but for the executor."""
     executor = compiler.executor()
     monkeypatch.setenv("GLM_FUSED_SIM_CACHE", str(tmp_path))
     shutil.copyfile(executor, tmp_path / executor.name)

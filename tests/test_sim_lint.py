@@ -10,7 +10,7 @@ from shader_texts import shader
 from sim import lint
 from sim.__main__ import main
 
-# Message, bad sample (the problem is on line 2), good sample.
+# Each has a message, a bad sample (the problem is on line 2) and a good one.
 SAMPLES = {
     "parameter": (
         "pointer without",
@@ -168,7 +168,7 @@ def test_directives_and_comments_are_skipped() -> None:
 
 @pytest.mark.parametrize("source", ["1.0f", "half(1)", "x[0] * 2.0f"])
 def test_no_implicit_conversion_to_bfloat(source: str) -> None:
-    """Needs no rule: the simulator refuses it as Apple's compiler does."""
+    """It needs no rule, as the simulator refuses it as Apple's compiler does."""
     text = "#include <metal_stdlib>\nkernel void f(device bfloat* x) {{\n  x[0] = {};\n}}"
     sim.compile(text.format(f"bfloat({source})"))
     with pytest.raises(sim.CompileError, match=r"source.metal:3:8: error"):

@@ -1,4 +1,4 @@
-"""MLX's own kernels, unmodified, on the simulator against float64."""
+"""MLX's own kernels, unmodified, are close to float64 on the simulator."""
 
 from __future__ import annotations
 

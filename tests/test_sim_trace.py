@@ -10,7 +10,7 @@ import pytest
 import sim
 from sim_support import Array, bits, empty, error, number, wide
 
-# FIX chooses the correct twin. Each kernel: two buffers of floats, one thread per element.
+# FIX chooses the correct twin. Each kernel has two buffers of floats and one thread per element.
 KERNELS = """
 #include <metal_stdlib>
 using namespace metal;
@@ -142,7 +142,7 @@ FINDINGS = {
     "set_and_counted": "races",
     "between_elements": "misaligned",
 }
-# Those that end the launch.
+# These end the launch.
 STOPS = {
     "past_own_array": "undefined behaviour, such as an index outside an array",
     "far_away": "stray access",
@@ -280,7 +280,7 @@ def attention(library: sim.Library) -> tuple[sim.Report, float]:
 
 
 def test_mlx_attention_is_clean_and_needs_its_barriers() -> None:
-    """Untouched: right and clean. Without any one of its barriers: races."""
+    """Untouched it is right and clean; without any one of its barriers there are races."""
     text = (sim.mlx_include() / "mlx/backend/metal/kernels/sdpa_vector.h").read_text()
     text = text[: text.index("void sdpa_vector_2pass_1")].rpartition("template <")[0]
     barrier = "threadgroup_barrier(mem_flags::mem_threadgroup);"

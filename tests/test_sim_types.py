@@ -1,4 +1,4 @@
-"""Types, conversions, vectors, simdgroup functions and atomics against numpy."""
+"""Types, conversions, vectors, simdgroup functions and atomics agree with numpy."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def library() -> dict[str, sim.Library]:
 
 
 def bfloat(x: Array) -> Array:
-    """float32 to bfloat16, to nearest, as uint16."""
+    """float32 values rounded to the nearest bfloat16, as uint16."""
     return np.array(mx.array(x).astype(mx.bfloat16).view(mx.uint16))
 
 
@@ -189,14 +189,14 @@ def test_vectors_and_structs(library: dict[str, sim.Library]) -> None:
 
 
 def butterfly(x: Array) -> Array:
-    """The sum of 32 lanes by distance 16, 8, 4, 2, 1, in every lane."""
+    """The sum of 32 lanes in every lane, added over distances 16, 8, 4, 2, 1."""
     for distance in (16, 8, 4, 2, 1):
         x = x + x[..., np.arange(32) ^ distance]
     return x
 
 
 def simd_expected(x: Array, k: Array) -> tuple[list[Array], list[Array]]:
-    """What SIMD gives for simdgroups x, k of 32; NaN and -1 where the hardware is undefined."""
+    """What the kernel SIMD gives for simdgroups x, k; NaN and -1 where hardware is undefined."""
     lane, ones = np.arange(32), np.ones_like(x)
     shift = lambda v, d, fill: np.where((lane + d) % 32 == lane + d, v[:, (lane + d) % 32], fill)  # noqa: E731
     quads = x.reshape(2, 8, 4)

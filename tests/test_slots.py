@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def file(tmp_path):
-    """Every byte of an expert is its number."""
+    """A file of experts, in which every byte of an expert is its number."""
     path = tmp_path / "experts.bin"
     path.write_bytes(b"".join(bytes([e]) * sum(BYTES) for e in range(EXPERTS)))
     return path
@@ -48,14 +48,14 @@ def make_bank(file, slots, *, policy="lru", spares=0, pins=(), direct=False, che
 
 
 def request(bank, experts):
-    """The slots of a request, read."""
+    """The slots of a request, once they are read."""
     slots = resolve(bank, experts)[1]
     mx.eval(slots)
     return slots
 
 
 def resolve(bank, experts, reads=None):
-    """A use, its slots and what has to come after."""
+    """A use of the bank, and its slots, which are there once they are read."""
     use = _ext.SlotUse(bank, reads or _ext.SlotReads())
     pending, _ = use.resolve(mx.array([experts], mx.int32))
     return use, use.wait(pending)
@@ -83,7 +83,7 @@ def test_slots_hold_what_was_asked_for(file, policy, direct):
 
 
 def test_hits_are_kept_before_victims_are_chosen(file):
-    """Oldest first would evict expert 0, which the same request uses."""
+    """Evicting the oldest first would take expert 0, which the same request uses."""
     bank = make_bank(file, 3)
     request(bank, [0, 1, 2])
     slots = request(bank, [3, 4, 0])
@@ -125,7 +125,7 @@ def test_policies_evict_what_their_models_do(file, policy, slots):
 
 
 def test_the_learned_policy_learns_who_follows_whom(file):
-    """Two experts alternate with others of their own: lru evicts just those that come next."""
+    """Experts come with others of their own in turn, so LRU evicts just those that come next."""
     requests = [[a, b] for i in range(100) for a, b in ((0, 4 + i % 2), (1, 6 + i % 2), (2, 8))]
     learned, _ = _ext.slots_simulate("learned", EXPERTS, 4, [], requests)
     lru, _ = _ext.slots_simulate("lru", EXPERTS, 4, [], requests)
@@ -200,7 +200,7 @@ def test_a_lease_that_no_kernel_uses_yet_is_taken_back(file):
         del use
     stats = bank.stats()
     assert stats["hits"] + stats["misses"] == 6  # each request is counted once
-    assert stats["bytes"] > stats["misses"] * sum(BYTES)  # though one was read again
+    assert stats["bytes"] > stats["misses"] * sum(BYTES)  # because one was read again
 
 
 def test_after_a_failure_a_use_reads_nothing_and_verify_raises(file):
@@ -223,7 +223,7 @@ def test_after_a_failure_a_use_reads_nothing_and_verify_raises(file):
 
 
 def test_what_is_overwritten_was_released(file):
-    """The result of a graph evaluated asynchronously is right though others follow at once."""
+    """A graph evaluated asynchronously has the right result though others follow at once."""
     bank = make_bank(file, 2)
     reads = []
     for i in range(60):
@@ -336,7 +336,7 @@ def build(tmp_path, output, *arguments):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ThreadSanitizer as g++ has it")
 def test_concurrent_requests_are_clean_under_thread_sanitizer(tmp_path):
-    """Many threads, failing reads and requests that are dropped half way."""
+    """There are many threads, failing reads and requests that are dropped half way."""
     sources = [ROOT / "csrc" / "slots" / f"{name}.cpp" for name in CORE]
     if not sources[0].exists():
         pytest.skip("no source tree")

@@ -1,4 +1,4 @@
-"""sparse_mla_decode: fused against reference bit for bit, and against stock MLX."""
+"""sparse_mla_decode, fused: it equals the reference bit for bit, and agrees with stock MLX."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def fused(q, rows, selected, rank, start=None, reference=False):
 
 
 def random_selection(rng, b, length, total, k) -> mx.array:
-    """Ascending keys that the query sees, then -1."""
+    """A selection of ascending keys that the query sees, then -1."""
     out = np.full((b, length, k), -1, np.int32)
     for row in out.reshape(-1, k):
         count = rng.integers(0, k + 1)

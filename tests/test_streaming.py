@@ -1,4 +1,4 @@
-"""Streamed models: the same bits as resident ones, within a budget, and clear errors."""
+"""Streamed models have the bits of resident ones, keep to a budget and raise clear errors."""
 
 import json
 import os
@@ -36,11 +36,12 @@ def stream(slots=3, **kw):
 
 
 def run(model, steps=8):
-    """Logits, as integers, after a prompt in two chunks and greedy steps built ahead."""
+    """The bits of the logits after a prompt in two chunks and greedy steps that are built ahead."""
     cache, logits = model.make_cache(), []
     for chunk in (PROMPT[:, :6], PROMPT[:, 6:]):
         logits.append(model(chunk, cache))
-        mx.eval([c.state for c in cache])  # as mlx-lm: the last layer's experts are not needed
+        # mlx-lm does the same, which needs no experts of the last layer.
+        mx.eval([c.state for c in cache])
     for _ in range(steps):
         token = mx.argmax(logits[-1][:, -1], axis=-1)[:, None]
         logits.append(model(token, cache))
@@ -144,7 +145,7 @@ def test_the_metal_kernels_take_the_slots(folder, resident):
 
 
 def test_two_generations_in_one_evaluation(folder):
-    """Their layers interleave, and each needs the whole bank."""
+    """The layers of the two interleave, and each needs the whole bank."""
     model, _ = load_model(folder, stream=stream(2))
     whole, _ = load_model(folder)
     tokens = [mx.array([[t]]) for t in (3, 99, 7)]
@@ -194,7 +195,7 @@ def test_waves_cover_every_choice_once():
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
 def test_single_choices_sum_to_moe_decode(dtype):
-    """What waves rest on: outputs stored one by one, then summed in order."""
+    """Waves rest on this: outputs that are stored one by one and summed in order are the same."""
     mx.random.seed(3)
     x = mx.random.normal((5, 96)).astype(dtype)
     gate, up = (ops.Weight.dense(mx.random.normal((7, 50, 96)).astype(dtype)) for _ in range(2))
@@ -299,7 +300,7 @@ print(json.dumps({
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 @pytest.mark.parametrize("tokens", [100, pytest.param(2000, marks=pytest.mark.slow)])
 def test_memory_stays_within_the_budget(tmp_path, tokens):
-    """Experts of 400 MB in a budget of 400 MB: the bank is most of what is resident."""
+    """With experts of 400 MB in a budget of 400 MB, the bank is most of what is resident."""
     config = tiny_config(
         moe_intermediate_size=1024, hidden_size=512, n_routed_experts=32, eos_token_id=None
     )

@@ -1,4 +1,4 @@
-"""Errors of data and memory: raised on the thread that evaluates, before a task is enqueued."""
+"""Errors of data and memory are raised on the thread that evaluates, before a task is enqueued."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from glm_fused.selftest.synthetic import Bits
 
 @pytest.fixture(autouse=True)
 def cpu():
-    """MLX's default device, on a Mac too."""
+    """Make the CPU MLX's default device, on a Mac too."""
     before = mx.default_device()
     mx.set_default_device(mx.cpu)
     yield
@@ -25,7 +25,7 @@ def cpu():
 
 
 def moe(seed=0, tokens=3, bank=8):
-    """moe_decode as a function of its slots, and some of these."""
+    """A function from slots to moe_decode's result, and some slots."""
     bits = Bits(seed)
     x = bits.floats((tokens, 128), mx.bfloat16)
     gate, up = (bits.weight((bank, 96, 128), FORMATS["bf16"], mx.bfloat16) for _ in range(2))
@@ -41,7 +41,7 @@ def embed(tokens):
 
 
 def ways(function, array):
-    """The same array as it is, not evaluated yet, being evaluated, and in a compiled graph."""
+    """Yield the names of ways in which an array reaches a function, and the call for each."""
     zero = mx.zeros_like(array)
     yield "available", lambda: function(array)
     yield "lazy", lambda: function(array + zero)
@@ -133,7 +133,7 @@ print(failed)
 
 
 def test_200_errors_leave_nothing_behind():
-    """They were raised where nodes are enqueued, and MLX then waited for ever."""
+    """They were once raised where nodes are enqueued, after which MLX waited for ever."""
     result = subprocess.run(
         [sys.executable, "-c", MANY],
         capture_output=True,
@@ -145,7 +145,7 @@ def test_200_errors_leave_nothing_behind():
 
 
 def test_threads_that_come_and_go_while_tasks_wait():
-    """A task has scratch memory for the threads that there were when it was enqueued."""
+    """A task has scratch memory for as many threads as there were when it was enqueued."""
     bits, before = Bits(1), glm_fused.num_threads()
     x = bits.floats((1, 9, 512), mx.float32)
     w = bits.weight((6, 256, 512), FORMATS["fp32"], mx.float32)
@@ -177,7 +177,7 @@ def test_threads_that_come_and_go_while_tasks_wait():
 @pytest.mark.parametrize("tokens", [1, 255, 257, 600])
 @pytest.mark.parametrize(("bank", "top_k"), [(1, 3), (3, 1), (40, 13)])
 def test_prompts_of_any_length_fit_their_scratch_memory(tokens, bank, top_k):
-    """More pairs than a tile of outputs takes, one slot for all, gate and up packed apart."""
+    """There are more pairs than a tile takes, in one slot; gate and up are packed apart."""
     bits = Bits(tokens)
     x = bits.floats((tokens, 64), mx.float32)
     gate = ops.Weight.dense(bits.floats((bank, 36, 64), mx.float32))

@@ -1,4 +1,4 @@
-"""The tensor table and the layers' specs, held against models and against stored checkpoints."""
+"""The tensor table and the layers' specs agree with models and with stored checkpoints."""
 
 import mlx.core as mx
 import pytest

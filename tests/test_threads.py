@@ -1,4 +1,4 @@
-"""Threads that share one model: the tokens of one after another."""
+"""Threads that share one model get the tokens that one after another would get."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ from glm_fused.streaming.options import StreamOptions
 TOP_K = 2
 PROMPTS = ([3, 5, 7, 9, 11, 200, 31, 44, 50, 61], [9, 8, 7], list(range(100, 140)), [1])
 STEPS = 10
-# Every bank that leaves a thread without slots while another computes, and roomy ones.
+# Some banks leave a thread without slots while another computes, and some have room.
 BANKS = [
     pytest.param({"slots": TOP_K}, id="as small as can be"),
     pytest.param({"slots": 3}, id="3"),
@@ -102,7 +102,7 @@ def test_threads_on_the_reference_path(folder, expected):
 
 
 def test_graphs_that_are_dropped_disturb_nobody(folder, expected):
-    """Unevaluated, or evaluated and not waited for."""
+    """They are dropped unevaluated, or evaluated and not waited for."""
     model, over = streamed(folder, slots=TOP_K), threading.Event()
 
     def drop():
@@ -127,7 +127,7 @@ def test_graphs_that_are_dropped_disturb_nobody(folder, expected):
 
 
 def test_a_thread_that_never_evaluates_holds_up_nobody(folder, expected):
-    """It leased slots for experts, and then stopped: nobody waits for it."""
+    """It leases slots for experts and then stops; nobody waits for it."""
     model = streamed(folder, slots=TOP_K)
     bank = next(iter(model.streaming.banks.values()))
     leased, over = threading.Event(), threading.Event()
@@ -152,7 +152,7 @@ def test_a_thread_that_never_evaluates_holds_up_nobody(folder, expected):
 
     shape, (found, seconds) = together([stop, work])
     assert (shape, found) == ((1, 2), expected[0])
-    assert seconds < 15  # and not for its patience
+    assert seconds < 15  # it did not wait as long as the bank's patience
 
 
 def test_a_graph_of_another_thread_is_an_error(folder, expected):

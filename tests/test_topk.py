@@ -1,4 +1,4 @@
-"""topk_indices against a stable sort, where ties are the rule."""
+"""topk_indices agrees with a stable sort, where ties are the rule."""
 
 import mlx.core as mx
 import numpy as np

@@ -111,7 +111,7 @@ def dense_values(tensors, quantization):
 
 
 def requantize_embed_q(tensors, config, quantization):
-    """What loading does to a quantized kv_b_proj: its transposed part is quantized again."""
+    """Do as loading does to a quantized kv_b_proj: quantize its transposed part again."""
     nope, heads = config["qk_nope_head_dim"], config["num_attention_heads"]
     declared = quantization_from_config({"quantization": quantization}).declared
     for name in [name for name in tensors if name.endswith("kv_b_proj.weight")]:
@@ -203,7 +203,7 @@ def test_group_beyond_the_head_keeps_embed_q_dense(tmp_path):
 
 
 def test_fp8_is_exact(tmp_path):
-    """Ragged blocks too: each value is e4m3 times its block's scale, rounded once to bfloat16."""
+    """Each value, in ragged blocks too, is e4m3 times its block's scale, rounded once to bf16."""
     config = tiny_config(hidden_size=144, moe_intermediate_size=80, intermediate_size=264)
     path = write_checkpoint(tmp_path, config, layout="fp8")
     found = parameters(load_model(path)[0])
@@ -236,7 +236,7 @@ LISTS = {
 
 @pytest.mark.parametrize("listed", LISTS.values(), ids=LISTS)
 def test_fp8_is_what_its_tensors_say(tmp_path, listed):
-    """The release names modules that do not exist and leaves others out that are bfloat16."""
+    """The release names modules that do not exist, and leaves out others that are bfloat16."""
     path = write_checkpoint(tmp_path, layout="fp8")
     expected = parameters(load_model(path)[0])
     config = json.loads((path / "config.json").read_text())
@@ -318,7 +318,7 @@ def test_load_brings_the_tokenizer(checkpoint):
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     model, found = load(path)
     assert found.encode("hello world") == [1, 2]
-    assert {250, 251} <= set(found.eos_token_ids)  # from config.json
+    assert {250, 251} <= set(found.eos_token_ids)  # config.json has them
     assert model(mx.array([[1, 2]])).shape == (1, 2, 256)
 
 

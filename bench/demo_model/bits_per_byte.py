@@ -5,8 +5,8 @@
     python bits_per_byte.py --original demo_hf --model demo_mlx --json
     python bits_per_byte.py --model demo_mlx --kv-formats auto fp8 int8
 
-Teacher forcing over windows of ``--window`` tokens that advance by ``--stride``; every token of
-every file is predicted exactly once, by the first window that reaches it, through the real
+The model is teacher-forced over windows of ``--window`` tokens that advance by ``--stride``; every
+token of every file is predicted exactly once, by the first window that reaches it, through the real
 sparse attention. Bits per byte = total nats / ln 2 / total UTF-8 bytes. Both checkpoints see the
 same windows.
 """
@@ -26,7 +26,7 @@ from corpus import held_out_texts
 
 @dataclass(frozen=True)
 class Window:
-    """Token ids, the last of which is only predicted, and how many of the predictions count."""
+    """Token ids, the last of which is only predicted, and how many last predictions count."""
 
     tokens: list[int]
     counted: int
@@ -47,7 +47,7 @@ def make_windows(tokenizer, texts: list[str], window: int, stride: int) -> list[
 
 
 def nats(logits: np.ndarray, targets: np.ndarray) -> float:
-    """Summed cross-entropy of ``logits [n, vocab]`` against ``targets [n]``, in float64."""
+    """The summed cross-entropy of ``logits [n, vocab]`` against ``targets [n]``, in float64."""
     logits = logits.astype(np.float64)
     top = logits.max(-1)
     total = top + np.log(np.exp(logits - top[:, None]).sum(-1))
@@ -55,7 +55,7 @@ def nats(logits: np.ndarray, targets: np.ndarray) -> float:
 
 
 def load_original(path: str) -> Callable[[list[int]], np.ndarray]:
-    """The HF checkpoint, run by transformers in fp32."""
+    """A function from tokens to logits [n, vocab]: the HF checkpoint in transformers, fp32."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -69,7 +69,7 @@ def load_original(path: str) -> Callable[[list[int]], np.ndarray]:
 
 
 def load_model(path: str, kv_format: str) -> Callable[[list[int]], np.ndarray]:
-    """The MLX-layout checkpoint, run by glm_fused."""
+    """A function from tokens to logits [n, vocab]: the MLX-layout checkpoint in glm_fused."""
     import mlx.core as mx
 
     import glm_fused
@@ -84,7 +84,7 @@ def load_model(path: str, kv_format: str) -> Callable[[list[int]], np.ndarray]:
 
 
 def measure(logits: Callable[[list[int]], np.ndarray], windows: list[Window]) -> dict[str, float]:
-    """Total nats, accuracy of the most likely token, and seconds over all windows."""
+    """The total nats, the accuracy of the most likely token, and the seconds over all windows."""
     total, right, count = 0.0, 0, 0
     start = time.perf_counter()
     for window in windows:

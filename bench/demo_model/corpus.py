@@ -1,6 +1,6 @@
 """The text the demo model learns from: the Python standard library's own source.
 
-Shared by ``train.py`` and ``bits_per_byte.py`` so that both agree on which files are held out.
+``train.py`` and ``bits_per_byte.py`` share it, so that both agree on which files are held out.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def held_out_files(root: Path | None = None) -> list[SourceFile]:
 
 
 def held_out_texts(limit_bytes: int | None = None, root: Path | None = None) -> list[SourceFile]:
-    """Held-out files up to ``limit_bytes`` of UTF-8 in all; the last one is cut at a character."""
+    """The held-out files up to ``limit_bytes`` of UTF-8 in all; the last is cut at a character."""
     chosen: list[SourceFile] = []
     left = limit_bytes
     for file in held_out_files(root):

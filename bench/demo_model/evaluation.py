@@ -1,4 +1,4 @@
-"""How good the model is on text that it has not seen."""
+"""Measures how good the model is on text that it has not seen."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class HeldOut:
         self.bytes_per_token = size / (len(windows) * length)
 
     def loss(self, model: GlmMoeDsaForCausalLM, sparse: bool, workers: Workers) -> float:
-        """Mean loss in nats per token."""
+        """The mean loss in nats per token."""
 
         def work(worker: int) -> float:
             total = 0.0
@@ -57,7 +57,7 @@ class HeldOut:
 
 
 def set_index_topk(model: GlmMoeDsaForCausalLM, topk: int) -> None:
-    """How many keys the indexers of ``transformers``' own forward pass select."""
+    """Set how many keys the indexers of ``transformers``' own forward pass select."""
     for layer in model.model.layers:
         if layer.self_attn.indexer is not None:
             layer.self_attn.indexer.index_topk = topk

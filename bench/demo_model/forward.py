@@ -45,7 +45,7 @@ class _Permute(torch.autograd.Function):
 
 
 def rms_norm(module: nn.Module, x: Tensor) -> Tensor:
-    """The module's RMSNorm through the fused operator."""
+    """Apply the module's RMSNorm through the fused operator."""
     return F.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
 
 
@@ -56,12 +56,12 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def mlp_forward(mlp: nn.Module, x: Tensor) -> Tensor:
-    """A dense SwiGLU block."""
+    """Apply a dense SwiGLU block."""
     return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
 
 
 def moe_forward(moe: nn.Module, x: Tensor, load: Tensor | None) -> Tensor:
-    """Mixture of experts: sort tokens by expert, one small matrix product per expert."""
+    """Apply a mixture of experts: sort tokens by expert, then one matrix product per expert."""
     gate, experts = moe.gate, moe.experts
     k = gate.top_k
     scores = F.linear(x, gate.weight).sigmoid()
@@ -88,13 +88,13 @@ def moe_forward(moe: nn.Module, x: Tensor, load: Tensor | None) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Interleaved rotary embedding; pairs come out de-interleaved, as in ``transformers``."""
+    """Apply interleaved rotary embedding; pairs come out de-interleaved, as in ``transformers``."""
     even, odd = x[..., 0::2], x[..., 1::2]
     return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
 
 
 def indexer_scores(indexer: nn.Module, x: Tensor, q_resid: Tensor, rope: tuple) -> Tensor:
-    """Differentiable ``[B, S, S]`` scores of an indexer, before the causal mask."""
+    """The differentiable scores ``[B, S, S]`` of an indexer, before the causal mask."""
     cos, sin = rope
     batch, length, _ = x.shape
     width = indexer.qk_rope_head_dim
@@ -133,7 +133,7 @@ class Forward:
 
 
 def project(attn: nn.Module, x: Tensor, q_resid: Tensor, rope: tuple) -> tuple[Tensor, ...]:
-    """Queries, keys and values ``[B, H, S, D]`` of an attention layer, rotated."""
+    """The queries, keys and values ``[B, H, S, D]`` of an attention layer, rotated."""
     batch, length, _ = x.shape
     cos, sin = rope
     nope, width = attn.qk_nope_head_dim, attn.qk_rope_head_dim
@@ -150,7 +150,7 @@ def project(attn: nn.Module, x: Tensor, q_resid: Tensor, rope: tuple) -> tuple[T
 def open_group(
     attn: nn.Module, x: Tensor, q_resid: Tensor, rope: tuple, options: Forward, mask: Tensor
 ) -> Group:
-    """The selection by a full layer's indexer, for itself and the layers that share it."""
+    """Make the selection of a full layer's indexer, for itself and the layers that share it."""
     if options.indexer_loss:
         scores = indexer_scores(attn.indexer, x.detach(), q_resid.detach(), rope) + mask
     else:
@@ -178,7 +178,7 @@ def close_group(options: Forward) -> None:
 
 
 def attend_all(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention over every key, by the fused operator."""
+    """Attend causally to every key, by the fused operator."""
     pad = q.shape[-1] - v.shape[-1] if q.shape[2] > 256 else 0
     out = F.scaled_dot_product_attention(
         q, k, F.pad(v, (0, pad)), is_causal=True, scale=attn.scaling
@@ -189,7 +189,7 @@ def attend_all(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attend_group(
     attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, group: Group, keep_target: bool
 ) -> Tensor:
-    """Attention over the keys that the group keeps; ``keep_target`` for its indexer's loss."""
+    """Attend to the keys that the group keeps; ``keep_target`` serves its indexer's loss."""
     bias = group.keep.unsqueeze(1) if group.keep.ndim == 3 else group.keep
     weights = (q @ k.transpose(-1, -2) * attn.scaling + bias).softmax(-1)
     if keep_target:
@@ -198,7 +198,7 @@ def attend_group(
 
 
 def attend(attn: nn.Module, x: Tensor, rope: tuple, options: Forward, mask: Tensor) -> Tensor:
-    """One attention layer; a full one opens the group of layers that share its selection."""
+    """Apply an attention layer; a full one opens the group of layers that share its selection."""
     q_resid = rms_norm(attn.q_a_layernorm, attn.q_a_proj(x))
     q, k, v = project(attn, x, q_resid, rope)
     if attn.indexer is not None and options.selects:
@@ -212,7 +212,7 @@ def attend(attn: nn.Module, x: Tensor, rope: tuple, options: Forward, mask: Tens
 
 
 def forward(model: GlmMoeDsaForCausalLM, tokens: Tensor, options: Forward) -> Tensor:
-    """Logits ``[B, S, V]`` of the model for ``tokens`` ``[B, S]``."""
+    """The logits ``[B, S, V]`` of the model for ``tokens`` ``[B, S]``."""
     core = model.model
     length = tokens.shape[1]
     angles = torch.arange(length)[:, None].float() * core.rotary_emb.inv_freq

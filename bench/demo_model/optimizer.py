@@ -11,7 +11,7 @@ from transformers import GlmMoeDsaForCausalLM
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Newton-Schulz iteration of Muon over a batch of wide matrices ``[K, m, n]``, m <= n."""
+    """Orthogonalise wide matrices ``[K, m, n]``, m <= n, by Muon's Newton-Schulz iteration."""
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         square = x @ x.transpose(1, 2)
@@ -44,7 +44,7 @@ class Muon:
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """One update with learning rate ``rate``."""
+        """Make one update with learning rate ``rate``."""
         for names in self.buckets.values():
             updates = []
             for name in names:
@@ -69,7 +69,7 @@ class Muon:
 
 
 def sort_parameters(model: GlmMoeDsaForCausalLM) -> dict[str, dict[str, nn.Parameter]]:
-    """The model's parameters by name, by the kind of update that they get."""
+    """The model's parameters, sorted by the kind of update that they get and then by name."""
     kinds = {kind: {} for kind in ("indexer", "embedding", "head", "other", "matrix")}
     for name, parameter in model.named_parameters():
         if ".indexer." in name:
@@ -164,7 +164,7 @@ def load_spread(loads: Tensor) -> float:
 
 
 def balance(model: GlmMoeDsaForCausalLM, loads: Tensor, rate: float) -> None:
-    """Auxiliary-loss-free balancing: nudge every expert's bias against its load error."""
+    """Nudge every expert's bias against its load error, which is auxiliary-loss-free balancing."""
     for layer, load in zip(model.model.layers, loads.sum(0), strict=True):
         if hasattr(layer.mlp, "gate"):
             error = load.float().mean() - load.float()

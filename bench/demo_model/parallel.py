@@ -18,7 +18,7 @@ def keep_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1), (-2, 256 << 20)):
-            mallopt(option, value)  # one arena, no mmap, no trimming, growth in large steps
+            mallopt(option, value)  # sets one arena, no mmap, no trimming, growth in large steps
 
 
 class Workers:
@@ -39,7 +39,7 @@ class Workers:
 
 
 class Replicas:
-    """A model once per worker: shared weights, separate gradients. The first is the model itself.
+    """A model once per worker, with shared weights and gradients of its own; the first is itself.
 
     ``loads[worker, layer, expert]`` counts the tokens that each expert got.
     """
@@ -59,7 +59,7 @@ class Replicas:
                     parameter.requires_grad_(not frozen)
 
     def backward(self, tokens: Tensor, *, sparse: bool, language: bool, indexer: bool) -> Tensor:
-        """Forward and backward over a batch; the mean losses ``[language, *indexers]``."""
+        """Run forward and backward over a batch; returns mean losses ``[language, *indexers]``."""
 
         def work(worker: int) -> Tensor:
             part = tokens[worker :: self.workers.count]

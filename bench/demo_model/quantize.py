@@ -2,9 +2,9 @@
 
     python bench/demo_model/quantize.py demo_hf python/glm_fused/demo_model
 
-Routed experts take 4 bits, everything else that mlx-lm quantizes 6 bits, both in groups of 64:
-small enough for the wheel, and a mix of formats as the published GLM-5 checkpoints have.
-Uses mlx-lm's own ``convert``, with this package's model registered.
+Routed experts take 4 bits, everything else that mlx-lm quantizes 6 bits, both in groups of 64.
+That is small enough for the wheel, and a mix of formats as the published GLM-5 checkpoints have.
+It uses mlx-lm's own ``convert``, with this package's model registered.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class Plan:
     final: float = 0.02
 
     def rate(self, progress: float, step: int) -> float:
-        """Learning-rate factor: warm-up, constant, then linear to ``final``."""
+        """The learning rate's factor: it warms up, stays constant, then falls to ``final``."""
         span = (progress - self.decay_from) / (self.sparse - self.decay_from)
         decay = 1.0 - (1.0 - self.final) * min(max(span, 0.0), 1.0)
         return min(1.0, (step + 1) / 40) * decay

@@ -2,10 +2,10 @@
 
     python train.py --out demo_hf --deadline 10:25
 
-Three phases, as the DeepSeek-V3.2 report describes for its sparse attention:
+It has three phases, as the DeepSeek-V3.2 report describes for its sparse attention:
 
-1. *dense*: ordinary language modelling, attention over everything, indexers idle;
-2. *warm-up*: everything frozen but the indexers, which learn (by a KL loss) to predict where
+1. *dense*: ordinary language modelling with attention over everything; the indexers are idle;
+2. *warm-up*: everything is frozen but the indexers, which learn (by a KL loss) to predict where
    attention goes in their own layer and in the layers that share their selection;
 3. *sparse*: attention sees only the ``index_topk`` keys that the indexers select; the model
    learns from the language-modelling loss, the indexers from the KL loss over selected keys.
@@ -173,7 +173,7 @@ class Run:
         self.log(json.dumps({"tokens": self.seen, "steps": self.step, "sparse_loss": loss}))
 
     def _steps(self, end: float, least: int = 0) -> Iterator[float]:
-        """Fractions of the run used so far, until ``end``; at least ``least`` steps."""
+        """Yield the fraction of the run used so far until ``end``, at least ``least`` times."""
         done, most = 0, self.arguments.max_steps
         while (progress := self.clock.progress) < end or done < least:
             if most and done >= most:
@@ -218,7 +218,7 @@ class Run:
             self._save()
 
     def _save_early(self) -> None:
-        """Once, a checkpoint for others to begin working with."""
+        """Write, once, a checkpoint for others to begin working with."""
         due = self.log.start + self.arguments.early_minutes * 60
         if self.early is not None and time.monotonic() > due:
             save(self.model, self.tokenizer, self.early)

@@ -1,11 +1,11 @@
-"""llama.cpp's long-context ops, called in this process: the chain that it builds for GLM-5's DSA.
+"""Calls llama.cpp's long-context ops in this process: the chain that it builds for GLM-5's DSA.
 
-Needs ggml's shared libraries, of llama.cpp's `ggml` folder (b11434 was used):
+It needs the shared libraries of llama.cpp's `ggml` folder (b11434 was used):
 
     cmake -S ggml -B build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON
     cmake --build build
 
-Caches are fp16, as they are there by default. One query, all cached keys visible.
+Caches are fp16, as they are there by default. There is one query, which sees all cached keys.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Library:
     """The functions that are used, by name: ``call("ggml_add", pointer, …)`` returns a pointer."""
 
     def __init__(self, folder: Path, threads: int) -> None:
-        # In the order in which they need one another.
+        # They are loaded in the order in which they need one another.
         names = ("libggml-base.so", "libggml-cpu.so")
         paths = [next(folder.rglob(name), None) for name in names]
         if None in paths:
@@ -78,12 +78,12 @@ class Graph:
         return self.ggml(name).value or 0
 
     def tensor(self, kind: int, *shape: int) -> ctypes.c_void_p:
-        """``shape`` as ggml counts: the fastest dimension first."""
+        """A new tensor; ``shape`` has the fastest dimension first, as in ggml."""
         shape = shape + (1,) * (4 - len(shape))
         return self.ggml("ggml_new_tensor_4d", self.context, ctypes.c_int(kind), *sizes(*shape))
 
     def view(self, a: ctypes.c_void_p, shape: list[int], strides: list[int]) -> ctypes.c_void_p:
-        """``strides`` in bytes, of all but the first dimension."""
+        """A view of ``a``; ``strides`` are in bytes, for all dimensions but the first."""
         bytes_of = [ctypes.c_size_t(stride) for stride in (*strides, 0)]
         return self.node("ggml_view_4d", a, *sizes(*shape), *bytes_of)
 
@@ -91,7 +91,7 @@ class Graph:
         return self.ggml(name, self.context, *arguments)
 
     def finish(self, result: ctypes.c_void_p) -> None:
-        """Ends the graph with ``result`` and allocates all tensors."""
+        """End the graph with ``result`` and allocate all tensors."""
         self.ggml("ggml_build_forward_expand", self.graph, result)
         self.ggml("ggml_backend_alloc_ctx_tensors", self.context, self.ggml.backend)
 
@@ -99,7 +99,7 @@ class Graph:
         self._copy("ggml_backend_tensor_set", tensor, np.ascontiguousarray(values))
 
     def read(self, tensor: ctypes.c_void_p, out: NDArray[Any]) -> NDArray[Any]:
-        """Fills ``out``."""
+        """Copy a tensor's values to ``out``, and return it."""
         self._copy("ggml_backend_tensor_get", tensor, out)
         return out
 
@@ -112,7 +112,7 @@ class Graph:
 
 
 class Indexer(Graph):
-    """Scores of all keys, and the indices of the ``topk`` largest, in no order."""
+    """A graph of the scores of all keys and the indices of the ``topk`` largest, in no order."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class Indexer(Graph):
 
 
 class Attention(Graph):
-    """A mask that lets the selected keys through, and flash attention over all of them."""
+    """A graph of a mask that lets the selected keys through, and flash attention over all keys."""
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ namespace glm_fused {
 
 namespace {
 
-constexpr int kScoreKeys = 256;  // of a threadgroup
+constexpr int kScoreKeys = 256;  // a threadgroup scores so many
 constexpr int kScoreSimdgroups = 4;
 constexpr int kSelectSimdgroups = 32;
 // This many scores are held at once, 64 MiB.

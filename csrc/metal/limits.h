@@ -8,7 +8,7 @@ namespace glm_fused::metal {
 // Longer batches are MLX's own: its matrix kernels pay off there.
 constexpr int kMaxTokens = 16;
 
-// Tells why moe_decode cannot run on the GPU, or nothing when it can.
+// Tells why an op cannot run on the GPU, or "" when it can.
 std::string moe_decode_obstacle(int tokens, int top_k);
 std::string router_topk_obstacle(int experts);
 std::string sparse_mla_decode_obstacle(int listed);

@@ -9,10 +9,10 @@ namespace glm_fused {
 
 namespace {
 
-constexpr int kHeads = 64;  // of a threadgroup
+constexpr int kHeads = 64;  // a threadgroup takes so many
 constexpr int kSplitSimdgroups = 8;
 constexpr int kCombineSimdgroups = 4;
-constexpr size_t kMaxScratch = 1 << 24;  // floats of o held at once, 64 MiB
+constexpr size_t kMaxScratch = 1 << 24;  // floats of o in a step, 64 MiB
 
 }  // namespace
 

@@ -15,8 +15,8 @@ struct Generation {
   Tiles tiles;
 };
 
-// MLX's own tile, four rows and two simdgroups, until measured otherwise; on
-// the M5 Max MLX itself takes two rows.
+// These are MLX's own tiles, four rows and two simdgroups, until measured
+// otherwise; on the M5 Max MLX itself takes two rows.
 constexpr Generation kGenerations[] = {
     {"applegpu_g17s", {2, 2, 8, 32}},
     {"applegpu_", {4, 2, 8, 32}},

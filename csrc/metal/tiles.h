@@ -6,7 +6,7 @@
 namespace glm_fused::metal {
 
 struct Tiles {
-  int rows;     // of a weight per simdgroup: 1, 2, 4 or 8
+  int rows;     // rows of a weight per simdgroup: 1, 2, 4 or 8
   int gate_up;  // simdgroups per threadgroup
   int down;
   int router;

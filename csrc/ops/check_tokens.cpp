@@ -10,7 +10,8 @@ namespace glm_fused {
 
 namespace {
 
-// Copies ids to `copies`, unless null.
+// Throws for ids outside the vocabulary, and copies the ids to `copies`, unless
+// that is null.
 template <class T>
 void copy_ids(const mx::array& tokens, int vocabulary, int32_t* copies) {
   const T* ids = tokens.data<T>();
@@ -57,8 +58,8 @@ void copy_ids(const mx::array& tokens, int vocabulary, int32_t* copies) {
   }
 }
 
-// inputs: tokens [b, l]. output: the same, int32. It waits for them: nothing
-// after it may run on others.
+// inputs: tokens [b, l]. output: the same, int32. It waits for its input, so
+// that nothing after it runs on tokens outside the vocabulary.
 class CheckTokens : public mx::Primitive {
  public:
   CheckTokens(mx::Stream stream, int vocabulary)

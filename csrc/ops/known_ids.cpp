@@ -14,7 +14,8 @@ namespace mx = mlx::core;
 
 namespace {
 
-// Their values are all among those of their first input.
+// The values that these primitives give are all among those of their first
+// input.
 constexpr std::string_view kViews[] = {
     "Contiguous",
     "Copy",

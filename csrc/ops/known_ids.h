@@ -1,4 +1,4 @@
-// What can be told of integers before their graph is evaluated.
+// Tells what can be known of integers before their graph is evaluated.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +7,13 @@
 
 namespace glm_fused {
 
-// Whether the values can be read in place now. Of a graph that is being traced
-// they are not those of its later runs.
+// Returns whether the values can be read in place now. In a graph that is being
+// traced they cannot, as its later runs have others.
 bool is_readable(const mlx::core::array& a);
 
-// Whether all of `ids` are sure to be from 0 to bound - 1: they are known, or
-// parts of what is, or indices of so many scores or experts. MLX keeps no graph
-// of what it has begun to evaluate.
+// Returns whether all of `ids` are sure to be from 0 to bound - 1: they are
+// known, or parts of what is known, or indices of so many scores or experts.
+// What MLX has begun to evaluate has no graph to look at.
 bool known_below(const mlx::core::array& ids, int64_t bound);
 
 }  // namespace glm_fused

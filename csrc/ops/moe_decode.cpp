@@ -30,8 +30,8 @@ void check_slots_of(const mx::array& slots, int count) {
   }
 }
 
-// Whether the slots need no look when they are evaluated: the bank's are looked
-// at as they come.
+// Returns whether the slots need no check when they are evaluated; a bank's are
+// checked as they come.
 bool check_now(const mx::array& slots, int count, bool arrive) {
   if (arrive || known_below(slots, count)) {
     return true;
@@ -108,7 +108,7 @@ mx::array moe_decode(
         shape_of(down.rows()),
         ".");
   }
-  // Of the tokens that are taken together (cpu/dot/moe_decode.cpp).
+  // At most 256 tokens are taken together (cpu/dot/moe_decode.cpp).
   const int64_t choices =
       std::min(x.shape(0), 256) * static_cast<int64_t>(slots.shape(1));
   check_count(

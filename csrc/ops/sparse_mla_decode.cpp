@@ -6,7 +6,8 @@ namespace glm_fused {
 
 namespace {
 
-// The RoPE keys beside the latents: floating rows have them, packed ones not.
+// Checks the RoPE keys beside the latents, which floating rows have and packed
+// ones do not.
 void check_ropes(
     const std::string& op,
     const RowLayout& layout,

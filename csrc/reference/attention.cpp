@@ -32,7 +32,7 @@ float e4m3(uint8_t code) {
   return code & 0x80 ? -magnitude : magnitude;
 }
 
-// The rank + rope values of one row.
+// Returns the rank + rope values of one row.
 std::vector<float> values(const Rows& rows, int key) {
   const Row row = rows[key];
   std::vector<float> out;
@@ -75,7 +75,8 @@ float score(
   return std::isnan(sum) ? -std::numeric_limits<float>::infinity() : sum;
 }
 
-// Indices of the k largest, ascending; the lowest index wins a tie.
+// Returns the ascending indices of the k largest scores; the lowest index wins
+// a tie.
 std::vector<int> largest(const std::vector<float>& scores, int k) {
   std::vector<int> order(scores.size());
   std::iota(order.begin(), order.end(), 0);

@@ -23,7 +23,8 @@ void quantized_matvec(const cpu::Matrix& w, const mx::array& x, mx::array& y) {
 
 namespace {
 
-// gather_qmm: one token through one slot, stored in the activation type.
+// Does what gather_qmm does for one token and one slot; the result is stored in
+// the activation type.
 std::vector<float>
 project(const cpu::Matrix& w, int slot, const float* x, FloatType type) {
   std::vector<float> y(w.n);

@@ -1,14 +1,16 @@
 """GLM-5 (`glm_moe_dsa`) on MLX with fused decode kernels, checked bit for bit.
 
-with glm_fused.Engine("demo") as engine:  # or the folder of a checkpoint
-    print(engine.generate("def main():", max_tokens=40).text)
+An engine loads a checkpoint and continues prompts:
+
+    with glm_fused.Engine("demo") as engine:  # or the folder of a checkpoint
+        print(engine.generate("def main():", max_tokens=40).text)
 """
 
 from importlib import metadata as _metadata
 from typing import TYPE_CHECKING
 from typing import Any as _Any
 
-from . import _abi as _abi  # first: a clear error where the extension does not fit
+from . import _abi as _abi  # goes first, so that an extension that does not fit is a clear error
 from . import ops
 from ._ext import num_threads, set_num_threads
 from .ops.paths import reference_path

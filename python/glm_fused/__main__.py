@@ -1,4 +1,4 @@
-"""``python -m glm_fused``."""
+"""Run the ``glm-fused`` command as ``python -m glm_fused``."""
 
 import sys
 

@@ -31,8 +31,8 @@ from .streaming.model import streaming_of
 class Engine:
     """A model with its tokenizer, caches and limits, loaded strictly and within its budget.
 
-    A context manager: leaving it closes the engine. Several threads may share one, each with a
-    cache of its own.
+    It is a context manager, and leaving it closes the engine. Several threads may share one, each
+    with a cache of its own.
 
         with glm_fused.Engine("demo") as engine:
             print(engine.generate("def main():", max_tokens=40).text)
@@ -56,7 +56,8 @@ class Engine:
 
         Args:
             path: a folder; "demo" is the bundled model where there is no folder of that name.
-            options: how to load it; None: all in memory, caches in the type of the activations.
+            options: how to load it; None keeps all of it in memory, and caches in the type of the
+                activations.
             lazy: read parameters when they are first used, without a check of scales for NaN.
             tokenizer: load the tokenizer too; generating needs it, `step` does not.
             only_mlx_formats: have weights in formats that MLX does not know become dense, in
@@ -90,14 +91,14 @@ class Engine:
 
     @property
     def model(self) -> Model:
-        """The model; ValueError once the engine is closed."""
+        """The model. Raises ValueError once the engine is closed."""
         if self._opened is None:
             raise ValueError(f"[engine] the engine of {self.path} is closed.")
         return self._opened.model
 
     @property
     def tokenizer(self) -> TokenizerWrapper:
-        """The tokenizer; ValueError where it was not loaded or the engine is closed."""
+        """The tokenizer. Raises ValueError where it was not loaded or the engine is closed."""
         if self._tokenizer is None:
             state = "closed" if self._opened is None else "without its tokenizer"
             raise ValueError(f"[engine] the engine of {self.path} is {state}.")
@@ -119,7 +120,7 @@ class Engine:
         return defaults_of(self.model)
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
-        """The prompt's tokens, checked; arguments and errors are `glm_fused.generate`'s."""
+        """The prompt's tokens, checked; prompt, ``raw`` and errors are `glm_fused.generate`'s."""
         return encode(self.model, self.tokenizer, prompt, raw)
 
     def generate(
@@ -165,7 +166,7 @@ class Engine:
         )
 
     def make_cache(self) -> list[CacheList]:
-        """An empty cache for `step`: an entry a layer, in the engine's ``kv_format``."""
+        """An empty cache for `step`, with one entry per layer, in the engine's ``kv_format``."""
         return self.model.make_cache()
 
     def load_cache(self, path: str | os.PathLike[str]) -> list[CacheList]:
@@ -177,11 +178,12 @@ class Engine:
         return load_prompt_cache(path, self.model.args)
 
     def step(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
-        """One forward of the model, on the current path.
+        """Run one forward of the model, on the current path.
 
         Args:
             tokens: integers [batch, length], each in [0, vocabulary).
-            cache: what `make_cache` or `load_cache` gave, updated in place; None: no context.
+            cache: what `make_cache` or `load_cache` gave, updated in place; None stands for no
+                earlier tokens.
 
         Returns:
             Logits [batch, length, vocabulary] in the type of the activations, not yet evaluated.
@@ -192,7 +194,7 @@ class Engine:
                 yet is outside the vocabulary; an expert cannot be read.
         """
         model = self.model
-        if model.context < model.args.max_position_embeddings:  # the model itself knows the other
+        if model.context < model.args.max_position_embeddings:  # else the model itself refuses
             self._check_room(tokens, cache)
         logits: mx.array = model(tokens, cache)
         return logits

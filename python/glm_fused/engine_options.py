@@ -13,7 +13,7 @@ from .streaming.options import DEFAULT_CONTEXT, POLICIES, RANGES, StreamOptions
 from .validation import show
 
 STARTING = ("memory_budget", "slots", "sidecar")
-_NAMES = {  # of `StreamOptions`, for those that are called otherwise here
+_NAMES = {  # what `StreamOptions` calls the options that have other names here
     "memory_budget": "budget",
     "lookahead": "spares",
     "direct_io": "direct",
@@ -29,8 +29,8 @@ _STREAMING = (
 class EngineOptions:
     """How `Engine` loads a model; the command line's options have the same names.
 
-    Any of ``memory_budget``, ``slots`` and ``sidecar`` has routed experts streamed, and all that
-    follow them need one of the three. None is the usual value.
+    With any of ``memory_budget``, ``slots`` and ``sidecar`` routed experts are streamed; the
+    options listed after them need one of the three. None stands for the usual value.
 
     Attributes:
         kv_format: how caches store keys: "auto" (as the activations), "bf16", "fp16", "fp32",
@@ -44,7 +44,7 @@ class EngineOptions:
         policy: which expert gives way: "learned" (usual), "lru", "s3fifo" or "pinned".
         pins: experts that stay once they are read, by layer; for "pinned" and only for it.
         lookahead: slots per layer for what the next layer's router may choose; usually 0.
-        direct_io: read past the page cache.
+        direct_io: whether to read past the page cache; usually not.
         read_depth: reads in flight; usually 16.
         read_split: bytes per read, a multiple of 4096, or a text such as "1MiB", the usual value.
         default_context: tokens to plan for where ``context`` does not say.
@@ -101,12 +101,12 @@ class EngineOptions:
 
 
 def idle_options(given: Collection[str]) -> list[str]:
-    """Those of the names of ``given`` options of streaming that do nothing without the others."""
+    """The names among ``given`` options of streaming that do nothing without a `STARTING` one."""
     return [] if set(given) & set(STARTING) else list(given)
 
 
 def _bytes(name: str, value: object) -> int | None:
-    """A number of bytes; None stands for "auto" too."""
+    """The number of bytes that ``value`` stands for; None where it is None or "auto"."""
     if value is None or (name == "memory_budget" and value == "auto"):
         return None
     if isinstance(value, str):

@@ -7,21 +7,21 @@ from contextlib import contextmanager
 
 from jinja2 import TemplateError
 
-_LONGEST = 300  # characters of somebody else's message
+_LONGEST = 300  # how many characters of somebody else's message are shown
 
 
 @contextmanager
 def foreign(what: str) -> Iterator[None]:
     """Within the block, every failure becomes a ValueError: ``what``, a colon and what it said.
 
-    For calls into transformers, tokenizers and jinja alone: a fault of this package has to stay
-    apart from what a file makes of them.
+    Only calls into transformers, tokenizers and jinja belong in it, so that a fault of this package
+    stays apart from what a file makes of them.
     """
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of tokenizers' Rust is no Exception
+    except BaseException as error:  # a panic in the Rust of tokenizers is no Exception
         raise ValueError(f"{what}: {said(error)}") from error
 
 

@@ -12,7 +12,7 @@ from .environment import debug
 
 
 def to_numpy(array: mx.array) -> NDArray[Any]:
-    """A copy of ``array`` [...], evaluated here; the dtype is NumPy's of the same name.
+    """Evaluate ``array`` [...] and return a copy of it, in NumPy's dtype of the same name.
 
     ``np.array(array)`` would evaluate it too, but NumPy swallows what evaluation raises, asks
     again by another protocol, and MLX then hands out the memory that was never written.
@@ -31,8 +31,9 @@ def to_numpy(array: mx.array) -> NDArray[Any]:
 def settle(stream: mx.Stream | mx.ThreadLocalStream) -> None:
     """Wait until all that was enqueued on ``stream`` is over, whatever became of it.
 
-    For what is evaluated ahead and then not asked for, or abandoned after an error: MLX keeps its
-    error for whoever uses the stream next, and the arrays must not go before the work does.
+    It serves work that was evaluated ahead and is not asked for, or was abandoned after an error:
+    MLX would raise the work's error for whoever uses the stream next, and its arrays must not be
+    freed before it ends.
     """
     while True:
         try:

@@ -68,7 +68,7 @@ class Opened:
         read_parameters(self.model, self.checkpoint, self.scales)
 
     def restore_limit(self) -> None:
-        """Give MLX the limit that it had, for when the model is not used any more."""
+        """Give MLX back the limit that it had, once the model is not used any more."""
         if self.cache_limit is not None:
             mx.set_cache_limit(self.cache_limit)
 
@@ -86,8 +86,8 @@ def load_model(
     Args:
         path: the folder of a checkpoint; "demo" is the bundled model where there is no folder of
             that name.
-        lazy: read parameters when they are first used, without a check of scales for NaN. One that
-            cannot be read then is undefined, so load the model anew.
+        lazy: read parameters when they are first used, without a check of scales for NaN. The
+            values of one that cannot be read then are undefined, so load the model anew.
         kv_format: how the model's caches store keys: "auto" (as the activations), "bf16", "fp16",
             "fp32", "fp8" or "int8".
         stream: read routed experts as they are needed; ``model.streaming`` has the plan and
@@ -231,7 +231,7 @@ def _config_as_loaded(
 
 
 def _check_stop_tokens(checkpoint: Checkpoint, args: ModelArgs) -> None:
-    """A text would never end at a token that the model cannot choose."""
+    """Refuse stop tokens that the model cannot choose: a text would never end at them."""
     found = checkpoint.config.get("eos_token_id")
     for token in found if isinstance(found, list) else [found]:
         if token is not None and token >= args.vocab_size:
@@ -253,7 +253,7 @@ def _read_lazily(checkpoint: Checkpoint) -> dict[str, mx.array]:
 
 
 def _allow_open_files(count: int) -> None:
-    """Lazy arrays keep their file open, and macOS allows 256 files unless asked for more."""
+    """Raise the limit of open files: lazy arrays keep theirs open, and macOS allows only 256."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = count + 256
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -264,7 +264,7 @@ def _allow_open_files(count: int) -> None:
 def _pack_modules(
     model: Model, weights: Mapping[str, mx.array], formats: Mapping[str, Format]
 ) -> None:
-    """Replace each module that has scales by its packed form, still to be filled."""
+    """Replace each module that has scales by its packed form, which is filled later."""
     packed = [
         (path, module.unfilled(formats[path]))
         for path, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""Amounts of memory: in texts, and what this process takes."""
+"""Amounts of memory: how texts write them, and how much this process takes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])(i?)b?|b)", re.IGNORECAS
 
 
 def parse_size(text: str) -> int:
-    """Bytes in texts such as "24GB", "512MiB" or "1000B"; ValueError for others and from 2^63 on.
+    """The bytes that a text such as "24GB", "512MiB" or "1000B" stands for.
 
-    A number without a unit is none: whoever writes 24 does not mean bytes.
+    Raises ValueError for other texts and from 2^63 on. A number without a unit is refused, too:
+    whoever writes 24 does not mean bytes.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
@@ -31,7 +32,7 @@ def parse_size(text: str) -> int:
 
 
 def size(n: int) -> str:
-    """In the unit that people buy memory in."""
+    """``n`` bytes as a text, in the decimal units that people buy memory in."""
     for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if n >= unit:
             return f"{n / unit:.2f} {name}"
@@ -39,7 +40,7 @@ def size(n: int) -> str:
 
 
 def resident_bytes() -> int:
-    """What this process keeps in memory now (on macOS: its peak so far)."""
+    """The bytes that this process keeps in memory now (on macOS: its peak so far)."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
@@ -49,7 +50,7 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The most that this process has kept in memory."""
+    """The most bytes that this process has kept in memory."""
     try:  # not ru_maxrss, which a child inherits from the process that started it
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024

@@ -19,42 +19,50 @@ def show(value: object) -> str:
 
 
 def fail(key: str, expected: str, found: object) -> NoReturn:
+    """Raise the ValueError for a ``key`` that has another value than expected."""
     raise ValueError(f"[config] {key} must be {expected}, found {show(found)}.")
 
 
 def integer(key: str, value: Any, low: int = 1, high: int = MAX_SIZE) -> int:
+    """``value`` if it is an integer in [low, high], else ValueError; booleans are none."""
     if type(value) is not int or not low <= value <= high:
         fail(key, f"an integer from {low} to {high}", value)
     return value
 
 
 def number(key: str, value: Any, low: float, high: float) -> float:
-    """A finite number in [low, high]; JSON writes whole floats as integers."""
+    """``value`` as a float if it is a finite number in [low, high], else ValueError.
+
+    Integers are taken too, because JSON may write whole floats as integers.
+    """
     if type(value) not in (int, float) or not low <= value <= high:  # also refuses NaN
         fail(key, f"a number from {low:g} to {high:g}", value)
     return float(value)
 
 
 def boolean(key: str, value: Any) -> bool:
+    """``value`` if it is a boolean, else ValueError."""
     if type(value) is not bool:
         fail(key, "true or false", value)
     return value
 
 
 def choice(key: str, value: Any, *options: str) -> str:
+    """``value`` if it is one of ``options``, else ValueError."""
     if not isinstance(value, str) or value not in options:
         fail(key, " or ".join(repr(option) for option in options), value)
     return value
 
 
 def mapping(key: str, value: Any) -> Mapping[str, Any]:
+    """``value`` if it is a mapping, else ValueError."""
     if not isinstance(value, Mapping):
         fail(key, "an object", value)
     return value
 
 
 def layer_list(key: str, value: Any, num_layers: int, *options: str) -> list[str]:
-    """One of ``options`` for every layer."""
+    """``value`` as a list if it has one of ``options`` for every layer, else ValueError."""
     if not isinstance(value, (list, tuple)) or len(value) != num_layers:
         length = f" of length {len(value)}" if isinstance(value, (list, tuple)) else ""
         fail(key, f"a list of {num_layers} entries (num_hidden_layers)", f"{show(value)}{length}")
@@ -64,6 +72,9 @@ def layer_list(key: str, value: Any, num_layers: int, *options: str) -> list[str
 
 
 def product(keys: str, limit: int = MAX_SIZE, **sizes: int) -> None:
-    """The sizes of one fused axis, which MLX indexes with 32 bits."""
+    """Raise ValueError unless the product of ``sizes``, one fused axis, is at most ``limit``.
+
+    MLX indexes an axis with 32 bits.
+    """
     if math.prod(sizes.values()) > limit:
         fail(keys, f"at most {limit}", " * ".join(f"{v}" for v in sizes.values()))

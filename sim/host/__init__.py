@@ -1,4 +1,4 @@
-"""A build's simulated Metal host: its `eval_gpu` runs the shaders in the simulator.
+"""A build's simulated Metal host, whose `eval_gpu` runs the shaders in the simulator.
 
 The C++ half (host/*.cpp) is part of an extension; `Host` drives it.
 """
@@ -18,8 +18,8 @@ from ..compiler import compile_library, executor
 from ..report import Report
 
 Size = tuple[int, int, int]
-# Gets a library's name and the shader text that the launcher made. Gives the compiled library and
-# what precedes the kernels' names in it; None where its kernels are not to be run.
+# A compiler gets a library's name and the shader text that the launcher made. It gives the compiled
+# library and what precedes the kernels' names in it; None where its kernels are not to be run.
 Compiler = Callable[[str, str], tuple[Path, str] | None]
 
 
@@ -27,9 +27,9 @@ Compiler = Callable[[str, str], tuple[Path, str] | None]
 class Launch:
     """A kernel's launch: `groups` threadgroups of `threadgroup` threads, and what was seen.
 
-    `report` has, with tracing, the findings and the traffic of every buffer; it is None where the
-    kernel was not run. `outputs` are the bytes of the arrays that the kernel writes, by buffer
-    index, where they are kept.
+    `report` has the findings and the traffic of every buffer if the launch was traced; it is None
+    where the kernel was not run. `outputs` are the bytes of the arrays that the kernel writes, by
+    buffer index, where they are kept.
     """
 
     kernel: str
@@ -55,7 +55,7 @@ class Host:
         in_place: bool = False,
         keep_outputs: bool = False,
     ) -> Iterator[None]:
-        """Launches within are run with these settings.
+        """Within the block, launches are run with these settings.
 
         Args:
             contract: let the shader compiler fuse ``a*b+c``, as the CPU kernels do.
@@ -84,7 +84,7 @@ class Host:
 
 @functools.cache
 def compiled(name: str, text: str, contract: bool, trace: bool) -> tuple[Path, str]:
-    """The library of a launcher's shader text as it is.
+    """Compile a launcher's shader text as it is; a `Compiler` once its settings are given.
 
     Raises:
         CompileError: the compiler refuses the text.

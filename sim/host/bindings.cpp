@@ -20,7 +20,8 @@ namespace glm_fused {
 
 namespace {
 
-// Linux MLX asks every primitive for its CPU code; it gets the GPU's.
+// Linux MLX asks every primitive for its CPU code, and gets the GPU's from
+// this.
 class OnMetal : public mx::Primitive {
  public:
   explicit OnMetal(std::shared_ptr<mx::Primitive> inner)

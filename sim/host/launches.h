@@ -12,9 +12,10 @@
 
 namespace sim_host {
 
-// Gets a library's name and its shader text. Gives the path of the compiled
-// library and what its kernels' names begin with. An empty path stands for a
-// library whose kernels are not run; their launches are only noted.
+// A compiler gets a library's name and its shader text. It gives the path of
+// the compiled library and what its kernels' names begin with. An empty path
+// stands for a library whose kernels are not run; their launches are only
+// noted.
 using Compile = std::function<
     std::pair<std::string, std::string>(std::string, std::string)>;
 
@@ -34,16 +35,18 @@ struct Library {
   sim_library* opened;  // null: its kernels are not run
   std::string prefix;
 };
-// The library that `compile` gives for the builder's text. It lives for ever.
+// Returns the library that `compile` gives for the builder's text. It lives for
+// ever.
 const Library* library(
     const std::string& name,
     const std::function<std::string()>& builder);
 
-// An op begins to encode its launches on this thread; `inputs` are the
-// allocations of its inputs.
+// Is called where an op begins to encode its launches on this thread; `inputs`
+// are the allocations of its inputs.
 void begin_op(const std::vector<const void*>& inputs);
-// Fills `size` bytes at `data`, in a new array of the op, with ones: NaN, or
-// -1. What nothing has written is then no number that happens to be right.
+// Sets all bits of `size` bytes at `data`, in a new array of the op, which is
+// NaN, or -1. What nothing has written is then no number that happens to be
+// right.
 void fill_new(const void* allocation, void* data, size_t size);
 
 struct Launch {

@@ -1,4 +1,4 @@
-// MLX's Metal host classes, run by the simulator: what `eval_gpu` encodes is
+// The simulator runs MLX's Metal host classes: what `eval_gpu` encodes is
 // launched on the CPU, in order, on the stream that MLX gave the primitive.
 #include <algorithm>
 #include <map>

@@ -1,4 +1,4 @@
-"""The wheel for a Mac: the project's own build back end and CMakeLists.txt, cross-compiling."""
+"""Builds the wheel for a Mac: the project's own back end and CMakeLists.txt cross-compile it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ build_wheel(sys.argv[1], json.loads(sys.argv[2]))
 
 
 def pinned_mlx() -> str:
-    """The version in pyproject.toml."""
+    """The version of mlx that pyproject.toml pins for macOS."""
     text = (REPOSITORY / "pyproject.toml").read_text()
     (version,) = set(re.findall(r"\"mlx==([\d.]+); sys_platform == 'darwin'\"", text))
     return str(version)
@@ -39,14 +39,14 @@ def cmake_dir() -> Path:
 
 
 def build_wheel(mlx: Path, to: Path) -> Path:
-    """Compile, link and pack; warnings are errors.
+    """Compile, link and pack the wheel into `to`; warnings are errors.
 
     Raises:
-        MacOSBuildError: with what the compiler or the linker said.
+        MacOSBuildError: the build failed; the message has what compiler and linker said.
     """
     sdk.make(mlx, work_dir() / "sdk")
     to.mkdir(parents=True, exist_ok=True)
-    # Linked anew each time: ninja does not know of the stubs that the link reads.
+    # It is linked anew each time, as ninja does not know of the stubs that the link reads.
     for old in [*to.glob("*.whl"), *cmake_dir().glob("_ext*.so")]:
         old.unlink()
     run = subprocess.run(
@@ -65,7 +65,7 @@ def build_wheel(mlx: Path, to: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """What bin/ and the build back end read."""
+    """The environment that bin/ and the build back end read."""
     python = f"cpython-{sys.version_info.major}{sys.version_info.minor}"
     caches = str(mlx_wheels.cache_dir() / "zig")
     return {
@@ -83,7 +83,7 @@ def _settings(mlx: Path) -> dict[str, object]:
     built = work_dir() / "sdk"
     flags = [
         f"-isystem {HERE / 'headers'}",
-        # As Apple's compiler does, and no more of libc++ than the one of macOS 14 has.
+        # Apple's compiler does the same; the macros allow only what libc++ of macOS 14 has.
         "-fno-sized-deallocation",
         "-U_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS",
         "-D_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS=1",

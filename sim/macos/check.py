@@ -1,4 +1,4 @@
-"""Every undefined symbol of the extension against those that can provide it."""
+"""Checks that every undefined symbol of the extension has a library that provides it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _explain(symbol: str, library: str | None, libmlx: frozenset[str]) -> str:
 
 
 def demangle(symbol: str) -> str:
-    """The C++ name, or the symbol as it is; Mach-O puts an underscore before both."""
+    """The C++ name of a symbol, or the symbol as it is; Mach-O begins both with an underscore."""
     function = ctypes.CDLL("libstdc++.so.6").__cxa_demangle
     function.restype = ctypes.c_void_p
     status = ctypes.c_int()

@@ -11,7 +11,7 @@ Binary = lief.MachO.Binary
 
 lief.logging.disable()  # else it reports empty tables, which are no fault, on standard error
 
-# <mach-o/loader.h>: ordinals from here on mean "look everywhere", not a library.
+# By <mach-o/loader.h>, ordinals from here on mean "look everywhere" and no library.
 _FIRST_SPECIAL_ORDINAL = 0xFD
 
 
@@ -25,13 +25,13 @@ def parse(path: Path) -> Binary:
 
 
 def libraries(binary: Binary) -> list[str]:
-    """The install names of the libraries it loads, in the order of their ordinals."""
+    """The install names of the libraries that a binary loads, in the order of their ordinals."""
     own_name = lief.MachO.LoadCommand.TYPE.ID_DYLIB
     return [str(library.name) for library in binary.libraries if library.command != own_name]
 
 
 def undefined(binary: Binary) -> dict[str, str | None]:
-    """Every undefined symbol and the library it is bound to, None where to no one of them."""
+    """Every undefined symbol and the library that it is bound to, or None where there is none."""
     loaded = libraries(binary)
     bound: dict[str, str | None] = {}
     for symbol in binary.imported_symbols:

@@ -1,4 +1,4 @@
-"""MLX's own macOS wheels, downloaded once: headers, libmlx.dylib, and its Python extension."""
+"""Downloads MLX's own macOS wheels once: headers, libmlx.dylib, and its Python extension."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLATFORM = "macosx_14_0_arm64"
 
 
 def cache_dir() -> Path:
-    """GLM_FUSED_MACOS_CACHE, or a folder of the user's cache."""
+    """The cache's folder: GLM_FUSED_MACOS_CACHE, or else one in the user's cache."""
     if chosen := os.environ.get("GLM_FUSED_MACOS_CACHE"):
         return Path(chosen).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -44,9 +44,9 @@ def fetch(version: str) -> Path:
                     unpacked, [n for n in archive.namelist() if not n.endswith(".metallib")]
                 )
         try:
-            unpacked.rename(target)  # atomic: another process sees all of it or none
+            unpacked.rename(target)  # it is atomic: another process sees all of it or none
         except OSError:
-            if not target.is_dir():  # else that process was faster
+            if not target.is_dir():  # else another process was faster
                 raise
             shutil.rmtree(unpacked)
     return target

@@ -1,4 +1,4 @@
-"""Who on a Mac provides which symbol, from sources that a Linux machine has."""
+"""Tells which library of a Mac provides which symbol, from sources that a Linux machine has."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ LIBOBJC = "/usr/lib/libobjc.A.dylib"
 FOUNDATION = "/System/Library/Frameworks/Foundation.framework/Versions/C/Foundation"
 PYTHON = "Python"
 
-# Of libc++, and not used by MLX. Add a name only with the wheel for macOS 14 or older that takes it
-# from there.
+# These symbols of libc++ are not used by MLX. Add a name only with a wheel, for macOS 14 or older,
+# that takes it from there.
 _ALSO_IN_LIBCXX = {
     "___dynamic_cast",  # duckdb 2.0.0, macOS 11
     "__ZNSt3__19to_stringEd",  # duckdb 2.0.0, macOS 11
@@ -34,9 +34,10 @@ _ALSO_IN_LIBCXX = {
 
 @cache
 def seen_in_mlx(mlx: Path) -> dict[str, frozenset[str]]:
-    """Library -> the symbols that MLX's binaries, linked on a Mac, take from it.
+    """The symbols that MLX's binaries, which were linked on a Mac, take from each library.
 
-    The only list of Apple's libc++, libobjc and frameworks at hand: short, and never wrong.
+    This is the only list of Apple's libc++, libobjc and frameworks at hand. It is short, and never
+    wrong.
     """
     seen: dict[str, set[str]] = defaultdict(set)
     for path in [*mlx.glob("mlx/lib/*.dylib"), *mlx.glob("mlx/core.*.so")]:
@@ -44,13 +45,13 @@ def seen_in_mlx(mlx: Path) -> dict[str, frozenset[str]]:
             if library and not library.startswith("@"):
                 seen[library].add(symbol)
     seen[LIBCXX] |= _ALSO_IN_LIBCXX
-    seen[FOUNDATION] |= seen[LIBOBJC]  # which it re-exports
+    seen[FOUNDATION] |= seen[LIBOBJC]  # Foundation re-exports libobjc
     return {library: frozenset(symbols) for library, symbols in seen.items()}
 
 
 @cache
 def libsystem() -> frozenset[str]:
-    """Zig's copy of Apple's libSystem.tbd, with the libraries that libSystem re-exports."""
+    """The symbols of libSystem and what it re-exports, by zig's copy of Apple's libSystem.tbd."""
     tbd = (zig.library() / "libc/darwin/libSystem.tbd").read_text()
     symbols: set[str] = set()
     for document in yaml.load_all(tbd.replace("!tapi-tbd", ""), yaml.CSafeLoader):
@@ -62,7 +63,7 @@ def libsystem() -> frozenset[str]:
 
 @cache
 def python_api() -> frozenset[str]:
-    """What nanobind lets an extension leave to the interpreter, and this interpreter exports.
+    """The symbols that nanobind lets an extension leave to the interpreter and this one exports.
 
     On a Mac the linker gets nanobind's list and refuses any other name.
     """
@@ -72,7 +73,7 @@ def python_api() -> frozenset[str]:
 
 @cache
 def all_of(mlx: Path) -> dict[str, frozenset[str]]:
-    """Provider -> the symbols it is known to have."""
+    """The symbols that each provider is known to have."""
     return {
         **seen_in_mlx(mlx),
         LIBSYSTEM: libsystem(),
@@ -82,7 +83,7 @@ def all_of(mlx: Path) -> dict[str, frozenset[str]]:
 
 
 def describe() -> dict[str, str]:
-    """Provider -> what its list was taken from, for the report."""
+    """What each provider's list was taken from, for the report."""
     version = ".".join(map(str, sys.version_info[:3]))
     return {
         LIBMLX: "exports of the macOS wheel's libmlx.dylib",

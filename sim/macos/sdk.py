@@ -1,4 +1,4 @@
-"""The part of a macOS SDK that zig lacks: stubs of libraries to link with, Python's headers."""
+"""Makes the parts of a macOS SDK that zig lacks: stubs of libraries to link, Python's headers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def make(mlx: Path, sdk: Path) -> None:
 
 
 def _stub_path(sdk: Path, install_name: str) -> Path:
-    """Foundation.framework/Foundation.tbd, libc++.1.tbd."""
+    """Where a library's stub goes, such as Foundation.framework/Foundation.tbd, libc++.1.tbd."""
     path = Path(install_name)
     if install_name.startswith("/System/Library/Frameworks/"):
         return sdk / "frameworks" / path.parts[4] / f"{path.name}.tbd"
@@ -40,9 +40,10 @@ def _stub_path(sdk: Path, install_name: str) -> Path:
 
 
 def _copy_python_headers(to: Path) -> None:
-    """This Python's headers: pymacconfig.h, which they include, corrects the sizes for a Mac.
+    """Copy this Python's headers; pymacconfig.h, which they include, corrects sizes for a Mac.
 
-    Debian's pyconfig.h is a switch that knows no Mac; it gets the file for this machine.
+    Debian's pyconfig.h only selects a file by platform and knows no Mac, so it is replaced by the
+    file for this machine.
     """
     include = Path(sysconfig.get_path("include"))
     shutil.copytree(include, to, dirs_exist_ok=True)

@@ -37,7 +37,7 @@ enum msl_atomic_op : uint {
   msl_atomic_or,
   msl_atomic_xor,
 };
-// As in the executor: 0 bool, 1 int, 2 uint, 3 ulong, 4 float.
+// The numbers are the executor's: 0 bool, 1 int, 2 uint, 3 ulong, 4 float.
 template <typename T>
 constexpr constant uint msl_atomic_type = __is_same(T, bool) ? 0
     : __is_same(T, int)                                      ? 1

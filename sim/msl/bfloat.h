@@ -1,4 +1,4 @@
-// bfloat as a class, so that the compiler itself refuses what Metal refuses:
+// bfloat is a class, so that the compiler itself refuses what Metal refuses:
 // float and half do not convert to it implicitly.
 #pragma once
 
@@ -55,7 +55,7 @@ struct bfloat {
   MSL_FUNC static constexpr float widen(ushort bits) {
     return __builtin_bit_cast(float, (uint)bits << 16);
   }
-  // To nearest, ties to even; NaN stays a (quiet) NaN.
+  // Rounds to nearest, ties to even; NaN stays a (quiet) NaN.
   MSL_FUNC static constexpr ushort round(float value) {
     uint u = __builtin_bit_cast(uint, value);
     return (u & 0x7fffffffu) > 0x7f800000u

@@ -1,9 +1,9 @@
-// How the generated entry points hand a kernel its arguments.
+// The generated entry points hand a kernel its arguments by this.
 #pragma once
 
 #include "vec.h"
 
-// One GPU thread's place, as the executor fills it (sim/runtime/fiber.h).
+// A GPU thread's place, which the executor fills in (sim/runtime/fiber.h).
 struct msl_position {
   uint threadgroup_position[3];
   uint thread_position_in_threadgroup[3];

@@ -1,4 +1,4 @@
-// metal::numeric_limits
+// Defines metal::numeric_limits.
 #pragma once
 
 #include "bfloat.h"

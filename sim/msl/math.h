@@ -1,5 +1,5 @@
 // Common, integer, math and geometric functions. Metal's `fast` and `precise`
-// variants are the same here: the host's libm.
+// variants are the same here, which is the host's libm.
 #pragma once
 
 #include "vec.h"
@@ -8,7 +8,7 @@
 #define __METAL_FAST_MATH__ 1
 #define __METAL_PRECISE_MATH__ 2
 
-// The __metal_* names are what MLX's bf16_math.h builds its overloads on.
+// MLX's bf16_math.h builds its overloads on the __metal_* names.
 #define MSL_FLOAT_1(name, value)                    \
   MSL_FUNC float __metal_##name(float x, int = 0) { \
     return value;                                   \

@@ -1,11 +1,12 @@
-// simdgroup_matrix, 8x8: each lane holds two neighbours of one row.
+// simdgroup_matrix is 8x8: each lane holds two neighbours of one row.
 #pragma once
 
 #include "simd.h"
 
 namespace metal {
 
-// Row and (even) column of the pair that a lane holds, and back.
+// These give the row and the (even) column of the pair that a lane holds, and
+// the lane that holds a pair.
 MSL_FUNC uint msl_matrix_row(uint lane) {
   return (lane / 4 & 4) + (lane / 2) % 4;
 }
@@ -22,7 +23,7 @@ struct simdgroup_matrix {
   static_assert(rows == 8 && columns == 8, "simdgroup_matrix must be 8x8");
   vec<T, 2> msl_pair;
   simdgroup_matrix() = default;
-  // A diagonal matrix.
+  // Makes a diagonal matrix.
   MSL_FUNC explicit simdgroup_matrix(T value) {
     int offset = (int)msl_matrix_row(sim_rt_lane()) -
         (int)msl_matrix_column(sim_rt_lane());
@@ -95,7 +96,7 @@ struct msl_matrix_pairs {
   vec<B, 2> b;
 };
 
-// d = a b + c, products accumulated in float32 from k = 0 up.
+// Computes d = a b + c, with products accumulated in float32 from k = 0 up.
 template <typename D, typename A, typename B, typename C>
 MSL_FUNC void simdgroup_multiply_accumulate(
     thread simdgroup_matrix<D, 8, 8>& d,

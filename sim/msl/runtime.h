@@ -1,9 +1,10 @@
-// What compiled shaders call in the executor (sim/runtime/device_abi.cpp).
+// Compiled shaders call these functions of the executor
+// (sim/runtime/device_abi.cpp).
 #pragma once
 
 #include "types.h"
 
-// One simdgroup operation: the values its lanes brought, by lane.
+// A simdgroup operation, with the values that its lanes brought, by lane.
 struct msl_exchange {
   uint mask;      // lanes that take part
   uint combined;  // set by the first lane to reduce the values in place
@@ -30,7 +31,7 @@ bool sim_rt_compare_exchange(
     ulong desired);
 }
 
-// Where a synchronising call stands in the source.
+// These say where a synchronising call stands in the source.
 #define MSL_SITE \
   ulong msl_file = (ulong) __builtin_FILE(), uint msl_line = __builtin_LINE()
 #define MSL_HERE msl_file, msl_line

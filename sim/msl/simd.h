@@ -62,7 +62,8 @@ msl_share(uint op, T value, ulong msl_file, uint msl_line) {
   static_assert(sizeof(T) <= 64, "too large for a simdgroup function");
   return sim_rt_exchange(op, &value, sizeof(T), MSL_HERE);
 }
-// The value of lane `from`; one that takes no part is undefined on hardware.
+// Returns the value of lane `from`; on hardware that of a lane that takes no
+// part is undefined.
 template <typename T>
 MSL_FUNC T msl_value_of(thread msl_exchange* x, uint from) {
   if (from < 32 && (x->mask >> from & 1)) {
@@ -92,8 +93,8 @@ MSL_FUNC float msl_xor::apply(float a, float b) {
 }
 #undef MSL_OPERATION
 
-// Combines lanes at distance width/2, …, 2, 1: the order of a butterfly of
-// simd_shuffle_xor. Done once, by the first lane that gets here.
+// Combines lanes at distance width/2, …, 2, 1, which is the order of a
+// butterfly of simd_shuffle_xor. The first lane that gets here does it once.
 template <typename F, uint width, typename T>
 __attribute__((noinline)) void msl_combine(thread msl_exchange* x) {
   thread T* v = msl_values<T>(x);
@@ -277,7 +278,7 @@ MSL_EXCHANGE MSL_FUNC T simd_shuffle_and_fill_down(
 
 }  // namespace metal
 
-// The names MLX's bf16_math.h builds its bfloat overloads on.
+// MLX's bf16_math.h builds its bfloat overloads on these names.
 #define __metal_simd_broadcast metal::simd_broadcast
 #define __metal_simd_shuffle metal::simd_shuffle
 #define __metal_simd_shuffle_and_fill_down metal::simd_shuffle_and_fill_down

@@ -9,7 +9,8 @@
 #define constant const __constant
 #define thread __private
 #define METAL_FUNC inline __attribute__((always_inline))
-// For our own: what they inline to belongs to the caller's line.
+// Our own functions have this, so that what they inline to belongs to the
+// caller's line.
 #define MSL_FUNC METAL_FUNC __attribute__((nodebug))
 #define METAL_CONST constant
 #define __METAL__ 1
@@ -173,7 +174,7 @@ struct _disjunction<T, Rest...>
 
 }  // namespace metal
 
-// Both must have the same size; the bits are kept.
+// Returns the same bits as another type, which must have the same size.
 template <typename To, typename From>
 MSL_FUNC To as_type(From from) {
   static_assert(sizeof(To) == sizeof(From), "as_type: sizes differ");

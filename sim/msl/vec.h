@@ -1,5 +1,5 @@
-// vec<T, N> and packed_vec<T, N>. A swizzle that names neighbouring elements
-// (.xy, .yzw, …) is a packed_vec at their place; others are not offered.
+// Defines vec<T, N> and packed_vec<T, N>. A swizzle that names neighbouring
+// elements (.xy, .yzw, …) is a packed_vec at their place; there are no others.
 #pragma once
 
 #include "limits.h"
@@ -11,7 +11,7 @@ struct vec;
 template <typename T, int N>
 struct packed_vec;
 
-// Element type and count of a scalar, vec or packed_vec.
+// Tells the element type and the count of a scalar, vec or packed_vec.
 template <typename V>
 struct msl_lanes {
   typedef V element;
@@ -96,7 +96,7 @@ MSL_FUNC constexpr typename msl_lanes<V>::element msl_lane(V v, int i) {
     return data[i];                                                 \
   }
 
-// Splat, conversion, and concatenation of scalars and vectors.
+// The constructors splat, convert, and concatenate scalars and vectors.
 #define MSL_VECTOR_MEMBERS(V, N)                                \
   typedef T element_type;                                       \
   V() = default;                                                \
@@ -190,8 +190,8 @@ MSL_VECTOR(4, MSL_SWIZZLES_4(T), 4)
 #undef MSL_INDEX
 #undef MSL_CONST_INDEX
 
-// What an elementwise operation on A and B gives: the vectors must agree, a
-// scalar takes the vector's element type.
+// Tells what an elementwise operation on A and B gives: vectors must agree, and
+// a scalar takes the vector's element type.
 template <typename A, typename B, typename = void>
 struct msl_common {};
 template <typename A, typename B>
@@ -339,7 +339,7 @@ struct array {
 
 }  // namespace metal
 
-// Known without `using namespace metal`.
+// These names are known without `using namespace metal`.
 #define MSL_VECTOR_NAMES(T)                      \
   typedef metal::vec<T, 2> T##2;                 \
   typedef metal::vec<T, 3> T##3;                 \

@@ -1,5 +1,6 @@
-// What compiled shaders call: msl/runtime.h, and the callbacks that
-// -fsanitize=thread puts before every memory access of a traced one.
+// Compiled shaders call these functions: those of msl/runtime.h, and the
+// callbacks that -fsanitize=thread puts before every memory access of a traced
+// shader.
 
 #include <atomic>
 #include <cstring>
@@ -176,7 +177,8 @@ bool sim_rt_compare_exchange(
   void __tsan_##name(void* address) {                                   \
     trace(address, size, kind, __builtin_return_address(0), alignment); \
   }
-// The compiler calls an access aligned from 8 bytes on.
+// The compiler takes an access for aligned where its address is a multiple of
+// its size, or of 8 where the size is larger.
 #define SIM_TRACE_SIZE(size)                                        \
   SIM_TRACE(read##size, size, Access::kRead, size < 8 ? size : 8)   \
   SIM_TRACE(write##size, size, Access::kWrite, size < 8 ? size : 8) \

@@ -62,7 +62,7 @@ typedef struct {
   void* storage;
 } sim_function_constant;
 
-// What a shader library exports as `sim_exports`.
+// A shader library exports one of these as `sim_exports`.
 typedef struct {
   const sim_kernel* kernels;
   const sim_function_constant* constants;
@@ -71,12 +71,13 @@ typedef struct {
   uint32_t traced;  // compiled so that its memory accesses can be traced
 } sim_contents;
 
-// Opens a compiled shader library; NULL with the reason in `error` on failure.
-// It stays loaded for the life of the process.
+// Opens a compiled shader library; on failure returns NULL, with the reason in
+// `error`. A library stays loaded for the life of the process.
 sim_library* sim_open(const char* path, char* error, size_t error_size);
 const sim_contents* sim_library_contents(const sim_library* library);
 
-// A value for a function constant, by index, or by name where index is -1.
+// A value for a function constant, which is found by index, or by name where
+// the index is -1.
 typedef struct {
   int32_t index;
   const char* name;
@@ -84,8 +85,9 @@ typedef struct {
   size_t size;  // bytes; must be the constant's own
 } sim_constant;
 
-// A kernel with its function constants set; those not named are zero. Equal
-// requests give the same pipeline, which is never freed. NULL on failure.
+// Returns a kernel with its function constants set; those not named are zero.
+// Equal requests give the same pipeline, which is never freed. Returns NULL on
+// failure.
 sim_pipeline* sim_specialize(
     sim_library* library,
     const char* kernel,
@@ -104,18 +106,20 @@ typedef struct {
   uint32_t groups[3];  // threadgroups; with `threads` set: threads in the grid
   uint32_t group[3];   // threads in a threadgroup, at most 1024
   uint32_t threads;    // 1: dispatchThreads, with ragged last threadgroups
-  // Buffers may overlap (a donated input). One that no entry names reads as
-  // zeroes through a reference and is an error through a pointer. Bytes set
-  // inline (setBytes) are a buffer too.
+  // Buffers may overlap, as with a donated input. A buffer that no entry names
+  // reads as zeroes through a reference and is an error through a pointer.
+  // Bytes that are set inline (setBytes) are a buffer too.
   const sim_buffer* buffers;
   uint32_t buffer_count;
   const sim_buffer* threadgroup_memory;  // index and size; data is ignored
   uint32_t threadgroup_memory_count;
-  // 0: a fixed order of threads; otherwise a pseudo-random one of this seed.
+  // With 0, threads run in a fixed order; else in a pseudo-random one of this
+  // seed.
   uint64_t seed;
   uint32_t workers;  // OS threads, untraced only; 0 and 1 both mean one
-  // 1: run on the caller's memory. 0: on copies whose ends meet guard pages,
-  // copied back afterwards, so that a stray access is an error with a name.
+  // With 1, the kernel runs on the caller's memory; with 0, on copies whose
+  // ends meet guard pages, so that a stray access is an error with a name. The
+  // copies are copied back afterwards.
   uint32_t in_place;
 } sim_dispatch;
 
@@ -132,7 +136,8 @@ enum sim_finding_kind {
 
 enum { SIM_THREADGROUP_MEMORY = -1, SIM_NO_BUFFER = -2 };
 
-// Equal findings (same kind, places and buffer) are counted, the first is told.
+// A finding stands for all that are equal to it, of the same kind, places and
+// buffer: they are counted, and the rest tells of the first.
 typedef struct {
   int32_t kind;
   int32_t buffer;  // index, or SIM_THREADGROUP_MEMORY, or SIM_NO_BUFFER
@@ -147,7 +152,8 @@ typedef struct {
   const char* text;  // one line that says it all
 } sim_finding;
 
-// Bytes of one buffer: each access counted, and each byte counted once.
+// The bytes of one buffer that were accessed, with each access counted, and
+// with each byte counted once.
 typedef struct {
   int32_t buffer;
   uint64_t read, written;
@@ -161,8 +167,9 @@ typedef struct {
   double seconds;
 } sim_counts;
 
-// Why the launch failed or stopped early (a stray access, bad arguments), or
-// NULL. Findings of an untraced launch are divergence only, traffic is empty.
+// Returns why the launch failed or stopped early (a stray access, bad
+// arguments), or NULL. An untraced launch finds divergence alone and has no
+// traffic.
 const char* sim_report_error(const sim_report* report);
 const sim_finding* sim_report_findings(const sim_report* report, size_t* count);
 const sim_traffic* sim_report_traffic(const sim_report* report, size_t* count);

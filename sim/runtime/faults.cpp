@@ -30,7 +30,8 @@ uintptr_t program_counter(const void* context) {
 void on_fault(int signal, siginfo_t* info, void* context) {
   Worker* worker = Worker::running();
   if (!worker) {
-    // Not ours: the previous handler sees it when the instruction runs again.
+    // The fault is not ours: the previous handler sees it when the instruction
+    // runs again.
     for (int i = 0; i < kCount; i++) {
       if (kSignals[i] == signal) {
         sigaction(signal, &previous[i], nullptr);

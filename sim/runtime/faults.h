@@ -1,4 +1,4 @@
-// Turns a fault in shader code into an error of its launch.
+// Makes a fault in shader code an error of its launch.
 #pragma once
 
 #include <memory>

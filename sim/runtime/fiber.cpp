@@ -27,7 +27,7 @@ Worker::Worker(const Launch& launch, uint64_t seed)
     if (group_arguments_.size() <= size_t(b.index)) {
       group_arguments_.resize(b.index + 1);
     }
-    // Ids from the end; the shader numbers its own variables from 0.
+    // These ids are out of the way, as the shader numbers its variables from 0.
     uint8_t* data = threadgroup_memory_.variable(4096 + b.index, b.size);
     group_arguments_[b.index] = uint64_t(data);
   }
@@ -140,8 +140,8 @@ void Worker::make_ready(Thread& thread) {
   ready_.push_back(thread.position.thread_index);
 }
 
-// The last made ready goes first: a simdgroup stays in the cache, and its
-// threads, pushed from the last, run in order.
+// Takes the thread that was made ready last: so a simdgroup stays in the cache,
+// and its threads, which are pushed from the last one on, run in order.
 Thread* Worker::take_ready() {
   if (ready_.empty()) {
     return nullptr;
@@ -191,9 +191,9 @@ Exchange* Worker::exchange(const Site& site, const void* value) {
   return me.exchange;
 }
 
-// Every thread of the group that is still alive came to the same call. Two
-// exchanges in turn are enough: who brings a value to the next one has read
-// the last.
+// Completes an exchange: every thread of the group that is still alive came to
+// the same call. Two exchanges in turn are enough, because a thread that brings
+// a value to the next one has read the last.
 void Worker::complete(Simdgroup& group) {
   Exchange& x = group.exchanges[group.turn];
   group.turn ^= 1;
@@ -288,7 +288,8 @@ void Worker::release_barrier() {
   }
 }
 
-// Nothing can run: some simdgroup is divergent, or all is done.
+// Finds threads to go on where nothing can run: some simdgroup is divergent, or
+// all is done.
 bool Worker::unblock() {
   bool any = false;
   for (Simdgroup& group : simdgroups_) {

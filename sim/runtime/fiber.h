@@ -1,5 +1,5 @@
-// One threadgroup at a time on one OS thread: a fiber for every GPU thread,
-// with barriers and simdgroup functions as the points where it may switch.
+// Runs one threadgroup at a time on one OS thread, with a fiber for every GPU
+// thread, which may switch at barriers and simdgroup functions.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,7 @@ namespace sim {
 
 class Tracer;
 
-// As msl_position in msl/entry.h.
+// This is msl_position of msl/entry.h.
 struct Position {
   uint32_t threadgroup_position[3];
   uint32_t thread_position_in_threadgroup[3];
@@ -28,7 +28,7 @@ struct Position {
   uint32_t thread_index, simdgroup_index, lane, simdgroups;
 };
 
-// As msl_exchange in msl/runtime.h.
+// This is msl_exchange of msl/runtime.h.
 struct Exchange {
   uint32_t mask, combined, unused[2];
   uint8_t values[32 * 64];
@@ -41,7 +41,7 @@ struct Site {
   bool operator==(const Site&) const = default;
 };
 
-// xorshift; 0 stays 0.
+// Is xorshift, in which 0 stays 0.
 inline uint64_t next_random(uint64_t x) {
   x ^= x << 13;
   x ^= x >> 7;
@@ -62,7 +62,7 @@ struct Thread {
   uint32_t group_epoch[2], simd_epoch[2];
 };
 
-// What all workers of a launch share.
+// All workers of a launch share this.
 struct Launch {
   const sim_kernel* kernel;
   const sim_dispatch* dispatch;
@@ -83,12 +83,12 @@ class Worker {
   // Runs threadgroup number `id`; false when the launch must stop.
   bool run(uint32_t id);
 
-  // Called from fibers.
+  // Fibers call these.
   Exchange* exchange(const Site& site, const void* value);
   void simd_barrier(const Site& site, uint32_t flags);
   void barrier(const Site& site, uint32_t flags);
   uint8_t* threadgroup_variable(uint32_t id, uint64_t size);
-  // Ends the launch with an error; `pc` is where, if known.
+  // Ends the launch with an error; `pc` tells where, if it is known.
   [[noreturn]] void abandon(const std::string& problem, uintptr_t pc = 0);
 
   Thread& thread() {
@@ -105,10 +105,11 @@ class Worker {
   }
   bool on_guard_page(uint64_t address) const;
   bool on_stack(uint64_t address) const;
-  // Whether shader code may read there: constants and the executor's tables.
+  // Returns whether shader code may read an address of constants or of the
+  // executor's tables.
   bool owns(uint64_t address) const;
 
-  // The worker whose fiber runs on this OS thread, if one does.
+  // Returns the worker whose fiber runs on this OS thread, or null.
   static Worker* running();
 
   uint64_t simd_functions = 0, barriers = 0, threads_run = 0;

@@ -23,7 +23,7 @@
 
 namespace sim {
 
-// A loaded copy of a library: function constants are its global variables.
+// A loaded copy of a library, whose function constants are global variables.
 struct Image {
   const sim_contents* contents;
   uintptr_t base, size;
@@ -35,7 +35,8 @@ namespace {
 
 using sim::Image;
 
-// Bytes from a loaded library's first segment to the end of its last.
+// Returns the bytes from a loaded library's first segment to the end of its
+// last.
 uintptr_t extent(uintptr_t base) {
   const auto* header = reinterpret_cast<const ElfW(Ehdr)*>(base);
   const auto* segments =
@@ -63,7 +64,8 @@ Image load(const std::string& path) {
   return {static_cast<const sim_contents*>(contents), base, extent(base)};
 }
 
-// The loader knows a file it has loaded, so another image needs another file.
+// Loads a copy of a library: the loader knows a file that it has loaded, so
+// another image needs another file.
 Image load_copy(const std::string& path) {
   std::string copy = path + ".XXXXXX";
   int fd = mkstemp(copy.data());

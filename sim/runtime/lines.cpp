@@ -10,7 +10,7 @@
 namespace sim {
 namespace {
 
-// Reads little-endian fields; stops at the end instead of running past it.
+// Reads little-endian fields; it stops at the end and does not run past it.
 struct Cursor {
   const uint8_t* at;
   const uint8_t* end;

@@ -11,8 +11,8 @@ namespace sim {
 class Lines {
  public:
   explicit Lines(const std::string& library);
-  // File and line of the call that returns to `pc` (an offset into the
-  // library); {"", 0} where the table does not say.
+  // Returns file and line of the call that returns to `pc`, an offset into the
+  // library; {"", 0} where the table does not say.
   std::pair<std::string, uint32_t> find(uintptr_t pc) const;
 
  private:

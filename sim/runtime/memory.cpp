@@ -9,16 +9,17 @@
 namespace sim {
 namespace {
 
-// Address space only. A stray further off than this may hit another buffer.
+// This is address space only. A stray that is further off than this may hit
+// another buffer.
 constexpr uint64_t kGap = 64 << 20;
 constexpr uint64_t kIndices = 64;
-constexpr int kFill = 0xef;  // between a buffer's end and its guard page
+constexpr int kFill = 0xef;  // fills from a buffer's end to its guard page
 
 uint64_t pages(uint64_t size) {
   return (size + kPage - 1) / kPage * kPage;
 }
 
-// Room for a region: its bytes, and up to 15 for alignment.
+// Returns the room for a region: its bytes, and up to 15 for alignment.
 uint64_t room(uint64_t size) {
   return pages(size + 16);
 }
@@ -94,8 +95,8 @@ void Memory::find_regions() {
 }
 
 void Memory::map(bool traced) {
-  // Before the buffers: one page of zeroes for references that are not bound,
-  // then one inaccessible page for each buffer index.
+  // Before the buffers there is one page of zeroes for references that are not
+  // bound, then one inaccessible page for each buffer index.
   size_ = (1 + kIndices) * kPage + kGap;
   for (const Region& r : regions_) {
     size_ += in_place_ ? 0 : room(r.size) + kGap;
@@ -124,7 +125,8 @@ void Memory::map(bool traced) {
   for (Region& r : regions_) {
     uint8_t* end = at + room(r.size);
     mprotect(at, end - at, PROT_READ | PROT_WRITE);
-    // As aligned as the caller's, else as near to the guard page as can be.
+    // The copy is aligned as the caller's, and else as near to the guard page
+    // as can be.
     r.copy = end - r.size;
     r.copy -= (uint64_t(r.copy) - uint64_t(r.source)) % 16;
     r.slack = end - (r.copy + r.size);

@@ -1,5 +1,5 @@
-// The memory a launch runs on: copies of the caller's buffers whose ends meet
-// guard pages, so that a stray access faults where it can be named.
+// The memory that a launch runs on: copies of the caller's buffers whose ends
+// meet guard pages, so that a stray access faults where it can be named.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ class Memory {
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
 
-  // The address of each buffer index, as entry points take them.
+  // Returns the address of each buffer index, as entry points take them.
   const std::vector<uint64_t>& table() const {
     return addresses_;
   }
@@ -39,11 +39,11 @@ class Memory {
   bool contains(uint64_t address) const {
     return address - base_ < size_;
   }
-  // The buffer nearest to an address of this memory.
+  // Returns the buffer nearest to an address of this memory.
   const Buffer* nearest(uint64_t address) const;
-  // What an access at `address` did wrong.
+  // Says what an access at `address` did wrong.
   std::string describe(uint64_t address) const;
-  // Copies results to the caller; a description of what was overwritten
+  // Copies results to the caller; returns a description of what was overwritten
   // between a buffer's end and its guard page, or "".
   std::string copy_back();
 

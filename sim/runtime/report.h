@@ -1,4 +1,4 @@
-// What a launch found, as it is collected; several workers may add to it.
+// Collects what a launch found; several workers may add to it.
 #pragma once
 
 #include <cstdint>
@@ -14,8 +14,8 @@
 namespace sim {
 
 struct Place {
-  uintptr_t pc = 0;            // of a memory access, or
-  const char* file = nullptr;  // of a synchronising call
+  uintptr_t pc = 0;            // a memory access has this,
+  const char* file = nullptr;  // a synchronising call file and line
   uint32_t line = 0;
 };
 

@@ -71,7 +71,7 @@ namespace sim {
 void* fresh_stack(uint8_t* top, void (*entry)()) {
 #if defined(__x86_64__)
   auto* at = reinterpret_cast<uint64_t*>(top);
-  *--at = 0;  // so that the stack is aligned as after a call
+  *--at = 0;  // aligns the stack as after a call
   *--at = reinterpret_cast<uint64_t>(entry);
   at -= 6;
   memset(at, 0, 6 * sizeof *at);

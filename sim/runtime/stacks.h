@@ -1,4 +1,4 @@
-// Fibers' stacks, and the switch from one to another.
+// The stacks of fibers, and the switch from one to another.
 #pragma once
 
 #include <cstddef>
@@ -13,10 +13,10 @@ namespace sim {
 
 constexpr uint64_t kStack = 64 * 1024;
 
-// A stack whose first switch enters `entry`.
+// Prepares a stack; the first switch to it enters `entry`.
 void* fresh_stack(uint8_t* top, void (*entry)());
 
-// One for every thread of a threadgroup, each above a guard page.
+// A stack for every thread of a threadgroup, each above a guard page.
 class Stacks {
  public:
   explicit Stacks(size_t count);
@@ -24,7 +24,8 @@ class Stacks {
   Stacks(const Stacks&) = delete;
   Stacks& operator=(const Stacks&) = delete;
 
-  // Staggered, so that the tops do not all fall into the same cache sets.
+  // The tops are staggered, so that they do not all fall into the same cache
+  // sets.
   uint8_t* top(size_t i) const {
     return base_ + (i + 1) * (kStack + kPage) - i % 16 * 256;
   }

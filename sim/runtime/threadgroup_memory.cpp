@@ -36,7 +36,7 @@ uint8_t* ThreadgroupMemory::variable(uint32_t id, uint64_t size) {
       return nullptr;
     }
     v = {base_ + start, size};
-    top_ = start + size + 64;  // a gap, for the tracer to see strays in
+    top_ = start + size + 64;  // leaves a gap, in which the tracer sees strays
     bytes_ += size;
     memset(v.data, 0xff, size);
   }

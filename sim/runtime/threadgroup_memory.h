@@ -17,9 +17,9 @@ class ThreadgroupMemory {
     uint8_t* data = nullptr;
     uint64_t size = 0;
   };
-  // The variable `id`, made on its first use; null when memory runs out.
+  // Returns variable `id`, made on its first use; null when memory runs out.
   uint8_t* variable(uint32_t id, uint64_t size);
-  void poison();  // before each threadgroup: NaN in every float type
+  void poison();  // sets all to NaN in every float type, for each threadgroup
   bool contains(uint64_t address) const {
     return address - uint64_t(base_) < kCapacity;
   }

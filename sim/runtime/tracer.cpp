@@ -301,7 +301,8 @@ Tracer::conflict(const Byte& byte, const Past& now, Access access) const {
 }
 
 void Tracer::remember(Byte& byte, const Past& now, Access access) {
-  // One that other simdgroups are not yet in order with stands for it too.
+  // Where a plain access, which other simdgroups are not yet in order with, is
+  // replaced by an atomic one, that counts as plain, to stand for it too.
   auto replace = [&](Past& past) {
     const bool plain = past.group == now.group && !past.atomic &&
         past.group_epoch == now.group_epoch;

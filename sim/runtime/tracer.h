@@ -45,18 +45,18 @@ class Tracer {
   std::vector<sim_traffic> traffic() const;
 
  private:
-  // An access as a byte remembers it. `group` is 1 + the threadgroup's id; 0:
-  // none.
+  // An access as a byte remembers it. `group` is 1 + the threadgroup's id, and
+  // 0 where there was none.
   struct Past {
     uint32_t group, thread, group_epoch, simd_epoch, pc;
     bool atomic;
   };
-  // The last write, and two reads, of different simdgroups where there were
-  // any: no write can be in order with both and race with a third.
+  // The last write, and two reads, by different simdgroups where several read:
+  // no write can be in order with both and race with a third.
   struct Byte {
     Past write, reads[2];
   };
-  // A buffer's bytes; zeroed pages that cost nothing until touched.
+  // A buffer's bytes, in zeroed pages that cost nothing until they are touched.
   struct Shadow {
     const Buffer* buffer;
     uint8_t* touched;  // per byte: 1 read, 2 written

@@ -9,13 +9,13 @@ from . import driver, harness
 
 
 def seed_range(text):
-    """A:B."""
+    """The seeds that a text "A:B" stands for, B left out."""
     first, last = text.split(":")
     return range(int(first), int(last))
 
 
 def parse(arguments):
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.adversarial", description=__doc__)
     parser.add_argument("--kind", action="append", choices=harness.kind_names(), metavar="K")
     parser.add_argument("--seeds", type=seed_range, metavar="A:B")
@@ -30,7 +30,7 @@ def parse(arguments):
 
 
 def plan(options):
-    """{kind: seeds}."""
+    """The seeds to run of each kind."""
     setting = "SLOW_CASES" if options.slow else "QUICK_CASES"
     result = {}
     for name in options.kind or harness.kind_names():
@@ -45,7 +45,7 @@ def plan(options):
 
 
 def as_json(tallies):
-    """Everything that was found."""
+    """Everything that was found, as JSON."""
     return json.dumps(
         {
             t.kind: {
@@ -64,7 +64,7 @@ def as_json(tallies):
 
 
 def main(arguments=None):
-    """The exit code: 1 if a case failed or a planted fault passed."""
+    """Run the command; returns the exit code, 1 if a case failed or a planted fault passed."""
     options = parse(arguments)
     tallies = driver.run_all(plan(options), options.seconds, 40 if options.planted else 0)
     table = driver.table(tallies)

@@ -19,8 +19,8 @@ from .harness import FAULTS, OUTCOMES, load_kind, setting
 
 ROOT = Path(__file__).parents[2]
 WORKERS = 2
-PREPARATION = 300.0  # seconds, compilers and loaded machines included
-MOST_DEATHS = 25  # of the workers of one piece
+PREPARATION = 300.0  # seconds, which allow for compilers and loaded machines
+MOST_DEATHS = 25  # so many workers of one piece may die
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Tally:
     kind: str
     counts: Counter = field(default_factory=Counter)
     failures: list = field(default_factory=list)  # (seed, outcome, detail)
-    messages: Counter = field(default_factory=Counter)  # of clear errors, numbers left out
+    messages: Counter = field(default_factory=Counter)  # texts of clear errors, without numbers
     seconds: float = 0.0
     first: int | None = None
     last: int | None = None
@@ -69,7 +69,7 @@ class Tally:
 
 @dataclass
 class Piece:
-    """Seeds of one kind; then up to `planted` cases with the planted fault."""
+    """Work for one worker: seeds of one kind, then up to `planted` cases with the planted fault."""
 
     kind: str
     seeds: range
@@ -131,7 +131,7 @@ class Worker:
         return self.printed()
 
     def printed(self):
-        """Begin and end of what it printed."""
+        """The beginning and the end of what it printed."""
         self.log.seek(0)
         text = self.log.read().decode(errors="replace")
         return text if len(text) < 3000 else f"{text[:1500]}\n...\n{text[-1500:]}"
@@ -144,7 +144,7 @@ class Worker:
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
     def close(self):
-        """Give back what the process used."""
+        """Close what the process used."""
         os.close(self.pipe)
         self.log.close()
 
@@ -209,7 +209,7 @@ def _count(tally, seed, outcome, detail, planted):
 
 
 def split(kind, seeds, seconds, planted, pieces):
-    """At least `pieces` pieces, and none of more cases than a worker of the kind takes."""
+    """At least `pieces` pieces of the seeds, none with more cases than a worker takes."""
     count = max(pieces, -(-len(seeds) // setting(load_kind(kind), "PIECE")))
     count = max(1, min(count, len(seeds)))
     size = -(-len(seeds) // count)
@@ -220,8 +220,8 @@ def split(kind, seeds, seconds, planted, pieces):
 def run_all(plan, seconds=float("inf"), planted=0, total_seconds=float("inf")):
     """Run {kind: seeds}; returns {kind: Tally}.
 
-    A piece ends after `seconds`, everything about after `total_seconds`; `planted` is how many
-    cases the planted fault of a kind may take to be caught, 0 for none.
+    A piece ends after `seconds`, and all of them after about `total_seconds`; `planted` is how many
+    cases the planted fault of a kind may take to be caught, 0 for no such fault.
     """
     seconds = min(seconds, 1e9)
     pieces = []
@@ -236,7 +236,7 @@ def run_all(plan, seconds=float("inf"), planted=0, total_seconds=float("inf")):
 
 
 def table(tallies):
-    """A Markdown table, a kind a row."""
+    """A Markdown table with a row per kind."""
     lines = [
         "| kind of fault | cases | " + " | ".join(OUTCOMES) + " | seeds | seconds | planted |",
         "|---|" + "---:|" * (1 + len(OUTCOMES)) + "---|---:|---|",
@@ -255,7 +255,7 @@ def table(tallies):
 
 
 def failures(tallies, most=12):
-    """Failed cases, up to `most` of a kind, with the command that repeats each."""
+    """The failed cases, up to `most` of a kind, with the command that repeats each."""
     lines = []
     for tally in tallies.values():
         command = f"python -m tests.adversarial --kind {tally.kind} --seeds"

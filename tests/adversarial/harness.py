@@ -1,4 +1,4 @@
-"""What a kind of fault raises, and what counts as a clear error."""
+"""What a kind of fault may raise, and what counts as a clear error."""
 
 import importlib
 import json
@@ -10,26 +10,26 @@ from . import kinds
 OUTCOMES = ("right", "clear error", "wrong", "crash", "hang", "traceback")
 FAULTS = OUTCOMES[2:]
 
-# What Python itself says, which names nothing that a user could mend.
+# Python itself says these, which name nothing that a user could mend.
 _BARE = re.compile(
     r"list index out of range|not enough values|too many values|could not convert|invalid literal"
     r"|cannot convert|math domain error|^Expecting|Exceeds the limit|not in list|unpack"
     r"|must be real|codec can't|bad_alloc|std::|vector::|basic_string|map::at|stoi|nanobind"
 )
-# Where an error of ours names a file and goes on with what somebody else's code said of it.
+# After these words, an error of ours quotes what somebody else's code said of the file it names.
 _QUOTED = re.compile(r"(does not load|template in \S+ fails|not take\w*|text for token \d+): .*")
 
 
 class Wrong(Exception):
-    """Raised by a case: a wrong token or value, or a fault that passed unnoticed."""
+    """A case raises this for a wrong token or value, or a fault that passed unnoticed."""
 
 
 class Unclear(Exception):
-    """Raised by a case: an error that no user could act on, such as a traceback on stderr."""
+    """A case raises this for an error that no user could act on, such as a traceback on stderr."""
 
 
 def clear_message(text):
-    """Whether a message is about a sentence, on one line, and not Python's own."""
+    """Whether a message is about as long as a sentence, is one line, and is not Python's own."""
     ours = _QUOTED.sub("", text)
     short = len(text.split()) < 3 or len(text) >= 1000
     return not short and "\n" not in text.strip() and not _BARE.search(ours)
@@ -47,7 +47,7 @@ def clear_error(error):
 
 
 def command_outcome(code, out, err):
-    """The outcome of a run of the command line; raises `Unclear` for anything but rc 0 or 2.
+    """The outcome of a run of the command line; raises `Unclear` for exit codes but 0 and 2.
 
     Returns "right" for 0, leaving the judgement of what was printed to the caller.
     """
@@ -60,7 +60,7 @@ def command_outcome(code, out, err):
 
 
 def kind_names():
-    """Every kind, in the order of the alphabet."""
+    """The names of all kinds, in alphabetical order."""
     return sorted(m.name for m in pkgutil.iter_modules(kinds.__path__) if m.name[0] != "_")
 
 
@@ -78,7 +78,7 @@ _SETTINGS = {"TIMEOUT": 30.0, "PIECE": 2500, "QUICK_CASES": 40, "SLOW_CASES": 50
 
 
 def setting(kind, name):
-    """A kind's own setting, or the default: seconds of a case; cases of a worker, of a form."""
+    """A kind's own setting, or the default one (README.md lists them)."""
     return getattr(kind, name, _SETTINGS[name])
 
 

@@ -1,9 +1,9 @@
-"""Every kind of fault: a few cases by default, 10^5 with -m slow; a planted one is caught."""
+"""Every kind of fault runs a few cases, or 10^5 with -m slow, and a planted one is caught."""
 
 import pytest
 from tests.adversarial import driver, harness
 
-QUICK_SECONDS = 1.0  # of cases, for each kind
+QUICK_SECONDS = 1.0  # each kind runs cases for so long
 KINDS = [k for k in harness.kind_names() if not harness.unavailable(k)]
 
 

@@ -10,7 +10,7 @@ from .harness import FAULTS, Unclear, Wrong, clear_error, load_kind, send, setti
 
 
 def judge(case, seed, folder):
-    """(outcome, what is to be said about it)."""
+    """Run a case; returns its outcome and what is to be said about it."""
     try:
         text = case(seed, folder)
     except Wrong as error:
@@ -37,7 +37,7 @@ def _where(error):
 
 
 def run(kind, seeds, folder, pipe, end, **marks):
-    """Run cases until `end`; returns the outcome of each."""
+    """Run cases until the time `end`; returns the outcome of each."""
     for seed in seeds:
         if time.monotonic() > end:
             return
@@ -49,13 +49,13 @@ def run(kind, seeds, folder, pipe, end, **marks):
 
 
 def main():
-    """One piece of work, given as JSON."""
+    """Do one piece of work, which is given as JSON."""
     task = json.loads(sys.argv[1])
     folder = Path(task["folder"])
     kind = load_kind(task["kind"])
     variables = kind.environment(folder) if hasattr(kind, "environment") else {}
     if any(os.environ.get(name) != value for name, value in variables.items()):
-        os.environ.update(variables)  # LD_PRELOAD and the like are for a new program
+        os.environ.update(variables)  # only a new program takes LD_PRELOAD and the like
         arguments = ["-X", "faulthandler", "-m", "tests.adversarial.worker", sys.argv[1]]
         os.execv(sys.executable, [sys.executable, *arguments])
     pipe = os.fdopen(task["pipe"], "wb")

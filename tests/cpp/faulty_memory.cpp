@@ -1,6 +1,6 @@
-// Memory and threads that cannot be had, to preload: of what code in a range of
-// addresses allocates by operator new or aligned_alloc, and of all threads, the
-// first so many calls are granted, then one or all fail.
+// A library to preload, by which memory or threads cannot be had: some calls
+// are granted, then one fails, or all. They are the calls of operator new and
+// aligned_alloc by code in a range of addresses, and those for any thread.
 #include <dlfcn.h>
 #include <pthread.h>
 
@@ -93,13 +93,14 @@ int pthread_create(
   return threads.hit() ? EAGAIN : real(thread, attributes, run, argument);
 }
 
-// Of memory that code in [from, to) asks for.
+// Has memory fail that code in [from, to) asks for.
 void memory_watch(uintptr_t from, uintptr_t to) {
   low = from;
   high = to;
 }
 
-// `what`: 0 memory, 1 threads. Counts from 0; first < 0: none fails.
+// Has call `first`, counted from 0, fail, or none where first < 0; `onwards`
+// has all that follow fail, too. `what` is 0 for memory, 1 for threads.
 void memory_arm(int what, int64_t first, int onwards) {
   Fault& f = what ? threads : memory;
   f.first = -1;

@@ -1,9 +1,9 @@
-// preadv (experts are read with it) and pread (MLX loads with it) with faults,
-// to preload. For preadv FAULT in the environment is EINTR (every
-// other call), SHORT (a few bytes at a time), EIO (every call) or BACKWARDS (of
-// the reads in flight the one furthest in its file ends first, and the first at
-// the first expert of a sidecar fails). Without it, `faults_arm` says from
-// inside of the process which calls fail, and how.
+// A library to preload, with faults in preadv, which reads experts, and pread,
+// by which MLX loads. For preadv FAULT in the environment is EINTR (every other
+// call), SHORT (a few bytes at a time), EIO (every call) or BACKWARDS (of the
+// reads in flight the one furthest in its file ends first, and the first at the
+// first expert of a sidecar fails). Without it, `faults_arm` says from inside
+// of the process which calls fail, and how.
 #include <dlfcn.h>
 #include <sys/uio.h>
 
@@ -30,19 +30,19 @@ enum Kind { kNone, kError, kEnd, kShort, kDelay, kWrongByte };
 struct Plan {
   int kind = kNone;
   int error = EIO;
-  int64_t first = 0, count = 0;  // of the calls that are hit
-  int permille = 0;              // of all others that are hit too
+  int64_t first = 0, count = 0;  // these calls are hit
+  int permille = 0;              // and so many of a thousand others
   uint64_t seed = 0;
 };
 
-// Of one of the two functions.
+// The state of one of the two functions.
 struct State {
   std::mutex mutex;
   Plan plan;
   int64_t calls = 0, hits = 0;
 };
 
-State states[2];  // of preadv, of pread
+State states[2];  // those of preadv and of pread
 
 uint64_t hash(uint64_t x) {
   x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
@@ -50,7 +50,8 @@ uint64_t hash(uint64_t x) {
   return x ^ x >> 31;
 }
 
-// The plan of this call, of kind kNone if it is spared, and its chance.
+// Returns the plan of this call, whose kind is kNone if it is spared, and sets
+// its chance.
 Plan next_call(State& s, uint64_t& chance) {
   std::lock_guard lock(s.mutex);
   const int64_t call = s.calls++;

@@ -1,7 +1,7 @@
-// Tasks that throw, from many threads, in pools of any size, for the sanitizers
-// too (tests/test_crashes.py, tests/sanitize). With an argument, a task
-// plants a bug for them: "race" writes what another reads, "overflow" writes
-// past its memory, "shift" shifts by more than an int has bits.
+// Tasks throw, from many threads, in pools of any size, under sanitizers too
+// (tests/test_crashes.py, tests/sanitize). With an argument, a task plants a
+// bug for them: "race" writes what another reads, "overflow" writes past its
+// memory, "shift" shifts by more than an int has bits.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -28,8 +28,8 @@ void require(bool holds, const char* what) {
   }
 }
 
-// Each task counts itself; some throw. All that began have ended when it
-// returns, as their counts, which are no atomics, show.
+// Runs tasks that count themselves, of which some throw. All that began have
+// ended when it returns, as their counts, which are no atomics, show.
 void region(int count, int thrower, int throwers) {
   std::vector<int> done(count);
   bool thrown = false;
@@ -68,7 +68,7 @@ void plant(const char* bug) {
       64,
       [&](int) {
         if (!std::strcmp(bug, "race")) {
-          // In two threads: on a busy machine one might run all tasks.
+          // Two threads have to be here: on a busy machine one might run all.
           for (begun++; begun < 2;) {
             std::this_thread::yield();
           }

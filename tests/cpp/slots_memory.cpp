@@ -19,7 +19,7 @@ using namespace glm_fused::slots;
 
 namespace {
 
-std::atomic<int> left{0};  // allocations until one fails; 0: none does
+std::atomic<int> left{0};  // allocations until one fails, 0 where none does
 std::atomic<bool> onwards{false};
 
 bool fails() {
@@ -59,7 +59,8 @@ void request(Bank& bank, const int32_t* experts) {
   check(experts, slots, 3);
 }
 
-// With memory again. It may meet reads that began without.
+// Serves a request once there is memory again. It may meet reads that began
+// without, and is then made again.
 void serve(Bank& bank, const int32_t* experts) {
   for (int tries = 3;; tries--) {
     try {
@@ -90,7 +91,7 @@ void operator delete(void* memory, size_t) noexcept {
 }
 
 int main(int, char** argv) {
-  alarm(120);  // a slot that loads for ever
+  alarm(120);  // ends the program where a slot loads for ever
   const int64_t size = std::filesystem::file_size(argv[1]);
   BankOptions options;
   options.layer = 3;

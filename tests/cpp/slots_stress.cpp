@@ -1,4 +1,5 @@
-// Concurrent requests on one bank, for ThreadSanitizer (tests/test_slots.py).
+// Makes concurrent requests on one bank, for ThreadSanitizer
+// (tests/test_slots.py).
 //
 //   slots_stress FILE EXPERTS SLOTS SPARES POLICY SEED
 //
@@ -40,7 +41,7 @@ struct Fixture {
     }
     for (int64_t e = 0; e < experts; e++) {
       options.locations.push_back({0, e * (kBytes[0] + kBytes[1])});
-      // Every eighth cannot be read.
+      // Every eighth expert cannot be read.
       const int64_t second = e * (kBytes[0] + kBytes[1]) + kBytes[0];
       options.locations.push_back({0, e % 8 == 7 ? size : second});
     }
@@ -97,14 +98,15 @@ void serve(
     int32_t experts[kTopK], slots[kTopK];
     bool readable = true;
     for (int& e : experts) {
-      // Mostly a few, so that there are hits.
+      // Most are among a few, so that there are hits.
       e = static_cast<int>(random() % (random() % 4 ? 6 : f.experts));
       readable &= e % 8 != 7;
     }
     if (i % 5 == 0) {
       f.bank->prefetch(experts, kTopK);
     }
-    // As a graph does: an open lease if there is one, held when its turn comes.
+    // It does as a graph does: it takes a lease that is open, if there is one,
+    // and holds it when its turn comes.
     auto lease = f.bank->try_acquire(experts, 1, kTopK, slots);
     if (i % 17 == 0) {
       continue;  // a graph that is dropped while its experts are read

@@ -1,1 +1,1 @@
-"""The extension under sanitizers: ``python -m tests.sanitize address|thread``."""
+"""Tests the extension under sanitizers: ``python -m tests.sanitize address|thread``."""

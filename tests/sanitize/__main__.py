@@ -4,7 +4,8 @@
     python -m tests.sanitize thread               # TSan: slots, pool, two threads on one model
     python -m tests.sanitize address --compiler clang++-19
 
-Before the tests it plants a bug of each kind, which has to be found. Exit code 0: all was clean.
+Before the tests it plants a bug of each kind, which has to be found. The exit code is 0 if all was
+clean.
 """
 
 import argparse
@@ -31,17 +32,17 @@ sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuild
 class Kind:
     """Sanitizers that go together, and what is run under them."""
 
-    preset: str  # of CMakePresets.json
+    preset: str  # its name in CMakePresets.json
     flags: str
     runtime: str
-    planted: dict[str, str]  # a bug, and what its report says
+    planted: dict[str, str]  # bugs, and what their reports say
     options: dict[str, str]
     tests: list[str]
-    planted_inside: dict[str, str] = field(default_factory=dict)  # of the extension alone
+    planted_inside: dict[str, str] = field(default_factory=dict)  # bugs for the extension alone
 
 
-# Left out: programs of their own, which are preloaded or built otherwise, and limits of memory,
-# which the sanitizers' shadow exceeds.
+# These leave out programs of their own, which are preloaded or built otherwise, and limits of
+# memory, which the sanitizers' shadow exceeds.
 OTHERWISE = "not sanitizer and not preload and not interrupted and not threads_that_there_are"
 OTHERWISE += " and not loads_for_ever and not task_throws and not daemon and not ctrl_c"
 OTHERWISE += " and not bounded_tile and not within_the_budget and not arrive_last_first"
@@ -51,7 +52,7 @@ KINDS = {
         "address,undefined",
         "asan",
         {"overflow": "heap-buffer-overflow", "shift": "shift exponent 40 is too large"},
-        # Leaks are Python's own, which frees nothing at exit.
+        # Leaks would be Python's own, as it frees nothing at exit.
         {
             "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",
             "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -74,7 +75,7 @@ KINDS = {
 
 
 def runtime(compiler: str, name: str) -> Path:
-    """The sanitizer's library, which has to be loaded before Python: it replaces malloc."""
+    """The sanitizer's library, which has to be loaded before Python, as it replaces malloc."""
     for file in (f"lib{name}.so", f"libclang_rt.{name}-x86_64.so", f"libclang_rt.{name}.so"):
         command = [compiler, f"-print-file-name={file}"]
         path = Path(subprocess.run(command, capture_output=True, text=True).stdout.strip())
@@ -84,7 +85,7 @@ def runtime(compiler: str, name: str) -> Path:
 
 
 def build(kind: Kind, compiler: str, folder: Path) -> Path:
-    """A folder for PYTHONPATH with the package and the instrumented extension."""
+    """Build a folder for PYTHONPATH with the package and the instrumented extension."""
     configure = ["cmake", "--preset", kind.preset, "-B", folder]
     configure += [f"-DCMAKE_CXX_COMPILER={compiler}", f"-DPython_EXECUTABLE={sys.executable}"]
     for command in (configure, ["cmake", "--build", folder, "--parallel"]):
@@ -105,11 +106,11 @@ def build(kind: Kind, compiler: str, folder: Path) -> Path:
 
 
 def environment(kind: Kind, compiler: str, site: Path) -> dict[str, str]:
-    """Variables of an instrumented Python; MLX's library lies where its package does."""
+    """The environment of an instrumented Python; MLX's library lies where its package does."""
     code = "import mlx.core; print(mlx.core.__file__)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     mlx = Path(found.stdout.strip()).parent
-    # The C++ runtime too: the sanitizer looks for it when it starts, before the extension is there.
+    # The sanitizer looks for the C++ runtime when it starts, before the extension is there.
     preload = f"{runtime(compiler, kind.runtime)}:{runtime('g++', 'stdc++')}"
     return os.environ | kind.options | {
         "LD_PRELOAD": preload,
@@ -121,7 +122,7 @@ def environment(kind: Kind, compiler: str, site: Path) -> dict[str, str]:
 
 
 def finds_planted_bugs(kind: Kind, variables: dict[str, str], site: Path) -> bool:
-    """Whether a report comes for each bug, and none without."""
+    """Whether a report comes for each bug, and none where there is no bug."""
     found = True
     for bug, report in {"none": "", **kind.planted, **kind.planted_inside}.items():
         command = [sys.executable, "-c", PLANT, bug]
@@ -165,7 +166,7 @@ def programs_are_clean(kind: Kind, compiler: str, folder: Path) -> bool:
 
 
 def spent(start: float) -> str:
-    """Seconds since ``start``, and of processors in all that was run so far."""
+    """The seconds since ``start``, and those of processors in all that was run so far."""
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     used = children.ru_utime + children.ru_stime
     return f"{time.perf_counter() - start:.0f} s ({used:.0f} s of processor time)"

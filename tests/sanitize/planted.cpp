@@ -25,7 +25,7 @@ extern "C" __attribute__((visibility("default"))) int glm_fused_plant(
       4096,
       [&](int) {
         if (name == "race") {
-          // In two threads: on a busy machine one might run all tasks.
+          // Two threads have to be here: on a busy machine one might run all.
           for (begun++; begun < 2;) {
             std::this_thread::yield();
           }

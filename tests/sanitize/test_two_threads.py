@@ -1,4 +1,4 @@
-"""Two threads on one streamed model, each with what the resident one says: for ThreadSanitizer."""
+"""Two threads on one streamed model each get what the resident one says, under ThreadSanitizer."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""The cases: one release-style config.json and one (weights, tokens) seed pair each."""
+"""The cases, each a release-style config.json and a pair of seeds for weights and tokens."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ SPECIAL = {"eos_token_id": [93, 94, 95], "pad_token_id": 93}
 N_TEXT_TOKENS = 93  # prompts use ids below the special tokens
 
 
-# What the releases of both families say, and the tiny vocabulary.
+# The releases of both families say this, except for the tiny vocabulary.
 RELEASE = {
     "attention_bias": False,
     "attention_dropout": 0.0,
@@ -51,7 +51,7 @@ def _config(**values: Any) -> Config:
 
 
 def _glm(**sizes: Any) -> Config:
-    """What every GLM-5 release says, in the tiny."""
+    """What every GLM-5 release says, with tiny sizes."""
     base = {
         "architectures": ["GlmMoeDsaForCausalLM"],
         "dtype": "float32",
@@ -213,7 +213,7 @@ _ODD_SIZES = _glm52(
     qk_rope_head_dim=8,
     v_head_dim=12,
 )
-# As transformers saves it: without the keys that its config class does not know.
+# This is as transformers saves it, without the keys that its config class does not know.
 _UNKNOWN = ("ep_size", "moe_layer_freq", "scoring_func", "topk_method", "pretraining_tp")
 ODD_SIZES = {key: value for key, value in _ODD_SIZES.items() if key not in _UNKNOWN}
 
@@ -254,7 +254,7 @@ CASES = {
         Case("glm51", GLM51, weight_seed=51, token_seed=71),
         Case("glm52", GLM52, weight_seed=52, token_seed=393, batch_lengths=(60, 97, 130)),
         Case("glm_pattern", GLM_PATTERN, weight_seed=53, token_seed=229),
-        # Mostly negative biased scores: rejected groups must be -inf, a zero would win.
+        # Most biased scores are negative, so rejected groups must be -inf: a zero would win.
         Case("deepseek_v32", DEEPSEEK_V32, weight_seed=32, token_seed=744, bias_mean=-0.5),
         Case("odd_sizes", ODD_SIZES, weight_seed=55, token_seed=167),
         Case("fp8", FP8, weight_seed=8, token_seed=428),

@@ -2,7 +2,7 @@
 
     python make_demo_tokens.py          needs torch and transformers, as make_vectors.py does
 
-The prompt defines values, and asks for the first after 20 times index_topk tokens. Stored are the
+The prompt defines values, and asks for the first after 20 times index_topk tokens. The file has the
 prompt, the most likely token after each of its tokens, and the greedy continuation.
 """
 
@@ -20,7 +20,7 @@ from weights import Tensors
 DEMO = Path(__file__).parents[2] / "python" / "glm_fused" / "demo_model"
 TARGET = Path(__file__).parent / "demo_tokens.json"
 SEED, TOPKS, CONTINUED = 1, 20, 48
-MIN_MARGIN = 1e-4  # between the two most likely tokens' logits, far above fp32 noise
+MIN_MARGIN = 1e-4  # the least gap between the two best logits, which is far above fp32 noise
 
 
 def read_demo() -> Tensors:
@@ -48,7 +48,7 @@ def read_demo() -> Tensors:
 
 
 def dequantize(packed: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor) -> torch.Tensor:
-    """MLX's affine packing: little-endian codes in a stream of 32-bit words, groups of 64."""
+    """Undo MLX's affine packing of little-endian codes in 32-bit words, in groups of 64."""
     bits = 32 * packed.shape[-1] // (64 * scales.shape[-1])
     words = packed.view(torch.uint8).to(torch.int32)
     stream = (words[..., None] >> torch.arange(8)) & 1
@@ -58,7 +58,7 @@ def dequantize(packed: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor)
 
 
 def make_prompt(seed: int, tokenizer: AutoTokenizer, length: int) -> list[int]:
-    """Definitions, `length` tokens with filler, and the first definition asked for again."""
+    """Definitions, filler up to `length` tokens, and a question for the first definition."""
     rng = random.Random(seed)
     names = ["".join(rng.choices("abcdefgh", k=5)) for _ in range(30)]
     values = {name: rng.randrange(10, 99) for name in names}
@@ -77,7 +77,7 @@ def make_prompt(seed: int, tokenizer: AutoTokenizer, length: int) -> list[int]:
 def lowest_index_topk(
     scores: torch.Tensor, k: int, dim: int = -1, sorted: bool = True
 ) -> torch.return_types.topk:
-    """torch.topk leaves the choice among equal scores open; ReLU makes many of them."""
+    """torch.topk, but the lowest index wins among equal scores, of which ReLU makes many."""
     values, indices = torch.sort(scores, dim=dim, descending=True, stable=True)
     return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
 

@@ -1,8 +1,10 @@
-"""Write the golden test vectors of this folder (see README.md).
+"""Write the golden test vectors of this folder.
 
-python make_vectors.py                 every case, from the seeds in cases.py
-python make_vectors.py glm51 fp8       some cases
-python make_vectors.py --search 500    look for token seeds with wide margins, write nothing
+    python make_vectors.py                 every case, from the seeds in cases.py
+    python make_vectors.py glm51 fp8       some cases
+    python make_vectors.py --search 500    look for token seeds with wide margins, write nothing
+
+README.md says what they are.
 """
 
 import argparse
@@ -63,7 +65,7 @@ def search(case: Case, tries: int) -> None:
 
 
 def verify(case: Case, model: oracle.Model, prompts: list[torch.Tensor]) -> dict[str, Any]:
-    """Facts about the oracle itself: fp64, its cache, and its reading of the files."""
+    """Check the oracle against fp64, its own cache and the stored files; returns what was found."""
     runs = [oracle.prefill(model, tokens) for tokens in prompts]
     folder = HERE / case.name
     with oracle.float64():
@@ -102,7 +104,7 @@ def verify(case: Case, model: oracle.Model, prompts: list[torch.Tensor]) -> dict
 
 @torch.no_grad()
 def write_batch(case: Case, model: oracle.Model, prompts: list[torch.Tensor]) -> float:
-    """Left-padded prompts with the last logits of each alone; returns the oracle's own gap."""
+    """Write left-padded prompts with the last logits of each alone; returns the oracle's gap."""
     lengths = torch.tensor(case.batch_lengths, dtype=torch.int32)
     longest, pad = max(case.batch_lengths), case.config["pad_token_id"]
     tokens = torch.full((len(prompts), longest), pad, dtype=torch.int32)
@@ -119,7 +121,7 @@ def write_batch(case: Case, model: oracle.Model, prompts: list[torch.Tensor]) ->
 
 
 def write(case: Case) -> None:
-    """All files of one case."""
+    """Write all files of one case."""
     folder = write_config(case)
     stored, tensors = checkpoint(case)
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""transformers as the oracle: logits, selected keys and experts, and how clear each choice is."""
+"""Takes transformers as the oracle of logits, keys and experts, and of how clear a choice is."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,7 +20,7 @@ Model = nn.Module
 
 @dataclass
 class Choices:
-    """What one prefill selected; margins are the smallest gaps at any boundary."""
+    """What one prefill selected; a margin is the smallest gap at any boundary of a selection."""
 
     logits: torch.Tensor
     topk: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Choices:
 
 
 def _stack_experts(tensors: Tensors) -> Tensors:
-    """Per-expert tensors to the fused parameters that transformers holds in memory."""
+    """Stack per-expert tensors to the fused parameters that transformers holds in memory."""
     stacked: Tensors = {k: v for k, v in tensors.items() if ".mlp.experts." not in k}
     for name in tensors:
         layer, found, _ = name.partition(".mlp.experts.0.down_proj")
@@ -94,7 +94,7 @@ class _Float64Torch:
 
 @contextmanager
 def float64() -> Iterator[None]:
-    """Inside, oracle code computes in fp64 where it would insist on fp32."""
+    """Within the block, oracle code computes in fp64 where it would insist on fp32."""
     with ExitStack() as stack:
         for module in (deepseek, glm, rope_utils):
             stack.enter_context(patch.object(module, "torch", _Float64Torch()))
@@ -157,7 +157,7 @@ def _record_router(found: Choices, layer: int) -> Any:
 
 @torch.no_grad()
 def prefill(model: Model, tokens: torch.Tensor) -> Choices:
-    """Logits and choices of one prompt [1, L], all at once."""
+    """The logits and choices of one prompt [1, L], all at once."""
     found = Choices(logits=torch.empty(0))
     hooks = []
     for i, layer in enumerate(model.model.layers):
@@ -173,7 +173,7 @@ def prefill(model: Model, tokens: torch.Tensor) -> Choices:
 
 @torch.no_grad()
 def decode(model: Model, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of the same prompt, one token at a time through transformers' cache."""
+    """The logits of the same prompt, one token at a time through transformers' cache."""
     cache = DynamicCache(config=model.config)
     steps = [
         model(tokens[:, i : i + 1].long(), past_key_values=cache, use_cache=True).logits
@@ -183,7 +183,7 @@ def decode(model: Model, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def read_with_transformers(case_dir: Path) -> Model:
-    """The stored checkpoint through from_pretrained, to prove that it reads as a release does."""
+    """Load the stored checkpoint by from_pretrained, to prove that it reads as a release does."""
     return AutoModelForCausalLM.from_pretrained(
         case_dir,
         dtype=torch.float32,

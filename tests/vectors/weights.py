@@ -1,4 +1,4 @@
-"""Random checkpoints with the tensor names of the releases."""
+"""Makes random checkpoints with the tensor names of the releases."""
 
 import math
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ Tensors = dict[str, torch.Tensor]
 
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 BLOCK = 128
-# Small latents and embeddings, so that a wrong norm epsilon shows in the logits.
+# Latents and embeddings are small, so that a wrong norm epsilon shows in the logits.
 SMALL = 0.05
 NOT_QUANTIZED = ("embed_tokens", "lm_head", "norm", "mlp.gate.", "indexer.weights_proj")
 
 
 def indexer_types(config: Config) -> list[str]:
-    """Per layer ``full`` or ``shared``, in the order of authority of the releases."""
+    """``full`` or ``shared`` for each layer, by the keys in the releases' order of authority."""
     if types := config.get("indexer_types"):
         return list(types)
     if pattern := config.get("index_topk_pattern"):
@@ -58,7 +58,7 @@ def _attention_shapes(prefix: str, c: Config, full: bool) -> Iterator[tuple[str,
 
 
 def tensor_shapes(c: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of a checkpoint."""
+    """Yield name and shape of every tensor of a checkpoint."""
     hidden = c["hidden_size"]
     yield "model.embed_tokens.weight", (c["vocab_size"], hidden)
     for i, kind in enumerate(indexer_types(c)):
@@ -81,7 +81,7 @@ def tensor_shapes(c: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def _scaled(name: str, noise: torch.Tensor, case: Case) -> torch.Tensor:
-    """Unit noise to a weight: activations of order one, attention and routing far from flat."""
+    """Scale unit noise so that activations have order one, attention and routing are not flat."""
     if name.endswith("e_score_correction_bias"):
         return case.bias_mean + 0.1 * noise
     if name.endswith("k_norm.bias"):
@@ -107,7 +107,7 @@ def _is_quantized(name: str, weight: torch.Tensor) -> bool:
 
 
 def make_weights(case: Case) -> Tensors:
-    """The case's fp32 weights; for the FP8 case rounded to bf16 before any quantization."""
+    """The case's fp32 weights; those of the FP8 case are rounded to bf16 before quantization."""
     generator = torch.Generator().manual_seed(case.weight_seed)
     tensors = {}
     for name, shape in tensor_shapes(case.config):
@@ -121,13 +121,13 @@ def make_weights(case: Case) -> Tensors:
 
 
 def _spread(scales: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """One scale per block to one per element, cut to the ragged shape."""
+    """Repeat each block's scale for its elements, cut to the ragged shape."""
     full = scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
     return full[: shape[0], : shape[1]]
 
 
 def _block_scales(weight: torch.Tensor) -> torch.Tensor:
-    """The smallest power of two per block that keeps the block within e4m3."""
+    """For each block the smallest power of two that keeps the block within e4m3."""
     rows, columns = (math.ceil(size / BLOCK) for size in weight.shape)
     padded = torch.zeros(rows * BLOCK, columns * BLOCK)
     padded[: weight.shape[0], : weight.shape[1]] = weight.abs()
@@ -136,7 +136,7 @@ def _block_scales(weight: torch.Tensor) -> torch.Tensor:
 
 
 def quantize_fp8(tensors: Tensors) -> Tensors:
-    """The release form: e4m3 weights with ``weight_scale_inv``, the rest in bf16."""
+    """The release's form: e4m3 weights with ``weight_scale_inv``, and the rest in bf16."""
     stored = {}
     for name, weight in tensors.items():
         if name.endswith("e_score_correction_bias"):
@@ -151,7 +151,7 @@ def quantize_fp8(tensors: Tensors) -> Tensors:
 
 
 def dequantize(stored: Tensors) -> Tensors:
-    """fp32 weights: e4m3 to fp32, times the scale. Exact in bf16 too, asserted here."""
+    """The fp32 weights, which are e4m3 values times scales; bf16 holds them exactly, too."""
     tensors = {}
     for name, weight in stored.items():
         if name.endswith("_scale_inv"):

@@ -16,13 +16,13 @@ using namespace glm_fused;
 using namespace glm_fused::cpu;
 
 #if defined(GLM_AVX512)
-constexpr int kWide = 4, kDeep = 4;  // accumulators
+constexpr int kWide = 4, kDeep = 4;  // vectors by keys, or heads, in registers
 #else
 constexpr int kWide = 1, kDeep = 4;
 #endif
 
-// s[key][lane] += sum over d of q[d][lane] k[key][d], `vectors` vectors of
-// lanes by `keys` keys in registers.
+// Adds the sum over d of q[d][lane] k[key][d] to s[key][lane], with `vectors`
+// vectors of lanes by `keys` keys in registers.
 template <int vectors, int keys>
 GLM_INLINE void
 multiply(const float* q, int lanes, const float* k, int depth, float* s) {
@@ -65,7 +65,8 @@ void multiply_lanes(
   }
 }
 
-// All lanes, for a block of at most kSplit dimensions.
+// Does the same for all lanes and keys, in a block of at most kSplit
+// dimensions.
 void multiply_block(
     const float* q,
     int lanes,
@@ -135,7 +136,7 @@ void weigh(const CombineArgs& a, float* e, float* total) {
   }
 }
 
-// out[h] += e[h] * sum over keys of p[key][h] v[key].
+// Adds e[h] times the sum over keys of p[key][h] v[key] to out[h].
 template <int vectors, int heads>
 GLM_INLINE void accumulate(
     const float* p,
@@ -165,7 +166,7 @@ GLM_INLINE void accumulate(
   });
 }
 
-// One split's share of columns [c, c + 16 vectors) of every head.
+// Adds one split's share to columns [c, c + 16 vectors) of every head.
 template <int vectors>
 void accumulate_heads(
     const CombineArgs& a,

@@ -1,5 +1,5 @@
-// The seam of the long-context kernels: one table per instruction set. What
-// they compute is in attention.h.
+// The long-context kernels are reached through one table per instruction set.
+// attention.h says what they compute.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@
 
 namespace glm_fused::cpu {
 
-// Scores of keys [begin, end) for a few queries of one sequence.
+// What index_scores takes: keys [begin, end) and a few queries of one sequence.
 struct IndexArgs {
-  const float* q;        // per query, as IndexPack lays it out
+  const float* q;        // queries, each as index_pack lays it out
   const float* weights;  // [queries, heads]
   int queries, heads, dim;
   float scale;
@@ -21,10 +21,10 @@ struct IndexArgs {
   const int* high;
   uint32_t* scores;  // [queries, stride], as ordered words; key t is column t
   size_t stride;
-  float* spare;  // of index_spare's size
+  float* spare;  // has index_spare's size
 };
 
-// One query token's attention over one split.
+// What attention over one split takes, for one query token.
 struct SplitArgs {
   const float* q;  // [rank + rope, lanes]: transposed, heads padded to lanes
   int lanes;
@@ -32,17 +32,18 @@ struct SplitArgs {
   const Rows* rows;
   const int32_t* keys;
   int count;       // 1 to kSplit
-  int next_count;  // further keys, to be fetched from memory meanwhile
+  int next_count;  // further keys, which are fetched from memory meanwhile
   float* p;        // [count, lanes]
   float* m;        // [lanes]
   float* l;        // [lanes]
 };
 
-// One query token's splits, those without keys left out; for some columns.
+// What combining splits takes, for one query token and some columns. Splits
+// without keys are left out.
 struct CombineArgs {
   const Rows* rows;
-  const int32_t* keys;  // of all splits, back to back
-  const int* counts;    // of each
+  const int32_t* keys;  // those of all splits, back to back
+  const int* counts;    // how many keys each split has
   int splits;
   int heads, lanes;
   const float* p;      // [all keys, lanes]
@@ -57,13 +58,14 @@ struct CombineArgs {
 
 struct AttentionKernels {
   const char* name;
-  // Floats that one packed query takes, and the packing of q [heads, dim].
+  // Tells how many floats a packed query takes, and packs q [heads, dim].
   size_t (*index_packed)(int heads, int dim);
   void (*index_pack)(const float* q, int heads, int dim, float* packed);
   void (*index_scores)(const IndexArgs&);
   size_t (*index_spare)(int queries, int heads);
-  // Ascending indices of the k largest of words[0, count), the lowest index
-  // first among equals; 0 < k < count. `spare` holds count + 16 words.
+  // Writes the ascending indices of the k largest of words[0, count); among
+  // equals the lowest indices win. 0 < k < count, and `spare` holds count + 16
+  // words.
   void (*select)(
       const uint32_t* words,
       int count,
@@ -71,11 +73,11 @@ struct AttentionKernels {
       uint32_t* spare,
       int32_t* out);
   void (*split)(const SplitArgs&);
-  // e [splits, lanes] and total [lanes], attention.h's L.
+  // Computes e [splits, lanes] and total [lanes], which is attention.h's L.
   void (*weigh)(const CombineArgs&, float* e, float* total);
   void (*combine)(const CombineArgs&);
-  // `count` rounds of independent register-only multiply-adds; returns how many
-  // scalar multiply-adds one round is. The yardstick of benchmarks.
+  // Does `count` rounds of independent multiply-adds in registers; returns how
+  // many scalar multiply-adds one round is. Benchmarks measure against it.
   int (*multiply_adds)(int64_t count, float* result);
 };
 
@@ -85,11 +87,11 @@ const AttentionKernels& avx2_attention();
 const AttentionKernels& avx512_attention();
 #endif
 
-// The table for the instruction set that kernels() chose.
+// Returns the table for the instruction set that kernels() chose.
 const AttentionKernels& attention_kernels();
 
-// `rounds` of AttentionKernels::multiply_adds on every thread; how many
-// multiply-adds that was.
+// Does `rounds` rounds of AttentionKernels::multiply_adds on every thread;
+// returns how many multiply-adds that was.
 double multiply_adds(int64_t rounds);
 
 }  // namespace glm_fused::cpu

@@ -1,5 +1,5 @@
-// Cached rows as fp32: a block of them, or sixteen transposed. Compiled once
-// per instruction set.
+// Loads cached rows as fp32, a block of them, or sixteen transposed. This is
+// compiled once per instruction set.
 #pragma once
 
 #include <algorithm>
@@ -25,21 +25,22 @@ inline void prefetch(const uint8_t* from, size_t bytes) {
   }
 }
 
-// The low byte of every word; 0x7f, e4m3's NaN, reads as 480.
+// Returns the value of the e4m3 code in the low byte of every word. The NaN
+// code, 0x7f, reads as 480.
 GLM_INLINE F16 e4m3(U16 v) {
   const U16 sign = shift_left<8>(bits_and(v, 0x80u));
   const U16 half = bits_or(sign, shift_left<7>(bits_and(v, 0x7fu)));
   return mul(half_to_float(half), splat(256.0f));
 }
 
-// The low byte of every word, as int8.
+// Returns the value of the int8 code in the low byte of every word.
 GLM_INLINE F16 signed_byte(U16 v) {
   return sub(to_float(bits_and(add_words(v, 128u), 0xffu)), splat(128.0f));
 }
 
-// What a block of rows is loaded from and to: columns [begin, begin + columns)
-// of the rows `keys`, as fp32, kSplit floats a row; the last vector of a row is
-// filled up with zeros. Meanwhile those of `next` further rows are fetched.
+// A block of rows: columns [begin, begin + columns) of the rows `keys` are
+// loaded as fp32, kSplit floats per row, and the last vector of a row is filled
+// up with zeros. Meanwhile the same columns of `next` further rows are fetched.
 struct BlockArgs {
   const Rows& rows;
   const int32_t* keys;
@@ -48,8 +49,8 @@ struct BlockArgs {
   float* to;
 };
 
-// address(row) is where column 0 of a row is, scale(row) what load16(p, scale)
-// multiplies by.
+// Loads a block. address(row) is where column 0 of a row lies; load16(p, by)
+// loads 16 values and multiplies them by scale(row).
 template <int size, class Address, class Scale, class Load>
 GLM_INLINE void load_block(
     const BlockArgs& a,
@@ -96,7 +97,7 @@ load_floats(const BlockArgs& a, FloatType type, Address&& address) {
   }
 }
 
-// The columns lie within one scale tile.
+// Loads a block of latents, whose columns lie within one scale tile.
 void load_latents(const BlockArgs& a) {
   const auto latent = [](const Row& row) { return row.latent; };
   const bool fp8 = a.rows.format == RowFormat::fp8;
@@ -121,9 +122,9 @@ void load_ropes(const BlockArgs& a) {
   load_floats(a, a.rows.rope_type, [](const Row& row) { return row.rope; });
 }
 
-// Value d of `count` rows, at most 16, `row_bytes` apart, goes to
-// to[d * stride], for d in [0, depth). A word holds 4 / size values;
-// convert(words, j, by) makes value j of each.
+// Stores value d of `count` rows, at most 16, which lie `row_bytes` apart, at
+// to[d * stride], for d in [0, depth). A word holds 4 / size values, of which
+// convert(words, j, by) makes value j of each word.
 template <int size, int stride, class Convert>
 GLM_INLINE void load_columns(
     const uint8_t* rows,
@@ -155,7 +156,8 @@ GLM_INLINE void load_columns(
   }
 }
 
-// What value `at` of rows [first, first + count) is multiplied by.
+// Returns the scales that value `at` of rows [first, first + count) is
+// multiplied by.
 GLM_INLINE F16 load_scales(const Rows& rows, int first, int count, int at) {
   float scales[kHalf] = {};
   const size_t tile = rows.format == RowFormat::fp8 ? at / kScaleTile : 0;
@@ -165,8 +167,8 @@ GLM_INLINE F16 load_scales(const Rows& rows, int first, int count, int at) {
   return load(scales);
 }
 
-// Columns [begin, begin + depth), within one scale tile, of the rows
-// [first, first + count), at most 16: to[d * stride + row].
+// Stores columns [begin, begin + depth), which lie within one scale tile, of
+// the rows [first, first + count), at most 16, at to[d * stride + row].
 template <int stride>
 void load_transposed(
     const Rows& rows,

@@ -1,4 +1,4 @@
-// Exact selection of the k largest words: three passes over digits of 11, 11
+// Selects the k largest words exactly, in three passes over digits of 11, 11
 // and 10 bits. A digit's candidates are at most all words, so nothing can
 // overflow, and equal words share every digit.
 #pragma once
@@ -12,10 +12,11 @@ namespace {
 
 constexpr int kDigitBits = 11, kDigits = 1 << kDigitBits;
 
-// The digit at which the count of larger words passes `k`; takes those from k.
+// Returns the digit of the k-th largest word, and subtracts from k the words
+// whose digit is larger.
 inline uint32_t kth_digit(const uint32_t* words, int count, int shift, int& k) {
-  constexpr int kWays =
-      4;  // equal neighbours would wait for each other's store
+  // With one histogram, equal neighbours would wait for each other's store.
+  constexpr int kWays = 4;
   uint32_t histogram[kWays][kDigits] = {};
   for (int i = 0; i < count; i++) {
     histogram[i % kWays][words[i] >> shift & (kDigits - 1)]++;
@@ -46,8 +47,8 @@ GLM_INLINE void each_vector(const uint32_t* words, int count, Fn&& each) {
   }
 }
 
-// The words whose bits from `shift` up equal `prefix`, in order; `to` holds
-// count + kHalf words and may be `from`.
+// Copies the words whose bits from `shift` up equal `prefix`, in order, and
+// returns how many there are. `to` holds count + kHalf words and may be `from`.
 template <int shift>
 inline int
 keep_prefix(const uint32_t* from, int count, uint32_t prefix, uint32_t* to) {
@@ -61,19 +62,20 @@ keep_prefix(const uint32_t* from, int count, uint32_t prefix, uint32_t* to) {
   return kept;
 }
 
-// The k-th largest word; k becomes how many equal to it are wanted.
+// Returns the k-th largest word; k becomes how many words equal to it are
+// wanted.
 inline uint32_t
 kth_word(const uint32_t* words, int count, int& k, uint32_t* spare) {
   const uint32_t top = kth_digit(words, count, 21, k);
   count = keep_prefix<21>(words, count, top, spare);
   const uint32_t middle = kth_digit(spare, count, 10, k) | top << kDigitBits;
   count = keep_prefix<10>(spare, count, middle, spare);
-  // The middle digit is the same in all of these: 11 bits reach one into it.
+  // The words here have the same middle digit, into which 11 bits reach by one.
   const uint32_t low = kth_digit(spare, count, 0, k) & 1023u;
   return middle << 10 | low;
 }
 
-// The lowest `count` bits that are set.
+// Returns the lowest `count` of the bits that are set.
 inline uint32_t lowest_bits(uint32_t bits, int count) {
   uint32_t rest = bits;
   for (; count > 0 && rest; count--) {

@@ -1,4 +1,4 @@
-// What the long-context kernels need beyond simd.h.
+// The functions that the long-context kernels need beyond simd.h.
 #pragma once
 
 #include "cpu/runtime/simd.h"
@@ -37,7 +37,8 @@ GLM_INLINE F16 zero_below(F16 a, F16 x, float low) {
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   return _mm512_mask_mov_ps(_mm512_maskz_mov_ps(keep, a), nan, x);
 }
-// Words that order as the floats do: -0 as 0, NaN as -infinity.
+// Returns words that compare as the floats do, with -0 as 0 and NaN as
+// -infinity.
 GLM_INLINE U16 ordered(F16 a) {
   const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
   a = _mm512_mask_mov_ps(a, nan, _mm512_set1_ps(-__builtin_inff()));
@@ -54,13 +55,13 @@ GLM_INLINE U16 load_shorts(const uint8_t* p) {
   return _mm512_cvtepu16_epi32(
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-// to[c] = word c of each of 16 rows, `stride` bytes apart.
+// Sets to[c] to word c of each of 16 rows, which lie `stride` bytes apart.
 GLM_INLINE void
 transpose_words(const uint8_t* rows, size_t stride, U16 to[16]) {
   const uint8_t* fourth[] = {
       rows, rows + 4 * stride, rows + 8 * stride, rows + 12 * stride};
   __m512i a[16], b[16];
-  // Four rows' quarters in one register, so that two unpacks finish a 4 x 4.
+  // A register holds quarters of four rows, so that two unpacks finish a 4 x 4.
   unroll<16>(GLM_EACH(i) {
     const int quarter = i / 4, row = i % 4;
     const auto words = [&](int r) {
@@ -88,8 +89,8 @@ transpose_words(const uint8_t* rows, size_t stride, U16 to[16]) {
     to[4 * q + 3] = _mm512_unpackhi_epi64(x[1], x[3]);
   });
 }
-// The words of `a` under `keep`, packed to `to`; 16 may be written. Returns how
-// many there are.
+// Packs the words of `a` whose bits in `keep` are set to `to`, where 16 words
+// may be written. Returns how many there are.
 GLM_INLINE int pack_words(U16 a, uint32_t keep, void* to) {
   _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(keep, a));
   return __builtin_popcount(keep);
@@ -303,7 +304,7 @@ GLM_INLINE U16 ascending(int first) {
 }
 #endif
 
-// softmax_exp.h's exp_negative in every lane.
+// Computes softmax_exp.h's exp_negative in every lane.
 GLM_INLINE F16 exp_negative(F16 x) {
   const F16 shifter = splat(12582912.0f), one = splat(1.0f);
   const F16 shifted = fma(x, splat(1.44269504f), shifter);

@@ -1,4 +1,4 @@
-// The cached rows of a graph node's inputs, one sequence at a time.
+// Gives the cached rows of a graph node's inputs, one sequence at a time.
 #pragma once
 
 #include <algorithm>
@@ -25,7 +25,7 @@ class RowArray {
     }
   }
 
-  // Once the array is there: makes the copy, if one is needed.
+  // Makes the copy, if one is needed; the array must be evaluated by now.
   void load() const {
     if (copy_.empty()) {
       return;
@@ -66,8 +66,8 @@ class RowArray {
   std::span<uint8_t> copy_;
 };
 
-// Sequence b; `ropes` is null where the rows have no RoPE part or carry it
-// packed.
+// Returns the rows of sequence b; `ropes` is null where the rows have no RoPE
+// part or carry it packed.
 inline Rows cached_rows(
     const RowLayout& layout,
     const RowArray& latents,
@@ -86,7 +86,8 @@ inline Rows cached_rows(
       ropes ? ropes->stride() : 0};
 }
 
-// Which keys the queries of sequence b see: query i of l sees [low, high(i)).
+// The keys that the queries of sequence b see: query i of l sees [low,
+// high(i)).
 struct Visible {
   int low, first;  // `first` is query 0's own column
 

@@ -12,13 +12,13 @@ using namespace glm_fused;
 using namespace glm_fused::cpu;
 
 #if defined(GLM_AVX512)
-constexpr int kKeyVectors = 2, kHeads = 8;  // accumulators
+constexpr int kKeyVectors = 2, kHeads = 8;  // vectors by heads in registers
 #else
 constexpr int kKeyVectors = 1, kHeads = 4;
 #endif
 constexpr int kKeys = kKeyVectors * kHalf;
-constexpr int kDepth = 64;   // columns of keys transposed at a time
-constexpr int kQueries = 8;  // that share them
+constexpr int kDepth = 64;   // columns of keys are transposed at a time
+constexpr int kQueries = 8;  // queries share the transposed keys
 
 int round_up(int n, int unit) {
   return (n + unit - 1) / unit * unit;
@@ -28,8 +28,8 @@ size_t index_packed(int heads, int dim) {
   return static_cast<size_t>(round_up(heads, kHeads)) * dim;
 }
 
-// [block of kDepth][head group][dim][kHeads], zeros for the heads that are not
-// there.
+// Packs q [heads, dim] as [block of kDepth][head group][dim][kHeads], with
+// zeros for the heads that are not there.
 void index_pack(const float* q, int heads, int dim, float* packed) {
   for (int first = 0; first < dim; first += kDepth) {
     for (int group = 0; group < heads; group += kHeads) {
@@ -44,9 +44,9 @@ void index_pack(const float* q, int heads, int dim, float* packed) {
 
 // A tile of keys and what comes from memory while it is scored.
 struct IndexTile {
-  int begin, end;  // keys
+  int begin, end;  // the tile's keys
   const uint8_t* next;
-  size_t share;  // bytes to fetch with each group of heads
+  size_t share;  // so many bytes are fetched with each group of heads
 
   void fetch() {
     prefetch(next, share);
@@ -54,7 +54,7 @@ struct IndexTile {
   }
 };
 
-// Columns [first, first + depth) transposed: to[d * kKeys + key].
+// Stores columns [first, first + depth) transposed, at to[d * kKeys + key].
 void load_keys(
     const IndexArgs& a,
     const IndexTile& tile,
@@ -68,8 +68,8 @@ void load_keys(
   }
 }
 
-// dots[head][key] += sum over d of q[d][head] keys[d][key], for kHeads heads;
-// `fresh` dots are zero.
+// Adds the sum over d of q[d][head] keys[d][key] to dots[head][key], for kHeads
+// heads. Dots that are `fresh` begin at zero.
 GLM_INLINE void multiply_keys(
     const float* q,
     const float* keys,
@@ -95,7 +95,7 @@ GLM_INLINE void multiply_keys(
       GLM_EACH(i) { store(dots + i * kHalf, sum[i]); });
 }
 
-// The chain over heads of fma(weight, relu(dot * scale), score).
+// Stores the chain over heads of fma(weight, relu(dot * scale), score).
 void store_scores(
     const IndexArgs& a,
     const IndexTile& tile,
@@ -118,7 +118,8 @@ void store_scores(
   std::copy_n(words, tile.end - tile.begin, to);
 }
 
-// Queries [first, last). `keys` and a query's share of the rest stay in L1.
+// Scores a tile for queries [first, last). `keys` and a query's share of the
+// rest stay in L1.
 void score_tile(
     const IndexArgs& a,
     IndexTile tile,
@@ -162,7 +163,7 @@ void index_scores(const IndexArgs& a) {
   float *keys = a.spare, *dots = a.spare + kDepth * kKeys;
   for (int begin = a.begin; begin < a.end; begin += kKeys) {
     const int end = std::min(begin + kKeys, a.end);
-    // For one query the next keys come while these are scored.
+    // For a single query the next keys are fetched while these are scored.
     const int more = a.queries == 1 ? std::min(kKeys, a.end - end) : 0;
     const uint8_t* next = a.keys.latents + end * a.keys.latent_stride;
     const IndexTile tile{

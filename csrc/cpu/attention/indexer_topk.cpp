@@ -14,7 +14,8 @@ namespace cpu {
 
 namespace {
 
-// Scores held at once, 64 MiB: as many queries as fit share each loaded key.
+// This many scores are held at once, 64 MiB; the queries that fit share each
+// loaded key.
 constexpr size_t kMaxScores = 1 << 24;
 constexpr int kTaskKeys = 384;
 
@@ -133,7 +134,7 @@ class Topk {
   const std::span<int> low_, high_;
   const Shares<float> row_, spare_;
   const Shares<uint32_t> words_;
-  int b_ = 0, first_ = 0, count_ = 0;  // the queries of a sequence at hand
+  int b_ = 0, first_ = 0, count_ = 0;  // sequence b_, its queries at hand
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What indexer_topk works on, for the fused path and the reference alike.
+// What indexer_topk takes and gives, for the fused path and the reference.
 #pragma once
 
 #include "cpu/attention/cached_rows.h"
@@ -40,7 +40,7 @@ struct Indexer {
   }
 };
 
-// All of [low, high), then -1 up to k; high - low <= k.
+// Writes all of [low, high), then -1 up to k entries; high - low <= k.
 inline void select_all(int low, int high, int k, int32_t* out) {
   for (int i = 0; i < k; i++) {
     out[i] = i < high - low ? low + i : -1;

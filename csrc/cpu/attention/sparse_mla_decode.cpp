@@ -16,9 +16,9 @@ namespace cpu {
 
 namespace {
 
-constexpr size_t kMaxScratch = 1 << 23;  // floats of queries taken together
+constexpr size_t kMaxScratch = 1 << 23;  // floats for the queries of a step
 constexpr int kLane = 16;
-constexpr int kColumns = 64;  // the least that a task of the combine takes
+constexpr int kColumns = 64;  // a task of the combine takes no fewer
 
 class Attention {
  public:
@@ -75,7 +75,7 @@ class Attention {
     return static_cast<size_t>(rows) * lanes_;
   }
 
-  // Queries that are taken together.
+  // Returns how many queries are taken together.
   int step() const {
     const size_t lanes = a_.heads() + kLane - 1;
     const size_t floats = (static_cast<size_t>(list_) + width_) * lanes;
@@ -112,8 +112,8 @@ class Attention {
     }
   }
 
-  // The visible keys of the query's list, back to back, and its splits without
-  // those that have none.
+  // Lists the visible keys of a query, back to back, and its splits that have
+  // any.
   void list_keys(int i) const {
     int keys = 0, splits = 0;
     for (int s = 0; s < list_; s += kSplit) {
@@ -132,8 +132,8 @@ class Attention {
     filled_[i] = splits;
   }
 
-  // A task takes several splits, so that it can fetch one's keys during
-  // another.
+  // Computes the splits. A task takes several, so that it can fetch one's keys
+  // during another.
   void split() const {
     constexpr int most = 16;
     const int share = splits_ * count_ / (2 * workers_);
@@ -178,8 +178,8 @@ class Attention {
         a_.out(b_, first_ + i)};
   }
 
-  // A query's columns are divided no further than the threads need: each part
-  // walks all of its rows.
+  // Combines the splits. A query's columns are divided no further than the
+  // threads need, because each part walks all of its rows.
   void combine() const {
     const int rank = rows_->rank;
     const int wanted = (workers_ + count_ - 1) / count_;
@@ -203,14 +203,14 @@ class Attention {
   const Mla a_;
   const bool reference_;
   const int workers_, list_, width_, lanes_, splits_, step_;
-  // Of each query its keys, its splits' sizes, first keys and number, and what
-  // the kernels need.
+  // For each query these are its keys, the sizes, first keys and number of its
+  // splits, and what the kernels need.
   const Shares<int32_t> keys_;
   const Shares<int> counts_, begins_;
   const std::span<int> filled_;
   const Shares<float> q_, p_, m_, l_, e_, total_;
-  const Shares<float> row_, sums_;     // of each worker
-  int b_ = 0, first_ = 0, count_ = 0;  // the queries of a sequence at hand
+  const Shares<float> row_, sums_;     // one for each worker
+  int b_ = 0, first_ = 0, count_ = 0;  // sequence b_, its queries at hand
   std::optional<Rows> rows_;
 };
 

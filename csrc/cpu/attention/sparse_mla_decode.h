@@ -1,4 +1,4 @@
-// What sparse_mla_decode works on, for the fused path and the reference alike.
+// What sparse_mla_decode takes and gives, for the fused path and the reference.
 #pragma once
 
 #include <optional>
@@ -35,11 +35,11 @@ struct Mla {
   Visible visible(int b) const {
     return {start, b, latents.keys(), queries()};
   }
-  // Entries of a query's list of keys, at most.
+  // Returns how many entries a query's list of keys has at most.
   int list_size() const {
     return selected ? selected->shape(2) : latents.keys();
   }
-  // Entry j of a query's list, -1 where it is no visible key.
+  // Returns entry j of a query's list, -1 where it is no visible key.
   int entry(int b, int i, int j) const {
     const Visible v = visible(b);
     const int key = selected

@@ -1,4 +1,5 @@
-// The CPU kernels' seam: one table per instruction set, picked at run time.
+// The CPU kernels are reached through one table per instruction set, which is
+// picked at run time.
 #pragma once
 
 #include <cstdint>
@@ -7,11 +8,12 @@
 
 namespace glm_fused::cpu {
 
-// Rows of W that one call may cover: enough bytes in a row for the processor's
-// own prefetcher to get going.
+// One call covers at most so many rows of W, which are enough bytes in a row
+// for the processor's own prefetcher to get going.
 constexpr int kMaxTileRows = 256;
 
-// y[m * rows + r] = sum_k x[m][k] W[r][k] in fp32, in MLX's lane order.
+// What a kernel computes y[m * rows + r] = sum_k x[m][k] W[r][k] from, in fp32
+// and in MLX's lane order.
 struct DotArgs {
   const uint8_t* planes[kMaxPlanes];  // row 0 of the tile in each
   Format format;
@@ -29,7 +31,7 @@ struct Kernel {
   // load_vector does.
   void (*pack)(const float* x, int k, float* panel, int m, int width);
   int values_per_lane;
-  int floats_per_block;  // of one packed vector, per 32 lanes
+  int floats_per_block;  // of a packed vector, for 32 lanes
 
   size_t packed_floats(int k) const {
     const int block = 32 * values_per_lane;
@@ -37,7 +39,7 @@ struct Kernel {
   }
 };
 
-// The widest panel that `left` vectors fill.
+// Returns the width of the widest panel that `left` vectors fill.
 inline int panel_width(int left) {
   return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
@@ -45,14 +47,15 @@ inline int panel_width(int left) {
 struct KernelSet {
   const char* name;
   const Kernel& (*find)(const Format& format, bool fast_order);
-  // act = silu(gate) * up, the inputs and each step rounded to `type`.
+  // Computes act = silu(gate) * up; the inputs and each step are rounded to
+  // `type`.
   void (*swiglu)(
       const float* gate,
       const float* up,
       float* act,
       int count,
       FloatType type);
-  // Reads `count` bytes in order and folds them: the yardstick of benchmarks.
+  // Reads `count` bytes in order and folds them. Benchmarks measure against it.
   uint32_t (*read)(const uint8_t* from, size_t count);
 };
 
@@ -62,7 +65,8 @@ const KernelSet& avx2_kernels();
 const KernelSet& avx512_kernels();
 #endif
 
-// The best set for this processor, or the one named in GLM_FUSED_KERNELS.
+// Returns the best set for this processor, or the one that GLM_FUSED_KERNELS
+// names.
 const KernelSet& kernels();
 
 }  // namespace glm_fused::cpu

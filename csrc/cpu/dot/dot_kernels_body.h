@@ -1,4 +1,4 @@
-// The kernels of one instruction set. Included by kernels_<isa>.cpp only.
+// The kernels of one instruction set. Only dot_kernels_<isa>.cpp include this.
 #pragma once
 
 #include <cstring>

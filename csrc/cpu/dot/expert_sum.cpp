@@ -12,14 +12,14 @@ namespace cpu {
 
 namespace {
 
-// act = swiglu(gate, up), arrays of one shape.
+// Computes act = swiglu(gate, up), arrays of one shape.
 struct SwigluAll {
   const mx::array &gate, &up;
   mx::array& act;
 
   void run() {
     const FloatType type = float_type_of(act.dtype());
-    constexpr size_t kValues = 4096;  // at once
+    constexpr size_t kValues = 4096;  // so many are loaded at once
     float g[kValues], u[kValues];
     for (size_t at = 0; at < act.size(); at += kValues) {
       const int count = static_cast<int>(std::min(kValues, act.size() - at));

@@ -19,10 +19,11 @@ namespace cpu {
 
 namespace {
 
-// Tokens taken together: bounds the scratch memory of a long prefill.
+// This many tokens are taken together, which bounds the scratch memory of a
+// long prefill.
 constexpr int kMaxTokens = 256;
-// Values of the choices' outputs that a task holds, unless they are so many
-// that a vector of rows each is more.
+// A task holds kMaxValues of the choices' outputs, or more where there are so
+// many choices that kMinTile rows of each are more.
 constexpr int kMaxValues = 1 << 16, kMinTile = 32;
 
 class Fused {
@@ -57,7 +58,7 @@ class Fused {
   }
 
  private:
-  using Batch = std::span<const int>;  // of panels
+  using Batch = std::span<const int>;  // numbers of panels
 
   static size_t packed(const Matrix& w) {
     return w.kernel->packed_floats(w.k);
@@ -132,7 +133,8 @@ class Fused {
     return static_cast<double>(moe_.gate.n) * moe_.gate.k * matrices * pairs;
   }
 
-  // Panels over the same tokens share their packed x: with one token, all.
+  // Packs x for all panels. Those over the same tokens share it, which are all
+  // of them where there is one token.
   void pack_inputs() {
     const Matrix &gate = moe_.gate, &up = moe_.up;
     float *g = gate_packed_.data(), *u = up_packed_.data();
@@ -158,7 +160,7 @@ class Fused {
     });
   }
 
-  // All but the down projection.
+  // Computes all but the down projection.
   void project(Batch batch) const {
     gate_up(batch);
     pack_activations(batch);
@@ -208,8 +210,8 @@ class Fused {
     parallel_for(count, task, work(batch, 2), workers_);
   }
 
-  // Rows of y, [pair] every `stride` values; each projection is rounded as the
-  // unfused chain stores it.
+  // Computes rows of y for the pairs of panel i, one pair every `stride`
+  // values; each projection is rounded as the unfused chain stores it.
   void down_rows(int i, int first, int rows, float* y, size_t stride) const {
     const auto [slot, at, width] = panels_[i];
     float out[8 * kMaxTileRows];
@@ -222,8 +224,8 @@ class Fused {
     }
   }
 
-  // A token's choices are summed in order, one rounding per multiply and per
-  // add.
+  // Sums the choices of each token, in order, with one rounding per multiply
+  // and per add.
   void sum_rows(int first, int rows, const float* y, size_t stride) const {
     const float* scores = moe_.scores.data<float>() + first_ * top_k_;
     for (int token = 0; token < tokens_; token++) {
@@ -239,7 +241,7 @@ class Fused {
     }
   }
 
-  // y_ [pair, n] of the batch.
+  // Computes y_ [pair, n] for the batch.
   void down(Batch batch) const {
     const int count = static_cast<int>(batch.size());
     const int n = moe_.down.n, tile = tile_rows(n, count, workers_);
@@ -261,8 +263,8 @@ class Fused {
     parallel_for((n + tile - 1) / tile, task, work, workers_);
   }
 
-  // `down` of all panels, then `sum`, a tile of rows at a time: the choices'
-  // outputs stay in a core's L2 cache.
+  // Computes `down` and the sum of all panels, a tile of rows at a time, so
+  // that the choices' outputs stay in a core's L2 cache.
   void down_sum(Batch all) const {
     const int n = moe_.down.n, count = static_cast<int>(all.size());
     const int most = std::max(kMinTile, kMaxValues / (tokens_ * top_k_));
@@ -320,8 +322,8 @@ class Decode {
       compute();
       arrivals_->end();
     } catch (const std::exception& error) {
-      // MLX goes on with what was enqueued, and keeps the results: they must
-      // not look like any.
+      // MLX goes on with what was enqueued, and keeps what is in y: it must
+      // not pass for a result.
       fill_with_nan();
       arrivals_->failed(error);
     }
@@ -347,7 +349,7 @@ class Decode {
     }
   }
 
-  // Of any of the types that an activation has: all bits set is NaN.
+  // Fills y with NaN, which all bits set are in every type of activations.
   void fill_with_nan() const {
     std::memset(moe_.y.data<std::byte>(), 0xff, moe_.y.nbytes());
   }

@@ -1,4 +1,4 @@
-// What moe_decode works on, for the fused path and the reference alike.
+// What moe_decode takes and gives, for the fused path and the reference.
 #pragma once
 
 #include "cpu/dot/matrix.h"
@@ -13,7 +13,7 @@ struct Moe {
   const Matrix up;
   const Matrix down;    // [slots, hidden, intermediate]
   mlx::core::array& y;  // [tokens, hidden]
-  FloatType type;       // of x and y
+  FloatType type;       // that of x and y
 };
 
 }  // namespace glm_fused::cpu

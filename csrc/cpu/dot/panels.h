@@ -14,7 +14,7 @@ namespace glm_fused::cpu {
 // token p / top_k, choice p % top_k.
 struct Panel {
   int slot;
-  int first;  // place in the order of the pairs, of all panels
+  int first;  // its first pair's place in the order of all pairs
   int width;
 };
 
@@ -26,7 +26,7 @@ class Panels {
         panels_(scratch.take<Panel>(most_pairs)),
         by_tokens_(scratch.take<int>(most_pairs)) {}
 
-  // By slot, pairs in order.
+  // Makes the panels, sorted by slot and within a slot by pair.
   void group(const int32_t* slots, int pairs) {
     const auto order = order_.first(pairs);
     std::iota(order.begin(), order.end(), 0);
@@ -61,8 +61,8 @@ class Panels {
     return pair / top_k_;
   }
 
-  // Calls each(i, twin) for all panels: `twin` is one that came before and has
-  // the same tokens, or i.
+  // Calls each(i, twin) for all panels: `twin` is a panel that came before and
+  // has the same tokens, or i where there is none.
   template <class Each>
   void each_twin(const Each& each) const {
     const auto all = by_tokens_.first(count_);

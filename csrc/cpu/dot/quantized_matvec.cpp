@@ -11,11 +11,12 @@ namespace cpu {
 
 namespace {
 
-// Rows of x packed at once: their panels stay in a core's L2 cache.
+// This many rows of x are packed at once, so that their panels stay in a core's
+// L2 cache.
 constexpr int kMaxRows = 64;
 
-// y = x W^T. One head's work is spread over the rows of W, several are done by
-// a thread each, with panels of its own.
+// Computes y = x W^T. The work of one head is spread over the rows of W; of
+// several heads, each is done by one thread, with panels of its own.
 class Matvec {
  public:
   Matvec(
@@ -59,7 +60,7 @@ class Matvec {
   }
 
  private:
-  // Where row i of head h lies in x and y.
+  // Returns where row i of head h lies in x and y.
   size_t row_of(int h, int i) const {
     const int b = i / per_head_, m = i % per_head_;
     return (static_cast<size_t>(b) * w_.slots + h) * per_head_ + m;

@@ -52,8 +52,8 @@ class Selection {
   }
 
  private:
-  // The `count` best of `scores`, best first, until it is called again; the
-  // lowest index wins a tie, and NaN loses to everything.
+  // Returns the `count` best of `scores`, best first, valid until the next
+  // call. The lowest index wins a tie, and NaN loses to everything.
   std::span<const int> best(std::span<const float> scores, int count) const {
     const auto order = order_.first(scores.size());
     std::iota(order.begin(), order.end(), 0);

@@ -1,10 +1,10 @@
-// How a graph node's work reaches MLX's CPU stream.
+// Hands a graph node's work to MLX's CPU stream.
 //
 // MLX keeps what a task throws with its stream and raises it at whatever the
 // main thread enqueues next: between a node's task and the list of buffers that
 // keeps the task's memory, or after the task was counted and before it is
-// there. So no task of ours throws. All that may fail, memory and threads that
-// cannot be had and data that no kernel takes, fails on the thread that
+// there. So no task of ours throws. Whatever may fail, because memory or
+// threads cannot be had or no kernel takes the data, fails on the thread that
 // evaluates, before the task is enqueued.
 #pragma once
 
@@ -34,14 +34,14 @@ inline void finish(mlx::core::Stream stream) {
       try {
         mlx::core::synchronize(other);
       } catch (const std::runtime_error&) {
-        // It is another thread's.
+        // The stream is another thread's.
       }
     }
   }
   mlx::core::synchronize(stream);
 }
 
-// The same where another error is on its way.
+// Does the same where another error is on its way already.
 inline void settle(mlx::core::Stream stream) noexcept {
   try {
     finish(stream);
@@ -49,25 +49,25 @@ inline void settle(mlx::core::Stream stream) noexcept {
   }
 }
 
-// Returns when `a`, an input of a node that is evaluated on `stream`, is there.
-// An array that another node of this evaluation gives has no event, so that
-// `is_available` would be true of it too early.
+// Returns when `a`, an input of a node that is evaluated on `stream`, has its
+// values. `is_available` would be true too early of an array that another node
+// of this evaluation gives, because such an array has no event.
 inline void wait_for(const mlx::core::array& a, mlx::core::Stream stream) {
   if (a.status() != mlx::core::array::Status::available) {
     finish(stream);
   }
 }
 
-// The same array without its place in the graph, which keeps the buffer.
+// Returns the same array without its place in the graph; it keeps the buffer.
 inline mlx::core::array holding(const mlx::core::array& a) {
   mlx::core::array held(a.shape(), a.dtype(), nullptr, {});
   held.copy_shared_buffer(a);
   return held;
 }
 
-// Enqueues `work` with all that it holds, or throws and lets go of it. Not by
-// MLX's encoder, which counts a task before it has the memory for it, and waits
-// for ever for those that were counted and are not there.
+// Enqueues `work` with all that it holds, or throws and lets go of it. It does
+// not take MLX's encoder, which counts a task before it has the memory for it,
+// and waits for ever for those that were counted and are not there.
 template <class Work>
 void enqueue(mlx::core::Stream stream, Work work) {
   auto held = std::make_unique<Work>(std::move(work));
@@ -78,9 +78,9 @@ void enqueue(mlx::core::Stream stream, Work work) {
   static_cast<void>(held.release());
 }
 
-// Evaluates a node by `run`. What that throws leaves only after the stream's
-// tasks have run: MLX lets go of the node's inputs first, to which they may
-// yet write.
+// Evaluates a node by `run`. What `run` throws is thrown on only once the
+// stream's tasks have run: MLX then lets go of the node's inputs, to which a
+// task might still write.
 template <class Run>
 void evaluate(mlx::core::Primitive& primitive, const Run& run) {
   try {
@@ -99,7 +99,7 @@ inline void allocate(mlx::core::Primitive& primitive, Arrays& outputs) {
   for (auto& output : outputs) {
     output.set_data(mlx::core::allocator::malloc(output.nbytes()));
     if (output.nbytes() > 0 && output.buffer().ptr() == nullptr) {
-      throw std::runtime_error(  // which MLX leaves to whoever writes there
+      throw std::runtime_error(  // MLX itself does not check the buffer
           "[" + std::string(primitive.name()) + "] out of memory for " +
           std::to_string(output.nbytes()) + " bytes of output.");
     }
@@ -120,10 +120,10 @@ void dispatch(
     bool here = false) {
   using Kernel =
       std::invoke_result_t<const Make&, Arrays&, Arrays&, Scratch&, int>;
-  // The kernel refers to the arrays. That they are held keeps the next node
-  // from taking an output over until the task has run: in a prompt that is one
-  // to two percent more memory. MLX holds the outputs of no node, and lets go
-  // of them where an evaluation ends early.
+  // The kernel refers to the arrays, so they are held here: MLX holds no node's
+  // outputs, and lets go of them where an evaluation ends early. Until the task
+  // has run, the next node then cannot take over an output's memory, which
+  // costs a prompt one to two percent more memory.
   struct Work {
     Arrays in, out;
     Block block;

@@ -22,8 +22,8 @@ namespace glm_fused::cpu {
 namespace {
 
 #ifdef GLM_ASAN
-// Spans lie apart, and what is between them is not to be touched: of a block
-// that tasks share the sanitizer would not know.
+// Spans lie apart, and touching what is between them is forbidden here: the
+// sanitizer does not know the spans of a block that tasks share.
 constexpr size_t kApart = 64;
 void forbid(uintptr_t at, size_t bytes) {
   ASAN_POISON_MEMORY_REGION(reinterpret_cast<void*>(at), bytes);
@@ -60,7 +60,7 @@ Block scratch_block(mlx::core::Stream stream, size_t bytes) {
     std::weak_ptr<std::byte> block;
     size_t size = 0;
   };
-  // Of the streams that this thread enqueues on.
+  // The last block of each stream that this thread enqueues on.
   thread_local std::unordered_map<int, Last> blocks;
   Last& last = blocks[stream.index];
   if (last.size >= bytes && kApart == 0) {

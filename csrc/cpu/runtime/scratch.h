@@ -1,5 +1,5 @@
-// Memory that a kernel needs besides its arrays. It is had when the kernel is
-// enqueued: a task finds no way to say that there was none (dispatch.h).
+// Memory that a kernel needs besides its arrays. It is allocated when the
+// kernel is enqueued, because a task cannot report an error (dispatch.h).
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 
 namespace glm_fused::cpu {
 
-// As many spans as threads, each in cache lines of its own.
+// Several spans, such as one per thread, each in cache lines of its own.
 template <class T>
 class Shares {
  public:
@@ -27,8 +27,9 @@ class Shares {
   size_t stride_ = 0;
 };
 
-// Spans of a block, one after the other, on cache lines. Without a block it
-// measures: what it gives is as large and must not be touched.
+// Gives spans of a block, one after the other, on cache lines. Without a block
+// it measures how much is taken, and the spans that it gives must not be
+// touched.
 class Scratch {
  public:
   Scratch() : size_(SIZE_MAX) {}
@@ -62,9 +63,10 @@ class Scratch {
 
 using Block = std::shared_ptr<std::byte>;
 
-// At least `bytes` on a cache line, for a task that is about to be enqueued on
-// `stream`. A stream runs one task after the other: those that wait there share
-// a block, so that they need no more memory than one. Throws std::bad_alloc.
+// Returns at least `bytes` on a cache line, for a task that is about to be
+// enqueued on `stream`. A stream runs one task after the other, so those that
+// wait there share a block, and need no more memory than one. Throws
+// std::bad_alloc.
 Block scratch_block(mlx::core::Stream stream, size_t bytes);
 
 }  // namespace glm_fused::cpu

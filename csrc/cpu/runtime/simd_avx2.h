@@ -1,4 +1,4 @@
-// The lanes of simd.h on AVX2: two registers. Included by simd.h only.
+// The lanes of simd.h on AVX2, in two registers. Only simd.h includes this.
 #pragma once
 
 #include <immintrin.h>

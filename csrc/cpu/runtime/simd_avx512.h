@@ -1,4 +1,4 @@
-// The lanes of simd.h on AVX-512: one register. Included by simd.h only.
+// The lanes of simd.h on AVX-512, in one register. Only simd.h includes this.
 #pragma once
 
 #include <immintrin.h>

@@ -1,5 +1,5 @@
-// The lanes of simd.h on the compiler's own vectors: NEON on arm64. Included by
-// simd.h only.
+// The lanes of simd.h on the compiler's own vectors, which are NEON on arm64.
+// Only simd.h includes this.
 #pragma once
 
 #include <cstring>

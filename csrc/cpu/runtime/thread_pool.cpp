@@ -124,7 +124,7 @@ class Pool {
         if (!error_) {
           error_ = std::current_exception();
         }
-        next_.store(count_, std::memory_order_relaxed);  // the rest is in vain
+        next_.store(count_, std::memory_order_relaxed);  // leaves the rest out
       }
     }
   }
@@ -159,20 +159,22 @@ class Pool {
   int64_t count_ = 0;
   int limit_ = 0;  // workers from this number on take no part
   const TaskRef* task_ = nullptr;
-  std::exception_ptr error_;  // of a region, the first
+  std::exception_ptr error_;  // what a task of this region threw first
   bool stop_ = false;
-  std::vector<std::thread> workers_;  // last: they use the others
+  std::vector<std::thread> workers_;  // comes last, as they use the others
 };
 
 struct Shared {
   std::mutex region;           // held for the whole of a parallel region
   std::unique_ptr<Pool> pool;  // guarded by `region`
   int threads = 0;             // guarded by `region`; 0: not decided yet
-  // Of the pool, 0 without one: to be read while a region runs.
+  // The pool's number of threads, 0 without one; it may be read while a region
+  // runs.
   std::atomic<int> running{0};
 };
 
-// Never destroyed: MLX's threads may still compute while the process ends.
+// This is never destroyed, as MLX's threads may still compute while the process
+// ends.
 Shared& shared() {
   static Shared& shared = *new Shared;
   return shared;

@@ -1,4 +1,4 @@
-// The extension's own threads: MLX's CPU ops run on one.
+// The extension has its own threads, because MLX runs a CPU op on one.
 #pragma once
 
 #include <memory>
@@ -6,7 +6,8 @@
 
 namespace glm_fused::cpu {
 
-// A task(i) or task(i, worker) that outlives the call that it is handed to.
+// Refers to a task(i) or task(i, worker), which has to outlive the call that it
+// is handed to.
 class TaskRef {
  public:
   template <
@@ -43,11 +44,12 @@ class TaskRef {
 // runs all tasks.
 void parallel_for(int count, TaskRef task, double work, int workers);
 
-// The pool's threads, which it starts: fewer than asked for where the system
-// gives no more. Throws std::bad_alloc.
+// Returns how many threads the pool has, and starts it: fewer than asked for
+// where the system gives no more. Throws std::bad_alloc.
 int num_threads();
 
-// Throws std::invalid_argument unless 1 <= n <= 1024.
+// Sets how many threads the pool is to have. Throws std::invalid_argument
+// unless 1 <= n <= 1024.
 void set_num_threads(int n);
 
 }  // namespace glm_fused::cpu

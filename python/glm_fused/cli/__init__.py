@@ -21,9 +21,9 @@ from .arguments import UsageError
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 plus the signal, as a shell reports it
 OUR_FAULT = 70  # EX_SOFTWARE of sysexits.h
-LONGEST = 900  # characters of an error
+LONGEST = 900  # how many characters of an error are shown
 EXPECTED = (ImportError, OSError, RuntimeError, ValueError)
-UNEXPECTED = (RecursionError, NotImplementedError)  # though they are RuntimeErrors
+UNEXPECTED = (RecursionError, NotImplementedError)  # bugs, although they are RuntimeErrors
 COMMANDS = (generate, demo, doctor, selftest, inspect, sidecar, replay)
 EXAMPLES = """\
 examples:
@@ -46,9 +46,10 @@ exit codes:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0 is success, 1 a failed check, 2 an error, which is one line on stderr; 70 is a bug.
+    The exit code is 0 for success, 1 for a failed check, 2 for an error, which is one line on
+    stderr, 70 for a bug, 130 for an interrupt, and 141 where nobody reads the output any more.
     """
-    if sys.stdout is None:  # what Python makes of a closed one
+    if sys.stdout is None:  # Python makes None of a closed stdout
         return _failed(OSError("stdout is closed."))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
         return BROKEN_PIPE
     except UsageError as error:
         print(args.parser.complaint(str(error).removesuffix(".")), file=sys.stderr, end="")
@@ -92,7 +93,7 @@ def _failed(error: Exception) -> int:
 
 
 def _one_line(text: str) -> str:
-    """Without what a file or an argument may have put into it: line ends, thousands of letters."""
+    """``text`` in one line of bearable length, whatever a file or an argument put into it."""
     line = " ".join(text.split())
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
 
@@ -107,7 +108,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, self.complaint(message))
 
     def complaint(self, message: str) -> str:
-        """One line about arguments that do not fit, with where they are explained."""
+        """One line about arguments that do not fit, which says where they are explained."""
         return f"glm-fused: error: {_one_line(message)} (see {self.prog} --help)\n"
 
 

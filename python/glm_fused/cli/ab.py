@@ -1,4 +1,4 @@
-"""The run that compares the fused path with the reference, in bits and in speed."""
+"""Compares the fused path with the reference, in bits and in speed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..generation.prompts import room
 from ..models.decoder import Model
 from ..ops import paths
 
-# A speed of fewer tokens says what a start costs, and little of what a token does.
+# With fewer tokens a speed tells what the start costs, and little of what a token costs.
 MEANINGFUL_TOKENS = 16
 _BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one path computed: per step the token and the logits it was chosen from."""
+    """What one path computed: per step the token and the logits [1, vocab] it was chosen from."""
 
     prompt_tokens: int
     tokens: list[int]
@@ -48,7 +48,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Fused and reference run of one prompt."""
+    """The fused and the reference run of one prompt."""
 
     fused: Run
     reference: Run
@@ -56,9 +56,11 @@ class Comparison:
 
     @property
     def bit_identical(self) -> bool:
+        """Whether tokens and logits of all steps have the same bits."""
         return self.first_difference is None
 
     def describe(self) -> dict[str, Any]:
+        """The comparison, JSON-ready; ``tps`` is tokens a second."""
         fused, reference = self.fused, self.reference
         return {
             "bit_identical": self.bit_identical,
@@ -82,10 +84,11 @@ def compare(
     options: Options,
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> Comparison:
-    """Run both paths from fresh caches for ``max_tokens`` steps; nothing ends them before.
+    """Run both paths from fresh caches for ``max_tokens`` steps; nothing ends them earlier.
 
     Step 0's logits are those after the prompt, so they depend on all that the prefill computed.
-    ``on_progress`` gets what is being done, its tokens and their total.
+    ``on_progress`` gets what is being done, the tokens done and their total. Raises ValueError
+    where prompt and steps exceed the context.
     """
     debug_paths(model)
     steps = room(model, len(prompt), options.max_tokens)
@@ -168,7 +171,7 @@ def _first_difference(fused: Run, reference: Run) -> dict[str, Any] | None:
 
 
 def differing(a: mx.array, b: mx.array) -> int:
-    """How many elements differ in their bits; all of them where shape or dtype do."""
+    """How many elements differ in their bits; all of them where shapes or dtypes differ."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return max(a.size, b.size)
     bits = _BITS[a.dtype.size]

@@ -1,6 +1,7 @@
 """Arguments that several commands take: their types, options and groups of options.
 
-What does not fit by itself is argparse's error, what does not fit together a `UsageError`.
+An argument that is wrong by itself is argparse's error; those that do not fit together are a
+`UsageError`.
 """
 
 from __future__ import annotations
@@ -22,33 +23,33 @@ MAX_THREADS = 1024
 
 
 class UsageError(ValueError):
-    """Arguments that do not fit together: the command line answers with where its help is."""
+    """Arguments do not fit together; the command line says so and where its help is."""
 
 
 def integer(low: int, high: int) -> Callable[[str], int]:
-    """An integer from ``low`` to ``high``."""
+    """The type of an argument that is an integer from ``low`` to ``high``."""
     return _parser(int, lambda value: low <= value <= high, f"an integer from {low} to {high}")
 
 
 def number(valid: Callable[[float], bool], expected: str) -> Callable[[str], float]:
-    """A number that is ``valid``; ``expected`` says which are."""
+    """The type of an argument that is a ``valid`` number; ``expected`` says which are."""
     return _parser(float, valid, expected)
 
 
 def within(allowed: Range) -> Callable[[str], Any]:
-    """A value that an option of generation may have."""
+    """The type of an argument that is a value of an option of generation."""
     return _parser(allowed.kind, allowed.valid, allowed.expected)
 
 
 def path(text: str) -> str:
-    """A path, which an empty text is not: it would be the current folder."""
+    """The type of a path; an empty text is refused, because it would be the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("expected a path, found an empty text")
     return text
 
 
 def words(text: str) -> str:
-    """A text that is not empty."""
+    """The type of a text that is not empty."""
     if not text:
         raise argparse.ArgumentTypeError("expected a text that is not empty")
     return text
@@ -71,12 +72,12 @@ def _parser(
 
 
 def flags(names: Iterable[str]) -> str:
-    """Options by their names in a namespace, as they are typed."""
+    """Options as they are typed, given their names in a namespace."""
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def parsed_size(flag: str, text: str) -> int:
-    """Bytes of a text such as 24GB; UsageError, naming the flag, for others."""
+    """The bytes of a text such as 24GB; raises UsageError, naming the flag, for others."""
     try:
         return parse_size(text)
     except ValueError as error:
@@ -84,7 +85,7 @@ def parsed_size(flag: str, text: str) -> int:
 
 
 def new_file(text: str) -> Path:
-    """A file to write later; refused now where it cannot be."""
+    """The type of a file to write later; it is refused now where it cannot be written."""
     path = Path(text).expanduser()
     if path.is_dir():
         raise IsADirectoryError(f"{text} is a folder, expected a file to write.")
@@ -94,10 +95,10 @@ def new_file(text: str) -> Path:
 
 
 def read_prompt(text: str) -> str:
-    """The prompt, which is on stdin where the argument is -."""
+    """The prompt, which is on stdin where the argument is "-"."""
     if text != "-":
         return text
-    if sys.stdin is None:  # what Python makes of a closed one
+    if sys.stdin is None:  # Python makes None of a closed stdin
         raise ValueError("--prompt -: stdin is closed.")
     try:
         return sys.stdin.read()
@@ -106,27 +107,31 @@ def read_prompt(text: str) -> str:
 
 
 def add_length(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add --max-tokens, whose help shows the ``default``."""
     kind = integer(1, 2**31 - 1)
     text = f"tokens to generate (default: {default})"
     parser.add_argument("--max-tokens", type=kind, metavar="N", help=text)
 
 
 def add_kv_format(parser: argparse.ArgumentParser, of: str = "") -> None:
+    """Add --kv-format; ``of`` says in its help which cache it is for."""
     text = f"how the cache{of} stores keys (default: as the activations)"
     parser.add_argument("--kv-format", choices=KV_FORMATS, default="auto", help=text)
 
 
 def add_threads(parser: argparse.ArgumentParser) -> None:
+    """Add --threads."""
     threads = integer(1, MAX_THREADS)
     parser.add_argument("--threads", type=threads, metavar="N", help="of the CPU kernels")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json."""
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
 def add_streaming(parser: argparse.ArgumentParser) -> None:
-    """Their defaults are None, which tells them from what was asked for."""
+    """Add the options of streaming, all of which default to None: it means "not asked for"."""
     text = "run a model larger than memory; the first three turn it on, the others need one of them"
     group = parser.add_argument_group("expert streaming", text)
     add = group.add_argument

@@ -87,7 +87,7 @@ def demonstrate(
     show(f"{ABOUT}\n\n--- prompt, {len(tokens)} tokens\n{prompt}\n--- continuation\n")
 
     def on_prompt(what: str, done: int, total: int) -> None:
-        if what == "prompt":  # the text shows how its generation goes on
+        if what == "prompt":  # the text itself shows how far generation is
             on_progress(what, done, total)
 
     with reference_path(False):

@@ -93,7 +93,7 @@ def _generate(
     progress: Progress,
 ) -> int:
     def on_progress(what: str, done: int, total: int) -> None:
-        if options.json or what == "prompt":  # a text shows how its generation goes on
+        if options.json or what == "prompt":  # the text itself shows how far generation is
             progress(what, done, total)
 
     sampling = _sampling(options, engine, how)
@@ -138,7 +138,7 @@ def _check_ab(options: argparse.Namespace) -> None:
 
 
 def _how_to_generate(options: argparse.Namespace, defaults: Options) -> Options:
-    """What the checkpoint asks for, with what the command line says in its place."""
+    """What the checkpoint asks for, with what the command line says instead."""
     values = {name: getattr(options, name) for name in SAMPLING}
     given = {name: value for name, value in values.items() if value is not None}
     seed = {} if options.seed is None else {"seed": options.seed}
@@ -152,8 +152,8 @@ def _how_to_generate(options: argparse.Namespace, defaults: Options) -> Options:
 def _check_sampling(how: Options, given: dict[str, Any]) -> None:
     """Refuse options that would do nothing.
 
-    A seed is none of them: greedy decoding is as reproducible as it asks for. Nor is an option
-    with the value that means "do nothing", such as --top-p 1.
+    A seed is not refused, because greedy decoding is as reproducible as a seed asks for. Nor is an
+    option with the value that means "do nothing", such as --top-p 1.
     """
     from ..generation.options import changed
 
@@ -180,13 +180,13 @@ def _sampling(options: argparse.Namespace, engine: Engine, how: Options) -> dict
 def _traced(
     engine: Engine, path: str | None, write: Callable[[str], None]
 ) -> Iterator[Callable[[str], None]]:
-    """``write``, which also appends to the trace file, if there is to be one."""
+    """Give the block a ``write`` that also appends to the trace file, if there is to be one."""
     if path is None:
         yield write
         return
     from ..streaming.replay import TraceWriter
 
-    assert engine.streaming is not None  # or --trace was refused
+    assert engine.streaming is not None  # else --trace was refused
     with open(path, "w") as file:
         trace = TraceWriter(engine.streaming, file, engine.model.args.num_experts_per_tok)
 

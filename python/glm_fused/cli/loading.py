@@ -1,4 +1,4 @@
-"""Loading a model as the options of a command say."""
+"""Loads a model as the options of a command say."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ STREAMING = (
 
 
 def engine_options(options: argparse.Namespace, context: int) -> EngineOptions:
-    """How to load, of the options that `add_kv_format` and `add_streaming` add.
+    """The engine's options, from the arguments that `add_kv_format` and `add_streaming` add.
 
-    ``context`` is what memory is planned for unless ``--context`` says otherwise. Raises UsageError
+    Memory is planned for ``context`` tokens unless ``--context`` says otherwise. Raises UsageError
     for options that do not fit together.
     """
     from ..engine_options import EngineOptions, idle_options
@@ -47,7 +47,7 @@ def engine_options(options: argparse.Namespace, context: int) -> EngineOptions:
 def open_engine(
     path: str | Path, threads: int | None, options: EngineOptions | None = None
 ) -> Engine:
-    """The engine of the checkpoint that ``path`` means, after ``--threads`` was followed."""
+    """Set the number of ``threads``, if given, and load the checkpoint that ``path`` means."""
     from .. import set_num_threads
     from ..checkpoint.paths import DEMO, checkpoint_folder
     from ..engine import Engine

@@ -22,13 +22,14 @@ def discard(_: str) -> None:
 
 
 def print_json(document: dict[str, Any]) -> None:
+    """Print a document as JSON; raises ValueError for NaN and infinities in it."""
     print(json.dumps(document, indent=1, allow_nan=False))
 
 
 def print_summary(
     completion: Completion, sampling: dict[str, Any], streaming: Streaming | None
 ) -> None:
-    """Speeds, memory and what was sampled from, on stderr."""
+    """Print speeds, memory and how tokens were sampled, on stderr."""
     from ..memory import size
     from .ab import MEANINGFUL_TOKENS
 
@@ -56,7 +57,7 @@ def _speed(tokens_per_second: float | None) -> str:
 
 
 def _sampling(sampling: dict[str, Any]) -> str:
-    """Such as "temp 0.7, top_p 0.9; generation_config.json says top_p"."""
+    """A text such as "temp 0.7, top_p 0.9; generation_config.json says top_p"."""
     names = ["temp"] if sampling["temp"] else []
     names += [
         name

@@ -1,4 +1,4 @@
-"""Bars on a terminal's stderr; nothing at all elsewhere."""
+"""Shows bars where stderr is a terminal, and nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, Self
 
 
 class Progress:
-    """A bar for what is being done; called with its name, the tokens done and their total.
+    """A bar for what is being done, called with its name, the tokens done and their total.
 
-    Its clock goes on between calls, because one chunk of a prompt can take minutes.
+    The bar's clock goes on between calls, because one chunk of a prompt can take minutes.
     """
 
     def __init__(self) -> None:

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _steps() -> Iterator[Callable[[str], None]]:
-    """Shows what is being done, on a terminal."""
+    """Give the block a function that shows on a terminal what is being done."""
     from tqdm import tqdm
 
     with tqdm(bar_format="{elapsed} {desc}", disable=not sys.stderr.isatty(), leave=False) as bar:

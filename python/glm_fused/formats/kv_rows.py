@@ -1,6 +1,7 @@
 """How cached rows are stored: as floats, or packed to eight bits a value.
 
-A packed row is bytes: its codes, its float32 scales, its RoPE values as bfloat16.
+A packed row is a row of bytes: first its codes, then its float32 scales, then its RoPE values as
+bfloat16.
 
 =======  =====  ====================================  ====================
 format   dtype  codes                                 scales
@@ -9,12 +10,13 @@ fp8      uint8  e4m3, as FlashMLA's 656-byte row      one per 128 values
 int8     int8   integers from -127 to 127             one
 =======  =====  ====================================  ====================
 
-Anything else is the dtype of the values; ``auto`` is that of the activations.
+Every other format is a dtype, in which rows are stored as they are; ``auto`` is the dtype of the
+activations.
 """
 
 import mlx.core as mx
 
-TILE = 128  # values that share an fp8 scale
+TILE = 128  # how many values share an fp8 scale
 FLOATS = {"bf16": mx.bfloat16, "fp16": mx.float16, "fp32": mx.float32}
 PACKED = {"fp8": mx.uint8, "int8": mx.int8}
 KV_FORMATS = ("auto", *FLOATS, *PACKED)
@@ -38,21 +40,24 @@ def format_of(dtype: mx.Dtype) -> str:
 
 
 def row_widths(kv_format: str, rank: int, rope: int) -> tuple[int, int]:
-    """Widths of cached keys and values: all bytes are keys in a packed format."""
+    """The widths of cached keys and values; in a packed format all bytes belong to the keys."""
     if kv_format in FLOATS:
         return rank, rope
     return row_bytes(kv_format, rank, rope), 0
 
 
 def row_bytes(kv_format: str, rank: int, rope: int) -> int:
-    """Bytes of a row of ``rank`` values and ``rope`` RoPE values in a format other than auto."""
+    """The bytes of a row of ``rank`` values and ``rope`` RoPE values in a format but ``auto``."""
     if kv_format in FLOATS:
         return (rank + rope) * FLOATS[kv_format].size
     return rank + 4 * _scales(kv_format, rank) + 2 * rope
 
 
 def pack(values: mx.array, rope: mx.array | None, kv_format: str) -> mx.array:
-    """values [..., rank] and rope [..., w] as rows [..., `row_bytes`] of a packed format."""
+    """Pack float values [..., rank] and rope [..., w] into rows [..., `row_bytes`] of a format.
+
+    The rows are uint8 for fp8 and int8 for int8; ``rope`` may be None, which is w = 0.
+    """
     rank = values.shape[-1]
     count = _scales(kv_format, rank)
     tile = TILE if kv_format == "fp8" else rank
@@ -72,7 +77,10 @@ def pack(values: mx.array, rope: mx.array | None, kv_format: str) -> mx.array:
 
 
 def unpack(rows: mx.array, rank: int) -> tuple[mx.array, mx.array]:
-    """float32 values [..., rank] and bfloat16 RoPE values [..., w] of packed rows."""
+    """The float32 values [..., rank] and bfloat16 RoPE values [..., w] of packed rows.
+
+    Raises ValueError if rows of that dtype belong to no format.
+    """
     kv_format = format_of(rows.dtype)
     count = _scales(kv_format, rank)
     codes, scales, rope = mx.split(rows, [rank, rank + 4 * count], axis=-1)

@@ -16,7 +16,7 @@ FORMATS = {fmt.name: fmt for fmt in formats()}
 DENSE_FORMATS = {fmt.planes[0].dtypes[0]: fmt for fmt in FORMATS.values() if fmt.mode == "dense"}
 FP8 = FORMATS["fp8"]
 FP8_BLOCK = FP8.group_size  # rows and columns that share a scale
-# Those that mx.quantize packs to: it knows no factor of a matrix, and no squares of FP8.
+# The formats that mx.quantize packs to; it knows none with a factor per matrix, and no FP8.
 QUANTIZED = tuple(
     fmt
     for fmt in FORMATS.values()
@@ -30,11 +30,11 @@ class Weight(NamedTuple):
     """A weight matrix [..., n, k].
 
     Attributes:
-        planes: the arrays that `format` names, in its order, such as those that ``mx.quantize``
-            returns: one of floats [..., n, k] where it is dense; else uint32
-            [..., n, k * bits / 32], then scales and, if it is affine, biases
-            [..., n, k / group_size]. A plane of one element a matrix is [...]. FP8 is uint8
-            [..., n, k] and floats [..., ceil(n / 128), k / 128].
+        planes: the arrays that `format` names, in its order. A dense weight has one, of floats
+            [..., n, k]; FP8 has uint8 [..., n, k] and scales of floats
+            [..., ceil(n / 128), k / 128]. Others have what ``mx.quantize`` returns: uint32
+            [..., n, k * bits / 32], then scales and, if the format is affine, biases
+            [..., n, k / group_size]. A plane with one element per matrix is [...].
         format: one of `FORMATS`.
     """
 
@@ -43,19 +43,22 @@ class Weight(NamedTuple):
 
     @staticmethod
     def dense(values: mx.array) -> Weight:
-        """The weight of floats [..., n, k], in the format of their dtype."""
+        """The weight whose values are floats [..., n, k], in the format of their dtype.
+
+        Raises ValueError if no format has that dtype.
+        """
         return Weight((values,), dense_format(values.dtype))
 
     @property
     def quantization(self) -> dict[str, Any]:
-        """Keyword arguments of MLX's ops on packed weights: the scales, and how to read them."""
+        """The keyword arguments of MLX's ops on packed weights: scales and how to read them."""
         scales = zip(self.format.planes[1:], self.planes[1:], strict=True)
         named = {plane.name: array for plane, array in scales if not plane.per_matrix}
         return named | self.format.parameters
 
     @property
     def factor(self) -> mx.array | None:
-        """What a matrix's products are multiplied by [...], if its format has that."""
+        """The factor [...] of each matrix's products; None where the format has none."""
         return self.planes[-1] if self.format.planes[-1].per_matrix else None
 
 
@@ -74,7 +77,7 @@ def _decoded_fp8(codes: mx.array, scales: mx.array) -> mx.array:
 
 
 def dense_format(dtype: mx.Dtype) -> Format:
-    """The format of floats of ``dtype``; ValueError if there is none."""
+    """The format of floats of ``dtype``; raises ValueError if there is none."""
     if dtype not in DENSE_FORMATS:
         expected = ", ".join(str(found) for found in DENSE_FORMATS)
         raise ValueError(f"[formats] a dense weight is one of {expected} but is {dtype}.")
@@ -111,7 +114,7 @@ def modes() -> tuple[str, ...]:
 
 @cache
 def plane_names(fmt: Format) -> tuple[str, ...]:
-    """The last parts of the names of a weight's tensors."""
+    """The last parts of the names of a weight's tensors, such as ``weight`` and ``scales``."""
     return tuple(plane.name for plane in fmt.planes)
 
 
@@ -124,7 +127,7 @@ def plane_shape(fmt: Format, plane: Plane, shape: Sequence[int]) -> tuple[int, .
 
 
 def named(name: str) -> Format:
-    """The format of that name; ValueError if there is none."""
+    """The format of that name; raises ValueError if there is none."""
     if name not in FORMATS:
         raise ValueError(f"[formats] {name!r} is none of {', '.join(FORMATS)}.")
     return FORMATS[name]

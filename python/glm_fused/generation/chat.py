@@ -16,11 +16,11 @@ from ..memory import resident_bytes, size
 
 SECONDS = 10.0  # usual templates take milliseconds
 GROWTH_BYTES = 2 << 30
-MAX_ADDED = 1_000_000  # characters, beside four times the messages'
+MAX_ADDED = 1_000_000  # a chat may have so many characters and four times the messages' own
 
 
 def render(tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """The tokens of a chat, of ``{"role", "content"}``, within the tokenizer's chat template.
+    """The tokens of a chat, whose messages are ``{"role", "content"}``, in the chat template.
 
     Raises ValueError, naming the template's file and what it said, for a template that fails, does
     not end, or gives nothing or far more than a prompt.
@@ -54,10 +54,10 @@ class _Excess(BaseException):
 
 @contextmanager
 def _limited() -> Iterator[None]:
-    """Interrupts the block where it takes too long or too much memory.
+    """Interrupt the block where it takes too long or too much memory, and raise ValueError.
 
-    Another thread watches: signals reach the main thread alone. One step of Python cannot be
-    interrupted, so a single huge string ends in a MemoryError or in a text that is too long.
+    Another thread watches it, because signals reach the main thread alone. One step of Python
+    cannot be interrupted, so a single huge string ends in a MemoryError or a text that is too long.
     """
     thread, lock, done = threading.get_ident(), threading.Lock(), threading.Event()
     raised = ctypes.pythonapi.PyThreadState_SetAsyncExc
@@ -84,6 +84,6 @@ def _limited() -> Iterator[None]:
         finally:
             with lock:
                 done.set()
-                raised(ctypes.c_ulong(thread), None)  # if it is still on its way
+                raised(ctypes.c_ulong(thread), None)  # takes back what is on its way
     except _Excess:
         raise ValueError(reasons[0]) from None

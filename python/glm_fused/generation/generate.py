@@ -1,4 +1,4 @@
-"""Generates text: at once, or piece by piece."""
+"""Generates text, at once or piece by piece."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OnProgress = Callable[[str, int, int], None]
 class Piece:
     """One step of generation: its token, and the text that is ready to be shown.
 
-    ``finish_reason`` is None but in the last piece: "stop" or "length".
+    ``finish_reason`` is "stop" or "length" in the last piece, and None in the others.
     """
 
     text: str
@@ -47,9 +47,10 @@ class Completion:
     ``path`` is "fused", "reference", or "fused, but …" with the ops that fell back and why.
     ``finish_reason`` is "length" where ``max_tokens`` or the context ended it, else "stop".
     ``tokens`` ends with the stop token, or the one that completed a stop text, of which ``text``
-    has nothing. ``peak_memory_bytes`` is MLX's: weights, cache, slots of experts, temporaries;
-    ``peak_resident_bytes`` is of the process. ``kv_bytes`` is what the cache of ``kv_tokens``
-    tokens has allocated, with room to grow.
+    has nothing. ``prompt_tps`` and ``generation_tps`` are tokens a second. ``peak_memory_bytes`` is
+    the most that MLX held, in weights, cache, slots of experts and temporaries;
+    ``peak_resident_bytes`` is the most that the process held. ``kv_bytes`` is what the cache of
+    ``kv_tokens`` tokens has allocated, with room to grow.
     """
 
     text: str
@@ -67,6 +68,7 @@ class Completion:
     kv_tokens: int
 
     def describe(self) -> dict[str, Any]:
+        """All of it, JSON-ready, with the number of tokens."""
         return asdict(self) | {"generation_tokens": len(self.tokens)}
 
 
@@ -85,10 +87,10 @@ def generate(
 
     Args:
         model: what `glm_fused.load` returned.
-        tokenizer: likewise.
+        tokenizer: what `glm_fused.load` returned with it.
         prompt: a text, which becomes one user message where the model has a chat template; a list
             of messages ``{"role": …, "content": …}``; or tokens, a list or an integer array [n].
-        options: how to generate; None: as the checkpoint's generation_config.json says.
+        options: how to generate; None follows the checkpoint's generation_config.json.
         on_text: gets each piece of text as it is ready.
         raw: do not apply the chat template to a text.
         on_progress: gets "prompt" or "generation", the tokens done and their total.
@@ -100,9 +102,9 @@ def generate(
         The text, its tokens, why it ended, and speeds.
 
     Raises:
-        ValueError: an option that does not exist or cannot have its value, a prompt that is empty,
-            no text, or has tokens that the model lacks, or a prompt and ``max_tokens`` that
-            together exceed the context.
+        ValueError: an option does not exist or cannot have its value; the prompt is empty, is not
+            text, or has tokens that the model lacks; or the prompt and ``max_tokens`` together
+            exceed the context.
         RuntimeError: an expert cannot be read.
     """
     run = _Run.of(model, tokenizer, prompt, raw, options, changes, on_progress)
@@ -127,17 +129,17 @@ def stream_generate(
         An iterator of one piece a token: its text, the token, and in the last piece why it ended.
 
     Raises:
-        ValueError: by the call itself, an argument that `generate` refuses.
-        RuntimeError: as pieces are taken, an expert cannot be read.
+        ValueError: `generate` would refuse an argument; the call itself raises it.
+        RuntimeError: an expert cannot be read, which is raised as pieces are taken.
     """
     return _Run.of(model, tokenizer, prompt, raw, options, changes, on_progress).pieces()
 
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """Within the block mlx-lm generates; at its end, wait for what was evaluated ahead.
+    """Wait, at the end of a block in which mlx-lm generates, for what it evaluated ahead.
 
-    That is a step which nobody asks for: what fails in it concerns no later generation.
+    That is a step which nobody asks for, so a failure in it must not reach a later generation.
     """
     try:
         yield
@@ -175,7 +177,7 @@ class _Run:
         changes: dict[str, Any],
         on_progress: OnProgress,
     ) -> _Run:
-        """A run of what a caller asks for; raises ValueError where it cannot be."""
+        """The run that a caller asks for; raises ValueError where there can be none."""
         options = defaults_of(model) if options is None else options
         unknown = changes.keys() - asdict(options).keys()
         if unknown:
@@ -247,7 +249,7 @@ class _Run:
 
 
 def debug_paths(model: Model) -> None:
-    """With ``GLM_FUSED_DEBUG``, say which code runs the ops of each layer, and why."""
+    """Say which code runs the ops of each layer, and why, where ``GLM_FUSED_DEBUG`` is set."""
     if not flag("GLM_FUSED_DEBUG"):
         return
     for layer, spec in zip(model.layers, model.args.layers, strict=True):
@@ -261,5 +263,5 @@ def debug_paths(model: Model) -> None:
 
 
 def ratio(a: float | None, b: float | None) -> float | None:
-    """a / b, None where either is missing or 0."""
+    """The ratio a / b, or None where either is missing or 0."""
     return a / b if a and b else None

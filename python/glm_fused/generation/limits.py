@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-DEFAULT_TOKENS = 256  # to generate, where the context has room for them
+DEFAULT_TOKENS = 256  # how many tokens to generate, where the context has room for them
 
 
 class Range(NamedTuple):

@@ -17,7 +17,7 @@ from .limits import SAMPLING
 from .sampling import Sampler, sampler
 
 GENERATION_CONFIG = "generation_config.json"
-_KEYS = {"temperature": "temp"} | {  # of generation_config.json, and what they are called here
+_KEYS = {"temperature": "temp"} | {  # keys of generation_config.json: what they are called here
     name: name for name in ("top_p", "top_k", "min_p", "repetition_penalty")
 }
 
@@ -27,7 +27,7 @@ class Options:
     """How to generate; sampling is mlx-lm's.
 
     Attributes:
-        max_tokens: how many tokens at most; None: 256, or what the context has room for.
+        max_tokens: how many tokens at most; None: 256, or fewer where the context has less room.
         temp: temperature; 0 is greedy, and ``top_p``, ``top_k`` and ``min_p`` then do nothing.
         top_p: sample from the likeliest tokens that have this probability together; 1: from all.
         top_k: sample from this many of the likeliest tokens; 0: from all.
@@ -35,8 +35,8 @@ class Options:
         repetition_penalty: divides positive and multiplies negative logits of tokens that occur
             among the last ``repetition_context_size``; 1: none.
         repetition_context_size: how many tokens, of the prompt too, the penalty looks back.
-        stop: texts, of which the first that appears ends the text before it.
-        seed: makes sampling reproducible; None is another sample every time.
+        stop: texts that end generation; the generated text ends before the first that appears.
+        seed: makes sampling reproducible; None gives another sample every time.
 
     Raises ValueError, naming the option, for a value that it cannot have.
     """
@@ -64,16 +64,17 @@ class Options:
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
         return self.temp == 0
 
     def sampler(self, vocabulary: int) -> Sampler:
-        """Takes log-probabilities [b, vocabulary] and returns tokens [b]."""
+        """A function that takes log-probabilities [b, vocabulary] and returns tokens [b]."""
         # mlx-lm refuses a top_k that keeps every token.
         top_k = self.top_k if self.top_k < vocabulary else 0
         return sampler(self.temp, self.top_p, min_p=self.min_p, top_k=top_k)
 
     def processors(self) -> list[Callable[[mx.array, mx.array], mx.array]]:
-        """Each takes all tokens so far and logits [1, vocabulary] and returns logits."""
+        """Functions that take all tokens so far and logits [1, vocabulary] and return logits."""
         penalty = None if self.repetition_penalty == 1 else self.repetition_penalty
         processors: list[Callable[[mx.array, mx.array], mx.array]] = make_logits_processors(
             repetition_penalty=penalty, repetition_context_size=self.repetition_context_size
@@ -81,12 +82,12 @@ class Options:
         return processors
 
     def describe(self) -> dict[str, Any]:
-        """What was sampled from, and how, JSON-ready."""
+        """The options as a JSON-ready dictionary."""
         return asdict(self) | {"stop": list(self.stop)}
 
 
 def checkpoint_options(folder: Path) -> Options:
-    """What the checkpoint's generation_config.json asks for; greedy without one.
+    """What the checkpoint's generation_config.json asks for; greedy decoding without one.
 
     As transformers has it, tokens are sampled only where ``do_sample`` is true. Raises ValueError,
     naming file and key, for a value that a key cannot have.
@@ -120,13 +121,13 @@ def set_defaults(model: nn.Module, options: Options) -> None:
 
 
 def defaults_of(model: nn.Module) -> Options:
-    """What `set_defaults` gave the model, or greedy sampling without limits."""
+    """The options that `set_defaults` gave the model, or greedy decoding without limits."""
     options = getattr(model, "options", None)
     return options if isinstance(options, Options) else Options()
 
 
 def changed(options: Options) -> list[str]:
-    """The names of options that differ from greedy sampling without limits."""
+    """The names of options that differ from greedy decoding without limits."""
     plain = Options()
     return [f.name for f in fields(Options) if getattr(options, f.name) != getattr(plain, f.name)]
 

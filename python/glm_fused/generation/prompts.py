@@ -54,8 +54,8 @@ def encode(
 def room(model: Model, prompt_tokens: int, max_tokens: int | None) -> int:
     """How many tokens to generate after a prompt.
 
-    ``max_tokens``, which raises ValueError where it exceeds the context; without it as many as are
-    usual, and fit.
+    Returns ``max_tokens``, and raises ValueError where they do not fit in the context. If it is
+    None, returns the usual number, or fewer where the context has less room.
     """
     left = model.context - prompt_tokens
     if max_tokens is None:
@@ -80,7 +80,7 @@ def _text_tokens(tokenizer: TokenizerWrapper, prompt: str, raw: bool) -> list[in
     except UnicodeEncodeError:
         raise ValueError("[prompt] the prompt is not valid UTF-8.") from None
     if raw or not tokenizer.has_chat_template:
-        # Not verbose: transformers would warn of a prompt that is refused just below.
+        # If verbose, transformers would warn of a prompt that `encode` refuses anyway.
         with foreign("[prompt] the tokenizer does not take it"):
             return list(tokenizer.encode(prompt, verbose=False))
     return chat.render(tokenizer, [{"role": "user", "content": prompt}])
@@ -94,7 +94,7 @@ def _listed(prompt: object, vocabulary: int) -> list[int]:
             f"[prompt] a prompt is a text, messages or a list of tokens, found {show(prompt)}."
         )
     for i, token in enumerate(prompt):
-        known = isinstance(token, Integral) and not isinstance(token, bool)  # NumPy's, too
+        known = isinstance(token, Integral) and not isinstance(token, bool)  # NumPy's count too
         if not known or not 0 <= token < vocabulary:
             raise ValueError(
                 f"[prompt] token {i} is {show(token)}, expected an integer from 0 to"

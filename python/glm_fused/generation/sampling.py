@@ -16,12 +16,13 @@ _LEAST, _MOST = 1e-30, 1e30
 
 
 def sampler(temp: float, top_p: float = 1.0, **others: Any) -> Sampler:
-    """Takes log-probabilities [..., vocabulary] and returns tokens; ``others`` are make_sampler's.
+    """A function that takes log-probabilities [..., vocabulary] and returns tokens [...].
 
-    Usual temperatures are mlx-lm's arithmetic to the bit. Beyond them its ``logits * (1 / temp)``
-    leaves the range of float16 or float32, and noise is drawn from what is left of it: there the
-    best token's log-probability is taken as 0, in float32, so that it stays the best. A
-    ``top_p`` however small keeps the best token.
+    ``others`` are further arguments of mlx-lm's ``make_sampler``. At usual temperatures the
+    arithmetic is mlx-lm's to the bit. Beyond them its ``logits * (1 / temp)`` leaves the range of
+    float16 or float32, and what is left of it gives noise. So there the best token's
+    log-probability is taken as 0, in float32, and it stays the best. A ``top_p`` however small
+    keeps the best token.
     """
     top_p = max(top_p, _LEAST) if top_p > 0 else top_p
     within = make_sampler(min(max(temp, _LEAST), _MOST) if temp else 0, top_p, **others)

@@ -1,4 +1,4 @@
-"""Texts that end a generated text, although they arrive in pieces."""
+"""Finds the texts that end a generated text, although they arrive in pieces."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 class StopTexts:
     """Lets text through up to the first of ``stops`` that appears in it.
 
-    What may be the beginning of one is held back until it is clear that it is none.
+    Text that may be the beginning of a stop text is held back until it is clear that it is none.
     """
 
     def __init__(self, stops: Sequence[str]):

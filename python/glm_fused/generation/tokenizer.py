@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer: files that transformers reads, and text that mlx-lm puts together."""
+"""The checkpoint's tokenizer: transformers reads its files, mlx-lm puts text together with it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..foreign import foreign
 def load_tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
     """The tokenizer in the checkpoint's folder, with its stop tokens.
 
-    Raises ValueError, naming the folder and what is wrong, for files that do not load, here, and
-    later for a token that it has no text for.
+    Raises ValueError, naming the folder and what is wrong, for files that do not load. The
+    tokenizer raises it later for a token that it has no text for.
     """
     eos = checkpoint.config.get("eos_token_id")
     with foreign(f"[tokenizer] the tokenizer in {checkpoint.path} does not load"):
@@ -28,8 +28,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
 def _guard(detokenizer: Any, folder: Path) -> None:
     """Have the detokenizer name the token that it fails at.
 
-    mlx-lm looks tokens up in a list, which a vocabulary with gaps, or a model with more tokens than
-    its tokenizer, leaves by an IndexError or a None.
+    mlx-lm looks tokens up in a list. A vocabulary with gaps gives a None there, and a model with
+    more tokens than its tokenizer an IndexError.
     """
     kind: Any = type(detokenizer)
 

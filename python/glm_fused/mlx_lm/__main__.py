@@ -23,16 +23,17 @@ PROGRAM = "python -m glm_fused.mlx_lm"
 GENERATING = (
     "benchmark", "cache_prompt", "chat", "evaluate", "generate", "perplexity", "server",
 )  # fmt: skip
-# What finds layers by their exact type and leaves the others out without a word.
+# These commands find layers by their exact type and leave others out without a word.
 REFUSALS = {"gptq": "gptq finds none of these models' layers; use convert -q or dynamic_quant"}
 ERRORS = (ImportError, OSError, RuntimeError, ValueError)
-READING_ALL = ("awq", "convert", "dwq", "dynamic_quant", "fuse", "gptq", "lora")  # weights
+# These read all weights.
+READING_ALL = ("awq", "convert", "dwq", "dynamic_quant", "fuse", "gptq", "lora")
 
 
 def main() -> int:
     """Run one of mlx-lm's commands and return its exit code.
 
-    0 is success, 2 an error, which is one line on stderr.
+    The exit code is 0 for success and 2 for an error, which is one line on stderr.
     """
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     sys.argv[0] = PROGRAM
@@ -54,7 +55,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes at exit
         return BROKEN_PIPE
     except ERRORS as error:
         if flag("GLM_FUSED_DEBUG"):
@@ -71,7 +72,8 @@ def _print_error(error: BaseException) -> None:
 def _end_without_model() -> None:
     """Have a server end when the model that it was started with does not load.
 
-    It loads in a thread whose failure it logs, then answers every request with an error.
+    It loads the model in a thread, logs a failure there, and then answers every request with an
+    error.
     """
     from mlx_lm.server import ModelProvider
 
@@ -84,7 +86,7 @@ def _end_without_model() -> None:
             if flag("GLM_FUSED_DEBUG"):
                 traceback.print_exc()
             _print_error(error)
-            os._exit(2)  # the main thread would go on listening
+            os._exit(2)  # else the main thread would go on listening
 
     ModelProvider.load_default = load_default  # type: ignore[method-assign]
 
@@ -114,7 +116,7 @@ def _our_options(command: str) -> Iterator[None]:
         yield
     finally:
         argparse.ArgumentParser.parse_args = stock  # type: ignore[method-assign]
-        register()  # what comes after loads without the options of this command
+        register()  # models loaded after this get no options of this command
 
 
 def _add_ours(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +132,7 @@ def _defaults() -> dict[str, Any]:
 
 
 def _given(ours: argparse.Namespace) -> list[str]:
-    """The flags that were given, but for those with the value of their default."""
+    """The flags that were given, except those with the value of their default."""
     defaults = _defaults()
     names = (name for name, value in vars(ours).items() if value != defaults[name])
     return [f"--{name.replace('_', '-')}" for name in names]

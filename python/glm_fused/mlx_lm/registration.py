@@ -24,7 +24,7 @@ from ..models.config import ARGS_CLASSES
 from ..models.decoder import Model
 from ..streaming.model import StreamedModel
 
-# Options of mlx-lm's that its code ignores for caches like ours, and what to do instead.
+# The options that mlx-lm ignores for caches like ours, and what to do instead.
 UNSUPPORTED = {
     "kv_bits": "is for caches of other models; --kv-format int8 or fp8 makes this one's small",
     "max_kv_size": "would forget keys that sparse attention may select; leave it out",
@@ -38,8 +38,8 @@ class Loading:
     Attributes:
         options: how the engine loads them.
         given: options on the command line that only this package's models take.
-        unsupported: options of mlx-lm's on the command line, with their values, that
-            these models do not take.
+        unsupported: mlx-lm's options on the command line that these models do not take, with their
+            values.
         refusal: why the command does not work on these models, or None.
         only_mlx_formats: have weights in formats that MLX does not know become dense, since the
             command reads them itself.
@@ -120,7 +120,7 @@ def _load_model(
 
 
 def _load_adapters(model: Any, adapter_path: str) -> Any:
-    """``mlx_lm.utils.load_adapters``, which would name each tensor without a place."""
+    """``mlx_lm.utils.load_adapters``, except that adapters of streamed experts are one error."""
     if isinstance(model, StreamedModel):
         file = Path(adapter_path) / "adapters.safetensors"
         if file.is_file() and any(".switch_mlp." in name for name in read_header(file)):
@@ -166,7 +166,7 @@ def _check_options(path: Path, strict: bool, model_config: Mapping[str, Any]) ->
 
 
 def _recipe(name: str, model: Any, *arguments: Any) -> Callable[[str, Any], Any]:
-    """``--quant-predicate`` of ``mlx_lm.convert``, but for what the model keeps as it is."""
+    """The ``--quant-predicate`` of ``mlx_lm.convert``, except for what the model keeps as it is."""
     chosen = _stock_recipe(name, model, *arguments)
     if not isinstance(model, Model):
         return chosen  # type: ignore[no-any-return]

@@ -15,7 +15,7 @@ from .rope import Angles, rotate
 
 
 class Attention(nn.Module):
-    """MLA that works on the cached latents; owns an ``indexer`` on full layers only."""
+    """MLA that works on the cached latents; on full layers only it has an ``indexer``."""
 
     def __init__(self, args: ModelArgs, layer: LayerSpec):
         super().__init__()
@@ -44,9 +44,10 @@ class Attention(nn.Module):
         cache: Any | None = None,
         selection: mx.array | None = None,
     ) -> tuple[mx.array, mx.array | None]:
-        """x [b, l, hidden] -> (the same shape, the selection used).
+        """Attend with x [b, l, hidden]; returns an array of that shape and the selection used.
 
-        ``selection`` is the last full layer's; a full layer replaces it by its own.
+        ``selection`` int32 [b, l, k] is the last full layer's, None where every visible key is
+        selected; a full layer replaces it by its own.
         """
         b, length, _ = x.shape
         q_latent = self.q_a_layernorm(self.q_a_proj(x))
@@ -58,7 +59,7 @@ class Attention(nn.Module):
         if "indexer" in self:
             indexer_cache = None if cache is None else cache[1]
             selection, keys = self.indexer(x, q_latent, span, angles, indexer_cache)
-            # Unscored keys would otherwise stay a growing chain of unevaluated updates.
+            # Keys that are not scored would otherwise pile up as a chain of unevaluated updates.
             latents = mx.depends(latents, keys)
         queries = mx.concatenate([self.embed_q(q_nope), rotate(q_pe, angles)], axis=-1)
         out = ops.sparse_mla_decode(

@@ -19,11 +19,12 @@ from .layer_spec import INDEX_KEY, LATENT
 
 
 def make_cache(args: ModelArgs) -> list[CacheList]:
+    """An empty cache of the whole model: one entry per decoder layer, in the form above."""
     return [CacheList(*(KVCache() for _ in spec.cache)) for spec in args.layers]
 
 
 def bytes_per_token(args: ModelArgs, kv_format: str = "bf16") -> int:
-    """Cache growth per token: latents and RoPE keys, and on full layers indexer keys."""
+    """The bytes that a token adds: latents and RoPE keys, and on full layers indexer keys."""
     entries = {
         LATENT: row_bytes(kv_format, args.kv_lora_rank, args.qk_rope_head_dim),
         INDEX_KEY: row_bytes(kv_format, args.index_head_dim, 0),
@@ -36,8 +37,8 @@ def append(
 ) -> tuple[mx.array, mx.array | None]:
     """Append values [b, 1, l, r] and rope [b, 1, l, p] to ``cache``; returns all of its rows.
 
-    They are float [b, t, r] and [b, t, p], or packed and None. A cache that is not empty keeps its
-    own format; an empty one, or None, takes ``kv_format``.
+    The rows are float [b, t, r] and [b, t, p], or packed rows and None. A cache that is not empty
+    keeps its own format; an empty one, or None, takes ``kv_format``.
     """
     if cache is not None and cache.keys is not None:
         kv_format = format_of(cache.keys.dtype)
@@ -47,7 +48,7 @@ def append(
         values = values.astype(FLOATS[kv_format])
         rope = None if rope is None else rope.astype(values.dtype)
     if cache is not None:
-        # A growing cache is copied to a larger one: seldom enough to cost little per token.
+        # Growing copies a cache to a larger one: it has to be seldom, to cost little per token.
         cache.step = max(type(cache).step, cache.size() // 8)
         values, other = cache.update_and_fetch(values, values[..., :0] if rope is None else rope)
         if rope is not None:
@@ -59,7 +60,7 @@ def append(
 
 
 class Span(NamedTuple):
-    """The queries of one forward: columns first .. first + length - 1 of the cached keys.
+    """The queries of one forward: columns ``first`` to ``first + length - 1`` of the cached keys.
 
     ``start`` [b] is each row's first real column where a batch is left-padded.
     """
@@ -79,7 +80,7 @@ class Span(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Cached keys after this forward, t."""
+        """How many keys are cached after this forward (t)."""
         return self.first + self.length
 
     def positions(self) -> mx.array:

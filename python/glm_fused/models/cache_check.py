@@ -1,7 +1,7 @@
 """Whether a cache belongs to a model: caches come from files, other models and other programs.
 
 Every layer has to have the caches that ``make_cache`` gives it, of one length, batch and format.
-What rows hold is not known to anybody, so a cache whose values were changed passes.
+The values in its rows cannot be checked, so a cache whose values were changed passes.
 """
 
 from __future__ import annotations
@@ -43,15 +43,16 @@ class _Passed(NamedTuple):
     empty: list[tuple[int, ...]]
 
 
-_passed: weakref.WeakKeyDictionary[Any, _Passed] = weakref.WeakKeyDictionary()  # by first cache
+# Caches that passed, by the first layer's first cache.
+_passed: weakref.WeakKeyDictionary[Any, _Passed] = weakref.WeakKeyDictionary()
 
 
 def check_cache(cache: Sequence[Any], args: ModelArgs, batch: int | None = None) -> None:
     """Raise ValueError, naming the layer, for a cache that is not this model's or not whole.
 
-    Checked are, for every layer: the number and type of its caches, how many tokens they hold,
-    their shapes and types, and the padding of batches; ``batch`` is the rows that tokens have.
-    Called at every step, so arrays that passed before are only looked at for their lengths.
+    For every layer it checks the number and type of the caches, how many tokens they hold, their
+    shapes and types, and the padding of batches; ``batch`` is how many rows the tokens have. It is
+    called at every step, so of arrays that passed before it checks the lengths alone.
     """
     if not isinstance(cache, Sequence) or len(cache) != len(args.layers):
         found = len(cache) if isinstance(cache, Sequence) else f"a {type(cache).__name__}"
@@ -74,8 +75,8 @@ def check_cache(cache: Sequence[Any], args: ModelArgs, batch: int | None = None)
 def _passed_before(cache: Sequence[Any], args: ModelArgs, batch: int | None) -> bool:
     """Whether these are arrays that were checked for this model, however long they are by now.
 
-    Whatever changes a cache's shape, type or padding gives it new keys: growing, filtering,
-    extending, loading. Appending and trimming change its length alone.
+    Growing, filtering, extending and loading, which change a cache's shape, type or padding, all
+    give it new arrays of keys. Appending and trimming change its length alone.
     """
     try:
         entries = [entry for layer in cache for entry in layer.caches]
@@ -144,7 +145,7 @@ def _check(
 def _check_arrays(
     entry: Any, i: int, j: int, args: ModelArgs, length: int
 ) -> tuple[int | None, mx.Dtype | None]:
-    """Batch and type of a cache's rows; twice None if it has none."""
+    """The batch size and dtype of a cache's rows; None for both if it has none."""
     keys, values = getattr(entry, "keys", None), getattr(entry, "values", None)
     if keys is None and values is None:
         if length:

@@ -10,7 +10,7 @@ from .layer_spec import SPARSE, LayerSpec, indexer_types, layer_specs, mlp_types
 from .rope import RopeParameters
 
 MAX_LAYERS = 1024  # bounds the work that a corrupt config can cause
-LEAST = 1e-20  # of what divides or scales: smaller numbers are 0 in float32
+LEAST = 1e-20  # the least that may divide or scale; far smaller numbers are 0 in float32
 
 SIZES = (
     "vocab_size",
@@ -125,6 +125,7 @@ class ModelArgs(BaseModelArgs):
 
     @property
     def qk_head_dim(self) -> int:
+        """The width of a head's queries and keys, its RoPE part included."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     def _check_scalars(self) -> None:

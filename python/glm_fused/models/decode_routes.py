@@ -13,7 +13,7 @@ from .layer_spec import LayerSpec
 
 
 def attention_routes(args: ModelArgs, layer: LayerSpec) -> list[Route]:
-    """Of the ops of a layer's attention once a query has as many keys as it may select."""
+    """The routes of a layer's attention, for a query with at least ``index_topk`` keys."""
     routes = [choose("quantized_matvec"), choose("sparse_mla_decode", args.index_topk)]
     return [choose("indexer_topk"), *routes] if layer.is_full else routes
 
@@ -21,7 +21,10 @@ def attention_routes(args: ModelArgs, layer: LayerSpec) -> list[Route]:
 def mlp_routes(
     args: ModelArgs, layer: LayerSpec, weights: Iterable[Weight | None] = ()
 ) -> list[Route]:
-    """Of the ops of a layer's MLP, for one token; ``weights`` are its gate, up and down."""
+    """The routes of the ops of a layer's MLP, for one token.
+
+    ``weights`` are its gate, up and down, as far as they are known.
+    """
     stock_ops = stock.takes(*(w for w in weights if w is not None))
     if not layer.is_sparse:
         return [choose("quantized_matvec", stock_ops=stock_ops)]
@@ -30,7 +33,7 @@ def mlp_routes(
 
 
 def path_taken(args: ModelArgs) -> str:
-    """ "reference", "fused", or "fused, but …" with the ops that fall back and why."""
+    """Name the path taken: "reference", "fused", or "fused, but …" with what falls back and why."""
     if paths.use_reference():
         return "reference"
     routes = [
@@ -43,7 +46,7 @@ def path_taken(args: ModelArgs) -> str:
 
 
 def explain(routes: Iterable[Route]) -> str:
-    """The code that runs, and for which ops; the CPU's kernels with their instruction set."""
+    """Say which code runs which ops; the CPU's kernels are named with their instruction set."""
     ops: dict[str, list[str]] = {}
     for route in dict.fromkeys(routes):
         code = route.kernel.name

@@ -44,7 +44,7 @@ class DecoderLayer(nn.Module):
         cache: Any | None,
         selection: mx.array | None,
     ) -> tuple[mx.array, mx.array | None]:
-        """x [b, l, hidden] -> (the same shape, the selection for the next layer)."""
+        """Map x [b, l, hidden] to the same shape; also returns the selection for the next layer."""
         r, selection = self.self_attn(self.input_layernorm(x), span, angles, cache, selection)
         x = x + r
         return x + self.mlp(self.post_attention_layernorm(x)), selection
@@ -64,7 +64,7 @@ class Decoder(nn.Module):
     def __call__(
         self, tokens: mx.array, cache: Sequence[Any] | None, trace: list[mx.array] | None
     ) -> mx.array:
-        """tokens [b, l] -> normed hidden states [b, l, hidden]."""
+        """The normed hidden states [b, l, hidden] of integer tokens [b, l]."""
         span = Span.of(cache, tokens.shape[1])
         check_length(span.first, span.length, self._context)
         x = embed(self.embed_tokens, tokens, self._vocabulary)
@@ -103,16 +103,16 @@ class Model(nn.Module):
         *,
         trace: list[mx.array] | None = None,
     ) -> mx.array:
-        """Integer tokens [b, l] -> logits [b, l, vocab]; ``cache`` is updated in place.
+        """The logits [b, l, vocab] of integer tokens [b, l]; ``cache`` is updated in place.
 
         A ``trace`` list receives, per full layer in order, the indexer's choice: int32
         [b, l, min(topk, t)], ascending columns of the cache. A query with fewer visible keys
         than that also has entries of -1.
 
         Raises ValueError for tokens of another kind or outside the vocabulary, for caches of
-        another model, and where cached and new tokens exceed ``max_position_embeddings``. Of tokens
-        that are yet to be evaluated, one outside the vocabulary raises it when the logits are
-        evaluated on the CPU; on a GPU they are NaN.
+        another model, and where cached and new tokens exceed ``max_position_embeddings``. Where
+        tokens are not evaluated yet, one outside the vocabulary raises when the logits are
+        evaluated on the CPU; on a GPU its logits are NaN.
         """
         check_tokens(tokens)
         if cache is not None:
@@ -139,6 +139,7 @@ class Model(nn.Module):
 
     @property
     def layers(self) -> list[DecoderLayer]:
+        """The decoder's layers, where mlx-lm looks for them."""
         return self.model.layers
 
     @property
@@ -154,7 +155,10 @@ class Model(nn.Module):
 
     @property
     def kv_format(self) -> str:
-        """How new caches store keys: one of `glm_fused.formats.kv_rows`, ``auto`` at first."""
+        """How new caches store keys: one of `glm_fused.formats.kv_rows`, ``auto`` at first.
+
+        Setting another name raises ValueError.
+        """
         return self.layers[0].self_attn.kv_format
 
     @kv_format.setter

@@ -30,9 +30,10 @@ class Indexer(nn.Module):
     def __call__(
         self, x: mx.array, q_latent: mx.array, span: Span, angles: Angles, cache: Any | None
     ) -> tuple[mx.array | None, mx.array]:
-        """x [b, l, hidden], q_latent [b, l, q_lora_rank] -> (selection, all cached keys [b, t, …]).
+        """Select keys for x [b, l, hidden] and q_latent [b, l, q_lora_rank].
 
-        The selection is `glm_fused.ops.indexer_topk`'s, and None while every key is selected.
+        Returns the selection of `glm_fused.ops.indexer_topk`, which is None while every key is
+        selected, and all cached keys [b, t, …].
         """
         k = rotate(self.k_norm(self.wk(x))[:, None], angles, self.interleaved)
         keys, _ = append(cache, k, None, self.kv_format)

@@ -106,11 +106,14 @@ def _experts(args: Schedule, mlp: list[str]) -> list[int]:
     most = max(counts)
     if most != args.n_routed_experts:
         check.fail("n_routed_experts", f"{most}, the largest of {key}", args.n_routed_experts)
-    return [*counts, *[most] * (len(mlp) - len(counts))]  # of MTP layers it may say nothing
+    return [*counts, *[most] * (len(mlp) - len(counts))]  # the list may leave MTP layers out
 
 
 def _one_a_layer(args: Schedule, key: str, given: Any) -> list[int]:
-    """The list, cut to the layers that the config names: some name one more, for MTP."""
+    """``given``, which is a list with an entry per layer, cut to the layers that the config has.
+
+    Some configs list one more layer, for MTP, than ``num_nextn_predict_layers`` counts.
+    """
     count, mtp = args.num_hidden_layers, args.num_nextn_predict_layers
     lengths = (count, count + 1, count + mtp)
     if not isinstance(given, (list, tuple)) or len(given) not in lengths:

@@ -29,7 +29,7 @@ class _Layer(nn.Module, ABC):
 
 
 class _Applied(_Layer):
-    """y = x W^T (+ bias), accumulated in float32 and returned in x's dtype."""
+    """Computes y = x W^T (+ bias), accumulated in float32 and returned in x's dtype."""
 
     def __call__(self, x: mx.array) -> mx.array:
         y = ops.quantized_matvec(x, self.as_weight())
@@ -42,9 +42,9 @@ class _Packed(nn.Module):
     format: Format
 
     def __init__(self, weight: ops.Weight, dense: nn.Module):
-        nn.Module.__init__(self)  # that of a stock layer would make a weight
+        nn.Module.__init__(self)  # a stock layer's own __init__ would make a weight
         self.format = fmt = weight.format
-        # What mlx-lm's tools ask of a quantized layer. They give the mode to MLX, which has to
+        # mlx-lm's tools ask a quantized layer for these. They give the mode to MLX, which has to
         # refuse a format that it does not know.
         self.group_size, self.bits = fmt.group_size, fmt.bits
         self.mode = fmt.mode if fmt in QUANTIZED else fmt.name
@@ -73,7 +73,7 @@ class _Packable(nn.Module):
         return self.packed_class(ops.Weight(mx.quantize(self.weight, **fmt.parameters), fmt), self)
 
     def unfilled(self, fmt: Format) -> _Packed:
-        """The layer in a format, zeros in the place of the planes to be loaded."""
+        """The layer in a format, with zeros in the place of the planes that are loaded later."""
         shape = self.weight.shape
         planes = [mx.zeros(plane_shape(fmt, p, shape), p.dtypes[0]) for p in fmt.planes]
         return self.packed_class(ops.Weight(planes, fmt), self)
@@ -100,7 +100,7 @@ class QuantizedLinear(_Applied, _Quantized, nn.QuantizedLinear):  # type: ignore
 
 
 class Linear(_Applied, _Dense, nn.Linear):  # type: ignore[misc]
-    """x [..., m, in] -> [..., m, out]."""
+    """Maps x [..., m, in] to [..., m, out]."""
 
     packed_class = QuantizedLinear
 
@@ -121,7 +121,7 @@ class QuantizedMultiLinear(_PerHead, _Quantized, switch_layers.QuantizedSwitchLi
 
 
 class MultiLinear(_PerHead, _Dense, switch_layers.SwitchLinear):  # type: ignore[misc]
-    """One matrix per head: x [..., heads, m, in] -> [..., heads, m, out]."""
+    """Maps x [..., heads, m, in] to [..., heads, m, out], with one matrix per head."""
 
     packed_class = QuantizedMultiLinear
 
@@ -130,11 +130,14 @@ class MultiLinear(_PerHead, _Dense, switch_layers.SwitchLinear):  # type: ignore
 
 
 class _PerExpert(_Layer):
-    """`SwitchMLP` has ``ops.moe_decode`` apply it, or calls it where one of three is adapted."""
+    """One projection of all experts.
+
+    `SwitchMLP` gives all three to ``ops.moe_decode``, and calls them where one has an adapter.
+    """
 
     def __call__(self, x: mx.array, experts: mx.array, sorted_indices: bool = False) -> mx.array:
-        """x [..., m, in] and experts [...] -> [..., m, out]."""
-        # On the CPU MLX accumulates in the type that it is given.
+        """Map x [..., m, in] by the matrices of integer experts [...] to [..., m, out]."""
+        # On the CPU MLX accumulates in the dtype of its input, hence float32.
         rows = x.astype(mx.float32) if mx.default_device() == mx.cpu else x
         return stock.gather(rows, self.as_weight(), experts, sorted_indices).astype(x.dtype)
 
@@ -175,7 +178,7 @@ class QuantizedEmbedding(_Packed, nn.QuantizedEmbedding):  # type: ignore[misc]
 
 
 class Embedding(_Packable, nn.Embedding):  # type: ignore[misc]
-    """Tokens to rows; also the weight of a tied output head."""
+    """Maps tokens to rows of its weight, which may be that of a tied output head too."""
 
     packed_class = QuantizedEmbedding
 
@@ -184,7 +187,7 @@ class Embedding(_Packable, nn.Embedding):  # type: ignore[misc]
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)), x [..., m, hidden]."""
+    """Computes down(silu(gate(x)) * up(x)), a SwiGLU, of x [..., m, hidden]."""
 
     def __init__(self, hidden: int, intermediate: int):
         super().__init__()
@@ -193,10 +196,10 @@ class MLP(nn.Module):
         self.down_proj = Linear(intermediate, hidden)
 
     def weights(self) -> tuple[ops.Weight, ops.Weight, ops.Weight]:
-        """Of gate, up and down."""
+        """The weights of gate, up and down."""
         return self.gate_proj.as_weight(), self.up_proj.as_weight(), self.down_proj.as_weight()
 
     def __call__(self, x: mx.array) -> mx.array:
-        # Not nn.silu: it is mx.compile'd, which on the CPU wants a C++ compiler at run time.
+        # nn.silu is compiled by mx.compile, which on the CPU wants a C++ compiler at run time.
         gate = self.gate_proj(x)
         return self.down_proj(gate * mx.sigmoid(gate) * self.up_proj(x))

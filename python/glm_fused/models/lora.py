@@ -23,7 +23,7 @@ class AdaptedExperts(LoRASwitchLinear):
         return adapted
 
     def as_weight(self) -> None:
-        """None: what ``ops.moe_decode`` takes has no place for an adapter."""
+        """None, because a weight of ``ops.moe_decode`` has no place for an adapter."""
 
 
 def adapted_experts(
@@ -32,10 +32,10 @@ def adapted_experts(
     experts: mx.array,
     scores: mx.array,
 ) -> mx.array:
-    """``ops.moe_decode`` one projection at a time: gate, up and down, any of them adapted.
+    """Compute ``ops.moe_decode`` one projection at a time, where any of them has an adapter.
 
-    x [n, hidden], experts and scores [n, top_k] -> [n, hidden]. Rows are sorted by expert, so that
-    each expert's weights are read once.
+    It takes x [n, hidden], experts and scores [n, top_k], and returns [n, hidden] in x's dtype.
+    Rows are sorted by expert, so that each expert's weights are read once.
     """
     gate, up, down = projections
     chosen = mx.stop_gradient(experts).reshape(-1)

@@ -23,7 +23,7 @@ class RoutedExperts(Protocol):
     """
 
     def weights(self) -> tuple[ops.Weight | None, ops.Weight | None, ops.Weight | None]:
-        """Of gate and up [n, intermediate, hidden] and of down [n, hidden, intermediate].
+        """The weights of gate and up [n, intermediate, hidden] and down [n, hidden, intermediate].
 
         ``n`` counts the experts that are in memory; None stands for a projection with a trained
         adapter.
@@ -38,8 +38,8 @@ class RoutedExperts(Protocol):
             x: float32, float16 or bfloat16 [tokens, hidden].
             experts: int32 [tokens, top_k], each in [0, experts of the layer).
             scores: float32 [tokens, top_k].
-            meanwhile: takes x, or x once it may be used; its work fills the time that experts
-                may take to arrive.
+            meanwhile: a function of x [tokens, hidden], whose work fills the time that experts may
+                take to arrive; where they are streamed, its x is ready once their reads have begun.
 
         Returns:
             [tokens, hidden] in x's dtype, and ``meanwhile(x)``.
@@ -66,7 +66,7 @@ class Router(nn.Module):
         )
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """x [n, hidden] -> experts int32 [n, top_k], scores float32 [n, top_k]."""
+        """The experts int32 [n, top_k] and scores float32 [n, top_k] of x [n, hidden]."""
         bias = self.e_score_correction_bias.astype(mx.float32)
         return self.choose(x, self.weight, bias)
 
@@ -81,13 +81,13 @@ class SwitchMLP(nn.Module):
         self.down_proj = SwitchLinear(intermediate, hidden, experts)
 
     def weights(self) -> tuple[ops.Weight | None, ops.Weight | None, ops.Weight | None]:
-        """Of gate, up and down: [experts, …]; None for one with a trained adapter."""
+        """The weights [experts, …] of gate, up and down; None for one with a trained adapter."""
         return self.gate_proj.as_weight(), self.up_proj.as_weight(), self.down_proj.as_weight()
 
     def __call__(
         self, x: mx.array, experts: mx.array, scores: mx.array, meanwhile: Meanwhile
     ) -> tuple[mx.array, mx.array]:
-        """x [n, hidden], experts and scores [n, top_k] -> ([n, hidden], ``meanwhile(x)``)."""
+        """The sum [n, hidden] of each row's experts, and ``meanwhile(x)``; see `RoutedExperts`."""
         gate, up, down = self.weights()
         if gate is None or up is None or down is None:
             from .lora import adapted_experts

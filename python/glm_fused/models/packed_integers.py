@@ -33,7 +33,7 @@ def zero_code(fmt: Format) -> int:
 
 
 def _dequantized(words: mx.array, scales: mx.array, fmt: Format) -> mx.array:
-    """The values in float32, rounded once to the scales' type."""
+    """The values of packed integers, computed in float32 and rounded once to the scales' dtype."""
     ones = mx.ones(scales.shape)
     codes = mx.dequantize(words, ones, ones * -zero_code(fmt), fmt.group_size, fmt.bits)
     values = codes * mx.repeat(scales.astype(mx.float32), fmt.group_size, axis=-1)

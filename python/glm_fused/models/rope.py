@@ -12,7 +12,7 @@ import numpy.typing as npt
 from .. import validation as check
 
 DEFAULT_THETA = 10000.0
-LEAST = 1e-20  # of a factor: smaller ones are 0 in float32
+LEAST = 1e-20  # the least that a factor may be; far smaller ones are 0 in float32
 LEAST_TURNS = 1e-6  # keeps positions / turns, whose logarithm is taken, finite
 
 
@@ -50,7 +50,7 @@ class RopeParameters:
         return cls(theta=theta, rope_type=rope_type, **_yarn_values(key, values, max_positions))
 
     def inv_freq(self, dim: int) -> npt.NDArray[np.float32]:
-        """float32 [dim / 2] inverse frequencies."""
+        """The inverse frequencies, float32 [dim / 2]."""
         exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
         # torch's float32 pow is correctly rounded where numpy's is off by an ulp, and an ulp
         # here is 0.06 rad at position 10^6: so raise in float64 and round once.
@@ -78,7 +78,7 @@ class RopeParameters:
 
     @property
     def attention_scaling(self) -> float:
-        """Factor on cos and sin."""
+        """The factor of cos and sin."""
         if self.rope_type == "default":
             return 1.0
         if self.attention_factor is not None:
@@ -88,7 +88,7 @@ class RopeParameters:
         return _mscale(self.factor, 1.0)
 
     def softmax_scale(self, head_dim: int) -> float:
-        """Attention's score scale: YaRN's ``mscale_all_dim`` acts here, squared."""
+        """The factor of attention scores, in which YaRN's ``mscale_all_dim`` acts squared."""
         scale: float = head_dim**-0.5
         if self.rope_type != "default" and self.mscale_all_dim:
             scale *= _mscale(self.factor, self.mscale_all_dim) ** 2
@@ -148,14 +148,14 @@ class Angles(NamedTuple):
 
 
 class Rope:
-    """Rotary angles for a rope width of ``dim``."""
+    """Makes rotary angles for a rope width of ``dim``."""
 
     def __init__(self, parameters: RopeParameters, dim: int):
         self.inv_freq = mx.array(parameters.inv_freq(dim))
         self.scaling = parameters.attention_scaling
 
     def angles(self, positions: mx.array) -> Angles:
-        """Angles for integer ``positions`` [b or 1, l]."""
+        """The angles at integer ``positions`` [b or 1, l]."""
         freqs = positions.astype(mx.float32)[:, None, :, None] * self.inv_freq
         cos, sin = mx.cos(freqs), mx.sin(freqs)
         if self.scaling != 1.0:
@@ -164,9 +164,10 @@ class Rope:
 
 
 def rotate(x: mx.array, angles: Angles, interleaved: bool = True) -> mx.array:
-    """Rotate the leading rope columns of ``x`` [b, h, l, d] in float32; keep dtype and the rest.
+    """Rotate the leading columns of ``x`` [b, h, l, d] in float32; shape and dtype stay.
 
-    Pairs are (0, 1), (2, 3), … when ``interleaved``, else (0, w/2), (1, w/2 + 1), …
+    With w columns to rotate, pairs are (0, 1), (2, 3), … when ``interleaved``, else (0, w/2),
+    (1, w/2 + 1), …; the other columns stay as they are.
     """
     cos, sin = angles
     width = 2 * cos.shape[-1]

@@ -11,7 +11,7 @@ MTP_REASON = "MTP layer"
 
 
 def layer_of(name: str) -> int | None:
-    """The layer whose number a tensor's name has."""
+    """The number of the layer that a tensor's name has, None where it has none."""
     match = _LAYER.match(name)
     return int(match[1]) if match else None
 
@@ -37,7 +37,7 @@ def is_expert(name: str) -> bool:
 
 
 def unused(name: str, args: ModelArgs) -> str | None:
-    """Why the model does not use a tensor that checkpoints may have, or None."""
+    """Why the model does not use a tensor that checkpoints may have; None where it does."""
     if name.endswith("rotary_emb.inv_freq"):
         return "rotary tables"
     if name.startswith("lm_head.") and args.tie_word_embeddings:

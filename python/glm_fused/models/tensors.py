@@ -1,7 +1,7 @@
 """The tensor table: every module of a model, with its shapes and the names it is stored under.
 
-The table is of the family ``glm_moe_dsa`` and ``deepseek_v32``, and follows from the config alone.
-What compares, loads, streams, counts or splits tensors reads it.
+The table serves ``glm_moe_dsa`` and ``deepseek_v32``, and follows from the config alone. All code
+that compares, loads, streams, counts or splits tensors reads it.
 """
 
 from collections.abc import Container, Iterator
@@ -20,12 +20,12 @@ class Form:
     Attributes:
         path: where the weight and its scales are stored; ``{}`` stands for the number of an expert
             that has tensors of its own.
-        shape: of the tensor, of one expert's where experts have their own.
+        shape: the shape of the tensor, or of one expert's where experts have tensors of their own.
         suffix: what the weight's name has after ``path``.
-        sign: the tensor that tells that a checkpoint has this form, if it is another than the
-            weight itself.
-        first_row: where the module's rows begin, of each expert or head, in a tensor that several
-            modules share.
+        sign: the tensor whose presence tells that a checkpoint has this form; None where that is
+            the weight itself.
+        first_row: the row at which the module begins within each expert or head of a tensor that
+            several modules share.
         kind: what reports call a tensor that several modules share.
     """
 
@@ -42,7 +42,7 @@ class Form:
         return "{}" in self.path
 
     def paths(self, experts: int) -> Iterator[str]:
-        """The path, or that of each of ``experts``."""
+        """The path, or where experts have their own, the path of each of ``experts``."""
         if not self.of_single_experts:
             yield self.path
         else:
@@ -60,16 +60,16 @@ class Module:
 
     Attributes:
         path: its name in the model.
-        shape: of its weight.
-        kind: groups modules for reports.
+        shape: the shape of its weight.
+        kind: the group of modules that reports count it in.
         quantizable: whether checkpoints may store its weight quantized.
         sensitive: whether it stays as it is when this package has a model quantized.
         bias: the name under ``path`` and the size of a second tensor.
         experts: the number of stacked experts, else 0.
         shard: the axis of ``shape`` that ranks may split, or None where each needs all of it. It
             is never the last: a dot product is computed whole.
-        other_forms: how else the weight is stored than as ``path`` and ``shape`` say; of those the
-            first is what is missing where a checkpoint in the release's layout has none of them.
+        other_forms: the forms, beside ``path`` and ``shape``, in which the weight may be stored.
+            Where a checkpoint in the release's layout has none, errors name the first as missing.
     """
 
     path: str
@@ -197,7 +197,7 @@ def _moe(args: ModelArgs, prefix: str, experts: int) -> Iterator[Module]:
 
 
 def _experts(args: ModelArgs, prefix: str, experts: int) -> Iterator[Module]:
-    """Routed experts: stacked, an expert a tensor, or stacked with gate and up in one tensor."""
+    """The routed experts: stacked, one tensor per expert, or stacked with gate and up in one."""
     size = args.moe_intermediate_size
     for name, (rows, columns) in _projections(args, size).items():
         single = Form(f"{prefix}.experts.{{}}.{name}", (rows, columns))
@@ -223,5 +223,5 @@ def _projections(args: ModelArgs, size: int) -> dict[str, tuple[int, int]]:
 
 
 def expert_modules(args: ModelArgs, layer: LayerSpec) -> tuple[Module, ...]:
-    """The stacked experts of a layer: gate, up and down; none of a dense layer."""
+    """The stacked experts of a layer, gate, up and down; empty for a dense layer."""
     return tuple(module for module in layer_modules(args, layer) if module.experts)

@@ -25,13 +25,13 @@ def check_length(cached: int, new: int, context: int) -> None:
 
 
 def embed(embedding: nn.Module, tokens: mx.array, vocabulary: int) -> mx.array:
-    """Integer tokens [b, l] -> their rows [b, l, hidden].
+    """The rows [b, l, hidden] of integer tokens [b, l].
 
-    A token outside the vocabulary is a ValueError: of tokens that are yet to be evaluated, when the
-    result is evaluated on the CPU; a GPU cannot raise, and gives NaN.
+    Raises ValueError for a token outside the vocabulary; where tokens are not evaluated yet, when
+    the result is evaluated on the CPU. A GPU cannot raise, and gives NaN.
     """
     if mx.default_device() == mx.gpu:
-        tokens = tokens.astype(mx.int64)  # which holds the vocabulary's size, too
+        tokens = tokens.astype(mx.int64)  # int64 can hold the vocabulary's size
         inside = (tokens >= 0) & (tokens < vocabulary)
         rows: mx.array = embedding(mx.where(inside, tokens, 0))
         return mx.where(inside[..., None], rows, mx.nan)

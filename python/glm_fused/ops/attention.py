@@ -1,4 +1,4 @@
-"""Attention over long contexts: which cached keys, and what they give."""
+"""Attention over long contexts: which cached keys a query attends to, and what they give."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ def indexer_topk(
 
     The queries are the cache's last ``l`` tokens; query ``i`` sees the keys ``start`` to
     ``t - l + i``. Scores are ``sum_h weights[h] * relu(q[h] . key * scale)`` in fp32; the `k` best
-    are selected, the lowest index among equals; a NaN ranks with -inf. Holds at most 64 MiB of
-    scores at once (one query's, where `t` is beyond 2^24), however many queries there are.
+    are selected, the lowest index among equals; a NaN ranks with -inf. The op holds at most 64 MiB
+    of scores at once (one query's, where `t` is beyond 2^24), however many queries there are.
 
     Args:
         q: float [b, l, heads, dim].
         keys: float [b, t, dim], or packed rows of `glm_fused.formats.kv_rows`.
         weights: float [b, l, heads].
         k: how many keys to select, at least 1.
+        scale: the factor of a query's product with a key.
         start: int32 [b], each sequence's first key that is not padding; None: 0.
         reference: True or False overrides the current path.
         stream: where to run; None: the default device.
@@ -67,18 +68,20 @@ def sparse_mla_decode(
 ) -> mx.array:
     """Absorbed multi-head latent attention over the selected cached rows (DeepSeek-V2).
 
-    ``softmax(q . row * scale) row[:rank]`` in fp32. The queries are the cache's last ``l`` tokens
-    and see what `indexer_topk` lets them see; an entry of `selected` outside that, such as -1, is
-    skipped. A query without keys gives zeros. Results depend neither on the number of queries nor
-    on threads. Needs, per query and listed key, heads * 4 bytes, for 32 MiB of queries (at least
-    one) at a time.
+    It computes ``softmax(q . row * scale) row[:rank]`` in fp32. The queries are the cache's last
+    ``l`` tokens and see what `indexer_topk` lets them see; an entry of `selected` outside that,
+    such as -1, is skipped. A query without keys gives zeros. Results depend neither on the number
+    of queries nor on threads. The op needs heads * 4 bytes per query and listed key, and takes as
+    many queries at a time as make 32 MiB of that, at least one.
 
     Args:
         q: float [b, l, heads, rank + rope].
         latents: float [b, t, rank], or packed rows of `glm_fused.formats.kv_rows`, which include
             `ropes`.
-        ropes: float [b, t, rope].
+        ropes: float [b, t, rope]; None where `latents` are packed rows or ``rope`` is 0.
         selected: int32 [b, l, k]; None: every visible key.
+        rank: how many leading columns of a row are its value.
+        scale: the factor of a query's product with a row.
         start: int32 [b], each sequence's first key that is not padding; None: 0.
         reference: True or False overrides the current path.
         stream: where to run; None: the default device.

@@ -17,8 +17,8 @@ def quantized_matvec(
     """``y[..., m, n] = sum_k x[..., m, k] * W[..., n, k]``, accumulated in fp32.
 
     Args:
-        x: float32, float16 or bfloat16 [..., m, k]; any number of rows. With per-head weights
-            [..., h, m, k].
+        x: float32, float16 or bfloat16 [..., m, k], or [..., h, m, k] with one matrix per head;
+            m is any number of rows.
         w: [n, k], or [h, n, k] with one matrix per head.
         reference: True or False overrides the current path.
         stream: where to run; None: the default device.

@@ -1,8 +1,8 @@
-"""Metal kernels on Linux: the simulator in a build made for tests.
+"""Runs Metal kernels on Linux, by the simulator in a build made for tests.
 
 A build with ``-C cmake.define.GLM_FUSED_METAL_SIM=ON`` holds the Metal host code and, as
-``_ext._simulator``, the way to the simulator of the source tree that it was made from. The package
-knows that hook alone: `obstacle()` says why there is no simulator, `host()` gives it.
+``_ext._simulator``, a hook that leads to the simulator of the source tree that it was made from.
+The package knows the hook alone: `obstacle()` says why there is no simulator, `host()` gives it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _depth = 0
 class Launch(Protocol):
     """A kernel's launch: `groups` threadgroups of `threadgroup` threads.
 
-    `report` is the simulator's: with tracing its findings and the traffic of every buffer.
+    `report` is the simulator's: its findings and the traffic of every buffer, if it traces.
     """
 
     kernel: str
@@ -34,10 +34,10 @@ class Launch(Protocol):
 
 
 class Simulator(Protocol):
-    """What the hook's `host()` gives."""
+    """The interface of what the hook's `host()` gives."""
 
     def simulated(self, **settings: Any) -> AbstractContextManager[None]:
-        """Launches within are run by the simulator, with settings of its own."""
+        """Within the block, the simulator runs the launches, with settings of its own."""
 
     def take_launches(self) -> list[Any]:
         """The launches since the last call, in order."""
@@ -60,9 +60,9 @@ def active() -> bool:
 
 @contextlib.contextmanager
 def simulated(**settings: Any) -> Iterator[None]:
-    """Run ops that have Metal kernels as on a GPU, their shaders in the simulator.
+    """Within the block, ops that have Metal kernels run them in the simulator.
 
-    Applies to graphs built inside; evaluate them inside too. Every other op stays on the CPU.
+    It applies to graphs built inside; evaluate them inside too. Every other op stays on the CPU.
 
     Args:
         settings: the simulator's, such as ``contract`` (whether the shader compiler fuses

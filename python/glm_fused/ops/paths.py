@@ -14,7 +14,10 @@ _override: contextvars.ContextVar[bool | None] = contextvars.ContextVar("referen
 
 
 def use_reference(keyword: bool | None = None) -> bool:
-    """Whether to take the reference path: keyword, else context manager, else environment."""
+    """Whether to take the reference path.
+
+    The keyword says so, or else the context manager around it, or else the environment.
+    """
     if keyword is not None:
         return keyword
     override = _override.get()

@@ -1,4 +1,4 @@
-"""Steps of moe_decode that MLX has no op for: with ``gather_qmm`` they are its unfused chain."""
+"""Steps of moe_decode that MLX has no op for; with ``gather_qmm`` they are its unfused chain."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from .routes import Kernel, Stream
 
 
 def swiglu(gate: mx.array, up: mx.array, *, stream: Stream = None) -> mx.array:
-    """``silu(gate) * up``, every step rounded to the inputs' dtype as moe_decode does.
+    """``silu(gate) * up``, with every step rounded to the inputs' dtype as moe_decode rounds it.
 
     Args:
         gate: float32, float16 or bfloat16, of any shape.
-        up: of the same shape and dtype.
+        up: the same shape and dtype as `gate`.
         stream: where to run; None: the default device.
+
+    Returns:
+        The shape and dtype of `gate`.
 
     Raises:
         ValueError: the shapes or dtypes do not fit.
@@ -24,7 +27,7 @@ def swiglu(gate: mx.array, up: mx.array, *, stream: Stream = None) -> mx.array:
 
 
 def expert_sum(y: mx.array, scores: mx.array, *, stream: Stream = None) -> mx.array:
-    """``sum_i scores[t, i] * y[t, i]`` in fp32, in order, as moe_decode does.
+    """``sum_i scores[t, i] * y[t, i]``, added in fp32 and in order, as moe_decode adds.
 
     Args:
         y: float32, float16 or bfloat16 [tokens, top_k, hidden].

@@ -14,7 +14,7 @@ from ..validation import show
 def unfit(op: str, **arguments: object) -> ValueError | TypeError:
     """The error to raise in the place of the extension's TypeError, which lists its signature.
 
-    A ValueError for a number beyond 32 bits, or beyond what a float holds, else a TypeError.
+    It is a ValueError where an integer exceeds 32 bits, else a TypeError.
     """
     for name, value in _flat(arguments):
         if isinstance(value, numbers.Integral) and not -(2**31) <= int(value) < 2**31:
@@ -28,7 +28,7 @@ def unfit(op: str, **arguments: object) -> ValueError | TypeError:
 
 
 def _flat(arguments: dict[str, object]) -> Iterator[tuple[str, object]]:
-    """Every argument by name, a weight by what it is made of."""
+    """Every argument with its name; a weight gives its planes, and its format if that is none."""
     for name, value in arguments.items():
         if isinstance(value, Weight):
             planes, fmt = value.planes, value.format

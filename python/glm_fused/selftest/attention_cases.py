@@ -19,7 +19,7 @@ KV_FORMATS = (*kv_rows.FLOATS, *kv_rows.PACKED)
 def cached_rows(
     bits: Bits, kv_format: str, count: int, rank: int, rope: int
 ) -> tuple[mx.array, mx.array | None]:
-    """Rows [1, count, …] of random bits and, where a format keeps them apart, their RoPE keys."""
+    """Cached rows [1, count, …] of random bits, and RoPE keys where a format keeps them apart."""
     if kv_format in kv_rows.FLOATS:
         dtype = kv_rows.FLOATS[kv_format]
         latents, ropes = (bits.floats((1, count, w), dtype) for w in (rank, rope))
@@ -100,7 +100,7 @@ class IndexerTopk(Case):
 
 
 def attention_cases(quick: bool) -> list[Case]:
-    """Every cache format; beyond the quick ones more tokens, odd sizes and GLM-5's geometry."""
+    """The cases of every cache format; not in quick runs: more tokens, odd sizes, GLM-5's own."""
     made: list[Case] = [SparseMlaDecode("bfloat16", 1, f, 4, 128, 32, 200, 130) for f in KV_FORMATS]
     made += [IndexerTopk("bfloat16", 1, f, 4, 64, 700, 64) for f in KV_FORMATS]
     if not quick:

@@ -13,24 +13,29 @@ from ..ops import metal_sim
 
 @dataclass(frozen=True)
 class Backend:
-    """`contract` is whether a*b+c is known to become an fma; None where the compiler decides."""
+    """A place to run cases: "cpu", "metal" or "metal-sim".
+
+    `contract` tells whether a*b+c is known to become an fma; None where the compiler decides.
+    """
 
     name: str
     contract: bool | None
 
     @property
     def title(self) -> str:
+        """The name, with the mode of a simulated backend."""
         if self.name != "metal-sim":
             return self.name
         return f"{self.name}, contraction {'on' if self.contract else 'off'}"
 
     @property
     def runs_kernels_on_gpu(self) -> bool:
+        """Whether ops with Metal kernels run these, on a GPU or in the simulator."""
         return self.name != "cpu"
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Ops evaluated within run here."""
+        """Within the block, ops that are evaluated run on this backend."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(mx.stream(mx.gpu if self.name == "metal" else mx.cpu))
             if self.name == "metal-sim":
@@ -50,7 +55,7 @@ SIMULATED = (Backend("metal-sim", True), Backend("metal-sim", False))
 
 
 def chosen(choice: str) -> tuple[list[Backend], dict[str, str]]:
-    """The backends of a choice, and why the others are not run.
+    """The backends to run for a choice, and per unusable one the reason.
 
     Raises ValueError where a backend asked for by name is not usable.
     """

@@ -12,7 +12,7 @@ from ..formats.weights import Format, Weight
 from ..ops import stock
 from .synthetic import Bits
 
-# Those in groups of MLX's default size.
+# The formats whose groups have MLX's default size, and a dense one.
 BENCHED = (
     *("affine2", "affine3", "affine4", "affine5", "affine6", "affine8"),
     *("mxfp4", "mxfp8", "nvfp4", "bf16"),
@@ -20,20 +20,21 @@ BENCHED = (
 
 
 def nbytes(w: Weight) -> int:
+    """The bytes of all planes of a weight."""
     return sum(plane.nbytes for plane in w.planes)
 
 
 def seconds(call: Callable[[], mx.array | Sequence[mx.array]]) -> float:
-    """Wall time of one evaluated call."""
+    """The wall time, in seconds, of one call and its evaluation."""
     start = time.perf_counter()
     mx.eval(call())
     return time.perf_counter() - start
 
 
 def read_bandwidth(a: mx.array) -> float:
-    """GB/s of plain streaming reads of `a` on the default device.
+    """The GB/s of plain streaming reads of `a` on the default device.
 
-    On the CPU with the kernels' own threads, on a GPU by MLX's reduction.
+    The CPU reads with the kernels' own threads, a GPU by MLX's reduction.
     """
     times = 1
     start = time.perf_counter()
@@ -71,7 +72,7 @@ class RoutedExperts:
         mx.eval(self.x, self.gate, self.up, self.down)
 
     def route(self, top_k: int | None = None) -> tuple[mx.array, mx.array]:
-        """Evaluated slots and scores."""
+        """Random slots int32 and scores float32 [tokens, top_k], evaluated."""
         shape = (self.x.shape[0], top_k or self.top_k)
         slots = mx.array(self.bits.choices(*shape, of=self.bank))
         scores = mx.abs(self.bits.floats(shape, mx.float32, -2, spread=1))
@@ -80,15 +81,17 @@ class RoutedExperts:
 
     @property
     def expert_bytes(self) -> float:
+        """The bytes of one expert's weights."""
         return sum(nbytes(w) for w in (self.gate, self.up, self.down)) / self.bank
 
     def fused(self, slots: mx.array, scores: mx.array, reference: bool = False) -> mx.array:
+        """The sum [tokens, hidden] of each token's experts by `ops.moe_decode`."""
         return ops.moe_decode(
             self.x, self.gate, self.up, self.down, slots, scores, reference=reference
         )
 
     def stock(self, slots: mx.array, scores: mx.array) -> mx.array:
-        """The same by MLX's own ops alone."""
+        """The same sum by MLX's own ops alone."""
         rows = self.x[:, None, None, :]
         gate = stock.gather(rows, self.gate, slots)
         act = gate * mx.sigmoid(gate) * stock.gather(rows, self.up, slots)

@@ -1,8 +1,9 @@
 """What the self-test computes: inputs made of random bits, and the ops called on them.
 
-A case's inputs follow from its seed, its name's checksum unless another is kept beside its golden
-digest: a case that changes takes another name, and `tests/make_selftest_golden.py` makes the
-digests; one whose name alone changes keeps its seed and its digests.
+A case's inputs follow from its seed. That is the checksum of its name, unless another seed is kept
+beside its golden digests. So a case that changes has to take another name, for which
+`tests/make_selftest_golden.py` makes digests; one whose name alone changes keeps its seed and its
+digests.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ class Case:
 
     @property
     def name(self) -> str:
+        """The name that the golden digests are kept under."""
         return f"{self.op}/{self.label()}-{self.dtype}-t{self.tokens}"
 
     def label(self) -> str:
+        """The part of the name that tells formats and sizes."""
         raise NotImplementedError
 
     def arguments(self) -> dict[str, Any]:
@@ -47,13 +50,15 @@ class Case:
         return out if isinstance(out, tuple) else (out,)
 
     def sizes(self) -> tuple[int, ...]:
-        """What the choice of the op's route depends on: see `glm_fused.ops.routes.choose`."""
+        """The sizes that `glm_fused.ops.routes.choose` depends on for this op."""
         return ()
 
     @property
     def seed(self) -> int:
+        """The seed of the inputs."""
         checksum = zlib.crc32(self.name.encode())
         return int(golden().get(self.name, {}).get("seed", checksum))
 
     def bits(self) -> Bits:
+        """The random bits that the inputs are made of."""
         return Bits(self.seed)

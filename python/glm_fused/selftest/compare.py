@@ -1,4 +1,4 @@
-"""Outputs as bits: digests, and where two differ."""
+"""Takes outputs as bits: their digests, and where two of them differ."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _VIEWS = {mx.bfloat16: mx.uint16, mx.float16: mx.uint16, mx.float32: mx.uint32}
 
 
 def evaluated(arrays: Iterable[mx.array]) -> Outputs:
-    """Evaluate and return bit patterns; NaN payloads included."""
+    """Evaluate arrays and return their bit patterns, NaN payloads included."""
     arrays = list(arrays)
     mx.eval(arrays)
     return [to_numpy(a.view(_VIEWS[a.dtype]) if a.dtype in _VIEWS else a) for a in arrays]
 
 
 def digest(outputs: Outputs) -> str:
-    """SHA-256 of the outputs' bytes, little-endian, one after the other."""
+    """The SHA-256, in hexadecimal, of the outputs' little-endian bytes, one after the other."""
     sha = hashlib.sha256()
     for a in outputs:
         sha.update(a.astype(a.dtype.newbyteorder("<"), copy=False).tobytes())
@@ -37,9 +37,9 @@ def digest(outputs: Outputs) -> str:
 
 @cache
 def golden() -> dict[str, dict[str, Any]]:
-    """Per case the digests with a*b+c contracted to an fma ("on"), and without ("off").
+    """The golden digests of each case: "on" with a*b+c contracted to an fma, "off" without.
 
-    And the "seed" of a case that has been renamed.
+    A case that has been renamed also has its "seed".
     """
     text = (resources.files(__package__) / GOLDEN).read_text("utf-8")
     return cast(dict[str, dict[str, Any]], json.loads(text)["digests"])
@@ -77,7 +77,8 @@ def first_difference(found: Outputs, expected: Outputs) -> dict[str, Any] | None
 def ulps(found: Outputs, expected: Outputs, dtype: mx.Dtype) -> float | None:
     """The largest difference of floats, in ulps of the output's largest expected value.
 
-    `dtype` is that of outputs of two bytes. None where a value is not finite.
+    `dtype` is the dtype of outputs with two bytes an element. Returns None where a value is not
+    finite.
     """
     most = 0.0
     for a, b in zip(found, expected, strict=True):

@@ -1,6 +1,7 @@
 """``glm-fused doctor``: what is installed, what this machine can do, and whether it computes right.
 
-It imports what a check needs when the check runs, so that what does not load is one that fails.
+It imports what a check needs when the check runs, so that a module that does not load is a check
+that fails.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ STREAM_BYTES = 256 << 20
 
 
 def examine(threads: int | None = None) -> dict[str, Any]:
-    """Everything as one JSON-ready dict; ``ok`` tells whether every check passed.
+    """Run all checks; returns a JSON-ready dict, whose ``ok`` tells whether every one passed.
 
-    ``threads`` sets the threads of the CPU kernels first.
+    With ``threads``, the number of threads of the CPU kernels is set first.
     """
     versions: dict[str, str | None] = {name: _version(name) for name in PACKAGES}
     versions |= {"python": platform.python_version(), "os": platform.platform()}
@@ -62,7 +63,7 @@ def _version(package: str) -> str | None:
 
 
 def _outcome(check: Callable[[], str]) -> dict[str, Any]:
-    """A check's detail, or the error that it raised: a diagnosis goes on after any of them."""
+    """A check's detail, or the error that it raised, so that the diagnosis goes on after it."""
     try:
         return {"ok": True, "detail": check()}
     except Exception as error:
@@ -105,7 +106,7 @@ def _cpu(result: dict[str, Any], threads: int | None) -> str:
 
 
 def _read_bandwidth() -> float:
-    """GB/s of the best of five reads of memory on all threads."""
+    """The GB/s of the best of five reads of memory on all threads."""
     import mlx.core as mx
 
     from .. import _ext
@@ -121,7 +122,7 @@ def _read_bandwidth() -> float:
 
 
 def _self_check() -> str:
-    """One small MoE layer on both paths."""
+    """Compute one small MoE layer on both paths and compare the bits."""
     import mlx.core as mx
 
     from .. import ops
@@ -153,7 +154,7 @@ def _environment() -> dict[str, str]:
 
 
 def _memory() -> dict[str, int]:
-    """Bytes of physical memory, and of what is free where the system tells."""
+    """The bytes of physical memory, and of free memory where the system tells."""
     sizes = {}
     for name, key in (("total", "SC_PHYS_PAGES"), ("free", "SC_AVPHYS_PAGES")):
         if key in os.sysconf_names:

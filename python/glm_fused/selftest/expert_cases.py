@@ -11,7 +11,7 @@ from ..formats.weights import FORMATS, QUANTIZED, Format, dense_format
 from .case import Case
 from .synthetic import DTYPES
 
-DENSE = None  # floats of the activations' dtype
+DENSE = None  # stands for floats of the activations' dtype
 AFFINE4, MXFP4 = FORMATS["affine4"], FORMATS["mxfp4"]
 OURS = [fmt for fmt in FORMATS.values() if fmt.mode != "dense" and fmt not in QUANTIZED]
 EACH: tuple[Format | None, ...] = (*QUANTIZED, DENSE)
@@ -95,7 +95,7 @@ class QuantizedMatvec(Case):
     k: int
 
     op = "quantized_matvec"
-    has_metal_kernel = False  # stock MLX on a GPU
+    has_metal_kernel = False  # a GPU runs stock MLX
 
     def label(self) -> str:
         return f"{_or_dense(self.fmt, self.dtype).name}-{self.n}x{self.k}"
@@ -113,7 +113,7 @@ def _or_dense(fmt: Format | None, dtype: str) -> Format:
 
 
 def _by_format(dtypes_each: int) -> list[Case]:
-    """Each format in MLX's fast order, with one or more activation dtypes."""
+    """A case per format at sizes for MLX's fast order, in one or more activation dtypes."""
     names = list(DTYPES)
     return [
         MoeDecode(names[(i + j) % 3], (1, 2, 5, 16)[(i + j) % 4], fmt, fmt, fmt, 512, 512)
@@ -123,7 +123,7 @@ def _by_format(dtypes_each: int) -> list[Case]:
 
 
 def _odd_sizes() -> list[Case]:
-    """Each format in MLX's general order, with odd row counts."""
+    """A case per format at sizes for MLX's general order, with odd numbers of rows."""
     made: list[Case] = []
     for i, fmt in enumerate(EACH):
         dtypes, tokens = [list(DTYPES)[(i + j) % 3] for j in range(2)], (1, 2, 5)[i % 3]
@@ -133,7 +133,7 @@ def _odd_sizes() -> list[Case]:
 
 
 def _shapes() -> list[Case]:
-    """Every token count of one format, mixed formats, odd sizes, GLM-5's own shape."""
+    """Cases of every token count in one format, mixed formats, odd sizes and GLM-5's own shape."""
     mixed = (AFFINE4, MXFP4, FORMATS["affine6"])
     one = (AFFINE4, AFFINE4, AFFINE4)
     counts = [MoeDecode("bfloat16", t, *one, 512, 512, 5, 3) for t in (1, 2, 5, 16)]

@@ -1,4 +1,4 @@
-"""The machine and the versions a report is about; nothing that tells whose it is."""
+"""The machine and the versions a report is about, and nothing that tells whose machine it is."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ PACKAGES = ("glm-fused", "mlx", "mlx-lm", "numpy")
 
 
 def machine() -> dict[str, Any]:
+    """The machine, JSON-ready; what the system does not tell is None."""
     return {
         "chip": chip(),
         "cpu_cores": os.cpu_count(),
@@ -35,11 +36,13 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
+    """The versions of the packages, and of those that the extension was built with."""
     built = {"built with mlx": _ext.built_with_mlx, "built with nanobind": _ext.built_with_nanobind}
     return {name: metadata.version(name) for name in PACKAGES} | built
 
 
 def environment() -> dict[str, str]:
+    """This package's environment variables that are set, their values without paths."""
     return {name: without_paths(os.environ[name]) for name in VARIABLES if name in os.environ}
 
 
@@ -76,7 +79,7 @@ def _integer(*command: str) -> int | None:
 
 
 def _output(*command: str) -> str:
-    """What a macOS tool prints; empty on other systems."""
+    """What a macOS tool prints; "" on other systems."""
     if platform.system() != "Darwin":
         return ""
     try:

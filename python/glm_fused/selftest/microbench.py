@@ -1,4 +1,4 @@
-"""How fast: one GLM layer's routed experts (6144 / 2048, top-8, one token, bf16), per format."""
+"""Times one GLM layer's routed experts (6144 / 2048, top-8, one token, bf16), per format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CALLS = 8  # evaluated together, as successive layers are
 def run_benchmarks(
     backends: Sequence[Backend], quick: bool, step: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Medians per backend and format, JSON-ready; formats that no time is left for are named."""
+    """Measure medians per backend and format, JSON-ready; formats left out for time are named."""
     limit = 10.0 if quick else 55.0
     deadline = time.perf_counter() + limit
     yardstick = mx.zeros((YARDSTICK_BYTES // 4,), mx.uint32)
@@ -48,7 +48,7 @@ def run_benchmarks(
 def _row(layer: RoutedExperts, yardstick: mx.array) -> dict[str, Any]:
     try:
         return _measure(layer, yardstick)
-    except Exception as error:  # a format whose shader fails leaves the others to be measured
+    except Exception as error:  # where one format's shader fails, the others are still measured
         return {"error": without_paths(str(error).strip() or type(error).__name__)[:400]}
 
 
@@ -68,7 +68,7 @@ def _measure(layer: RoutedExperts, yardstick: mx.array) -> dict[str, Any]:
         "fraction": median(fractions),
         "times_faster_than_stock": None,
     }
-    # On the CPU stock MLX is too slow for more than one expert, and gathers dense fp32 only.
+    # On the CPU stock MLX is too slow for more than one expert, and takes only fp32 dense weights.
     on_gpu = mx.default_device() == mx.gpu
     if on_gpu or layer.gate.format.mode != "dense":
         top_k, calls, repeats = (layer.top_k, CALLS, 5) if on_gpu else (1, 1, 1)

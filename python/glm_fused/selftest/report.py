@@ -25,7 +25,7 @@ MAX_LINES = 12
 def examine(
     choice: str, *, quick: bool, bench: bool, step: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Run the self-test; `step` is told what begins.
+    """Run the self-test; `step` is called with the name of each part that begins.
 
     Returns:
         The report: ``ok`` and everything it rests on, JSON-ready, without paths and names.
@@ -52,7 +52,7 @@ def examine(
 
 
 def write(report: dict[str, Any], path: Path) -> None:
-    """Write the report in one step: under another name, then renamed."""
+    """Write the report in one step: it is written under another name and then renamed."""
     text = to_json(report) + "\n"
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -67,6 +67,7 @@ def write(report: dict[str, Any], path: Path) -> None:
 
 
 def to_json(report: dict[str, Any]) -> str:
+    """The report as JSON."""
     return json.dumps(report, indent=1, allow_nan=False)
 
 
@@ -116,7 +117,7 @@ def _backend(b: dict[str, Any]) -> list[str]:
 
 
 def _failure(result: dict[str, Any]) -> str:
-    """One line: the case, what is wrong with it, and where."""
+    """One line of text with the case, what is wrong with it, and where."""
     text = f"{result['case']}: {' and '.join(result['failures'])}"
     if error := result["error"]:
         return f"{text}: {' '.join(error.split())[:300]}"

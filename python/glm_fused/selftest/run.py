@@ -25,14 +25,16 @@ class Result:
 
     Attributes:
         digest: SHA-256 of the output's bits.
-        equals_reference: None where there is no unfused path of the same arithmetic.
-        golden: the golden digests found: on, off (contraction), either, neither; None if none.
+        equals_reference: whether the bits are the reference's; None where there is no unfused path
+            of the same arithmetic.
+        golden: which golden digests were found: "on" or "off" (contraction), "either" or "neither";
+            None where none are kept.
         max_ulps_from_cpu: the largest difference from the same machine's CPU, in ulps of the
             largest value; None on the CPU, and where a value is not finite.
         difference: where the bits first differ from those of `against`.
-        first_seconds: the first evaluation, which compiles the kernels on a GPU.
-        seconds: the second evaluation.
-        kernels: names of those launched, where known.
+        first_seconds: the time of the first evaluation, which compiles the kernels on a GPU.
+        seconds: the time of the second evaluation.
+        kernels: the names of the kernels launched, where known.
         error: what was raised instead of a result.
         failures: what is wrong, one clause each; empty when the case passed.
     """
@@ -54,9 +56,9 @@ class Result:
 def run_backend(
     backend: Backend, cases: Sequence[Case], step: Callable[[str], None]
 ) -> dict[str, Any]:
-    """All cases on one backend, JSON-ready; `step` is told each case as it begins.
+    """Run all cases on one backend, JSON-ready; `step` is called with each case as it begins.
 
-    The summary of a GPU is of this package's kernels; stock MLX's are among the results.
+    A GPU's summary counts this package's kernels alone; stock MLX's are among the results.
     """
     results, ours = [], []
     for case in cases:
@@ -84,9 +86,8 @@ def _run(backend: Backend, case: Case) -> Result:
     result = Result(case.name)
     try:
         _evaluate(backend, case, result)
-    except (
-        Exception
-    ) as error:  # the report is about what goes wrong: a shader that fails to compile
+    # The report is about whatever goes wrong, such as a shader that fails to compile.
+    except Exception as error:
         result.error = without_paths(str(error).strip() or type(error).__name__)[:MAX_ERROR]
         result.failures.append("raised an error")
     return result
@@ -128,7 +129,7 @@ def _fused(backend: Backend, case: Case, arguments: dict[str, Any], result: Resu
 
 
 def _reference(backend: Backend, case: Case, arguments: dict[str, Any]) -> Outputs | None:
-    """The unfused path's result, where its arithmetic is the backend's."""
+    """The unfused path's result; None where its arithmetic is not the backend's."""
     if backend.name == "metal" and not case.has_metal_kernel:
         return None
     if backend.contract is False:
@@ -155,7 +156,7 @@ def _judge_golden(backend: Backend, case: Case, result: Result) -> None:
 
 
 def _contraction_found(results: Sequence[Result]) -> str | None:
-    """Which golden digests the results match: on, off, neither, or not all the same (mixed)."""
+    """Which golden digests the results match: "on", "off", "neither", or "mixed" if they vary."""
     found = {r.golden for r in results if r.golden is not None} - {"either"}
     if not found:
         return None
@@ -163,7 +164,7 @@ def _contraction_found(results: Sequence[Result]) -> str | None:
 
 
 def _shaders(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Per case with kernels of ours, how long its first evaluation took beyond the second."""
+    """How much longer than the second the first evaluation took, for each case with our kernels."""
     made = []
     for r in results:
         seconds = None

@@ -1,6 +1,6 @@
 """Weights and activations made of random bits.
 
-Only integers are computed with, so a seed gives the same bits on every platform and version of
+They are computed in integers alone, so a seed gives the same bits on every platform and version of
 numpy; `mx.quantize` would not promise that.
 """
 
@@ -17,14 +17,14 @@ from ..formats.weights import FP8, Format, Weight, plane_shape
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
-# Mantissa bits and exponent bias.
+# Each dtype has so many mantissa bits and this exponent bias.
 _LAYOUTS = {mx.bfloat16: (7, 127), mx.float16: (10, 15), mx.float32: (23, 127)}
 _UNSIGNED: dict[mx.Dtype, type[np.unsignedinteger[Any]]] = {
     mx.bfloat16: np.uint16,
     mx.float16: np.uint16,
     mx.float32: np.uint32,
 }
-_MAX_WORDS = 1 << 24  # more are the same ones again, which no cache can tell
+_MAX_WORDS = 1 << 24  # beyond these the words repeat, from too far back for a cache to hold
 
 
 class Bits:
@@ -34,13 +34,13 @@ class Bits:
         self._generator = np.random.PCG64(seed)
 
     def words(self, *shape: int) -> npt.NDArray[np.uint32]:
-        """Random uint32."""
+        """Random uint32 of a shape."""
         return np.resize(self._words(math.prod(shape)), shape)
 
     def floats(
         self, shape: tuple[int, ...], dtype: mx.Dtype, top: int = 0, spread: int = 4
     ) -> mx.array:
-        """Floats of random sign and mantissa below ``2 ** (top + 1)``, over `spread` exponents."""
+        """Random floats below ``2 ** (top + 1)`` in magnitude, of `spread` exponents."""
         mantissa_bits, bias = _LAYOUTS[dtype]
         raw = self._words(math.prod(shape)).astype(np.int64)
         exponent = np.maximum(bias + top - (raw >> 28 & 7) % spread, 1)
@@ -56,7 +56,7 @@ class Bits:
     def weight(self, shape: tuple[int, ...], fmt: Format, dtype: mx.Dtype) -> Weight:
         """A weight [..., n, k] whose products with values near 1 are near 1.
 
-        `dtype` is that of affine scales.
+        `dtype` is the dtype of affine scales.
         """
         *lead, k = shape
         size = -(k.bit_length() // 2)  # log2 of about 1 / sqrt(k)
@@ -87,6 +87,6 @@ class Bits:
         return (top - (raw & 3)).astype(np.uint8)
 
     def choices(self, rows: int, count: int, of: int) -> npt.NDArray[np.int32]:
-        """[rows, count] distinct integers of [0, of) per row."""
+        """Integers int32 [rows, count] in [0, of), distinct within a row."""
         order = np.argsort(self.words(rows, of), axis=1, kind="stable")
         return order[:, :count].astype(np.int32)

@@ -42,7 +42,7 @@ class Streaming:
     banks: Mapping[int, _ext.SlotBank]
 
     def stats(self) -> dict[str, Any]:
-        """Sums over all layers: hits, misses, bytes, wait_us, prefetches; and hit_rate."""
+        """The sums over all layers of hits, misses, bytes, wait_us and prefetches, and hit_rate."""
         total: dict[str, Any] = {}
         for bank in self.banks.values():
             for key, value in bank.stats().items():
@@ -56,7 +56,7 @@ def find_source(
 ) -> ExpertSource:
     """The sidecar's experts, checked to be this checkpoint's, or the shards themselves.
 
-    Raises ValueError for a model without routed experts and what either source raises.
+    Raises ValueError for a model without routed experts, and whatever either source raises.
     """
     if not any(layer.is_sparse for layer in args.layers):
         raise ValueError(f"[slots] {checkpoint.path} has no routed experts to stream.")
@@ -74,9 +74,10 @@ def plan_streaming(
     options: StreamOptions,
     kv_format: str,
 ) -> Plan:
-    """Share the budget out; raises ValueError, with the numbers, where it is too small.
+    """Share the budget out between weights, cache, slots and buffers.
 
-    Pins that the model does not have are refused too.
+    Raises ValueError, with the numbers, where it is too small, and for pins of experts that the
+    model does not have.
     """
     check_pins(options.pins, {i: layer.experts for i, layer in source.layers.items()})
     dense = sum(s.loaded for s in inventory.stored if not s.source.module.experts)
@@ -93,7 +94,7 @@ def plan_streaming(
 
 
 def _buffer_bytes(layers: Sequence[LayerSlots], options: StreamOptions) -> int:
-    """Of reads past the page cache, in whole blocks, and of the policy."""
+    """The bytes of buffers: of reads past the page cache, in whole blocks, and of the policy."""
     block, largest = 4096, max(layer.expert_bytes for layer in layers)
     reads = options.depth * (min(options.split, largest) + 2 * block) if options.direct else 0
     followers = 4 * sum(layer.experts**2 for layer in layers)
@@ -101,7 +102,7 @@ def _buffer_bytes(layers: Sequence[LayerSlots], options: StreamOptions) -> int:
 
 
 def _float_format(inventory: Inventory) -> str:
-    """The format of the activations, which are of the embedding's type."""
+    """The name of the activations' format: fp32 if the embedding or a norm is, else bf16."""
     kinds = {str(s.format) for s in inventory.stored if s.source.kind in ("norms", "embedding")}
     return "fp32" if "fp32" in kinds else "bf16"
 
@@ -116,7 +117,7 @@ def attach_banks(
 ) -> Streaming:
     """Put a bank in the place of every layer's experts; ``formats`` are those of packed modules.
 
-    Raises RuntimeError, naming the file, for one that does not open or has another size, and
+    Raises RuntimeError, naming the file, for a file that does not open or has another size, and
     ValueError for options that do not fit.
     """
     paths, sizes = [str(path) for path in source.files], list(source.files.values())

@@ -17,18 +17,20 @@ from ..models.config import ModelArgs
 from ..ops.chunks import BUDGET_BYTES
 from .options import StreamOptions
 
-PREFILL_TOKENS = 2048  # mlx-lm's chunk of a prompt
-PROCESS_GROWTH = 48 << 20  # after planning: tokenizer, code, heaps of threads; 30 MB are usual
-SHORTEST_CONTEXT = 256  # that a refusal proposes
-MAX_SCRATCH = 64 << 20  # of indexer_topk and of sparse_mla_decode
+PREFILL_TOKENS = 2048  # mlx-lm takes a prompt in chunks of so many
+# The process grows after planning by tokenizer, code and heaps of threads; 30 MB are usual.
+PROCESS_GROWTH = 48 << 20
+SHORTEST_CONTEXT = 256  # a refusal proposes no shorter one
+MAX_SCRATCH = 64 << 20  # indexer_topk and sparse_mla_decode hold at most so much each
 
 
 @dataclass(frozen=True)
 class Shares:
     """Bytes that do not depend on the number of slots.
 
-    ``process`` is what is resident before loading, and its usual growth; ``staging`` is read
-    buffers and the temporaries of a prompt.
+    ``process`` is what is resident before loading, and its usual growth; ``dense`` is all weights
+    but routed experts; ``kv`` is the cache; ``staging`` is read buffers and the temporaries of a
+    prompt.
     """
 
     process: int
@@ -38,6 +40,7 @@ class Shares:
 
     @property
     def total(self) -> int:
+        """The sum of all shares, in bytes."""
         return self.process + self.dense + self.kv + self.staging
 
 
@@ -50,7 +53,11 @@ class LayerSlots(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """How a budget is used: ``slots`` in each of ``layers``, or one for each of its experts."""
+    """How a budget is used.
+
+    Each of ``layers`` has ``slots`` slots, or fewer where it has fewer experts. ``budget`` is in
+    bytes, ``context`` in tokens.
+    """
 
     budget: int
     shares: Shares
@@ -65,10 +72,12 @@ class Plan:
 
     @property
     def slot_bytes(self) -> int:
+        """The bytes of all slots of all layers."""
         return sum(min(self.slots, experts) * nbytes for experts, nbytes in self.layers)
 
     @property
     def total(self) -> int:
+        """The bytes that the plan takes."""
         return self.shares.total + self.slot_bytes
 
     def format(self) -> str:
@@ -95,11 +104,11 @@ def make_plan(
     layers: Sequence[LayerSlots],
     options: StreamOptions,
 ) -> Plan:
-    """As many slots a layer as the budget holds, or ``options.slots``.
+    """Plan as many slots per layer as the budget holds, or ``options.slots``.
 
-    ``shares_for`` gives the shares of a context. Raises ValueError for a context beyond the model's
-    and for an impossible number of slots, and, with the numbers and what would fit, if fewer than a
-    token needs fit, or if the asked number does not.
+    ``shares_for`` gives the shares of a context in tokens. Raises ValueError for a context beyond
+    the model's and for an impossible number of slots, and, with the numbers and what would fit,
+    where the slots that a token needs, or those asked for, do not fit.
     """
     context = planned_context(args, options.context, options.default_context)
     least = args.num_experts_per_tok + options.spares
@@ -121,7 +130,10 @@ def make_plan(
 
 
 def planned_context(args: ModelArgs, context: int | None, default: int) -> int:
-    """The tokens to plan for: ``context``, or ``default`` within the model's own context."""
+    """The tokens to plan for: ``context``, or ``default`` within the model's own context.
+
+    Raises ValueError for a ``context`` beyond the model's own.
+    """
     limit = args.max_position_embeddings
     if context is None:
         return min(default, limit)
@@ -153,7 +165,7 @@ def _refusal(plan: Plan, budget: int, least: int, shares_for: Callable[[int], Sh
 
 
 def _largest(limit: int, fits: Callable[[int], bool]) -> int:
-    """The largest n up to ``limit`` that fits, of those below which all do; 0 if none does."""
+    """The largest n up to ``limit`` that fits, 0 if none does; all below one that fits do too."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
@@ -162,35 +174,36 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int:
 
 
 def _upwards(n: int) -> str:
-    """A size to type that holds n bytes, and what the program grows by from run to run."""
+    """A size, as a user would type it, of n bytes and 2 % for what differs from run to run."""
     number, unit = size(n + n // 50).split()
     return f"{number}{unit}"
 
 
 def affordable_bytes(direct: bool) -> int:
-    """A budget for this machine.
+    """The bytes to budget on this machine, where nobody says.
 
-    Reads through the page cache need room there: a larger bank would be slower.
+    Without ``direct`` they leave more to the page cache, which reads go through: a larger bank
+    would be slower.
     """
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")
-    with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
+    with contextlib.suppress(OSError, ValueError):  # the file may be absent, or say "max"
         total = min(total, int(limit.read_text()))
     return int(total * (0.85 if direct else 0.6))
 
 
 def cache_bytes(args: ModelArgs, context: int, kv_format: str) -> int:
-    """Of a KV cache that grew to ``context`` tokens."""
-    # It grows in steps of 256 tokens or an eighth, and is copied, a layer at a time.
+    """The bytes of a KV cache that grew to ``context`` tokens."""
+    # It grows in steps of 256 tokens or an eighth, by copying one layer at a time.
     tokens = context + max(256, context // 8)
     cached = bytes_per_token(args, kv_format) * tokens
     return cached + cached // len(args.layers)
 
 
 def prompt_bytes(args: ModelArgs, context: int) -> int:
-    """An estimate of the temporaries of one prompt chunk."""
+    """An estimate, in bytes, of the temporaries of one prompt chunk."""
     tokens = min(PREFILL_TOKENS, context)
-    # Float32 at worst: rows gathered for experts, their outputs, the same joined and reordered.
+    # At worst float32: rows gathered for experts, their outputs, and those joined and reordered.
     routed = 4 * tokens * args.num_experts_per_tok * args.hidden_size * 4
     latent = args.kv_lora_rank + args.qk_rope_head_dim
     widest = max(3 * args.intermediate_size, 4 * args.num_attention_heads * latent)
@@ -199,11 +212,11 @@ def prompt_bytes(args: ModelArgs, context: int) -> int:
 
 
 def _attention_bytes(args: ModelArgs, tokens: int, context: int) -> int:
-    """Of scores and what is computed from them, within the limits that the ops keep."""
+    """The bytes of scores and of what is computed from them, within the limits of the ops."""
     sparse, listed = context > args.index_topk, min(context, args.index_topk)
     scores = 4 * tokens * context if sparse else 0
     attended = 4 * tokens * listed
-    if mx.default_device() == mx.gpu:  # stock ops, where a Metal kernel does not apply
+    if mx.default_device() == mx.gpu:  # where a Metal kernel does not apply, stock ops run
         row = args.num_attention_heads + sparse * (args.kv_lora_rank + args.qk_rope_head_dim)
         return 4 * min(BUDGET_BYTES, max(scores * args.index_n_heads, attended * row))
     heads = args.num_attention_heads

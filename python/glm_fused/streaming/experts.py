@@ -23,11 +23,11 @@ _reads: contextvars.ContextVar[_ext.SlotReads | None] = contextvars.ContextVar(
 
 
 def check_reads(cache: Sequence[Any] | None) -> _ext.SlotReads:
-    """What became of the reads for ``cache``, which remembers it; of none for None.
+    """The record of the reads for ``cache``, which keeps it; a new one for None.
 
-    Raises RuntimeError if one failed. MLX keeps what it was evaluating then as if it were valid,
-    so the rows of the cache are not to be trusted. Evaluating the logits of a forward raises it
-    too; evaluating its cache alone does not.
+    Raises RuntimeError if a read failed. MLX keeps what it was evaluating then as if it were valid,
+    so the rows of the cache are not to be trusted. Evaluating the logits of a forward raises the
+    same error; evaluating its cache alone does not.
     """
     if cache is None:
         return _ext.SlotReads()
@@ -43,7 +43,7 @@ def check_reads(cache: Sequence[Any] | None) -> _ext.SlotReads:
 
 @contextlib.contextmanager
 def reads_for(cache: Sequence[Any] | None) -> Iterator[_ext.SlotReads]:
-    """Within the block, streamed experts are used for ``cache``; raises as `check_reads` does."""
+    """Within the block, reads of experts are recorded for ``cache``; raises as `check_reads`."""
     reads = check_reads(cache)
     token = _reads.set(reads)
     try:
@@ -55,10 +55,10 @@ def reads_for(cache: Sequence[Any] | None) -> Iterator[_ext.SlotReads]:
 class StreamedExperts(nn.Module):
     """`RoutedExperts` in place of ``SwitchMLP``: the same numbers, from a bank of slots.
 
-    A decode step is one request, resolved inside the lazy graph. Where a prompt may need more
-    experts than there are slots, the router's choice is awaited and the experts are taken in waves,
-    each expert once; a choice's output is stored as moe_decode would round it and summed as it
-    would sum, so the result has the same bits.
+    A decode step makes one request of the bank, which is resolved inside the lazy graph. Where a
+    prompt may need more experts than there are slots, the router's choice is awaited and the
+    experts are taken in waves, each expert once. Each choice's output is rounded as moe_decode
+    would round it and then summed as it would sum, so the result has the same bits.
     """
 
     def __init__(
@@ -70,10 +70,11 @@ class StreamedExperts(nn.Module):
 
     @property
     def bank(self) -> _ext.SlotBank:
+        """The bank of slots that experts are read into."""
         return self._bank
 
     def weights(self) -> tuple[ops.Weight, ops.Weight, ops.Weight]:
-        """Of gate, up and down: [slots, …]."""
+        """The weights [slots, …] of gate, up and down."""
         return self._weights
 
     def look_ahead(
@@ -81,7 +82,10 @@ class StreamedExperts(nn.Module):
         router: Callable[[mx.array], tuple[mx.array, mx.array]],
         following: StreamedExperts,
     ) -> None:
-        """Have read ahead what the ``following`` layer's router chooses for this layer's input."""
+        """Read ahead, at each call, what the next layer's ``router`` chooses for this one's input.
+
+        ``following`` are the experts of the next layer, whose bank reads them.
+        """
 
         def prefetch(x: mx.array) -> mx.array:
             return _ext.slots_prefetch(following.bank, router(x)[0], x)
@@ -91,7 +95,7 @@ class StreamedExperts(nn.Module):
     def __call__(
         self, x: mx.array, experts: mx.array, scores: mx.array, meanwhile: Meanwhile
     ) -> tuple[mx.array, mx.array]:
-        """x [n, hidden], experts and scores [n, top_k] -> ([n, hidden], ``meanwhile(x)``).
+        """The sum [n, hidden] of each row's experts, and ``meanwhile(x)``; see `RoutedExperts`.
 
         ``meanwhile`` is computed while experts are read.
         """
@@ -145,13 +149,16 @@ class StreamedExperts(nn.Module):
 
 
 def _raise_failure(reads: _ext.SlotReads | None) -> None:
-    """End a prompt whose layers before this one could not be read: what they gave is NaN."""
+    """End a prompt where an earlier layer's experts could not be read: its output is NaN."""
     if reads is not None and reads.error:
         raise RuntimeError(reads.error)
 
 
 class Wave(NamedTuple):
-    """(token, choice) pairs, as ``token * top_k + choice``, and the expert [n, 1] of each."""
+    """A part of a prompt's pairs of a token and one of its choices, for a few experts.
+
+    A pair is the number ``token * top_k + choice``; ``experts`` [n, 1] has the expert of each.
+    """
 
     pairs: NDArray[np.int64]
     experts: mx.array

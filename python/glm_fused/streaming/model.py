@@ -34,7 +34,7 @@ class StreamedModel(Model):
     def forward(
         self, tokens: mx.array, cache: Sequence[Any] | None, trace: list[mx.array] | None
     ) -> mx.array:
-        """Logits [b, l, vocab], whose evaluation raises RuntimeError after a read that failed.
+        """The logits [b, l, vocab], whose evaluation raises RuntimeError after a failed read.
 
         Raises RuntimeError at once for a ``cache`` that an earlier read failed for.
         """

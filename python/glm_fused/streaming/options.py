@@ -1,4 +1,4 @@
-"""How to stream routed experts: what can be asked for, and what is usual.
+"""The options of streaming routed experts: what can be asked for, and what is usual.
 
 The command line's help shows the defaults, so nothing here imports MLX.
 """
@@ -9,9 +9,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-DEFAULT_CONTEXT = 4096  # tokens that memory is planned for, unless more are asked for
+DEFAULT_CONTEXT = 4096  # memory is planned for so many tokens, unless another number is asked for
 POLICIES = ("learned", "lru", "s3fifo", "pinned")
-RANGES = {  # of what callers and the command line may ask for, by the names that they use
+RANGES = {  # what callers and the command line may ask for, by the names that they use
     "slots": (1, 2**20),
     "context": (1, 2**31 - 1),
     "lookahead": (0, 2**20),
@@ -31,10 +31,10 @@ class StreamOptions:
             that is less.
         sidecar: folder of a packed sidecar; None reads the checkpoint's own shards.
         policy: which expert gives way: "learned" (the one least likely to be asked for next, as
-            learned from the requests so far), "lru", "s3fifo" or "pinned" (LRU but for ``pins``).
+            learned from the requests so far), "lru", "s3fifo" or "pinned" ("lru" but for ``pins``).
         pins: per layer, experts that stay once they are read.
         spares: slots per layer for experts that the next layer's router is likely to choose.
-        direct: bypass the page cache.
+        direct: whether to read past the page cache.
         depth: reads in flight.
         split: bytes per read, a multiple of 4096.
         patience: seconds to wait for slots held by work in flight.

@@ -1,8 +1,8 @@
-"""Writes a packed sidecar: a layer at a time, each in one step, so that packing can go on later.
+"""Writes a packed sidecar, a layer at a time, each in one step, so that packing can go on later.
 
-Files get names of the process's own and then their real ones, so a process that is killed leaves
-nothing half-written under a real name. One process at a time packs into a folder; where the file
-system has no locks, two write the same bytes, each under names of its own.
+A file is written under a name of the process's own and then renamed, so a process that is killed
+leaves nothing half-written under a real name. One process at a time packs into a folder; where the
+file system has no locks, two of them write the same bytes, each under names of its own.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _only_packer(path: Path) -> Iterator[None]:
             raise ValueError(
                 f"[sidecar] another process is packing into {path}; wait until it is done."
             ) from None
-        except OSError:  # no locks here: what lies around may be another packer's
+        except OSError:  # there are no locks here, so what lies around may be another packer's
             yield
             return
         for file in path.iterdir():
@@ -137,7 +137,7 @@ class _Packer:
         (self._path / UNFINISHED).unlink(missing_ok=True)
 
     def _known(self, name: str) -> dict[int, PackedLayer]:
-        """Layers of an earlier run."""
+        """The layers that an earlier run wrote, as the manifest ``name`` has them."""
         if not (self._path / name).exists():
             return {}
         sidecar = read_manifest(self._path / name)
@@ -186,7 +186,7 @@ class _Packer:
                 os.fsync(out.fileno())
             temporary.replace(target)
         except OSError as error:
-            if error.filename is not None:  # of the checkpoint, say
+            if error.filename is not None:  # it is of another file, such as the checkpoint's
                 raise
             reason = os.strerror(error.errno or 0)
             raise OSError(

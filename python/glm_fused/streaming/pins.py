@@ -1,4 +1,4 @@
-"""Experts that a bank never gives up: which, as a file or a caller names them."""
+"""Pins, which are the experts that a bank never gives up, as a file or a caller names them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..validation import show
 
 
 def read_pins(path: Path) -> dict[int, list[int]]:
-    """Pins of a JSON file, ``{layer: [experts]}``; ValueError names the file and the entry."""
+    """Read pins from a JSON file, ``{layer: [experts]}``; ValueError names the file and entry."""
     pins = {}
     for layer, experts in read_json(path).items():
         plain = layer.isascii() and layer.isdecimal() and (layer == "0" or layer[0] != "0")
@@ -22,9 +22,9 @@ def read_pins(path: Path) -> dict[int, list[int]]:
 
 
 def check_pins(pins: Mapping[int, Sequence[int]], experts: Mapping[int, int]) -> None:
-    """Raise ValueError for layers or experts that a model lacks, and for what is named twice.
+    """Raise ValueError for layers or experts that a model lacks, and for experts named twice.
 
-    ``experts`` counts those of each layer that has any.
+    ``experts`` has the number of experts of each layer that has any.
     """
     for layer, pinned in pins.items():
         if layer not in experts:

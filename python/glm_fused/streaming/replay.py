@@ -1,4 +1,4 @@
-"""Writes traces of requests for experts; what other banks and policies would have made of them."""
+"""Writes traces of requests for experts, and tells what other banks and policies make of them."""
 
 from __future__ import annotations
 
@@ -53,9 +53,10 @@ def replay(
 ) -> dict[str, Any]:
     """Hit rates and bytes per token for every bank and policy, and for Belady's optimum.
 
-    Requests of more experts than a bank has are taken in halves of the bank, as waves are.
-    ``read_rate``, bytes a second, predicts tokens a second with ``compute_seconds`` a token. The
-    ``pinned`` policy pins the most used experts to half of the bank.
+    ``banks`` are numbers of slots per layer. Requests for more experts than a bank has are taken in
+    halves of the bank, as waves are. From ``read_rate``, in bytes a second, and ``compute_seconds``
+    per token follow predicted tokens a second. The ``pinned`` policy pins the most used experts to
+    half of the bank.
     """
     rows = []
     for slots in banks:
@@ -131,7 +132,7 @@ def format_replay(result: dict[str, Any]) -> str:
 def plot(result: dict[str, Any], path: Path) -> None:
     """Draw hit rate, and speed where it is predicted, against the bank's size.
 
-    Raises ImportError without matplotlib, ValueError for a file that it cannot write.
+    Raises ImportError without matplotlib, and ValueError for a file that it cannot write.
     """
     try:
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""The packed sidecar: one file a layer, one aligned slab an expert.
+"""The packed sidecar, which has one file per layer and in it one aligned slab per expert.
 
 ``layer_003.bin`` is a header page, then a slab per expert: its tensors back to back, padded to
 16 KiB. ``manifest.json`` names the files with sizes and SHA-256, the tensors, a checksum of every
@@ -31,7 +31,7 @@ MANIFEST, UNFINISHED = "manifest.json", "manifest.unfinished.json"
 _PART_NAMES = frozenset(f"{p}.{plane}" for p in PROJECTIONS for plane in PLANES)
 _MAX_LAYERS, _MAX_BYTES = 10**6, 2**63 - 1
 
-# Per shard that holds experts: its size and its time of modification in nanoseconds.
+# Each shard that holds experts has its size and its time of modification, in nanoseconds.
 Shards = dict[str, tuple[int, int]]
 
 
@@ -46,17 +46,21 @@ class PackedLayer:
 
     @property
     def file(self) -> str:
+        """The file's name."""
         return layer_file(self.layer)
 
     @property
     def slab(self) -> int:
+        """The bytes of an expert's slab."""
         return slab_bytes(self.parts)
 
     @property
     def size(self) -> int:
+        """The bytes that the file has to have."""
         return PAGE + len(self.checksums) * self.slab
 
     def describe(self) -> dict[str, Any]:
+        """The layer's entry in the manifest."""
         return {
             "layer": self.layer,
             "size": self.size,
@@ -70,7 +74,7 @@ class PackedLayer:
 class Sidecar:
     """A manifest that was read.
 
-    ``set_id`` and ``shards`` say which checkpoint the experts are of, and of which state of it.
+    ``set_id`` says which checkpoint the experts are from, and ``shards`` which state of it.
     """
 
     path: Path
@@ -82,8 +86,8 @@ class Sidecar:
     def open(cls, path: Path) -> Sidecar:
         """Read the manifest and check every file's size and header page.
 
-        Raises FileNotFoundError for a missing file and ValueError, naming the file, for one that is
-        malformed, truncated, or another layer's or sidecar's.
+        Raises FileNotFoundError for a missing file, and ValueError, naming the file, for one that
+        is malformed, truncated, or another layer's or sidecar's.
         """
         if not (path / MANIFEST).exists():
             if (path / UNFINISHED).exists():
@@ -97,6 +101,7 @@ class Sidecar:
         return sidecar
 
     def check_file(self, layer: PackedLayer) -> None:
+        """Raise ValueError unless a layer's file has its size and its header page."""
         file = self.path / layer.file
         size = regular_file_size(file)
         if size != layer.size:
@@ -110,7 +115,7 @@ class Sidecar:
             )
 
     def source(self) -> ExpertSource:
-        """The experts in this sidecar."""
+        """Where the experts lie in this sidecar's files."""
         layers = {}
         for i, layer in enumerate(self.layers):
             locations = []
@@ -125,14 +130,17 @@ class Sidecar:
 
 
 def layer_file(layer: int) -> str:
+    """The name of a layer's file."""
     return f"layer_{layer:03d}.bin"
 
 
 def slab_bytes(parts: Iterable[Part]) -> int:
+    """The bytes of an expert's slab, in whole pages."""
     return -(-sum(part.nbytes for part in parts) // PAGE) * PAGE
 
 
 def header_page(set_id: str, layer: int) -> bytes:
+    """The first page of a layer's file, which says what it is."""
     header = {"format": FORMAT, "version": VERSION, "set": set_id, "layer": layer}
     return json.dumps(header).encode().ljust(PAGE, b"\0")
 
@@ -168,9 +176,9 @@ def write_manifest(sidecar: Sidecar, name: str = MANIFEST) -> None:
 
 
 def read_manifest(path: Path) -> Sidecar:
-    """A manifest, finished or not, checked by itself; the files are not looked at.
+    """Read a manifest, finished or not, and check it by itself; its files are not looked at.
 
-    Raises FileNotFoundError if there is none and ValueError, naming the entry with what was found
+    Raises FileNotFoundError if there is none, and ValueError, naming the entry with what was found
     and expected, for anything that ``write_manifest`` would not have written.
     """
     if (nbytes := regular_file_size(path)) > MAX_JSON_BYTES:

@@ -1,8 +1,8 @@
 """Whether a sidecar holds the experts of the checkpoint at hand, and how that is known.
 
-- **Packing** reads every byte, and notes size and time of modification of the shards it read. Run
-  again, it compares every byte once more: it keeps what is right, packs what is damaged, refuses
-  experts that have changed, and takes note of the shards anew.
+- **Packing** reads every byte, and notes size and time of modification of the shards it read. When
+  it runs again, it compares every byte once more: it keeps what is right, packs what is damaged,
+  refuses experts that have changed, and notes the state of the shards anew.
 - **Loading** (`sidecar_source`) checks what can be checked in a second, and all of it must hold:
 
   1. the manifest describes the experts exactly as the checkpoint's headers do: layers, number of
@@ -48,7 +48,7 @@ _READERS = 16
 def sidecar_source(path: Path, checkpoint: Checkpoint, args: ModelArgs) -> ExpertSource:
     """The experts of a sidecar that was packed from this checkpoint.
 
-    Raises what ``Sidecar.open`` does, ValueError for another checkpoint's sidecar, naming what
+    Raises what ``Sidecar.open`` raises, ValueError for another checkpoint's sidecar, naming what
     differs, and OSError, naming the file, where reading fails.
     """
     sidecar = Sidecar.open(path)
@@ -62,9 +62,9 @@ def sidecar_source(path: Path, checkpoint: Checkpoint, args: ModelArgs) -> Exper
 
 
 def checked_source(path: str | os.PathLike[str]) -> tuple[Checkpoint, ExpertSource]:
-    """A checkpoint, its headers compared with its config as loading does, and its experts.
+    """Open a checkpoint, compare its headers with its config as loading does, find its experts.
 
-    Raises ValueError for one without routed experts and what loading raises.
+    Raises ValueError for a checkpoint without routed experts, and whatever loading raises.
     """
     checkpoint = Checkpoint.open(path)
     args = args_from_config(checkpoint.config)
@@ -154,7 +154,7 @@ def shards(source: ExpertSource) -> Shards:
 
 
 def changed_shards(sidecar: Sidecar, source: ExpertSource) -> str:
-    """Which shard is not in the state that packing compared, as part of a sentence; else ""."""
+    """Say, in part of a sentence, which shard is not in the state that packing saw; else ""."""
     present = shards(source)
     if present == sidecar.shards:
         return ""
@@ -207,7 +207,7 @@ def _sample(
         ours.of_expert(expert)[i],
     )
     nbytes = min(SAMPLE, part.nbytes)
-    # Weyl's sequence: neighbours lie far apart.
+    # The multiples of this constant are Weyl's sequence, in which neighbours lie far apart.
     skip = (layer * 256 + expert) * 0x9E3779B1 % 2**32 * (part.nbytes - nbytes) >> 32
     return part.name, nbytes, (file, at + skip), (my_file, my_at + skip)
 
@@ -223,9 +223,9 @@ def packed_slabs(layer: LayerExperts, reader: ExpertReader) -> Iterator[tuple[by
 def verify(sidecar: Sidecar, source: ExpertSource | None = None) -> Iterator[tuple[str, str]]:
     """Read every file; yields its name and what is wrong with it, or "".
 
-    With the experts of a checkpoint, which ``check_described`` has to have passed, every byte is
-    compared with theirs, and under the manifest's name the state of their shards with that which
-    packing noted. Raises OSError, naming the file, where reading fails.
+    With the ``source`` of a checkpoint, which ``check_described`` has to have passed, every byte is
+    compared with its experts. Then the manifest's name comes first, with which of its shards is not
+    in the state that packing noted. Raises OSError, naming the file, where reading fails.
     """
     if source is not None:
         yield MANIFEST, changed_shards(sidecar, source)

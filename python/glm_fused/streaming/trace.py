@@ -2,8 +2,9 @@
 
 A trace is JSON lines. The first says what the model is: ``{"experts": 256, "top_k": 8,
 "expert_bytes": {"3": 21233664, …}, "slots": 64}``; every other is one request: ``{"layer",
-"token", "experts", "hits", "misses", "bytes", "wait_us"}``, with one list of experts per token, or
-of one expert per choice where a prompt is taken in waves. ``token`` counts those before it.
+"token", "experts", "hits", "misses", "bytes", "wait_us"}``. ``experts`` has one list per token, or
+where a prompt is taken in waves one list of one expert per choice; ``token`` is how many tokens
+came before.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from ..checkpoint.safetensors_header import parse_json_object
 from ..models.config import MAX_LAYERS
 from ..validation import show
 
-# Bounds the work of a replay: a policy looks at every expert at each request, and the learned one
-# keeps 4 * experts^2 bytes. Models have up to 512.
+# This bounds the work of a replay: a policy looks at every expert at each request, and the learned
+# one keeps 4 * experts^2 bytes. Models have up to 512.
 MAX_EXPERTS = 4096
-MAX_BYTES = 2**53  # of one expert; what floats hold exactly
+MAX_BYTES = 2**53  # an expert may have so many bytes, which floats hold exactly
 
 
 @dataclass
 class Trace:
-    """``requests`` lists, per layer, the experts of each request, in order."""
+    """A trace as read; ``requests`` lists, per layer, the experts of each request in order."""
 
     experts: int
     top_k: int
@@ -34,18 +35,19 @@ class Trace:
 
     @property
     def tokens(self) -> int:
+        """How many tokens the model ran on, as the layer with the most choices tells."""
         # Layers may differ: a prompt's last chunk needs no experts of the last one.
         choices = (sum(map(len, requests)) for requests in self.requests.values())
         return max(choices, default=0) // self.top_k
 
     def pins(self, layer: int, count: int) -> list[int]:
-        """The experts of a layer that were asked for most often."""
+        """The ``count`` experts of a layer that most requests named."""
         uses = Counter(expert for request in self.requests[layer] for expert in set(request))
         return [expert for expert, _ in uses.most_common(count)]
 
 
 def read_trace(path: Path) -> Trace:
-    """Read a trace; ValueError names the file, and the line that is not one of a trace."""
+    """Read a trace; raises ValueError, naming file and line, for one that is not of a trace."""
     trace: Trace | None = None
     try:
         with path.open("rb") as file:

@@ -65,7 +65,7 @@ enum DataType : NS::UInteger {
 
 struct ComputePipelineState {
   std::string name;
-  void* pipeline;  // the executor's, or null: launches are noted, no more
+  void* pipeline;  // the executor's; null where launches are only noted
   NS::UInteger maxTotalThreadsPerThreadgroup() const {
     return 1024;
   }

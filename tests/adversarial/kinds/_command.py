@@ -1,4 +1,4 @@
-"""The command line in this process: its exit code and what it printed."""
+"""Runs the command line in this process, and takes its exit code and what it printed."""
 
 import io
 import sys
@@ -8,7 +8,7 @@ from glm_fused.cli import main
 
 
 def run(*arguments, stdin=""):
-    """(exit code, stdout, stderr); an exception of `main` goes on to the harness."""
+    """Run a command; returns exit code, stdout, stderr. Exceptions of `main` go to the harness."""
     out, err = io.StringIO(), io.StringIO()
     before, sys.stdin = sys.stdin, io.StringIO(stdin)
     try:

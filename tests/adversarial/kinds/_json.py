@@ -1,4 +1,4 @@
-"""Small damage to JSON: a value replaced, a key lost or doubled, a byte changed."""
+"""Does small damage to JSON: a value is replaced, a key lost or doubled, a byte changed."""
 
 import json
 
@@ -10,7 +10,7 @@ MARK = "\0raw\0"
 
 
 def places(value, path=()):
-    """Every path in a JSON value."""
+    """Yield every path in a JSON value."""
     yield path
     if isinstance(value, dict):
         for key, inner in value.items():

@@ -9,7 +9,7 @@ MEMORY, THREADS = range(2)
 
 
 class Faults:
-    """Memory that the extension asks for, and threads that anyone does."""
+    """Has memory that the extension asks for, or threads that anyone asks for, be refused."""
 
     def __init__(self):
         library = ctypes.CDLL(None)
@@ -25,12 +25,12 @@ class Faults:
         self._arm(what, first, onwards)
 
     def disarm(self, what):
-        """Let none fail."""
+        """Let no call fail."""
         self.arm(what, -1)
 
 
 def code_of(file):
-    """The addresses of a loaded library's code."""
+    """The first address of a loaded library's code, and the one behind it."""
     path = str(Path(file).resolve())
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     ranges = [line[0].split("-") for line in lines if line[-1] == path and "x" in line[1]]

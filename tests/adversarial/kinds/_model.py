@@ -17,7 +17,7 @@ TOKENS = [3, 1, 4, 1, 5]
 
 
 def config(**changes):
-    """Two layers, one of them with experts, quantized."""
+    """A config of two quantized layers, one of which has experts."""
     return tiny_config(
         num_hidden_layers=2,
         indexer_types=["full", "shared"],
@@ -28,7 +28,7 @@ def config(**changes):
 
 
 def write(folder, shards=1, **changes):
-    """The checkpoint, with a tokenizer whose token i is the word ``wi``."""
+    """Write the checkpoint, with a tokenizer whose token i is the word ``wi``."""
     folder.mkdir(parents=True, exist_ok=True)
     quantization = {"group_size": 64, "bits": 4}
     write_checkpoint(folder, config(**changes), quantization=quantization, shards=shards)
@@ -37,7 +37,7 @@ def write(folder, shards=1, **changes):
 
 
 def clone(source, target, *but):
-    """A folder with links to everything in `source` except the files named."""
+    """Make a folder of links to everything in `source` except the files named."""
     target.mkdir(exist_ok=True)
     for file in target.iterdir():
         file.unlink()
@@ -54,7 +54,7 @@ def header_of(content):
 
 
 def logits(model):
-    """Of a short prompt and one token more, as bits."""
+    """The logits of a short prompt and one token more, as bits."""
     kv = model.make_cache()
     parts = [model(mx.array([TOKENS]), kv), model(mx.array([[9]]), kv)]
     x = mx.concatenate([p.reshape(-1) for p in parts])
@@ -73,5 +73,5 @@ def both_paths(folder):
 
 @cache
 def expected(folder):
-    """The same, once, for a folder that nothing happens to."""
+    """The logits of the checkpoint in a folder that nothing happens to, computed once."""
     return both_paths(folder)[0]

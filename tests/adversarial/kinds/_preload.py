@@ -19,7 +19,7 @@ def compiler():
 
 
 def build(name):
-    """tests/cpp/<name>.cpp as a shared library, built once for each content."""
+    """Build tests/cpp/<name>.cpp as a shared library, once for each content."""
     source = CPP / f"{name}.cpp"
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"glm-fused-{os.getuid()}-{name}-{digest}.so"
@@ -34,7 +34,7 @@ def build(name):
 class Reads:
     """The faults of tests/cpp/faulty_preadv.cpp, in a process that was started with it.
 
-    Of ``preadv``, which reads experts, or with ``loads`` of ``pread``, which MLX loads files with.
+    They hit ``preadv``, which reads experts, or with ``loads`` ``pread``, by which MLX loads files.
     """
 
     def __init__(self, loads=False):
@@ -56,10 +56,10 @@ class Reads:
 
     @property
     def calls(self):
-        """Reads since the last `arm`."""
+        """How many reads there were since the last `arm`."""
         return self._calls(self._function)
 
     @property
     def hits(self):
-        """Those of them that failed."""
+        """How many of these reads a fault hit."""
         return self._hits(self._function)

@@ -28,7 +28,7 @@ class Sidecars(Fixture):
         self.bytes = {name: (self.sound / name).read_bytes() for name in FILES}
 
     def lay_out(self, **changed):
-        """The sound sidecar, but for files of other bytes (or None for none)."""
+        """Write the sound sidecar, with other bytes in some files; None leaves a file out."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.mkdir()
         for name in FILES:
@@ -39,7 +39,7 @@ class Sidecars(Fixture):
                 (self.path / name).symlink_to(self.sound / name)
 
     def outcome(self, rng, noticed=True):
-        """Right tokens or an error; with `noticed`, verify has to say something."""
+        """The outcome of using the sidecar; with `noticed`, verify has to say something."""
         by_verify = self._verify()
         if noticed and by_verify is None:
             raise Wrong("verify finds nothing")
@@ -57,7 +57,7 @@ class Sidecars(Fixture):
         return "right"
 
     def _verify(self):
-        """What verify says, None if all is well."""
+        """What verify says; None if all is well."""
         try:
             sidecar = Sidecar.open(self.path)
             check_described(sidecar, self.checkpoint, self._sources[False])
@@ -80,7 +80,7 @@ class Sidecars(Fixture):
         check(self.shared, rng.choice(self.prompts), STEPS)
 
     def mend(self):
-        """Packing again ends with the sound files, or says in an error why it does not."""
+        """Pack again, which has to end with the sound files or say in an error why it does not."""
         try:
             pack(self.folder, self.path)
         except Exception as error:

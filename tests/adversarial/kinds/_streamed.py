@@ -64,9 +64,10 @@ def generate(model, prompt, steps=STEPS):
 
 
 def drain():
-    """Wait for mlx-lm's last steps, which nobody asks for: if one failed, MLX tells whoever comes.
+    """Wait for mlx-lm's last steps, which nobody asks for.
 
-    Setting the limit synchronizes every thread's streams, and raises one stream's error a time.
+    If one failed, MLX would raise its error for whoever comes next. Setting the limit synchronizes
+    every thread's streams, and raises one stream's error at a time.
     """
     while True:
         with suppress(RuntimeError):
@@ -75,7 +76,7 @@ def drain():
 
 
 def generate_exactly(model, prompt, steps=STEPS):
-    """The same without mlx-lm's last step, which nobody uses: here every read is needed."""
+    """Generate as `generate` does, without mlx-lm's last step, so that every read is needed."""
     cache = model.make_cache()
 
     def step(y):
@@ -98,14 +99,14 @@ def generate_exactly(model, prompt, steps=STEPS):
 def check(model, prompt, steps=STEPS, how=generate_exactly):
     """Raise `Wrong` unless the model says what the resident one does, to the bit.
 
-    What it says before an error, too.
+    What it says before an error is compared, too.
     """
     for _ in checked(model, prompt, steps, how):
         pass
 
 
 def checked(model, prompt, steps, how):
-    """The same, token by token; one that is dropped compares what it has said."""
+    """`check` as a generator of the tokens; one that is dropped compares what it has said."""
     tokens, logits, fault = [], [], ""
     try:
         for token, logit in how(model, prompt, steps):
@@ -135,7 +136,7 @@ def _compare(tokens, logits, prompt, fault):
 
 
 class Fixture:
-    """A checkpoint with its sidecar; `model` puts new banks into the one model, `shared`."""
+    """A checkpoint with its sidecar and one model, `shared`, into which `model` puts new banks."""
 
     def __init__(self, folder, prompts=8, steps=STEPS):
         self.folder = folder / "model"
@@ -179,7 +180,7 @@ class Fixture:
 
 
 def random_options(rng):
-    """How to stream, at random: files, bank, policy, lookahead, reads."""
+    """Random options of streaming: files, bank, policy, lookahead, reads."""
     spares = rng.choice([0, 0, 1, 2])
     policy = rng.choice(["learned", "lru", "s3fifo", "pinned"])
     return {

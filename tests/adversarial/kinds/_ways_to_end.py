@@ -1,4 +1,4 @@
-"""Not a fault of the package: every way in which a case may end, to test the harness with."""
+"""Every way in which a case may end, to test the harness with; it is no fault of the package."""
 
 import json
 import os
@@ -65,8 +65,9 @@ WAYS = [
 
 
 def case(seed, folder):
-    """One way."""
-    print('{"end": 7, "outcome": "right", "detail": ""}', flush=True)  # is not the driver's pipe
+    """End in one of the ways."""
+    # The driver does not take what is printed for a record, which comes on a pipe.
+    print('{"end": 7, "outcome": "right", "detail": ""}', flush=True)
     if _state["planted"] and seed == 2:
         return _wrong()
     return "right" if _state["planted"] else WAYS[seed % len(WAYS)]()

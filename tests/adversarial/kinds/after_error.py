@@ -1,4 +1,4 @@
-"""What is left after a read failed: nothing that it left behind passes for a result."""
+"""After a read failed, nothing that it left behind passes for a result."""
 
 import copy
 import random
@@ -24,7 +24,7 @@ _state = {}
 
 
 def prepare(folder):
-    """A tiny model."""
+    """Make a tiny model."""
     _state["fixture"], _state["reads"] = Fixture(folder), _preload.Reads()
 
 
@@ -37,7 +37,7 @@ class Generation:
         self.error = None
 
     def start(self):
-        """The prompt, in chunks as mlx-lm takes it."""
+        """Take the prompt in chunks, as mlx-lm does."""
         y, last = mx.array(self.prompt.tokens[:-1]), mx.array(self.prompt.tokens[-1:])
         for chunk in [y[i : i + self.prompt.chunk] for i in range(0, y.size, self.prompt.chunk)]:
             self.model(chunk[None], self.cache)
@@ -45,7 +45,7 @@ class Generation:
         self.following = self.build(last)
 
     def build(self, y):
-        """Of the step after token ``y``: the next one, lazily."""
+        """The token after ``y``, not yet evaluated."""
         logits = self.model(y[None], self.cache)[:, -1, :]
         logits = (logits - mx.logsumexp(logits, keepdims=True)).squeeze(0)
         self.arrays.append(logits)
@@ -55,7 +55,7 @@ class Generation:
         return y
 
     def step(self):
-        """One more token."""
+        """Generate one more token."""
         y = self.following
         if len(self.tokens) + 1 < STEPS:
             self.following = self.build(y)
@@ -63,7 +63,7 @@ class Generation:
         self.tokens.append(token)
 
     def advance(self, part):
-        """`start` or `step`, unless it failed before."""
+        """Do a part, `start` or `step`, unless one failed before."""
         if self.error is None:
             try:
                 part(self)
@@ -71,7 +71,7 @@ class Generation:
                 self.error = error
 
     def check(self):
-        """All tokens and arrays are right, or of no use to anybody."""
+        """Raise `Wrong` unless all tokens and arrays are right, or of no use to anybody."""
         if tuple(self.tokens) != self.prompt.expected[: len(self.tokens)]:
             raise Wrong(f"tokens {self.tokens}, expected {self.prompt.expected}, {self.error}")
         for i, (found, expected) in enumerate(zip(self.arrays, self.prompt.logits, strict=False)):
@@ -91,7 +91,7 @@ class Generation:
         return bool(self.cache[0]._reads.error)
 
     def check_cache(self, cache):
-        """Nothing goes on from here."""
+        """Raise `Wrong` if the model goes on from this cache."""
         try:
             mx.eval(self.model(mx.array([[5]]), cache))
         except RuntimeError as error:
@@ -102,7 +102,7 @@ class Generation:
 
 
 def run(model, prompts, rng):
-    """Some generations side by side in one thread; then all is looked at."""
+    """Run some generations side by side in one thread, then check all of them."""
     both = [Generation(model, prompt, rng.random() < 0.7) for prompt in prompts]
     for part in [Generation.start] + [Generation.step] * STEPS:
         for one in both:
@@ -119,13 +119,13 @@ def run(model, prompts, rng):
     for one in both:
         one.check()
     settle(mx.default_stream(mx.cpu))
-    # While the arrays of what failed are alive.
+    # The arrays of what failed are still alive here.
     check(model, rng.choice(prompts), 2)
     return f"error: {errors[0]}" if errors else "right"
 
 
 def case(seed, folder):
-    """Generations in the main thread or another, and reads that fail for them."""
+    """Run generations in the main thread or another, while reads fail for them."""
     rng = random.Random(seed)
     model = _state["fixture"].model(**random_options(rng))
     prompts = rng.sample(_state["fixture"].prompts, rng.choice([1, 1, 2, 3]))

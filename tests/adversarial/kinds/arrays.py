@@ -1,4 +1,4 @@
-"""Arrays of any shape, type, stride and content into the ops and the model: both paths agree."""
+"""Both paths agree on arrays of any shape, type, stride and content, in the ops and the model."""
 
 import random
 import resource
@@ -29,13 +29,13 @@ SCALES = [0.0, -1.0, 1e-300, 1e300, float("inf"), float("nan"), 10**400]
 
 
 def prepare(folder):
-    """A model for the calls of it; not more memory than a few GB."""
+    """Make a model for the calls of it, and allow no more than a few GB of memory."""
     resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.RLIM_INFINITY))
     prepare.model = load_model(_model.write(folder / "good"))[0]
 
 
 def floats(rng, *shape, dtype=None):
-    """Normal numbers, at times with NaN, infinities and zeros among them."""
+    """An array of normal numbers, at times with NaN, infinities and zeros among them."""
     x = np.random.default_rng(rng.getrandbits(32)).normal(size=shape).astype(np.float32)
     if rng.random() < 0.15 and x.size:
         for _ in range(rng.randrange(1, 4)):
@@ -45,7 +45,7 @@ def floats(rng, *shape, dtype=None):
 
 
 def integers(rng, low, high, *shape):
-    """Mostly within [low, high); at times far outside."""
+    """An array of integers, mostly within [low, high) and at times far outside."""
     x = np.random.default_rng(rng.getrandbits(32)).integers(low, max(high, low + 1), shape)
     if rng.random() < 0.15 and x.size:
         outside = rng.choice([-1, high, high + 1, 2**31 - 1, -(2**31)])
@@ -54,7 +54,7 @@ def integers(rng, low, high, *shape):
 
 
 def weight(rng, *shape):
-    """In any format."""
+    """A weight in any format."""
     mode, group, bits = rng.choice(FORMATS)
     w = floats(rng, *shape, dtype=mx.bfloat16)
     if mode == "dense":
@@ -64,12 +64,12 @@ def weight(rng, *shape):
 
 
 def start_of(rng, b, t):
-    """Padding in front of each sequence, or None."""
+    """The padding in front of each sequence, or None."""
     return integers(rng, 0, t, b) if rng.random() < 0.3 else None
 
 
 def matvec(rng):
-    """quantized_matvec."""
+    """A call of quantized_matvec."""
     k, n, heads = rng.choice([128, 256]), rng.choice([1, 8, 40]), rng.choice([0, 0, 3])
     shape = (heads,) if heads else ()
     x = floats(rng, *shape, rng.choice([1, 2, 5]), k)
@@ -77,7 +77,7 @@ def matvec(rng):
 
 
 def moe(rng):
-    """moe_decode."""
+    """A call of moe_decode."""
     tokens, top_k, experts = rng.choice([1, 3]), rng.choice([1, 2]), 4
     hidden, wide = 128, rng.choice([128, 256])
     return ops.moe_decode, {
@@ -91,7 +91,7 @@ def moe(rng):
 
 
 def router(rng):
-    """router_topk."""
+    """A call of router_topk."""
     experts, tokens = rng.choice([4, 8, 24]), rng.choice([1, 4])
     groups = rng.choice([1, 1, 2])
     return ops.router_topk, {
@@ -107,7 +107,7 @@ def router(rng):
 
 
 def indexer(rng):
-    """indexer_topk."""
+    """A call of indexer_topk."""
     b, t, heads, dim = rng.choice([1, 2]), rng.choice([1, 9, 70]), rng.choice([1, 4]), 64
     length = min(t, rng.choice([1, 2, 6]))
     return ops.indexer_topk, {
@@ -121,7 +121,7 @@ def indexer(rng):
 
 
 def attention(rng):
-    """sparse_mla_decode."""
+    """A call of sparse_mla_decode."""
     b, t, heads, rank, rope = 1, rng.choice([1, 9, 70]), rng.choice([1, 4]), 64, 32
     length = min(t, rng.choice([1, 2, 6]))
     selected = integers(rng, -1, t, b, length, rng.choice([1, 5])) if rng.random() < 0.7 else None
@@ -137,7 +137,7 @@ def attention(rng):
 
 
 def swiglu(rng):
-    """swiglu, which has one path."""
+    """A call of swiglu, which has one path."""
     shape, dtype = (rng.choice([1, 3]), 64), rng.choice(FLOATS)
     return ops.swiglu, {
         "gate": floats(rng, *shape, dtype=dtype),
@@ -146,7 +146,7 @@ def swiglu(rng):
 
 
 def expert_sum(rng):
-    """expert_sum, which has one path."""
+    """A call of expert_sum, which has one path."""
     tokens, top_k = rng.choice([1, 3]), rng.choice([1, 2])
     return ops.expert_sum, {
         "y": floats(rng, tokens, top_k, 64),
@@ -192,12 +192,12 @@ def spoil(rng, value):
 
 
 def affordable(name, value):
-    """A result of 2^31 indices is as valid as it is large."""
+    """A smaller `k` in place of 2^31 - 1, which is valid but gives a result as large."""
     return 10**6 if name == "k" and value == 2**31 - 1 else value
 
 
 def spoil_array(rng, x):
-    """Another type, shape or stride."""
+    """The array with another type, shape or stride."""
     kind = rng.randrange(8)
     if kind == 0:
         return x.astype(rng.choice(TYPES))
@@ -229,7 +229,7 @@ def strided(rng, x):
 
 
 def outcome(call, arguments, **path):
-    """The bits of the result, NaNs made equal; or the error's message."""
+    """The bits of the result, with NaNs made equal, or the error's message."""
     try:
         result = call(**arguments, **path)
         results = result if isinstance(result, tuple) else (result,)
@@ -243,7 +243,7 @@ def outcome(call, arguments, **path):
 
 
 def case(seed, folder):
-    """One call on both paths."""
+    """Make one call on both paths."""
     rng = random.Random(seed)
     call, arguments = rng.choice(CALLS)(rng)
     arguments = {name: strided(rng, value) for name, value in arguments.items()}

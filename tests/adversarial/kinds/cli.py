@@ -1,4 +1,4 @@
-"""Random command lines: the right tokens and exit code 0, or exit code 2 and one line."""
+"""Random command lines give the right tokens and exit code 0, or exit code 2 and one line."""
 
 import argparse
 import json
@@ -34,7 +34,7 @@ LEFT_OUT = {"selftest", "doctor", "demo"}  # they measure, or run both paths, fo
 
 
 def prepare(folder):
-    """A checkpoint, files for the options that take one, and the greedy tokens of every prompt."""
+    """Make a checkpoint, files for options that take one, and the greedy tokens of every prompt."""
     good = _model.write(folder / "good")
     model, tokenizer = load(good)
     prepare.tokens = {}
@@ -53,7 +53,7 @@ def prepare(folder):
 
 
 def parsers(parser, words=()):
-    """Every command as (its words, its parser)."""
+    """Yield the words and the parser of every command."""
     found = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     for action in found:
         for name, inner in action.choices.items():
@@ -63,7 +63,7 @@ def parsers(parser, words=()):
 
 
 def value(rng, folder, action):
-    """For an option or an argument: often a sensible one."""
+    """A value of an option or an argument, often a sensible one."""
     files = ["good", "pins.json", "bad.json", "trace.jsonl", "cut.jsonl", "none", "sidecar"]
     if action.choices and rng.random() < 0.9:
         return rng.choice(list(action.choices))
@@ -84,7 +84,7 @@ def value(rng, folder, action):
 
 
 def command_line(rng, folder, words, parser):
-    """A list of arguments."""
+    """A random list of arguments."""
     line = list(words)
     if words == ("generate",) and rng.random() < 0.9:
         line += ["--model", str(folder / "good"), "--prompt", rng.choice(PROMPTS)]
@@ -112,7 +112,7 @@ def command_line(rng, folder, words, parser):
 
 
 def short(line):
-    """With an end to what is generated, and without what goes on for seconds."""
+    """The line with a limit on what is generated, and without what goes on for seconds."""
     if line[:1] in (["generate"], ["demo"]) and "--max-tokens" not in " ".join(line):
         line += ["--max-tokens", str(MAX_TOKENS)]
     for i, word in enumerate(line):
@@ -140,13 +140,13 @@ def check(line, out, good):
 
 
 def case(seed, folder):
-    """One command line."""
+    """Run one command line."""
     rng = random.Random(seed)
     commands = [c for c in parsers(cli._parser()) if c[0][0] not in LEFT_OUT]
     weights = [6 if words[0] in ("generate", "replay") else 1 for words, _ in commands]
     words, parser = rng.choices(commands, weights)[0]
     line = command_line(rng, folder, words, parser)
-    set_num_threads(2)  # whatever the case before asked for
+    set_num_threads(2)  # the case before may have asked for another number
     stdin = rng.choice(["w1 w2", ""])
     with tempfile.TemporaryDirectory() as here, chdir(here):  # a word may name a file to write
         code, out, err = _command.run(*line, stdin=stdin)

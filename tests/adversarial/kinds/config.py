@@ -1,4 +1,4 @@
-"""Damaged config.json and generation_config.json: refused, or a model whose paths agree."""
+"""Damaged config.json and generation_config.json are refused, or both paths of the model agree."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from glm_fused import validation
 NAME = "config"
 SLOW_CASES = 4000
 QUICK_CASES = 100
-# What a model of these tensors may be told otherwise, and be another model that is as good.
+# A model of these tensors may have other values of these, and is another model that is as good.
 FREE = {
     "rms_norm_eps", "routed_scaling_factor", "norm_topk_prob", "max_position_embeddings",
     "rope_parameters", "rope_theta", "rope_scaling", "index_topk", "num_experts_per_tok",
@@ -24,7 +24,7 @@ FREE = {
 
 
 def prepare(folder):
-    """A good checkpoint."""
+    """Make a good checkpoint."""
     _model.write(folder / "good")
     _model.expected(folder / "good")
 
@@ -42,7 +42,7 @@ def damage(rng, good):
 
 
 def case(seed, folder):
-    """One config; every fifth time that of generation."""
+    """Damage one config, every fifth time that of generation."""
     rng = random.Random(seed)
     good = json.loads((folder / "good" / "config.json").read_text())
     name = "config.json"

@@ -1,4 +1,4 @@
-"""EIO at every single read of a prompt and of 50 tokens after it, from both kinds of files."""
+"""Every single read of a prompt and of 50 tokens after it fails once, from both kinds of files."""
 
 from tests.adversarial.harness import Wrong, clear_error
 from tests.adversarial.kinds import _preload, reads
@@ -7,7 +7,7 @@ from tests.adversarial.kinds._streamed import Fixture, check
 NAME = "every_read"
 STEPS = 50
 QUICK_CASES = 16
-SLOW_CASES = 2400  # all of them, as `prepare` makes sure
+SLOW_CASES = 2400  # these are all of them, as `prepare` makes sure
 SLOTS = 3
 WAYS = [(packed, direct) for packed in (False, True) for direct in (False, True)]
 unavailable, environment, planted = reads.unavailable, reads.environment, reads.planted
@@ -15,7 +15,7 @@ _state = {}
 
 
 def prepare(folder):
-    """A tiny model, and the reads of each way of reading, one at a time so that these stay."""
+    """Make a tiny model and count the reads of each way of reading, made one at a time."""
     fixture = _state["fixture"] = Fixture(folder, prompts=2, steps=STEPS)
     _state["reads"] = _preload.Reads()
     _state["prompt"] = fixture.prompts[1]  # 10 tokens
@@ -25,12 +25,12 @@ def prepare(folder):
 
 
 def model(packed, direct):
-    """With one read at a time."""
+    """The model with one read at a time, which keeps the order of reads the same."""
     return _state["fixture"].model(packed, direct=direct, slots=SLOTS, policy="lru", depth=1)
 
 
 def count(packed, direct):
-    """The reads of a run in which none fails."""
+    """How many reads a run has in which none fails."""
     _state["reads"].disarm()
     check(model(packed, direct), _state["prompt"], STEPS)
     return _state["reads"].calls

@@ -1,4 +1,4 @@
-"""Damaged safetensors files and indexes: refused before data is read, or the same logits."""
+"""Damaged safetensors files and indexes are refused before data is read, or change no logits."""
 
 import json
 import random
@@ -21,7 +21,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def prepare(folder):
-    """Good checkpoints of one file and of several."""
+    """Make good checkpoints of one file and of several."""
     _model.write(folder / "single")
     _model.write(folder / "sharded", shards=3)
 
@@ -120,7 +120,7 @@ def corrupt(rng, content):
         return struct.pack("<Q", length) + content[8:]
     position = rng.randrange(8, size // 2)
     if kind == 3:
-        byte = rng.choice([0, 0x80, 0xFF])  # nothing that JSON takes for a space
+        byte = rng.choice([0, 0x80, 0xFF])  # JSON takes none of these for a space
         return content[:position] + bytes([byte]) + content[position + 1 :]
     return content[:position] + content[position + 1 :]
 
@@ -156,7 +156,7 @@ def damage(rng, folder):
 
 
 def case(seed, folder):
-    """One file."""
+    """Load one damaged checkpoint."""
     bad, must_fail = damage(random.Random(seed), folder)
     before = mx.get_active_memory()
     try:

@@ -1,4 +1,4 @@
-"""Reads of a checkpoint's weights that fail while a model is loaded, or later where it is lazy."""
+"""Reads of a checkpoint's weights fail while a model is loaded, or later where it is lazy."""
 
 import random
 from contextlib import contextmanager
@@ -21,12 +21,12 @@ _state = {}
 
 
 def prepare(folder):
-    """A tiny model."""
+    """Make a tiny model."""
     _state["fixture"], _state["reads"] = Fixture(folder, prompts=4), _preload.Reads(loads=True)
 
 
 def case(seed, folder):
-    """Load and generate under a fault; a model that was not refused is right then, and after."""
+    """Load and generate under a fault; a model that is not refused is right then and afterwards."""
     fixture, failing = _state["fixture"], _state["reads"]
     rng = random.Random(seed)
     fault = rng.choice([*reads.HARMLESS, "error", "end"])

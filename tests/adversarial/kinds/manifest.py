@@ -45,13 +45,13 @@ _state = {}
 
 
 def prepare(folder):
-    """A sound sidecar and its manifest."""
+    """Make a sound sidecar, and keep its manifest."""
     _state["sidecars"] = Sidecars(folder)
     _state["manifest"] = json.loads(_state["sidecars"].bytes["manifest.json"])
 
 
 def places(node):
-    """Every (container, key) of a document."""
+    """Yield every container and key of a document."""
     for key in node if isinstance(node, dict) else range(len(node)):
         yield node, key
         if isinstance(node[key], (dict, list)):
@@ -59,7 +59,7 @@ def places(node):
 
 
 def other(rng, value):
-    """Something in the place of a value: of another type, or near it."""
+    """Something to stand in the place of a value: of another type, or near it."""
     if type(value) is int and rng.random() < 0.5:
         return rng.choice([value + 1, value - 1, -value, value * 2, float(value), str(value)])
     if isinstance(value, str) and value and rng.random() < 0.5:
@@ -90,7 +90,7 @@ def insert(rng, document):
 
 
 def swap(rng, document):
-    """Two values of one container, or of two layers."""
+    """Swap two values of one container, or of two layers."""
     containers = [c for c, _ in places(document) if len(c) > 1]
     container = rng.choice(containers)
     a, b = rng.sample(list(container), 2) if isinstance(container, dict) else (0, -1)
@@ -106,7 +106,7 @@ def swap_layers(rng, document):
 
 
 def mistake(rng, document):
-    """Parts of the right number of bytes that are not the checkpoint's, in every layer alike."""
+    """Describe parts that are not the checkpoint's but have its bytes, alike in every layer."""
     old = [part[0] for part in document["layers"][0]["parts"]]
     a, b = rng.sample(range(len(old)), 2)
     kind = rng.choice(["gate, up", "scales, biases", "any", "types", "order", "shape"])
@@ -128,7 +128,7 @@ def mistake(rng, document):
 
 
 def as_text(rng, text):
-    """Damage to the bytes of the file."""
+    """The bytes of the file with some damage."""
     data = bytearray(text)
     at = rng.randrange(len(data))
     kind = rng.randrange(4)
@@ -145,7 +145,7 @@ def as_text(rng, text):
 
 
 def mutate(rng):
-    """(bytes of a manifest, whether it says something else than the sound one)."""
+    """The bytes of a manifest, and whether it says something else than the sound one."""
     sound = _state["manifest"]
     if rng.random() < 0.2:
         text = as_text(rng, _state["sidecars"].bytes["manifest.json"])

@@ -1,4 +1,4 @@
-"""Memory that cannot be had: one allocation of the extension fails, or all from one on."""
+"""Memory cannot be had: one allocation of the extension fails, or all from one on."""
 
 import random
 import sys
@@ -24,12 +24,12 @@ _state = {}
 
 
 def environment(folder):
-    """Allocations that fail where they are told to."""
+    """The environment in which allocations fail where they are told to."""
     return {"LD_PRELOAD": _preload.build("faulty_memory")}
 
 
 def prepare(folder):
-    """Ops with what they give, and a tiny streamed model."""
+    """Make ops with what they give, and a tiny streamed model."""
     _ext.set_num_threads(4)
     _state["faults"], _state["fixture"] = Faults(), Fixture(folder)
     _state["ops"] = [(call, mx.array(call())) for call in _calls()]
@@ -37,7 +37,7 @@ def prepare(folder):
 
 
 def _calls():
-    """Ops large enough for the pool, on operands of their own."""
+    """Yield calls of ops that are large enough for the pool, on operands of their own."""
     for seed in range(4):
         bits = Bits(seed)
         x = bits.floats((3, 128), mx.bfloat16)
@@ -75,25 +75,25 @@ def evaluate(result):
 
 
 def run_op(rng):
-    """One op's right or wrong."""
+    """A function that runs one op and tells whether it was right."""
     call, expected = rng.choice(_state["ops"])
     return lambda: bool(mx.array_equal(evaluate(call()), expected).item())
 
 
 def run_model(rng):
-    """A prompt and two tokens of a streamed model."""
+    """A function that runs a prompt and two tokens of a streamed model; it says if it was right."""
     model = _state["fixture"].model(**random_options(rng))
     prompt = rng.choice(_state["fixture"].prompts)
     return lambda: tokens(generate_exactly(model, prompt, 2)) == prompt.expected[:2]
 
 
 def tokens(generated):
-    """Of a generation's steps."""
+    """The tokens of a generation's steps."""
     return tuple(token for token, _ in generated)
 
 
 def case(seed, folder):
-    """The same work three times: to count its allocations, with a fault, and after it."""
+    """Do the same work three times: to count its allocations, with a fault, and after it."""
     rng, faults = random.Random(seed), _state["faults"]
     work = run_op(rng) if rng.random() < 0.8 else run_model(rng)
     faults.arm(MEMORY, -1)
@@ -129,7 +129,7 @@ def case(seed, folder):
 
 @contextmanager
 def planted():
-    """An evaluation whose error is lost."""
+    """The error of an evaluation is lost."""
 
     def lose(result):
         try:

@@ -1,6 +1,6 @@
-"""Prompt caches, in files and in memory, in which layers, lengths, types and shapes are others.
+"""Prompt caches, in files and in memory, have other layers, lengths, types and shapes.
 
-What is in the rows cannot be checked by anybody, so no case changes that alone.
+Nobody can check what is in the rows, so no case changes that alone.
 """
 
 import copy
@@ -34,7 +34,7 @@ _state = {}
 
 
 def prepare(folder):
-    """Caches of every format in files, and what the model says after each prefix of them."""
+    """Make caches of every format in files, and keep what the model says after each prefix."""
     write_checkpoint(folder / "model", CONFIG)
     model, _ = load_model(folder / "model")
     _state["model"] = model
@@ -53,7 +53,7 @@ def prepare(folder):
 
 
 def parse(data):
-    """Header and data of a safetensors file."""
+    """The header and data of a safetensors file."""
     size = struct.unpack("<Q", data[:8])[0]
     return json.loads(data[8 : 8 + size]), data[8 + size :]
 
@@ -72,7 +72,7 @@ def change_tensor(rng, header):
 
 
 def change_length(rng, header, data):
-    """A scalar of the state, which is a tensor of 0 dimensions."""
+    """Change a scalar of the state, which is a tensor of 0 dimensions."""
     scalars = [n for n, e in header.items() if n != "__metadata__" and e["shape"] == []]
     begin, end = header[rng.choice(scalars)]["data_offsets"]
     value = rng.choice([0, 1, LENGTH - 1, LENGTH + 1, 256, 257, 2**31 - 1, -1, -LENGTH])
@@ -119,7 +119,7 @@ def through_a_file(rng, folder, kv_format):
 
 
 def reshape(rng, array):
-    """An array of another shape or type."""
+    """The array in another shape or type."""
     axis = rng.randrange(4)
     kind = rng.randrange(6)
     if kind == 0:
@@ -189,7 +189,7 @@ def in_memory(rng, folder, kv_format):
 
 
 def case(seed, folder):
-    """The next token after a cache with a fault: that after the prefix it holds, or an error."""
+    """Ask for a token after a cache with a fault: it is right for the prefix held, or an error."""
     rng = random.Random(seed)
     kv_format = rng.choice(FORMATS)
     kv = rng.choice([through_a_file, in_memory])(rng, folder, kv_format)

@@ -1,4 +1,4 @@
-"""Reads of experts that fail, end early, are short, late, interrupted or wrong; changed files."""
+"""Reads of experts fail, end early, are short, late, interrupted or wrong, or files change."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ NAME = "reads"
 QUICK_CASES = 40
 SLOW_CASES = 4000
 ERRORS = (errno.EIO, errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ENOMEM, errno.EINVAL)
-# What a reader has to put up with.
+# A reader has to put up with these.
 HARMLESS = ("interrupted", "short", "late")
 HARMFUL = ("error", "end", "wrong byte", "changed file")
 unavailable, environment = slots.unavailable, slots.environment
@@ -31,12 +31,12 @@ _state = {}
 
 
 def prepare(folder):
-    """A tiny model."""
+    """Make a tiny model."""
     _state["fixture"], _state["reads"] = Fixture(folder), _preload.Reads()
 
 
 def arm(rng, reads, fault):
-    """At one read, at a run of them, or here and there."""
+    """Arm a fault at one read, at a run of them, or here and there."""
     where = rng.choice(["one", "run", "some"])
     first, count, permille = rng.randrange(60), 1, 0
     if where == "run":
@@ -58,7 +58,7 @@ def arm(rng, reads, fault):
 
 @contextmanager
 def changed(files):
-    """As if somebody had written to the files."""
+    """Within the block, files look as if somebody had written to them."""
     times = {file: (file.stat().st_atime_ns, file.stat().st_mtime_ns) for file in files}
     try:
         for file, (accessed, modified) in times.items():
@@ -70,7 +70,7 @@ def changed(files):
 
 
 def under(fault, rng, model, prompt, how):
-    """(outcome, how many reads were hit) of a generation."""
+    """The outcome of a generation, and how many reads were hit."""
     reads = _state["reads"]
     files = model.streaming.source.files if fault == "changed file" else ()
     arm(rng, reads, fault)
@@ -91,12 +91,12 @@ def under(fault, rng, model, prompt, how):
 
 
 def case(seed, folder):
-    """A prompt and some tokens under a fault; then, without it, the same again."""
+    """Generate some tokens under a fault; then, without it, the same again."""
     rng = random.Random(seed)
     options = random_options(rng)
     fault = rng.choice(HARMLESS + HARMFUL)
     if fault == "wrong byte":
-        options["packed"] = True  # nothing but a checksum can tell
+        options["packed"] = True  # only a checksum can tell, which a sidecar has
     fixture, how = _state["fixture"], rng.choice([generate, generate_exactly])
     prompt = rng.choice(fixture.prompts)
     _state["reads"].disarm()
@@ -104,7 +104,8 @@ def case(seed, folder):
     outcome, hits = under(fault, rng, model, prompt, how)
     if outcome != "right" and (fault in HARMLESS or hits == 0):
         raise Wrong(f"{fault} at {hits} reads, {options}: {outcome}")
-    # Of lookahead, of mlx-lm's last step, or of blocks around what is read past the page cache.
+    # Nobody may need a read of lookahead, of mlx-lm's last step, or, past the page cache, of the
+    # rest of a block.
     unused = options["spares"] or how is generate or (fault == "wrong byte" and options["direct"])
     if fault == "changed file":
         unused = False  # all reads are hit

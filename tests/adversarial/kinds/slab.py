@@ -1,4 +1,4 @@
-"""Layer files of sidecars with flipped, moved, missing and foreign bytes."""
+"""Layer files of sidecars have flipped, moved, missing or foreign bytes."""
 
 import random
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ _state = {}
 
 
 def prepare(folder):
-    """A sound sidecar, and that of another checkpoint."""
+    """Make a sound sidecar, and that of another checkpoint."""
     sidecars = _state["sidecars"] = Sidecars(folder)
     other = folder / "other"
     write_checkpoint(other, CONFIG, quantization={"group_size": 32, "bits": 4}, shards=2, seed=1)
@@ -46,7 +46,7 @@ def resize(rng, data):
 
 
 def shift(rng, data):
-    """The same number of bytes, but from one place on one byte late."""
+    """Insert bytes at one place and cut the end, so that all that follows comes late."""
     at = rng.randrange(len(data))
     data[at:at] = bytes(rng.randrange(1, 100))
     del data[len(_state["sidecars"].bytes[LAYERS[0]]) :]
@@ -71,7 +71,7 @@ def hole(rng, data):
 
 
 def foreign_expert(rng, data):
-    """Of another checkpoint, under this one's header."""
+    """Put in an expert of another checkpoint, under this one's header."""
     at = PAGE + rng.randrange(EXPERTS) * _state["slab"]
     data[at : at + _state["slab"]] = _state["other"][LAYERS[0]][at : at + _state["slab"]]
 
@@ -80,7 +80,7 @@ CHANGES = (flip, flip, flip_header, resize, shift, swap_experts, copy_range, hol
 
 
 def mutate(rng):
-    """Files that are something else."""
+    """The layer files that differ from the sound ones."""
     sound = _state["sidecars"].bytes
     name = rng.choice(LAYERS)
     kind = rng.randrange(10)

@@ -16,31 +16,30 @@ from glm_fused import _ext
 NAME = "slots"
 QUICK_CASES = 80
 SLOW_CASES = 40_000
-# Of one process. An evaluation that fails may leave a task in MLX's count of active ones, which
-# `_ext.active_tasks` shows, and with more than ten of them MLX waits for one that is over.
+# One process runs so many cases. An evaluation that fails may leave a task in MLX's count of active
+# ones, which `_ext.active_tasks` shows; with more than ten MLX waits for a task that is over.
 PIECE = 100
 EXPERTS, BYTES = 16, (4096, 100)
 FAULTS = (_preload.ERROR, _preload.END, _preload.SHORT, _preload.DELAY, _preload.WRONG_BYTE)
-_SUMS = [
-    _ext.checksum([bytes([e]) * BYTES[0], bytes([e]) * BYTES[1]]) for e in range(EXPERTS)
-]  # of what `prepare` writes
+# These are the checksums of what `prepare` writes.
+_SUMS = [_ext.checksum([bytes([e]) * BYTES[0], bytes([e]) * BYTES[1]]) for e in range(EXPERTS)]
 _state = {}
 
 
 def unavailable():
-    """Why this kind cannot run here, or "" ."""
+    """Why this kind cannot run here; "" where it can."""
     if sys.platform != "linux":
         return "LD_PRELOAD is Linux's"
     return "" if _preload.compiler() else "no C++ compiler"
 
 
 def environment(folder):
-    """A `preadv` that fails where it is told to."""
+    """The environment of a `preadv` that fails where it is told to."""
     return {"LD_PRELOAD": _preload.build("faulty_preadv")}
 
 
 def prepare(folder):
-    """Every byte of an expert is its number."""
+    """Write a file of experts, in which every byte of an expert is its number."""
     _state["reads"] = _preload.Reads()
     contents = (bytes([e]) * sum(BYTES) for e in range(EXPERTS))
     (folder / "experts.bin").write_bytes(b"".join(contents))
@@ -66,7 +65,7 @@ def make_bank(rng, file, at_least=4, sums=(), **chosen):
 
 
 def check_slots(bank, slots, experts):
-    """The slots hold the experts."""
+    """Raise `Wrong` unless the slots hold the experts."""
     for array in bank.arrays:
         content = np.array(array)[slots.tolist()[0]]
         if not (content == np.array(experts)[:, None]).all():
@@ -81,12 +80,12 @@ def resolve(bank, experts):
 
 
 def wait(use, slots):
-    """The same slots, read."""
+    """The same slots, once they are read; a planted fault replaces this."""
     return use.wait(slots)
 
 
 def request(bank, experts):
-    """The slots of a request, read and compared."""
+    """The slots of a request, once they are read and compared."""
     slots = resolve(bank, experts)[1]
     mx.eval(slots)
     check_slots(bank, slots, experts)
@@ -150,7 +149,7 @@ def in_bad_times(rng, file):
 
 
 def case(seed, folder):
-    """Some requests, each checked."""
+    """Make some requests and check each."""
     rng = random.Random(seed)
     return rng.choice([in_good_times, in_bad_times])(rng, folder / "experts.bin")
 

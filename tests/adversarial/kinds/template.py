@@ -1,4 +1,4 @@
-"""Chat templates of strangers: transformers' tokens, or an error that names the file."""
+"""Chat templates of strangers give transformers' tokens, or an error that names the file."""
 
 import random
 import resource
@@ -13,7 +13,7 @@ from glm_fused.loader import load
 
 NAME = "template"
 SLOW_CASES = 2000
-SECONDS = 0.15  # a template may run here
+SECONDS = 0.15  # here a template may run for so long
 VALUES = [
     "messages", "messages[0]", "messages[0].content", "messages[-1]['role']", "messages[9]", "none",
     "undefined_name", "tools", "add_generation_prompt", "''", "'w1 w2'", "'\\ud800'", "0", "1.5",
@@ -36,7 +36,7 @@ TESTS = ["defined", "string", "none", "mapping", "divisibleby 0", "nonesuch", "i
 
 
 def prepare(folder):
-    """One tokenizer, whose template each case sets; not more memory than a few GB."""
+    """Make a tokenizer, whose template each case sets, and allow only a few GB of memory."""
     _model.write(folder / "good")
     prepare.tokenizer = load(folder / "good")[1]
     chat.SECONDS = SECONDS
@@ -44,7 +44,7 @@ def prepare(folder):
 
 
 def expression(rng):
-    """Some value, through some filters."""
+    """An expression of some value and some filters."""
     text = rng.choice(VALUES if rng.random() < 0.4 else HARMLESS)
     while rng.random() < 0.2:
         text = f"({text})|{rng.choice(FILTERS)}"
@@ -73,7 +73,7 @@ def block(rng, depth=0):
 
 
 def template(rng):
-    """A whole template, sometimes no text at all or cut in two."""
+    """A whole template, which sometimes is no text at all or is cut in two."""
     if rng.random() < 0.03:
         return rng.choice([5, True, [], {}, ["w1"], 1.5, "", b"w1"])
     text = "".join(block(rng) for _ in range(rng.randrange(1, 4)))
@@ -81,7 +81,7 @@ def template(rng):
 
 
 def through_command(folder, text):
-    """The same through files and the command line."""
+    """Run the template from a file through the command line; returns the outcome."""
     bad = _model.clone(folder / "good", folder / "bad")
     (bad / "chat_template.jinja").write_text(text, errors="surrogatepass")
     command = ("generate", "--model", bad, "--prompt", "w7", "--max-tokens", 1)
@@ -94,7 +94,7 @@ def through_command(folder, text):
 
 
 def case(seed, folder):
-    """One template; every twentieth from a file."""
+    """Render one template, every twentieth time from a file."""
     rng = random.Random(seed)
     text = template(rng)
     if seed % 20 == 0 and isinstance(text, str):

@@ -1,4 +1,4 @@
-"""Threads that cannot be created, for the pool of the kernels and for reads."""
+"""Threads cannot be created, for the pool of the kernels and for reads."""
 
 import random
 import sys
@@ -24,7 +24,7 @@ _state = {}
 
 
 def prepare(folder):
-    """An op that is large enough for the pool, and a file of experts."""
+    """Make an op that is large enough for the pool, and a file of experts."""
     bits = Bits(1)
     x, w = (
         bits.floats((1, 256), mx.float32),
@@ -73,7 +73,7 @@ def check_reader(rng, faults, file):
 
 
 def case(seed, folder):
-    """A pool and a reader, with threads that fail from somewhere on; then without."""
+    """Use a pool and a reader while threads cannot be created from some point on; then without."""
     rng, faults = random.Random(seed), _state["faults"]
     check_pool(rng, faults)
     outcome = check_reader(rng, faults, folder / "experts.bin")
@@ -85,6 +85,6 @@ def case(seed, folder):
 
 @contextmanager
 def planted():
-    """A pool that is never made anew."""
+    """The pool is never made anew."""
     with mock.patch.object(sys.modules[__name__], "set_num_threads", lambda n: None):
         yield

@@ -1,4 +1,4 @@
-"""Threads that share one streamed model, one bank or the pool: as if one after another."""
+"""Threads that share one streamed model, one bank or the pool act as if one after another."""
 
 import random
 import threading
@@ -31,13 +31,13 @@ NAME = "threads"
 QUICK_CASES = 16
 SLOW_CASES = 600
 TIMEOUT = 60.0
-PIECE = 300  # MLX keeps the streams of threads that are gone
+PIECE = 300  # not more, as MLX keeps the streams of threads that are gone
 unavailable, environment = bank_of_slots.unavailable, bank_of_slots.environment
 _state = {}
 
 
 def prepare(folder):
-    """A tiny model, a file of experts, and operands of ops with their serial results."""
+    """Make a tiny model, a file of experts, and operands of ops with their serial results."""
     _state["fixture"] = Fixture(folder)
     bank_of_slots.prepare(folder)
     _state["reads"] = _preload.Reads()
@@ -46,7 +46,7 @@ def prepare(folder):
 
 
 def _calls():
-    """Ops on operands of their own."""
+    """Yield calls of ops on operands of their own."""
     for seed in range(6):
         bits = Bits(seed)
         x = bits.floats((2, 128), mx.bfloat16)
@@ -84,12 +84,12 @@ def together(jobs):
 
 
 def seeded(rng, run):
-    """A job that has its own chance, drawn now."""
+    """A job with a random generator of its own, which is seeded now."""
     return partial(run, random.Random(rng.getrandbits(30)))
 
 
 def generations(rng, folder):
-    """Threads that generate, and some that drop what they built or change the pool's size."""
+    """Jobs of threads that generate; others drop what they built or change the pool's size."""
     model = _state["fixture"].model(**random_options(rng))
     others = [seeded(rng, partial(drop, model)), seeded(rng, resize)]
     jobs = [seeded(rng, partial(say, model)) for _ in range(rng.choice([2, 2, 3, 4, 7]))]
@@ -97,7 +97,7 @@ def generations(rng, folder):
 
 
 def failing(rng, folder):
-    """Threads that generate while reads fail: each ends with its tokens or with an error."""
+    """Jobs of threads that generate while reads fail: each ends with its tokens or an error."""
     model = _state["fixture"].model(**random_options(rng))
     jobs = [seeded(rng, partial(try_to_say, model)) for _ in range(rng.choice([2, 3, 4]))]
     seed, permille = rng.getrandbits(63), rng.choice([10, 50, 300])
@@ -106,7 +106,7 @@ def failing(rng, folder):
 
 
 def interleaved(rng, folder):
-    """One thread with several generations, some of which are dropped; reads may fail."""
+    """A job of one thread with several generations, some of which are dropped; reads may fail."""
     model = _state["fixture"].model(**random_options(rng))
     if rng.random() < 0.5:
         _state["reads"].arm(_preload.ERROR, rng.randrange(80), 1)
@@ -114,7 +114,7 @@ def interleaved(rng, folder):
 
 
 def take_turns(model, rng):
-    """A token of one, a token of another; each ends with its tokens or with an error."""
+    """Generate in turns, a token each; every generation ends with its tokens or an error."""
     fixture = _state["fixture"]
     voices = [
         checked(model, rng.choice(fixture.prompts), 3, rng.choice([generate, generate_exactly]))
@@ -162,7 +162,7 @@ def resize(rng):
 
 
 def operations(rng, folder):
-    """Threads that run ops while another changes the pool's size."""
+    """Jobs of threads that run ops while another changes the pool's size."""
     return [seeded(rng, operate) for _ in range(rng.randrange(2, 7))] + [seeded(rng, resize)]
 
 
@@ -175,7 +175,7 @@ def operate(rng):
 
 
 def requests(rng, folder):
-    """Threads that request experts of one bank, hold them and look at them."""
+    """Jobs of threads that request experts of one bank, hold them and look at them."""
     count = rng.randrange(2, 6)
     bank = make_bank(rng, folder / "experts.bin", at_least=2 * count + 2)
     return [seeded(rng, partial(use, bank)) for _ in range(count)]
@@ -198,7 +198,7 @@ def use(bank, rng):
 
 
 def case(seed, folder):
-    """One storm; afterwards one thread alone gets the right tokens too."""
+    """Run the jobs of one storm; afterwards one thread alone has to get the right tokens too."""
     rng = random.Random(seed)
     storm = rng.choice([generations, generations, failing, interleaved, operations, requests])
     before = _ext.num_threads()
@@ -207,7 +207,7 @@ def case(seed, folder):
     except Wrong as error:
         raise Wrong(f"{storm.__name__}: {error}") from None
     except Exception as error:
-        # No thread may feel another.
+        # No thread may notice another.
         raise Wrong(f"{storm.__name__}: {type(error).__name__}: {error}") from None
     finally:
         _ext.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""Damaged tokenizer files: refused in one error, or tokens of the vocabulary and some text."""
+"""Damaged tokenizer files are one error, or give tokens of the vocabulary and some text."""
 
 import json
 import random
@@ -35,7 +35,7 @@ EXTRA = {
 
 
 def prepare(folder):
-    """A checkpoint with a tokenizer of words, of bytes, and of pieces with byte fall-back."""
+    """Make checkpoints with a tokenizer of words, of bytes, and of pieces with byte fall-back."""
     for kind in KINDS:
         _model.write(folder / kind)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:240]
@@ -68,12 +68,12 @@ def prepare(folder):
 
 
 def save(tokenizer, folder):
-    """With the files that transformers writes."""
+    """Save a tokenizer in the files that transformers writes."""
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
 
 
 def damage(rng, folder):
-    """A damaged copy of one of the checkpoints."""
+    """Make a damaged copy of one of the checkpoints."""
     good = folder / rng.choice(KINDS)
     name = rng.choice(FILES)
     bad = _model.clone(good, folder / "bad", name)
@@ -92,14 +92,14 @@ def damage(rng, folder):
 
 
 def in_parts(rng):
-    """Mostly leaves the many entries of the vocabulary alone."""
+    """Which paths may change: mostly not the many entries of the vocabulary. None is all."""
     if rng.random() < 0.3:
         return None
     return lambda path: path[:2] not in (("model", "vocab"), ("model", "merges")) or len(path) < 3
 
 
 def through_command(bad):
-    """The same through the command line."""
+    """Run the damaged tokenizer through the command line; returns the outcome."""
     command = ("generate", "--model", bad, "--prompt", "w1 w2", "--max-tokens", 3)
     code, out, err = _command.run(*command)
     if code not in (0, 2) or (code == 2 and not err.startswith("glm-fused: error: ")):
@@ -108,7 +108,7 @@ def through_command(bad):
 
 
 def case(seed, folder):
-    """One tokenizer: loaded, asked for tokens, and for the text of any tokens."""
+    """Load one tokenizer, and ask it for tokens and for the text of any tokens."""
     rng = random.Random(seed)
     bad = damage(rng, folder)
     if seed % 20 == 0:

@@ -1,4 +1,4 @@
-"""Damaged traces through `glm-fused replay`: refused, or rates that a plain simulation gives."""
+"""`glm-fused replay` refuses damaged traces, or gives the rates of a plain simulation."""
 
 import json
 import random
@@ -19,11 +19,11 @@ POLICIES = ("lru", "learned", "s3fifo", "pinned")
 
 
 def prepare(folder):
-    """Nothing: each case makes its own trace."""
+    """Nothing is needed, as each case makes its own trace."""
 
 
 def lines(rng):
-    """A good trace: decode requests, and a prompt taken in waves."""
+    """The entries of a good trace: decode requests, and a prompt taken in waves."""
     header = {
         "experts": EXPERTS,
         "top_k": TOP_K,
@@ -41,7 +41,7 @@ def lines(rng):
 
 
 def damage(rng, entries):
-    """The file's bytes."""
+    """The bytes of a file of these entries, often with some damage."""
     texts = [json.dumps(entry) for entry in entries]
     kind = rng.randrange(6)
     if kind == 0:
@@ -58,7 +58,7 @@ def damage(rng, entries):
 
 
 def lru_rate(content, slots):
-    """The hit rate of LRU banks, from the file itself; Wrong if it is no trace."""
+    """The hit rate of LRU banks, from the file itself; raises `Wrong` if it is no trace."""
     header, *requests = [json.loads(line) for line in content.splitlines() if line.strip()]
     banks, hits, total = {}, 0, 0
     for request in requests:
@@ -81,7 +81,7 @@ def lru_rate(content, slots):
 
 
 def rates_of(path, slots, through_command):
-    """Hit rates by policy; through the command line or from the functions below it."""
+    """The hit rates by policy, through the command line or from the functions below it."""
     if not through_command:
         rows = replay(reader.read_trace(path), [slots], POLICIES)["rows"]
     else:
@@ -95,7 +95,7 @@ def rates_of(path, slots, through_command):
 
 
 def case(seed, folder):
-    """One trace."""
+    """Replay one trace."""
     rng = random.Random(seed)
     content = damage(rng, lines(rng))
     path = folder / "trace.jsonl"
