@@ -12,6 +12,7 @@ from test_streaming import run, same, stream
 
 from glm_fused import reference_path
 from glm_fused.checkpoint.description import describe
+from glm_fused.engine import Engine
 from glm_fused.formats.weights import FP8
 from glm_fused.loader import load_model
 from glm_fused.ops import metal_sim
@@ -142,6 +143,20 @@ def test_the_metal_kernels_take_the_slots(folder, resident):
 def test_the_reference_path_streams_too(folder, resident):
     with reference_path():
         assert same(run(load_model(folder, stream=stream(2))[0]), resident)
+
+
+def test_mlx_is_given_bfloat16(tmp_path, folder):
+    """Tools that read weights themselves get values, and a config that says so."""
+    engine = Engine(folder, tokenizer=False, only_mlx_formats=True)
+    assert "quantization_config" not in engine.config and "quantization" not in engine.config
+    found = engine.model.layers[2].mlp.switch_mlp.up_proj
+    tensors = make_tensors(tiny_config(**WIDE), "fp8")
+    path = write_values(tmp_path / "dense", tiny_config(**WIDE), tensors)
+    expected = load_model(path)[0].layers[2].mlp.switch_mlp.up_proj.weight
+    assert mx.array_equal(found.weight, expected.astype(mx.bfloat16))
+    with pytest.raises(ValueError, match="quantization mode"):
+        layer = load_model(folder)[0].layers[2].mlp.switch_mlp.up_proj
+        mx.dequantize(layer.weight, layer.scales, None, layer.group_size, layer.bits, layer.mode)
 
 
 def drop(name):
