@@ -77,6 +77,9 @@ def test_impossible_formats_are_named():
 PACKED = Weight(mx.quantize(VALUES, 64, 4), KNOWN["affine4"])
 CODES, SCALES, BIASES = PACKED.planes
 WRONG = {
+    r"w\.planes must be a sequence of arrays but is of type int": PACKED._replace(planes=3),
+    r"w\.planes\[0\] must be an array but is of type str": PACKED._replace(planes=["a"]),
+    r"w\.format must be one of FORMATS but is of type str": PACKED._replace(format="affine4"),
     r"w\.format must be one of .* but is None": PACKED._replace(format=None),
     r"w must have 3 planes in format affine4 but has 2": PACKED._replace(planes=[CODES, SCALES]),
     r"w must have 1 plane in format fp32 but has 0": Weight([], KNOWN["fp32"]),

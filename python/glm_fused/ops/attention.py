@@ -92,7 +92,7 @@ def sparse_mla_decode(
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
     """
-    listed = latents.shape[1] if selected is None else selected.shape[-1]
+    listed = _size(latents, 1) if selected is None else _size(selected, -1)
     kernel = routes.take("sparse_mla_decode", listed, stream=stream, reference=reference)
     if kernel is Kernel.mlx:
         with routes.on(stream):
@@ -103,3 +103,8 @@ def sparse_mla_decode(
         )
     except TypeError:
         raise unfit("sparse_mla_decode", rank=rank, scale=scale, start=start) from None
+
+
+def _size(a: mx.array, axis: int) -> int:
+    """The size of an axis; of what the op refuses, with a message, any number does."""
+    return a.shape[axis] if a.ndim == 3 else 1
