@@ -165,6 +165,60 @@ NB_MODULE(_ext, m) {
       "kernel"_a,
       "stream"_a.none());
   m.def(
+      "rms_norm",
+      [](const mx::array& x,
+         const mx::array& weight,
+         float eps,
+         Kernel kernel,
+         const mx::StreamOrDevice& stream) {
+        return rms_norm(
+            x, weight, eps, is_reference(kernel), on(kernel, stream));
+      },
+      "x"_a,
+      "weight"_a,
+      "eps"_a,
+      "kernel"_a,
+      "stream"_a.none());
+  m.def(
+      "layer_norm",
+      [](const mx::array& x,
+         const mx::array& weight,
+         const mx::array& bias,
+         float eps,
+         Kernel kernel,
+         const mx::StreamOrDevice& stream) {
+        return layer_norm(
+            x, weight, bias, eps, is_reference(kernel), on(kernel, stream));
+      },
+      "x"_a,
+      "weight"_a,
+      "bias"_a,
+      "eps"_a,
+      "kernel"_a,
+      "stream"_a.none());
+  m.def(
+      "rotate",
+      [](const mx::array& x,
+         const mx::array& cosines,
+         const mx::array& sines,
+         bool interleaved,
+         Kernel kernel,
+         const mx::StreamOrDevice& stream) {
+        return rotate(
+            x,
+            cosines,
+            sines,
+            interleaved,
+            is_reference(kernel),
+            on(kernel, stream));
+      },
+      "x"_a,
+      "cosines"_a,
+      "sines"_a,
+      "interleaved"_a,
+      "kernel"_a,
+      "stream"_a.none());
+  m.def(
       "router_topk",
       [](const mx::array& x,
          const mx::array& weight,

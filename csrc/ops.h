@@ -54,6 +54,37 @@ mx::array expert_sum(
     const mx::array& scores,
     mx::StreamOrDevice s = {});
 
+// Returns x / sqrt(mean(x^2) + eps) * weight over the last axis, in x's dtype.
+// The squares are summed in fp32 as a dense dot product of x with itself; x is
+// rounded to its dtype after each product.
+mx::array rms_norm(
+    const mx::array& x,
+    const mx::array& weight,
+    float eps,
+    bool reference,
+    mx::StreamOrDevice s = {});
+
+// Returns (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last
+// axis, summed and rounded likewise.
+mx::array layer_norm(
+    const mx::array& x,
+    const mx::array& weight,
+    const mx::array& bias,
+    float eps,
+    bool reference,
+    mx::StreamOrDevice s = {});
+
+// Returns x [b, h, l, d] with its leading columns rotated in fp32 by the angles
+// that `cosines` and `sines` [b or 1, 1, l, pairs] belong to. Pairs of columns
+// are (0, 1), (2, 3), … if `interleaved`, else (0, pairs), (1, pairs + 1), ….
+mx::array rotate(
+    const mx::array& x,
+    const mx::array& cosines,
+    const mx::array& sines,
+    bool interleaved,
+    bool reference,
+    mx::StreamOrDevice s = {});
+
 struct Routing {
   int top_k;
   int n_group;

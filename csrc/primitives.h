@@ -150,6 +150,78 @@ class ExpertSum : public FusedPrimitive {
   }
 };
 
+// inputs: x of at most four axes, weight [n]. output: x's values in rows.
+class RmsNorm : public FusedPrimitive {
+ public:
+  RmsNorm(mx::Stream stream, bool reference, float eps)
+      : FusedPrimitive(stream, reference), eps_(eps) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "RmsNorm";
+  }
+
+ private:
+  float eps_;
+};
+
+// inputs: x of at most four axes, weight, bias [n]. output: x's values in rows.
+class LayerNorm : public FusedPrimitive {
+ public:
+  LayerNorm(mx::Stream stream, bool reference, float eps)
+      : FusedPrimitive(stream, reference), eps_(eps) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "LayerNorm";
+  }
+
+ private:
+  float eps_;
+};
+
+// inputs: x [b, h, l, d], cosines, sines [b or 1, 1, l, pairs]. output: as x.
+class Rotate : public FusedPrimitive {
+ public:
+  Rotate(mx::Stream stream, bool reference, bool interleaved)
+      : FusedPrimitive(stream, reference), interleaved_(interleaved) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "Rotate";
+  }
+
+ private:
+  bool interleaved_;
+};
+
 // inputs: q [b, l, heads, dim], keys [b, t, row], weights [b, l, heads], start
 // [b]. output: [b, l, k].
 class IndexerTopk : public FusedPrimitive {

@@ -47,3 +47,26 @@ struct IndexParams {
   int top_k;
   float scale;
 };
+
+// An array [sequences, heads, length, columns] with strides in values.
+struct ViewParams {
+  int heads;
+  int length;
+  int columns;
+  long sequence_stride;
+  long head_stride;
+  long position_stride;
+  long column_stride;
+};
+
+struct NormParams {
+  ViewParams x;
+  float eps;
+};
+
+struct RotateParams {
+  ViewParams x;
+  ViewParams cosines;  // [b or 1, 1, l, pairs]
+  ViewParams sines;
+  int interleaved;
+};

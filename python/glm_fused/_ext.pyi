@@ -144,6 +144,41 @@ def expert_sum(
     | mlx.core.DeviceType
     | None,
 ) -> mlx.core.array: ...
+def rms_norm(
+    x: mlx.core.array,
+    weight: mlx.core.array,
+    eps: float,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
+def layer_norm(
+    x: mlx.core.array,
+    weight: mlx.core.array,
+    bias: mlx.core.array,
+    eps: float,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
+def rotate(
+    x: mlx.core.array,
+    cosines: mlx.core.array,
+    sines: mlx.core.array,
+    interleaved: bool,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
 def router_topk(
     x: mlx.core.array,
     weight: mlx.core.array,
