@@ -170,6 +170,8 @@ def test_debug_names_the_path_of_every_layer(loaded, monkeypatch, caplog):
     text = caplog.text
     formats = "/".join(["affine4-g32"] * 3)
     experts = rf"layer 4: shared indexer, experts {formats}: cpu \(\w+, \d+ threads\): "
-    assert re.search(experts + "quantized_matvec, sparse_mla_decode, router_topk, moe_decode", text)
+    attention = "rms_norm, quantized_matvec, rotate, sparse_mla_decode"
+    assert re.search(f"{experts}{attention}, router_topk, moe_decode", text)
     dense = f"layer 0: full indexer, dense mlp {formats}: loops (the reference, asked for)"
-    assert f"{dense}: indexer_topk, quantized_matvec, sparse_mla_decode" in text
+    attention = attention.replace("rms_norm", "rms_norm, layer_norm, indexer_topk")
+    assert f"{dense}: {attention}" in text

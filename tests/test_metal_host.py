@@ -284,6 +284,11 @@ def test_demo_model_decodes_as_on_the_cpu():
             "mla_combine": steps * layers,
             "index_scores": steps * full,
             "index_select": steps * full,
+            # Of a layer: its two norms, those of q's and the keys' latents; then the last one.
+            "rms_norm": steps * (4 * layers + 1),
+            "layer_norm": steps * full,
+            # Of a layer its queries and keys, and those of its indexer.
+            "rotate_rows": steps * 2 * (layers + full),
         }
         names = [launch.kernel.removeprefix("glm_fused_") for launch in launches]
         count = {name: sum(n.startswith(name) for n in names) for name in expected}

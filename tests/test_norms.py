@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from formats_under_test import DTYPES, assert_same_bits, bits_of
@@ -16,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from metal_backend import metal, on_both, simulated_only
 
-from glm_fused import ops
+from glm_fused import load, ops
+from glm_fused.checkpoint.paths import bundled_folder
+from glm_fused.models import layers
 from glm_fused.ops import metal_sim, stock
 
 NORMS = {"rms_norm": ("weight",), "layer_norm": ("weight", "bias")}
@@ -251,3 +254,27 @@ def test_refusals(name):
             op(x, *others, eps)
     with pytest.raises(TypeError, match=r"expects mlx arrays and numbers .* eps str"):
         op(x, *others, "1")
+
+
+def test_layers_are_stock_ones_with_our_ops():
+    """mlx-lm's tools know them by their class and parameters."""
+    for ours, theirs in (
+        (layers.RMSNorm(12, eps=1e-4), nn.RMSNorm(12, eps=1e-4)),
+        (layers.LayerNorm(12, eps=1e-4), nn.LayerNorm(12, eps=1e-4)),
+    ):
+        assert isinstance(ours, type(theirs))
+        assert ours.parameters().keys() == theirs.parameters().keys()
+        x = mx.random.normal((3, 12))
+        np.testing.assert_allclose(np.array(ours(x)), np.array(theirs(x)), rtol=1e-5, atol=1e-6)
+
+
+def test_a_decode_step_has_no_norm_or_rotation_of_mlx(tmp_path):
+    model, _ = load(bundled_folder())
+    cache = model.make_cache()
+    mx.eval(model(mx.arange(1, 70)[None], cache=cache))
+    mx.export_to_dot(str(tmp_path / "step.dot"), logits=model(mx.array([[5]]), cache=cache))
+    nodes = re.findall(r'label ="(\w+)", shape=rectangle', (tmp_path / "step.dot").read_text())
+    assert {"RmsNorm", "LayerNorm", "Rotate"} <= set(nodes)
+    assert not {"Rsqrt", "Square", "Subtract"} & set(nodes)
+    assert [nodes.count(name) for name in ("Cos", "Sin")] == [1, 1]
+    assert len(nodes) < 600

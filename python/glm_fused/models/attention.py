@@ -10,8 +10,8 @@ from .cache import Span, append
 from .config import ModelArgs
 from .indexer import Indexer
 from .layer_spec import LayerSpec
-from .layers import Linear, MultiLinear
-from .rope import Angles, rotate
+from .layers import Linear, MultiLinear, RMSNorm
+from .rope import Angles
 
 
 class Attention(nn.Module):
@@ -26,10 +26,10 @@ class Attention(nn.Module):
         self.kv_format = "auto"
         hidden, bias = args.hidden_size, args.attention_bias
         self.q_a_proj = Linear(hidden, args.q_lora_rank, bias)
-        self.q_a_layernorm = nn.RMSNorm(args.q_lora_rank, eps=1e-6)
+        self.q_a_layernorm = RMSNorm(args.q_lora_rank, eps=1e-6)
         self.q_b_proj = Linear(args.q_lora_rank, self.heads * args.qk_head_dim)
         self.kv_a_proj_with_mqa = Linear(hidden, self.latent_dim + args.qk_rope_head_dim, bias)
-        self.kv_a_layernorm = nn.RMSNorm(self.latent_dim, eps=1e-6)
+        self.kv_a_layernorm = RMSNorm(self.latent_dim, eps=1e-6)
         self.embed_q = MultiLinear(self.nope_dim, self.latent_dim, self.heads)
         self.unembed_out = MultiLinear(self.latent_dim, args.v_head_dim, self.heads)
         self.o_proj = Linear(self.heads * args.v_head_dim, hidden, bias)
@@ -54,14 +54,14 @@ class Attention(nn.Module):
         q = self.q_b_proj(q_latent).reshape(b, length, self.heads, -1).swapaxes(1, 2)
         q_nope, q_pe = mx.split(q, [self.nope_dim], axis=-1)
         latents, k_pe = mx.split(self.kv_a_proj_with_mqa(x)[:, None], [self.latent_dim], axis=-1)
-        latents, k_pe = self.kv_a_layernorm(latents), rotate(k_pe, angles)
+        latents, k_pe = self.kv_a_layernorm(latents), ops.rotate(k_pe, *angles)
         latents, ropes = append(None if cache is None else cache[0], latents, k_pe, self.kv_format)
         if "indexer" in self:
             indexer_cache = None if cache is None else cache[1]
             selection, keys = self.indexer(x, q_latent, span, angles, indexer_cache)
             # Keys that are not scored would otherwise pile up as a chain of unevaluated updates.
             latents = mx.depends(latents, keys)
-        queries = mx.concatenate([self.embed_q(q_nope), rotate(q_pe, angles)], axis=-1)
+        queries = mx.concatenate([self.embed_q(q_nope), ops.rotate(q_pe, *angles)], axis=-1)
         out = ops.sparse_mla_decode(
             queries.swapaxes(1, 2),
             latents,

@@ -8,8 +8,8 @@ import mlx.nn as nn
 from .. import ops
 from .cache import Span, append
 from .config import ModelArgs
-from .layers import Linear
-from .rope import Angles, rotate
+from .layers import LayerNorm, Linear
+from .rope import Angles
 
 
 class Indexer(nn.Module):
@@ -24,7 +24,7 @@ class Indexer(nn.Module):
         self.kv_format = "auto"
         self.wq_b = Linear(args.q_lora_rank, self.heads * self.head_dim)
         self.wk = Linear(args.hidden_size, self.head_dim)
-        self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
+        self.k_norm = LayerNorm(self.head_dim, eps=1e-6)
         self.weights_proj = Linear(args.hidden_size, self.heads)
 
     def __call__(
@@ -35,13 +35,13 @@ class Indexer(nn.Module):
         Returns the selection of `glm_fused.ops.indexer_topk`, which is None while every key is
         selected, and all cached keys [b, t, …].
         """
-        k = rotate(self.k_norm(self.wk(x))[:, None], angles, self.interleaved)
+        k = ops.rotate(self.k_norm(self.wk(x))[:, None], *angles, self.interleaved)
         keys, _ = append(cache, k, None, self.kv_format)
         if span.total <= self.topk:
             return None, keys
         b, length, _ = x.shape
         q = self.wq_b(q_latent).reshape(b, length, self.heads, self.head_dim)
-        q = rotate(q.swapaxes(1, 2), angles, self.interleaved).swapaxes(1, 2)
+        q = ops.rotate(q.swapaxes(1, 2), *angles, self.interleaved).swapaxes(1, 2)
         weights = self.weights_proj(x.astype(mx.float32)) * self.heads**-0.5
         scale = self.head_dim**-0.5
         return ops.indexer_topk(q, keys, weights, self.topk, scale=scale, start=span.start), keys

@@ -1,4 +1,4 @@
-"""Linear layers over ``glm_fused.ops``, with mlx-lm's parameter names and quantization protocol.
+"""Layers over ``glm_fused.ops``, with mlx-lm's parameter names and quantization protocol.
 
 They are subclasses of the stock layers, which is how mlx-lm's tools know what they can dequantize,
 adapt and train; only what a layer computes is ours.
@@ -184,6 +184,20 @@ class Embedding(_Packable, nn.Embedding):  # type: ignore[misc]
 
     def as_weight(self) -> ops.Weight:
         return ops.Weight.dense(self.weight)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Scales x [..., dims] by the inverse of its root mean square, and by a weight."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Brings x [..., dims] to mean 0 and variance 1, then applies a weight and a bias."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class MLP(nn.Module):
