@@ -130,6 +130,23 @@ class Swiglu : public FusedPrimitive {
   }
 };
 
+// inputs: x, y of one shape and dtype. output: the same.
+class ResidualAdd : public FusedPrimitive {
+ public:
+  explicit ResidualAdd(mx::Stream stream) : FusedPrimitive(stream, true) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "ResidualAdd";
+  }
+};
+
 // inputs: y [t, top_k, hidden], scores [t, top_k]. output: [t, hidden].
 class ExpertSum : public FusedPrimitive {
  public:

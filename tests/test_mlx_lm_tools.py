@@ -25,6 +25,7 @@ from glm_fused.checkpoint.declaration import quantization_from_config
 from glm_fused.checkpoint.description import describe
 from glm_fused.checkpoint.folder import Checkpoint
 from glm_fused.checkpoint.paths import bundled_folder
+from glm_fused.formats.weights import dequantize, plane_names
 from glm_fused.generation.generate import generate
 from glm_fused.generation.options import Options
 from glm_fused.mlx_lm import __main__ as ours
@@ -87,9 +88,9 @@ def dense_weights(path: Path) -> dict[str, mx.array]:
     weights = dict(tree_flatten(model.parameters()))
     for name, module in model.named_modules():
         if "scales" in module:
-            parts = [weights.pop(f"{name}.{p}", None) for p in ("weight", "scales", "biases")]
-            layout = module.group_size, module.bits, module.mode
-            weights[f"{name}.weight"] = mx.dequantize(*parts, *layout)
+            for plane in plane_names(module.format):
+                del weights[f"{name}.{plane}"]
+            weights[f"{name}.weight"] = dequantize(module.as_weight(), mx.float32)
     return {name: value.astype(mx.float32) for name, value in weights.items()}
 
 

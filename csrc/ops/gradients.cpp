@@ -261,6 +261,14 @@ Arrays Swiglu::vjp(
   return differentiate(chain, primals, as_float32(cotangents[0], s), argnums);
 }
 
+Arrays ResidualAdd::vjp(
+    const Arrays&,
+    const Arrays& cotangents,
+    const std::vector<int>& argnums,
+    const Arrays&) {
+  return Arrays(argnums.size(), cotangents[0]);
+}
+
 Arrays ExpertSum::vjp(
     const Arrays& primals,
     const Arrays& cotangents,

@@ -45,9 +45,8 @@ class DecoderLayer(nn.Module):
         selection: mx.array | None,
     ) -> tuple[mx.array, mx.array | None]:
         """Map x [b, l, hidden] to the same shape; also returns the selection for the next layer."""
-        r, selection = self.self_attn(self.input_layernorm(x), span, angles, cache, selection)
-        x = x + r
-        return x + self.mlp(self.post_attention_layernorm(x)), selection
+        x, selection = self.self_attn(x, self.input_layernorm, span, angles, cache, selection)
+        return self.mlp(x, self.post_attention_layernorm), selection
 
 
 class Decoder(nn.Module):

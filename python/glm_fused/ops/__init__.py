@@ -7,6 +7,7 @@ own ops do.
 """
 
 from ..formats.weights import Weight
+from . import blocks
 from .attention import indexer_topk, sparse_mla_decode
 from .experts import moe_decode, router_topk
 from .matvec import quantized_matvec
@@ -15,6 +16,7 @@ from .steps import expert_sum, swiglu
 
 __all__ = [
     "Weight",
+    "blocks",
     "expert_sum",
     "indexer_topk",
     "layer_norm",
