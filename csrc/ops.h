@@ -105,10 +105,8 @@ std::pair<mx::array, mx::array> router_topk(
     mx::StreamOrDevice s = {});
 
 // Returns x + y, arrays of one shape and dtype, rounded once.
-mx::array residual_add(
-    const mx::array& x,
-    const mx::array& y,
-    mx::StreamOrDevice s = {});
+mx::array
+residual_add(const mx::array& x, const mx::array& y, mx::StreamOrDevice s = {});
 
 struct Norm {
   mx::array weight;

@@ -68,7 +68,8 @@ Arrays attention_project(
       indexer ? indexer->wk.spec : nullptr,
       indexer ? indexer->wq_b.spec : nullptr,
       indexer ? indexer->weights_proj.spec : nullptr};
-  const float eps = p.norm.eps, q_eps = p.q_a_norm.eps, kv_eps = p.kv_a_norm.eps;
+  const float eps = p.norm.eps, q_eps = p.q_a_norm.eps,
+              kv_eps = p.kv_a_norm.eps;
   const float k_eps = indexer ? indexer->k_norm.eps : 0;
   const int index_heads = indexer ? indexer->heads : 0;
   const bool interleaved = indexer && indexer->interleaved;
@@ -81,18 +82,16 @@ Arrays attention_project(
     const mx::array h = rms_norm(in, from.array(), eps, false, s);
     const mx::array q_a = project(h, from, specs.q_a, s);
     const mx::array latent = rms_norm(q_a, from.array(), q_eps, false, s);
-    const mx::array q =
-        by_head(project(latent, from, specs.q_b, s), heads, s);
-    const mx::array kv =
-        mx::expand_dims(project(h, from, specs.kv_a, s), 1, s);
-    const mx::array latents = rms_norm(
-        columns(kv, 0, rank, s), from.array(), kv_eps, false, s);
-    const mx::array k_pe = rotate(
-        columns(kv, rank, kv.shape(-1), s), cos, sin, true, false, s);
+    const mx::array q = by_head(project(latent, from, specs.q_b, s), heads, s);
+    const mx::array kv = mx::expand_dims(project(h, from, specs.kv_a, s), 1, s);
+    const mx::array latents =
+        rms_norm(columns(kv, 0, rank, s), from.array(), kv_eps, false, s);
+    const mx::array k_pe =
+        rotate(columns(kv, rank, kv.shape(-1), s), cos, sin, true, false, s);
     const mx::array embedded =
         project(columns(q, 0, nope, s), from, specs.embed_q, s);
-    const mx::array q_pe = rotate(
-        columns(q, nope, q.shape(-1), s), cos, sin, true, false, s);
+    const mx::array q_pe =
+        rotate(columns(q, nope, q.shape(-1), s), cos, sin, true, false, s);
     const mx::array queries = mx::contiguous(
         mx::transpose(
             mx::concatenate({embedded, q_pe}, -1, s), {0, 2, 1, 3}, s),
@@ -105,8 +104,7 @@ Arrays attention_project(
     const mx::array k = project(h, from, specs.wk, s);
     const mx::array& k_weight = from.array();
     const mx::array& k_bias = from.array();
-    const mx::array k_normed =
-        layer_norm(k, k_weight, k_bias, k_eps, false, s);
+    const mx::array k_normed = layer_norm(k, k_weight, k_bias, k_eps, false, s);
     out.push_back(rotate(
         mx::expand_dims(k_normed, 1, s), cos, sin, interleaved, false, s));
     if (!score) {
@@ -114,15 +112,28 @@ Arrays attention_project(
     }
     const mx::array index_q =
         by_head(project(latent, from, specs.wq_b, s), index_heads, s);
-    const mx::array rotated =
-        rotate(index_q, cos, sin, interleaved, false, s);
+    const mx::array rotated = rotate(index_q, cos, sin, interleaved, false, s);
     out.push_back(
         mx::contiguous(mx::transpose(rotated, {0, 2, 1, 3}, s), false, s));
-    out.push_back(project(
-        mx::astype(h, mx::float32, s), from, specs.weights_proj, s));
+    out.push_back(
+        project(mx::astype(h, mx::float32, s), from, specs.weights_proj, s));
     return out;
   };
-  return block("AttentionProject", chain, inputs, s);
+  Key key = {heads, rank, nope, index_heads, interleaved, score};
+  for (const FormatSpec* spec :
+       {specs.q_a,
+        specs.q_b,
+        specs.kv_a,
+        specs.embed_q,
+        specs.wk,
+        specs.wq_b,
+        specs.weights_proj}) {
+    key.push_back(key_of(spec));
+  }
+  for (float value : {eps, q_eps, kv_eps, k_eps}) {
+    key.push_back(key_of(value));
+  }
+  return block("AttentionProject", key, chain, inputs, s);
 }
 
 mx::array attention_output(
@@ -138,8 +149,8 @@ mx::array attention_output(
                          const Arrays& all) -> Arrays {
     Inputs from(all);
     const mx::array &in = from.array(), &found = from.array();
-    const mx::array heads = mx::transpose(
-        mx::astype(found, in.dtype(), s), {0, 2, 1, 3}, s);
+    const mx::array heads =
+        mx::transpose(mx::astype(found, in.dtype(), s), {0, 2, 1, 3}, s);
     const mx::array values = project(heads, from, unembed, s);
     const mx::array rows = mx::reshape(
         mx::transpose(values, {0, 2, 1, 3}, s),
@@ -147,7 +158,8 @@ mx::array attention_output(
         s);
     return {residual_add(in, project(rows, from, o, s), s)};
   };
-  return block("AttentionOutput", chain, inputs, s)[0];
+  const Key key = {key_of(unembed_out.spec), key_of(o_proj.spec)};
+  return block("AttentionOutput", key, chain, inputs, s)[0];
 }
 
 }  // namespace glm_fused

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <iterator>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string_view>
 #include <unordered_map>
@@ -19,10 +21,13 @@ namespace {
 // These primitives of MLX give their input's memory another shape or other
 // strides: to evaluate them enqueues nothing.
 constexpr std::string_view kViews[] = {
-    "ExpandDims", "Slice", "Squeeze", "Transpose"};
+    "ExpandDims",
+    "Slice",
+    "Squeeze",
+    "Transpose"};
 // These need rows that lie back to back; where they do, no copy is made.
-constexpr std::string_view kRows[] = {
-    "AsType", "Contiguous", "Flatten", "Reshape", "Unflatten"};
+constexpr std::string_view kRows[] =
+    {"AsType", "Contiguous", "Flatten", "Reshape", "Unflatten"};
 
 template <size_t n>
 bool is_one_of(
@@ -62,14 +67,16 @@ struct Step {
 struct Program {
   std::vector<Step> steps;
   std::vector<Value> outputs;
+  Arrays constants;  // of the chain; they follow its inputs
 };
 
 // Walks the graph from the chain's outputs to its inputs.
 class Recorder {
  public:
-  explicit Recorder(Arrays& inputs) : inputs_(inputs) {
-    for (size_t i = 0; i < inputs.size(); i++) {
-      values_.insert({inputs[i].id(), {-1, static_cast<int>(i)}});
+  explicit Recorder(const Arrays& inputs)
+      : inputs_(static_cast<int>(inputs.size())) {
+    for (int i = 0; i < inputs_; i++) {
+      values_.insert({inputs[i].id(), {-1, i}});
     }
   }
 
@@ -87,8 +94,9 @@ class Recorder {
       return found->second;
     }
     if (!a.has_primitive()) {  // a constant of the chain
-      const Value constant{-1, static_cast<int>(inputs_.size())};
-      inputs_.push_back(a);
+      const int number = static_cast<int>(program_.constants.size());
+      const Value constant{-1, inputs_ + number};
+      program_.constants.push_back(a);
       values_.insert({a.id(), constant});
       return constant;
     }
@@ -112,7 +120,7 @@ class Recorder {
     return values_.at(a.id());
   }
 
-  Arrays& inputs_;
+  const int inputs_;  // how many there are
   std::unordered_map<std::uintptr_t, Value> values_;
   Program program_;
 };
@@ -164,7 +172,11 @@ struct Convert {
 
 class Block : public mx::Primitive {
  public:
-  Block(mx::Stream stream, std::string name, Program program, Chain chain)
+  Block(
+      mx::Stream stream,
+      std::string name,
+      std::shared_ptr<const Program> program,
+      Chain chain)
       : mx::Primitive(stream),
         name_(std::move(name)),
         program_(std::move(program)),
@@ -174,8 +186,8 @@ class Block : public mx::Primitive {
     cpu::evaluate(*this, [&] {
       cpu::Together together(stream());
       std::vector<Arrays> made;
-      for (size_t i = 0; i < program_.steps.size(); i++) {
-        const Step& step = program_.steps[i];
+      for (size_t i = 0; i < program_->steps.size(); i++) {
+        const Step& step = program_->steps[i];
         Arrays in;
         for (const Value& v : step.inputs) {
           in.push_back(v.step < 0 ? inputs[v.output] : made[v.step][v.output]);
@@ -217,13 +229,13 @@ class Block : public mx::Primitive {
  private:
   // The arrays of a step: the block's own outputs, or new ones.
   Arrays outputs_of(size_t number, const Arrays& outputs) const {
-    const Step& step = program_.steps[number];
+    const Step& step = program_->steps[number];
     Arrays made;
     for (size_t i = 0; i < step.shapes.size(); i++) {
       made.emplace_back(step.shapes[i], step.dtypes[i], nullptr, Arrays{});
     }
     for (size_t i = 0; i < outputs.size(); i++) {
-      const Value& v = program_.outputs[i];
+      const Value& v = program_->outputs[i];
       if (v.step == static_cast<int>(number)) {
         made[v.output] = outputs[i];
       }
@@ -295,32 +307,97 @@ class Block : public mx::Primitive {
   }
 
   const std::string name_;
-  const Program program_;
+  const std::shared_ptr<const Program> program_;
   const Chain chain_;
 };
+
+// The programs of chains that were recorded, by what tells them apart.
+class Programs {
+ public:
+  std::shared_ptr<const Program> find(const Key& key) {
+    std::lock_guard lock(mutex_);
+    const auto found = programs_.find(key);
+    return found == programs_.end() ? nullptr : found->second;
+  }
+
+  void keep(Key key, std::shared_ptr<const Program> program) {
+    constexpr size_t kMost =
+        1024;  // models have some dozens of kinds of layers
+    std::lock_guard lock(mutex_);
+    if (programs_.size() >= kMost) {
+      programs_.clear();
+    }
+    programs_.insert_or_assign(std::move(key), std::move(program));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<Key, std::shared_ptr<const Program>> programs_;
+};
+
+// This is never destroyed, as MLX's threads may outlive the module.
+Programs& programs() {
+  static Programs& programs = *new Programs;
+  return programs;
+}
+
+Key full_key(
+    const std::string& name,
+    Key key,
+    const Arrays& inputs,
+    mx::Stream stream) {
+  key.push_back(static_cast<int64_t>(std::hash<std::string>()(name)));
+  key.push_back(stream.index);
+  for (const mx::array& input : inputs) {
+    key.push_back(static_cast<int64_t>(input.dtype().val()));
+    key.push_back(static_cast<int64_t>(input.ndim()));
+    key.insert(key.end(), input.shape().begin(), input.shape().end());
+  }
+  return key;
+}
+
+std::shared_ptr<const Program>
+program_of(const Key& key, const Chain& chain, const Arrays& inputs) {
+  if (auto found = programs().find(key)) {
+    return found;
+  }
+  // The chain is given arrays of its own, so that what is kept keeps no weight.
+  Arrays in;
+  for (const mx::array& input : inputs) {
+    in.emplace_back(input.shape(), input.dtype(), nullptr, Arrays{});
+  }
+  auto made = std::make_shared<const Program>(Recorder(in).record(chain(in)));
+  programs().keep(key, made);
+  return made;
+}
 
 }  // namespace
 
 Arrays block(
     const std::string& name,
+    const Key& key,
     const Chain& chain,
     const Arrays& inputs,
     mx::StreamOrDevice s) {
-  const Arrays outputs = chain(inputs);
+  const mx::Stream stream = mx::to_stream(s);
+  const auto program =
+      program_of(full_key(name, key, inputs, stream), chain, inputs);
   Arrays all = inputs;
-  Program program = Recorder(all).record(outputs);
+  all.insert(all.end(), program->constants.begin(), program->constants.end());
   std::vector<mx::Shape> shapes;
   std::vector<mx::Dtype> dtypes;
-  for (const mx::array& output : outputs) {
-    shapes.push_back(output.shape());
-    dtypes.push_back(output.dtype());
+  for (const Value& v : program->outputs) {
+    shapes.push_back(program->steps[v.step].shapes[v.output]);
+    dtypes.push_back(program->steps[v.step].dtypes[v.output]);
   }
   const Chain of_all = [chain, count = inputs.size()](const Arrays& given) {
     return chain(Arrays(given.begin(), given.begin() + count));
   };
-  auto primitive = std::make_shared<Block>(
-      mx::to_stream(s), name, std::move(program), of_all);
-  return mx::array::make_arrays(shapes, dtypes, primitive, all);
+  return mx::array::make_arrays(
+      shapes,
+      dtypes,
+      std::make_shared<Block>(stream, name, program, of_all),
+      all);
 }
 
 }  // namespace glm_fused

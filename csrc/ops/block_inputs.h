@@ -1,10 +1,21 @@
 // The inputs of a block, as one list of arrays.
 #pragma once
 
+#include <bit>
+#include <cstdint>
+
 #include "ops/block.h"
 #include "primitives.h"
 
 namespace glm_fused {
+
+// What chains capture, as parts of their keys.
+inline int64_t key_of(float value) {
+  return std::bit_cast<int32_t>(value);
+}
+inline int64_t key_of(const FormatSpec* spec) {
+  return static_cast<int64_t>(reinterpret_cast<intptr_t>(spec));
+}
 
 // Takes apart the inputs of a chain, in their order.
 class Inputs {

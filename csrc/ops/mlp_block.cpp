@@ -20,6 +20,10 @@ struct MlpSpec {
   explicit MlpSpec(const Mlp& mlp)
       : gate(mlp.gate.spec), up(mlp.up.spec), down(mlp.down.spec) {}
 
+  void append_to(Key& key) const {
+    key.insert(key.end(), {key_of(gate), key_of(up), key_of(down)});
+  }
+
   Mlp of(Inputs& inputs) const {
     Weight g = inputs.weight(gate), u = inputs.weight(up);
     return {std::move(g), std::move(u), inputs.weight(down)};
@@ -48,14 +52,16 @@ mx::array mlp_block(
   check_mlp("mlp_block", "", weights);
   Arrays inputs = {x, norm.weight};
   append(inputs, weights);
-  const auto chain = [eps = norm.eps, spec = MlpSpec(weights), s](
-                         const Arrays& all) -> Arrays {
+  const MlpSpec spec(weights);
+  Key key = {key_of(norm.eps)};
+  spec.append_to(key);
+  const auto chain = [eps = norm.eps, spec, s](const Arrays& all) -> Arrays {
     Inputs from(all);
     const mx::array& in = from.array();
     const mx::array h = rms_norm(in, from.array(), eps, false, s);
     return {residual_add(in, mlp(h, spec.of(from), s), s)};
   };
-  return block("MlpBlock", chain, inputs, s)[0];
+  return block("MlpBlock", key, chain, inputs, s)[0];
 }
 
 mx::array moe_block(
@@ -75,11 +81,21 @@ mx::array moe_block(
     append(inputs, *shared);
     shared_spec.emplace(*shared);
   }
-  const auto chain = [eps = norm.eps,
-                      routing = router.routing,
-                      spec = MlpSpec(experts),
-                      shared_spec,
-                      s](const Arrays& all) -> Arrays {
+  const MlpSpec spec(experts);
+  const Routing& r = router.routing;
+  Key key = {
+      key_of(norm.eps),
+      r.top_k,
+      r.n_group,
+      r.topk_group,
+      r.norm_topk_prob,
+      key_of(r.routed_scaling_factor)};
+  spec.append_to(key);
+  if (shared_spec) {
+    shared_spec->append_to(key);
+  }
+  const auto chain = [eps = norm.eps, routing = r, spec, shared_spec, s](
+                         const Arrays& all) -> Arrays {
     Inputs from(all);
     const mx::array& in = from.array();
     const mx::array normed = rms_norm(in, from.array(), eps, false, s);
@@ -89,14 +105,14 @@ mx::array moe_block(
     const auto [slots, scores] =
         router_topk(h, weight, bias, routing, false, s);
     const Mlp e = spec.of(from);
-    mx::array y = moe_decode(
-        h, e.gate, e.up, e.down, slots, scores, false, nullptr, s);
+    mx::array y =
+        moe_decode(h, e.gate, e.up, e.down, slots, scores, false, nullptr, s);
     if (shared_spec) {
       y = residual_add(y, mlp(h, shared_spec->of(from), s), s);
     }
     return {residual_add(in, mx::reshape(y, in.shape(), s), s)};
   };
-  return block("MoeBlock", chain, inputs, s)[0];
+  return block("MoeBlock", key, chain, inputs, s)[0];
 }
 
 }  // namespace glm_fused

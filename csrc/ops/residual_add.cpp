@@ -3,10 +3,8 @@
 
 namespace glm_fused {
 
-mx::array residual_add(
-    const mx::array& x,
-    const mx::array& y,
-    mx::StreamOrDevice s) {
+mx::array
+residual_add(const mx::array& x, const mx::array& y, mx::StreamOrDevice s) {
   const std::string op = "residual_add";
   check_float(op, "x", x);
   check_shape(op, "y", y, x.shape());

@@ -102,12 +102,11 @@ class Together {
 
   void enqueue() {
     current_ = outer_;
-    glm_fused::cpu::enqueue(
-        stream_, [works = std::move(works_)]() noexcept {
-          for (const auto& work : works) {
-            work->run();
-          }
-        });
+    glm_fused::cpu::enqueue(stream_, [works = std::move(works_)]() noexcept {
+      for (const auto& work : works) {
+        work->run();
+      }
+    });
   }
 
  private:

@@ -78,13 +78,16 @@ class Attention(nn.Module):
 
     def _is_plain(self) -> bool:
         """Whether the layer's matrices are all there is: no biases, no adapters in training."""
-        projections = [
-            self.q_a_proj, self.q_b_proj, self.kv_a_proj_with_mqa, self.embed_q, self.unembed_out,
-            self.o_proj,
-        ]  # fmt: skip
-        if "indexer" in self:
-            projections += [self.indexer.wk, self.indexer.wq_b, self.indexer.weights_proj]
-        return all(is_plain(projection) for projection in projections)
+        indexer = self.indexer if "indexer" in self else None
+        return (
+            is_plain(self.q_a_proj)
+            and is_plain(self.q_b_proj)
+            and is_plain(self.kv_a_proj_with_mqa)
+            and is_plain(self.embed_q)
+            and is_plain(self.unembed_out)
+            and is_plain(self.o_proj)
+            and (indexer is None or indexer.is_plain())
+        )
 
     def _project(
         self, x: mx.array, norm: RMSNorm, span: Span, angles: Angles

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from .. import ops
 from .cache import Span, append
 from .config import ModelArgs
-from .layers import LayerNorm, Linear
+from .layers import LayerNorm, Linear, is_plain
 from .rope import Angles
 
 
@@ -42,6 +42,10 @@ class Indexer(nn.Module):
         q = self.wq_b(q_latent).reshape(b, length, self.heads, self.head_dim)
         q = ops.rotate(q.swapaxes(1, 2), *angles, self.interleaved).swapaxes(1, 2)
         return k, q, self.weights_proj(x.astype(mx.float32))
+
+    def is_plain(self) -> bool:
+        """Whether its matrices are all there is: no adapters in training."""
+        return is_plain(self.wk) and is_plain(self.wq_b) and is_plain(self.weights_proj)
 
     def in_block(self, span: Span) -> ops.blocks.IndexerArguments:
         """What `glm_fused.ops.blocks.attention_project` needs for the same."""

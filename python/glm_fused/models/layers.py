@@ -200,9 +200,12 @@ class LayerNorm(nn.LayerNorm):
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
+_PLAIN = frozenset((Linear, QuantizedLinear, MultiLinear, QuantizedMultiLinear))
+
+
 def is_plain(layer: nn.Module) -> bool:
     """Whether a layer is one of linear maps without a bias, and not an adapter around one."""
-    return isinstance(layer, _Layer) and "bias" not in layer
+    return type(layer) in _PLAIN and "bias" not in layer
 
 
 class MLP(nn.Module):
