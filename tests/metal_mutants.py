@@ -28,7 +28,8 @@ typedef half float16_t;
 typedef bfloat bfloat16_t;
 """
 _OURS = re.compile(
-    r"\b((?:moe_gate_up|moe_down_sum|router_topk|index_scores|mla_split|Affine|Dense|Fp|FloatRows)<"
+    r"\b((?:moe_gate_up|moe_down_sum|router_topk|index_scores|mla_split|rms_norm|layer_norm"
+    r"|rotate_rows|Affine|Dense|Fp|FloatRows)<"
     r"|(?:Fp8Rows|Int8Rows)\b)"
 )
 # A kernel reads these buffers once, or twice, and a mutant may not read more of them.
@@ -40,6 +41,9 @@ _FRUGAL = {
     "index_select": (0,),
     "mla_split": (0, 1, 2, 3),
     "mla_combine": (0, 1, 2),
+    "rms_norm": (0, 1),
+    "layer_norm": (0, 1, 2),
+    "rotate_rows": (0, 1, 2),
 }
 
 
