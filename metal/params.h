@@ -10,7 +10,9 @@ struct MoeParams {
 };
 
 struct RouterParams {
+  int tokens;
   int hidden;
+  int experts;
   int top_k;
   int topk_group;
   int norm_topk_prob;

@@ -279,7 +279,8 @@ def test_demo_model_decodes_as_on_the_cpu():
             # A prompt's experts do not run on Metal kernels.
             "moe_gate_up": (steps - 1) * sparse,
             "moe_down_sum": (steps - 1) * sparse,
-            "router_topk": steps * sparse,
+            "router_logits": steps * sparse,
+            "router_select": steps * sparse,
             "mla_split": steps * layers,
             "mla_combine": steps * layers,
             "index_scores": steps * full,
