@@ -44,6 +44,21 @@ Weight weight(const WeightTuple& t) {
   return {std::move(planes), std::get<1>(t)};
 }
 
+// Gate, up and down.
+using MlpTuple = std::tuple<WeightTuple, WeightTuple, WeightTuple>;
+
+Mlp mlp(const MlpTuple& t) {
+  return {
+      weight(std::get<0>(t)), weight(std::get<1>(t)), weight(std::get<2>(t))};
+}
+
+// The weight and eps of a norm.
+using NormTuple = std::tuple<mx::array, float>;
+
+Norm norm(const NormTuple& t) {
+  return {std::get<0>(t), std::get<1>(t)};
+}
+
 // The code that runs an op (glm_fused.ops.routes).
 enum class Kernel { cpu, metal, loops, mlx };
 
@@ -165,6 +180,60 @@ NB_MODULE(_ext, m) {
       "kernel"_a,
       "stream"_a.none());
   m.def(
+      "rms_norm",
+      [](const mx::array& x,
+         const mx::array& weight,
+         float eps,
+         Kernel kernel,
+         const mx::StreamOrDevice& stream) {
+        return rms_norm(
+            x, weight, eps, is_reference(kernel), on(kernel, stream));
+      },
+      "x"_a,
+      "weight"_a,
+      "eps"_a,
+      "kernel"_a,
+      "stream"_a.none());
+  m.def(
+      "layer_norm",
+      [](const mx::array& x,
+         const mx::array& weight,
+         const mx::array& bias,
+         float eps,
+         Kernel kernel,
+         const mx::StreamOrDevice& stream) {
+        return layer_norm(
+            x, weight, bias, eps, is_reference(kernel), on(kernel, stream));
+      },
+      "x"_a,
+      "weight"_a,
+      "bias"_a,
+      "eps"_a,
+      "kernel"_a,
+      "stream"_a.none());
+  m.def(
+      "rotate",
+      [](const mx::array& x,
+         const mx::array& cosines,
+         const mx::array& sines,
+         bool interleaved,
+         Kernel kernel,
+         const mx::StreamOrDevice& stream) {
+        return rotate(
+            x,
+            cosines,
+            sines,
+            interleaved,
+            is_reference(kernel),
+            on(kernel, stream));
+      },
+      "x"_a,
+      "cosines"_a,
+      "sines"_a,
+      "interleaved"_a,
+      "kernel"_a,
+      "stream"_a.none());
+  m.def(
       "router_topk",
       [](const mx::array& x,
          const mx::array& weight,
@@ -193,6 +262,181 @@ NB_MODULE(_ext, m) {
       "norm_topk_prob"_a,
       "routed_scaling_factor"_a,
       "kernel"_a,
+      "stream"_a.none());
+  m.def(
+      "attention_project",
+      [](const mx::array& x,
+         const mx::array& cosines,
+         const mx::array& sines,
+         const NormTuple& input_norm,
+         const WeightTuple& q_a,
+         const NormTuple& q_a_norm,
+         const WeightTuple& q_b,
+         const WeightTuple& kv_a,
+         const NormTuple& kv_a_norm,
+         const WeightTuple& embed_q,
+         int nope_dim,
+         const mx::StreamOrDevice& stream) {
+        const AttentionProjections p{
+            norm(input_norm),
+            weight(q_a),
+            norm(q_a_norm),
+            weight(q_b),
+            weight(kv_a),
+            norm(kv_a_norm),
+            weight(embed_q),
+            nope_dim,
+            std::nullopt};
+        return attention_project(
+            x, p, cosines, sines, false, on(Kernel::cpu, stream));
+      },
+      "x"_a,
+      "cos"_a,
+      "sin"_a,
+      "input_norm"_a,
+      "q_a"_a,
+      "q_a_norm"_a,
+      "q_b"_a,
+      "kv_a"_a,
+      "kv_a_norm"_a,
+      "embed_q"_a,
+      "nope_dim"_a,
+      "stream"_a.none());
+  m.def(
+      "full_attention_project",
+      [](const mx::array& x,
+         const mx::array& cosines,
+         const mx::array& sines,
+         const NormTuple& input_norm,
+         const WeightTuple& q_a,
+         const NormTuple& q_a_norm,
+         const WeightTuple& q_b,
+         const WeightTuple& kv_a,
+         const NormTuple& kv_a_norm,
+         const WeightTuple& embed_q,
+         int nope_dim,
+         const WeightTuple& wk,
+         const NormTuple& k_norm,
+         const mx::array& k_norm_bias,
+         const WeightTuple& wq_b,
+         const WeightTuple& weights_proj,
+         int heads,
+         bool interleaved,
+         bool score,
+         const mx::StreamOrDevice& stream) {
+        const AttentionProjections p{
+            norm(input_norm),
+            weight(q_a),
+            norm(q_a_norm),
+            weight(q_b),
+            weight(kv_a),
+            norm(kv_a_norm),
+            weight(embed_q),
+            nope_dim,
+            IndexerProjections{
+                weight(wk),
+                norm(k_norm),
+                k_norm_bias,
+                weight(wq_b),
+                weight(weights_proj),
+                heads,
+                interleaved}};
+        return attention_project(
+            x, p, cosines, sines, score, on(Kernel::cpu, stream));
+      },
+      "x"_a,
+      "cos"_a,
+      "sin"_a,
+      "input_norm"_a,
+      "q_a"_a,
+      "q_a_norm"_a,
+      "q_b"_a,
+      "kv_a"_a,
+      "kv_a_norm"_a,
+      "embed_q"_a,
+      "nope_dim"_a,
+      "wk"_a,
+      "k_norm"_a,
+      "k_norm_bias"_a,
+      "wq_b"_a,
+      "weights_proj"_a,
+      "heads"_a,
+      "interleaved"_a,
+      "score"_a,
+      "stream"_a.none());
+  m.def(
+      "attention_output",
+      [](const mx::array& x,
+         const mx::array& attended,
+         const WeightTuple& unembed_out,
+         const WeightTuple& o_proj,
+         const mx::StreamOrDevice& stream) {
+        return attention_output(
+            x,
+            attended,
+            weight(unembed_out),
+            weight(o_proj),
+            on(Kernel::cpu, stream));
+      },
+      "x"_a,
+      "attended"_a,
+      "unembed_out"_a,
+      "o_proj"_a,
+      "stream"_a.none());
+  m.def(
+      "mlp_block",
+      [](const mx::array& x,
+         const NormTuple& input_norm,
+         const MlpTuple& weights,
+         const mx::StreamOrDevice& stream) {
+        return mlp_block(
+            x, norm(input_norm), mlp(weights), on(Kernel::cpu, stream));
+      },
+      "x"_a,
+      "input_norm"_a,
+      "weights"_a,
+      "stream"_a.none());
+  m.def(
+      "moe_block",
+      [](const mx::array& x,
+         const NormTuple& input_norm,
+         const mx::array& router_weight,
+         const mx::array& correction_bias,
+         int top_k,
+         int n_group,
+         int topk_group,
+         bool norm_topk_prob,
+         float routed_scaling_factor,
+         const MlpTuple& experts,
+         const std::optional<MlpTuple>& shared,
+         const mx::StreamOrDevice& stream) {
+        const Router router{
+            router_weight,
+            correction_bias,
+            {top_k,
+             n_group,
+             topk_group,
+             norm_topk_prob,
+             routed_scaling_factor}};
+        return moe_block(
+            x,
+            norm(input_norm),
+            router,
+            mlp(experts),
+            shared ? std::optional(mlp(*shared)) : std::nullopt,
+            on(Kernel::cpu, stream));
+      },
+      "x"_a,
+      "input_norm"_a,
+      "router_weight"_a,
+      "correction_bias"_a,
+      "top_k"_a,
+      "n_group"_a,
+      "topk_group"_a,
+      "norm_topk_prob"_a,
+      "routed_scaling_factor"_a,
+      "experts"_a,
+      "shared"_a.none(),
       "stream"_a.none());
   m.def(
       "indexer_topk",

@@ -54,6 +54,37 @@ mx::array expert_sum(
     const mx::array& scores,
     mx::StreamOrDevice s = {});
 
+// Returns x / sqrt(mean(x^2) + eps) * weight over the last axis, in x's dtype.
+// The squares are summed in fp32 as a dense dot product of x with itself; x is
+// rounded to its dtype after each product.
+mx::array rms_norm(
+    const mx::array& x,
+    const mx::array& weight,
+    float eps,
+    bool reference,
+    mx::StreamOrDevice s = {});
+
+// Returns (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last
+// axis, summed and rounded likewise.
+mx::array layer_norm(
+    const mx::array& x,
+    const mx::array& weight,
+    const mx::array& bias,
+    float eps,
+    bool reference,
+    mx::StreamOrDevice s = {});
+
+// Returns x [b, h, l, d] with its leading columns rotated in fp32 by the angles
+// that `cosines` and `sines` [b or 1, 1, l, pairs] belong to. Pairs of columns
+// are (0, 1), (2, 3), … if `interleaved`, else (0, pairs), (1, pairs + 1), ….
+mx::array rotate(
+    const mx::array& x,
+    const mx::array& cosines,
+    const mx::array& sines,
+    bool interleaved,
+    bool reference,
+    mx::StreamOrDevice s = {});
+
 struct Routing {
   int top_k;
   int n_group;
@@ -71,6 +102,85 @@ std::pair<mx::array, mx::array> router_topk(
     const mx::array& correction_bias,
     const Routing& routing,
     bool reference,
+    mx::StreamOrDevice s = {});
+
+// Returns x + y, arrays of one shape and dtype, rounded once.
+mx::array
+residual_add(const mx::array& x, const mx::array& y, mx::StreamOrDevice s = {});
+
+struct Norm {
+  mx::array weight;
+  float eps;
+};
+
+// The weights of down(silu(gate x) * up x).
+struct Mlp {
+  Weight gate, up, down;
+};
+
+struct Router {
+  mx::array weight;
+  mx::array correction_bias;
+  Routing routing;
+};
+
+// What attention computes of a token before the caches are updated. `k_norm`
+// and what follows it are a full layer's.
+struct IndexerProjections {
+  Weight wk;
+  Norm k_norm;
+  mx::array k_norm_bias;
+  Weight wq_b, weights_proj;
+  int heads;
+  bool interleaved;
+};
+struct AttentionProjections {
+  Norm norm;
+  Weight q_a;
+  Norm q_a_norm;
+  Weight q_b, kv_a;
+  Norm kv_a_norm;
+  Weight embed_q;
+  int nope_dim;
+  std::optional<IndexerProjections> indexer;
+};
+
+// Returns for x [b, l, hidden], as one node of a CPU stream: queries [b, l,
+// heads, rank + rope], latents [b, 1, l, rank] and k_pe [b, 1, l, rope]; of a
+// full layer the indexer's key [b, 1, l, dim], and if `score` its queries [b,
+// l, heads, dim] and the weights of its heads [b, l, heads], float32.
+std::vector<mx::array> attention_project(
+    const mx::array& x,
+    const AttentionProjections& projections,
+    const mx::array& cosines,
+    const mx::array& sines,
+    bool score,
+    mx::StreamOrDevice s = {});
+
+// Returns x [b, l, hidden] + o_proj(unembed_out(attended)), as one node of a
+// CPU stream; `attended` [b, l, heads, rank] is what sparse_mla_decode gives.
+mx::array attention_output(
+    const mx::array& x,
+    const mx::array& attended,
+    const Weight& unembed_out,
+    const Weight& o_proj,
+    mx::StreamOrDevice s = {});
+
+// Returns x [b, l, hidden] + mlp(rms_norm(x)), as one node of a CPU stream.
+mx::array mlp_block(
+    const mx::array& x,
+    const Norm& norm,
+    const Mlp& weights,
+    mx::StreamOrDevice s = {});
+
+// Returns x [b, l, hidden] + (routed(h) + shared(h)) with h = rms_norm(x), as
+// one node of a CPU stream. `experts` have a matrix for each expert.
+mx::array moe_block(
+    const mx::array& x,
+    const Norm& norm,
+    const Router& router,
+    const Mlp& experts,
+    const std::optional<Mlp>& shared,
     mx::StreamOrDevice s = {});
 
 // Returns int32 [b, l, k]: the cached keys that each of the last l tokens

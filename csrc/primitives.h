@@ -130,6 +130,23 @@ class Swiglu : public FusedPrimitive {
   }
 };
 
+// inputs: x, y of one shape and dtype. output: the same.
+class ResidualAdd : public FusedPrimitive {
+ public:
+  explicit ResidualAdd(mx::Stream stream) : FusedPrimitive(stream, true) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "ResidualAdd";
+  }
+};
+
 // inputs: y [t, top_k, hidden], scores [t, top_k]. output: [t, hidden].
 class ExpertSum : public FusedPrimitive {
  public:
@@ -148,6 +165,78 @@ class ExpertSum : public FusedPrimitive {
   const char* name() const override {
     return "ExpertSum";
   }
+};
+
+// inputs: x of at most four axes, weight [n]. output: x's values in rows.
+class RmsNorm : public FusedPrimitive {
+ public:
+  RmsNorm(mx::Stream stream, bool reference, float eps)
+      : FusedPrimitive(stream, reference), eps_(eps) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "RmsNorm";
+  }
+
+ private:
+  float eps_;
+};
+
+// inputs: x of at most four axes, weight, bias [n]. output: x's values in rows.
+class LayerNorm : public FusedPrimitive {
+ public:
+  LayerNorm(mx::Stream stream, bool reference, float eps)
+      : FusedPrimitive(stream, reference), eps_(eps) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "LayerNorm";
+  }
+
+ private:
+  float eps_;
+};
+
+// inputs: x [b, h, l, d], cosines, sines [b or 1, 1, l, pairs]. output: as x.
+class Rotate : public FusedPrimitive {
+ public:
+  Rotate(mx::Stream stream, bool reference, bool interleaved)
+      : FusedPrimitive(stream, reference), interleaved_(interleaved) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "Rotate";
+  }
+
+ private:
+  bool interleaved_;
 };
 
 // inputs: q [b, l, heads, dim], keys [b, t, row], weights [b, l, heads], start

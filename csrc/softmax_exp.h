@@ -1,7 +1,7 @@
 // The softmax's exponential on the CPU is the shaders' own text.
 #pragma once
 
-#include "swiglu.h"
+#include "shader_math.h"
 
-// It needs multiply_add, which swiglu.h brings.
+// It needs multiply_add.
 #include "metal/softmax_exp.h"

@@ -1,16 +1,7 @@
 // SwiGLU and the sigmoid on the CPU are the shaders' own text.
 #pragma once
 
-#include "rounding.h"
+#include "shader_math.h"
 
-namespace glm_fused {
-namespace {  // internal linkage: compiled once per instruction set
-
-inline float multiply_add(float a, float b, float c) {
-  return __builtin_fmaf(a, b, c);
-}
-
-}  // namespace
-}  // namespace glm_fused
-
+// It needs multiply_add and what rounds.
 #include "metal/swiglu.h"

@@ -32,10 +32,64 @@ struct Matrix {
   }
 };
 
+// Adds `depth` blocks from `column` on to the sums of dot_rows; unless `whole`,
+// those that begin before `end`. It asks for all weights before it needs any.
+template <
+    typename T,
+    typename F,
+    int matrices,
+    int rows,
+    int width,
+    int depth,
+    bool whole>
+METAL_FUNC void dot_blocks(
+    const thread Matrix<F>* w,
+    int k,
+    int used,
+    const device T* x,
+    const thread int* offsets,
+    int own,
+    int column,
+    int end,
+    thread float* result) {
+  constexpr int all = matrices * rows;
+  thread typename F::Cells cells[depth * all];
+  thread float x_thread[F::values];
+#pragma clang loop unroll(full)
+  for (int i = 0; i < depth * all; i++) {
+    const int at = column + i / all * F::block;
+    if ((whole || at < end) && (F::whole_tiles || i % rows < used)) {
+      const Matrix<F> from = w[i % all / rows].skip(i % rows, at, k);
+      F::load(from.weight, from.scales, from.biases, at + own, cells[i]);
+    }
+  }
+#pragma clang loop unroll(full)
+  for (int d = 0; d < depth; d++) {
+    const int at = column + d * F::block;
+#pragma clang loop unroll(full)
+    for (int m = 0; m < width && (whole || at < end); m++) {
+      const float sum = F::load_x(x + offsets[m] + at, x_thread);
+#pragma clang loop unroll(full)
+      for (int i = 0; i < all; i++) {
+        if (F::whole_tiles || i % rows < used) {
+          F::dot(cells[d * all + i], x_thread, sum, result[i * width + m]);
+        }
+      }
+    }
+  }
+}
+
 // Sets result[(i * rows + r) * width + m] to row r of matrix i times vector m,
 // for every r < used. w[i] points to the lane's first column of row 0 and x to
 // its first column of vector 0; vector m starts offsets[m] values further on.
-template <typename T, typename F, int matrices, int rows, int width>
+// `depth` blocks of columns are read at once.
+template <
+    typename T,
+    typename F,
+    int matrices,
+    int rows,
+    int width,
+    int depth = 1>
 METAL_FUNC void dot_rows(
     const thread Matrix<F>* w,
     int k,
@@ -44,39 +98,34 @@ METAL_FUNC void dot_rows(
     const thread int* offsets,
     int lane,
     thread float* result) {
-  thread typename F::Cells cells[matrices * rows];
   thread float x_thread[F::values];
+#pragma clang loop unroll(full)
   for (int i = 0; i < matrices * rows * width; i++) {
     result[i] = 0;
   }
 
   const int own = lane * F::values;  // the lane's first column of a block
   const int end = F::whole_blocks(k) * F::block;
-  for (int column = 0; column < end; column += F::block) {
-    for (int i = 0; i < matrices * rows; i++) {
-      if (F::whole_tiles || i % rows < used) {
-        const Matrix<F> from = w[i / rows].skip(i % rows, column, k);
-        F::load(from.weight, from.scales, from.biases, column + own, cells[i]);
-      }
-    }
-    for (int m = 0; m < width; m++) {
-      const float sum = F::load_x(x + offsets[m] + column, x_thread);
-      for (int i = 0; i < matrices * rows; i++) {
-        if (F::whole_tiles || i % rows < used) {
-          F::dot(cells[i], x_thread, sum, result[i * width + m]);
-        }
-      }
-    }
+  int column = 0;
+  for (; column + depth * F::block <= end; column += depth * F::block) {
+    dot_blocks<T, F, matrices, rows, width, depth, true>(
+        w, k, used, x, offsets, own, column, end, result);
+  }
+  if constexpr (depth > 1) {
+    dot_blocks<T, F, matrices, rows, width, depth, false>(
+        w, k, used, x, offsets, own, column, end, result);
   }
 
   if constexpr (!F::whole_tiles) {
     const int left = min(k - end - own, F::values);
+#pragma clang loop unroll(full)
     for (int i = 0; i < matrices * rows && left > 0; i++) {
       if (i % rows < used) {
         thread typename F::Cells tail;
         const Matrix<F> from = w[i / rows].skip(i % rows, end, k);
         F::load_safe(
             from.weight, from.scales, from.biases, end + own, left, tail);
+#pragma clang loop unroll(full)
         for (int m = 0; m < width; m++) {
           const float sum =
               F::load_x_safe(x + offsets[m] + end, left, x_thread);
@@ -86,6 +135,7 @@ METAL_FUNC void dot_rows(
     }
   }
 
+#pragma clang loop unroll(full)
   for (int i = 0; i < matrices * rows * width; i++) {
     result[i] = F::total(F::reduce(result[i]), w[i / (rows * width)].biases);
   }

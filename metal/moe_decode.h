@@ -15,8 +15,7 @@ constexpr int rows_at_once(int rows, int width) {
 
 // Packs the Link of each pair p into links[p]: bit 0 says whether the pair
 // leads a group, and the bits above it are the number of the pair that follows
-// it in its slot. Where groups hold one pair, every pair leads and none
-// follows.
+// it in its slot.
 template <int most>
 METAL_FUNC void find_links(
     const device int* slots,
@@ -25,12 +24,8 @@ METAL_FUNC void find_links(
     int thread_id,
     int threads) {
   for (int p = thread_id; p < pairs; p += threads) {
-    if (most == 1) {
-      links[p] = 2 * pairs + 1;
-    } else {
-      const Link link = link_of(slots, pairs, p, most);
-      links[p] = 2 * link.next + link.leads;
-    }
+    const Link link = link_of(slots, pairs, p, most);
+    links[p] = 2 * link.next + link.leads;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
@@ -51,6 +46,7 @@ struct GateUp {
       const thread {
     constexpr int step = rows_at_once(rows, width);
     thread int offsets[width];
+#pragma clang loop unroll(full)
     for (int m = 0; m < width; m++) {
       offsets[m] = members[m] / top_k * hidden;
     }
@@ -70,6 +66,7 @@ struct GateUp {
           offsets,
           lane,
           result);
+#pragma clang loop unroll(full)
       for (int i = 0; i < step * width; i++) {
         if (lane == 0 && i / width < used && i % width < count) {
           const glm_fused::As<T> type;
@@ -106,8 +103,10 @@ template <typename T, typename Gate, typename Up, int rows, int most>
   const int pairs = params.tokens * params.top_k;
   const int slot = slots[tid.y];
   const int row = (tid.x * simdgroups + simd_gid) * rows;
-  find_links<most>(
-      slots, pairs, links, simd_gid * kLanes + simd_lid, simdgroups * kLanes);
+  if constexpr (most > 1) {
+    find_links<most>(
+        slots, pairs, links, simd_gid * kLanes + simd_lid, simdgroups * kLanes);
+  }
   const Group<most> group = group_from<most>(links, pairs, tid.y);
   if (group.count == 0 || slot < 0 || slot >= params.bank) {
     return;  // moe_down_sum makes such a slot's share NaN
@@ -162,6 +161,7 @@ struct Down {
       const thread {
     constexpr int step = rows_at_once(rows, width);
     thread int offsets[width];
+#pragma clang loop unroll(full)
     for (int m = 0; m < width; m++) {
       offsets[m] = members[m] * intermediate;
     }
@@ -181,6 +181,7 @@ struct Down {
           offsets,
           lane,
           result);
+#pragma clang loop unroll(full)
       for (int i = 0; i < step * width; i++) {
         if (lane == 0 && i % width < count) {
           const int pair = members[i % width];
@@ -217,7 +218,9 @@ template <typename T, typename F, int rows, int most>
   const int row = tid.x * rows;
   const int thread_id = simd_gid * kLanes + simd_lid;
   const int threads = simdgroups * kLanes;
-  find_links<most>(slots, pairs, links, thread_id, threads);
+  if constexpr (most > 1) {
+    find_links<most>(slots, pairs, links, thread_id, threads);
+  }
   for (int pair = simd_gid; pair < pairs; pair += simdgroups) {
     const Group<most> group = group_from<most>(links, pairs, pair);
     const int count = group.count;
@@ -226,8 +229,11 @@ template <typename T, typename F, int rows, int most>
       continue;
     }
     if (slot < 0 || slot >= params.bank) {
-      for (int i = simd_lid; i < count * rows; i += kLanes) {
-        terms[group.members[i / rows] * rows + i % rows] = NAN;
+#pragma clang loop unroll(full)
+      for (int m = 0; m < most; m++) {
+        if (int(simd_lid) < rows) {
+          terms[group.members[m] * rows + simd_lid] = NAN;
+        }
       }
       continue;
     }

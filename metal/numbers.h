@@ -1,4 +1,5 @@
-// Defines the activation types and the float helpers that swiglu.h asks for.
+// Defines the activation types and the float helpers that swiglu.h and
+// norm.h ask for.
 #pragma once
 
 #include <metal_simdgroup>
@@ -22,12 +23,23 @@ static inline float multiply_add(float a, float b, float c) {
   return fma(a, b, c);
 }
 
+static inline float square_root(float x) {
+  return precise::sqrt(x);
+}
+
 static inline uint bits_of(float f) {
   return as_type<uint>(f);
 }
 
 static inline float float_of(uint u) {
   return as_type<float>(u);
+}
+
+// Rounds a product as such: no compiler contracts it with a sum. Adding 0 makes
+// -0 a 0, so the sign is set again.
+static inline float product(float a, float b) {
+  const uint sign = (bits_of(a) ^ bits_of(b)) & 0x80000000u;
+  return float_of(bits_of(multiply_add(a, b, 0.0f)) | sign);
 }
 
 template <typename T>

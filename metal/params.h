@@ -10,7 +10,9 @@ struct MoeParams {
 };
 
 struct RouterParams {
+  int tokens;
   int hidden;
+  int experts;
   int top_k;
   int topk_group;
   int norm_topk_prob;
@@ -46,4 +48,27 @@ struct IndexParams {
   int heads;
   int top_k;
   float scale;
+};
+
+// An array [sequences, heads, length, columns] with strides in values.
+struct ViewParams {
+  int heads;
+  int length;
+  int columns;
+  long sequence_stride;
+  long head_stride;
+  long position_stride;
+  long column_stride;
+};
+
+struct NormParams {
+  ViewParams x;
+  float eps;
+};
+
+struct RotateParams {
+  ViewParams x;
+  ViewParams cosines;  // [b or 1, 1, l, pairs]
+  ViewParams sines;
+  int interleaved;
 };

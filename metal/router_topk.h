@@ -1,5 +1,5 @@
-// Sigmoid routing with a correction bias that chooses but does not weigh. A
-// threadgroup takes a token.
+// Sigmoid routing with a correction bias that chooses but does not weigh: one
+// launch computes logits, another chooses.
 #pragma once
 
 #include "dot_rows.h"
@@ -7,51 +7,67 @@
 #include "params.h"
 #include "swiglu.h"
 
-// Tells whether score a of index i comes before score b of index j: the larger
-// first, then the lowest index; NaN loses to everything.
-METAL_FUNC bool precedes(float a, int i, float b, int j) {
-  const float x = isnan(a) ? -INFINITY : a;
-  const float y = isnan(b) ? -INFINITY : b;
-  return x > y || (x == y && i < j);
+GLM_CONST int kLaneBytes = 128;      // a lane asks for so much of a row at once
+GLM_CONST int kSelectThreads = 256;  // choose for a token
+
+// Writes logits [tokens, experts]. A simdgroup takes one row of `weight` and
+// `width` tokens. The grid is (blocks of rows, blocks of tokens).
+template <typename T, typename F, int width>
+[[kernel]] void router_logits(
+    const device T* x [[buffer(0)]],
+    const device uint8_t* weight [[buffer(1)]],
+    device float* logits [[buffer(2)]],
+    const constant RouterParams& params [[buffer(3)]],
+    uint3 tid [[threadgroup_position_in_grid]],
+    uint simd_gid [[simdgroup_index_in_threadgroup]],
+    uint simd_lid [[thread_index_in_simdgroup]],
+    uint simdgroups [[simdgroups_per_threadgroup]]) {
+  constexpr int depth = kLaneBytes / int(sizeof(typename F::Cells));
+  const int hidden = params.hidden, experts = params.experts;
+  const int row = tid.x * simdgroups + simd_gid;
+  if (row >= experts) {
+    return;
+  }
+  const size_t token = size_t(tid.y) * width;
+  const int used = min(width, params.tokens - int(token));
+  thread int offsets[width];  // the last token's, past it
+#pragma clang loop unroll(full)
+  for (int m = 0; m < width; m++) {
+    offsets[m] = min(m, used - 1) * hidden;
+  }
+  thread float result[width];
+  const Matrix<F> w =
+      Matrix<F>{weight, weight, weight}.at(row, 1, hidden, simd_lid);
+  dot_rows<T, F, 1, 1, width, depth>(
+      &w,
+      hidden,
+      1,
+      x + token * hidden + simd_lid * F::values,
+      offsets,
+      simd_lid,
+      result);
+#pragma clang loop unroll(full)
+  for (int m = 0; m < width; m++) {
+    if (simd_lid == 0 && m < used) {
+      logits[(token + m) * experts + row] = result[m];
+    }
+  }
 }
 
-// Counts those of scores[begin, end) that precede entry i.
+METAL_FUNC float nan_as_least(float score) {
+  return isnan(score) ? -INFINITY : score;
+}
+
+// Counts those of scores[begin, end) that come before entry i: the larger
+// first, then the lowest index.
 METAL_FUNC int
 rank_of(const threadgroup float* scores, int begin, int end, int i) {
   const float score = scores[i];
   int rank = 0;
   for (int j = begin; j < end; j++) {
-    rank += precedes(scores[j], j, score, i);
+    rank += scores[j] > score || (scores[j] == score && j < i);
   }
   return rank;
-}
-
-// Sets weights[e] to row e of `weight` times x.
-template <typename T, typename F, int experts>
-METAL_FUNC void router_logits(
-    const device T* x,
-    const device uint8_t* weight,
-    int hidden,
-    int lane,
-    int simdgroup,
-    int simdgroups,
-    threadgroup float* weights) {
-  constexpr int rows = 4;
-  const thread int offsets[1] = {0};
-  const Matrix<F> matrix =
-      Matrix<F>{weight, weight, weight}.at(0, experts, hidden, lane);
-  for (int e = simdgroup * rows; e < experts; e += simdgroups * rows) {
-    thread float result[rows];
-    const Matrix<F> w = matrix.skip(e, 0, hidden);
-    const int used = experts - e;
-    dot_rows<T, F, 1, rows, 1>(
-        &w, hidden, used, x + lane * F::values, offsets, lane, result);
-    for (int r = 0; r < rows; r++) {
-      if (lane == 0 && r < used) {
-        weights[e + r] = result[r];
-      }
-    }
-  }
 }
 
 // Sets the scores outside the `kept` best groups to -inf; a group is worth the
@@ -62,10 +78,9 @@ METAL_FUNC void keep_groups(
     threadgroup float* top,
     threadgroup float* worth,
     int kept,
-    int thread_id,
-    int threads) {
+    int thread_id) {
   constexpr int size = experts / groups;
-  for (int e = thread_id; e < experts; e += threads) {
+  for (int e = thread_id; e < experts; e += kSelectThreads) {
     const int group = e / size;
     const int rank = rank_of(scores, group * size, (group + 1) * size, e);
     if (rank < 2) {
@@ -73,11 +88,11 @@ METAL_FUNC void keep_groups(
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (int g = thread_id; g < groups; g += threads) {
-    worth[g] = top[2 * g] + top[2 * g + 1];
+  for (int g = thread_id; g < groups; g += kSelectThreads) {
+    worth[g] = nan_as_least(top[2 * g] + top[2 * g + 1]);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (int e = thread_id; e < experts; e += threads) {
+  for (int e = thread_id; e < experts; e += kSelectThreads) {
     if (rank_of(worth, 0, groups, e / size) >= kept) {
       scores[e] = -INFINITY;
     }
@@ -85,47 +100,35 @@ METAL_FUNC void keep_groups(
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-template <typename T, typename W, int experts, int groups>
-[[kernel]] void router_topk(
-    const device T* x [[buffer(0)]],
-    const device uint8_t* weight [[buffer(1)]],
-    const device float* correction_bias [[buffer(2)]],
-    device int* chosen [[buffer(3)]],
-    device float* shares [[buffer(4)]],
-    const constant RouterParams& params [[buffer(5)]],
+// Writes chosen and shares [tokens, top_k]. A threadgroup takes a token.
+template <int experts, int groups>
+[[kernel, max_total_threads_per_threadgroup(kSelectThreads)]] void
+router_select(
+    const device float* logits [[buffer(0)]],
+    const device float* correction_bias [[buffer(1)]],
+    device int* chosen [[buffer(2)]],
+    device float* shares [[buffer(3)]],
+    const constant RouterParams& params [[buffer(4)]],
     uint3 tid [[threadgroup_position_in_grid]],
-    uint simd_gid [[simdgroup_index_in_threadgroup]],
-    uint simd_lid [[thread_index_in_simdgroup]],
-    uint simdgroups [[simdgroups_per_threadgroup]]) {
+    uint thread_id [[thread_index_in_threadgroup]]) {
   threadgroup float weights[experts];
   threadgroup float scores[experts];
   threadgroup float best[experts];
   threadgroup float top[2 * groups];
   threadgroup float worth[groups];
-  const int thread_id = simd_gid * kLanes + simd_lid;
-  const int threads = simdgroups * kLanes;
-
-  router_logits<T, Dense<W>, experts>(
-      x + tid.x * params.hidden,
-      weight,
-      params.hidden,
-      simd_lid,
-      simd_gid,
-      simdgroups,
-      weights);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (int e = thread_id; e < experts; e += threads) {
-    weights[e] = glm_fused::sigmoid(weights[e], glm_fused::As<float>());
-    scores[e] = weights[e] + correction_bias[e];
+  for (int e = thread_id; e < experts; e += kSelectThreads) {
+    const float logit = logits[size_t(tid.x) * experts + e];
+    weights[e] = glm_fused::sigmoid(logit, glm_fused::As<float>());
+    scores[e] = nan_as_least(weights[e] + correction_bias[e]);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   if constexpr (groups > 1) {
     keep_groups<experts, groups>(
-        scores, top, worth, params.topk_group, thread_id, threads);
+        scores, top, worth, params.topk_group, thread_id);
   }
 
   const int top_k = params.top_k;
-  for (int e = thread_id; e < experts; e += threads) {
+  for (int e = thread_id; e < experts; e += kSelectThreads) {
     const int rank = rank_of(scores, 0, experts, e);
     if (rank < top_k) {
       chosen[tid.x * top_k + rank] = e;
@@ -133,7 +136,7 @@ template <typename T, typename W, int experts, int groups>
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (int j = thread_id; j < top_k; j += threads) {
+  for (int j = thread_id; j < top_k; j += kSelectThreads) {
     float total = 0;
     for (int i = 0; i < top_k; i++) {
       total = total + best[i];

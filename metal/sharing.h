@@ -27,7 +27,8 @@ link_of(const device int* slots, int pairs, int pair, int most) {
 }
 
 // A Group has the members of the group that a pair leads, or count 0 if it
-// leads none. Past the count the leader is repeated.
+// leads none. Past the count the leader is repeated. Where groups hold one
+// pair, every pair leads and there are no links.
 template <int most>
 struct Group {
   int members[most];
@@ -38,9 +39,14 @@ template <int most>
 METAL_FUNC Group<most>
 group_from(const threadgroup int* links, int pairs, int pair) {
   Group<most> group;
-  group.count = links[pair] % 2;
   group.members[0] = pair;
+  if constexpr (most == 1) {
+    group.count = 1;
+    return group;
+  }
+  group.count = links[pair] % 2;
   int next = links[pair] / 2;
+#pragma clang loop unroll(full)
   for (int i = 1; i < most; i++) {
     const bool member = group.count > 0 && next < pairs;
     group.members[i] = member ? next : pair;

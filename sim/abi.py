@@ -63,7 +63,12 @@ class _Constant(c.Structure):
 
 
 class _Buffer(c.Structure):
-    _fields_ = [("index", c.c_int32), ("data", c.c_void_p), ("size", c.c_uint64)]
+    _fields_ = [
+        ("index", c.c_int32),
+        ("data", c.c_void_p),
+        ("size", c.c_uint64),
+        ("phase", c.c_uint32),
+    ]
 
 
 class _Dispatch(c.Structure):
@@ -193,10 +198,10 @@ class Dispatch:
         **settings: int,
     ) -> None:
         self._bound = (_Buffer * len(buffers))(
-            *(_Buffer(i, a.ctypes.data, a.nbytes) for i, a in buffers.items())
+            *(_Buffer(i, a.ctypes.data, a.nbytes, a.ctypes.data % 16) for i, a in buffers.items())
         )
         self._memory = (_Buffer * len(threadgroup_memory))(
-            *(_Buffer(i, None, size) for i, size in threadgroup_memory.items())
+            *(_Buffer(i, None, size, 0) for i, size in threadgroup_memory.items())
         )
         self.c = _Dispatch(groups=groups, group=group, **settings)
         self.c.buffers, self.c.buffer_count = self._bound, len(buffers)

@@ -28,18 +28,23 @@ typedef half float16_t;
 typedef bfloat bfloat16_t;
 """
 _OURS = re.compile(
-    r"\b((?:moe_gate_up|moe_down_sum|router_topk|index_scores|mla_split|Affine|Dense|Fp|FloatRows)<"
+    r"\b((?:moe_gate_up|moe_down_sum|router_logits|router_select|index_scores|mla_split|rms_norm"
+    r"|layer_norm|rotate_rows|Affine|Dense|Fp8?|FloatRows)<"
     r"|(?:Fp8Rows|Int8Rows)\b)"
 )
 # A kernel reads these buffers once, or twice, and a mutant may not read more of them.
 _FRUGAL = {
     "moe_gate_up": (2,),
     "moe_down_sum": (2,),
-    "router_topk": (),
+    "router_logits": (0, 1),
+    "router_select": (0, 1),
     "index_scores": (0, 1, 2),
     "index_select": (0,),
     "mla_split": (0, 1, 2, 3),
     "mla_combine": (0, 1, 2),
+    "rms_norm": (0, 1),
+    "layer_norm": (0, 1, 2),
+    "rotate_rows": (0, 1, 2),
 }
 
 
@@ -92,8 +97,12 @@ def kernel_of(name: str) -> str:
 
 
 def _own_text(text: str) -> str:
-    """The shader without system headers and MLX's arithmetic, which all mutants share."""
-    text = re.sub(r"^#include <.*\n", "", text.replace(mlx_arithmetic(), ""), flags=re.M)
+    """The shader without system headers and MLX's arithmetic, which all mutants share.
+
+    Its loops are left as loops, which compiles several times faster.
+    """
+    text = text.replace(mlx_arithmetic(), "")
+    text = re.sub(r"^(#include <|#pragma clang loop ).*\n", "", text, flags=re.M)
     # A plain kernel would be in the library under its own name once per namespace.
     return re.sub(
         r"(?<!>\n)^\[\[kernel\]\] void", "template <int>\n[[kernel]] void", text, flags=re.M

@@ -58,11 +58,23 @@ def mla(batch, queries, heads, rank, rope, keys, k, **how):
     return ops.sparse_mla_decode(q, latents, ropes, selected, rank=rank, scale=1.0, **how)
 
 
+def norms(batch, tokens, n, **how):
+    x, w = view(batch, tokens, n), view(n)
+    return ops.rms_norm(x, w, 1e-5, **how), ops.layer_norm(x, w, w, 1e-5, **how)
+
+
+def rotate(batch, heads, length, columns, pairs, **how):
+    angles = view(1, 1, length, pairs)
+    return ops.rotate(view(batch, heads, length, columns), angles, angles, **how)
+
+
 GRIDS = {
     moe: (("dense", "mxfp4"), (0, 1, 3), (0, 2), (0, 2), (0, 64), (0, 64)),
     matvec: (("dense", "mxfp4"), (0, 2), (0, 1, 3), (0, 8), (0, 64)),
     router: ((0, 3), (0, 64), (0, 1, 8), (-1, 0, 2, HUGE), (-1, 0, 2, HUGE), (-1, 0, 1, HUGE)),
     indexer: ((0, 1), (0, 2), (0, 2), (0, 64), (0, 1, 5), (-1, 0, 1, 9)),
+    norms: ((0, 2), (0, 3), (0, 1, 130)),
+    rotate: ((0, 2), (0, 3), (0, 2), (0, 1, 8), (0, 4, 5)),
     mla: ((0, 1), (0, 2), (0, 2), (-1, 0, 64), (0, 32), (0, 1, 5), (None, 0, 3)),
 }
 BEYOND = {
@@ -70,6 +82,8 @@ BEYOND = {
     "tokens' choices": lambda: moe("dense", 2**16, 2**16, 2, 64, 64),
     "choices' values": lambda: moe("dense", 1, HUGE, 2, 64, 64),
     "tokens of a sum": lambda: ops.expert_sum(view(2**16, 2**16, 1), view(2**16, 2**16)),
+    "rows of a norm": lambda: norms(2**16, 2**16, 1),
+    "rows to rotate": lambda: rotate(2**11, 2**11, 2**11, 2, 1),
     "indexer's keys": lambda: indexer(1, 1, 2, 64, HUGE, 8),
     "indexer's heads": lambda: indexer(1, 1, 2**16, 2**16, 1, 8),
     "selected keys": lambda: indexer(1, 4, 2, 64, 4, HUGE),

@@ -120,30 +120,30 @@ def test_both_paths_are_bit_identical(loaded, options):
 
 def test_a_comparison_runs_both_paths(loaded, monkeypatch):
     seen = set()
-    original = ops.moe_decode
+    original = ops.sparse_mla_decode
 
     def spy(*args, **kwargs):
         seen.add(paths.use_reference())
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(ops, "moe_decode", spy)
+    monkeypatch.setattr(ops, "sparse_mla_decode", spy)
     compare(loaded[0], [3, 4], Options(max_tokens=1))
     assert seen == {False, True}
 
 
 def test_a_comparison_finds_one_perturbed_value(loaded, monkeypatch):
     """One value is changed on the fused path, in the 30th call of a layer in decode steps."""
-    original = ops.moe_decode
+    original = ops.sparse_mla_decode
     calls = []
 
-    def perturbed(x, *args, **kwargs):
-        y = original(x, *args, **kwargs)
-        if paths.use_reference() or x.shape[0] > 1:
+    def perturbed(q, *args, **kwargs):
+        y = original(q, *args, **kwargs)
+        if paths.use_reference() or q.shape[1] > 1:
             return y
         calls.append(1)
-        return y + (mx.arange(y.shape[1]) == 5).astype(y.dtype) if len(calls) == 30 else y
+        return y + (mx.arange(y.shape[-1]) == 5).astype(y.dtype) if len(calls) == 30 else y
 
-    monkeypatch.setattr(ops, "moe_decode", perturbed)
+    monkeypatch.setattr(ops, "sparse_mla_decode", perturbed)
     comparison = compare(loaded[0], [3, 4, 5, 6], Options(max_tokens=8))
     assert not comparison.bit_identical
     assert comparison.first_difference["step"] > 0
@@ -170,6 +170,8 @@ def test_debug_names_the_path_of_every_layer(loaded, monkeypatch, caplog):
     text = caplog.text
     formats = "/".join(["affine4-g32"] * 3)
     experts = rf"layer 4: shared indexer, experts {formats}: cpu \(\w+, \d+ threads\): "
-    assert re.search(experts + "quantized_matvec, sparse_mla_decode, router_topk, moe_decode", text)
+    attention = "rms_norm, quantized_matvec, rotate, sparse_mla_decode"
+    assert re.search(f"{experts}{attention}, router_topk, moe_decode", text)
     dense = f"layer 0: full indexer, dense mlp {formats}: loops (the reference, asked for)"
-    assert f"{dense}: indexer_topk, quantized_matvec, sparse_mla_decode" in text
+    attention = attention.replace("rms_norm", "rms_norm, layer_norm, indexer_topk")
+    assert f"{dense}: {attention}" in text

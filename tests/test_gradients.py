@@ -147,6 +147,48 @@ def test_steps_of_the_unfused_chain(rng):
     assert_close(mx.grad(fused, every)(gate, up, scores), mx.grad(plain, every)(gate, up, scores))
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 40), (2, 1, 2, 1, 3, 40)])
+def test_norms(rng, shape):
+    x = mx.array(rng.standard_normal(shape, dtype="float32"))
+    weight, bias = (mx.array(rng.standard_normal(40, dtype="float32")) for _ in range(2))
+
+    def rms(norm):
+        return lambda x, w: mx.sin(norm(x, w, 0.1)).sum()
+
+    def layer(norm):
+        return lambda x, w, b: mx.sin(norm(x, w, b, 0.1)).sum()
+
+    found = mx.grad(rms(ops.rms_norm), (0, 1))(x, weight)
+    assert_close(found, mx.grad(rms(stock.rms_norm), (0, 1))(x, weight))
+    found = mx.grad(layer(ops.layer_norm), (0, 1, 2))(x, weight, bias)
+    assert_close(found, mx.grad(layer(stock.layer_norm), (0, 1, 2))(x, weight, bias))
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("columns", [16, 21])
+def test_rotate(rng, interleaved, columns):
+    x = mx.array(rng.standard_normal((2, 3, 5, columns), dtype="float32"))
+    angles = [mx.array(rng.standard_normal((1, 1, 5, 8), dtype="float32")) for _ in range(2)]
+
+    def turned(rotate):
+        return lambda x, c, s: mx.sin(rotate(x, c, s, interleaved)).sum()
+
+    every = (0, 1, 2)
+    found = mx.grad(turned(ops.rotate), every)(x, *angles)
+    assert_close(found, mx.grad(turned(stock.rotate), every)(x, *angles))
+
+
+def test_gradients_have_the_dtype_of_what_they_are_of(rng):
+    x = mx.array(rng.standard_normal((1, 2, 3, 8), dtype="float32")).astype(mx.bfloat16)
+    angles, weight = mx.ones((1, 1, 3, 4)), mx.ones(8)
+
+    def loss(x, w):
+        return ops.rotate(ops.layer_norm(ops.rms_norm(x, w, 0.1), w, w, 0.1), angles, angles).sum()
+
+    found = mx.grad(loss, (0, 1))(x, weight)
+    assert [g.dtype for g in found] == [mx.bfloat16, mx.float32]
+
+
 def test_packed_rows_are_refused(rng):
     q = mx.array(rng.standard_normal((1, 2, 2, 40), dtype="float32"))
     rows = mx.zeros((1, 2, 32 + 4 + 16), mx.int8)

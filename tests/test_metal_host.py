@@ -279,11 +279,17 @@ def test_demo_model_decodes_as_on_the_cpu():
             # A prompt's experts do not run on Metal kernels.
             "moe_gate_up": (steps - 1) * sparse,
             "moe_down_sum": (steps - 1) * sparse,
-            "router_topk": steps * sparse,
+            "router_logits": steps * sparse,
+            "router_select": steps * sparse,
             "mla_split": steps * layers,
             "mla_combine": steps * layers,
             "index_scores": steps * full,
             "index_select": steps * full,
+            # Of a layer: its two norms, those of q's and the keys' latents; then the last one.
+            "rms_norm": steps * (4 * layers + 1),
+            "layer_norm": steps * full,
+            # Of a layer its queries and keys, and those of its indexer.
+            "rotate_rows": steps * 2 * (layers + full),
         }
         names = [launch.kernel.removeprefix("glm_fused_") for launch in launches]
         count = {name: sum(n.startswith(name) for n in names) for name in expected}

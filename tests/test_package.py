@@ -114,7 +114,7 @@ def test_help_tells_shapes_units_and_errors(name, words):
 @pytest.mark.parametrize(
     "name",
     ["quantized_matvec", "moe_decode", "router_topk", "indexer_topk", "sparse_mla_decode",
-     "swiglu", "expert_sum"],
+     "swiglu", "expert_sum", "rms_norm", "layer_norm", "rotate"],
 )  # fmt: skip
 def test_help_of_an_op_tells_shapes_dtypes_and_errors(name):
     text = getattr(glm_fused.ops, name).__doc__

@@ -20,6 +20,9 @@ TABLE = {  # fused on a CPU and a GPU, reference on a CPU and a GPU
     "quantized_matvec": ("cpu", "mlx", "loops", "mlx"),
     "moe_decode": ("cpu", "metal", "loops", "mlx"),
     "router_topk": ("cpu", "metal", "loops", "loops"),
+    "rms_norm": ("cpu", "metal", "loops", "loops"),
+    "layer_norm": ("cpu", "metal", "loops", "loops"),
+    "rotate": ("cpu", "metal", "loops", "loops"),
     "indexer_topk": ("cpu", "metal", "loops", "loops"),
     "sparse_mla_decode": ("cpu", "metal", "loops", "loops"),
 }
@@ -65,7 +68,8 @@ def test_what_a_kernel_does_not_take_falls_back(a_mac, monkeypatch):
     route = choose("router_topk", 999, stream=mx.gpu)
     assert route == Route("router_topk", Kernel.cpu, "999 experts are too many", True)
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
-    for op, kernel in (("indexer_topk", Kernel.mlx), ("router_topk", Kernel.cpu)):
+    for op in ("rms_norm", "layer_norm", "rotate", "indexer_topk", "router_topk"):
+        kernel = Kernel.cpu if op == "router_topk" else Kernel.mlx
         route = choose(op, *SIZES.get(op, ()), stream=mx.gpu)
         assert route == Route(op, kernel, "MLX finds no Metal device", True)
 
@@ -127,7 +131,14 @@ def test_ops_run_where_they_are_told_to(case):
 
 def test_steps_run_where_they_are_told_to():
     x = mx.random.normal((3, 2, 40))
-    for op, arguments in ((ops.swiglu, (x, x)), (ops.expert_sum, (x, mx.ones((3, 2))))):
+    angles = mx.ones((1, 1, 2, 9))
+    for op, arguments in (
+        (ops.swiglu, (x, x)),
+        (ops.expert_sum, (x, mx.ones((3, 2)))),
+        (ops.rms_norm, (x, x[0, 0], 1e-5)),
+        (ops.layer_norm, (x, x[0, 0], x[0, 1], 1e-5)),
+        (ops.rotate, (x[None], angles, angles)),
+    ):
         assert_same_bits(op(*arguments), op(*arguments, stream=mx.new_stream(mx.cpu)))
 
 

@@ -75,6 +75,8 @@ check_floats(const std::string& op, const std::string& name, const Weight& w) {
   return first == nullptr ? FloatType::float32 : float_type_of(first->dtype());
 }
 
+}  // namespace
+
 // Evaluated weights are bound as they lie: mx::contiguous would copy a view
 // of a larger buffer.
 mx::array in_rows(const mx::array& a, mx::StreamOrDevice s) {
@@ -82,8 +84,6 @@ mx::array in_rows(const mx::array& a, mx::StreamOrDevice s) {
       ? a
       : mx::contiguous(a, false, s);
 }
-
-}  // namespace
 
 std::vector<mx::Dtype> dtypes_of(PlaneType type) {
   switch (type) {

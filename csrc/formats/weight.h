@@ -42,6 +42,9 @@ Format check_weight(
     int ndim,
     int k);
 
+// The array, row-contiguous.
+mx::array in_rows(const mx::array& a, mx::StreamOrDevice s);
+
 // The planes, row-contiguous.
 void append_arrays(
     std::vector<mx::array>& inputs,

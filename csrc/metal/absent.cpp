@@ -44,6 +44,24 @@ void ExpertSum::eval_gpu(
   FusedPrimitive::eval_gpu(inputs, outputs);
 }
 
+void RmsNorm::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  FusedPrimitive::eval_gpu(inputs, outputs);
+}
+
+void LayerNorm::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  FusedPrimitive::eval_gpu(inputs, outputs);
+}
+
+void Rotate::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  FusedPrimitive::eval_gpu(inputs, outputs);
+}
+
 void IndexerTopk::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {

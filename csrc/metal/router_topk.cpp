@@ -1,3 +1,6 @@
+#include <algorithm>
+#include <bit>
+
 #include "metal/params.h"
 #include "metal/pipelines.h"
 #include "metal/source.h"
@@ -5,6 +8,18 @@
 #include "primitives.h"
 
 namespace glm_fused {
+
+namespace {
+
+constexpr int kMaxVectors = 8;  // tokens that share a read of a row
+constexpr int kSelectSimdgroups = 8;
+
+// Tells whether rows of k values start at multiples of four.
+bool aligned(const mx::array& rows, int k) {
+  return k % 4 == 0 && rows.offset() % (4 * rows.itemsize()) == 0;
+}
+
+}  // namespace
 
 void RouterTopk::eval_gpu(
     const std::vector<mx::array>& inputs,
@@ -19,29 +34,54 @@ void RouterTopk::eval_gpu(
   auto& device = mx::metal::device(stream().device);
   auto& encoder = mx::metal::get_command_encoder(stream());
   const auto tiles = metal::tiles_for(device.get_architecture());
+  const int experts = weight.shape(0);
   const RouterParams params{
+      x.shape(0),
       x.shape(1),
+      experts,
       routing_.top_k,
       routing_.topk_group,
       routing_.norm_topk_prob,
       routing_.routed_scaling_factor};
-  auto kernel = metal::kernel(
+  const bool vectors =
+      aligned(x, params.hidden) && aligned(weight, params.hidden);
+  const int width = static_cast<int>(std::bit_ceil(
+      static_cast<unsigned>(std::min(params.tokens, kMaxVectors))));
+
+  auto logits = metal::allocate({params.tokens, experts}, mx::float32);
+  encoder.add_temporary(logits);
+  auto score = metal::kernel(
       device,
       metal_source::router_topk,
-      "router_topk<" + metal::type_name(x.dtype()) + ", " +
-          metal::type_name(weight.dtype()) + ", " +
-          std::to_string(weight.shape(0)) + ", " +
-          std::to_string(routing_.n_group) + ">");
-  encoder.set_compute_pipeline_state(kernel);
+      "router_logits<" + metal::type_name(x.dtype()) + ", Dense<" +
+          metal::type_name(weight.dtype()) + (vectors ? ", true>, " : ">, ") +
+          std::to_string(width) + ">");
+  encoder.set_compute_pipeline_state(score);
   encoder.set_input_array(x, 0);
   encoder.set_input_array(weight, 1);
-  encoder.set_input_array(bias, 2);
-  encoder.set_output_array(outputs[0], 3);
-  encoder.set_output_array(outputs[1], 4);
-  encoder.set_bytes(params, 5);
+  encoder.set_output_array(logits, 2);
+  encoder.set_bytes(params, 3);
+  const int simdgroups = metal::simdgroups(score, tiles.router);
   encoder.dispatch_threadgroups(
-      MTL::Size(x.shape(0), 1, 1),
-      MTL::Size(32, metal::simdgroups(kernel, tiles.router), 1));
+      MTL::Size(
+          (experts + simdgroups - 1) / simdgroups,
+          (params.tokens + width - 1) / width,
+          1),
+      MTL::Size(32, simdgroups, 1));
+
+  auto select = metal::kernel(
+      device,
+      metal_source::router_topk,
+      "router_select<" + std::to_string(experts) + ", " +
+          std::to_string(routing_.n_group) + ">");
+  encoder.set_compute_pipeline_state(select);
+  encoder.set_input_array(logits, 0);
+  encoder.set_input_array(bias, 1);
+  encoder.set_output_array(outputs[0], 2);
+  encoder.set_output_array(outputs[1], 3);
+  encoder.set_bytes(params, 4);
+  encoder.dispatch_threadgroups(
+      MTL::Size(params.tokens, 1, 1), MTL::Size(32, kSelectSimdgroups, 1));
 }
 
 }  // namespace glm_fused

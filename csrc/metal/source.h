@@ -6,7 +6,9 @@ namespace glm_fused::metal_source {
 
 extern const char* const indexer_topk;
 extern const char* const moe_decode;
+extern const char* const norms;
 extern const char* const expert_sum;
+extern const char* const rotate;
 extern const char* const router_topk;
 extern const char* const sparse_mla_decode;
 

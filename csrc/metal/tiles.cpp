@@ -18,10 +18,10 @@ struct Generation {
 // These are MLX's own tiles, four rows and two simdgroups, until measured
 // otherwise; on the M5 Max MLX itself takes two rows.
 constexpr Generation kGenerations[] = {
-    {"applegpu_g17s", {2, 2, 8, 32}},
-    {"applegpu_", {4, 2, 8, 32}},
+    {"applegpu_g17s", {2, 2, 8, 2}},
+    {"applegpu_", {4, 2, 8, 2}},
 };
-constexpr Tiles kOther{4, 2, 8, 32};
+constexpr Tiles kOther{4, 2, 8, 2};
 
 bool valid(const Tiles& t) {
   const auto simdgroups = [](int n) { return n >= 1 && n <= 32; };
@@ -39,7 +39,7 @@ Tiles parse(const char* text) {
     invalid(
         "metal",
         "GLM_FUSED_METAL_TILES must be rows (1, 2, 4 or 8) and three "
-        "simdgroup counts (1 to 32), such as 4,2,8,32, but is ",
+        "simdgroup counts (1 to 32), such as 4,2,8,2, but is ",
         text,
         ".");
   }

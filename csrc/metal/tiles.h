@@ -9,11 +9,11 @@ struct Tiles {
   int rows;     // rows of a weight per simdgroup: 1, 2, 4 or 8
   int gate_up;  // simdgroups per threadgroup
   int down;
-  int router;
+  int router;  // of its logits, a row of the weight per simdgroup
 };
 
 // Chooses by architecture string ("applegpu_g16s"), unless
-// GLM_FUSED_METAL_TILES, e.g. "4,2,8,32", gives rows and the three simdgroup
+// GLM_FUSED_METAL_TILES, e.g. "4,2,8,2", gives rows and the three simdgroup
 // counts.
 Tiles tiles_for(const std::string& architecture);
 

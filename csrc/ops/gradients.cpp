@@ -146,6 +146,42 @@ mx::array expert_sum_chain(
   return mx::sum(weighted, 1, false, s);
 }
 
+// The chains below are those of ops/stock.py in float32.
+mx::array
+inverse_root(const mx::array& centered, float eps, const mx::Stream& s) {
+  const mx::array mean = mx::mean(mx::square(centered, s), -1, true, s);
+  return mx::rsqrt(mx::add(mean, mx::array(eps), s), s);
+}
+
+mx::array
+rotate_chain(const Arrays& in, bool interleaved, const mx::Stream& s) {
+  const mx::array x = as_float32(in[0], s);
+  const int pairs = in[1].shape(-1);
+  const auto halves = mx::split(x, mx::Shape{2 * pairs}, -1, s);
+  const mx::array &head = halves[0], &tail = halves[1];
+  // [..., pairs, 2] or [..., 2, pairs]
+  const int axis = interleaved ? -1 : -2;
+  mx::Shape shape = x.shape();
+  shape.back() = interleaved ? pairs : 2;
+  shape.push_back(interleaved ? 2 : pairs);
+  const auto parts = mx::split(mx::reshape(head, shape, s), 2, axis, s);
+  const mx::array a = mx::squeeze(parts[0], axis, s);
+  const mx::array b = mx::squeeze(parts[1], axis, s);
+  const mx::array first =
+      mx::subtract(mx::multiply(a, in[1], s), mx::multiply(b, in[2], s), s);
+  const mx::array second =
+      mx::add(mx::multiply(b, in[1], s), mx::multiply(a, in[2], s), s);
+  const mx::array rotated =
+      mx::reshape(mx::stack({first, second}, axis, s), head.shape(), s);
+  return mx::concatenate({rotated, tail}, -1, s);
+}
+
+// A norm's cotangent in float32 and in the shape of x as the node has it.
+mx::array
+rows_like(const mx::array& cotangent, const mx::array& x, const mx::Stream& s) {
+  return as_float32(mx::reshape(cotangent, x.shape(), s), s);
+}
+
 }  // namespace
 
 Arrays QuantizedMatvec::vjp(
@@ -225,6 +261,14 @@ Arrays Swiglu::vjp(
   return differentiate(chain, primals, as_float32(cotangents[0], s), argnums);
 }
 
+Arrays ResidualAdd::vjp(
+    const Arrays&,
+    const Arrays& cotangents,
+    const std::vector<int>& argnums,
+    const Arrays&) {
+  return Arrays(argnums.size(), cotangents[0]);
+}
+
 Arrays ExpertSum::vjp(
     const Arrays& primals,
     const Arrays& cotangents,
@@ -233,6 +277,50 @@ Arrays ExpertSum::vjp(
   const mx::Stream s = stream();
   auto chain = [&](const Arrays& in) {
     return expert_sum_chain(in[0], in[1], s);
+  };
+  return differentiate(chain, primals, as_float32(cotangents[0], s), argnums);
+}
+
+Arrays RmsNorm::vjp(
+    const Arrays& primals,
+    const Arrays& cotangents,
+    const std::vector<int>& argnums,
+    const Arrays&) {
+  const mx::Stream s = stream();
+  auto chain = [&](const Arrays& in) {
+    const mx::array x = as_float32(in[0], s);
+    const mx::array y = mx::multiply(x, inverse_root(x, eps_, s), s);
+    return mx::multiply(y, as_float32(in[1], s), s);
+  };
+  return differentiate(
+      chain, primals, rows_like(cotangents[0], primals[0], s), argnums);
+}
+
+Arrays LayerNorm::vjp(
+    const Arrays& primals,
+    const Arrays& cotangents,
+    const std::vector<int>& argnums,
+    const Arrays&) {
+  const mx::Stream s = stream();
+  auto chain = [&](const Arrays& in) {
+    const mx::array x = as_float32(in[0], s);
+    const mx::array c = mx::subtract(x, mx::mean(x, -1, true, s), s);
+    mx::array y = mx::multiply(c, inverse_root(c, eps_, s), s);
+    y = mx::multiply(y, as_float32(in[1], s), s);
+    return mx::add(y, as_float32(in[2], s), s);
+  };
+  return differentiate(
+      chain, primals, rows_like(cotangents[0], primals[0], s), argnums);
+}
+
+Arrays Rotate::vjp(
+    const Arrays& primals,
+    const Arrays& cotangents,
+    const std::vector<int>& argnums,
+    const Arrays&) {
+  const mx::Stream s = stream();
+  auto chain = [&](const Arrays& in) {
+    return rotate_chain(in, interleaved_, s);
   };
   return differentiate(chain, primals, as_float32(cotangents[0], s), argnums);
 }

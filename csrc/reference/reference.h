@@ -21,6 +21,21 @@ void indexer_topk(const cpu::Indexer& a);
 
 void sparse_mla_decode(const cpu::Mla& a);
 
+// Writes the norms of x's rows to y; `bias` is null for an RMSNorm.
+void norm(
+    const mlx::core::array& x,
+    const mlx::core::array& weight,
+    const mlx::core::array* bias,
+    float eps,
+    mlx::core::array& y);
+
+void rotate(
+    const mlx::core::array& x,
+    const mlx::core::array& cosines,
+    const mlx::core::array& sines,
+    bool interleaved,
+    mlx::core::array& y);
+
 // Writes the fp32 logits [tokens, experts] of x [tokens, hidden].
 void router_logits(
     const cpu::Matrix& w,

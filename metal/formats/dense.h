@@ -1,10 +1,11 @@
 // Dense rows of type W in the order of MLX's gemv: four columns a lane, one
-// running sum, and its tree over the lanes.
+// running sum, and its tree over the lanes. With `aligned`, rows of the matrix
+// and vectors start at multiples of four values.
 #pragma once
 
 #include "numbers.h"
 
-template <typename W>
+template <typename W, bool aligned = false>
 struct Dense {
   typedef uint8_t scale_type;
 
@@ -34,16 +35,26 @@ struct Dense {
     return k / block;
   }
 
+  template <typename From, typename To>
+  static METAL_FUNC void load_values(const device From* from, thread To* to) {
+    if constexpr (aligned) {
+      const vec<From, values> all = *(const device vec<From, values>*)from;
+      for (int i = 0; i < values; i++) {
+        to[i] = static_cast<To>(all[i]);
+      }
+    } else {
+      for (int i = 0; i < values; i++) {
+        to[i] = static_cast<To>(from[i]);
+      }
+    }
+  }
   static METAL_FUNC void load(
       const device uint8_t* w,
       const device uint8_t*,
       const device uint8_t*,
       int,
       thread Cells& cells) {
-    const device W* from = (const device W*)w;
-    for (int i = 0; i < values; i++) {
-      cells.w[i] = from[i];
-    }
+    load_values((const device W*)w, cells.w);
   }
   static METAL_FUNC void load_safe(
       const device uint8_t* w,
@@ -60,9 +71,7 @@ struct Dense {
 
   template <typename T>
   static METAL_FUNC float load_x(const device T* x, thread float* x_thread) {
-    for (int i = 0; i < values; i++) {
-      x_thread[i] = static_cast<float>(x[i]);
-    }
+    load_values(x, x_thread);
     return 0;
   }
   template <typename T>
@@ -80,7 +89,7 @@ struct Dense {
       float,
       thread float& result) {
     for (int i = 0; i < values; i++) {
-      result += cells.w[i] * x_thread[i];
+      result += static_cast<float>(cells.w[i]) * x_thread[i];
     }
   }
   static METAL_FUNC void dot_safe(

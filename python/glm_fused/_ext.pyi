@@ -144,6 +144,41 @@ def expert_sum(
     | mlx.core.DeviceType
     | None,
 ) -> mlx.core.array: ...
+def rms_norm(
+    x: mlx.core.array,
+    weight: mlx.core.array,
+    eps: float,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
+def layer_norm(
+    x: mlx.core.array,
+    weight: mlx.core.array,
+    bias: mlx.core.array,
+    eps: float,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
+def rotate(
+    x: mlx.core.array,
+    cosines: mlx.core.array,
+    sines: mlx.core.array,
+    interleaved: bool,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
 def router_topk(
     x: mlx.core.array,
     weight: mlx.core.array,
@@ -160,6 +195,102 @@ def router_topk(
     | mlx.core.DeviceType
     | None,
 ) -> tuple[mlx.core.array, mlx.core.array]: ...
+def attention_project(
+    x: mlx.core.array,
+    cos: mlx.core.array,
+    sin: mlx.core.array,
+    input_norm: tuple[mlx.core.array, float],
+    q_a: tuple[Sequence[mlx.core.array], Format],
+    q_a_norm: tuple[mlx.core.array, float],
+    q_b: tuple[Sequence[mlx.core.array], Format],
+    kv_a: tuple[Sequence[mlx.core.array], Format],
+    kv_a_norm: tuple[mlx.core.array, float],
+    embed_q: tuple[Sequence[mlx.core.array], Format],
+    nope_dim: int,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> list[mlx.core.array]: ...
+def full_attention_project(
+    x: mlx.core.array,
+    cos: mlx.core.array,
+    sin: mlx.core.array,
+    input_norm: tuple[mlx.core.array, float],
+    q_a: tuple[Sequence[mlx.core.array], Format],
+    q_a_norm: tuple[mlx.core.array, float],
+    q_b: tuple[Sequence[mlx.core.array], Format],
+    kv_a: tuple[Sequence[mlx.core.array], Format],
+    kv_a_norm: tuple[mlx.core.array, float],
+    embed_q: tuple[Sequence[mlx.core.array], Format],
+    nope_dim: int,
+    wk: tuple[Sequence[mlx.core.array], Format],
+    k_norm: tuple[mlx.core.array, float],
+    k_norm_bias: mlx.core.array,
+    wq_b: tuple[Sequence[mlx.core.array], Format],
+    weights_proj: tuple[Sequence[mlx.core.array], Format],
+    heads: int,
+    interleaved: bool,
+    score: bool,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> list[mlx.core.array]: ...
+def attention_output(
+    x: mlx.core.array,
+    attended: mlx.core.array,
+    unembed_out: tuple[Sequence[mlx.core.array], Format],
+    o_proj: tuple[Sequence[mlx.core.array], Format],
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
+def mlp_block(
+    x: mlx.core.array,
+    input_norm: tuple[mlx.core.array, float],
+    weights: tuple[
+        tuple[Sequence[mlx.core.array], Format],
+        tuple[Sequence[mlx.core.array], Format],
+        tuple[Sequence[mlx.core.array], Format],
+    ],
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
+def moe_block(
+    x: mlx.core.array,
+    input_norm: tuple[mlx.core.array, float],
+    router_weight: mlx.core.array,
+    correction_bias: mlx.core.array,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+    experts: tuple[
+        tuple[Sequence[mlx.core.array], Format],
+        tuple[Sequence[mlx.core.array], Format],
+        tuple[Sequence[mlx.core.array], Format],
+    ],
+    shared: tuple[
+        tuple[Sequence[mlx.core.array], Format],
+        tuple[Sequence[mlx.core.array], Format],
+        tuple[Sequence[mlx.core.array], Format],
+    ]
+    | None,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
 def indexer_topk(
     q: mlx.core.array,
     keys: mlx.core.array,

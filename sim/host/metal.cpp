@@ -74,13 +74,14 @@ void launch(
   }
   std::vector<sim_buffer> buffers, memory;
   for (const auto& [index, b] : bound.buffers) {
-    buffers.push_back({index, b.first, b.second});
+    // Metal aligns what it allocates.
+    buffers.push_back({index, b.data, b.size, narrow(b.offset % 16)});
   }
   for (const auto& [index, b] : bound.bytes) {
-    buffers.push_back({index, const_cast<char*>(b.data()), b.size()});
+    buffers.push_back({index, const_cast<char*>(b.data()), b.size(), 0});
   }
   for (const auto& [index, size] : bound.threadgroup_memory) {
-    memory.push_back({index, nullptr, size});
+    memory.push_back({index, nullptr, size, 0});
   }
   sim_dispatch dispatch{};
   std::copy_n(done.groups, 3, dispatch.groups);
@@ -99,8 +100,8 @@ void launch(
   const size_t used = run.counts(done.report)->threadgroup_bytes;
   if (settings.keep_outputs) {
     for (const int index : bound.outputs) {
-      const auto& [data, size] = bound.buffers.at(index);
-      done.outputs[index].assign(static_cast<const char*>(data), size);
+      const auto& b = bound.buffers.at(index);
+      done.outputs[index].assign(static_cast<const char*>(b.data), b.size);
     }
   }
   sim_host::keep(std::move(done));
@@ -228,14 +229,15 @@ MTL::ComputeCommandEncoder* CommandEncoder::get_command_encoder() {
 void CommandEncoder::set_input_array(const array& a, int idx, int64_t offset) {
   const size_t size = a.data_size() * a.itemsize();
   char* data = const_cast<char*>(a.data<char>());
-  state_of(this).metal.buffers[idx] = {data + offset, size - offset};
+  state_of(this).metal.buffers[idx] = {
+      data + offset, size - offset, static_cast<size_t>(a.offset() + offset)};
 }
 
 void CommandEncoder::set_output_array(array& a, int idx, int64_t offset) {
   set_input_array(a, idx, offset);
   state_of(this).metal.outputs.insert(idx);
-  const auto& [data, size] = state_of(this).metal.buffers[idx];
-  sim_host::fill_new(a.buffer().ptr(), data, size);
+  const auto& b = state_of(this).metal.buffers[idx];
+  sim_host::fill_new(a.buffer().ptr(), b.data, b.size);
 }
 
 void CommandEncoder::add_temporary(array arr) {

@@ -99,7 +99,8 @@ sim_pipeline* sim_specialize(
 typedef struct {
   int32_t index;
   void* data;
-  uint64_t size;  // bytes
+  uint64_t size;   // bytes
+  uint32_t phase;  // the copy's address modulo 16
 } sim_buffer;
 
 typedef struct {

@@ -69,13 +69,14 @@ void Memory::bind(const sim_kernel& kernel, const sim_dispatch& dispatch) {
       writable |= a.kind == SIM_BUFFER && a.index == b.index && a.writable;
     }
     auto* source = static_cast<uint8_t*>(b.data);
-    buffers_.push_back({b.index, writable, source, source, b.size});
+    buffers_.push_back(
+        {b.index, writable, source, source, b.size, b.phase % 16});
   }
 }
 
 void Memory::find_regions() {
   for (const Buffer& b : buffers_) {
-    regions_.push_back({b.source, b.source, b.size, b.writable, 0});
+    regions_.push_back({b.source, b.source, b.size, b.phase, b.writable, 0});
   }
   std::sort(regions_.begin(), regions_.end(), [](auto& a, auto& b) {
     return a.source < b.source;
@@ -125,10 +126,10 @@ void Memory::map(bool traced) {
   for (Region& r : regions_) {
     uint8_t* end = at + room(r.size);
     mprotect(at, end - at, PROT_READ | PROT_WRITE);
-    // The copy is aligned as the caller's, and else as near to the guard page
-    // as can be.
+    // The copy is aligned as the caller says, and else as near to the guard
+    // page as can be.
     r.copy = end - r.size;
-    r.copy -= (uint64_t(r.copy) - uint64_t(r.source)) % 16;
+    r.copy -= (uint64_t(r.copy) - r.phase) % 16;
     r.slack = end - (r.copy + r.size);
     memcpy(r.copy, r.source, r.size);
     memset(r.copy + r.size, kFill, r.slack);

@@ -18,6 +18,7 @@ struct Buffer {
   uint8_t* data;    // where the kernel finds it
   uint8_t* source;  // the caller's
   uint64_t size;
+  uint64_t phase;
 };
 
 class Memory {
@@ -53,6 +54,7 @@ class Memory {
     uint8_t* source;
     uint8_t* copy;
     uint64_t size;
+    uint64_t phase;
     bool writable;
     uint64_t slack;  // bytes between the end and the guard page
   };

@@ -78,6 +78,58 @@ void enqueue(mlx::core::Stream stream, Work work) {
   static_cast<void>(held.release());
 }
 
+// While one lives on a thread, what that thread would enqueue on the stream is
+// kept instead, to be enqueued as one task.
+class Together {
+ public:
+  explicit Together(mlx::core::Stream stream) : stream_(stream) {
+    outer_ = std::exchange(current_, this);
+  }
+  ~Together() {
+    current_ = outer_;
+  }
+  Together(const Together&) = delete;
+  Together& operator=(const Together&) = delete;
+
+  static Together* current() {
+    return current_;
+  }
+
+  template <class Work>
+  void add(Work work) {
+    works_.push_back(std::make_unique<Held<Work>>(std::move(work)));
+  }
+
+  void enqueue() {
+    current_ = outer_;
+    glm_fused::cpu::enqueue(stream_, [works = std::move(works_)]() noexcept {
+      for (const auto& work : works) {
+        work->run();
+      }
+    });
+  }
+
+ private:
+  struct Any {
+    virtual ~Any() = default;
+    virtual void run() noexcept = 0;
+  };
+  template <class Work>
+  struct Held : Any {
+    explicit Held(Work w) : work(std::move(w)) {}
+    void run() noexcept override {
+      work();
+    }
+    Work work;
+  };
+
+  static inline thread_local Together* current_ = nullptr;
+
+  mlx::core::Stream stream_;
+  Together* outer_;
+  std::vector<std::unique_ptr<Any>> works_;
+};
+
 // Evaluates a node by `run`. What `run` throws is thrown on only once the
 // stream's tasks have run: MLX then lets go of the node's inputs, to which a
 // task might still write.
@@ -134,7 +186,7 @@ void dispatch(
   };
   evaluate(primitive, [&] {
     allocate(primitive, outputs);
-    if (outputs[0].size() == 0) {
+    if (!outputs.empty() && outputs[0].size() == 0) {
       return;
     }
     Arrays in, out;
@@ -155,13 +207,13 @@ void dispatch(
       kernel.run();
       return;
     }
-    enqueue(
-        primitive.stream(),
-        Work{
-            std::move(in),
-            std::move(out),
-            std::move(block),
-            std::move(kernel)});
+    Work work{
+        std::move(in), std::move(out), std::move(block), std::move(kernel)};
+    if (Together* together = Together::current()) {
+      together->add(std::move(work));
+    } else {
+      enqueue(primitive.stream(), std::move(work));
+    }
   });
 }
 

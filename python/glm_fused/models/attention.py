@@ -10,8 +10,8 @@ from .cache import Span, append
 from .config import ModelArgs
 from .indexer import Indexer
 from .layer_spec import LayerSpec
-from .layers import Linear, MultiLinear
-from .rope import Angles, rotate
+from .layers import Linear, MultiLinear, RMSNorm, is_plain
+from .rope import Angles
 
 
 class Attention(nn.Module):
@@ -26,10 +26,10 @@ class Attention(nn.Module):
         self.kv_format = "auto"
         hidden, bias = args.hidden_size, args.attention_bias
         self.q_a_proj = Linear(hidden, args.q_lora_rank, bias)
-        self.q_a_layernorm = nn.RMSNorm(args.q_lora_rank, eps=1e-6)
+        self.q_a_layernorm = RMSNorm(args.q_lora_rank, eps=1e-6)
         self.q_b_proj = Linear(args.q_lora_rank, self.heads * args.qk_head_dim)
         self.kv_a_proj_with_mqa = Linear(hidden, self.latent_dim + args.qk_rope_head_dim, bias)
-        self.kv_a_layernorm = nn.RMSNorm(self.latent_dim, eps=1e-6)
+        self.kv_a_layernorm = RMSNorm(self.latent_dim, eps=1e-6)
         self.embed_q = MultiLinear(self.nope_dim, self.latent_dim, self.heads)
         self.unembed_out = MultiLinear(self.latent_dim, args.v_head_dim, self.heads)
         self.o_proj = Linear(self.heads * args.v_head_dim, hidden, bias)
@@ -39,31 +39,30 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: mx.array,
+        norm: RMSNorm,
         span: Span,
         angles: Angles,
         cache: Any | None = None,
         selection: mx.array | None = None,
     ) -> tuple[mx.array, mx.array | None]:
-        """Attend with x [b, l, hidden]; returns an array of that shape and the selection used.
+        """The half of a layer: x [b, l, hidden] + attention(norm(x)), and the selection used.
 
         ``selection`` int32 [b, l, k] is the last full layer's, None where every visible key is
         selected; a full layer replaces it by its own.
         """
-        b, length, _ = x.shape
-        q_latent = self.q_a_layernorm(self.q_a_proj(x))
-        q = self.q_b_proj(q_latent).reshape(b, length, self.heads, -1).swapaxes(1, 2)
-        q_nope, q_pe = mx.split(q, [self.nope_dim], axis=-1)
-        latents, k_pe = mx.split(self.kv_a_proj_with_mqa(x)[:, None], [self.latent_dim], axis=-1)
-        latents, k_pe = self.kv_a_layernorm(latents), rotate(k_pe, angles)
+        in_block = ops.blocks.takes(x) and self._is_plain()
+        project = self._project_in_block if in_block else self._project
+        queries, latents, k_pe, *index = project(x, norm, span, angles)
         latents, ropes = append(None if cache is None else cache[0], latents, k_pe, self.kv_format)
         if "indexer" in self:
-            indexer_cache = None if cache is None else cache[1]
-            selection, keys = self.indexer(x, q_latent, span, angles, indexer_cache)
+            keys = self.indexer.append(index[0], None if cache is None else cache[1])
+            selection = None
+            if len(index) == 3:
+                selection = self.indexer.select(index[1], index[2], keys, span)
             # Keys that are not scored would otherwise pile up as a chain of unevaluated updates.
             latents = mx.depends(latents, keys)
-        queries = mx.concatenate([self.embed_q(q_nope), rotate(q_pe, angles)], axis=-1)
         out = ops.sparse_mla_decode(
-            queries.swapaxes(1, 2),
+            queries,
             latents,
             ropes,
             selection,
@@ -71,5 +70,56 @@ class Attention(nn.Module):
             scale=self.scale,
             start=span.start,
         )
+        if in_block:
+            values, output = self.unembed_out.as_weight(), self.o_proj.as_weight()
+            return ops.blocks.attention_output(x, out, values, output), selection
         out = self.unembed_out(out.swapaxes(1, 2).astype(x.dtype))
-        return self.o_proj(out.swapaxes(1, 2).reshape(b, length, -1)), selection
+        return x + self.o_proj(out.swapaxes(1, 2).reshape(*x.shape[:2], -1)), selection
+
+    def _is_plain(self) -> bool:
+        """Whether the layer's matrices are all there is: no biases, no adapters in training."""
+        indexer = self.indexer if "indexer" in self else None
+        return (
+            is_plain(self.q_a_proj)
+            and is_plain(self.q_b_proj)
+            and is_plain(self.kv_a_proj_with_mqa)
+            and is_plain(self.embed_q)
+            and is_plain(self.unembed_out)
+            and is_plain(self.o_proj)
+            and (indexer is None or indexer.is_plain())
+        )
+
+    def _project(
+        self, x: mx.array, norm: RMSNorm, span: Span, angles: Angles
+    ) -> tuple[mx.array, ...]:
+        """What `glm_fused.ops.blocks.attention_project` gives, by one op after the other."""
+        b, length, _ = x.shape
+        h = norm(x)
+        q_latent = self.q_a_layernorm(self.q_a_proj(h))
+        q = self.q_b_proj(q_latent).reshape(b, length, self.heads, -1).swapaxes(1, 2)
+        q_nope, q_pe = mx.split(q, [self.nope_dim], axis=-1)
+        latents, k_pe = mx.split(self.kv_a_proj_with_mqa(h)[:, None], [self.latent_dim], axis=-1)
+        latents, k_pe = self.kv_a_layernorm(latents), ops.rotate(k_pe, *angles)
+        queries = mx.concatenate([self.embed_q(q_nope), ops.rotate(q_pe, *angles)], axis=-1)
+        projected = (queries.swapaxes(1, 2), latents, k_pe)
+        if "indexer" not in self:
+            return projected
+        return *projected, *self.indexer.project(h, q_latent, span, angles)
+
+    def _project_in_block(
+        self, x: mx.array, norm: RMSNorm, span: Span, angles: Angles
+    ) -> tuple[mx.array, ...]:
+        """The same in one node of the graph."""
+        return ops.blocks.attention_project(
+            x,
+            *angles,
+            (norm.weight, norm.eps),
+            self.q_a_proj.as_weight(),
+            (self.q_a_layernorm.weight, self.q_a_layernorm.eps),
+            self.q_b_proj.as_weight(),
+            self.kv_a_proj_with_mqa.as_weight(),
+            (self.kv_a_layernorm.weight, self.kv_a_layernorm.eps),
+            self.embed_q.as_weight(),
+            self.nope_dim,
+            self.indexer.in_block(span) if "indexer" in self else None,
+        )

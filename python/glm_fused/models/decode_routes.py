@@ -14,8 +14,11 @@ from .layer_spec import LayerSpec
 
 def attention_routes(args: ModelArgs, layer: LayerSpec) -> list[Route]:
     """The routes of a layer's attention, for a query with at least ``index_topk`` keys."""
-    routes = [choose("quantized_matvec"), choose("sparse_mla_decode", args.index_topk)]
-    return [choose("indexer_topk"), *routes] if layer.is_full else routes
+    routes = [choose(op) for op in ("rms_norm", "quantized_matvec", "rotate")]
+    routes.append(choose("sparse_mla_decode", args.index_topk))
+    if layer.is_full:
+        routes[1:1] = [choose("layer_norm"), choose("indexer_topk")]
+    return routes
 
 
 def mlp_routes(

@@ -18,7 +18,7 @@ from .cache import Span, make_cache
 from .cache_check import check_cache
 from .config import ModelArgs
 from .layer_spec import LayerSpec
-from .layers import MLP, Embedding, Linear
+from .layers import MLP, Embedding, Linear, RMSNorm
 from .moe import MoE
 from .rope import Angles, Rope
 from .tensors import modules
@@ -33,8 +33,8 @@ class DecoderLayer(nn.Module):
         hidden, eps = args.hidden_size, args.rms_norm_eps
         self.self_attn = Attention(args, layer)
         self.mlp = MoE(args, layer) if layer.is_sparse else MLP(hidden, args.intermediate_size)
-        self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
-        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.input_layernorm = RMSNorm(hidden, eps=eps)
+        self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
 
     def __call__(
         self,
@@ -45,9 +45,8 @@ class DecoderLayer(nn.Module):
         selection: mx.array | None,
     ) -> tuple[mx.array, mx.array | None]:
         """Map x [b, l, hidden] to the same shape; also returns the selection for the next layer."""
-        r, selection = self.self_attn(self.input_layernorm(x), span, angles, cache, selection)
-        x = x + r
-        return x + self.mlp(self.post_attention_layernorm(x)), selection
+        x, selection = self.self_attn(x, self.input_layernorm, span, angles, cache, selection)
+        return self.mlp(x, self.post_attention_layernorm), selection
 
 
 class Decoder(nn.Module):
@@ -57,7 +56,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = Embedding(args.vocab_size, args.hidden_size)
         self.layers = [DecoderLayer(args, layer) for layer in args.layers]
-        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self._rope = Rope(args.rope, args.qk_rope_head_dim)
         self._vocabulary, self._context = args.vocab_size, args.max_position_embeddings
 
@@ -68,7 +67,8 @@ class Decoder(nn.Module):
         span = Span.of(cache, tokens.shape[1])
         check_length(span.first, span.length, self._context)
         x = embed(self.embed_tokens, tokens, self._vocabulary)
-        angles = self._rope.angles(span.positions())
+        with mx.stream(mx.cpu):  # whose cosines have the same bits everywhere
+            angles = self._rope.angles(span.positions())
         selection = None
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache[i]

@@ -8,8 +8,8 @@ import mlx.nn as nn
 from .. import ops
 from .cache import Span, append
 from .config import ModelArgs
-from .layers import Linear
-from .rope import Angles, rotate
+from .layers import LayerNorm, Linear, is_plain
+from .rope import Angles
 
 
 class Indexer(nn.Module):
@@ -24,24 +24,52 @@ class Indexer(nn.Module):
         self.kv_format = "auto"
         self.wq_b = Linear(args.q_lora_rank, self.heads * self.head_dim)
         self.wk = Linear(args.hidden_size, self.head_dim)
-        self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
+        self.k_norm = LayerNorm(self.head_dim, eps=1e-6)
         self.weights_proj = Linear(args.hidden_size, self.heads)
 
-    def __call__(
-        self, x: mx.array, q_latent: mx.array, span: Span, angles: Angles, cache: Any | None
-    ) -> tuple[mx.array | None, mx.array]:
-        """Select keys for x [b, l, hidden] and q_latent [b, l, q_lora_rank].
+    def project(
+        self, x: mx.array, q_latent: mx.array, span: Span, angles: Angles
+    ) -> tuple[mx.array, ...]:
+        """What scoring needs of x [b, l, hidden] and q_latent [b, l, q_lora_rank].
 
-        Returns the selection of `glm_fused.ops.indexer_topk`, which is None while every key is
-        selected, and all cached keys [b, t, …].
+        Returns the keys [b, 1, l, dim], and where some keys will be left out the queries
+        [b, l, heads, dim] and the weights of their heads, float32 [b, l, heads].
         """
-        k = rotate(self.k_norm(self.wk(x))[:, None], angles, self.interleaved)
-        keys, _ = append(cache, k, None, self.kv_format)
-        if span.total <= self.topk:
-            return None, keys
+        k = ops.rotate(self.k_norm(self.wk(x))[:, None], *angles, self.interleaved)
+        if not self.scores(span):
+            return (k,)
         b, length, _ = x.shape
         q = self.wq_b(q_latent).reshape(b, length, self.heads, self.head_dim)
-        q = rotate(q.swapaxes(1, 2), angles, self.interleaved).swapaxes(1, 2)
-        weights = self.weights_proj(x.astype(mx.float32)) * self.heads**-0.5
-        scale = self.head_dim**-0.5
-        return ops.indexer_topk(q, keys, weights, self.topk, scale=scale, start=span.start), keys
+        q = ops.rotate(q.swapaxes(1, 2), *angles, self.interleaved).swapaxes(1, 2)
+        return k, q, self.weights_proj(x.astype(mx.float32))
+
+    def is_plain(self) -> bool:
+        """Whether its matrices are all there is: no adapters in training."""
+        return is_plain(self.wk) and is_plain(self.wq_b) and is_plain(self.weights_proj)
+
+    def in_block(self, span: Span) -> ops.blocks.IndexerArguments:
+        """What `glm_fused.ops.blocks.attention_project` needs for the same."""
+        return ops.blocks.IndexerArguments(
+            self.wk.as_weight(),
+            (self.k_norm.weight, self.k_norm.eps),
+            self.k_norm.bias,
+            self.wq_b.as_weight(),
+            self.weights_proj.as_weight(),
+            self.heads,
+            self.interleaved,
+            self.scores(span),
+        )
+
+    def scores(self, span: Span) -> bool:
+        """Whether there are more keys than a query may select."""
+        return span.total > self.topk
+
+    def append(self, keys: mx.array, cache: Any | None) -> mx.array:
+        """Append keys [b, 1, l, dim] to ``cache``; returns all cached keys [b, t, …]."""
+        rows, _ = append(cache, keys, None, self.kv_format)
+        return rows
+
+    def select(self, q: mx.array, weights: mx.array, keys: mx.array, span: Span) -> mx.array:
+        """The selection, int32 [b, l, k], of `glm_fused.ops.indexer_topk` from all cached keys."""
+        weights, scale = weights * self.heads**-0.5, self.head_dim**-0.5
+        return ops.indexer_topk(q, keys, weights, self.topk, scale=scale, start=span.start)

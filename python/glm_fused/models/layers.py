@@ -1,4 +1,4 @@
-"""Linear layers over ``glm_fused.ops``, with mlx-lm's parameter names and quantization protocol.
+"""Layers over ``glm_fused.ops``, with mlx-lm's parameter names and quantization protocol.
 
 They are subclasses of the stock layers, which is how mlx-lm's tools know what they can dequantize,
 adapt and train; only what a layer computes is ours.
@@ -186,6 +186,28 @@ class Embedding(_Packable, nn.Embedding):  # type: ignore[misc]
         return ops.Weight.dense(self.weight)
 
 
+class RMSNorm(nn.RMSNorm):
+    """Scales x [..., dims] by the inverse of its root mean square, and by a weight."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Brings x [..., dims] to mean 0 and variance 1, then applies a weight and a bias."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+_PLAIN = frozenset((Linear, QuantizedLinear, MultiLinear, QuantizedMultiLinear))
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is one of linear maps without a bias, and not an adapter around one."""
+    return type(layer) in _PLAIN and "bias" not in layer
+
+
 class MLP(nn.Module):
     """Computes down(silu(gate(x)) * up(x)), a SwiGLU, of x [..., m, hidden]."""
 
@@ -199,7 +221,16 @@ class MLP(nn.Module):
         """The weights of gate, up and down."""
         return self.gate_proj.as_weight(), self.up_proj.as_weight(), self.down_proj.as_weight()
 
-    def __call__(self, x: mx.array) -> mx.array:
-        # nn.silu is compiled by mx.compile, which on the CPU wants a C++ compiler at run time.
-        gate = self.gate_proj(x)
-        return self.down_proj(gate * mx.sigmoid(gate) * self.up_proj(x))
+    def is_plain(self) -> bool:
+        """Whether its matrices are all there is: no adapters in training."""
+        return is_plain(self.gate_proj) and is_plain(self.up_proj) and is_plain(self.down_proj)
+
+    def feed_forward(self, x: mx.array) -> mx.array:
+        """x [..., m, hidden] -> the same shape."""
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+    def __call__(self, x: mx.array, norm: RMSNorm) -> mx.array:
+        """The half of a layer: x [b, l, hidden] + MLP(norm(x))."""
+        if ops.blocks.takes(x) and self.is_plain():
+            return ops.blocks.mlp_block(x, (norm.weight, norm.eps), self.weights())
+        return x + self.feed_forward(norm(x))

@@ -1,8 +1,7 @@
 """Routed experts plus shared experts."""
 
 from collections.abc import Callable
-from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,9 +9,10 @@ import mlx.nn as nn
 from .. import ops
 from .config import ModelArgs
 from .layer_spec import LayerSpec
-from .layers import MLP, SwitchLinear
+from .layers import MLP, RMSNorm, SwitchLinear
 
 Meanwhile = Callable[[mx.array], mx.array]
+Weights = tuple[ops.Weight, ops.Weight, ops.Weight]  # of gate, up and down
 
 
 class RoutedExperts(Protocol):
@@ -56,19 +56,27 @@ class Router(nn.Module):
         super().__init__()
         self.weight = mx.zeros((experts, args.hidden_size))
         self.e_score_correction_bias = mx.zeros((experts,))
-        self.choose = partial(
-            ops.router_topk,
-            top_k=args.num_experts_per_tok,
-            n_group=args.n_group,
-            topk_group=args.topk_group,
-            norm_topk_prob=args.norm_topk_prob,
-            routed_scaling_factor=args.routed_scaling_factor,
-        )
+        self._routing: dict[str, Any] = {
+            "top_k": args.num_experts_per_tok,
+            "n_group": args.n_group,
+            "topk_group": args.topk_group,
+            "norm_topk_prob": args.norm_topk_prob,
+            "routed_scaling_factor": args.routed_scaling_factor,
+        }
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The experts int32 [n, top_k] and scores float32 [n, top_k] of x [n, hidden]."""
-        bias = self.e_score_correction_bias.astype(mx.float32)
-        return self.choose(x, self.weight, bias)
+        return ops.router_topk(x, self.weight, self._bias(), **self._routing)
+
+    def block(
+        self, x: mx.array, norm: tuple[mx.array, float], experts: Weights, shared: Weights | None
+    ) -> mx.array:
+        """The half of a layer that the router is in; see `glm_fused.ops.blocks.moe_block`."""
+        router = self.weight, self._bias()
+        return ops.blocks.moe_block(x, norm, router, experts, shared, **self._routing)
+
+    def _bias(self) -> mx.array:
+        return self.e_score_correction_bias.astype(mx.float32)
 
 
 class SwitchMLP(nn.Module):
@@ -110,9 +118,26 @@ class MoE(nn.Module):
             width = args.moe_intermediate_size * args.n_shared_experts
             self.shared_experts = MLP(args.hidden_size, width)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        flat = x.reshape(-1, x.shape[-1])
-        shared = self.shared_experts if "shared_experts" in self else mx.zeros_like
+    def __call__(self, x: mx.array, norm: RMSNorm) -> mx.array:
+        """The half of a layer: x [b, l, hidden] + (routed(h) + shared(h)), with h = norm(x)."""
+        if ops.blocks.takes(x) and (weights := self._plain_weights()) is not None:
+            return self.gate.block(x, (norm.weight, norm.eps), *weights)
+        flat = norm(x).reshape(-1, x.shape[-1])
+        shared = self.shared_experts.feed_forward if "shared_experts" in self else mx.zeros_like
         routed, other = self.switch_mlp(flat, *self.gate(flat), shared)
         y = routed + other if "shared_experts" in self else routed
-        return y.reshape(x.shape)
+        return x + y.reshape(x.shape)
+
+    def _plain_weights(self) -> tuple[Weights, Weights | None] | None:
+        """The weights of routed and shared experts; None for streamed or adapted ones."""
+        routed = self.switch_mlp
+        if not isinstance(routed, SwitchMLP):
+            return None
+        gate, up, down = routed.weights()
+        if gate is None or up is None or down is None:
+            return None
+        if "shared_experts" not in self:
+            return (gate, up, down), None
+        if not self.shared_experts.is_plain():
+            return None
+        return (gate, up, down), self.shared_experts.weights()

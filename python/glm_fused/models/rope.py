@@ -161,25 +161,3 @@ class Rope:
         if self.scaling != 1.0:
             cos, sin = cos * self.scaling, sin * self.scaling
         return Angles(cos, sin)
-
-
-def rotate(x: mx.array, angles: Angles, interleaved: bool = True) -> mx.array:
-    """Rotate the leading columns of ``x`` [b, h, l, d] in float32; shape and dtype stay.
-
-    With w columns to rotate, pairs are (0, 1), (2, 3), … when ``interleaved``, else (0, w/2),
-    (1, w/2 + 1), …; the other columns stay as they are.
-    """
-    cos, sin = angles
-    width = 2 * cos.shape[-1]
-    head = x[..., :width].astype(mx.float32)
-    if interleaved:
-        a, b = head[..., 0::2], head[..., 1::2]
-    else:
-        a, b = mx.split(head, 2, axis=-1)
-    pair = [a * cos - b * sin, b * cos + a * sin]
-    if interleaved:
-        head = mx.stack(pair, axis=-1).reshape(head.shape)
-    else:
-        head = mx.concatenate(pair, axis=-1)
-    head = head.astype(x.dtype)
-    return head if width == x.shape[-1] else mx.concatenate([head, x[..., width:]], axis=-1)

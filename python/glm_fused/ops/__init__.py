@@ -7,17 +7,23 @@ own ops do.
 """
 
 from ..formats.weights import Weight
+from . import blocks
 from .attention import indexer_topk, sparse_mla_decode
 from .experts import moe_decode, router_topk
 from .matvec import quantized_matvec
+from .norms import layer_norm, rms_norm, rotate
 from .steps import expert_sum, swiglu
 
 __all__ = [
     "Weight",
+    "blocks",
     "expert_sum",
     "indexer_topk",
+    "layer_norm",
     "moe_decode",
     "quantized_matvec",
+    "rms_norm",
+    "rotate",
     "router_topk",
     "sparse_mla_decode",
     "swiglu",

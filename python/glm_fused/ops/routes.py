@@ -8,16 +8,19 @@ quantized_matvec   ``cpu``          ``mlx``, whose bits    ``loops``        ``ml
 moe_decode         ``cpu``          ``metal``; ``mlx``     ``loops``        ``mlx``: ``gather_qmm``,
                                     for a prompt                            `swiglu`, `expert_sum`
 router_topk        ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
+rms_norm           ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
+layer_norm         ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
+rotate             ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
 indexer_topk       ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
 sparse_mla_decode  ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
 =================  ===============  =====================  ===============  ======================
 
 ``cpu`` and ``metal`` are this package's kernels, ``loops`` its plain loops with one rounding a
 step, which define the bits, and ``mlx`` is a chain of stock MLX ops (`glm_fused.ops.stock`). The
-paths of a device have the same bits, but for `indexer_topk` and `sparse_mla_decode` as ``mlx``,
-which is where a GPU without Metal falls back to. What a Metal kernel does not take falls back, too:
-the route says so, and the op warns once. MLX has no ops for FP8 weights: the reference is ``loops``
-for them, and where a prompt runs as ``mlx`` they are rounded to the activations' type.
+paths of a device have the same bits, but for the norms, `indexer_topk` and `sparse_mla_decode` as
+``mlx``, which is where a GPU without Metal falls back to. What a Metal kernel does not take falls
+back, too: the route says so, and the op warns once. MLX has no ops for FP8 weights: the reference
+is ``loops`` for them, and where a prompt runs as ``mlx`` they are rounded to the activations' type.
 """
 
 from __future__ import annotations
@@ -63,6 +66,9 @@ _CPU, _METAL = (
             "quantized_matvec",
             "moe_decode",
             "router_topk",
+            "rms_norm",
+            "layer_norm",
+            "rotate",
             "indexer_topk",
             "sparse_mla_decode",
         )

@@ -119,6 +119,33 @@ def sparse_mla_decode(
     return over_queries(part, q, b * listed * (heads + (0 if selected is None else width)) * 4)
 
 
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """`glm_fused.ops.rms_norm`, in MLX's order."""
+    return mx.fast.rms_norm(x, weight, eps).astype(x.dtype)
+
+
+def layer_norm(x: mx.array, weight: mx.array, bias: mx.array, eps: float) -> mx.array:
+    """`glm_fused.ops.layer_norm`, in MLX's order."""
+    return mx.fast.layer_norm(x, weight, bias, eps).astype(x.dtype)
+
+
+def rotate(x: mx.array, cos: mx.array, sin: mx.array, interleaved: bool) -> mx.array:
+    """`glm_fused.ops.rotate`, one op a step."""
+    width = 2 * cos.shape[-1]
+    head = x[..., :width].astype(mx.float32)
+    if interleaved:
+        a, b = head[..., 0::2], head[..., 1::2]
+    else:
+        a, b = mx.split(head, 2, axis=-1)
+    pair = [a * cos - b * sin, b * cos + a * sin]
+    if interleaved:
+        head = mx.stack(pair, axis=-1).reshape(head.shape)
+    else:
+        head = mx.concatenate(pair, axis=-1)
+    head = head.astype(x.dtype)
+    return head if width == x.shape[-1] else mx.concatenate([head, x[..., width:]], axis=-1)
+
+
 def visible_columns(
     columns: mx.array, length: int, total: int, lo: int, hi: int, start: mx.array | None
 ) -> mx.array:

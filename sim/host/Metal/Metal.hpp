@@ -78,7 +78,12 @@ struct ComputePipelineState {
 struct ComputeCommandEncoder {
   const ComputePipelineState* state = nullptr;
   std::map<int, std::vector<char>> bytes;
-  std::map<int, std::pair<void*, size_t>> buffers;
+  struct Buffer {
+    void* data;
+    size_t size;
+    size_t offset;  // in what Metal allocated
+  };
+  std::map<int, Buffer> buffers;
   std::set<int> outputs;  // those of `buffers` that the kernel writes
   std::map<int, size_t> threadgroup_memory;
 

@@ -154,6 +154,36 @@ def expert_sum(rng):
     }
 
 
+def rms_norm(rng):
+    """A call of rms_norm."""
+    n = rng.choice([1, 64, 130])
+    shape = rng.choice([(n,), (3, n), (2, 1, 5, n), (1, 2, 1, 3, 1, n)])
+    return ops.rms_norm, {
+        "x": floats(rng, *shape),
+        "weight": floats(rng, n),
+        "eps": rng.choice([1e-5, 0.1]),
+    }
+
+
+def layer_norm(rng):
+    """A call of layer_norm."""
+    _, arguments = rms_norm(rng)
+    bias = floats(rng, *arguments["weight"].shape)
+    return ops.layer_norm, {**arguments, "bias": bias}
+
+
+def rotate(rng):
+    """A call of rotate."""
+    b, h, length, pairs = rng.choice([1, 2]), rng.choice([1, 4]), rng.choice([1, 6]), 8
+    angles = (rng.choice([1, b]), 1, length, pairs)
+    return ops.rotate, {
+        "x": floats(rng, b, h, length, 2 * pairs + rng.choice([0, 5])),
+        "cos": floats(rng, *angles, dtype=mx.float32),
+        "sin": floats(rng, *angles, dtype=mx.float32),
+        "interleaved": rng.random() < 0.5,
+    }
+
+
 def model(rng):
     """A call of the model, with a fresh cache."""
     tokens = integers(rng, 0, 256, 1, rng.choice([1, 3, 20]))
@@ -167,7 +197,9 @@ def model(rng):
     return call, {"tokens": tokens}
 
 
-CALLS = [matvec, moe, router, indexer, attention, swiglu, expert_sum, model]
+CALLS = [
+    matvec, moe, router, indexer, attention, swiglu, expert_sum, rms_norm, layer_norm, rotate, model
+]  # fmt: skip
 
 
 def spoil(rng, value):

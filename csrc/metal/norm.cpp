@@ -1,0 +1,57 @@
+#include "metal/params.h"
+#include "metal/pipelines.h"
+#include "metal/source.h"
+#include "primitives.h"
+#include "view.h"
+
+namespace glm_fused {
+
+namespace {
+
+// A simdgroup takes a row.
+void encode(
+    const mx::Stream& stream,
+    const std::string& function,
+    const std::vector<mx::array>& inputs,
+    float eps,
+    mx::array& y) {
+  y.set_data(mx::allocator::malloc(y.nbytes()));
+  if (y.size() == 0) {
+    return;
+  }
+  std::string types;
+  auto& encoder = mx::metal::get_command_encoder(stream);
+  for (const auto& input : inputs) {
+    types += (types.empty() ? "" : ", ") + metal::type_name(input.dtype());
+  }
+  encoder.set_compute_pipeline_state(
+      metal::kernel(
+          mx::metal::device(stream.device),
+          metal_source::norms,
+          function + "<" + types + ">"));
+  int index = 0;
+  for (const auto& input : inputs) {
+    encoder.set_input_array(input, index++);
+  }
+  encoder.set_output_array(y, index++);
+  const NormParams params{view_of(inputs[0]), eps};
+  encoder.set_bytes(params, index);
+  encoder.dispatch_threadgroups(
+      MTL::Size(y.size() / params.x.columns, 1, 1), MTL::Size(32, 1, 1));
+}
+
+}  // namespace
+
+void RmsNorm::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  encode(stream(), "rms_norm", inputs, eps_, outputs[0]);
+}
+
+void LayerNorm::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  encode(stream(), "layer_norm", inputs, eps_, outputs[0]);
+}
+
+}  // namespace glm_fused

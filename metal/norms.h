@@ -1,0 +1,86 @@
+// RMSNorm and LayerNorm; a simdgroup takes a row. The sums' order is that of a
+// dense dot product (formats/dense.h): four columns a lane of each block, one
+// running sum, then a tree over the lanes.
+#pragma once
+
+#include "formats/dense.h"
+#include "norm.h"
+#include "numbers.h"
+#include "view.h"
+
+// Gives the sum over a row to every lane.
+template <typename T>
+METAL_FUNC float sum_of(const device T* x, long stride, int n, int lane) {
+  typedef Dense<float> Order;
+  float sum = 0;
+  for (int first = lane * Order::values; first < n; first += Order::block) {
+    for (int i = first; i < min(first + Order::values, n); i++) {
+      sum = sum + static_cast<float>(x[i * stride]);
+    }
+  }
+  return simd_broadcast(Order::reduce(sum), 0);
+}
+
+// Gives the sum of (x - mean)^2 over a row to every lane.
+template <typename T>
+METAL_FUNC float
+squares_of(const device T* x, long stride, int n, float mean, int lane) {
+  typedef Dense<float> Order;
+  float sum = 0;
+  for (int first = lane * Order::values; first < n; first += Order::block) {
+    for (int i = first; i < min(first + Order::values, n); i++) {
+      const float centered = static_cast<float>(x[i * stride]) - mean;
+      sum = glm_fused::multiply_add(centered, centered, sum);
+    }
+  }
+  return simd_broadcast(Order::reduce(sum), 0);
+}
+
+template <typename T, typename W>
+[[kernel]] void rms_norm(
+    const device T* x [[buffer(0)]],
+    const device W* weight [[buffer(1)]],
+    device T* y [[buffer(2)]],
+    const constant NormParams& params [[buffer(3)]],
+    uint row [[threadgroup_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  const int n = params.x.columns;
+  const long stride = params.x.column_stride;
+  x += row_offset(params.x, row);
+  y += size_t(row) * n;
+  const float squares = squares_of(x, stride, n, 0.0f, lane);
+  const float inverse = glm_fused::inverse_root(squares, n, params.eps);
+  for (int i = lane; i < n; i += kLanes) {
+    y[i] = static_cast<T>(glm_fused::normed(
+        static_cast<float>(x[i * stride]),
+        inverse,
+        static_cast<float>(weight[i]),
+        glm_fused::As<T>()));
+  }
+}
+
+template <typename T, typename W, typename B>
+[[kernel]] void layer_norm(
+    const device T* x [[buffer(0)]],
+    const device W* weight [[buffer(1)]],
+    const device B* bias [[buffer(2)]],
+    device T* y [[buffer(3)]],
+    const constant NormParams& params [[buffer(4)]],
+    uint row [[threadgroup_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  const int n = params.x.columns;
+  const long stride = params.x.column_stride;
+  x += row_offset(params.x, row);
+  y += size_t(row) * n;
+  const float mean = sum_of(x, stride, n, lane) / static_cast<float>(n);
+  const float squares = squares_of(x, stride, n, mean, lane);
+  const float inverse = glm_fused::inverse_root(squares, n, params.eps);
+  for (int i = lane; i < n; i += kLanes) {
+    y[i] = static_cast<T>(glm_fused::normed(
+        static_cast<float>(x[i * stride]) - mean,
+        inverse,
+        static_cast<float>(weight[i]),
+        static_cast<float>(bias[i]),
+        glm_fused::As<T>()));
+  }
+}

@@ -1,0 +1,172 @@
+"""Halves of a layer as single nodes of the graph, for up to `MAX_TOKENS` tokens on a CPU.
+
+A node runs the kernels of the ops that it is made of, in their order, so it gives the bits of that
+chain; what it saves is the cost of a node for each op. A GPU, the reference and prompts run the ops
+one by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from .. import _ext
+from ..formats.weights import Weight
+from . import routes
+from .routes import Kernel, Stream
+
+MAX_TOKENS = 16
+
+Norm = tuple[mx.array, float]  # the weight and eps of a norm
+Mlp = tuple[Weight, Weight, Weight]  # gate, up and down
+
+
+class IndexerArguments(NamedTuple):
+    """What `attention_project` takes of a full layer's indexer.
+
+    Attributes:
+        wk: [dim, hidden].
+        k_norm: the weight and eps of the keys' norm.
+        k_norm_bias: [dim].
+        wq_b: [heads * dim, q_lora_rank].
+        weights_proj: [heads, hidden].
+        heads: how many heads it has.
+        interleaved: which columns are rotated together, as in `glm_fused.ops.rotate`.
+        scores: whether queries and weights are wanted, too.
+    """
+
+    wk: Weight
+    k_norm: Norm
+    k_norm_bias: mx.array
+    wq_b: Weight
+    weights_proj: Weight
+    heads: int
+    interleaved: bool
+    scores: bool
+
+
+def takes(x: mx.array, stream: Stream = None) -> bool:
+    """Whether the halves of a layer run as blocks for x [b, l, hidden]."""
+    return (
+        x.shape[0] * x.shape[1] <= MAX_TOKENS
+        and routes.choose("rms_norm", stream=stream).kernel is Kernel.cpu
+    )
+
+
+def attention_project(
+    x: mx.array,
+    cos: mx.array,
+    sin: mx.array,
+    norm: Norm,
+    q_a: Weight,
+    q_a_norm: Norm,
+    q_b: Weight,
+    kv_a: Weight,
+    kv_a_norm: Norm,
+    embed_q: Weight,
+    nope_dim: int,
+    indexer: IndexerArguments | None = None,
+    *,
+    stream: Stream = None,
+) -> tuple[mx.array, ...]:
+    """What attention computes before its caches are updated: norms, projections and rotations.
+
+    Args:
+        x: float32, float16 or bfloat16 [b, l, hidden].
+        cos: float32 [b or 1, 1, l, rope / 2].
+        sin: of the same shape.
+        norm: of x.
+        q_a: [q_lora_rank, hidden].
+        q_a_norm: of what it gives.
+        q_b: [heads * (nope + rope), q_lora_rank].
+        kv_a: [rank + rope, hidden].
+        kv_a_norm: of its first ``rank`` columns.
+        embed_q: [heads, rank, nope].
+        nope_dim: how many columns of a head are not rotated.
+        indexer: a full layer's; None for a shared one.
+        stream: a CPU's; None: its default stream.
+
+    Returns:
+        Queries [b, l, heads, rank + rope], latents [b, 1, l, rank] and rotated keys
+        [b, 1, l, rope]; with an indexer its keys [b, 1, l, dim], and if it scores its queries
+        [b, l, heads, dim] and weights float32 [b, l, heads], as yet without their factor.
+
+    Raises:
+        ValueError: a shape, dtype or format does not fit; the message names an op and its argument.
+    """
+    shared = (x, cos, sin, norm, q_a, q_a_norm, q_b, kv_a, kv_a_norm, embed_q, nope_dim)
+    if indexer is None:
+        return tuple(_ext.attention_project(*shared, stream))
+    return tuple(_ext.full_attention_project(*shared, *indexer, stream))
+
+
+def attention_output(
+    x: mx.array, attended: mx.array, unembed_out: Weight, o_proj: Weight, *, stream: Stream = None
+) -> mx.array:
+    """``x + o_proj(unembed_out(attended))``, every step rounded to x's dtype.
+
+    Args:
+        x: float32, float16 or bfloat16 [b, l, hidden].
+        attended: float32 [b, l, heads, rank], of `glm_fused.ops.sparse_mla_decode`.
+        unembed_out: [heads, v, rank].
+        o_proj: [hidden, heads * v].
+        stream: a CPU's; None: its default stream.
+
+    Returns:
+        The shape and dtype of `x`.
+
+    Raises:
+        ValueError: a shape, dtype or format does not fit; the message names an op and its argument.
+    """
+    return _ext.attention_output(x, attended, unembed_out, o_proj, stream)
+
+
+def mlp_block(x: mx.array, norm: Norm, weights: Mlp, *, stream: Stream = None) -> mx.array:
+    """``x + down(silu(gate(h)) * up(h))`` with ``h = rms_norm(x)``.
+
+    Args:
+        x: float32, float16 or bfloat16 [b, l, hidden].
+        norm: of x.
+        weights: gate and up [intermediate, hidden], down [hidden, intermediate].
+        stream: a CPU's; None: its default stream.
+
+    Returns:
+        The shape and dtype of `x`.
+
+    Raises:
+        ValueError: a shape, dtype or format does not fit; the message names an op and its argument.
+    """
+    return _ext.mlp_block(x, norm, weights, stream)
+
+
+def moe_block(
+    x: mx.array,
+    norm: Norm,
+    router: tuple[mx.array, mx.array],
+    experts: Mlp,
+    shared: Mlp | None,
+    *,
+    stream: Stream = None,
+    **routing: Any,
+) -> mx.array:
+    """``x + (routed(h) + shared(h))`` with ``h = rms_norm(x)``; the experts that a router chooses.
+
+    Args:
+        x: float32, float16 or bfloat16 [b, l, hidden].
+        norm: of x.
+        router: the weight [experts, hidden] and the correction bias [experts].
+        experts: as of `glm_fused.ops.moe_decode`, with a matrix for each expert.
+        shared: the weights of the experts that every token takes, as of `mlp_block`.
+        stream: a CPU's; None: its default stream.
+        routing: keyword arguments of `glm_fused.ops.router_topk`.
+
+    Returns:
+        The shape and dtype of `x`.
+
+    Raises:
+        ValueError: a shape, dtype or format does not fit; the message names an op and its argument.
+    """
+    return _ext.moe_block(
+        x, norm, *router, **routing, experts=experts, shared=shared, stream=stream
+    )

@@ -1,0 +1,162 @@
+"""Every bound, stride and rounding of the norms' and the rotation's shaders is needed."""
+
+import functools
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from formats_under_test import DTYPES
+from metal_backend import cpu
+from metal_mutants import Mutants, Mutation
+
+from glm_fused import ops
+
+COLUMNS = 201  # a whole block, then 18 whole lanes and a lane with one column
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm of [2, 3, 2, n] with unlike strides on every axis."""
+
+    op: str
+    dtype: str = "float32"
+    tiles = None
+
+    @functools.cache  # noqa: B019
+    def inputs(self):
+        rng = np.random.default_rng(1)
+        x = mx.array(rng.standard_normal((3, 2, 2, 2 * COLUMNS), dtype=np.float32) * 0.01 + 0.01)
+        others = mx.array(rng.standard_normal((2, COLUMNS), dtype=np.float32))
+        x = mx.contiguous(x.astype(DTYPES[self.dtype])).swapaxes(0, 1)[..., ::2]
+        return [x, *others[: 1 if self.op == "rms_norm" else 2]]
+
+    def run(self):
+        return getattr(ops, self.op)(*self.inputs(), 1e-5)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A rotation of [2, 3, 2, 9] by four pairs, with unlike strides on every axis."""
+
+    interleaved: bool = True
+    tiles = None
+
+    @functools.cache  # noqa: B019
+    def inputs(self):
+        rng = np.random.default_rng(2)
+        x = mx.array(rng.standard_normal((3, 2, 2, 18), dtype=np.float32)).swapaxes(0, 1)[..., ::2]
+        cos = mx.array(rng.standard_normal((2, 1, 2, 8), dtype=np.float32))[..., ::2]
+        sin = mx.array(rng.standard_normal((2, 2, 1, 12), dtype=np.float32)).swapaxes(1, 2)
+        return [x, cos, sin[..., ::3]]
+
+    def run(self):
+        return ops.rotate(*self.inputs(), self.interleaved)
+
+
+RMS, LAYER, HALF = Norm("rms_norm"), Norm("layer_norm"), Norm("rms_norm", "bfloat16")
+HALF_LAYER = Norm("layer_norm", "bfloat16")
+PAIRS, HALVES = Rotation(), Rotation(False)
+
+# Each has a name, the cases and a change, whose text has @old@new@ where it differs. Where the text
+# occurs several times, a number follows that tells which: first sum_of, then squares_of; first
+# rms_norm, then layer_norm.
+VIEW = [
+    ("position", "position = row % view.@length@heads@;"),
+    ("head", "row / view.@length@heads@ % view.heads"),
+    ("heads", "% view.@heads@length@;\n"),
+    ("sequence", "row / view.length / view.@heads@length@;"),
+    ("sequence's stride", "sequence * view.@sequence@head@_stride"),
+    ("head's stride", "head * view.@head@sequence@_stride"),
+    ("position's stride", "position * view.@position@head@_stride"),
+]
+SUMS = [
+    ("first column of a lane", "first = lane * Order::values@@ + 1@;"),
+    ("columns of a block", "first += Order::block@@ * 2@)"),
+    ("columns", "first < n@@ - 1@; first"),
+    ("columns of a lane", "min(first + Order::values@@ - 1@, n)"),
+    ("columns of the last lane", "Order::values, n@@ - 1@)"),
+    ("columns of the last lane, one more", "Order::values, n@@ + 1@)"),
+    ("sum of every lane", "return @simd_broadcast(Order::reduce(sum), 0)@Order::reduce(sum)@;"),
+    ("sum of the first lane", "Order::reduce(sum), @0@1@)"),
+]
+SQUARES = [
+    ("stride of the squares", "(x[i@ * stride@@]) - mean;"),
+    ("square", "multiply_add(centered, @centered@1.0f@, sum)"),
+]
+OUTPUT = [
+    ("row of x", "row_offset(params.x, @row@0@)"),
+    ("row of y", "y += @size_t(row) * n@0@;"),
+    ("epsilon", "n, @params.eps@0.0f@)"),
+    ("column of a lane", "int i = @lane@0@; i < n;"),
+    ("columns of y", "i < n@@ - 1@; i += kLanes"),
+    ("columns of y, one more", "i < n@@ + 1@; i += kLanes"),
+    ("step of a lane", "i += kLanes@@ * 2@)"),
+    ("weight", "static_cast<float>(weight[@i@0@])"),
+]
+MEAN = [
+    ("count of squares", "squares / static_cast<float>(n@@ + 1@)"),
+    ("epsilon's place", "square_root(mean@ + eps)@) + eps@"),
+    ("root", "1.0f / @square_root@@(mean"),
+    ("product with the weight", "product(round_to(x * inverse, type), @weight@1.0f@)"),
+]
+ROUNDING = ("rounding", "product(@round_to(x * inverse, type)@x * inverse@, weight)")
+LAYERED = [
+    ("mean's count", "sum_of(x, stride, n, lane) / static_cast<float>(n@@ - 1@)"),
+    ("stride of the mean", "sum + static_cast<float>(x[i@ * stride@@]);"),
+    ("mean of the squares", "(x[i * stride])@ - mean@@;\n      sum"),
+    ("mean off x", "(x[i * stride])@ - mean@@,"),
+    ("bias", "static_cast<float>(bias[@i@0@])"),
+    ("sum with the bias", "type), type)@ + bias@@;"),
+]
+ROTATE = [
+    ("pairs", "pairs = params.cosines.columns@@ - 1@;"),
+    ("row of x", "row_offset(params.x, @row@0@)"),
+    ("row of y", "y += @size_t(row) * params.x.columns@0@;"),
+    ("columns that stay", "i >@=@@ pairs"),
+    ("copied column", "y[pairs + i] = x[(pairs + i@@ - 1@)"),
+    ("stride of a copy", "x[(pairs + i)@ * stride@@]"),
+    ("stride of a", "x[first@ * stride@@]"),
+    ("stride of b", "x[second@ * stride@@]"),
+    ("heads of an angle", "row / length@ / params.x.heads@@ * length"),
+    ("length of an angle", "params.x.heads@ * length@@ + row"),
+    ("position of an angle", "* length@ + row % length@@;"),
+    ("cosine's stride", "i@ * params.cosines.column_stride@@]"),
+    ("sine's stride", "i@ * params.sines.column_stride@@]"),
+    ("contracted difference", "@product(a, cosine) - product(b, sine)@a * cosine - b * sine@"),
+    ("contracted sum", "@product(b, cosine) + product(a, sine)@b * cosine + a * sine@"),
+    ("sign", "product(a, cosine) @-@+@ product"),
+]
+HALVED = [
+    ("first of halves", "? 2 * i : i@@ + 1@;"),
+    ("second of halves", "2 * i + 1 : @pairs + @1 + @i;"),
+]
+MUTATIONS = [
+    *(Mutation(n, RMS, "rms_norm", c) for n, c in (*VIEW, *SQUARES, *OUTPUT, *MEAN)),
+    *(Mutation(n, RMS, "rms_norm", c, 1) for n, c in SUMS),
+    *(Mutation(n, LAYER, "layer_norm", c) for n, c in (*SUMS, *LAYERED)),
+    *(Mutation(n, LAYER, "layer_norm", c, 1) for n, c in OUTPUT),
+    Mutation(ROUNDING[0], HALF, "rms_norm", ROUNDING[1]),
+    Mutation("rounding before the bias", HALF_LAYER, "layer_norm",
+             "return @round_to(normed(x, inverse, weight, type), type)"
+             "@normed(x, inverse, weight, type)@ + bias"),
+    *(Mutation(n, PAIRS, "rotate_rows", c) for n, c in (*VIEW, *ROTATE)),
+    Mutation("first of pairs", PAIRS, "rotate_rows", "? @2 * i@i@ : i;"),
+    Mutation("second of pairs", PAIRS, "rotate_rows", "? 2 * i@ + 1@@ : pairs"),
+    *(Mutation(n, HALVES, "rotate_rows", c) for n, c in HALVED),
+]  # fmt: skip
+mutants = Mutants(MUTATIONS)
+
+
+@pytest.mark.parametrize("case", [RMS, LAYER, HALF, HALF_LAYER, PAIRS, HALVES], ids=str)
+def test_the_shader_itself_is_clean(case):
+    (launch,) = mutants.right(case).launches
+    assert launch.report.clean, launch.report
+    with cpu():
+        y = case.run()
+    assert list(launch.outputs.values()) == [bytes(memoryview(y.view(mx.uint8)))]
+
+
+@pytest.mark.parametrize("changed", MUTATIONS, ids=str)
+def test_mutation_is_caught(changed):
+    assert mutants.caught_by(changed)
