@@ -42,6 +42,8 @@ def view(rng, x, how):
     """The values of x [..., n] in an array of other strides."""
     if how == "columns":
         return mx.repeat(x, 2, axis=-1)[..., ::2]
+    if how == "backwards":
+        return mx.contiguous(x[..., ::-1])[..., ::-1]
     if how == "part":
         return mx.concatenate([x, x], axis=-1)[..., : x.shape[-1]]
     if how == "swapped" and x.ndim > 2:
@@ -81,7 +83,7 @@ def test_fused_equals_the_reference(data):
     dtype = data.draw(dtypes)
     shape = data.draw(st.lists(st.integers(1, 4), max_size=4))
     n = data.draw(st.one_of(st.integers(1, 300), st.sampled_from([512, 640, 6144])))
-    how = data.draw(st.sampled_from(["", "columns", "part", "swapped"]))
+    how = data.draw(st.sampled_from(["", "columns", "backwards", "part", "swapped"]))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     x = draw(rng, (*shape, n), dtype, data.draw(st.sampled_from([1e-3, 1.0, 100.0])))
     others = [draw(rng, (n,), data.draw(dtypes)) for _ in NORMS[name]]

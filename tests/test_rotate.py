@@ -37,6 +37,8 @@ def view(x, how):
         return mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2)
     if how == "split":  # as attention takes them
         return mx.split(mx.concatenate([x, x], axis=-1), [x.shape[-1]], axis=-1)[1]
+    if how == "backwards":
+        return mx.contiguous(x[..., ::-1, ::-1])[..., ::-1, ::-1]
     return mx.repeat(x, 2, axis=-1)[..., ::2] if how == "columns" else x
 
 
@@ -52,7 +54,7 @@ def test_fused_equals_the_reference_and_the_chain(data):
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     x = view(
         draw(rng, (batch, heads, length, columns), dtype),
-        data.draw(st.sampled_from(["", "heads", "split", "columns"])),
+        data.draw(st.sampled_from(["", "heads", "split", "columns", "backwards"])),
     )
     angles = ROPE.angles(positions(first, length, paddings))
     interleaved = data.draw(st.booleans())

@@ -34,7 +34,8 @@ mx::array rotate(
         ".");
   }
   check_shape(op, "sin", sines, c.shape());
-  for (const auto& [name, a] : {std::pair{"cos", &cosines}, {"sin", &sines}}) {
+  for (const auto& [name, a] :
+       {std::pair("cos", &cosines), std::pair("sin", &sines)}) {
     if (a->dtype() != mx::float32) {
       invalid(op, name, " must be float32 but is ", a->dtype(), ".");
     }

@@ -12,6 +12,7 @@ from mlx_lm.models.cache import CacheList
 from .. import ops
 from ..formats.kv_rows import check_kv_format
 from ..formats.weights import Format
+from ..ops import routes
 from ..ops.stock import visible_columns
 from .attention import Attention
 from .cache import Span, make_cache
@@ -67,7 +68,8 @@ class Decoder(nn.Module):
         span = Span.of(cache, tokens.shape[1])
         check_length(span.first, span.length, self._context)
         x = embed(self.embed_tokens, tokens, self._vocabulary)
-        with mx.stream(mx.cpu):  # whose cosines have the same bits everywhere
+        # A GPU's cosines have other bits; on the CPU the caller's stream is the right one.
+        with routes.on(mx.cpu if routes.is_gpu(None) else None):
             angles = self._rope.angles(span.positions())
         selection = None
         for i, layer in enumerate(self.layers):
