@@ -288,6 +288,8 @@ def test_demo_model_decodes_as_on_the_cpu():
             # Of a layer: its two norms, those of q's and the keys' latents; then the last one.
             "rms_norm": steps * (4 * layers + 1),
             "layer_norm": steps * full,
+            # That of shared experts, or of a dense MLP.
+            "swiglu": steps * layers,
             # Of a layer its queries and keys, and those of its indexer.
             "rotate_rows": steps * 2 * (layers + full),
         }

@@ -116,7 +116,7 @@ GATE_UP = [
     ("squares of a slot", SQUARES, "(n@ + F::scale_rows - 1@@) / F::scale_rows"),
     ("square of the tile", SQUARES, "rows@ / F::scale_rows@@ * F::row_scales(k)"),
     ("square of the tile, none", SQUARES, "@rows@0@ / F::scale_rows * F::row_scales"),
-    ("square of the column", SQUARES, "column / @group_size@(2 * group_size)@", 0),
+    ("square of the column", SQUARES, "column / @group_size@(2 * group_size)@", 2),
     ("code", SQUARES, "fma(x_thread[i], mlx_fp::Dequantize<8>{}(cells.w[@i@0@])"),
     ("scale of the square", SQUARES, "result = fma(@cells.scale@1.0f@, accum"),
     ("bias of the block", SHARED, "biases + (F::factors ? 0 : @scale@0@)"),
