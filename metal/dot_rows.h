@@ -55,7 +55,7 @@ METAL_FUNC void dot_blocks(
   constexpr int all = matrices * rows;
   thread typename F::Cells cells[depth * all];
   thread float x_thread[F::values];
-#pragma clang loop unroll(full)
+  GLM_UNROLL
   for (int i = 0; i < depth * all; i++) {
     const int at = column + i / all * F::block;
     if ((whole || at < end) && (F::whole_tiles || i % rows < used)) {
@@ -63,13 +63,13 @@ METAL_FUNC void dot_blocks(
       F::load(from.weight, from.scales, from.biases, at + own, cells[i]);
     }
   }
-#pragma clang loop unroll(full)
+  GLM_UNROLL
   for (int d = 0; d < depth; d++) {
     const int at = column + d * F::block;
-#pragma clang loop unroll(full)
+    GLM_UNROLL
     for (int m = 0; m < width && (whole || at < end); m++) {
       const float sum = F::load_x(x + offsets[m] + at, x_thread);
-#pragma clang loop unroll(full)
+      GLM_UNROLL
       for (int i = 0; i < all; i++) {
         if (F::whole_tiles || i % rows < used) {
           F::dot(cells[d * all + i], x_thread, sum, result[i * width + m]);
@@ -99,7 +99,7 @@ METAL_FUNC void dot_rows(
     int lane,
     thread float* result) {
   thread float x_thread[F::values];
-#pragma clang loop unroll(full)
+  GLM_UNROLL
   for (int i = 0; i < matrices * rows * width; i++) {
     result[i] = 0;
   }
@@ -118,14 +118,14 @@ METAL_FUNC void dot_rows(
 
   if constexpr (!F::whole_tiles) {
     const int left = min(k - end - own, F::values);
-#pragma clang loop unroll(full)
+    GLM_UNROLL
     for (int i = 0; i < matrices * rows && left > 0; i++) {
       if (i % rows < used) {
         thread typename F::Cells tail;
         const Matrix<F> from = w[i / rows].skip(i % rows, end, k);
         F::load_safe(
             from.weight, from.scales, from.biases, end + own, left, tail);
-#pragma clang loop unroll(full)
+        GLM_UNROLL
         for (int m = 0; m < width; m++) {
           const float sum =
               F::load_x_safe(x + offsets[m] + end, left, x_thread);
@@ -135,7 +135,7 @@ METAL_FUNC void dot_rows(
     }
   }
 
-#pragma clang loop unroll(full)
+  GLM_UNROLL
   for (int i = 0; i < matrices * rows * width; i++) {
     result[i] = F::total(F::reduce(result[i]), w[i / (rows * width)].biases);
   }

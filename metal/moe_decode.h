@@ -46,7 +46,7 @@ struct GateUp {
       const thread {
     constexpr int step = rows_at_once(rows, width);
     thread int offsets[width];
-#pragma clang loop unroll(full)
+    GLM_UNROLL
     for (int m = 0; m < width; m++) {
       offsets[m] = members[m] / top_k * hidden;
     }
@@ -66,7 +66,7 @@ struct GateUp {
           offsets,
           lane,
           result);
-#pragma clang loop unroll(full)
+      GLM_UNROLL
       for (int i = 0; i < step * width; i++) {
         if (lane == 0 && i / width < used && i % width < count) {
           const glm_fused::As<T> type;
@@ -161,7 +161,7 @@ struct Down {
       const thread {
     constexpr int step = rows_at_once(rows, width);
     thread int offsets[width];
-#pragma clang loop unroll(full)
+    GLM_UNROLL
     for (int m = 0; m < width; m++) {
       offsets[m] = members[m] * intermediate;
     }
@@ -181,7 +181,7 @@ struct Down {
           offsets,
           lane,
           result);
-#pragma clang loop unroll(full)
+      GLM_UNROLL
       for (int i = 0; i < step * width; i++) {
         if (lane == 0 && i % width < count) {
           const int pair = members[i % width];
@@ -229,7 +229,7 @@ template <typename T, typename F, int rows, int most>
       continue;
     }
     if (slot < 0 || slot >= params.bank) {
-#pragma clang loop unroll(full)
+      GLM_UNROLL
       for (int m = 0; m < most; m++) {
         if (int(simd_lid) < rows) {
           terms[group.members[m] * rows + simd_lid] = NAN;

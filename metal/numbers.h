@@ -12,6 +12,12 @@ typedef bfloat bfloat16_t;
 
 #define GLM_CONST static constant constexpr const
 
+// Loops over a thread's own arrays are unrolled, so that a compiler keeps these
+// in registers. Compilers that have none may define it as nothing.
+#ifndef GLM_UNROLL
+#define GLM_UNROLL _Pragma("clang loop unroll(full)")
+#endif
+
 GLM_CONST int kLanes = 32;
 
 namespace glm_fused {

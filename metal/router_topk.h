@@ -31,7 +31,7 @@ template <typename T, typename F, int width>
   const size_t token = size_t(tid.y) * width;
   const int used = min(width, params.tokens - int(token));
   thread int offsets[width];  // the last token's, past it
-#pragma clang loop unroll(full)
+  GLM_UNROLL
   for (int m = 0; m < width; m++) {
     offsets[m] = min(m, used - 1) * hidden;
   }
@@ -46,7 +46,7 @@ template <typename T, typename F, int width>
       offsets,
       simd_lid,
       result);
-#pragma clang loop unroll(full)
+  GLM_UNROLL
   for (int m = 0; m < width; m++) {
     if (simd_lid == 0 && m < used) {
       logits[(token + m) * experts + row] = result[m];

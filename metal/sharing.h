@@ -46,7 +46,7 @@ group_from(const threadgroup int* links, int pairs, int pair) {
   }
   group.count = links[pair] % 2;
   int next = links[pair] / 2;
-#pragma clang loop unroll(full)
+  GLM_UNROLL
   for (int i = 1; i < most; i++) {
     const bool member = group.count > 0 && next < pairs;
     group.members[i] = member ? next : pair;

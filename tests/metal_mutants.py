@@ -97,12 +97,9 @@ def kernel_of(name: str) -> str:
 
 
 def _own_text(text: str) -> str:
-    """The shader without system headers and MLX's arithmetic, which all mutants share.
-
-    Its loops are left as loops, which compiles several times faster.
-    """
+    """The shader without system headers and MLX's arithmetic, which all mutants share."""
     text = text.replace(mlx_arithmetic(), "")
-    text = re.sub(r"^(#include <|#pragma clang loop ).*\n", "", text, flags=re.M)
+    text = re.sub(r"^#include <.*\n", "", text, flags=re.M)
     # A plain kernel would be in the library under its own name once per namespace.
     return re.sub(
         r"(?<!>\n)^\[\[kernel\]\] void", "template <int>\n[[kernel]] void", text, flags=re.M
