@@ -10,7 +10,7 @@ from .cache import Span, append
 from .config import ModelArgs
 from .indexer import Indexer
 from .layer_spec import LayerSpec
-from .layers import Linear, MultiLinear, RMSNorm, is_plain
+from .layers import LayerNorm, Linear, MultiLinear, RMSNorm, is_plain, keeps_dtype
 from .rope import Angles
 
 
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         ``selection`` int32 [b, l, k] is the last full layer's, None where every visible key is
         selected; a full layer replaces it by its own.
         """
-        in_block = ops.blocks.takes(x) and self._is_plain()
+        in_block = ops.blocks.takes(x) and self._is_plain() and self._keeps_dtype(norm, x)
         project = self._project_in_block if in_block else self._project
         queries, latents, k_pe, *index = project(x, norm, span, angles)
         latents, ropes = append(None if cache is None else cache[0], latents, k_pe, self.kv_format)
@@ -88,6 +88,13 @@ class Attention(nn.Module):
             and is_plain(self.o_proj)
             and (indexer is None or indexer.is_plain())
         )
+
+    def _keeps_dtype(self, norm: RMSNorm, x: mx.array) -> bool:
+        """Whether no norm widens what it is given, as one with a wider weight would."""
+        norms: list[RMSNorm | LayerNorm] = [norm, self.q_a_layernorm, self.kv_a_layernorm]
+        if "indexer" in self:
+            norms.append(self.indexer.k_norm)
+        return all(keeps_dtype(norm, x) for norm in norms)
 
     def _project(
         self, x: mx.array, norm: RMSNorm, span: Span, angles: Angles

@@ -187,17 +187,33 @@ class Embedding(_Packable, nn.Embedding):  # type: ignore[misc]
 
 
 class RMSNorm(nn.RMSNorm):
-    """Scales x [..., dims] by the inverse of its root mean square, and by a weight."""
+    """Scales x [..., dims] by the inverse of its root mean square, and by a weight.
+
+    As with MLX's own, the result has the wider of the two dtypes.
+    """
 
     def __call__(self, x: mx.array) -> mx.array:
-        return ops.rms_norm(x, self.weight, self.eps)
+        return ops.rms_norm(_as_wide(x, self.weight), self.weight, self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
-    """Brings x [..., dims] to mean 0 and variance 1, then applies a weight and a bias."""
+    """Brings x [..., dims] to mean 0 and variance 1, then applies a weight and a bias.
+
+    As with MLX's own, the result has the widest of the dtypes.
+    """
 
     def __call__(self, x: mx.array) -> mx.array:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+        return ops.layer_norm(_as_wide(x, self.weight), self.weight, self.bias, self.eps)
+
+
+def _as_wide(x: mx.array, weight: mx.array) -> mx.array:
+    return x if x.dtype == weight.dtype else x.astype(mx.result_type(x, weight))
+
+
+def keeps_dtype(norm: RMSNorm | LayerNorm, x: mx.array) -> bool:
+    """Whether what the norm gives has x's dtype."""
+    dtype = norm.weight.dtype
+    return bool(dtype == x.dtype or x.dtype == mx.float32)
 
 
 _PLAIN = frozenset((Linear, QuantizedLinear, MultiLinear, QuantizedMultiLinear))
@@ -231,6 +247,6 @@ class MLP(nn.Module):
 
     def __call__(self, x: mx.array, norm: RMSNorm) -> mx.array:
         """The half of a layer: x [b, l, hidden] + MLP(norm(x))."""
-        if ops.blocks.takes(x) and self.is_plain():
+        if ops.blocks.takes(x) and keeps_dtype(norm, x) and self.is_plain():
             return ops.blocks.mlp_block(x, (norm.weight, norm.eps), self.weights())
         return x + self.feed_forward(norm(x))

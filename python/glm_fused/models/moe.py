@@ -9,7 +9,7 @@ import mlx.nn as nn
 from .. import ops
 from .config import ModelArgs
 from .layer_spec import LayerSpec
-from .layers import MLP, RMSNorm, SwitchLinear
+from .layers import MLP, RMSNorm, SwitchLinear, keeps_dtype
 
 Meanwhile = Callable[[mx.array], mx.array]
 Weights = tuple[ops.Weight, ops.Weight, ops.Weight]  # of gate, up and down
@@ -120,8 +120,10 @@ class MoE(nn.Module):
 
     def __call__(self, x: mx.array, norm: RMSNorm) -> mx.array:
         """The half of a layer: x [b, l, hidden] + (routed(h) + shared(h)), with h = norm(x)."""
-        if ops.blocks.takes(x) and (weights := self._plain_weights()) is not None:
-            return self.gate.block(x, (norm.weight, norm.eps), *weights)
+        if ops.blocks.takes(x) and keeps_dtype(norm, x):
+            weights = self._plain_weights()
+            if weights is not None:
+                return self.gate.block(x, (norm.weight, norm.eps), *weights)
         flat = norm(x).reshape(-1, x.shape[-1])
         shared = self.shared_experts.feed_forward if "shared_experts" in self else mx.zeros_like
         routed, other = self.switch_mlp(flat, *self.gate(flat), shared)
