@@ -73,7 +73,7 @@ class Attention(nn.Module):
         if in_block:
             values, output = self.unembed_out.as_weight(), self.o_proj.as_weight()
             return ops.blocks.attention_output(x, out, values, output), selection
-        out = self.unembed_out(out.swapaxes(1, 2).astype(x.dtype))
+        out = self.unembed_out(out.swapaxes(1, 2).astype(queries.dtype))
         return x + self.o_proj(out.swapaxes(1, 2).reshape(*x.shape[:2], -1)), selection
 
     def _is_plain(self) -> bool:
