@@ -233,6 +233,15 @@ def test_errors_name_the_op_and_its_argument():
         blocks.mlp_block(layer.array(1, 1, 256), norm, (bad, *weights[1:]))
 
 
+def test_a_router_of_more_experts_than_there_are():
+    """Its slots would be looked at before they are computed, so none beyond the last may come."""
+    layer = Layer(8, ("affine", 4, 64), mx.bfloat16)
+    norm, experts = layer.norm(256), layer.mlp(256, 128, 3)
+    router = layer.array(4, 256), mx.zeros((4,))
+    with pytest.raises(ValueError, match=r"\[moe_block\] router must be .* has shape \(4,256\)"):
+        blocks.moe_block(layer.array(1, 1, 256), norm, router, experts, None, **ROUTING)
+
+
 def test_who_is_given_blocks(monkeypatch):
     def takes(b, length):
         return blocks.takes(mx.zeros((b, length, 8)))

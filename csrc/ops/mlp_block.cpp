@@ -72,6 +72,19 @@ mx::array moe_block(
     const std::optional<Mlp>& shared,
     mx::StreamOrDevice s) {
   check_mlp("moe_block", "", experts);
+  // moe_decode would look at the slots before they are there.
+  const mx::array& bank = experts.gate.rows();
+  if (router.weight.ndim() != 2 || bank.ndim() != 3 ||
+      router.weight.shape(0) > bank.shape(0)) {
+    invalid(
+        "moe_block",
+        "router must be [experts, hidden] for at most as many experts as gate "
+        "has, but has shape ",
+        shape_of(router.weight),
+        " and gate ",
+        shape_of(bank),
+        ".");
+  }
   const mx::array bias = mx::astype(router.correction_bias, mx::float32, s);
   Arrays inputs = {x, norm.weight, router.weight, bias};
   append(inputs, experts);
