@@ -101,7 +101,7 @@ class Recorder {
       return constant;
     }
     if (!is_ours(a.primitive()) && !is_known(a.primitive())) {
-      throw std::logic_error(
+      throw std::runtime_error(
           std::string("[block] ") + a.primitive().name() +
           " is none of the ops that a block may have.");
     }
@@ -200,7 +200,7 @@ class Block : public mx::Primitive {
   }
 
   void eval_gpu(const Arrays&, Arrays&) override {
-    throw std::logic_error("[block] " + name_ + " is for CPU streams.");
+    throw std::runtime_error("[block] " + name_ + " is for CPU streams.");
   }
 
   std::vector<mx::array> vjp(

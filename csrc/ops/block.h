@@ -24,7 +24,7 @@ using Key = std::vector<int64_t>;
 // `name`. The chain may use this package's ops, and views of arrays; its ops
 // have to be on stream `s`, of a CPU, and not of the reference. It is called
 // once for each key and inputs of the same shapes and types, and what it did is
-// kept. Throws std::logic_error for a chain with other ops.
+// kept. Throws std::runtime_error for a chain with other ops.
 Arrays block(
     const std::string& name,
     const Key& key,
