@@ -14,6 +14,7 @@
 #include "metal/limits.h"
 #include "mlx/scheduler.h"
 #include "ops.h"
+#include "ops/bindings.h"
 #include "ops/placement.h"
 #include "shutdown.h"
 #include "slots/bindings.h"
@@ -365,6 +366,23 @@ NB_MODULE(_ext, m) {
       "score"_a,
       "stream"_a.none());
   m.def(
+      "append_rows",
+      [](mx::array& buffer,
+         const mx::array& rows,
+         int at,
+         Kernel kernel,
+         const mx::StreamOrDevice& stream) {
+        const auto [whole, first] =
+            append_rows(buffer, rows, at, on(kernel, stream));
+        buffer.overwrite_descriptor(whole);
+        return first;
+      },
+      "buffer"_a,
+      "rows"_a,
+      "at"_a,
+      "kernel"_a,
+      "stream"_a.none());
+  m.def(
       "attention_output",
       [](const mx::array& x,
          const mx::array& attended,
@@ -557,6 +575,7 @@ NB_MODULE(_ext, m) {
       "good.");
   nb::module_::import_("atexit").attr("register")(
       nb::cpp_function(&park_threads_that_unwind));
+  bind_decode_step(m);
   slots::bind(m);
 #ifdef GLM_FUSED_METAL_SIM
   bind_simulator(m);

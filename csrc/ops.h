@@ -108,6 +108,18 @@ std::pair<mx::array, mx::array> router_topk(
 mx::array
 residual_add(const mx::array& x, const mx::array& y, mx::StreamOrDevice s = {});
 
+// Writes `rows` [b, 1, l, width] to `buffer` [b, 1, capacity, width] from row
+// `at` on. Returns the buffer and its first rows [b, at + l, width].
+//
+// The buffer's memory is written where it is, and stays valid for all who read
+// the rows before `at`; it is copied only where its later rows may be those of
+// another array. In what is returned, rows after at + l are unspecified.
+std::pair<mx::array, mx::array> append_rows(
+    const mx::array& buffer,
+    const mx::array& rows,
+    int at,
+    mx::StreamOrDevice s = {});
+
 struct Norm {
   mx::array weight;
   float eps;

@@ -239,6 +239,51 @@ class Rotate : public FusedPrimitive {
   bool interleaved_;
 };
 
+// inputs: buffer [b, 1, capacity, width], rows [b, 1, l, width]. output: as the
+// buffer.
+class AppendRows : public FusedPrimitive {
+ public:
+  AppendRows(mx::Stream stream, int at)
+      : FusedPrimitive(stream, false), at_(at) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "AppendRows";
+  }
+
+ private:
+  int at_;
+};
+
+// inputs: [b, 1, capacity, width]. output: a view of it, [b, t, width].
+class FirstRows : public FusedPrimitive {
+ public:
+  explicit FirstRows(mx::Stream stream) : FusedPrimitive(stream, true) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "FirstRows";
+  }
+};
+
 // inputs: q [b, l, heads, dim], keys [b, t, row], weights [b, l, heads], start
 // [b]. output: [b, l, k].
 class IndexerTopk : public FusedPrimitive {

@@ -61,6 +61,12 @@ struct ViewParams {
   long column_stride;
 };
 
+// Both have the same shape.
+struct CopyParams {
+  ViewParams from;
+  ViewParams to;
+};
+
 struct NormParams {
   ViewParams x;
   float eps;

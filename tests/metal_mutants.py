@@ -29,7 +29,7 @@ typedef bfloat bfloat16_t;
 """
 _OURS = re.compile(
     r"\b((?:moe_gate_up|moe_down_sum|router_logits|router_select|index_scores|mla_split|rms_norm"
-    r"|layer_norm|rotate_rows|Affine|Dense|Fp8?|FloatRows)<"
+    r"|layer_norm|rotate_rows|copy_rows|Affine|Dense|Fp8?|FloatRows)<"
     r"|(?:Fp8Rows|Int8Rows)\b)"
 )
 # A kernel reads these buffers once, or twice, and a mutant may not read more of them.
@@ -45,6 +45,7 @@ _FRUGAL = {
     "rms_norm": (0, 1),
     "layer_norm": (0, 1, 2),
     "rotate_rows": (0, 1, 2),
+    "copy_rows": (0,),
 }
 
 

@@ -1,4 +1,4 @@
-"""Every bound, stride and rounding of the norms' and the rotation's shaders is needed."""
+"""Every bound, stride and rounding is needed of the shaders that take arrays of any strides."""
 
 import functools
 from dataclasses import dataclass
@@ -54,9 +54,26 @@ class Rotation:
         return ops.rotate(*self.inputs(), self.interleaved)
 
 
+@dataclass(frozen=True)
+class Appending:
+    """Rows [3, 1, 2, 10] of unlike strides, for a buffer whose rows are of another width."""
+
+    tiles = None
+
+    @functools.cache  # noqa: B019
+    def inputs(self):
+        rng = np.random.default_rng(3)
+        draw = rng.standard_normal((3, 2, 20, 1), dtype=np.float32)
+        return [mx.zeros((3, 1, 8, 10)), mx.array(draw).swapaxes(2, 3).swapaxes(1, 2)[..., ::2]]
+
+    def run(self):
+        buffer, rows = self.inputs()
+        return ops.append_rows(mx.array(buffer), rows, 4)[:, 4:]
+
+
 RMS, LAYER, HALF = Norm("rms_norm"), Norm("layer_norm"), Norm("rms_norm", "bfloat16")
 HALF_LAYER = Norm("layer_norm", "bfloat16")
-PAIRS, HALVES = Rotation(), Rotation(False)
+PAIRS, HALVES, ROWS = Rotation(), Rotation(False), Appending()
 
 # Each has a name, the cases and a change, whose text has @old@new@ where it differs. Where the text
 # occurs several times, a number follows that tells which: first sum_of, then squares_of; first
@@ -131,7 +148,14 @@ HALVED = [
     ("first of halves", "? 2 * i : i@@ + 1@;"),
     ("second of halves", "2 * i + 1 : @pairs + @1 + @i;"),
 ]
+COPY = [
+    ("row of the target", "row_offset(params.to, @row@0@)"),
+    ("row of the source", "row_offset(params.from, @row@0@)"),
+    ("stride of the target", "params.to, row) + column@ * params.to.column_stride@ * 2@]"),
+    ("stride of the source", "params.from, row) + column@ * params.from.column_stride@@]"),
+]
 MUTATIONS = [
+    *(Mutation(n, ROWS, "copy_rows", c) for n, c in COPY),
     *(Mutation(n, RMS, "rms_norm", c) for n, c in (*VIEW, *SQUARES, *OUTPUT, *MEAN)),
     *(Mutation(n, RMS, "rms_norm", c, 1) for n, c in SUMS),
     *(Mutation(n, LAYER, "layer_norm", c) for n, c in (*SUMS, *LAYERED)),

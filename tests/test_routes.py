@@ -23,6 +23,7 @@ TABLE = {  # fused on a CPU and a GPU, reference on a CPU and a GPU
     "rms_norm": ("cpu", "metal", "loops", "loops"),
     "layer_norm": ("cpu", "metal", "loops", "loops"),
     "rotate": ("cpu", "metal", "loops", "loops"),
+    "append_rows": ("cpu", "metal", "mlx", "mlx"),
     "indexer_topk": ("cpu", "metal", "loops", "loops"),
     "sparse_mla_decode": ("cpu", "metal", "loops", "loops"),
 }

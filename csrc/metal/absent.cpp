@@ -26,6 +26,12 @@ void MoeDecode::eval_gpu(
   FusedPrimitive::eval_gpu(inputs, outputs);
 }
 
+void AppendRows::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  FusedPrimitive::eval_gpu(inputs, outputs);
+}
+
 void RouterTopk::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {

@@ -8,6 +8,7 @@ extern const char* const indexer_topk;
 extern const char* const moe_decode;
 extern const char* const norms;
 extern const char* const expert_sum;
+extern const char* const append_rows;
 extern const char* const rotate;
 extern const char* const router_topk;
 extern const char* const sparse_mla_decode;

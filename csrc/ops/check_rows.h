@@ -1,6 +1,10 @@
 // The long-context ops share these checks.
 #pragma once
 
+#include <cstdint>
+#include <optional>
+#include <vector>
+
 #include "checks.h"
 #include "row_layout.h"
 
@@ -90,8 +94,11 @@ inline mx::array first_keys(
     const std::optional<mx::array>& start,
     int batch,
     mx::StreamOrDevice s) {
-  return start ? int_array(op, "start", *start, {batch}, s)
-               : mx::zeros({batch}, mx::int32, s);
+  if (start) {
+    return int_array(op, "start", *start, {batch}, s);
+  }
+  const std::vector<int32_t> zeros(batch, 0);
+  return mx::array(zeros.begin(), {batch}, mx::int32);
 }
 
 }  // namespace glm_fused

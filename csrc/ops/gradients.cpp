@@ -325,6 +325,34 @@ Arrays Rotate::vjp(
   return differentiate(chain, primals, as_float32(cotangents[0], s), argnums);
 }
 
+Arrays AppendRows::vjp(
+    const Arrays& primals,
+    const Arrays& cotangents,
+    const std::vector<int>& argnums,
+    const Arrays&) {
+  const mx::Stream s = stream();
+  auto chain = [&](const Arrays& in) {
+    mx::Shape end = in[1].shape();
+    end[2] += at_;
+    return mx::slice_update(in[0], in[1], {0, 0, at_, 0}, end, s);
+  };
+  return differentiate(chain, primals, cotangents[0], argnums);
+}
+
+Arrays FirstRows::vjp(
+    const Arrays& primals,
+    const Arrays& cotangents,
+    const std::vector<int>& argnums,
+    const Arrays&) {
+  const mx::Stream s = stream();
+  auto chain = [&](const Arrays& in) {
+    mx::Shape end = in[0].shape();
+    end[2] = cotangents[0].shape(1);
+    return mx::squeeze(mx::slice(in[0], {0, 0, 0, 0}, end, s), 1, s);
+  };
+  return differentiate(chain, primals, cotangents[0], argnums);
+}
+
 Arrays IndexerTopk::vjp(
     const Arrays& primals,
     const Arrays&,

@@ -239,6 +239,17 @@ def full_attention_project(
     | mlx.core.DeviceType
     | None,
 ) -> list[mlx.core.array]: ...
+def append_rows(
+    buffer: mlx.core.array,
+    rows: mlx.core.array,
+    at: int,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
 def attention_output(
     x: mlx.core.array,
     attended: mlx.core.array,
@@ -354,6 +365,27 @@ def active_tasks() -> int:
     """
     Tasks that MLX counts as running; what an error cuts short it counts for good.
     """
+
+class DecodeStep:
+    """A recorded decode step: see models.decode_step."""
+
+    def __init__(
+        self,
+        inputs: Sequence[mlx.core.array],
+        caches: Sequence[mlx.core.array],
+        logits: mlx.core.array,
+        appended: Sequence[mlx.core.array],
+    ) -> None:
+        """Take how `logits` and `appended` were made of the others."""
+
+    @staticmethod
+    def takes(arrays: Sequence[mlx.core.array]) -> bool:
+        """Whether no transformation of a function traces the arrays."""
+
+    def __call__(
+        self, inputs: Sequence[mlx.core.array], caches: Sequence[mlx.core.array], at: int
+    ) -> mlx.core.array:
+        """The logits; the caches then hold the new rows, from row `at` on."""
 
 class SlotFiles:
     """Open files that experts are read from."""

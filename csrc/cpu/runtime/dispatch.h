@@ -78,8 +78,16 @@ void enqueue(mlx::core::Stream stream, Work work) {
   static_cast<void>(held.release());
 }
 
+// What a kernel does, with all that it holds. It may be run again.
+class Task {
+ public:
+  virtual ~Task() = default;
+  virtual void run() noexcept = 0;
+};
+using Tasks = std::vector<std::unique_ptr<Task>>;
+
 // While one lives on a thread, what that thread would enqueue on the stream is
-// kept instead, to be enqueued as one task.
+// kept instead, to be enqueued as one task or taken.
 class Together {
  public:
   explicit Together(mlx::core::Stream stream) : stream_(stream) {
@@ -97,25 +105,26 @@ class Together {
 
   template <class Work>
   void add(Work work) {
-    works_.push_back(std::make_unique<Held<Work>>(std::move(work)));
+    tasks_.push_back(std::make_unique<Held<Work>>(std::move(work)));
+  }
+
+  // Returns what was kept since the last call.
+  Tasks take() {
+    return std::exchange(tasks_, {});
   }
 
   void enqueue() {
     current_ = outer_;
-    glm_fused::cpu::enqueue(stream_, [works = std::move(works_)]() noexcept {
-      for (const auto& work : works) {
-        work->run();
+    glm_fused::cpu::enqueue(stream_, [tasks = take()]() noexcept {
+      for (const auto& task : tasks) {
+        task->run();
       }
     });
   }
 
  private:
-  struct Any {
-    virtual ~Any() = default;
-    virtual void run() noexcept = 0;
-  };
   template <class Work>
-  struct Held : Any {
+  struct Held : Task {
     explicit Held(Work w) : work(std::move(w)) {}
     void run() noexcept override {
       work();
@@ -127,7 +136,7 @@ class Together {
 
   mlx::core::Stream stream_;
   Together* outer_;
-  std::vector<std::unique_ptr<Any>> works_;
+  Tasks tasks_;
 };
 
 // Evaluates a node by `run`. What `run` throws is thrown on only once the
@@ -147,8 +156,12 @@ void evaluate(mlx::core::Primitive& primitive, const Run& run) {
   }
 }
 
+// Gives memory to the outputs that have none yet.
 inline void allocate(mlx::core::Primitive& primitive, Arrays& outputs) {
   for (auto& output : outputs) {
+    if (output.data_shared_ptr()) {
+      continue;
+    }
     output.set_data(mlx::core::allocator::malloc(output.nbytes()));
     if (output.nbytes() > 0 && output.buffer().ptr() == nullptr) {
       throw std::runtime_error(  // MLX itself does not check the buffer
@@ -158,11 +171,11 @@ inline void allocate(mlx::core::Primitive& primitive, Arrays& outputs) {
   }
 }
 
-// Allocates the outputs and enqueues make(inputs, outputs, scratch, workers)
-// .run(), unless the outputs are empty. `make` takes what the kernel needs from
-// `scratch`, for at most `workers` threads; it is called twice, first to
-// measure. With `here` the kernel runs on this thread once those before it
-// have, and may throw and allocate.
+// Allocates the outputs that have no memory and enqueues make(inputs, outputs,
+// scratch, workers) .run(), unless the outputs are empty. `make` takes what the
+// kernel needs from `scratch`, for at most `workers` threads; it is called
+// twice, first to measure. With `here` the kernel runs on this thread once
+// those before it have, and may throw and allocate.
 template <class Make>
 void dispatch(
     mlx::core::Primitive& primitive,

@@ -50,7 +50,7 @@ class Attention(nn.Module):
         ``selection`` int32 [b, l, k] is the last full layer's, None where every visible key is
         selected; a full layer replaces it by its own.
         """
-        in_block = ops.blocks.takes(x) and self._is_plain() and self._keeps_dtype(norm, x)
+        in_block = ops.blocks.takes(x) and self.is_plain() and self.keeps_dtype(norm, x)
         project = self._project_in_block if in_block else self._project
         queries, latents, k_pe, *index = project(x, norm, span, angles)
         latents, ropes = append(None if cache is None else cache[0], latents, k_pe, self.kv_format)
@@ -76,7 +76,7 @@ class Attention(nn.Module):
         out = self.unembed_out(out.swapaxes(1, 2).astype(queries.dtype))
         return x + self.o_proj(out.swapaxes(1, 2).reshape(*x.shape[:2], -1)), selection
 
-    def _is_plain(self) -> bool:
+    def is_plain(self) -> bool:
         """Whether the layer's matrices are all there is: no biases, no adapters in training."""
         indexer = self.indexer if "indexer" in self else None
         return (
@@ -89,7 +89,7 @@ class Attention(nn.Module):
             and (indexer is None or indexer.is_plain())
         )
 
-    def _keeps_dtype(self, norm: RMSNorm, x: mx.array) -> bool:
+    def keeps_dtype(self, norm: RMSNorm, x: mx.array) -> bool:
         """Whether no norm widens what it is given, as one with a wider weight would."""
         norms: list[RMSNorm | LayerNorm] = [norm, self.q_a_layernorm, self.kv_a_layernorm]
         if "indexer" in self:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx_lm.models.cache import CacheList, KVCache
+from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache
 
+from .. import ops
 from ..formats.kv_rows import FLOATS, PACKED, format_of, pack, row_bytes
 from .config import ModelArgs
 from .layer_spec import INDEX_KEY, LATENT
@@ -47,16 +48,60 @@ def append(
     elif kv_format in FLOATS:
         values = values.astype(FLOATS[kv_format])
         rope = None if rope is None else rope.astype(values.dtype)
-    if cache is not None:
-        # Growing copies a cache to a larger one: it has to be seldom, to cost little per token.
-        cache.step = max(type(cache).step, cache.size() // 8)
-        values, other = cache.update_and_fetch(values, values[..., :0] if rope is None else rope)
-        if rope is not None:
-            rope = other
-        else:
-            # Nothing reads the zero-width values, so their updates would pile up unevaluated.
-            cache.values = mx.zeros(cache.values.shape, cache.values.dtype)
-    return values[:, 0], None if rope is None else rope[:, 0]
+    if cache is None:
+        return values[:, 0], None if rope is None else rope[:, 0]
+    at, length = size_of(cache), values.shape[2]
+    if cache.keys is None:
+        batch, capacity = values.shape[0], _multiple(length, type(cache).step)
+        widths = values.shape[-1], 0 if rope is None else rope.shape[-1]
+        cache.keys, cache.values = (mx.zeros((batch, 1, capacity, w), values.dtype) for w in widths)
+    make_room(cache, length)
+    rows = ops.append_rows(cache.keys, values, at)
+    if rope is not None:
+        rope = ops.append_rows(cache.values, rope, at)
+    advance(cache, length)
+    return rows, rope
+
+
+def size_of(cache: Any) -> int:
+    """How many columns of a cache are filled."""
+    filled: int = cache._idx if isinstance(cache, BatchKVCache) else cache.offset
+    return filled
+
+
+def advance(cache: Any, length: int) -> None:
+    """Count ``length`` new columns as filled."""
+    cache.offset = cache.offset + length
+    if isinstance(cache, BatchKVCache):
+        cache._idx += length
+
+
+def make_room(cache: Any, length: int) -> None:
+    """Give a cache that is not empty room for ``length`` columns more.
+
+    Growing copies a cache to a larger one: it has to be seldom, to cost little per token.
+    """
+    at = size_of(cache)
+    if at + length <= cache.keys.shape[2]:
+        return
+    step = max(type(cache).step, at // 8)
+    capacity = at + _multiple(length, step)
+    cache.keys, cache.values = (
+        _with_room(array, at, capacity) for array in (cache.keys, cache.values)
+    )
+
+
+def _with_room(array: mx.array, at: int, capacity: int) -> mx.array:
+    """A larger array [b, 1, capacity, w] with the first ``at`` columns of another."""
+    batch, _, _, width = array.shape
+    larger = mx.zeros((batch, 1, capacity, width), array.dtype)
+    if width:
+        ops.append_rows(larger, array[..., :at, :], 0)
+    return larger
+
+
+def _multiple(n: int, unit: int) -> int:
+    return -(-n // unit) * unit
 
 
 class Span(NamedTuple):

@@ -18,8 +18,9 @@ from .attention import Attention
 from .cache import Span, make_cache
 from .cache_check import check_cache
 from .config import ModelArgs
+from .decode_step import DecodeSteps
 from .layer_spec import LayerSpec
-from .layers import MLP, Embedding, Linear, RMSNorm
+from .layers import MLP, Embedding, Linear, RMSNorm, keeps_dtype
 from .moe import MoE
 from .rope import Angles, Rope
 from .tensors import modules
@@ -49,6 +50,16 @@ class DecoderLayer(nn.Module):
         x, selection = self.self_attn(x, self.input_layernorm, span, angles, cache, selection)
         return self.mlp(x, self.post_attention_layernorm), selection
 
+    def is_plain(self) -> bool:
+        """Whether its weights are all there is, in memory: no biases, no adapters in training."""
+        return self.self_attn.is_plain() and self.mlp.is_plain()
+
+    def keeps_dtype(self, x: mx.array) -> bool:
+        """Whether no norm widens x [b, l, hidden]."""
+        return self.self_attn.keeps_dtype(self.input_layernorm, x) and keeps_dtype(
+            self.post_attention_layernorm, x
+        )
+
 
 class Decoder(nn.Module):
     """Embedding, layers and final norm."""
@@ -66,25 +77,40 @@ class Decoder(nn.Module):
     ) -> mx.array:
         """The normed hidden states [b, l, hidden] of integer tokens [b, l]."""
         span = Span.of(cache, tokens.shape[1])
+        x, angles = self.begin(tokens, span)
+        return self.run(x, span, angles, cache, trace)
+
+    def begin(self, tokens: mx.array, span: Span) -> tuple[mx.array, Angles]:
+        """The embedded tokens [b, l, hidden], which are checked, and their angles."""
         check_length(span.first, span.length, self._context)
         x = embed(self.embed_tokens, tokens, self._vocabulary)
         # A GPU's cosines have other bits; on the CPU the caller's stream is the right one.
         with routes.on(mx.cpu if routes.is_gpu(None) else None):
-            angles = self._rope.angles(span.positions())
+            return x, self._rope.angles(span.positions())
+
+    def run(
+        self,
+        x: mx.array,
+        span: Span,
+        angles: Angles,
+        cache: Sequence[Any] | None,
+        trace: list[mx.array] | None = None,
+    ) -> mx.array:
+        """The normed hidden states [b, l, hidden] of embedded tokens of the same shape."""
         selection = None
         for i, layer in enumerate(self.layers):
             layer_cache = None if cache is None else cache[i]
             x, selection = layer(x, span, angles, layer_cache, selection)
             if trace is not None and "indexer" in layer.self_attn:
-                trace.append(_every_key(tokens, span) if selection is None else selection)
+                trace.append(_every_key(x.shape, span) if selection is None else selection)
         hidden: mx.array = self.norm(x)
         return hidden
 
 
-def _every_key(tokens: mx.array, span: Span) -> mx.array:
+def _every_key(shape: tuple[int, ...], span: Span) -> mx.array:
     columns = mx.arange(span.total, dtype=mx.int32)[None, None]
     visible = visible_columns(columns, span.length, span.total, 0, span.length, span.start)
-    return mx.broadcast_to(mx.where(visible, columns, -1), (*tokens.shape, span.total))
+    return mx.broadcast_to(mx.where(visible, columns, -1), (*shape[:2], span.total))
 
 
 class Model(nn.Module):
@@ -97,6 +123,7 @@ class Model(nn.Module):
         self.model = Decoder(args)
         if not args.tie_word_embeddings:
             self.lm_head = Linear(args.hidden_size, args.vocab_size)
+        self._steps = DecodeSteps()
 
     def __call__(
         self,
@@ -125,7 +152,12 @@ class Model(nn.Module):
         self, tokens: mx.array, cache: Sequence[Any] | None, trace: list[mx.array] | None
     ) -> mx.array:
         """What a call does once its arguments are checked; a subclass may wrap it."""
-        x = self.model(tokens, cache, trace)
+        if trace is None and (logits := self._steps.run(self, tokens, cache)) is not None:
+            return logits
+        return self.head(self.model(tokens, cache, trace))
+
+    def head(self, x: mx.array) -> mx.array:
+        """The logits [b, l, vocab] of normed hidden states [b, l, hidden]."""
         if "lm_head" in self:
             return self.lm_head(x)
         embedding = self.model.embed_tokens

@@ -130,6 +130,10 @@ class MoE(nn.Module):
         y = routed + other if "shared_experts" in self else routed
         return x + y.reshape(x.shape)
 
+    def is_plain(self) -> bool:
+        """Whether its weights are all there is, in memory: no adapters in training."""
+        return self._plain_weights() is not None
+
     def _plain_weights(self) -> tuple[Weights, Weights | None] | None:
         """The weights of routed and shared experts; None for streamed or adapted ones."""
         routed = self.switch_mlp

@@ -10,6 +10,43 @@ from .routes import Kernel, Stream
 from .unfit import unfit
 
 
+def append_rows(
+    buffer: mx.array,
+    rows: mx.array,
+    at: int,
+    *,
+    reference: bool | None = None,
+    stream: Stream = None,
+) -> mx.array:
+    """Append rows to a growing cache, as ``buffer[..., at : at + l, :] = rows`` would.
+
+    The rows are written to the buffer's own memory, whoever else holds it: all see the same rows
+    before `at`. It is copied only where rows from `at` on may be another array's, as after a trim
+    or in a copy of a cache. Rows of `buffer` after ``at + l`` are unspecified.
+
+    Args:
+        buffer: [b, 1, capacity, width], which becomes the array with the new rows.
+        rows: [b, 1, l, width] of the buffer's dtype.
+        at: the first row that is written, with ``at + l`` at most the capacity.
+        reference: True or False overrides the current path; the reference is MLX's own update.
+        stream: where to run; None: the default device.
+
+    Returns:
+        The buffer's first rows, [b, at + l, width].
+
+    Raises:
+        ValueError: a shape, dtype or `at` does not fit; the message names the argument.
+    """
+    kernel = routes.take("append_rows", stream=stream, reference=reference)
+    if kernel is Kernel.mlx:
+        with routes.on(stream):
+            return stock.append_rows(buffer, rows, at)
+    try:
+        return _ext.append_rows(buffer, rows, at, kernel, stream)
+    except TypeError:
+        raise unfit("append_rows", buffer=buffer, rows=rows, at=at) from None
+
+
 def indexer_topk(
     q: mx.array,
     keys: mx.array,

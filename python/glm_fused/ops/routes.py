@@ -11,6 +11,7 @@ router_topk        ``cpu``          ``metal``              ``loops``        ``lo
 rms_norm           ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
 layer_norm         ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
 rotate             ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
+append_rows        ``cpu``          ``metal``              ``mlx``          ``mlx``
 indexer_topk       ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
 sparse_mla_decode  ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
 =================  ===============  =====================  ===============  ======================
@@ -69,6 +70,7 @@ _CPU, _METAL = (
             "rms_norm",
             "layer_norm",
             "rotate",
+            "append_rows",
             "indexer_topk",
             "sparse_mla_decode",
         )
@@ -98,6 +100,7 @@ def choose(
     on_gpu = is_gpu(stream)
     if paths.use_reference(reference):
         stock = on_gpu and stock_ops and op in ("quantized_matvec", "moe_decode")
+        stock = stock or op == "append_rows"
         return Route(op, Kernel.mlx if stock else Kernel.loops, "the reference, asked for")
     if not (on_gpu or metal_sim.active()):
         return _CPU[op]

@@ -30,6 +30,13 @@ def quantized_matvec(x: mx.array, w: Weight) -> mx.array:
     return (y * w.factor[..., None, None]).astype(x.dtype)
 
 
+def append_rows(buffer: mx.array, rows: mx.array, at: int) -> mx.array:
+    """`glm_fused.ops.append_rows` by MLX's own ops, which copy a buffer that others hold."""
+    end = at + rows.shape[2]
+    buffer[..., at:end, :] = rows
+    return buffer[:, 0, :end]
+
+
 def gather(x: mx.array, w: Weight, slots: mx.array, sorted_indices: bool = False) -> mx.array:
     """``x W^T`` for the matrix that each slot names, in x's dtype."""
     how: dict[str, Any] = {"rhs_indices": slots, "sorted_indices": sorted_indices}

@@ -1,0 +1,46 @@
+// A whole decode step of a model as one graph node, which was recorded once.
+#pragma once
+
+#include <memory>
+
+#include "mlx/mlx.h"
+
+namespace glm_fused {
+
+namespace mx = mlx::core;
+
+using Arrays = std::vector<mx::array>;
+
+// The ops of a step, ready to run: their kernels hold the weights, and memory
+// of the step's own for what they hand on. What depends on how many keys are
+// cached, which are the ops that read them, is made anew at every step.
+class DecodeStep {
+ public:
+  // Takes how `logits` and `appended` were made of `inputs` and `caches` by ops
+  // of this package on a CPU stream: `inputs` begin with one [b, l, …], and
+  // `appended` are what append_rows made of `caches`, of l rows each. All other
+  // arrays that were used are the weights; they have to be evaluated. Throws
+  // std::runtime_error where there are other ops.
+  DecodeStep(
+      const Arrays& inputs,
+      const Arrays& caches,
+      const mx::array& logits,
+      const Arrays& appended,
+      mx::StreamOrDevice s);
+
+  // Whether the arrays are none that a transformation of a function traces.
+  static bool takes(const Arrays& arrays);
+
+  // Returns the logits of inputs of the same shapes and types, and makes of
+  // each of `caches` what it is with the new rows, which begin at `at`. Throws
+  // std::invalid_argument for inputs or caches that do not fit.
+  mx::array operator()(const Arrays& inputs, Arrays& caches, int at) const;
+
+  // What the node runs; it outlives this.
+  struct Plan;
+
+ private:
+  std::shared_ptr<const Plan> plan_;
+};
+
+}  // namespace glm_fused

@@ -1,0 +1,88 @@
+#include "taken_rows.h"
+
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+
+namespace glm_fused {
+
+namespace {
+
+using mlx::core::array;
+
+// The rows of a buffer are taken up to `end`. Other views of the same memory
+// have rows elsewhere, so it speaks of that view alone.
+struct Taken {
+  std::weak_ptr<array::Data> memory;
+  int64_t offset;
+  mlx::core::Shape shape;
+  mlx::core::Strides strides;
+  int end;
+
+  bool is_of(const array& buffer) const {
+    return memory.lock() == buffer.data_shared_ptr() &&
+        offset == buffer.offset() && shape == buffer.shape() &&
+        strides == buffer.strides();
+  }
+};
+
+class Table {
+ public:
+  bool take(const array& buffer, int at, int end) {
+    std::lock_guard lock(mutex_);
+    const auto found = taken_.find(buffer.data_shared_ptr().get());
+    const bool is_free = found != taken_.end() && found->second.is_of(buffer) &&
+        found->second.end <= at;
+    if (!is_free && !buffer.is_donatable()) {
+      return false;
+    }
+    keep(buffer, end);
+    return true;
+  }
+
+  void take_new(const array& buffer, int end) {
+    std::lock_guard lock(mutex_);
+    keep(buffer, end);
+  }
+
+ private:
+  void keep(const array& buffer, int end) {
+    if (taken_.size() >= limit_) {
+      std::erase_if(
+          taken_, [](const auto& t) { return t.second.memory.expired(); });
+      limit_ = 2 * taken_.size() + 64;
+    }
+    const auto& memory = buffer.data_shared_ptr();
+    taken_.insert_or_assign(
+        memory.get(),
+        Taken{memory, buffer.offset(), buffer.shape(), buffer.strides(), end});
+  }
+
+  std::mutex mutex_;
+  std::unordered_map<const array::Data*, Taken> taken_;
+  size_t limit_ = 64;
+};
+
+// This is never destroyed, as MLX's threads may outlive the module.
+Table& table() {
+  static Table& table = *new Table;
+  return table;
+}
+
+}  // namespace
+
+bool take_rows(const array& buffer, int at, int count) {
+  return table().take(buffer, at, at + count);
+}
+
+void take_own_rows(const array& buffer, int count) {
+  if (buffer.data_shared_ptr() && buffer.is_donatable()) {
+    table().take_new(buffer, count);
+  }
+}
+
+void take_new_rows(const array& buffer, int count) {
+  table().take_new(buffer, count);
+}
+
+}  // namespace glm_fused

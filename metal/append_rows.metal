@@ -1,0 +1,1 @@
+#include "append_rows.h"

@@ -1,0 +1,176 @@
+"""A decode step on a CPU as one node of the graph.
+
+The node is recorded from the model itself: its layers run once on arrays that stand for the real
+ones, and what they did with the ops is kept, ready to run. A step then costs neither Python nor a
+graph, and its bits are those of the layers one by one, since it runs their kernels.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import CacheList, KVCache
+
+from .. import _ext, ops
+from ..formats.kv_rows import FLOATS
+from .cache import Span, advance, make_room
+from .layers import is_plain
+from .rope import Angles
+
+if TYPE_CHECKING:
+    from .decoder import Model
+
+_MOST = 32  # kinds of steps that are kept
+
+
+class DecodeSteps:
+    """The recorded steps of a model, for each number of tokens and kind of cache.
+
+    They hold the model's weights. A weight or layer that is replaced is noticed at the next step,
+    which is recorded anew. A copy of the model records its own.
+    """
+
+    def __init__(self) -> None:
+        self._parts: _Parts | None = None
+        self._steps: dict[tuple[Any, ...], _ext.DecodeStep] = {}
+
+    def __reduce__(self) -> tuple[type[DecodeSteps], tuple[()]]:
+        return DecodeSteps, ()
+
+    def run(self, model: Model, tokens: mx.array, cache: Sequence[Any] | None) -> mx.array | None:
+        """The logits [b, l, vocab] of checked tokens [b, l], which are appended to ``cache``.
+
+        None, with nothing done, where the layers have to run one by one: on a GPU or the reference
+        path, for a prompt, without cached keys or with packed ones, in training, while a function
+        is transformed, or where not all weights are plain ones in memory.
+        """
+        if not ops.blocks.takes(tokens) or cache is None or model.training:
+            return None
+        entries = [entry for layer in cache for entry in layer.caches]
+        if entries[0].keys is None or entries[0].keys.dtype not in FLOATS.values():
+            return None
+        if self._parts is None or not self._parts.are_in_place():
+            self._steps.clear()
+            self._parts = _Parts(model)
+        if not self._parts.plain or not _ext.DecodeStep.takes([tokens, entries[0].keys]):
+            return None
+        span = Span.of(cache, tokens.shape[1])
+        x, angles = model.model.begin(tokens, span)
+        if not all(layer.keeps_dtype(x) for layer in model.layers):
+            return None
+        for entry in entries:
+            make_room(entry, span.length)
+        inputs = [x, *angles] if span.start is None else [x, *angles, span.start]
+        step = self._step(model, span, inputs, entries[0].keys.dtype)
+        logits: mx.array = step(inputs, _rows(entries), span.first)
+        for entry in entries:
+            advance(entry, span.length)
+        return logits
+
+    def _step(
+        self, model: Model, span: Span, inputs: list[mx.array], dtype: mx.Dtype
+    ) -> _ext.DecodeStep:
+        selects = span.total > model.args.index_topk
+        key = (
+            str(mx.default_stream(mx.cpu)),
+            _ext.num_threads(),
+            selects,
+            dtype,
+            *((a.shape, a.dtype) for a in inputs),
+        )
+        step = self._steps.get(key)
+        if step is None:
+            if len(self._steps) >= _MOST:
+                self._steps.clear()
+            step = self._steps[key] = _record(model, inputs, dtype, selects)
+        return step
+
+
+class _Parts:
+    """What a model is made of: every layer and array, and where it is."""
+
+    def __init__(self, model: Model):
+        places = list(_places(model))
+        self._containers, self._keys, self._values = map(list, zip(*places, strict=True))
+        self._sized = list(_containers(model))
+        self._sizes = list(map(len, self._sized))
+        arrays = [part for part in self._values if isinstance(part, mx.array)]
+        self.plain = _ext.DecodeStep.takes(arrays) and _is_plain(model)
+        if self.plain:
+            mx.eval(arrays)
+
+    def are_in_place(self) -> bool:
+        """Whether the model still has these parts, and no others."""
+        if list(map(len, self._sized)) != self._sizes:
+            return False
+        try:
+            found = map(operator.getitem, self._containers, self._keys)
+            return all(map(operator.is_, found, self._values))
+        except (KeyError, IndexError):  # one was removed and another was added
+            return False
+
+
+def _containers(part: Any) -> Iterator[Any]:
+    """The modules, lists and dicts of a module, and itself."""
+    if isinstance(part, dict | list | tuple):  # a module is a dict
+        yield part
+        for inner in part.values() if isinstance(part, dict) else part:
+            yield from _containers(inner)
+
+
+def _places(model: Model) -> Iterator[tuple[Any, Any, Any]]:
+    """Every part with its container and the key or index under which it is there."""
+    for container in _containers(model):
+        items = container.items() if isinstance(container, dict) else enumerate(container)
+        yield from ((container, at, part) for at, part in items)
+
+
+def _is_plain(model: Model) -> bool:
+    """Whether all layers run as blocks: their weights are in memory, without adapters."""
+    head = model.lm_head if "lm_head" in model else None
+    return (
+        is_plain(head) if head is not None else hasattr(model.model.embed_tokens, "as_weight")
+    ) and all(layer.is_plain() for layer in model.layers)
+
+
+def _record(
+    model: Model, inputs: list[mx.array], dtype: mx.Dtype, selects: bool
+) -> _ext.DecodeStep:
+    """The step that ``model`` makes of arrays like ``inputs``, and caches of a type."""
+    args, (batch, length, _) = model.args, inputs[0].shape
+    inputs = [_stand_in(a.shape, a.dtype) for a in inputs]
+    total = length + (args.index_topk if selects else 0)
+    cache = [CacheList(*(KVCache() for _ in spec.cache)) for spec in args.layers]
+    widths = (args.kv_lora_rank, args.qk_rope_head_dim), (args.index_head_dim, 0)
+    for layer in cache:
+        for entry, (rank, rope) in zip(layer.caches, widths, strict=False):
+            entry.offset = total - length
+            entry.keys = _stand_in((batch, 1, total, rank), dtype)
+            entry.values = _stand_in((batch, 1, total, rope), dtype)
+    entries = [entry for layer in cache for entry in layer.caches]
+    caches = [copy.copy(rows) for rows in _rows(entries)]  # appending changes the others
+    x, cos, sin, *start = inputs
+    span = Span(total - length, length, *start)
+    logits = model.head(model.model.run(x, span, Angles(cos, sin), cache))
+    return _ext.DecodeStep(inputs, caches, logits, _rows(entries))
+
+
+def _rows(entries: Sequence[Any]) -> list[mx.array]:
+    """The arrays to which a step appends: all but values without width."""
+    rows = []
+    for entry in entries:
+        rows.append(entry.keys)
+        if entry.values.shape[-1]:
+            rows.append(entry.values)
+    return rows
+
+
+def _stand_in(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """An array for whose values there is neither memory nor use."""
+    array = mx.broadcast_to(mx.zeros((), dtype), shape)
+    mx.eval(array)
+    return array

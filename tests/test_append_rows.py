@@ -1,0 +1,200 @@
+"""Appending to a cache in place equals MLX's update, and nobody sees another's rows."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from metal_backend import metal, on_both
+
+from glm_fused import ops
+from glm_fused.host import to_numpy
+from glm_fused.ops import metal_sim
+
+KINDS = [mx.float32, mx.float16, mx.bfloat16, mx.uint8, mx.int8]
+CAPACITY = 64
+
+
+def rows(rng, batch, count, width, dtype):
+    words = rng.integers(0, 256, (batch, 1, count, width * dtype.size), dtype=np.uint8)
+    return mx.array(words).view(dtype)
+
+
+def words_of(a):
+    return to_numpy(mx.contiguous(a).view(mx.uint8))
+
+
+def empty(batch, width, dtype):
+    """A buffer of NaNs, or of the like."""
+    words = mx.full((batch, 1, CAPACITY, width * dtype.size), 0xFF, dtype=mx.uint8)
+    buffer = words.view(dtype)
+    mx.eval(buffer)
+    return buffer
+
+
+class Sequence:
+    """A cache, and what MLX's own update makes of it."""
+
+    def __init__(self, batch, width, dtype):
+        self.buffer, self.length = empty(batch, width, dtype), 0
+        self.expected = np.zeros((batch, 0, width * dtype.size), np.uint8)
+
+    def append(self, new, evaluate):
+        found = ops.append_rows(self.buffer, new, self.length)
+        expected = [self.expected[:, : self.length], words_of(new)[:, 0]]
+        self.expected = np.concatenate(expected, axis=1)
+        self.length += new.shape[2]
+        assert found.shape == (new.shape[0], self.length, new.shape[3])
+        if evaluate:
+            self.check(found)
+        return found
+
+    def check(self, found):
+        assert np.array_equal(words_of(found), self.expected[:, : self.length])
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_forks_and_trims_see_their_own_rows(data):
+    """Sequences that share a beginning, in one memory at first."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    dtype, batch, width = data.draw(st.sampled_from(KINDS)), data.draw(st.integers(1, 3)), 5
+    sequences = [Sequence(batch, width, dtype)]
+    for _ in range(data.draw(st.integers(1, 14))):
+        which = data.draw(st.integers(0, len(sequences) - 1))
+        sequence = sequences[which]
+        step = data.draw(st.sampled_from(["append", "append", "append", "fork", "trim", "cut"]))
+        if step == "fork":
+            sequences.append(copy.deepcopy(sequence))
+        elif step == "trim":
+            sequence.length = data.draw(st.integers(0, sequence.length))
+        elif step == "cut" and batch > 1:  # as a batch that loses a row
+            kept = data.draw(st.integers(1, batch))
+            new = Sequence(kept, width, dtype)
+            new.buffer, new.length = sequence.buffer[:kept], sequence.length
+            new.expected = sequence.expected[:kept]
+            sequences.append(new)
+        elif sequence.length < CAPACITY - 4:
+            count = data.draw(st.integers(1, 4))
+            new = rows(rng, sequence.buffer.shape[0], count, width, dtype)
+            if data.draw(st.booleans()):
+                new = mx.contiguous(new.swapaxes(2, 3)).swapaxes(2, 3)
+            sequence.append(new, data.draw(st.booleans()))
+    for sequence in sequences:
+        sequence.check(sequence.buffer[:, 0, : sequence.length])
+
+
+def test_nothing_is_copied_whoever_holds_the_cache():
+    """A step that is on its way holds the cache, and so does a copy of it."""
+    buffer = mx.zeros((1, 1, 1 << 16, 64))
+    ops.append_rows(buffer, mx.ones((1, 1, 3, 64)), 0)
+    mx.eval(buffer)
+    held = []
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for i in range(8):
+        held.append(
+            (copy.copy(buffer), ops.append_rows(buffer, mx.full((1, 1, 1, 64), 1.0 * i), 3 + i))
+        )
+        if i % 2:
+            mx.async_eval(buffer)
+    mx.eval(buffer)
+    assert mx.get_peak_memory() - before < buffer.nbytes / 100
+    for i, (_, first) in enumerate(held):
+        assert first[0, 3:, 0].tolist() == list(range(i + 1))
+
+
+def test_a_fork_copies_once():
+    """The control of the test above: the second of two that append the same row has to copy."""
+    buffer = mx.zeros((1, 1, 1 << 16, 64))
+    ops.append_rows(buffer, mx.ones((1, 1, 3, 64)), 0)
+    mx.eval(buffer)
+    fork, copied = copy.copy(buffer), []
+    for which in (buffer, fork, fork, buffer):
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        ops.append_rows(which, mx.ones((1, 1, 1, 64)), 3 + len(copied) // 2)
+        mx.eval(which)
+        copied.append(mx.get_peak_memory() - before >= buffer.nbytes)
+    assert copied == [False, True, False, False]
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_metal_equals_the_cpu(data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    dtype, batch = data.draw(st.sampled_from(KINDS)), data.draw(st.integers(1, 3))
+    width, count = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 9))
+    at, is_copied = data.draw(st.integers(0, CAPACITY - count)), data.draw(st.booleans())
+    old, new = rows(rng, batch, CAPACITY, width, dtype), rows(rng, batch, count, width, dtype)
+    if data.draw(st.booleans()):
+        new = mx.contiguous(new.swapaxes(2, 3)).swapaxes(2, 3)
+
+    def run():
+        buffer = old + mx.zeros_like(old) if dtype in (mx.uint8, mx.int8) else mx.contiguous(old)
+        mx.eval(buffer)
+        held = copy.copy(buffer) if is_copied else None
+        found = mx.contiguous(ops.append_rows(buffer, new, at))
+        mx.eval(found, buffer)
+        del held
+        return found
+
+    a, b = on_both(run)
+    assert np.array_equal(words_of(a), words_of(b))
+
+
+def test_a_reference_is_mlx():
+    for reference in (False, True):
+        buffer = mx.zeros((2, 1, 8, 3))
+        found = ops.append_rows(buffer, mx.ones((2, 1, 2, 3)), 1, reference=reference)
+        assert found[1, :, 2].tolist() == [0, 1, 1]
+        assert buffer[0, 0, :3, 0].tolist() == [0, 1, 1]
+
+
+def test_gradients():
+    def loss(buffer, new):
+        buffer = copy.copy(buffer)
+        first = ops.append_rows(buffer, new, 2)
+        return (first * mx.arange(12.0).reshape(1, 4, 3)).sum() + 2 * buffer.sum()
+
+    found = mx.grad(loss, argnums=(0, 1))(mx.ones((1, 1, 6, 3)), mx.ones((1, 1, 2, 3)))
+    expected = np.full((6, 3), 2.0, np.float32)
+    expected[:4] += np.arange(12).reshape(4, 3)
+    rows_only = expected[2:4].copy()
+    expected[2:4] = 0
+    assert np.array_equal(to_numpy(found[0])[0, 0], expected)
+    assert np.array_equal(to_numpy(found[1])[0, 0], rows_only)
+
+
+@pytest.mark.parametrize(
+    ("shape", "new", "at", "message"),
+    [
+        ((1, 8, 3), (1, 1, 2, 3), 0, "buffer must be [batch, 1, capacity, width] but has shape"),
+        ((1, 2, 8, 3), (1, 1, 2, 3), 0, "buffer must be [batch, 1, capacity, width]"),
+        ((1, 1, 8, 3), (1, 2, 3), 0, "rows must have shape (1,1,1,3) but has (1,2,3)"),
+        ((1, 1, 8, 3), (2, 1, 2, 3), 0, "rows must have shape (1,1,2,3) but has (2,1,2,3)"),
+        ((1, 1, 8, 3), (1, 1, 2, 3), 7, "at must be from 0 to 6, for 2 rows and a capacity of 8"),
+        ((1, 1, 8, 3), (1, 1, 2, 3), -1, "but is -1"),
+        ((1, 1, 8, 3), (1, 1, 2, 3), 2**40, "at must fit 32 bits"),
+    ],
+)
+def test_errors(shape, new, at, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ops.append_rows(mx.zeros(shape), mx.zeros(new), at)
+    with pytest.raises(ValueError, match="rows must be float32 but are"):
+        ops.append_rows(mx.zeros((1, 1, 8, 3)), mx.zeros((1, 1, 2, 3), mx.float16), 0)
+
+
+def test_the_simulator_finds_the_shader_clean():
+    if metal_sim.unavailable():
+        pytest.skip(metal_sim.unavailable())
+    buffer = empty(2, 40, mx.bfloat16)
+    with metal():
+        mx.eval(ops.append_rows(buffer, mx.ones((2, 1, 3, 40), mx.bfloat16), 5))
+        launches = metal_sim.take_launches()
+    assert [launch.report.clean for launch in launches] == [True]

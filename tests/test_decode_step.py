@@ -1,0 +1,305 @@
+"""A recorded decode step has the bits of the reference, whatever came before it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import tiny_config, write_checkpoint
+from formats_under_test import assert_same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.models.cache import BatchKVCache, CacheList
+from mlx_lm.tuner.lora import LoRALinear
+
+import glm_fused
+from glm_fused import _ext, reference_path
+from glm_fused.loader import load_model
+from glm_fused.models import decode_step
+from glm_fused.models.config import args_from_config
+from glm_fused.models.decoder import Model
+
+VOCABULARY = 256
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu():
+    if mx.default_device() != mx.cpu:
+        pytest.skip("recorded steps are a CPU's")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """One whose indexer leaves keys out from the seventeenth on, in bfloat16 and four bits."""
+    path = write_checkpoint(
+        tmp_path_factory.mktemp("tiny"),
+        tiny_config(index_topk=16),
+        quantization={"group_size": 32, "bits": 4},
+    )
+    return load_model(path)[0]
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """How often steps were recorded, and run."""
+    counts = {"recorded": 0, "run": 0}
+
+    class Counted:
+        takes = staticmethod(_ext.DecodeStep.takes)
+
+        def __init__(self, *args):
+            counts["recorded"] += 1
+            self.step = _ext.DecodeStep(*args)
+
+        def __call__(self, *args):
+            counts["run"] += 1
+            return self.step(*args)
+
+    class Module:
+        DecodeStep = Counted
+        num_threads = staticmethod(_ext.num_threads)
+
+    monkeypatch.setattr(decode_step, "_ext", Module)
+    return counts
+
+
+def tokens_of(rng, batch, length):
+    return mx.array(rng.integers(0, VOCABULARY, (batch, length)))
+
+
+def make_cache(model, padding):
+    if padding is None:
+        return model.make_cache()
+    kinds = model.make_cache()
+    return [CacheList(*(BatchKVCache(padding) for _ in layer.caches)) for layer in kinds]
+
+
+class Conversation:
+    """A cache and the tokens that it holds, from which the reference makes it anew."""
+
+    def __init__(self, model, padding, batch):
+        self.model, self.padding = model, padding
+        self.cache = make_cache(model, padding)
+        self.tokens = mx.zeros((batch, 0), mx.int32)
+
+    def fork(self):
+        other = copy.copy(self)
+        other.cache = copy.deepcopy(self.cache)
+        return other
+
+    def append(self, tokens):
+        self.tokens = mx.concatenate([self.tokens, tokens], axis=1)
+        return self.model(tokens, self.cache)[:, -1]
+
+    def trim(self, n):
+        n = min(n, self.tokens.shape[1])
+        for layer in self.cache:
+            layer.trim(n)
+        self.tokens = self.tokens[:, : self.tokens.shape[1] - n]
+
+    def expected(self):
+        with reference_path():
+            return self.model(self.tokens, make_cache(self.model, self.padding))[:, -1]
+
+
+def play(data, model):
+    """Steps of some conversations; the logits of each last one, and what they ought to be."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    batch = data.draw(st.integers(1, 3))
+    padding = data.draw(st.sampled_from([None, [3, 0, 1][:batch]]))
+    first = Conversation(model, padding, batch)
+    first.append(tokens_of(rng, batch, data.draw(st.integers(4, 20))))
+    conversations, pairs = [first], []
+    for _ in range(data.draw(st.integers(1, 8))):
+        which = data.draw(st.sampled_from(conversations))
+        step = data.draw(st.sampled_from(["token", "token", "tokens", "fork", "trim"]))
+        if step == "fork":
+            conversations.append(which.fork())
+        elif step == "trim" and which.tokens.shape[1] > 5:
+            which.trim(data.draw(st.integers(1, 4)))
+        else:
+            length = 1 if step == "token" else data.draw(st.integers(2, 16 // batch))
+            found = which.append(tokens_of(rng, batch, length))
+            if data.draw(st.booleans()):
+                mx.eval(found)
+            pairs.append((found, which.expected()))
+    return pairs
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_steps_equal_the_reference(model, data):
+    """Batches with and without padding, several tokens, forks and trims of a cache."""
+    for found, expected in play(data, model):
+        assert_same_bits(found, expected)
+
+
+def test_an_index_that_is_off_is_caught(model, monkeypatch):
+    """The control of the test above: rows that are appended one column too late."""
+
+    class Late:
+        takes = staticmethod(_ext.DecodeStep.takes)
+
+        def __init__(self, *args):
+            self.step = _ext.DecodeStep(*args)
+
+        def __call__(self, inputs, caches, at):
+            return self.step(inputs, caches, at + 1)
+
+    class Module:
+        DecodeStep = Late
+        num_threads = staticmethod(_ext.num_threads)
+
+    fresh = copy.deepcopy(model)
+    monkeypatch.setattr(decode_step, "_ext", Module)
+    cache, tokens = fresh.make_cache(), mx.array([[1, 2, 3, 4, 5, 6]])
+    mx.eval(fresh(tokens[:, :5], cache))
+    late = fresh(tokens[:, 5:], cache)[:, -1]
+    with reference_path():
+        right = fresh(tokens, fresh.make_cache())[:, -1]
+    assert not np.array_equal(np.array(late.view(mx.uint16)), np.array(right.view(mx.uint16)))
+
+
+def test_a_step_is_recorded_once(model, recorded):
+    fresh = copy.deepcopy(model)
+    for _ in range(2):
+        cache = fresh.make_cache()
+        logits = fresh(mx.array([[1, 2, 3]]), cache)
+        for _ in range(300):  # the caches grow on the way
+            logits = fresh(mx.argmax(logits[:, -1:], axis=-1), cache)
+        mx.eval(logits)
+    # One for as many keys as are selected, one for more.
+    assert recorded == {"recorded": 2, "run": 600}
+
+
+def test_what_is_replaced_is_noticed(model, recorded):
+    fresh = copy.deepcopy(model)
+    cache = fresh.make_cache()
+    mx.eval(fresh(mx.array([[1, 2, 3]]), cache))
+
+    def step():
+        kept = copy.deepcopy(cache)
+        found = fresh(mx.array([[7]]), kept)
+        kept = copy.deepcopy(cache)
+        with reference_path():
+            expected = fresh(mx.array([[7]]), kept)
+        assert_same_bits(found, expected)
+        return recorded["recorded"], recorded["run"]
+
+    assert step() == (1, 1)
+    attention = fresh.layers[2].self_attn
+    attention.q_a_layernorm.weight = attention.q_a_layernorm.weight * 1.5
+    assert step() == (2, 2)
+    assert step() == (2, 3)
+    bias = mx.ones(attention.o_proj.weight.shape[:1])
+    attention.o_proj.bias = bias
+    assert step() == (2, 3)
+    del attention.o_proj["bias"]
+    assert step() == (3, 4)
+    del attention["q_a_layernorm"]
+    attention.q_a_norm = attention.q_b_proj
+    assert not fresh._steps._parts.are_in_place()
+    del attention["q_a_norm"]
+    attention.q_a_layernorm = fresh.layers[1].self_attn.q_a_layernorm
+    assert step() == (4, 5)
+    fresh.train()
+    before = recorded["run"]
+    step()
+    assert recorded["run"] == before
+
+
+def test_adapters_are_left_to_the_ops(model, recorded):
+    fresh = copy.deepcopy(model)
+    attention = fresh.layers[0].self_attn
+    attention.o_proj = LoRALinear.from_base(attention.o_proj, r=4)
+    cache = fresh.make_cache()
+    mx.eval(fresh(mx.array([[1, 2, 3]]), cache), fresh(mx.array([[1]]), cache))
+    assert recorded["run"] == 0
+
+
+def test_gradients_and_compiled_functions_are_left_to_the_layers(recorded):
+    model = Model(args_from_config(tiny_config()))
+    model.eval()
+    mx.eval(model.parameters())
+
+    def loss(model, step):
+        cache = model.make_cache()
+        model(mx.array([[1, 2, 3]]), cache)
+        return model(step, cache).square().sum()
+
+    token = mx.array([[4]])
+    value, grads = nn.value_and_grad(model, loss)(model, token)
+    assert recorded["run"] == 0
+    assert mx.abs(grads["model"]["layers"][0]["self_attn"]["o_proj"]["weight"]).max().item() > 0
+    compiled = mx.compile(lambda step: loss(model, step))
+    assert_same_bits(compiled(token), value)
+    assert recorded["run"] == 0
+    assert_same_bits(loss(model, token), value)
+    assert recorded["run"] == 1
+
+
+def test_threads_have_their_own_steps(model):
+    """They share the weights, not the memory of a step."""
+    rng = np.random.default_rng(5)
+    prompts = [tokens_of(rng, 1, 9) for _ in range(4)]
+    results = [None] * len(prompts)
+
+    def decode(i):
+        with mx.stream(mx.new_thread_local_stream(mx.cpu)):
+            cache = model.make_cache()
+            logits = model(prompts[i], cache)
+            for _ in range(20):
+                logits = model(mx.argmax(logits[:, -1:], axis=-1), cache)
+            mx.eval(logits)
+            results[i] = np.array(logits.view(mx.uint16))
+
+    for i in range(len(prompts)):
+        decode(i)
+    alone, results = results, [None] * len(prompts)
+    threads = [threading.Thread(target=decode, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(alone, results, strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_a_number_of_threads_changes_nothing(model):
+    def decode():
+        cache = model.make_cache()
+        logits = [model(mx.array([[1, 2, 3]]), cache)]
+        for _ in range(20):
+            logits.append(model(mx.argmax(logits[-1][:, -1:], axis=-1), cache))
+        return mx.concatenate(logits[1:])
+
+    before, threads = decode(), glm_fused.num_threads()
+    try:
+        for n in (1, 3):
+            glm_fused.set_num_threads(n)
+            assert_same_bits(decode(), before)
+    finally:
+        glm_fused.set_num_threads(threads)
+
+
+def test_steps_are_no_part_of_a_copy():
+    steps = decode_step.DecodeSteps()
+    assert type(pickle.loads(pickle.dumps(steps))) is decode_step.DecodeSteps
+
+
+def test_what_does_not_fit_is_refused(model):
+    fresh = copy.deepcopy(model)
+    cache = fresh.make_cache()
+    mx.eval(fresh(mx.array([[1, 2, 3]]), cache), fresh(mx.array([[1]]), cache))
+    (step,) = fresh._steps._steps.values()
+    with pytest.raises(ValueError, match=r"\[decode_step\] expected \d+ arrays but got 0"):
+        step([], [], 4)
+    rows = decode_step._rows([entry for layer in cache for entry in layer.caches])
+    x = mx.zeros((1, 2, 128), mx.bfloat16)
+    with pytest.raises(ValueError, match=r"array 0 must be bfloat16 of shape .* but is bfloat16"):
+        step([x, x, x], rows, 4)
