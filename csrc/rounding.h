@@ -22,10 +22,9 @@ inline float float_of(uint32_t u) {
 
 inline uint16_t to_bfloat16(float f) {
   const uint32_t u = bits_of(f);
-  if ((u & 0x7fffffffu) > 0x7f800000u) {
-    return static_cast<uint16_t>(u >> 16 | 0x40u);
-  }
-  return static_cast<uint16_t>((u + 0x7fffu + (u >> 16 & 1u)) >> 16);
+  const uint32_t rounded = (u + 0x7fffu + (u >> 16 & 1u)) >> 16;
+  const bool is_nan = (u & 0x7fffffffu) > 0x7f800000u;
+  return static_cast<uint16_t>(is_nan ? u >> 16 | 0x40u : rounded);
 }
 inline float from_bfloat16(uint16_t h) {
   return float_of(static_cast<uint32_t>(h) << 16);

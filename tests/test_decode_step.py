@@ -25,6 +25,7 @@ from glm_fused.models.config import args_from_config
 from glm_fused.models.decoder import Model
 
 VOCABULARY = 256
+DecodeStep = _ext.DecodeStep
 
 
 @pytest.fixture(autouse=True)
@@ -50,21 +51,17 @@ def recorded(monkeypatch):
     counts = {"recorded": 0, "run": 0}
 
     class Counted:
-        takes = staticmethod(_ext.DecodeStep.takes)
+        takes = staticmethod(DecodeStep.takes)
 
         def __init__(self, *args):
             counts["recorded"] += 1
-            self.step = _ext.DecodeStep(*args)
+            self.step = DecodeStep(*args)
 
         def __call__(self, *args):
             counts["run"] += 1
             return self.step(*args)
 
-    class Module:
-        DecodeStep = Counted
-        num_threads = staticmethod(_ext.num_threads)
-
-    monkeypatch.setattr(decode_step, "_ext", Module)
+    monkeypatch.setattr(_ext, "DecodeStep", Counted)
     return counts
 
 
@@ -143,20 +140,16 @@ def test_an_index_that_is_off_is_caught(model, monkeypatch):
     """The control of the test above: rows that are appended one column too late."""
 
     class Late:
-        takes = staticmethod(_ext.DecodeStep.takes)
+        takes = staticmethod(DecodeStep.takes)
 
         def __init__(self, *args):
-            self.step = _ext.DecodeStep(*args)
+            self.step = DecodeStep(*args)
 
         def __call__(self, inputs, caches, at):
             return self.step(inputs, caches, at + 1)
 
-    class Module:
-        DecodeStep = Late
-        num_threads = staticmethod(_ext.num_threads)
-
     fresh = copy.deepcopy(model)
-    monkeypatch.setattr(decode_step, "_ext", Module)
+    monkeypatch.setattr(_ext, "DecodeStep", Late)
     cache, tokens = fresh.make_cache(), mx.array([[1, 2, 3, 4, 5, 6]])
     mx.eval(fresh(tokens[:, :5], cache))
     late = fresh(tokens[:, 5:], cache)[:, -1]

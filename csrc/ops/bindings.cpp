@@ -1,5 +1,7 @@
 #include "ops/bindings.h"
 
+#include <stdexcept>
+
 #include "mlx/mlx.h"
 #include "ops/decode_step.h"
 #include "taken_rows.h"
@@ -11,6 +13,7 @@ namespace glm_fused {
 
 namespace {
 
+using ObjectList = nb::typed<nb::list, nb::object>;
 using ArraySequence = nb::typed<nb::sequence, mx::array>;
 
 Arrays arrays(const ArraySequence& sequence) {
@@ -21,9 +24,49 @@ Arrays arrays(const ArraySequence& sequence) {
   return all;
 }
 
+// Whether containers[i][keys[i]] is values[i] for all i, of dicts and lists.
+bool same_items(
+    const ObjectList& containers,
+    const ObjectList& keys,
+    const ObjectList& values) {
+  const size_t count = containers.size();
+  if (keys.size() != count || values.size() != count) {
+    throw std::invalid_argument(
+        "[same_items] expected lists of the same length.");
+  }
+  for (size_t i = 0; i < count; i++) {
+    PyObject* container = containers[i].ptr();
+    PyObject* key = keys[i].ptr();
+    PyObject* found = nullptr;
+    if (PyDict_Check(container)) {
+      found = PyDict_GetItemWithError(container, key);
+    } else if (PyList_Check(container)) {
+      const Py_ssize_t at = PyLong_AsSsize_t(key);
+      if (at >= 0 && at < PyList_Size(container)) {
+        found = PyList_GetItem(container, at);
+      }
+    }
+    if (PyErr_Occurred()) {
+      throw nb::python_error();
+    }
+    if (found != values[i].ptr()) {
+      return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 void bind_decode_step(nb::module_& m) {
+  m.def(
+      "same_items",
+      &same_items,
+      "containers"_a,
+      "keys"_a,
+      "values"_a,
+      "Whether containers[i][keys[i]] is values[i] for all i; containers are "
+      "dicts and lists.");
   nb::class_<DecodeStep>(
       m, "DecodeStep", "A recorded decode step: see models.decode_step.")
       .def(

@@ -366,6 +366,11 @@ def active_tasks() -> int:
     Tasks that MLX counts as running; what an error cuts short it counts for good.
     """
 
+def same_items(containers: list[object], keys: list[object], values: list[object]) -> bool:
+    """
+    Whether containers[i][keys[i]] is values[i] for all i; containers are dicts and lists.
+    """
+
 class DecodeStep:
     """A recorded decode step: see models.decode_step."""
 

@@ -258,6 +258,17 @@ struct Tile {
       const int at = row + g * step;
       return at + step <= a.rows ? at : a.rows - step;
     };
+    const int halves = half_blocks();
+    if (M == 1 && halves <= kChunk<M>) {  // the sums never leave the registers
+      for (int g = 0; g < groups; g++) {
+        const ptrdiff_t ahead = step * row_bytes;
+        F16 sums[2][R][M] = {};
+        const TileRows rows = locate<R>(first(g), stride);
+        chunk<R, M>(rows, m0, width, 0, halves, ahead, sums);
+        write<R, M>(first(g), step, m0, sums);
+      }
+      return;
+    }
     F16 sums[G][2][R][M];
     for (int g = 0; g < groups; g++) {
       for (int r = 0; r < R; r++) {
@@ -266,7 +277,6 @@ struct Tile {
         }
       }
     }
-    const int halves = half_blocks();
     for (int begin = 0; begin < halves; begin += kChunk<M>) {
       const int end = begin + kChunk<M> < halves ? begin + kChunk<M> : halves;
       const ptrdiff_t next_group = step * row_bytes;
@@ -281,11 +291,24 @@ struct Tile {
       }
     }
     for (int g = 0; g < groups; g++) {
-      for (int r = 0; r < step; r++) {
-        for (int m = 0; m < M; m++) {
-          a.y[(m0 + m) * a.rows + first(g) + r] =
-              scales.total(butterfly_sum(sums[g][0][r][m], sums[g][1][r][m]));
-        }
+      write<R, M>(first(g), step, m0, sums[g]);
+    }
+  }
+
+  // Stores the sums of `count` rows from `row` on.
+  template <int R, int M>
+  GLM_INLINE void write(int row, int count, int m0, const F16 (&sums)[2][R][M])
+      const {
+    for (int m = 0; m < M; m++) {
+      F16 low[R], high[R];
+      unroll<R>(GLM_EACH(r) {
+        low[r] = sums[0][r][m];
+        high[r] = sums[1][r][m];
+      });
+      float totals[R];
+      butterfly_sums(low, high, totals);
+      for (int r = 0; r < count; r++) {
+        a.y[(m0 + m) * a.rows + row + r] = scales.total(totals[r]);
       }
     }
   }

@@ -20,6 +20,7 @@ struct DotArgs {
   int k;
   int row;  // of the matrix, that is row 0 of the tile
   int rows;
+  int rows_left;   // of the matrix, from row 0 of the tile on
   const float* x;  // a panel: `width` vectors, packed by Kernel::pack
   int width;       // 1, 2, 4 or 8
   float* y;

@@ -31,13 +31,13 @@ class Spread {
         size_(size),
         groups_(a.k / a.format.spec->block),
         row_bytes_(groups_ * size),
-        tile_bytes_(static_cast<size_t>(row_bytes_) * a.rows),
-        shuffle_(control(log2_lanes_, size, at).bytes) {}
+        bytes_(static_cast<size_t>(row_bytes_) * a.rows_left),
+        shuffle_(control(log2_lanes_, size, at)) {}
 
   // The half-blocks for which 16 bytes can be read at the first group of a row
-  // `offset` bytes into the tile, and whose lanes all lie inside the row.
+  // `offset` bytes from the tile's first, and whose lanes all lie in the row.
   GLM_INLINE int direct_halves(size_t offset) const {
-    const ptrdiff_t left = tile_bytes_ - offset - 16;
+    const ptrdiff_t left = bytes_ - offset - 16;
     const ptrdiff_t readable =
         left < 0 ? 0 : ((left / size_ + 1) << log2_lanes_) + kHalf - 1;
     const int whole = (groups_ << log2_lanes_) / kHalf;
@@ -94,10 +94,12 @@ class Spread {
   struct Control {
     uint8_t bytes[4 * kHalf];
   };
-  static GLM_INLINE Control control(int log2_lanes, int size, int at) {
-    Control c;
-    memset(c.bytes, 0x80, sizeof(c.bytes));
-    for (int lane = 0; lane < kHalf && size <= 2; lane++) {
+  static constexpr Control make_control(int log2_lanes, int size, int at) {
+    Control c{};
+    for (uint8_t& byte : c.bytes) {
+      byte = 0x80;
+    }
+    for (int lane = 0; lane < kHalf; lane++) {
       for (int i = 0; i < size; i++) {
         c.bytes[4 * lane + at + i] =
             static_cast<uint8_t>((lane >> log2_lanes) * size + i);
@@ -105,9 +107,29 @@ class Spread {
     }
     return c;
   }
+  // Of values that do not fit 16 bytes it is not used.
+  static GLM_INLINE const uint8_t* control(int log2_lanes, int size, int at) {
+    struct Controls {
+      Control of[kLogs][2][4];
+    };
+    static constexpr Controls controls = [] {
+      Controls c{};
+      for (int log2 = 0; log2 < kLogs; log2++) {
+        for (int size = 1; size <= 2; size++) {
+          for (int at = 0; at + size <= 4; at++) {
+            c.of[log2][size - 1][at] = make_control(log2, size, at);
+          }
+        }
+      }
+      return c;
+    }();
+    const int log2 = log2_lanes < kLogs ? log2_lanes : kLogs - 1;
+    return controls.of[log2][size == 1 ? 0 : 1][at].bytes;
+  }
+  static constexpr int kLogs = 5;  // from there on, all lanes share a group
 
   const int log2_lanes_, size_, groups_, row_bytes_;
-  const size_t tile_bytes_;
+  const size_t bytes_;  // from the tile's first row to the matrix's last
   const Shuffle shuffle_;
 };
 

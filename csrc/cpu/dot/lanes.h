@@ -64,7 +64,7 @@ struct LaneWords<3> {
   static constexpr int kStart[] = {0};
   U16 w[1];
   GLM_INLINE void load(const uint8_t* p) {
-    w[0] = load_strided<3>(p);
+    w[0] = load_threes(p);
   }
 };
 template <>
@@ -80,8 +80,7 @@ struct LaneWords<5> {
   static constexpr int kStart[] = {0, 1};
   U16 w[2];
   GLM_INLINE void load(const uint8_t* p) {
-    w[0] = load_strided<5>(p);
-    w[1] = load_strided<5>(p + 1);
+    load_fives(p, w[0], w[1]);
   }
 };
 template <>
@@ -89,8 +88,7 @@ struct LaneWords<6> {
   static constexpr int kStart[] = {0, 2};
   U16 w[2];
   GLM_INLINE void load(const uint8_t* p) {
-    w[0] = load_strided<6>(p);
-    w[1] = load_strided<6>(p + 2);
+    load_sixes(p, w[0], w[1]);
   }
 };
 template <>

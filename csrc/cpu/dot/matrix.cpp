@@ -43,7 +43,7 @@ void Matrix::dot(
     const float* panel,
     int width,
     float* y) const {
-  DotArgs args{{}, format, k, row, rows, panel, width, y};
+  DotArgs args{{}, format, k, row, rows, n - row, panel, width, y};
   locate(slot, row, args.planes);
   kernel->dot(args);
 }
@@ -59,9 +59,11 @@ void load_values(const mx::array& x, size_t offset, int count, float* out) {
   }
   const uint16_t* from = x.data<uint16_t>() + offset;
   if (x.dtype() == mx::bfloat16) {
-    std::transform(from, from + count, out, from_bfloat16);
+    std::transform(
+        from, from + count, out, [](uint16_t h) { return from_bfloat16(h); });
   } else {
-    std::transform(from, from + count, out, from_float16);
+    std::transform(
+        from, from + count, out, [](uint16_t h) { return from_float16(h); });
   }
 }
 
@@ -72,9 +74,11 @@ void store_row(mx::array& a, size_t offset, const float* values, int count) {
   }
   uint16_t* to = a.data<uint16_t>() + offset;
   if (a.dtype() == mx::bfloat16) {
-    std::transform(values, values + count, to, to_bfloat16);
+    std::transform(
+        values, values + count, to, [](float f) { return to_bfloat16(f); });
   } else {
-    std::transform(values, values + count, to, to_float16);
+    std::transform(
+        values, values + count, to, [](float f) { return to_float16(f); });
   }
 }
 

@@ -9,8 +9,13 @@
 //                         is 0x80; four bytes make a lane
 //   load_pairs(p, …)      lane l owns words 2 l and 2 l + 1
 //   load_strided<s>(p)    lane l owns the unaligned word at p + s * l
+//   load_threes(p)        lane l owns the three bytes at p + 3 * l; the fourth
+//                         is any
+//   load_fives(p, …)      lane l owns the words at p + 5 * l and one byte on
+//   load_sixes(p, …)      lane l owns the words at p + 6 * l and two bytes on
 //   load_quads(p, out)    lane l owns the four floats at p + 16 * l
 //   butterfly_sum(…)      sums a simdgroup by lane distances 16, 8, 4, 2, 1
+//   butterfly_sums(…)     sums several simdgroups so
 //
 // Everything here has internal linkage: the same names are compiled once per
 // instruction set, and the linker must not merge them.
@@ -70,3 +75,47 @@ GLM_INLINE void unroll(Fn&& fn) {
 #else
 #include "cpu/runtime/simd_portable.h"
 #endif
+
+namespace {
+
+template <int n>
+GLM_INLINE void
+butterfly_sums(const F16 (&low)[n], const F16 (&high)[n], float (&sums)[n]) {
+  for (int i = 0; i < n; i++) {
+    sums[i] = butterfly_sum(low[i], high[i]);
+  }
+}
+#if !defined(GLM_AVX512)
+GLM_INLINE U16 load_threes(const uint8_t* p) {
+  return load_strided<3>(p);
+}
+GLM_INLINE void load_fives(const uint8_t* p, U16& first, U16& second) {
+  first = load_strided<5>(p);
+  second = load_strided<5>(p + 1);
+}
+GLM_INLINE void load_sixes(const uint8_t* p, U16& first, U16& second) {
+  first = load_strided<6>(p);
+  second = load_strided<6>(p + 2);
+}
+#else
+GLM_INLINE void
+butterfly_sums(const F16 (&low)[4], const F16 (&high)[4], float (&sums)[4]) {
+  F16 s[4];
+  unroll<4>(GLM_EACH(i) { s[i] = add(low[i], high[i]); });
+  // Two simdgroups share a register, then four.
+  const auto halves = [](F16 a, F16 b) {
+    return add(
+        _mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  };
+  const F16 first = halves(s[0], s[1]), second = halves(s[2], s[3]);
+  const F16 quarters =
+      add(_mm512_shuffle_f32x4(first, second, 0x88),
+          _mm512_shuffle_f32x4(first, second, 0xdd));
+  const F16 pairs = add(quarters, _mm512_permute_ps(quarters, 0x4e));
+  const F16 all = add(pairs, _mm512_permute_ps(pairs, 0xb1));
+  const __m512i each = _mm512_castsi128_si512(_mm_set_epi32(12, 8, 4, 0));
+  _mm_storeu_ps(sums, _mm512_castps512_ps128(_mm512_permutexvar_ps(each, all)));
+}
+#endif
+
+}  // namespace

@@ -100,6 +100,66 @@ GLM_INLINE U16 load_strided(const uint8_t* p) {
       _mm512_set1_epi32(stride));
   return _mm512_i32gather_epi32(at, p, 1);
 }
+// Byte controls that are the same in all four parts of a register.
+GLM_INLINE __m512i control(int a, int b, int c, int d) {
+  return _mm512_broadcast_i32x4(_mm_setr_epi32(a, b, c, d));
+}
+// A register's four parts, of four lanes each, are gathered by words.
+GLM_INLINE U16 load_threes(const uint8_t* p) {
+  const __m512i each =
+      _mm512_setr_epi32(0, 1, 2, 15, 3, 4, 5, 15, 6, 7, 8, 15, 9, 10, 11, 15);
+  const __m512i v = _mm512_maskz_loadu_epi32(0x0fff, p);
+  return _mm512_shuffle_epi8(
+      _mm512_permutexvar_epi32(each, v),
+      control(0x80020100, 0x80050403, 0x80080706, 0x800b0a09));
+}
+// Four lanes of more than four bytes lie in two parts that overlap.
+GLM_INLINE U16 pick(__m512i low, __m512i high, __m512i first, __m512i second) {
+  return _mm512_or_si512(
+      _mm512_shuffle_epi8(low, first), _mm512_shuffle_epi8(high, second));
+}
+GLM_INLINE void load_fives(const uint8_t* p, U16& first, U16& second) {
+  const __m512i a = _mm512_loadu_si512(p);
+  const __m512i b = _mm512_castsi128_si512(
+      _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 64)));
+  const __m512i at =
+      _mm512_setr_epi32(0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 15, 16, 17, 18);
+  const __m512i low = _mm512_permutex2var_epi32(a, at, b);
+  const __m512i high = _mm512_permutex2var_epi32(
+      a, _mm512_add_epi32(at, _mm512_set1_epi32(1)), b);
+  const int none = static_cast<int>(0x80808080);
+  first = pick(
+      low,
+      high,
+      control(0x03020100, 0x08070605, 0x0d0c0b0a, none),
+      control(none, none, none, 0x0e0d0c0b));
+  second = pick(
+      low,
+      high,
+      control(0x04030201, 0x09080706, 0x0e0d0c0b, none),
+      control(none, none, none, 0x0f0e0d0c));
+}
+GLM_INLINE void load_sixes(const uint8_t* p, U16& first, U16& second) {
+  const __m512i a = _mm512_loadu_si512(p);
+  const __m512i b = _mm512_castsi256_si512(
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 64)));
+  const __m512i at =
+      _mm512_setr_epi32(0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 14, 15, 18, 19, 20, 21);
+  const __m512i low = _mm512_permutex2var_epi32(a, at, b);
+  const __m512i high = _mm512_permutex2var_epi32(
+      a, _mm512_add_epi32(at, _mm512_set1_epi32(2)), b);
+  const int none = static_cast<int>(0x80808080);
+  first = pick(
+      low,
+      high,
+      control(0x03020100, 0x09080706, none, none),
+      control(none, none, 0x07060504, 0x0d0c0b0a));
+  second = pick(
+      low,
+      high,
+      control(0x05040302, 0x0b0a0908, none, none),
+      control(none, none, 0x09080706, 0x0f0e0d0c));
+}
 GLM_INLINE void load_quads(const uint8_t* p, F16 out[4]) {
   const auto* f = reinterpret_cast<const float*>(p);
   const __m512 a = _mm512_loadu_ps(f), b = _mm512_loadu_ps(f + 16);

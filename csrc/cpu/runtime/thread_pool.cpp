@@ -4,6 +4,7 @@
 #include <sched.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
@@ -25,11 +26,12 @@ namespace glm_fused::cpu {
 
 namespace {
 
-// Decode steps follow one another within microseconds: a worker spins about
-// that long before it sleeps.
-constexpr int kSpins = 4000;
+// The regions of a decode step, and its steps, follow one another within
+// microseconds: a worker spins so long before it sleeps.
+constexpr auto kSpin = std::chrono::microseconds(200);
+constexpr int kSpinsAtOnce = 64;  // before it looks at the clock
 
-constexpr double kMinParallelWork = 1 << 17;
+constexpr double kMinParallelWork = 1 << 15;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -80,7 +82,6 @@ class Pool {
     {
       std::lock_guard lock(mutex_);
       stop_ = true;
-      generation_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
     for (auto& worker : workers_) {
@@ -98,14 +99,16 @@ class Pool {
     count_ = count;
     limit_ = workers;
     next_.store(0, std::memory_order_relaxed);
-    busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-    {
+    const uint64_t region = (region_.load() / kRegion + 1) * kRegion;
+    region_.store(region | kOpen);
+    if (asleep_.load() > 0) {
       std::lock_guard lock(mutex_);
-      generation_.fetch_add(1, std::memory_order_release);
+      wake_.notify_all();
     }
-    wake_.notify_all();
     drain(0);
-    while (busy_.load(std::memory_order_acquire) != 0) {
+    // Who has not come by now is too late; the others are waited for.
+    region_.fetch_and(~kOpen);
+    while (region_.load(std::memory_order_acquire) != region) {
       relax();
     }
     if (error_) {
@@ -114,6 +117,9 @@ class Pool {
   }
 
  private:
+  // A region's number, whether workers may join it, and how many are in it.
+  static constexpr uint64_t kOpen = 1 << 16, kRegion = kOpen << 1;
+
   void drain(int worker) noexcept {
     for (int64_t i;
          (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
@@ -129,38 +135,66 @@ class Pool {
     }
   }
 
-  void work(int worker) {
-    uint64_t seen = 0;
-    while (true) {
-      for (int i = 0; i < kSpins && generation_.load() == seen; i++) {
+  // Whether there is a region that a worker has not seen yet.
+  bool is_new(uint64_t seen) const {
+    const uint64_t region = region_.load();
+    return (region & kOpen) != 0 && region / kRegion != seen;
+  }
+
+  // Returns whether a region came within the time that a worker spins.
+  bool spin(uint64_t seen) const {
+    const auto end = std::chrono::steady_clock::now() + kSpin;
+    do {
+      for (int i = 0; i < kSpinsAtOnce; i++) {
+        if (is_new(seen)) {
+          return true;
+        }
         relax();
       }
-      if (generation_.load(std::memory_order_acquire) == seen) {
+    } while (!stop_ && std::chrono::steady_clock::now() < end);
+    return false;
+  }
+
+  // Returns whether the region could be joined, as long as it was open.
+  bool join(uint64_t& seen) {
+    uint64_t region = region_.load();
+    do {
+      if ((region & kOpen) == 0 || region / kRegion == seen) {
+        return false;
+      }
+    } while (!region_.compare_exchange_weak(region, region + 1));
+    seen = region / kRegion;
+    return true;
+  }
+
+  void work(int worker) {
+    uint64_t seen = 0;
+    while (!stop_) {
+      if (!spin(seen)) {
+        asleep_.fetch_add(1);
         std::unique_lock lock(mutex_);
-        wake_.wait(lock, [&] { return generation_.load() != seen; });
+        wake_.wait(lock, [&] { return stop_ || is_new(seen); });
+        asleep_.fetch_sub(1);
+      } else if (join(seen)) {
+        if (worker < limit_) {
+          drain(worker);
+        }
+        region_.fetch_sub(1, std::memory_order_release);
       }
-      seen = generation_.load(std::memory_order_acquire);
-      if (stop_) {
-        return;
-      }
-      if (worker < limit_) {
-        drain(worker);
-      }
-      busy_.fetch_sub(1, std::memory_order_release);
     }
   }
 
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::atomic<uint64_t> generation_{0};
+  std::atomic<uint64_t> region_{0};
+  std::atomic<int> asleep_{0};
   std::atomic<int64_t> next_{0};
-  std::atomic<int> busy_{0};
   std::atomic<int> started_{0};
   int64_t count_ = 0;
   int limit_ = 0;  // workers from this number on take no part
   const TaskRef* task_ = nullptr;
   std::exception_ptr error_;  // what a task of this region threw first
-  bool stop_ = false;
+  std::atomic<bool> stop_{false};
   std::vector<std::thread> workers_;  // comes last, as they use the others
 };
 

@@ -8,7 +8,6 @@ graph, and its bits are those of the layers one by one, since it runs their kern
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -105,18 +104,14 @@ class _Parts:
 
     def are_in_place(self) -> bool:
         """Whether the model still has these parts, and no others."""
-        if list(map(len, self._sized)) != self._sizes:
-            return False
-        try:
-            found = map(operator.getitem, self._containers, self._keys)
-            return all(map(operator.is_, found, self._values))
-        except (KeyError, IndexError):  # one was removed and another was added
-            return False
+        return list(map(len, self._sized)) == self._sizes and _ext.same_items(
+            self._containers, self._keys, self._values
+        )
 
 
 def _containers(part: Any) -> Iterator[Any]:
     """The modules, lists and dicts of a module, and itself."""
-    if isinstance(part, dict | list | tuple):  # a module is a dict
+    if isinstance(part, dict | list):  # a module is a dict
         yield part
         for inner in part.values() if isinstance(part, dict) else part:
             yield from _containers(inner)

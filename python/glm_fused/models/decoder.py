@@ -86,6 +86,8 @@ class Decoder(nn.Module):
         x = embed(self.embed_tokens, tokens, self._vocabulary)
         # A GPU's cosines have other bits; on the CPU the caller's stream is the right one.
         with routes.on(mx.cpu if routes.is_gpu(None) else None):
+            if span.start is None:
+                return x, self._rope.angles_of_span(span.first, span.length)
             return x, self._rope.angles(span.positions())
 
     def run(

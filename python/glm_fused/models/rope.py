@@ -13,6 +13,7 @@ from .. import validation as check
 
 DEFAULT_THETA = 10000.0
 LEAST = 1e-20  # the least that a factor may be; far smaller ones are 0 in float32
+PAGE = 256  # how many positions' angles are made together
 LEAST_TURNS = 1e-6  # keeps positions / turns, whose logarithm is taken, finite
 
 
@@ -153,6 +154,23 @@ class Rope:
     def __init__(self, parameters: RopeParameters, dim: int):
         self.inv_freq = mx.array(parameters.inv_freq(dim))
         self.scaling = parameters.attention_scaling
+        self._page: tuple[int, Angles] | None = None
+
+    def angles_of_span(self, first: int, length: int) -> Angles:
+        """The angles at positions ``first`` to ``first + length - 1``, as `angles` gives them.
+
+        They are views of those of a page, which are made once.
+        """
+        begin = first // PAGE * PAGE
+        if first + length > begin + PAGE:
+            return self.angles(mx.arange(first, first + length)[None])
+        page = self._page
+        if page is None or page[0] != begin:
+            page = begin, self.angles(mx.arange(begin, begin + PAGE)[None])
+            mx.eval(*page[1])
+            self._page = page  # only now, as other threads take it from there
+        at = slice(first - begin, first - begin + length)
+        return Angles(page[1].cos[:, :, at], page[1].sin[:, :, at])
 
     def angles(self, positions: mx.array) -> Angles:
         """The angles at integer ``positions`` [b or 1, l]."""
