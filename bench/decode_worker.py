@@ -1,0 +1,134 @@
+"""Decodes on request: what bench_decode.py starts once for each installation of glm_fused.
+
+A request is a line of JSON on stdin, `{"threads": 2, "tokens": 128}`; its answer is one on stdout
+with the seconds of that burst and those of them in which Python built graphs. The first line tells
+what was loaded. A burst begins where the prompt ended, greedily, one evaluation a token. Only
+names that versions of glm_fused share are used here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models.cache import trim_prompt_cache
+
+import glm_fused
+from glm_fused.formats.weights import FORMATS, Weight
+from glm_fused.models.config import args_from_config
+from glm_fused.models.decoder import Model
+from glm_fused.selftest.synthetic import Bits
+
+# A dense layer that is full and three sparse ones that share its selection: most of GLM-5.2.
+SLICE = {"num_hidden_layers": 4, "indexer_types": ["full", "shared", "shared", "shared"]}
+
+
+class Subject(NamedTuple):
+    """A model: its step, from tokens [1, n] and a cache to logits [1, n, vocabulary]."""
+
+    model: Model
+    step: Any
+
+
+def bundled() -> Subject:
+    """The model that comes with glm_fused."""
+    engine = glm_fused.Engine("demo")
+    return Subject(engine.model, engine.step)
+
+
+def random_weight(bits: Bits, shape: tuple[int, ...]) -> Weight:
+    """affine4 values around 0; else tokens would hardly differ, and take the same experts."""
+    codes, scales, _ = bits.weight(shape, FORMATS["affine4"], mx.bfloat16).planes
+    return Weight((codes, scales, -7.5 * scales), FORMATS["affine4"])
+
+
+def glm52_slice(experts: int) -> Subject:
+    """Layers of GLM-5.2's shapes, of ``experts`` experts; affine4 but for router and indexer."""
+    config = json.loads(Path(__file__).with_name("glm52_slice.json").read_text())
+    model = Model(args_from_config(config | SLICE | {"n_routed_experts": experts}))
+    model.set_dtype(mx.bfloat16)
+    bits, quantizes = Bits(0), model.quant_predicate
+    packed = [
+        (path, module.packed_class(random_weight(bits, module.weight.shape), module))
+        for path, module in model.named_modules()
+        if hasattr(module, "to_quantized") and quantizes(path, module)
+    ]
+    model.update_modules(tree_unflatten(packed))
+    for layer in model.layers:  # zeros would make every token choose the same experts
+        if hasattr(layer.mlp, "gate"):
+            weight = mx.random.normal(layer.mlp.gate.weight.shape) * config["hidden_size"] ** -0.5
+            layer.mlp.gate.weight = weight.astype(mx.bfloat16)
+    model.eval()
+    mx.eval(model.parameters())
+    return Subject(model, model)
+
+
+def bytes_per_token(model: Model) -> int:
+    """The bytes of weights that a decoded token reads."""
+    args, total = model.args, 0.0
+    for name, array in tree_flatten(model.parameters()):
+        share = 1.0
+        if ".switch_mlp." in name:
+            share = args.num_experts_per_tok / array.shape[0]
+        elif name.startswith("model.embed_tokens."):
+            share = 1 / args.vocab_size
+        total += share * array.nbytes
+    return round(total)
+
+
+class Decoding:
+    """A cache with a prompt in it, from whose end bursts decode."""
+
+    def __init__(self, subject: Subject, prompt: int) -> None:
+        self.step, self.cache = subject.step, subject.model.make_cache()
+        rng = np.random.default_rng(0)
+        tokens = rng.integers(0, subject.model.args.vocab_size, (1, prompt), np.int32)
+        start = time.perf_counter()
+        self.first = mx.argmax(self.step(mx.array(tokens), self.cache)[:, -1:], axis=-1)
+        mx.eval(self.first)
+        self.prompt_seconds = time.perf_counter() - start
+
+    def burst(self, tokens: int) -> dict[str, float]:
+        """Decode so many tokens, then take them out of the cache again."""
+        token, graph = self.first, 0.0
+        start = time.perf_counter()
+        for _ in range(tokens):
+            begun = time.perf_counter()
+            token = mx.argmax(self.step(token, self.cache)[:, -1:], axis=-1)
+            graph += time.perf_counter() - begun
+            mx.eval(token)
+        seconds = time.perf_counter() - start
+        trim_prompt_cache(self.cache, tokens)
+        return {"seconds": seconds, "graph_seconds": graph}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--slice", action="store_true")
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=86)
+    options = parser.parse_args()
+    mx.set_default_device(mx.cpu)
+    subject = glm52_slice(options.experts) if options.slice else bundled()
+    decoding = Decoding(subject, options.prompt)
+    loaded = {
+        "glm_fused": glm_fused.__version__,
+        "bytes_per_token": bytes_per_token(subject.model),
+        "prompt_seconds": decoding.prompt_seconds,
+    }
+    print(json.dumps(loaded), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        glm_fused.set_num_threads(request["threads"])
+        print(json.dumps(decoding.burst(request["tokens"])), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Converts the bundled model to GGUF, for llama.cpp to decode it in bench_decode.py.
+
+llama.cpp's sources come with those of llama-cpp-python (0.3.36 was used), in vendor/llama.cpp:
+
+    pip download llama-cpp-python==0.3.36 --no-deps --no-build-isolation \\
+        --no-binary llama-cpp-python
+    tar xzf llama_cpp_python-0.3.36.tar.gz
+    mv llama_cpp_python-0.3.36/vendor/llama.cpp .
+    cmake -S llama.cpp -B build -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \\
+        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
+    cmake --build build --target llama-bench llama-quantize
+
+The converter there needs an environment with torch, transformers and sentencepiece:
+
+    python bench/peers/llama_gguf.py --source llama.cpp --build build \\
+        --python OTHER_VENV/bin/python model.gguf
+
+The weights, as bfloat16 in the release's layout, go through that converter, then through
+llama-quantize: Q6_K with experts in Q4_0, which is nearest to the affine 6 and 4 bits that are
+bundled. Where Q6_K's blocks of 256 do not divide the columns, llama-quantize takes Q8_0. The
+file has no vocabulary, because the converter knows the tokenizers of released models alone;
+llama-bench needs none, as its tokens are random numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+
+from glm_fused.checkpoint.paths import bundled_folder
+from glm_fused.formats.weights import dequantize
+from glm_fused.loader import load_model
+from glm_fused.models.decoder import Model
+from glm_fused.models.tensors import Module, modules
+from glm_fused.ops import Weight
+
+EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+CONVERT = """\
+import sys
+source = sys.argv.pop(1)
+sys.path[:0] = [source, f"{source}/gguf-py"]
+import convert_hf_to_gguf
+from conversion.glm import GlmMoeDsaModel
+GlmMoeDsaModel.set_vocab = GlmMoeDsaModel._set_vocab_none
+convert_hf_to_gguf.main()
+"""
+
+
+def floats(model: Model, module: Module) -> mx.array:
+    """A module's weight in bfloat16, or as it is where it is not packed."""
+    found = dict(model.named_modules())[module.path]
+    if "scales" not in found:
+        return found.weight
+    weight = found.as_weight()
+    if weight.planes[0].ndim == 2:
+        return dequantize(weight, mx.bfloat16)
+    matrices = range(weight.planes[0].shape[0])
+    parts = [Weight([plane[i] for plane in weight.planes], weight.format) for i in matrices]
+    return mx.stack([dequantize(part, mx.bfloat16) for part in parts])
+
+
+def released(model: Model) -> Iterator[tuple[str, mx.array]]:
+    """The model's tensors under the names and in the shapes that the release has."""
+    embed_q = None
+    for module in modules(model.args):
+        values = floats(model, module)
+        if module.kind == "embed_q":  # [heads, rank, nope]; its other half comes next
+            embed_q = values.swapaxes(1, 2)
+        elif module.kind == "unembed_out":
+            rows = mx.concatenate([embed_q, values], axis=1)
+            yield f"{module.other_forms[0].path}.weight", rows.reshape(-1, rows.shape[-1])
+        elif module.experts:
+            form = next(form for form in module.other_forms if form.of_single_experts)
+            for path, one in zip(form.paths(module.experts), values, strict=True):
+                yield f"{path}.weight", one
+        else:
+            yield f"{module.path}.weight", values
+        if module.bias is not None:
+            name = module.bias[0]
+            yield f"{module.path}.{name}", dict(model.named_modules())[module.path][name]
+
+
+def write_release(folder: Path) -> None:
+    """Write the bundled model to ``folder`` as transformers would save it."""
+    model, config = load_model(bundled_folder())
+    tensors = {name: mx.contiguous(array) for name, array in released(model)}
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "pt"})
+    plain = {key: value for key, value in config.items() if not key.startswith("quantization")}
+    (folder / "config.json").write_text(json.dumps(plain))
+
+
+def main() -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("--source", type=Path, required=True, metavar="FOLDER", help="llama.cpp's sources")
+    add("--build", type=Path, required=True, metavar="FOLDER", help="in which it was built")
+    add("--python", required=True, help="that runs the converter")
+    add("gguf", type=Path, metavar="FILE", help="to write")
+    options = parser.parse_args()
+    quantize = next(
+        (path for path in options.build.rglob("llama-quantize") if path.is_file()), None
+    )
+    if quantize is None or shutil.which(options.python) is None:
+        parser.error("--build has to hold llama-quantize, and --python to be a program.")
+    mx.set_default_device(mx.cpu)
+    with tempfile.TemporaryDirectory() as name:
+        folder, whole = Path(name), Path(name) / "bf16.gguf"
+        write_release(folder)
+        convert = [options.python, "-c", CONVERT, str(options.source), str(folder)]
+        subprocess.run([*convert, "--outtype", "bf16", "--outfile", str(whole)], check=True)
+        types = [part for name in EXPERTS for part in ("--tensor-type", f"{name}=q4_0")]
+        subprocess.run([str(quantize), *types, str(whole), str(options.gguf), "Q6_K"], check=True)
+    print(f"{options.gguf}: {options.gguf.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
