@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "python" / "glm_fused"
 # - ``""`` is the package itself, which shows the public names; only commands use it.
 # - ``__main__`` is a command line wherever it stands, so mlx-lm's takes the options of ``cli``.
 ORDER = (
-    ("_ext", "_abi", "validation", "foreign", "environment", "host", "memory"),
+    ("_ext", "_abi", "validation", "foreign", "environment", "host", "memory", "drawing"),
     ("formats",),
     ("ops",),
     ("models",),
@@ -27,6 +27,7 @@ ORDER = (
     ("engine_options", "loader", "engine"),
     ("",),
     ("mlx_lm", "selftest"),
+    ("profiling",),
     ("cli",),
     ("__main__", "mlx_lm.__main__"),
 )

@@ -130,8 +130,11 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
 
 
-def add_streaming(parser: argparse.ArgumentParser) -> None:
-    """Add the options of streaming, all of which default to None: it means "not asked for"."""
+def add_streaming(parser: argparse.ArgumentParser, trace: bool = True) -> None:
+    """Add the options of streaming, all of which default to None: it means "not asked for".
+
+    Without ``trace`` there is no --trace, for a command whose requests mean nothing.
+    """
     text = "run a model larger than memory; the first three turn it on, the others need one of them"
     group = parser.add_argument_group("expert streaming", text)
     add = group.add_argument
@@ -155,5 +158,8 @@ def add_streaming(parser: argparse.ArgumentParser) -> None:
     help = "reads in flight (default: 16)"
     add("--read-depth", type=integer(*RANGES["read_depth"]), metavar="N", help=help)
     add("--read-split", metavar="SIZE", help="bytes per read (default: 1MiB)")
+    if not trace:
+        parser.set_defaults(trace=None)
+        return
     help = "write every request for experts, as JSON lines"
     add("--trace", type=path, metavar="FILE", help=help)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -68,3 +70,12 @@ class Progress:
             with self._lock:
                 if self._bar is not None:
                     self._bar.refresh()
+
+
+@contextlib.contextmanager
+def steps() -> Iterator[Callable[[str], None]]:
+    """Give the block a function that shows on a terminal what is being done."""
+    from tqdm import tqdm
+
+    with tqdm(bar_format="{elapsed} {desc}", disable=not sys.stderr.isatty(), leave=False) as bar:
+        yield bar.set_description_str

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import sys
-from collections.abc import Callable, Iterator
 
 from . import arguments
 from .output import print_json
+from .progress import steps
 
 HELP = "check every kernel, measure, make a report"
 BACKENDS = ("cpu", "metal", "metal-sim", "all-available")
@@ -32,7 +30,7 @@ def run(options: argparse.Namespace) -> int:
     target = None if options.json in (None, "-") else arguments.new_file(options.json)
     if options.threads is not None:
         set_num_threads(options.threads)
-    with _steps() as step:
+    with steps() as step:
         result = report.examine(
             options.backend, quick=options.quick, bench=options.bench, step=step
         )
@@ -44,12 +42,3 @@ def run(options: argparse.Namespace) -> int:
         report.write(result, target)
         print(f"report written to {target}")
     return 0 if result["ok"] else 1
-
-
-@contextlib.contextmanager
-def _steps() -> Iterator[Callable[[str], None]]:
-    """Give the block a function that shows on a terminal what is being done."""
-    from tqdm import tqdm
-
-    with tqdm(bar_format="{elapsed} {desc}", disable=not sys.stderr.isatty(), leave=False) as bar:
-        yield bar.set_description_str

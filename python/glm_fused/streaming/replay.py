@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .. import _ext
+from ..drawing import new_figure, save
 from .banks import Streaming
 from .trace import Trace
 
@@ -132,17 +133,12 @@ def format_replay(result: dict[str, Any]) -> str:
 def plot(result: dict[str, Any], path: Path) -> None:
     """Draw hit rate, and speed where it is predicted, against the bank's size.
 
-    Raises ImportError without matplotlib, and ValueError for a file that it cannot write.
+    Raises ImportError without matplotlib, and ValueError for a file that cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        raise ImportError("a plot needs matplotlib: pip install 'glm-fused[plot]'.") from None
     panels = [("hit_rate", "hit rate (%)", 100)]
     if all(row.get("tokens_per_second") for row in result["rows"]):
         panels.append(("tokens_per_second", "predicted speed (tokens/s)", 1))
-    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    figure = new_figure(6 * len(panels), 4)
     for i, (key, label, scale) in enumerate(panels, 1):
         axis = figure.add_subplot(1, len(panels), i)
         for policy in dict.fromkeys(row["policy"] for row in result["rows"]):
@@ -153,10 +149,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axis.plot(*zip(*rows, strict=True), style, color=color, markersize=4, label=name)
         axis.set_xlabel("slots per layer (experts)")
         axis.set_ylabel(label)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.locator_params("x", integer=True)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise ValueError(f"--plot: {path}: {error.strerror}.") from None
+    save(figure, path)
