@@ -11,7 +11,7 @@ from .output import print_json
 from .progress import steps
 
 HELP = "say where the time of a decode step and of a prompt goes"
-PROMPT_TOKENS, REPEATS = 512, 9
+PROMPT_TOKENS, REPEATS = 512, 25
 EXAMPLES = """\
 examples:
   glm-fused profile --model demo
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kind = arguments.integer(1, 2**31 - 1)
     help = f"random tokens before the decode step (default: {PROMPT_TOKENS})"
     add("--prompt-tokens", type=kind, default=PROMPT_TOKENS, metavar="N", help=help)
-    help = f"times that each is measured, for the medians (default: {REPEATS}, or 10 s)"
+    help = f"times that each is measured, for the medians (default: {REPEATS}, within 10 s)"
     add("--repeats", type=arguments.integer(1, 1000), default=REPEATS, metavar="N", help=help)
     help = "draw the step, stage by stage (needs matplotlib)"
     add("--plot", type=arguments.path, metavar="FILE", help=help)

@@ -34,15 +34,15 @@ def profile(
         step: gets what is done next.
 
     Returns:
-        ``prompt`` and ``decode``, each with its number of ``tokens`` and of those ``cached``
-        before them; in seconds ``whole_seconds``, of these ``graph_seconds`` in which Python
-        builds the graph, and ``other_seconds`` that are neither that nor a stage's (dispatch,
-        cache updates, choosing a token; below 0 where stages take longer alone);
-        ``read_gb_per_s``, the plain streaming read bandwidth; and ``stages``, a row for each that
-        the forward has: ``stage``, ``layers`` that have it, ``seconds`` in all of them, ``share``
-        of the whole, ``weight_bytes`` held, ``read_bytes`` of weights and ``cache_bytes`` of
-        cached rows that the forward reads, at least once, ``gb_per_s`` of both, and ``fraction``
-        of that bandwidth.
+        ``prompt``, of which only the caches are kept, and ``decode``, each with its number of
+        ``tokens`` and of those ``cached`` before them; in seconds ``whole_seconds``, of these
+        ``graph_seconds`` in which Python builds the graph, and ``other_seconds`` that are neither
+        that nor a stage's (dispatch, cache updates, choosing a token, a prompt's last layer; below
+        0 where stages take longer alone); ``read_gb_per_s``, the plain streaming read bandwidth;
+        and ``stages``, a row for each that the forward has: ``stage``, ``layers`` that have it,
+        ``seconds`` in all of them, ``share`` of the whole, ``weight_bytes`` held, ``read_bytes``
+        of weights and ``cache_bytes`` of cached rows that the forward reads, at least once,
+        ``gb_per_s`` of both, and ``fraction`` of that bandwidth.
 
     Raises:
         ValueError: the model has no room for so many tokens.
@@ -60,10 +60,10 @@ def profile(
     step("prompt")
     measured = prompt_tokens - min(prompt_tokens, CHUNK)
     for start in range(0, measured, CHUNK):
-        meter.run(tokens[:, start : min(start + CHUNK, measured)])
-    prompt = meter.measure(tokens[:, measured:prompt_tokens])
+        meter.run(tokens[:, start : min(start + CHUNK, measured)], decode=False)
+    prompt = meter.measure(tokens[:, measured:prompt_tokens], decode=False)
     step("decode")
-    return {"prompt": prompt, "decode": meter.measure(tokens[:, prompt_tokens:])}
+    return {"prompt": prompt, "decode": meter.measure(tokens[:, prompt_tokens:], decode=True)}
 
 
 class _Meter:
@@ -73,35 +73,39 @@ class _Meter:
         self.engine, self.yardstick, self.repeats = engine, yardstick, repeats
         self.cache = engine.make_cache()
 
-    def run(self, tokens: mx.array) -> tuple[float, float]:
-        """The seconds of a forward and its likeliest token, and of building the graph."""
+    def run(self, tokens: mx.array, decode: bool) -> tuple[float, float]:
+        """The seconds of a forward as generation runs it, and of building its graph.
+
+        To decode is to evaluate the likeliest token; of a prompt only the caches are evaluated.
+        """
         start = time.perf_counter()
-        token = mx.argmax(self.engine.step(tokens, self.cache)[:, -1], axis=-1)
+        logits = self.engine.step(tokens, self.cache)
+        wanted = [mx.argmax(logits[:, -1], axis=-1)] if decode else [c.state for c in self.cache]
         built = time.perf_counter()
-        mx.eval(token)
+        mx.eval(wanted)
         return time.perf_counter() - start, built - start
 
-    def measure(self, tokens: mx.array) -> dict[str, Any]:
+    def measure(self, tokens: mx.array, decode: bool) -> dict[str, Any]:
         """What `profile` says of a forward of tokens [1, n]."""
         length, cached = tokens.shape[1], self.cache[0][0].size()
-        self.run(tokens)
-        found = stages(self.engine.model, self.cache, length)
+        self.run(tokens, decode)
+        found = stages(self.engine.model, self.cache, length, decode)
         trim_prompt_cache(self.cache, length)
         wholes, parts, bandwidths = [], [], []
         deadline = time.perf_counter() + SECONDS
-        for turn in range(self.repeats + 1):
+        for turn in range(self.repeats + decode):
             bandwidth = read_bandwidth(self.yardstick)
-            whole = self.run(tokens)
+            whole = self.run(tokens, decode)
             trim_prompt_cache(self.cache, length)
-            part = _stage_seconds(found, together=length == 1)
-            if turn == 0:  # it warms up
+            part = _stage_seconds(found, together=decode)
+            if decode and turn == 0:  # it warms up
                 continue
             bandwidths.append(bandwidth)
             wholes.append(whole)
             parts.append(part)
             if time.perf_counter() > deadline:
                 break
-        self.run(tokens)
+        self.run(tokens, decode)
         whole, graph = (median(times) for times in zip(*wholes, strict=True))
         bandwidth = median(bandwidths)
         rows = [_row(found, parts, name, whole, bandwidth) for name in ORDER if name in parts[0]]

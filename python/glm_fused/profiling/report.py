@@ -19,7 +19,7 @@ GRAPH, OTHER = "graph, in Python", "other"
 NOTE = (
     "weights: read by the forward; GB/s: of these and cached rows; of read: of the bandwidth of"
     f" plain reads. {OTHER}: the whole less graph and stages, which were timed alone: dispatch,"
-    " cache updates, choosing a token."
+    " cache updates, choosing a token, and a prompt's last layer, of which only the cache is kept."
 )
 
 

@@ -1,7 +1,7 @@
 """The stages of a forward: what each computes, with the weights and the cache of a loaded model.
 
 A stage runs alone, on random activations of the shapes that it has in the model, through the layers
-and ops that the model is made of. All stages together hold every parameter of the model once.
+and ops that the model is made of. Those of a decode step together hold every parameter once.
 """
 
 from __future__ import annotations
@@ -58,13 +58,14 @@ class Stage:
     cache_bytes: int = 0
 
 
-def stages(model: Model, cache: Sequence[Any], length: int) -> list[Stage]:
+def stages(model: Model, cache: Sequence[Any], length: int, logits: bool = True) -> list[Stage]:
     """The stages of a forward of ``length`` tokens whose keys are the last ones of ``cache``.
 
     The cache has to hold ``length`` tokens or more, and is only read. Its first tokens count as
-    those that were there before.
+    those that were there before. Without ``logits``, as in a prompt, there is no head, and no stage
+    of the last layer, of which only the cached rows are computed.
     """
-    return list(_Forward(model, cache, length).stages())
+    return list(_Forward(model, cache, length).stages(logits))
 
 
 def parameter_bytes(*modules: nn.Module) -> int:
@@ -89,16 +90,18 @@ class _Forward:
     def _random(self, *shape: int) -> mx.array:
         return mx.random.normal(shape).astype(self.dtype)
 
-    def stages(self) -> Iterator[Stage]:
+    def stages(self, logits: bool) -> Iterator[Stage]:
         embedding, vocabulary = self.model.model.embed_tokens, self.args.vocab_size
         held = parameter_bytes(embedding)
         read = min(held, held * self.span.length / vocabulary)
         yield Stage(EMBEDDING, lambda: embedding(self.tokens), held, read)
         selection = None
-        for layer, layer_cache in zip(self.model.layers, self.cache, strict=True):
+        layers = list(zip(self.model.layers, self.cache, strict=True))
+        for layer, layer_cache in layers if logits else layers[:-1]:
             selection = yield from self._attention(layer, layer_cache, selection)
             yield self._mlp(layer)
-        yield self._head()
+        if logits:
+            yield self._head()
 
     def _attention(
         self, layer: DecoderLayer, cache: Any, selection: mx.array | None
