@@ -15,7 +15,7 @@ from ..selftest.benchmark import read_bandwidth
 from .stages import ORDER, Stage, stages
 
 CHUNK = 2048  # the tokens of a prompt that mlx-lm gives to a model at a time
-YARDSTICK_BYTES = 512 << 20
+YARDSTICK_BYTES, YARDSTICKS = 512 << 20, 3  # read so often before and after each forward
 SECONDS = 10.0  # repeats of a forward end once they have taken so long
 
 OnStep = Callable[[str], None]
@@ -91,20 +91,9 @@ class _Meter:
         self.run(tokens, decode)
         found = stages(self.engine.model, self.cache, length, decode)
         trim_prompt_cache(self.cache, length)
-        wholes, parts, bandwidths = [], [], []
-        deadline = time.perf_counter() + SECONDS
-        for turn in range(self.repeats + decode):
-            bandwidth = read_bandwidth(self.yardstick)
-            whole = self.run(tokens, decode)
-            trim_prompt_cache(self.cache, length)
-            part = _stage_seconds(found, together=decode)
-            if decode and turn == 0:  # it warms up
-                continue
-            bandwidths.append(bandwidth)
-            wholes.append(whole)
-            parts.append(part)
-            if time.perf_counter() > deadline:
-                break
+        bandwidths = [read_bandwidth(self.yardstick) for _ in range(YARDSTICKS)]
+        wholes, parts = self._samples(found, tokens, decode)
+        bandwidths += [read_bandwidth(self.yardstick) for _ in range(YARDSTICKS)]
         self.run(tokens, decode)
         whole, graph = (median(times) for times in zip(*wholes, strict=True))
         bandwidth = median(bandwidths)
@@ -118,6 +107,24 @@ class _Meter:
             "read_gb_per_s": bandwidth,
             "stages": rows,
         }
+
+    def _samples(
+        self, found: Sequence[Stage], tokens: mx.array, decode: bool
+    ) -> tuple[list[tuple[float, float]], list[dict[str, float]]]:
+        """What `run` gives of tokens and `_stage_seconds` of their stages, time and again."""
+        wholes, parts = [], []
+        deadline = time.perf_counter() + SECONDS
+        for turn in range(self.repeats + decode):
+            whole = self.run(tokens, decode)
+            trim_prompt_cache(self.cache, tokens.shape[1])
+            part = _stage_seconds(found, together=decode)
+            if decode and turn == 0:  # the yardstick has taken the caches
+                continue
+            wholes.append(whole)
+            parts.append(part)
+            if time.perf_counter() > deadline:
+                break
+        return wholes, parts
 
 
 def _stage_seconds(found: Sequence[Stage], together: bool) -> dict[str, float]:
