@@ -3,6 +3,8 @@
     python bench/bench_decode.py                                     # the bundled model
     python bench/bench_decode.py --base OTHER_VENV/bin/python        # beside another version
     python bench/bench_decode.py --llama FOLDER --gguf FILE          # and peers/llama_gguf.py
+    python bench/bench_decode.py --transformers OTHER_VENV/bin/python
+    python bench/bench_decode.py --stock --repeats 3 --tokens 32     # beside stock mlx-lm
     python bench/bench_decode.py --slice --threads 2 --repeats 3     # true shapes, 7 GiB
 
 A burst is 128 greedy tokens after a prompt of 86. Everything that is measured takes turns, burst by
@@ -12,11 +14,13 @@ fastest burst; GB/s of weights read, the plain streaming read bandwidth measured
 each burst, and the fraction of it (of no meaning where the weights fit a cache, as the bundled
 model's may); and how many times as long as ours a burst took. The slice has embedding, head, one
 dense layer and three sparse ones of GLM-5.2's shapes, affine4 but for routers and indexer, with 64
-experts a layer instead of 256, of which a token takes 8.
+experts a layer instead of 256, of which a token takes 8. Stock mlx-lm, whose CPU ops have one
+thread, decodes the bundled model with an indexer on every layer (peers/full_layers.py), as then do
+the others.
 
 llama.cpp decodes as its own llama-bench times it: so many random tokens, which it does not choose.
 Each of its bursts is a new process. Its weights are Q6_K with experts in Q4_0, and it multiplies
-them by activations that it has quantized to 8 bits.
+them by activations that it has quantized to 8 bits. transformers has the weights as bfloat16.
 """
 
 from __future__ import annotations
@@ -27,10 +31,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 from common import median, report
+from peers.full_layers import write_full_layers
+from peers.release import write_release
 
 import glm_fused
 from glm_fused.selftest.benchmark import read_bandwidth
@@ -60,12 +67,11 @@ class Burst(NamedTuple):
 
 
 class Worker:
-    """An installation of glm_fused, decoding in a process of its own: `decode_worker.py`."""
+    """A process that decodes on request; bursts.py says how it is asked."""
 
-    def __init__(self, python: str, options: argparse.Namespace) -> None:
-        script = str(Path(__file__).with_name("decode_worker.py"))
-        command = [python, script, "--prompt", str(options.prompt)]
-        command += ["--experts", str(options.experts)] + ["--slice"] * options.slice
+    def __init__(self, python: str, script: str, options: argparse.Namespace, *more: str) -> None:
+        path = str(Path(__file__).parent / script)
+        command = [python, path, "--prompt", str(options.prompt), *more]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -187,6 +193,30 @@ def at_their_best(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def start(options: argparse.Namespace, folder: Path) -> dict[str, Contender]:
+    """What is measured, by name, ours first; models that are made for it go into ``folder``."""
+    here, script, model = sys.executable, "decode_worker.py", []
+    if options.slice:
+        model = ["--slice", "--experts", str(options.experts)]
+    if options.stock:
+        model = ["--model", str(folder / "full_layers")]
+        write_full_layers(folder / "full_layers")
+    contenders: dict[str, Contender] = {OURS: Worker(here, script, options, *model)}
+    if options.base:
+        contenders["base"] = Worker(options.base, script, options, *model)
+    if options.stock:
+        contenders["mlx-lm"] = Worker(here, script, options, *model, "--stock")
+    if options.transformers:
+        script, released = "peers/transformers_worker.py", folder / "release"
+        released.mkdir()
+        write_release(released)
+        model = ["--model", str(released)]
+        contenders["transformers"] = Worker(options.transformers, script, options, *model)
+    if options.llama:
+        contenders["llama.cpp"] = LlamaBench(options.llama, options)
+    return contenders
+
+
 def parse() -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -198,6 +228,8 @@ def parse() -> argparse.Namespace:
     add("--slice", action="store_true", help="layers of GLM-5.2's shapes, not the bundled model")
     add("--experts", type=int, default=64, help="of a sparse layer of the slice")
     add("--base", metavar="PYTHON", help="of an environment with another version of glm_fused")
+    add("--stock", action="store_true", help="beside stock mlx-lm, on a model that it can load")
+    add("--transformers", metavar="PYTHON", help="of an environment with torch and transformers")
     add("--llama", type=Path, metavar="FOLDER", help="in which llama.cpp was built")
     add(
         "--gguf",
@@ -209,22 +241,20 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if (options.llama is None) != (options.gguf is None):
         parser.error("--llama and --gguf need one another.")
-    if options.llama and options.slice:
-        parser.error("--llama: not with --slice.")
+    others = options.llama is not None or options.transformers is not None
+    if others + options.slice + options.stock > 1:
+        parser.error("--slice and --stock take another model than --llama and --transformers.")
     return options
 
 
 def main() -> None:
     options = parse()
     mx.set_default_device(mx.cpu)
-    contenders: dict[str, Contender] = {OURS: Worker(sys.executable, options)}
-    if options.base:
-        contenders["base"] = Worker(options.base, options)
-    if options.llama:
-        contenders["llama.cpp"] = LlamaBench(options.llama, options)
-    rows = measure(contenders, options)
-    for contender in contenders.values():
-        contender.close()
+    with TemporaryDirectory() as name:
+        contenders = start(options, Path(name))
+        rows = measure(contenders, options)
+        for contender in contenders.values():
+            contender.close()
     report(rows, COLUMNS, options.json)
     if not options.json:
         print("".join(f"{line}\n" for line in at_their_best(rows)), end="")

@@ -1,24 +1,24 @@
-"""Decodes on request: what bench_decode.py starts once for each installation of glm_fused.
+"""Decodes for bench_decode.py, which starts it once for each installation of glm_fused.
 
-A request is a line of JSON on stdin, `{"threads": 2, "tokens": 128}`; its answer is one on stdout
-with the seconds of that burst and those of them in which Python built graphs. The first line tells
-what was loaded. A burst begins where the prompt ended, greedily, one evaluation a token. Only
-names that versions of glm_fused share are used here.
+A burst begins where the prompt ended, greedily, one evaluation a token. Only names that versions of
+glm_fused share are used here.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
+from bursts import serve
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.models.cache import trim_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
 import glm_fused
 from glm_fused.formats.weights import FORMATS, Weight
@@ -33,14 +33,20 @@ SLICE = {"num_hidden_layers": 4, "indexer_types": ["full", "shared", "shared", "
 class Subject(NamedTuple):
     """A model: its step, from tokens [1, n] and a cache to logits [1, n, vocabulary]."""
 
-    model: Model
-    step: Any
+    model: Any
+    step: Callable[[mx.array, Any], mx.array]
 
 
-def bundled() -> Subject:
-    """The model that comes with glm_fused."""
-    engine = glm_fused.Engine("demo")
+def checkpoint(path: str) -> Subject:
+    """The model in a folder; "demo" is the bundled one."""
+    engine = glm_fused.Engine(path)
     return Subject(engine.model, engine.step)
+
+
+def stock(path: str) -> Subject:
+    """The model in a folder as mlx-lm has it, without glm_fused."""
+    model, _ = mlx_lm.load(path)[:2]
+    return Subject(model, model)
 
 
 def random_weight(bits: Bits, shape: tuple[int, ...]) -> Weight:
@@ -70,7 +76,7 @@ def glm52_slice(experts: int) -> Subject:
     return Subject(model, model)
 
 
-def bytes_per_token(model: Model) -> int:
+def bytes_per_token(model: Any) -> int:
     """The bytes of weights that a decoded token reads."""
     args, total = model.args, 0.0
     for name, array in tree_flatten(model.parameters()):
@@ -87,7 +93,7 @@ class Decoding:
     """A cache with a prompt in it, from whose end bursts decode."""
 
     def __init__(self, subject: Subject, prompt: int) -> None:
-        self.step, self.cache = subject.step, subject.model.make_cache()
+        self.step, self.cache = subject.step, make_prompt_cache(subject.model)
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, subject.model.args.vocab_size, (1, prompt), np.int32)
         start = time.perf_counter()
@@ -95,39 +101,42 @@ class Decoding:
         mx.eval(self.first)
         self.prompt_seconds = time.perf_counter() - start
 
-    def burst(self, tokens: int) -> dict[str, float]:
-        """Decode so many tokens, then take them out of the cache again."""
+    def burst(self, threads: int, tokens: int) -> float:
+        """Decode so many tokens, then take them out of the cache again.
+
+        Returns the seconds in which Python built graphs.
+        """
+        glm_fused.set_num_threads(threads)
         token, graph = self.first, 0.0
-        start = time.perf_counter()
         for _ in range(tokens):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             token = mx.argmax(self.step(token, self.cache)[:, -1:], axis=-1)
-            graph += time.perf_counter() - begun
+            graph += time.perf_counter() - start
             mx.eval(token)
-        seconds = time.perf_counter() - start
         trim_prompt_cache(self.cache, tokens)
-        return {"seconds": seconds, "graph_seconds": graph}
+        return graph
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--stock", action="store_true")
     parser.add_argument("--slice", action="store_true")
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=86)
     options = parser.parse_args()
     mx.set_default_device(mx.cpu)
-    subject = glm52_slice(options.experts) if options.slice else bundled()
+    if options.slice:
+        subject = glm52_slice(options.experts)
+    else:
+        subject = (stock if options.stock else checkpoint)(options.model)
     decoding = Decoding(subject, options.prompt)
     loaded = {
         "glm_fused": glm_fused.__version__,
         "bytes_per_token": bytes_per_token(subject.model),
         "prompt_seconds": decoding.prompt_seconds,
     }
-    print(json.dumps(loaded), flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        glm_fused.set_num_threads(request["threads"])
-        print(json.dumps(decoding.burst(request["tokens"])), flush=True)
+    serve(loaded, decoding.burst)
 
 
 if __name__ == "__main__":
