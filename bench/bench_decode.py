@@ -5,7 +5,7 @@
     python bench/bench_decode.py --llama FOLDER --gguf FILE          # and peers/llama_gguf.py
     python bench/bench_decode.py --transformers OTHER_VENV/bin/python
     python bench/bench_decode.py --stock --repeats 3 --tokens 32     # beside stock mlx-lm
-    python bench/bench_decode.py --slice --threads 2 --repeats 3     # true shapes, 7 GiB
+    python bench/bench_decode.py --slice --threads 2 --repeats 3     # true shapes, 6 GiB
 
 A burst is 128 greedy tokens after a prompt of 86. Everything that is measured takes turns, burst by
 burst, in processes that live as long as the bench. For each number of threads it prints medians

@@ -28,13 +28,17 @@ def print_profile(result: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    mark = "█" if console.encoding.startswith("utf") else "#"
     for name in FORWARDS:
-        console.print(table(result[name], bars=console.width >= WIDE))
+        console.print(table(result[name], mark if console.width >= WIDE else ""))
     console.print(NOTE, style="dim")
 
 
-def table(forward: dict[str, Any], bars: bool) -> Table:
-    """The table of a forward: its stages, what they leave over, and the whole."""
+def table(forward: dict[str, Any], mark: str) -> Table:
+    """The table of a forward: its stages, what they leave over, and the whole.
+
+    Shares are shown as bars of ``mark`` too, unless that is empty.
+    """
     from rich import box
     from rich.table import Table
 
@@ -42,15 +46,15 @@ def table(forward: dict[str, Any], bars: bool) -> Table:
     made.add_column("stage", no_wrap=True)
     for name in ("layers", "ms", "share", "weights", "GB/s", "of read"):
         made.add_column(name, justify="right", no_wrap=True)
-    if bars:
+    if mark:
         made.add_column("", no_wrap=True)
     whole = forward["whole_seconds"]
 
     def add(name: str, layers: str, seconds: float, read: Sequence[str] = ("", "", "")) -> None:
         share = seconds / whole
-        bar = "█" * round(BAR * min(max(share, 0), 1))
+        bar = mark * round(BAR * min(max(share, 0), 1))
         cells = name, layers, f"{1e3 * seconds:.3f}", f"{round(100 * share)} %", *read
-        made.add_row(*cells, *([bar] if bars else []))
+        made.add_row(*cells, *([bar] if mark else []))
 
     for row in forward["stages"]:
         rates = f"{row['gb_per_s']:.2f}", f"{row['fraction']:.2f}"
