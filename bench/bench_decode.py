@@ -40,6 +40,7 @@ from peers.full_layers import write_full_layers
 from peers.release import write_release
 
 import glm_fused
+from glm_fused.checkpoint.paths import bundled_folder
 from glm_fused.selftest.benchmark import read_bandwidth
 
 OURS = "ours"
@@ -195,7 +196,8 @@ def at_their_best(rows: list[dict[str, Any]]) -> list[str]:
 
 def start(options: argparse.Namespace, folder: Path) -> dict[str, Contender]:
     """What is measured, by name, ours first; models that are made for it go into ``folder``."""
-    here, script, model = sys.executable, "decode_worker.py", []
+    here, script = sys.executable, "decode_worker.py"
+    model = ["--model", str(bundled_folder())]
     if options.slice:
         model = ["--slice", "--experts", str(options.experts)]
     if options.stock:

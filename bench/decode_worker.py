@@ -21,10 +21,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
 import glm_fused
-from glm_fused.formats.weights import FORMATS, Weight
-from glm_fused.models.config import args_from_config
-from glm_fused.models.decoder import Model
-from glm_fused.selftest.synthetic import Bits
 
 # A dense layer that is full and three sparse ones that share its selection: most of GLM-5.2.
 SLICE = {"num_hidden_layers": 4, "indexer_types": ["full", "shared", "shared", "shared"]}
@@ -39,8 +35,8 @@ class Subject(NamedTuple):
 
 def checkpoint(path: str) -> Subject:
     """The model in a folder; "demo" is the bundled one."""
-    engine = glm_fused.Engine(path)
-    return Subject(engine.model, engine.step)
+    model, _ = glm_fused.load(path)
+    return Subject(model, model)
 
 
 def stock(path: str) -> Subject:
@@ -49,14 +45,20 @@ def stock(path: str) -> Subject:
     return Subject(model, model)
 
 
-def random_weight(bits: Bits, shape: tuple[int, ...]) -> Weight:
+def random_weight(bits: Any, shape: tuple[int, ...]) -> Any:
     """affine4 values around 0; else tokens would hardly differ, and take the same experts."""
+    from glm_fused.formats.weights import FORMATS, Weight  # versions before 0.1 lack them
+
     codes, scales, _ = bits.weight(shape, FORMATS["affine4"], mx.bfloat16).planes
     return Weight((codes, scales, -7.5 * scales), FORMATS["affine4"])
 
 
 def glm52_slice(experts: int) -> Subject:
     """Layers of GLM-5.2's shapes, of ``experts`` experts; affine4 but for router and indexer."""
+    from glm_fused.models.config import args_from_config
+    from glm_fused.models.decoder import Model
+    from glm_fused.selftest.synthetic import Bits
+
     config = json.loads(Path(__file__).with_name("glm52_slice.json").read_text())
     model = Model(args_from_config(config | SLICE | {"n_routed_experts": experts}))
     model.set_dtype(mx.bfloat16)

@@ -170,9 +170,8 @@ struct Tile {
     const size_t left = row_bytes - offset;
     const uint8_t* half = rows.weight + offset;
     if (__builtin_expect(left < whole + F::kOverread, 0)) {
-      memset(edge, 0, sizeof(edge));
       for (int r = 0; r < R; r++) {
-        memcpy(edge[r], half + r * stride, left < whole ? left : whole);
+        copy_padded(edge[r], half + r * stride, left < whole ? left : whole);
       }
       stride = edge_bytes;
       return edge[0];

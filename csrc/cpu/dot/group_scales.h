@@ -29,6 +29,7 @@ class Spread {
   GLM_INLINE Spread(const DotArgs& a, int values, int size, int at)
       : log2_lanes_(__builtin_ctz(a.format.spec->block / values)),
         size_(size),
+        log2_size_(__builtin_ctz(size)),
         groups_(a.k / a.format.spec->block),
         row_bytes_(groups_ * size),
         bytes_(static_cast<size_t>(row_bytes_) * a.rows_left),
@@ -39,7 +40,7 @@ class Spread {
   GLM_INLINE int direct_halves(size_t offset) const {
     const ptrdiff_t left = bytes_ - offset - 16;
     const ptrdiff_t readable =
-        left < 0 ? 0 : ((left / size_ + 1) << log2_lanes_) + kHalf - 1;
+        left < 0 ? 0 : ((left >> log2_size_) + 1 << log2_lanes_) + kHalf - 1;
     const int whole = (groups_ << log2_lanes_) / kHalf;
     return readable / kHalf < whole ? static_cast<int>(readable / kHalf)
                                     : whole;
@@ -57,9 +58,8 @@ class Spread {
     if (__builtin_expect(direct, 1)) {
       return at;
     }
-    memset(edge, 0, sizeof(edge));
     for (int r = 0; r < R; r++) {
-      memcpy(edge[r], at + r * stride, count(hb) * size_);
+      copy_padded(edge[r], at + r * stride, count(hb) * size_);
     }
     stride = 16;
     return edge[0];
@@ -128,7 +128,7 @@ class Spread {
   }
   static constexpr int kLogs = 5;  // from there on, all lanes share a group
 
-  const int log2_lanes_, size_, groups_, row_bytes_;
+  const int log2_lanes_, size_, log2_size_, groups_, row_bytes_;
   const size_t bytes_;  // from the tile's first row to the matrix's last
   const Shuffle shuffle_;
 };

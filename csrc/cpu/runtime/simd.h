@@ -21,7 +21,9 @@
 // instruction set, and the linker must not merge them.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 // Builds for a debugger or a sanitizer keep the lanes' functions and loops as
 // they are written: a compiler takes many minutes for checks that are repeated
@@ -85,6 +87,25 @@ butterfly_sums(const F16 (&low)[n], const F16 (&high)[n], float (&sums)[n]) {
     sums[i] = butterfly_sum(low[i], high[i]);
   }
 }
+// Copies `count` bytes, and pads them with zeros to the size of `to`.
+template <size_t size>
+GLM_INLINE void
+copy_padded(uint8_t (&to)[size], const uint8_t* from, size_t count) {
+#if defined(GLM_AVX512)
+  for (size_t i = 0; i < size; i += 64) {
+    const auto first = [](size_t n) {
+      return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
+    };
+    const __mmask64 given = first(count > i ? count - i : 0);
+    const __m512i bytes = _mm512_maskz_loadu_epi8(given, from + i);
+    _mm512_mask_storeu_epi8(to + i, first(size - i), bytes);
+  }
+#else
+  memset(to, 0, size);
+  memcpy(to, from, count);
+#endif
+}
+
 #if !defined(GLM_AVX512)
 GLM_INLINE U16 load_threes(const uint8_t* p) {
   return load_strided<3>(p);
