@@ -35,7 +35,7 @@ class DecodeSteps:
 
     def __init__(self) -> None:
         self._parts: _Parts | None = None
-        self._steps: dict[tuple[Any, ...], _ext.DecodeStep] = {}
+        self._steps: dict[tuple[Any, ...], _ext.DecodeStep | None] = {}
 
     def __reduce__(self) -> tuple[type[DecodeSteps], tuple[()]]:
         return DecodeSteps, ()
@@ -53,18 +53,18 @@ class DecodeSteps:
         if entries[0].keys is None or entries[0].keys.dtype not in FLOATS.values():
             return None
         if self._parts is None or not self._parts.are_in_place():
-            self._steps.clear()
+            self._steps = {}  # not cleared: another thread may be at it
             self._parts = _Parts(model)
         if not self._parts.plain or not _ext.DecodeStep.takes([tokens, entries[0].keys]):
             return None
         span = Span.of(cache, tokens.shape[1])
         x, angles = model.model.begin(tokens, span)
-        if not all(layer.keeps_dtype(x) for layer in model.layers):
+        inputs = [x, *angles] if span.start is None else [x, *angles, span.start]
+        step = self._step(model, span, inputs, entries[0].keys.dtype)
+        if step is None:
             return None
         for entry in entries:
             make_room(entry, span.length)
-        inputs = [x, *angles] if span.start is None else [x, *angles, span.start]
-        step = self._step(model, span, inputs, entries[0].keys.dtype)
         logits: mx.array = step(inputs, _rows(entries), span.first)
         for entry in entries:
             advance(entry, span.length)
@@ -72,7 +72,8 @@ class DecodeSteps:
 
     def _step(
         self, model: Model, span: Span, inputs: list[mx.array], dtype: mx.Dtype
-    ) -> _ext.DecodeStep:
+    ) -> _ext.DecodeStep | None:
+        """The step for such inputs and caches; None where a norm widens what it is given."""
         selects = span.total > model.args.index_topk
         key = (
             str(mx.default_stream(mx.cpu)),
@@ -81,11 +82,13 @@ class DecodeSteps:
             dtype,
             *((a.shape, a.dtype) for a in inputs),
         )
-        step = self._steps.get(key)
-        if step is None:
-            if len(self._steps) >= _MOST:
-                self._steps.clear()
-            step = self._steps[key] = _record(model, inputs, dtype, selects)
+        if key in (steps := self._steps):
+            return steps[key]
+        if len(steps) >= _MOST:
+            self._steps = {}
+        keeps_dtype = all(layer.keeps_dtype(inputs[0]) for layer in model.layers)
+        step = _record(model, inputs, dtype, selects) if keeps_dtype else None
+        self._steps[key] = step
         return step
 
 
