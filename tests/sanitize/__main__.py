@@ -59,7 +59,7 @@ KINDS = {
         },
         ["test_ops.py", "test_weights.py", "test_topk.py", "test_slots.py", "test_crashes.py",
          "test_indexer_topk.py", "test_sparse_mla_decode.py", "test_streaming.py",
-         "test_task_errors.py"],
+         "test_task_errors.py", "test_append_rows.py", "test_decode_step.py"],
         {"scratch": "use-after-poison"},
     ),
     "thread": Kind(
