@@ -13,6 +13,7 @@ from glm_fused.cli.ab import compare, differing, format_comparison
 from glm_fused.generation.generate import generate
 from glm_fused.generation.options import Options
 from glm_fused.generation.prompts import encode
+from glm_fused.models.decode_step import DecodeSteps
 from glm_fused.ops import paths
 
 VOCAB = 256
@@ -132,18 +133,19 @@ def test_a_comparison_runs_both_paths(loaded, monkeypatch):
 
 
 def test_a_comparison_finds_one_perturbed_value(loaded, monkeypatch):
-    """One value is changed on the fused path, in the 30th call of a layer in decode steps."""
-    original = ops.sparse_mla_decode
+    """One logit is changed on the fused path, in its fourth decode step."""
+    original = DecodeSteps.run
     calls = []
 
-    def perturbed(q, *args, **kwargs):
-        y = original(q, *args, **kwargs)
-        if paths.use_reference() or q.shape[1] > 1:
-            return y
+    def perturbed(self, *args):
+        logits = original(self, *args)
+        if logits is None:
+            return None
         calls.append(1)
-        return y + (mx.arange(y.shape[-1]) == 5).astype(y.dtype) if len(calls) == 30 else y
+        change = (mx.arange(logits.shape[-1]) == 5).astype(logits.dtype)
+        return logits + change if len(calls) == 4 else logits
 
-    monkeypatch.setattr(ops, "sparse_mla_decode", perturbed)
+    monkeypatch.setattr(DecodeSteps, "run", perturbed)
     comparison = compare(loaded[0], [3, 4, 5, 6], Options(max_tokens=8))
     assert not comparison.bit_identical
     assert comparison.first_difference["step"] > 0

@@ -1,4 +1,4 @@
-"""Two threads on one streamed model each get what the resident one says, under ThreadSanitizer."""
+"""Two threads on one model each get what one thread got, under ThreadSanitizer."""
 
 from functools import partial
 
@@ -17,3 +17,8 @@ def fixture(tmp_path_factory):
 def test_two_threads_decode_on_one_model(fixture, spares, direct):
     model = fixture.model(packed=True, slots=5, spares=spares, direct=direct)
     together([partial(check, model, prompt) for prompt in fixture.prompts[:2]])
+
+
+def test_two_threads_decode_on_one_resident_model(fixture):
+    """Each records decode steps of its own, and all share the pool."""
+    together([partial(check, fixture.resident, prompt) for prompt in fixture.prompts[:2]])

@@ -19,17 +19,43 @@ const Kernel& find(const glm_fused::Format& format, bool fast) {
       });
 }
 
+// A loop of constant length, which compilers turn into vectors.
+template <int n, FloatType type>
+GLM_INLINE void swiglu_of(const float* gate, const float* up, float* act) {
+  float out[n];
+  for (int i = 0; i < n; i++) {
+    out[i] = glm_fused::swiglu(
+        glm_fused::round_to(gate[i], type),
+        glm_fused::round_to(up[i], type),
+        type);
+  }
+  memcpy(act, out, sizeof(out));
+}
+
+template <FloatType type>
+void swiglu_rows(const float* gate, const float* up, float* act, int count) {
+  int i = 0;
+  for (; i + kHalf <= count; i += kHalf) {
+    swiglu_of<kHalf, type>(gate + i, up + i, act + i);
+  }
+  for (; i < count; i++) {
+    swiglu_of<1, type>(gate + i, up + i, act + i);
+  }
+}
+
 void swiglu(
     const float* gate,
     const float* up,
     float* act,
     int count,
     FloatType type) {
-  for (int i = 0; i < count; i++) {
-    act[i] = glm_fused::swiglu(
-        glm_fused::round_to(gate[i], type),
-        glm_fused::round_to(up[i], type),
-        type);
+  switch (type) {
+    case FloatType::bfloat16:
+      return swiglu_rows<FloatType::bfloat16>(gate, up, act, count);
+    case FloatType::float16:
+      return swiglu_rows<FloatType::float16>(gate, up, act, count);
+    default:
+      return swiglu_rows<FloatType::float32>(gate, up, act, count);
   }
 }
 

@@ -4,7 +4,6 @@
 #include "cpu/dot/matrix.h"
 #include "cpu/runtime/dispatch.h"
 #include "primitives.h"
-#include "swiglu.h"
 
 namespace glm_fused {
 
@@ -25,9 +24,7 @@ struct SwigluAll {
       const int count = static_cast<int>(std::min(kValues, act.size() - at));
       load_values(gate, at, count, g);
       load_values(up, at, count, u);
-      for (int i = 0; i < count; i++) {
-        g[i] = swiglu(g[i], u[i], type);
-      }
+      kernels().swiglu(g, u, g, count, type);
       store_row(act, at, g, count);
     }
   }

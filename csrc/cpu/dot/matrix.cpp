@@ -52,6 +52,25 @@ void load_row(const mx::array& x, size_t row, int k, float* out) {
   load_values(x, row * k, k, out);
 }
 
+namespace {
+
+// Loops of constant length are those that compilers turn into vectors.
+template <class From, class To, class Convert>
+void convert(const From* from, To* to, size_t count, Convert each) {
+  constexpr size_t kTogether = 8;
+  size_t i = 0;
+  for (; i + kTogether <= count; i += kTogether) {
+    for (size_t j = 0; j < kTogether; j++) {
+      to[i + j] = each(from[i + j]);
+    }
+  }
+  for (; i < count; i++) {
+    to[i] = each(from[i]);
+  }
+}
+
+}  // namespace
+
 void load_values(const mx::array& x, size_t offset, int count, float* out) {
   if (x.dtype() == mx::float32) {
     std::copy_n(x.data<float>() + offset, count, out);
@@ -59,11 +78,9 @@ void load_values(const mx::array& x, size_t offset, int count, float* out) {
   }
   const uint16_t* from = x.data<uint16_t>() + offset;
   if (x.dtype() == mx::bfloat16) {
-    std::transform(
-        from, from + count, out, [](uint16_t h) { return from_bfloat16(h); });
+    convert(from, out, count, [](uint16_t h) { return from_bfloat16(h); });
   } else {
-    std::transform(
-        from, from + count, out, [](uint16_t h) { return from_float16(h); });
+    convert(from, out, count, [](uint16_t h) { return from_float16(h); });
   }
 }
 
@@ -74,11 +91,9 @@ void store_row(mx::array& a, size_t offset, const float* values, int count) {
   }
   uint16_t* to = a.data<uint16_t>() + offset;
   if (a.dtype() == mx::bfloat16) {
-    std::transform(
-        values, values + count, to, [](float f) { return to_bfloat16(f); });
+    convert(values, to, count, [](float f) { return to_bfloat16(f); });
   } else {
-    std::transform(
-        values, values + count, to, [](float f) { return to_float16(f); });
+    convert(values, to, count, [](float f) { return to_float16(f); });
   }
 }
 

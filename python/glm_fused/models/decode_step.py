@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList, KVCache
@@ -17,13 +17,38 @@ from mlx_lm.models.cache import CacheList, KVCache
 from .. import _ext, ops
 from ..formats.kv_rows import FLOATS
 from .cache import Span, advance, make_room
+from .config import ModelArgs
 from .layers import is_plain
 from .rope import Angles
 
-if TYPE_CHECKING:
-    from .decoder import Model
-
 _MOST = 32  # kinds of steps that are kept
+
+
+class _Layers(Protocol):
+    """The decoder of a model, without its head."""
+
+    embed_tokens: nn.Module
+
+    def begin(self, tokens: mx.array, span: Span) -> tuple[mx.array, Angles]: ...
+
+    def run(
+        self, x: mx.array, span: Span, angles: Angles, cache: Sequence[Any] | None
+    ) -> mx.array: ...
+
+
+class Model(Protocol):
+    """What is recorded: a `glm_fused.models.decoder.Model`."""
+
+    args: ModelArgs
+    model: _Layers
+
+    @property
+    def layers(self) -> Sequence[Any]: ...
+
+    @property
+    def training(self) -> bool: ...
+
+    def head(self, x: mx.array) -> mx.array: ...
 
 
 class DecodeSteps:

@@ -136,14 +136,17 @@ def _compare(tokens, logits, prompt, fault):
 
 
 class Fixture:
-    """A checkpoint with its sidecar and one model, `shared`, into which `model` puts new banks."""
+    """A checkpoint with its sidecar, and two models.
+
+    One is `resident`, the other is `shared`, into which `model` puts new banks.
+    """
 
     def __init__(self, folder, prompts=8, steps=STEPS):
         self.folder = folder / "model"
         write_checkpoint(self.folder, CONFIG, quantization={"group_size": 32, "bits": 4}, shards=2)
         pack(self.folder, self.folder / "sidecar")
-        resident, _ = load_model(self.folder)
-        self.prompts = [self._prompt(resident, i, steps) for i in range(prompts)]
+        self.resident, _ = load_model(self.folder)
+        self.prompts = [self._prompt(self.resident, i, steps) for i in range(prompts)]
         drain()
         checkpoint = Checkpoint.open(self.folder)
         self._args = args_from_config(checkpoint.config)
