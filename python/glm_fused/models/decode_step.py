@@ -18,17 +18,12 @@ from .. import _ext, ops
 from ..formats.kv_rows import FLOATS
 from .cache import Span, advance, make_room
 from .config import ModelArgs
-from .layers import is_plain
 from .rope import Angles
 
 _MOST = 32  # kinds of steps that are kept
 
 
-class _Layers(Protocol):
-    """The decoder of a model, without its head."""
-
-    embed_tokens: nn.Module
-
+class _Decoder(Protocol):
     def begin(self, tokens: mx.array, span: Span) -> tuple[mx.array, Angles]: ...
 
     def run(
@@ -40,13 +35,17 @@ class Model(Protocol):
     """What is recorded: a `glm_fused.models.decoder.Model`."""
 
     args: ModelArgs
-    model: _Layers
+
+    @property
+    def model(self) -> _Decoder: ...
 
     @property
     def layers(self) -> Sequence[Any]: ...
 
     @property
     def training(self) -> bool: ...
+
+    def is_plain(self) -> bool: ...
 
     def head(self, x: mx.array) -> mx.array: ...
 
@@ -126,7 +125,7 @@ class _Parts:
         self._sized = list(_containers(model))
         self._sizes = list(map(len, self._sized))
         arrays = [part for part in self._values if isinstance(part, mx.array)]
-        self.plain = _ext.DecodeStep.takes(arrays) and _is_plain(model)
+        self.plain = _ext.DecodeStep.takes(arrays) and model.is_plain()
         if self.plain:
             mx.eval(arrays)
 
@@ -150,14 +149,6 @@ def _places(model: Model) -> Iterator[tuple[Any, Any, Any]]:
     for container in _containers(model):
         items = container.items() if isinstance(container, dict) else enumerate(container)
         yield from ((container, at, part) for at, part in items)
-
-
-def _is_plain(model: Model) -> bool:
-    """Whether all layers run as blocks: their weights are in memory, without adapters."""
-    head = model.lm_head if "lm_head" in model else None
-    return (
-        is_plain(head) if head is not None else hasattr(model.model.embed_tokens, "as_weight")
-    ) and all(layer.is_plain() for layer in model.layers)
 
 
 def _record(

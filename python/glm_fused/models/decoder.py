@@ -20,7 +20,15 @@ from .cache_check import check_cache
 from .config import ModelArgs
 from .decode_step import DecodeSteps
 from .layer_spec import LayerSpec
-from .layers import MLP, Embedding, Linear, RMSNorm, keeps_dtype
+from .layers import (
+    MLP,
+    Embedding,
+    Linear,
+    QuantizedEmbedding,
+    RMSNorm,
+    is_plain,
+    keeps_dtype,
+)
 from .moe import MoE
 from .rope import Angles, Rope
 from .tensors import modules
@@ -167,6 +175,14 @@ class Model(nn.Module):
             adapted: mx.array = embedding.as_linear(x)
             return adapted
         return ops.quantized_matvec(x, embedding.as_weight())
+
+    def is_plain(self) -> bool:
+        """Whether all layers and the head are, whose weights then are arrays in memory."""
+        if "lm_head" in self:
+            head = is_plain(self.lm_head)
+        else:
+            head = isinstance(self.model.embed_tokens, Embedding | QuantizedEmbedding)
+        return head and all(layer.is_plain() for layer in self.layers)
 
     @property
     def context(self) -> int:
