@@ -81,6 +81,15 @@ class Host:
             for kernel, groups, group, report, out in self._native.take_launches()
         ]
 
+    def stock_launches(self, *outputs: Any) -> list[str]:
+        """Evaluate MLX arrays; the primitives of MLX that a GPU runs kernels for, in any order.
+
+        Views and what keeps its input's memory need none; a concatenation counts once an input. An
+        update of a slice counts once, as where its input is not needed any more.
+        """
+        names: list[str] = self._native.stock_launches(list(outputs))
+        return names
+
 
 @functools.cache
 def compiled(name: str, text: str, contract: bool, trace: bool) -> tuple[Path, str]:

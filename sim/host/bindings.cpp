@@ -7,8 +7,11 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <filesystem>
+#include <unordered_set>
 
+#include "mlx/transforms.h"
 #include "ops/placement.h"
 #include "sim/host/launches.h"
 
@@ -76,6 +79,60 @@ std::vector<Taken> take_launches() {
   return taken;
 }
 
+// A node of a graph, with arrays that outlive its evaluation.
+struct Node {
+  std::string name;
+  std::vector<mx::array> inputs, outputs;
+
+  // Whether it made memory, as it did unless each output is a view.
+  bool made_memory() const {
+    return std::ranges::any_of(outputs, [&](const mx::array& out) {
+      return out.size() > 0 &&
+          std::ranges::none_of(inputs, [&](const mx::array& in) {
+               return in.size() > 0 && in.buffer().ptr() == out.buffer().ptr();
+             });
+    });
+  }
+};
+
+// Gives the nodes that `outputs` are made by, but for those that launch kernels
+// of ours.
+std::vector<Node> nodes_of(std::vector<mx::array> arrays) {
+  std::vector<Node> nodes;
+  std::unordered_set<std::uintptr_t> seen;
+  while (!arrays.empty()) {
+    const mx::array a = arrays.back();
+    arrays.pop_back();
+    if (a.is_available() || !a.has_primitive() ||
+        !seen.insert(a.primitive_id()).second) {
+      continue;
+    }
+    arrays.insert(arrays.end(), a.inputs().begin(), a.inputs().end());
+    if (dynamic_cast<const OnMetal*>(&a.primitive()) == nullptr) {
+      nodes.push_back({a.primitive().name(), a.inputs(), a.outputs()});
+    }
+  }
+  return nodes;
+}
+
+std::vector<std::string> stock_launches(std::vector<mx::array> outputs) {
+  // Nodes hold on to their arrays, so no result takes over an input's memory.
+  const std::vector<Node> nodes = nodes_of(outputs);
+  {
+    nb::gil_scoped_release release;
+    mx::eval(std::move(outputs));
+  }
+  std::vector<std::string> names;
+  for (const Node& node : nodes) {
+    // MLX copies the parts of a concatenation one by one.
+    const size_t count = node.name == "Concatenate" ? node.inputs.size() : 1;
+    if (node.made_memory()) {
+      names.insert(names.end(), count, node.name);
+    }
+  }
+  return names;
+}
+
 // Tells why `host` cannot work, or "".
 std::string obstacle() {
   const std::filesystem::path source = GLM_FUSED_SOURCE_DIR;
@@ -138,6 +195,7 @@ void bind_simulator(nb::module_& parent) {
       "in_place"_a,
       "keep_outputs"_a);
   m.def("take_launches", &take_launches);
+  m.def("stock_launches", &stock_launches, "outputs"_a);
 }
 
 }  // namespace glm_fused

@@ -42,6 +42,9 @@ class Simulator(Protocol):
     def take_launches(self) -> list[Any]:
         """The launches since the last call, in order."""
 
+    def stock_launches(self, *outputs: mx.array) -> list[str]:
+        """Evaluate the arrays; the primitives of MLX that a GPU runs kernels for."""
+
 
 def unavailable() -> str:
     """Why this build cannot simulate Metal, or "" if it can."""
@@ -90,6 +93,15 @@ def take_launches() -> list[Launch]:
         RuntimeError: this build has no simulator.
     """
     return _simulator().take_launches()
+
+
+def stock_launches(*outputs: mx.array) -> list[str]:
+    """Evaluate the arrays; the primitives of MLX in their graph that a GPU runs kernels for.
+
+    Raises:
+        RuntimeError: this build has no simulator.
+    """
+    return _simulator().stock_launches(*outputs)
 
 
 @functools.cache
