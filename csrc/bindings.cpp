@@ -15,6 +15,7 @@
 #include "mlx/scheduler.h"
 #include "ops.h"
 #include "ops/bindings.h"
+#include "ops/metal_blocks.h"
 #include "ops/placement.h"
 #include "shutdown.h"
 #include "slots/bindings.h"
@@ -277,6 +278,7 @@ NB_MODULE(_ext, m) {
          const NormTuple& kv_a_norm,
          const WeightTuple& embed_q,
          int nope_dim,
+         Kernel kernel,
          const mx::StreamOrDevice& stream) {
         const AttentionProjections p{
             norm(input_norm),
@@ -288,8 +290,9 @@ NB_MODULE(_ext, m) {
             weight(embed_q),
             nope_dim,
             std::nullopt};
-        return attention_project(
-            x, p, cosines, sines, false, on(Kernel::cpu, stream));
+        const auto project = kernel == Kernel::metal ? metal_attention_project
+                                                     : attention_project;
+        return project(x, p, cosines, sines, false, on(kernel, stream));
       },
       "x"_a,
       "cos"_a,
@@ -302,6 +305,7 @@ NB_MODULE(_ext, m) {
       "kv_a_norm"_a,
       "embed_q"_a,
       "nope_dim"_a,
+      "kernel"_a,
       "stream"_a.none());
   m.def(
       "full_attention_project",
@@ -324,6 +328,7 @@ NB_MODULE(_ext, m) {
          int heads,
          bool interleaved,
          bool score,
+         Kernel kernel,
          const mx::StreamOrDevice& stream) {
         const AttentionProjections p{
             norm(input_norm),
@@ -342,8 +347,9 @@ NB_MODULE(_ext, m) {
                 weight(weights_proj),
                 heads,
                 interleaved}};
-        return attention_project(
-            x, p, cosines, sines, score, on(Kernel::cpu, stream));
+        const auto project = kernel == Kernel::metal ? metal_attention_project
+                                                     : attention_project;
+        return project(x, p, cosines, sines, score, on(kernel, stream));
       },
       "x"_a,
       "cos"_a,
@@ -364,6 +370,7 @@ NB_MODULE(_ext, m) {
       "heads"_a,
       "interleaved"_a,
       "score"_a,
+      "kernel"_a,
       "stream"_a.none());
   m.def(
       "append_rows",
@@ -388,31 +395,38 @@ NB_MODULE(_ext, m) {
          const mx::array& attended,
          const WeightTuple& unembed_out,
          const WeightTuple& o_proj,
+         Kernel kernel,
          const mx::StreamOrDevice& stream) {
-        return attention_output(
+        const auto output =
+            kernel == Kernel::metal ? metal_attention_output : attention_output;
+        return output(
             x,
             attended,
             weight(unembed_out),
             weight(o_proj),
-            on(Kernel::cpu, stream));
+            on(kernel, stream));
       },
       "x"_a,
       "attended"_a,
       "unembed_out"_a,
       "o_proj"_a,
+      "kernel"_a,
       "stream"_a.none());
   m.def(
       "mlp_block",
       [](const mx::array& x,
          const NormTuple& input_norm,
          const MlpTuple& weights,
+         Kernel kernel,
          const mx::StreamOrDevice& stream) {
-        return mlp_block(
-            x, norm(input_norm), mlp(weights), on(Kernel::cpu, stream));
+        const auto block =
+            kernel == Kernel::metal ? metal_mlp_block : mlp_block;
+        return block(x, norm(input_norm), mlp(weights), on(kernel, stream));
       },
       "x"_a,
       "input_norm"_a,
       "weights"_a,
+      "kernel"_a,
       "stream"_a.none());
   m.def(
       "moe_block",
@@ -427,6 +441,7 @@ NB_MODULE(_ext, m) {
          float routed_scaling_factor,
          const MlpTuple& experts,
          const std::optional<MlpTuple>& shared,
+         Kernel kernel,
          const mx::StreamOrDevice& stream) {
         const Router router{
             router_weight,
@@ -436,13 +451,15 @@ NB_MODULE(_ext, m) {
              topk_group,
              norm_topk_prob,
              routed_scaling_factor}};
-        return moe_block(
+        const auto block =
+            kernel == Kernel::metal ? metal_moe_block : moe_block;
+        return block(
             x,
             norm(input_norm),
             router,
             mlp(experts),
             shared ? std::optional(mlp(*shared)) : std::nullopt,
-            on(Kernel::cpu, stream));
+            on(kernel, stream));
       },
       "x"_a,
       "input_norm"_a,
@@ -455,6 +472,7 @@ NB_MODULE(_ext, m) {
       "routed_scaling_factor"_a,
       "experts"_a,
       "shared"_a.none(),
+      "kernel"_a,
       "stream"_a.none());
   m.def(
       "indexer_topk",

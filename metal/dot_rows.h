@@ -32,10 +32,35 @@ struct Matrix {
   }
 };
 
+// A lane holds this many results at once; more would leave the registers.
+GLM_CONST int kMaxResults = 16;
+
+constexpr int rows_at_once(int rows, int width) {
+  return rows * width <= kMaxResults ? rows : kMaxResults / width;
+}
+
+// Vectors in memory: vector m starts offsets[m] values after x.
+template <typename T>
+struct Vectors {
+  const device T* x;
+  const thread int* offsets;
+
+  template <typename F>
+  METAL_FUNC float load(int m, int column, thread float* x_thread)
+      const thread {
+    return F::load_x(x + offsets[m] + column, x_thread);
+  }
+  template <typename F>
+  METAL_FUNC float
+  load_safe(int m, int column, int left, thread float* x_thread) const thread {
+    return F::load_x_safe(x + offsets[m] + column, left, x_thread);
+  }
+};
+
 // Adds `depth` blocks from `column` on to the sums of dot_rows; unless `whole`,
 // those that begin before `end`. It asks for all weights before it needs any.
 template <
-    typename T,
+    typename V,
     typename F,
     int matrices,
     int rows,
@@ -46,8 +71,7 @@ METAL_FUNC void dot_blocks(
     const thread Matrix<F>* w,
     int k,
     int used,
-    const device T* x,
-    const thread int* offsets,
+    const thread V& x,
     int own,
     int column,
     int end,
@@ -68,7 +92,7 @@ METAL_FUNC void dot_blocks(
     const int at = column + d * F::block;
     GLM_UNROLL
     for (int m = 0; m < width && (whole || at < end); m++) {
-      const float sum = F::load_x(x + offsets[m] + at, x_thread);
+      const float sum = x.template load<F>(m, at + own, x_thread);
       GLM_UNROLL
       for (int i = 0; i < all; i++) {
         if (F::whole_tiles || i % rows < used) {
@@ -80,11 +104,10 @@ METAL_FUNC void dot_blocks(
 }
 
 // Sets result[(i * rows + r) * width + m] to row r of matrix i times vector m,
-// for every r < used. w[i] points to the lane's first column of row 0 and x to
-// its first column of vector 0; vector m starts offsets[m] values further on.
-// `depth` blocks of columns are read at once.
+// for every r < used. w[i] points to the lane's first column of row 0. `depth`
+// blocks of columns are read at once.
 template <
-    typename T,
+    typename V,
     typename F,
     int matrices,
     int rows,
@@ -94,8 +117,7 @@ METAL_FUNC void dot_rows(
     const thread Matrix<F>* w,
     int k,
     int used,
-    const device T* x,
-    const thread int* offsets,
+    const thread V& x,
     int lane,
     thread float* result) {
   thread float x_thread[F::values];
@@ -108,12 +130,12 @@ METAL_FUNC void dot_rows(
   const int end = F::whole_blocks(k) * F::block;
   int column = 0;
   for (; column + depth * F::block <= end; column += depth * F::block) {
-    dot_blocks<T, F, matrices, rows, width, depth, true>(
-        w, k, used, x, offsets, own, column, end, result);
+    dot_blocks<V, F, matrices, rows, width, depth, true>(
+        w, k, used, x, own, column, end, result);
   }
   if constexpr (depth > 1) {
-    dot_blocks<T, F, matrices, rows, width, depth, false>(
-        w, k, used, x, offsets, own, column, end, result);
+    dot_blocks<V, F, matrices, rows, width, depth, false>(
+        w, k, used, x, own, column, end, result);
   }
 
   if constexpr (!F::whole_tiles) {
@@ -128,7 +150,7 @@ METAL_FUNC void dot_rows(
         GLM_UNROLL
         for (int m = 0; m < width; m++) {
           const float sum =
-              F::load_x_safe(x + offsets[m] + end, left, x_thread);
+              x.template load_safe<F>(m, end + own, left, x_thread);
           F::dot_safe(tail, x_thread, sum, left, result[i * width + m]);
         }
       }
@@ -142,33 +164,28 @@ METAL_FUNC void dot_rows(
 }
 
 // Gate and up read x once where they share a format.
-template <int rows, int width, typename T, typename F>
+template <int rows, int width, typename V, typename F>
 METAL_FUNC void dot_pair(
     Matrix<F> a,
     Matrix<F> b,
     int k,
     int used,
-    const device T* x,
-    const thread int* offsets,
+    const thread V& x,
     int lane,
     thread float* result) {
   const thread Matrix<F> both[2] = {a, b};
-  dot_rows<T, F, 2, rows, width>(
-      both, k, used, x + lane * F::values, offsets, lane, result);
+  dot_rows<V, F, 2, rows, width>(both, k, used, x, lane, result);
 }
 
-template <int rows, int width, typename T, typename A, typename B>
+template <int rows, int width, typename V, typename A, typename B>
 METAL_FUNC void dot_pair(
     Matrix<A> a,
     Matrix<B> b,
     int k,
     int used,
-    const device T* x,
-    const thread int* offsets,
+    const thread V& x,
     int lane,
     thread float* result) {
-  dot_rows<T, A, 1, rows, width>(
-      &a, k, used, x + lane * A::values, offsets, lane, result);
-  dot_rows<T, B, 1, rows, width>(
-      &b, k, used, x + lane * B::values, offsets, lane, result + rows * width);
+  dot_rows<V, A, 1, rows, width>(&a, k, used, x, lane, result);
+  dot_rows<V, B, 1, rows, width>(&b, k, used, x, lane, result + rows * width);
 }

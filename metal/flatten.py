@@ -4,7 +4,8 @@
 
 writes C++ that defines ``glm_fused::metal_source::<name>`` for each ``<name>.metal`` beside this
 script. MLX's functions are taken word for word from its headers; `qdot` is given the address space
-of registers instead of device memory, which lets a kernel read a weight once and use it often.
+of registers instead of device memory, which lets a kernel read a weight once and use it often, and
+so is a copy of `load_vector`, for vectors that a kernel computes.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ KERNELS = "mlx/backend/metal/kernels"
 ARITHMETIC = "mlx_arithmetic.h"
 _INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.MULTILINE)
 
-# For each namespace, a header of MLX and the definitions taken from it, in order.
+# For each namespace, a header of MLX and the definitions taken from it, in order: as they are, with
+# their weights in registers, and once more as `own_*`, with their vector in registers.
 _TAKEN = {
     "mlx_affine": (
         "quantized.h",
         ["get_pack_factor", "get_bytes_per_pack", "load_vector", "load_vector_safe"],
         ["qdot", "qdot_safe"],
+        ["load_vector", "load_vector_safe"],
     ),
     "mlx_fp": (
         "fp_quantized.h",
@@ -36,6 +39,7 @@ _TAKEN = {
             "load_vector_safe",
         ],
         ["qdot", "qdot_safe"],
+        ["load_vector", "load_vector_safe"],
     ),
 }
 
@@ -55,13 +59,19 @@ def in_registers(text: str) -> str:
     return re.sub(r"\bconst device (uint8_t|uint16_t)\*", r"const thread \1*", text)
 
 
+def own(text: str, name: str) -> str:
+    """The same function under the name `own_*`, with its vector in `thread` memory."""
+    return text.replace(f" {name}(const device T*", f" own_{name}(const thread T*")
+
+
 def mlx_arithmetic(include: Path) -> str:
     kernels = include / KERNELS
     parts = ["#pragma once\n", *((kernels / h).read_text() for h in ("fp4.h", "fp8.h"))]
-    for namespace, (header, plain, moved) in _TAKEN.items():
+    for namespace, (header, plain, moved, owned) in _TAKEN.items():
         path = kernels / header
         body = [definition(path, name) for name in plain]
         body += [in_registers(definition(path, name)) for name in moved]
+        body += [own(definition(path, name), name) for name in owned]
         parts.append(f"namespace {namespace} {{\n\n" + "\n".join(body) + f"\n}} // {namespace}\n")
     return "\n".join(parts).replace("#pragma once\n", "")
 

@@ -1,17 +1,11 @@
-// Two launches compute the routed experts of one layer for up to 16 tokens.
+// Two launches compute the experts of one layer for up to 16 tokens: those that
+// tokens choose, and those that all share, if there are any.
 #pragma once
 
 #include "dot_rows.h"
 #include "params.h"
 #include "sharing.h"
 #include "swiglu.h"
-
-// A lane holds this many results at once; more would leave the registers.
-GLM_CONST int kMaxResults = 16;
-
-constexpr int rows_at_once(int rows, int width) {
-  return rows * width <= kMaxResults ? rows : kMaxResults / width;
-}
 
 // Packs the Link of each pair p into links[p]: bit 0 says whether the pair
 // leads a group, and the bits above it are the number of the pair that follows
@@ -50,6 +44,7 @@ struct GateUp {
     for (int m = 0; m < width; m++) {
       offsets[m] = members[m] / top_k * hidden;
     }
+    const Vectors<T> vectors = {x, offsets};
     thread float result[2 * step * width];
     for (int r = 0; r < rows; r += step) {
       const int row = first_row + r;
@@ -62,8 +57,7 @@ struct GateUp {
           up.skip(row, 0, hidden),
           hidden,
           used,
-          x,
-          offsets,
+          vectors,
           lane,
           result);
       GLM_UNROLL
@@ -82,8 +76,17 @@ struct GateUp {
 };
 
 // Sets act[pair] to silu(gate x) * up x. A threadgroup takes a tile of rows of
-// the group of pairs that pair tid.y leads.
-template <typename T, typename Gate, typename Up, int rows, int most>
+// the group of pairs that pair tid.y leads. With `shared`, the last tid.y takes
+// the shared experts: it sets shared_act[token].
+template <
+    typename T,
+    typename Gate,
+    typename Up,
+    int rows,
+    int most,
+    bool shared = false,
+    typename SharedGate = Gate,
+    typename SharedUp = Up>
 [[kernel]] void moe_gate_up(
     const device T* x [[buffer(0)]],
     const device int* slots [[buffer(1)]],
@@ -95,14 +98,41 @@ template <typename T, typename Gate, typename Up, int rows, int most>
     const device typename Up::scale_type* up_biases [[buffer(7)]],
     device T* act [[buffer(8)]],
     const constant MoeParams& params [[buffer(9)]],
+    const device uint8_t* shared_gate [[buffer(10)]],
+    const device typename SharedGate::scale_type* shared_gate_scales
+    [[buffer(11)]],
+    const device typename SharedGate::scale_type* shared_gate_biases
+    [[buffer(12)]],
+    const device uint8_t* shared_up [[buffer(13)]],
+    const device typename SharedUp::scale_type* shared_up_scales [[buffer(14)]],
+    const device typename SharedUp::scale_type* shared_up_biases [[buffer(15)]],
+    device T* shared_act [[buffer(16)]],
     threadgroup int* links [[threadgroup(0)]],
     uint3 tid [[threadgroup_position_in_grid]],
     uint simd_gid [[simdgroup_index_in_threadgroup]],
     uint simd_lid [[thread_index_in_simdgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]]) {
   const int pairs = params.tokens * params.top_k;
-  const int slot = slots[tid.y];
   const int row = (tid.x * simdgroups + simd_gid) * rows;
+  if constexpr (shared) {
+    if (int(tid.y) == pairs) {
+      const GateUp<T, SharedGate, SharedUp, rows> tile = {
+          x,
+          Matrix<SharedGate>{
+              shared_gate, shared_gate_scales, shared_gate_biases}
+              .at(0, params.shared_intermediate, params.hidden, simd_lid),
+          Matrix<SharedUp>{shared_up, shared_up_scales, shared_up_biases}.at(
+              0, params.shared_intermediate, params.hidden, simd_lid),
+          shared_act,
+          params.hidden,
+          params.shared_intermediate,
+          1,
+          int(simd_lid)};
+      const Group<most> all = all_tokens<most>(params.tokens);
+      return tile.template run<most>(row, all.members, all.count);
+    }
+  }
+  const int slot = slots[tid.y];
   if constexpr (most > 1) {
     find_links<most>(
         slots, pairs, links, simd_gid * kLanes + simd_lid, simdgroups * kLanes);
@@ -151,6 +181,7 @@ struct Down {
   const device T* act;
   Matrix<F> down;  // at row 0 of the slot
   const device float* scores;
+  bool weighed;              // by the scores
   threadgroup float* terms;  // [pairs, rows]
   int hidden;
   int intermediate;
@@ -165,6 +196,7 @@ struct Down {
     for (int m = 0; m < width; m++) {
       offsets[m] = members[m] * intermediate;
     }
+    const Vectors<T> vectors = {act, offsets};
     thread float result[step * width];
     for (int r = 0; r < rows; r += step) {
       const int row = first_row + r;
@@ -173,21 +205,15 @@ struct Down {
         return;
       }
       const Matrix<F> w = down.skip(row, 0, intermediate);
-      dot_rows<T, F, 1, step, width>(
-          &w,
-          intermediate,
-          used,
-          act + lane * F::values,
-          offsets,
-          lane,
-          result);
+      dot_rows<Vectors<T>, F, 1, step, width>(
+          &w, intermediate, used, vectors, lane, result);
       GLM_UNROLL
       for (int i = 0; i < step * width; i++) {
         if (lane == 0 && i % width < count) {
           const int pair = members[i % width];
           const glm_fused::As<T> type;
           const float y = glm_fused::round_to(result[i], type);
-          terms[pair * rows + r + i / width] = y * scores[pair];
+          terms[pair * rows + r + i / width] = weighed ? y * scores[pair] : y;
         }
       }
     }
@@ -197,8 +223,15 @@ struct Down {
 // Sets y[token] to the sum over its choices, in order, of score * down act. A
 // threadgroup takes a tile of rows of all tokens; its simdgroups share out the
 // groups of pairs. The products pass through threadgroup memory, so that no
-// compiler contracts them with the sum.
-template <typename T, typename F, int rows, int most>
+// compiler contracts them with the sum. With `shared`, the shared experts are
+// added to the rounded sum; then it is added to the residual, if there is one.
+template <
+    typename T,
+    typename F,
+    int rows,
+    int most,
+    bool shared = false,
+    typename Shared = F>
 [[kernel]] void moe_down_sum(
     const device T* act [[buffer(0)]],
     const device int* slots [[buffer(1)]],
@@ -208,6 +241,11 @@ template <typename T, typename F, int rows, int most>
     const device float* scores [[buffer(5)]],
     device T* y [[buffer(6)]],
     const constant MoeParams& params [[buffer(7)]],
+    const device uint8_t* shared_weight [[buffer(8)]],
+    const device typename Shared::scale_type* shared_scales [[buffer(9)]],
+    const device typename Shared::scale_type* shared_biases [[buffer(10)]],
+    const device T* shared_act [[buffer(11)]],
+    const device T* residual [[buffer(12)]],
     threadgroup int* links [[threadgroup(0)]],
     threadgroup float* terms [[threadgroup(1)]],
     uint3 tid [[threadgroup_position_in_grid]],
@@ -242,6 +280,7 @@ template <typename T, typename F, int rows, int most>
         Matrix<F>{weight, scales, biases}.at(
             slot, params.hidden, params.intermediate, simd_lid),
         scores,
+        true,
         terms,
         params.hidden,
         params.intermediate,
@@ -272,6 +311,22 @@ template <typename T, typename F, int rows, int most>
     }
     tile.template run<1>(row, group.members, count);
   }
+  if constexpr (shared) {
+    if (int(simd_gid) == pairs % int(simdgroups)) {
+      const Down<T, Shared, rows> tile = {
+          shared_act,
+          Matrix<Shared>{shared_weight, shared_scales, shared_biases}.at(
+              0, params.hidden, params.shared_intermediate, simd_lid),
+          scores,
+          false,
+          terms + pairs * rows,
+          params.hidden,
+          params.shared_intermediate,
+          int(simd_lid)};
+      const Group<most> all = all_tokens<most>(params.tokens);
+      tile.template run<most>(row, all.members, all.count);
+    }
+  }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   const int used = min(rows, params.hidden - row);
@@ -281,6 +336,14 @@ template <typename T, typename F, int rows, int most>
     for (int choice = 0; choice < params.top_k; choice++) {
       sum = sum + terms[(token * params.top_k + choice) * rows + r];
     }
-    y[token * params.hidden + row + r] = static_cast<T>(sum);
+    const int at = token * params.hidden + row + r;
+    const glm_fused::As<T> type;
+    float value = glm_fused::round_to(sum, type);
+    if constexpr (shared) {
+      value =
+          glm_fused::round_to(value + terms[(pairs + token) * rows + r], type);
+    }
+    y[at] = static_cast<T>(
+        params.adds ? static_cast<float>(residual[at]) + value : value);
   }
 }

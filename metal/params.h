@@ -6,7 +6,9 @@ struct MoeParams {
   int top_k;
   int hidden;
   int intermediate;
-  int bank;  // slots in the weight arrays
+  int bank;                 // slots in the weight arrays
+  int shared_intermediate;  // of experts that all tokens take
+  int adds;                 // whether there is a residual
 };
 
 struct RouterParams {
@@ -72,9 +74,45 @@ struct NormParams {
   float eps;
 };
 
+// One of a launch's products; strides are in values.
+struct ProductParams {
+  int first_group;   // of threadgroups, along the rows
+  int rows;          // of each head
+  int token_stride;  // of the output
+  int head_stride;
+  int wide;  // whether it is stored as fp32
+};
+
+struct ProjectParams {
+  int tokens;
+  int columns;
+  int token_stride;  // of x
+  int head_stride;
+  int adds;    // whether there is a residual
+  int groups;  // of threadgroups that the products take
+  float eps;
+  ProductParams products[4];
+};
+
 struct RotateParams {
   ViewParams x;
   ViewParams cosines;  // [b or 1, 1, l, pairs]
   ViewParams sines;
   int interleaved;
+};
+
+// What attention does to rows after its projections; strides are in values.
+struct AttentionRowsParams {
+  int tokens;
+  int heads;
+  int nope;
+  int rank;
+  int rope;
+  int index_heads;  // 0: their queries are not wanted
+  int index_dim;    // 0: there is no indexer
+  int interleaved;  // of the indexer
+  float eps;        // of the latents' norm
+  float index_eps;
+  ViewParams cosines;  // [b or 1, 1, l, pairs]
+  ViewParams sines;
 };

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "numbers.h"
+#include "rotation.h"
 #include "view.h"
 
 template <typename T>
@@ -33,7 +34,7 @@ template <typename T>
       [row_offset(params.cosines, angle) + i * params.cosines.column_stride];
   const float sine =
       sines[row_offset(params.sines, angle) + i * params.sines.column_stride];
-  using glm_fused::product;
-  y[first] = static_cast<T>(product(a, cosine) - product(b, sine));
-  y[second] = static_cast<T>(product(b, cosine) + product(a, sine));
+  const Rotated pair = rotated(a, b, cosine, sine);
+  y[first] = static_cast<T>(pair.first);
+  y[second] = static_cast<T>(pair.second);
 }

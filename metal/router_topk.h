@@ -38,14 +38,9 @@ template <typename T, typename F, int width>
   thread float result[width];
   const Matrix<F> w =
       Matrix<F>{weight, weight, weight}.at(row, 1, hidden, simd_lid);
-  dot_rows<T, F, 1, 1, width, depth>(
-      &w,
-      hidden,
-      1,
-      x + token * hidden + simd_lid * F::values,
-      offsets,
-      simd_lid,
-      result);
+  const Vectors<T> vectors = {x + token * hidden, offsets};
+  dot_rows<Vectors<T>, F, 1, 1, width, depth>(
+      &w, hidden, 1, vectors, simd_lid, result);
   GLM_UNROLL
   for (int m = 0; m < width; m++) {
     if (simd_lid == 0 && m < used) {

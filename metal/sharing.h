@@ -55,3 +55,15 @@ group_from(const threadgroup int* links, int pairs, int pair) {
   }
   return group;
 }
+
+// Gives the group of all tokens, of which there are at most `most`.
+template <int most>
+METAL_FUNC Group<most> all_tokens(int tokens) {
+  Group<most> group;
+  GLM_UNROLL
+  for (int i = 0; i < most; i++) {
+    group.members[i] = min(i, tokens - 1);
+  }
+  group.count = tokens;
+  return group;
+}

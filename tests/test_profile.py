@@ -172,7 +172,7 @@ def test_blocks_and_ops_are_the_same_stages(tmp_path, monkeypatch, quantization)
         return [list(out) if isinstance(out, (tuple, list)) else [out] for out in built]
 
     in_blocks = outputs()
-    monkeypatch.setattr(ops.blocks, "takes", lambda x: False)
+    monkeypatch.setattr(ops.blocks, "takes", lambda *_: False)
     for block, by_ops in zip(in_blocks, outputs(), strict=True):
         for a, b in zip(block, by_ops, strict=True):
             assert a.size == b.size

@@ -1,5 +1,6 @@
 // This takes the place of the launchers where MLX has no Metal.
 #include "metal/limits.h"
+#include "ops/metal_blocks.h"
 #include "primitives.h"
 
 namespace glm_fused {
@@ -78,6 +79,30 @@ void SparseMlaDecode::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
   FusedPrimitive::eval_gpu(inputs, outputs);
+}
+
+void MetalAttentionProject::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  MetalBlock::eval_cpu(inputs, outputs);
+}
+
+void MetalAttentionOutput::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  MetalBlock::eval_cpu(inputs, outputs);
+}
+
+void MetalMlpBlock::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  MetalBlock::eval_cpu(inputs, outputs);
+}
+
+void MetalMoeBlock::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  MetalBlock::eval_cpu(inputs, outputs);
 }
 
 }  // namespace glm_fused

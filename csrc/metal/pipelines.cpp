@@ -75,14 +75,12 @@ mx::array allocate(mx::Shape shape, mx::Dtype dtype) {
 
 void bind_weight(
     mx::metal::CommandEncoder& encoder,
-    const std::vector<mx::array>& inputs,
-    size_t& next,
+    const mx::array* planes,
     const Format& format,
     int index) {
-  const mx::array& first = inputs[next];
   for (int p = 0; p < kMaxPlanes; p++) {
     const bool present = p < format.spec->plane_count;
-    encoder.set_input_array(present ? inputs[next++] : first, index + p);
+    encoder.set_input_array(planes[present ? p : 0], index + p);
   }
 }
 

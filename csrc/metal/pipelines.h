@@ -28,12 +28,11 @@ size_t threadgroup_bytes(size_t words);
 
 mx::array allocate(mx::Shape shape, mx::Dtype dtype);
 
-// Binds the planes from inputs[next] on to kMaxPlanes buffers from `index` on;
-// what a format lacks is bound to the first one and never read.
+// Binds a weight's planes to kMaxPlanes buffers from `index` on; what a format
+// lacks is bound to the first one and never read.
 void bind_weight(
     mx::metal::CommandEncoder& encoder,
-    const std::vector<mx::array>& inputs,
-    size_t& next,
+    const mx::array* planes,
     const Format& format,
     int index);
 

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <bit>
 
+#include "metal/experts.h"
 #include "metal/params.h"
 #include "metal/pipelines.h"
 #include "metal/source.h"
@@ -19,7 +20,48 @@ bool aligned(const mx::array& rows, int k) {
   return k % 4 == 0 && rows.offset() % (4 * rows.itemsize()) == 0;
 }
 
+RouterParams
+params_of(int tokens, int hidden, int experts, const Routing& routing) {
+  return {
+      tokens,
+      hidden,
+      experts,
+      routing.top_k,
+      routing.topk_group,
+      routing.norm_topk_prob,
+      routing.routed_scaling_factor};
+}
+
 }  // namespace
+
+namespace metal {
+
+void choose(
+    const mx::Stream& stream,
+    const mx::array& logits,
+    const mx::array& bias,
+    const Routing& routing,
+    mx::array& chosen,
+    mx::array& shares) {
+  auto& encoder = mx::metal::get_command_encoder(stream);
+  const int tokens = logits.shape(0), experts = logits.shape(1);
+  const RouterParams params = params_of(tokens, 0, experts, routing);
+  auto select = kernel(
+      mx::metal::device(stream.device),
+      metal_source::router_topk,
+      "router_select<" + std::to_string(experts) + ", " +
+          std::to_string(routing.n_group) + ">");
+  encoder.set_compute_pipeline_state(select);
+  encoder.set_input_array(logits, 0);
+  encoder.set_input_array(bias, 1);
+  encoder.set_output_array(chosen, 2);
+  encoder.set_output_array(shares, 3);
+  encoder.set_bytes(params, 4);
+  encoder.dispatch_threadgroups(
+      MTL::Size(tokens, 1, 1), MTL::Size(32, kSelectSimdgroups, 1));
+}
+
+}  // namespace metal
 
 void RouterTopk::eval_gpu(
     const std::vector<mx::array>& inputs,
@@ -35,14 +77,8 @@ void RouterTopk::eval_gpu(
   auto& encoder = mx::metal::get_command_encoder(stream());
   const auto tiles = metal::tiles_for(device.get_architecture());
   const int experts = weight.shape(0);
-  const RouterParams params{
-      x.shape(0),
-      x.shape(1),
-      experts,
-      routing_.top_k,
-      routing_.topk_group,
-      routing_.norm_topk_prob,
-      routing_.routed_scaling_factor};
+  const RouterParams params =
+      params_of(x.shape(0), x.shape(1), experts, routing_);
   const bool vectors =
       aligned(x, params.hidden) && aligned(weight, params.hidden);
   const int width = static_cast<int>(std::bit_ceil(
@@ -69,19 +105,7 @@ void RouterTopk::eval_gpu(
           1),
       MTL::Size(32, simdgroups, 1));
 
-  auto select = metal::kernel(
-      device,
-      metal_source::router_topk,
-      "router_select<" + std::to_string(experts) + ", " +
-          std::to_string(routing_.n_group) + ">");
-  encoder.set_compute_pipeline_state(select);
-  encoder.set_input_array(logits, 0);
-  encoder.set_input_array(bias, 1);
-  encoder.set_output_array(outputs[0], 2);
-  encoder.set_output_array(outputs[1], 3);
-  encoder.set_bytes(params, 4);
-  encoder.dispatch_threadgroups(
-      MTL::Size(params.tokens, 1, 1), MTL::Size(32, kSelectSimdgroups, 1));
+  metal::choose(stream(), logits, bias, routing_, outputs[0], outputs[1]);
 }
 
 }  // namespace glm_fused

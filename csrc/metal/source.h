@@ -4,9 +4,11 @@
 
 namespace glm_fused::metal_source {
 
+extern const char* const attention_rows;
 extern const char* const indexer_topk;
 extern const char* const moe_decode;
 extern const char* const norms;
+extern const char* const project;
 extern const char* const expert_sum;
 extern const char* const append_rows;
 extern const char* const rotate;

@@ -97,7 +97,8 @@ inline mx::array first_keys(
   if (start) {
     return int_array(op, "start", *start, {batch}, s);
   }
-  const std::vector<int32_t> zeros(batch, 0);
+  // A GPU would launch a kernel for mx::zeros.
+  const std::vector<int32_t> zeros(batch);
   return mx::array(zeros.begin(), {batch}, mx::int32);
 }
 

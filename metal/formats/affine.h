@@ -73,6 +73,18 @@ struct Affine {
         x, x_thread, used);
   }
 
+  // The same for values that are the lane's own.
+  template <typename T>
+  static METAL_FUNC float load_own(const thread T* x, thread float* x_thread) {
+    return mlx_affine::own_load_vector<T, float, values, bits>(x, x_thread);
+  }
+  template <typename T>
+  static METAL_FUNC float
+  load_own_safe(const thread T* x, int used, thread float* x_thread) {
+    return mlx_affine::own_load_vector_safe<T, float, values, bits>(
+        x, x_thread, used);
+  }
+
   static METAL_FUNC void dot(
       const thread Cells& cells,
       const thread float* x_thread,

@@ -83,6 +83,21 @@ struct Dense {
     return 0;
   }
 
+  // The same for values that are the lane's own.
+  template <typename T>
+  static METAL_FUNC float load_own(const thread T* x, thread float* x_thread) {
+    GLM_UNROLL
+    for (int i = 0; i < values; i++) {
+      x_thread[i] = static_cast<float>(x[i]);
+    }
+    return 0;
+  }
+  template <typename T>
+  static METAL_FUNC float
+  load_own_safe(const thread T* x, int, thread float* x_thread) {
+    return load_own(x, x_thread);
+  }
+
   static METAL_FUNC void dot(
       const thread Cells& cells,
       const thread float* x_thread,

@@ -73,6 +73,19 @@ struct Fp {
     return 0;
   }
 
+  // The same for values that are the lane's own.
+  template <typename T>
+  static METAL_FUNC float load_own(const thread T* x, thread float* x_thread) {
+    mlx_fp::own_load_vector<T, float, values>(x, x_thread);
+    return 0;
+  }
+  template <typename T>
+  static METAL_FUNC float
+  load_own_safe(const thread T* x, int used, thread float* x_thread) {
+    mlx_fp::own_load_vector_safe<T, float, values>(x, x_thread, used);
+    return 0;
+  }
+
   static METAL_FUNC void dot(
       const thread Cells& cells,
       const thread float* x_thread,

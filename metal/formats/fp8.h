@@ -68,6 +68,18 @@ struct Fp8 {
     return load_x(x, x_thread);
   }
 
+  // The same for values that are the lane's own.
+  template <typename T>
+  static METAL_FUNC float load_own(const thread T* x, thread float* x_thread) {
+    mlx_fp::own_load_vector<T, float, values>(x, x_thread);
+    return 0;
+  }
+  template <typename T>
+  static METAL_FUNC float
+  load_own_safe(const thread T* x, int, thread float* x_thread) {
+    return load_own(x, x_thread);
+  }
+
   static METAL_FUNC void dot(
       const thread Cells& cells,
       const thread float* x_thread,

@@ -207,6 +207,7 @@ def attention_project(
     kv_a_norm: tuple[mlx.core.array, float],
     embed_q: tuple[Sequence[mlx.core.array], Format],
     nope_dim: int,
+    kernel: Kernel,
     stream: mlx.core.Stream
     | mlx.core.ThreadLocalStream
     | mlx.core.Device
@@ -233,6 +234,7 @@ def full_attention_project(
     heads: int,
     interleaved: bool,
     score: bool,
+    kernel: Kernel,
     stream: mlx.core.Stream
     | mlx.core.ThreadLocalStream
     | mlx.core.Device
@@ -255,6 +257,7 @@ def attention_output(
     attended: mlx.core.array,
     unembed_out: tuple[Sequence[mlx.core.array], Format],
     o_proj: tuple[Sequence[mlx.core.array], Format],
+    kernel: Kernel,
     stream: mlx.core.Stream
     | mlx.core.ThreadLocalStream
     | mlx.core.Device
@@ -269,6 +272,7 @@ def mlp_block(
         tuple[Sequence[mlx.core.array], Format],
         tuple[Sequence[mlx.core.array], Format],
     ],
+    kernel: Kernel,
     stream: mlx.core.Stream
     | mlx.core.ThreadLocalStream
     | mlx.core.Device
@@ -296,6 +300,7 @@ def moe_block(
         tuple[Sequence[mlx.core.array], Format],
     ]
     | None,
+    kernel: Kernel,
     stream: mlx.core.Stream
     | mlx.core.ThreadLocalStream
     | mlx.core.Device

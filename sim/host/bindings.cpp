@@ -45,6 +45,13 @@ class OnMetal : public mx::Primitive {
       std::vector<mx::array>& outputs) override {
     inner_->eval_gpu(inputs, outputs);
   }
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override {
+    return inner_->vjp(primals, cotangents, argnums, outputs);
+  }
   const char* name() const override {
     return inner_->name();
   }

@@ -71,7 +71,7 @@ class DecodeSteps:
         path, for a prompt, without cached keys or with packed ones, in training, while a function
         is transformed, or where not all weights are plain ones in memory.
         """
-        if not ops.blocks.takes(tokens) or cache is None or model.training:
+        if not ops.blocks.takes_on_cpu(tokens) or cache is None or model.training:
             return None
         entries = [entry for layer in cache for entry in layer.caches]
         if entries[0].keys is None or entries[0].keys.dtype not in FLOATS.values():

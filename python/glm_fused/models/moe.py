@@ -68,6 +68,10 @@ class Router(nn.Module):
         """The experts int32 [n, top_k] and scores float32 [n, top_k] of x [n, hidden]."""
         return ops.router_topk(x, self.weight, self._bias(), **self._routing)
 
+    def takes_block(self, x: mx.array) -> bool:
+        """Whether `block` runs for x [b, l, hidden]."""
+        return ops.blocks.takes_experts(x, self.weight.shape[0], self._routing["top_k"])
+
     def block(
         self, x: mx.array, norm: tuple[mx.array, float], experts: Weights, shared: Weights | None
     ) -> mx.array:
@@ -120,7 +124,7 @@ class MoE(nn.Module):
 
     def __call__(self, x: mx.array, norm: RMSNorm) -> mx.array:
         """The half of a layer: x [b, l, hidden] + (routed(h) + shared(h)), with h = norm(x)."""
-        if ops.blocks.takes(x) and keeps_dtype(norm, x):
+        if self.gate.takes_block(x) and keeps_dtype(norm, x):
             weights = self._plain_weights()
             if weights is not None:
                 return self.gate.block(x, (norm.weight, norm.eps), *weights)

@@ -1,8 +1,9 @@
-"""Halves of a layer as single nodes of the graph, for up to `MAX_TOKENS` tokens on a CPU.
+"""Halves of a layer as single nodes of the graph, for up to `MAX_TOKENS` tokens.
 
-A node runs the kernels of the ops that it is made of, in their order, so it gives the bits of that
-chain; what it saves is the cost of a node for each op. A GPU, the reference and prompts run the ops
-one by one.
+On a CPU a node runs the kernels of the ops that it is made of, in their order, so it gives the bits
+of that chain; what it saves is the cost of a node for each op. On Metal a node is a few launches,
+each of which does what several ops do, and rounds where they store; its bits are the CPU's. The
+reference, prompts and other GPUs run the ops one by one.
 """
 
 from __future__ import annotations
@@ -48,10 +49,23 @@ class IndexerArguments(NamedTuple):
 
 def takes(x: mx.array, stream: Stream = None) -> bool:
     """Whether the halves of a layer run as blocks for x [b, l, hidden]."""
-    return (
-        x.shape[0] * x.shape[1] <= MAX_TOKENS
-        and routes.choose("rms_norm", stream=stream).kernel is Kernel.cpu
-    )
+    return x.shape[0] * x.shape[1] <= MAX_TOKENS and _kernel(stream) in (Kernel.cpu, Kernel.metal)
+
+
+def takes_on_cpu(x: mx.array, stream: Stream = None) -> bool:
+    """Whether `takes`, and the blocks are a CPU's."""
+    return takes(x, stream) and _kernel(stream) is Kernel.cpu
+
+
+def takes_experts(x: mx.array, experts: int, top_k: int, stream: Stream = None) -> bool:
+    """`takes` for `moe_block` with so many experts, of which each token takes ``top_k``."""
+    if not takes(x, stream):
+        return False
+    if _kernel(stream) is Kernel.cpu:
+        return True
+    # The shared experts take the place of one more choice.
+    sizes = ("router_topk", experts), ("moe_decode", x.shape[0] * x.shape[1], top_k + 1)
+    return not any(routes.metal_obstacle(*op) for op in sizes)
 
 
 def attention_project(
@@ -85,7 +99,7 @@ def attention_project(
         embed_q: [heads, rank, nope].
         nope_dim: how many columns of a head are not rotated.
         indexer: a full layer's; None for a shared one.
-        stream: a CPU's; None: its default stream.
+        stream: where to run; None: the default device.
 
     Returns:
         Queries [b, l, heads, rank + rope], latents [b, 1, l, rank] and rotated keys
@@ -96,9 +110,10 @@ def attention_project(
         ValueError: a shape, dtype or format does not fit; the message names an op and its argument.
     """
     shared = (x, cos, sin, norm, q_a, q_a_norm, q_b, kv_a, kv_a_norm, embed_q, nope_dim)
+    kernel = _kernel(stream)
     if indexer is None:
-        return tuple(_ext.attention_project(*shared, stream))
-    return tuple(_ext.full_attention_project(*shared, *indexer, stream))
+        return tuple(_ext.attention_project(*shared, kernel, stream))
+    return tuple(_ext.full_attention_project(*shared, *indexer, kernel, stream))
 
 
 def attention_output(
@@ -111,7 +126,7 @@ def attention_output(
         attended: float32 [b, l, heads, rank], of `glm_fused.ops.sparse_mla_decode`.
         unembed_out: [heads, v, rank].
         o_proj: [hidden, heads * v].
-        stream: a CPU's; None: its default stream.
+        stream: where to run; None: the default device.
 
     Returns:
         The shape and dtype of `x`.
@@ -119,7 +134,7 @@ def attention_output(
     Raises:
         ValueError: a shape, dtype or format does not fit; the message names an op and its argument.
     """
-    return _ext.attention_output(x, attended, unembed_out, o_proj, stream)
+    return _ext.attention_output(x, attended, unembed_out, o_proj, _kernel(stream), stream)
 
 
 def mlp_block(x: mx.array, norm: Norm, weights: Mlp, *, stream: Stream = None) -> mx.array:
@@ -129,7 +144,7 @@ def mlp_block(x: mx.array, norm: Norm, weights: Mlp, *, stream: Stream = None) -
         x: float32, float16 or bfloat16 [b, l, hidden].
         norm: of x.
         weights: gate and up [intermediate, hidden], down [hidden, intermediate].
-        stream: a CPU's; None: its default stream.
+        stream: where to run; None: the default device.
 
     Returns:
         The shape and dtype of `x`.
@@ -137,7 +152,7 @@ def mlp_block(x: mx.array, norm: Norm, weights: Mlp, *, stream: Stream = None) -
     Raises:
         ValueError: a shape, dtype or format does not fit; the message names an op and its argument.
     """
-    return _ext.mlp_block(x, norm, weights, stream)
+    return _ext.mlp_block(x, norm, weights, _kernel(stream), stream)
 
 
 def moe_block(
@@ -158,7 +173,7 @@ def moe_block(
         router: the weight [experts, hidden] and the correction bias [experts].
         experts: as of `glm_fused.ops.moe_decode`, with a matrix for each expert.
         shared: the weights of the experts that every token takes, as of `mlp_block`.
-        stream: a CPU's; None: its default stream.
+        stream: where to run; None: the default device.
         routing: keyword arguments of `glm_fused.ops.router_topk`.
 
     Returns:
@@ -168,5 +183,10 @@ def moe_block(
         ValueError: a shape, dtype or format does not fit; the message names an op and its argument.
     """
     return _ext.moe_block(
-        x, norm, *router, **routing, experts=experts, shared=shared, stream=stream
-    )
+        x, norm, *router, **routing, experts=experts, shared=shared,
+        kernel=_kernel(stream), stream=stream,
+    )  # fmt: skip
+
+
+def _kernel(stream: Stream) -> Kernel:
+    return routes.choose("rms_norm", stream=stream).kernel

@@ -1,0 +1,263 @@
+#include "metal/experts.h"
+#include "metal/params.h"
+#include "metal/project.h"
+#include "metal/source.h"
+#include "ops/metal_blocks.h"
+#include "view.h"
+
+namespace glm_fused {
+
+namespace {
+
+using metal::MlpWeights;
+using metal::Product;
+
+// Takes a block's inputs in their order.
+class Inputs {
+ public:
+  explicit Inputs(const std::vector<mx::array>& all) : next_(all.data()) {}
+
+  const mx::array& array() {
+    return *next_++;
+  }
+  const mx::array* planes(const Format& format) {
+    const mx::array* first = next_;
+    next_ += format.spec->plane_count;
+    return first;
+  }
+  MlpWeights mlp(const MlpFormats& f) {
+    const auto *gate = planes(f.gate), *up = planes(f.up);
+    return {gate, up, planes(f.down), f};
+  }
+
+ private:
+  const mx::array* next_;
+};
+
+// A product whose rows lie back to back, [tokens, n].
+Product in_rows(const mx::array* planes, const Format& format, mx::array& y) {
+  return {planes, &format, &y, planes->shape(-2), 0};
+}
+
+bool allocate(std::vector<mx::array>& outputs) {
+  for (auto& output : outputs) {
+    output.set_data(mx::allocator::malloc(output.nbytes()));
+  }
+  return outputs[0].size() > 0;
+}
+
+}  // namespace
+
+void MetalAttentionProject::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  if (!allocate(outputs)) {
+    return;
+  }
+  const AttentionFormats& f = formats_;
+  const AttentionSizes& z = sizes_;
+  Inputs from(inputs);
+  const mx::array &x = from.array(), &cosines = from.array();
+  const mx::array &sines = from.array(), &norm = from.array();
+  const auto* q_a = from.planes(f.q_a);
+  const mx::array& q_norm = from.array();
+  const auto* q_b = from.planes(f.q_b);
+  const auto* kv_a = from.planes(f.kv_a);
+  const mx::array& kv_norm = from.array();
+  const auto* embed_q = from.planes(f.embed_q);
+  const bool full = z.index_dim > 0, scores = z.index_heads > 0;
+  const auto* wk = full ? from.planes(f.wk) : nullptr;
+  const mx::array& k_norm = full ? from.array() : kv_norm;
+  const mx::array& k_bias = full ? from.array() : kv_norm;
+  const auto* wq_b = full ? from.planes(f.wq_b) : nullptr;
+  const auto* weights_proj = full ? from.planes(f.weights_proj) : nullptr;
+
+  auto& encoder = mx::metal::get_command_encoder(stream());
+  const int tokens = static_cast<int>(x.size() / x.shape(-1));
+  const auto temporary = [&](int columns) {
+    auto made = metal::allocate({tokens, columns}, x.dtype());
+    encoder.add_temporary(made);
+    return made;
+  };
+  auto q_latent = temporary(q_a->shape(0)), kv = temporary(z.rank + z.rope);
+  auto q = temporary(q_b->shape(0));
+  std::vector<Product> products = {
+      in_rows(q_a, f.q_a, q_latent), in_rows(kv_a, f.kv_a, kv)};
+  auto index_k = full ? temporary(z.index_dim) : kv;
+  if (full) {
+    products.push_back(in_rows(wk, f.wk, index_k));
+  }
+  if (scores) {
+    products.push_back(in_rows(weights_proj, f.weights_proj, outputs[5]));
+    products.back().wide = true;
+  }
+  metal::Vectors vectors = metal::rows_of(x, x.dtype());
+  vectors.norm = &norm;
+  vectors.eps = z.eps;
+  metal::project(stream(), vectors, products);
+
+  products = {in_rows(q_b, f.q_b, q)};
+  auto index_q = scores ? temporary(wq_b->shape(0)) : q;
+  if (scores) {
+    products.push_back(in_rows(wq_b, f.wq_b, index_q));
+  }
+  metal::Vectors latent = metal::rows_of(q_latent, x.dtype());
+  latent.norm = &q_norm;
+  latent.eps = z.q_eps;
+  metal::project(stream(), latent, products);
+
+  auto& queries = outputs[0];
+  const int head = z.nope + z.rope, width = z.rank + z.rope;
+  metal::project(
+      stream(),
+      {q, x.dtype(), tokens, z.heads, z.nope, z.heads * head, head},
+      {{embed_q, &f.embed_q, &queries, z.heads * width, width}});
+
+  encoder.set_compute_pipeline_state(
+      metal::kernel(
+          mx::metal::device(stream().device),
+          metal_source::attention_rows,
+          "attention_rows<" + metal::type_name(x.dtype()) + ", " +
+              metal::type_name(kv_norm.dtype()) + ", " +
+              metal::type_name(k_norm.dtype()) + ", " +
+              metal::type_name(k_bias.dtype()) + ">"));
+  int index = 0;
+  const mx::array* const read[] = {
+      &kv,
+      &kv_norm,
+      &q,
+      &cosines,
+      &sines,
+      &index_k,
+      &k_norm,
+      &k_bias,
+      &index_q};
+  for (const mx::array* input : read) {
+    encoder.set_input_array(*input, index++);
+  }
+  encoder.set_output_array(outputs[1], index++);
+  encoder.set_output_array(outputs[2], index++);
+  encoder.set_output_array(queries, index++);
+  for (const int output : {3, 4}) {
+    if (output < static_cast<int>(outputs.size())) {
+      encoder.set_output_array(outputs[output], index++);
+    } else {
+      encoder.set_input_array(kv, index++);  // never touched
+    }
+  }
+  const AttentionRowsParams params{
+      tokens,
+      z.heads,
+      z.nope,
+      z.rank,
+      z.rope,
+      z.index_heads,
+      z.index_dim,
+      z.interleaved,
+      z.kv_eps,
+      z.index_eps,
+      view_of(cosines),
+      view_of(sines)};
+  encoder.set_bytes(params, index);
+  encoder.dispatch_threadgroups(
+      MTL::Size(1 + z.heads + full + z.index_heads, tokens, 1),
+      MTL::Size(32, 1, 1));
+}
+
+void MetalAttentionOutput::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  if (!allocate(outputs)) {
+    return;
+  }
+  Inputs from(inputs);
+  const mx::array &x = from.array(), &attended = from.array();
+  const auto* unembed_out = from.planes(unembed_out_);
+  const auto* o_proj = from.planes(o_proj_);
+  const int tokens = static_cast<int>(x.size() / x.shape(-1));
+  const int heads = attended.shape(2), rank = attended.shape(3);
+  const int values = unembed_out->shape(1);
+  auto rows = metal::allocate({tokens, heads * values}, x.dtype());
+  mx::metal::get_command_encoder(stream()).add_temporary(rows);
+  metal::project(
+      stream(),
+      {attended, x.dtype(), tokens, heads, rank, heads * rank, rank},
+      {{unembed_out, &unembed_out_, &rows, heads * values, values}});
+  metal::project(
+      stream(),
+      metal::rows_of(rows, x.dtype()),
+      {in_rows(o_proj, o_proj_, outputs[0])},
+      &x);
+}
+
+void MetalMlpBlock::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  if (!allocate(outputs)) {
+    return;
+  }
+  Inputs from(inputs);
+  const mx::array &x = from.array(), &norm = from.array();
+  const MlpWeights w = from.mlp(formats_);
+  const int tokens = static_cast<int>(x.size() / x.shape(-1));
+  auto act = metal::allocate({tokens, w.gate->shape(0)}, x.dtype());
+  mx::metal::get_command_encoder(stream()).add_temporary(act);
+  metal::Vectors vectors = metal::rows_of(x, x.dtype());
+  vectors.norm = &norm;
+  vectors.eps = eps_;
+  metal::project_swiglu(
+      stream(),
+      vectors,
+      in_rows(w.gate, formats_.gate, act),
+      in_rows(w.up, formats_.up, act));
+  metal::project(
+      stream(),
+      metal::rows_of(act, x.dtype()),
+      {in_rows(w.down, formats_.down, outputs[0])},
+      &x);
+}
+
+void MetalMoeBlock::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  if (!allocate(outputs)) {
+    return;
+  }
+  Inputs from(inputs);
+  const mx::array &x = from.array(), &norm = from.array();
+  const mx::array &router = from.array(), &bias = from.array();
+  const MlpWeights routed = from.mlp(experts_);
+  const int tokens = static_cast<int>(x.size() / x.shape(-1));
+  auto& encoder = mx::metal::get_command_encoder(stream());
+  const auto temporary = [&](int columns, mx::Dtype dtype) {
+    auto made = metal::allocate({tokens, columns}, dtype);
+    encoder.add_temporary(made);
+    return made;
+  };
+  auto h = temporary(x.shape(-1), x.dtype());
+  auto logits = temporary(router.shape(0), mx::float32);
+  auto chosen = temporary(routing_.top_k, mx::int32);
+  auto shares = temporary(routing_.top_k, mx::float32);
+  metal::Vectors vectors = metal::rows_of(x, x.dtype());
+  vectors.norm = &norm;
+  vectors.eps = eps_;
+  vectors.normed = &h;
+  const Format format = dense_format(float_type_of(router.dtype()));
+  Product product = in_rows(&router, format, logits);
+  product.wide = true;
+  metal::project_logits(stream(), vectors, product);
+  metal::choose(stream(), logits, bias, routing_, chosen, shares);
+  const auto shared =
+      shared_ ? std::optional(from.mlp(*shared_)) : std::nullopt;
+  metal::experts(
+      stream(),
+      h,
+      chosen,
+      shares,
+      routed,
+      shared ? &*shared : nullptr,
+      &x,
+      outputs[0]);
+}
+
+}  // namespace glm_fused

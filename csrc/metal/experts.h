@@ -1,0 +1,38 @@
+// The launches of an expert layer, which ops and blocks share.
+#pragma once
+
+#include "formats/format.h"
+#include "mlx/mlx.h"
+#include "ops.h"
+#include "ops/metal_blocks.h"
+
+namespace glm_fused::metal {
+
+// The planes of gate, up and down.
+struct MlpWeights {
+  const mx::array *gate, *up, *down;
+  const MlpFormats& formats;
+};
+
+// Encodes moe_decode. To its result, rounded, that of the `shared` experts is
+// added, and this to `residual`.
+void experts(
+    const mx::Stream& stream,
+    const mx::array& x,
+    const mx::array& slots,
+    const mx::array& scores,
+    const MlpWeights& routed,
+    const MlpWeights* shared,
+    const mx::array* residual,
+    mx::array& y);
+
+// Encodes the choice of router_topk, given logits [tokens, experts].
+void choose(
+    const mx::Stream& stream,
+    const mx::array& logits,
+    const mx::array& bias,
+    const Routing& routing,
+    mx::array& chosen,
+    mx::array& shares);
+
+}  // namespace glm_fused::metal

@@ -1,0 +1,144 @@
+#include "ops/metal_blocks.h"
+
+#include <stdexcept>
+
+#include "ops/placement.h"
+
+namespace glm_fused {
+
+namespace {
+
+using Arrays = std::vector<mx::array>;
+
+// Returns the outputs of a CPU's block as those of a node on Metal. The block
+// has checked its arguments; it is not evaluated.
+template <class Block, class... Settings>
+Arrays on_metal(
+    const Arrays& block,
+    mx::StreamOrDevice s,
+    const Settings&... settings) {
+  std::vector<mx::Shape> shapes;
+  std::vector<mx::Dtype> dtypes;
+  for (const mx::array& output : block) {
+    shapes.push_back(output.shape());
+    dtypes.push_back(output.dtype());
+  }
+  Arrays inputs;
+  for (const mx::array& input : block[0].inputs()) {
+    inputs.push_back(in_rows(input, s));
+  }
+  return mx::array::make_arrays(
+      std::move(shapes),
+      dtypes,
+      place(
+          std::make_shared<Block>(
+              mx::to_stream(s), block[0].primitive_ptr(), settings...)),
+      inputs);
+}
+
+Format format_of(const Weight& w, int k) {
+  return check_weight("block", "w", w, static_cast<int>(w.rows().ndim()), k);
+}
+
+MlpFormats formats_of(const Mlp& mlp, int hidden) {
+  return {
+      format_of(mlp.gate, hidden),
+      format_of(mlp.up, hidden),
+      format_of(mlp.down, mlp.gate.rows().shape(-2))};
+}
+
+}  // namespace
+
+void MetalBlock::eval_cpu(const Arrays&, Arrays&) {
+  throw std::runtime_error(std::string("[block] ") + name() + " is on Metal.");
+}
+
+Arrays metal_attention_project(
+    const mx::array& x,
+    const AttentionProjections& p,
+    const mx::array& cosines,
+    const mx::array& sines,
+    bool score,
+    mx::StreamOrDevice s) {
+  const Arrays block =
+      attention_project(x, p, cosines, sines, score, mx::Device::cpu);
+  const int hidden = x.shape(-1), q_rank = p.q_a.rows().shape(0);
+  const int heads = p.embed_q.rows().shape(0);
+  AttentionFormats formats{
+      format_of(p.q_a, hidden),
+      format_of(p.q_b, q_rank),
+      format_of(p.kv_a, hidden),
+      format_of(p.embed_q, p.nope_dim),
+      {},
+      {},
+      {}};
+  AttentionSizes sizes{
+      heads,
+      p.nope_dim,
+      block[1].shape(-1),
+      block[2].shape(-1),
+      0,
+      0,
+      false,
+      p.norm.eps,
+      p.q_a_norm.eps,
+      p.kv_a_norm.eps,
+      0};
+  if (const auto& indexer = p.indexer) {
+    formats.wk = format_of(indexer->wk, hidden);
+    formats.wq_b = format_of(indexer->wq_b, q_rank);
+    formats.weights_proj = format_of(indexer->weights_proj, hidden);
+    sizes.index_heads = score ? indexer->heads : 0;
+    sizes.index_dim = block[3].shape(-1);
+    sizes.interleaved = indexer->interleaved;
+    sizes.index_eps = indexer->k_norm.eps;
+  }
+  return on_metal<MetalAttentionProject>(block, s, formats, sizes);
+}
+
+mx::array metal_attention_output(
+    const mx::array& x,
+    const mx::array& attended,
+    const Weight& unembed_out,
+    const Weight& o_proj,
+    mx::StreamOrDevice s) {
+  const Arrays block = {
+      attention_output(x, attended, unembed_out, o_proj, mx::Device::cpu)};
+  const int values = unembed_out.rows().shape(0) * unembed_out.rows().shape(-2);
+  return on_metal<MetalAttentionOutput>(
+      block,
+      s,
+      format_of(unembed_out, attended.shape(-1)),
+      format_of(o_proj, values))[0];
+}
+
+mx::array metal_mlp_block(
+    const mx::array& x,
+    const Norm& norm,
+    const Mlp& weights,
+    mx::StreamOrDevice s) {
+  const Arrays block = {mlp_block(x, norm, weights, mx::Device::cpu)};
+  return on_metal<MetalMlpBlock>(
+      block, s, formats_of(weights, x.shape(-1)), norm.eps)[0];
+}
+
+mx::array metal_moe_block(
+    const mx::array& x,
+    const Norm& norm,
+    const Router& router,
+    const Mlp& experts,
+    const std::optional<Mlp>& shared,
+    mx::StreamOrDevice s) {
+  const Arrays block = {
+      moe_block(x, norm, router, experts, shared, mx::Device::cpu)};
+  const int hidden = x.shape(-1);
+  return on_metal<MetalMoeBlock>(
+      block,
+      s,
+      formats_of(experts, hidden),
+      shared ? std::optional(formats_of(*shared, hidden)) : std::nullopt,
+      router.routing,
+      norm.eps)[0];
+}
+
+}  // namespace glm_fused

@@ -1,0 +1,198 @@
+"""Blocks on Metal: the bits of the unfused chain on the CPU, in a few launches that are clean."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from formats_under_test import DTYPES, FORMATS, OURS, assert_same_bits, format_id
+from metal_backend import GPU, metal, simulated_only
+from test_blocks import (
+    EPS,
+    HEADS,
+    RANK,
+    ROUTING,
+    VALUES,
+    Layer,
+    attention_arguments,
+    attention_chain,
+    mlp_chain,
+    normed,
+)
+
+from glm_fused import ops, reference_path
+from glm_fused.ops import blocks, metal_sim
+
+AFFINE4, MXFP4, DENSE = ("affine", 4, 64), ("mxfp4", 4, 32), ("dense", 0, 0)
+FP8 = ("fp8", 8, 128)
+HIDDEN = 256
+# A format, a dtype, sequences and tokens of each.
+FEW = [
+    (AFFINE4, "bfloat16", 1, 1),
+    (AFFINE4, "float16", 2, 3),
+    (MXFP4, "bfloat16", 1, 16),
+    (DENSE, "float32", 3, 5),
+    (FP8, "bfloat16", 1, 2),
+]
+EACH = [
+    (fmt, list(DTYPES)[i % 3], *[(1, 1), (1, 4), (2, 4)][i % 3])
+    for i, fmt in enumerate([*FORMATS, *OURS])
+]
+CASES = [*FEW, *(pytest.param(*case, marks=pytest.mark.slow) for case in EACH)]
+
+
+def case_id(value):
+    return format_id(value) if isinstance(value, tuple) else str(value)
+
+
+each_case = pytest.mark.parametrize("fmt, dtype, b, length", CASES, ids=case_id)
+
+
+def launched(trace, make):
+    """What `make` gives on Metal, after a look at its launches: their kernels."""
+    with metal(trace=trace):
+        found = make()
+        mx.eval(found)
+    launches = [] if GPU else metal_sim.take_launches()
+    for launch in launches if trace else []:
+        assert launch.report.clean, launch.report
+    return found, [launch.kernel.removeprefix("glm_fused_").split("_")[0] for launch in launches]
+
+
+def check(make, expected, *kernels):
+    """`make` has these launches on Metal, and the bits of the chain's arrays."""
+    found, seen = launched(not GPU, make)
+    assert GPU or seen == list(kernels)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+        assert_same_bits(a, mx.contiguous(b))
+
+
+@each_case
+def test_mlp_block(fmt, dtype, b, length):
+    layer = Layer(1, fmt, DTYPES[dtype])
+    x, norm, weights = layer.array(b, length, HIDDEN), layer.norm(HIDDEN), layer.mlp(HIDDEN, 128)
+    expected = x + mlp_chain(normed(x, norm, True), weights, True)
+    check(lambda: [blocks.mlp_block(x, norm, weights)], [expected], "project", "project")
+
+
+@each_case
+@pytest.mark.parametrize("shared", [AFFINE4, DENSE, None], ids=str)
+def test_moe_block(fmt, dtype, b, length, shared):
+    layer = Layer(2, fmt, DTYPES[dtype])
+    x, norm, router = layer.array(b, length, HIDDEN), layer.norm(HIDDEN), layer.array(7, HIDDEN)
+    bias = mx.array(layer.rng.standard_normal(7, dtype=np.float32))
+    experts = layer.mlp(HIDDEN, 128, 7)
+    layer.fmt = shared
+    others = None if shared is None else layer.mlp(HIDDEN, 320)
+    h = normed(x, norm, True).reshape(-1, HIDDEN)
+    slots, scores = ops.router_topk(h, router, bias, **ROUTING, reference=True)
+    y = ops.moe_decode(h, *experts, slots, scores, reference=True)
+    if others is not None:
+        y = y + mlp_chain(h, others, True)
+    check(
+        lambda: [blocks.moe_block(x, norm, (router, bias), experts, others, **ROUTING)],
+        [x + y.reshape(x.shape)],
+        "project", "router", "moe", "moe",
+    )  # fmt: skip
+
+
+@each_case
+@pytest.mark.parametrize("full", ["shared", "full", "scoring"])
+def test_attention_project(fmt, dtype, b, length, full):
+    layer = Layer(3, fmt, DTYPES[dtype])
+    flags = full != "shared", full == "scoring", length % 2 == 0
+    arguments = attention_arguments(layer, b, length, *flags)
+    check(
+        lambda: blocks.attention_project(*arguments),
+        attention_chain(True, *arguments),
+        "project", "project", "project", "attention",
+    )  # fmt: skip
+
+
+@each_case
+def test_attention_output(fmt, dtype, b, length):
+    layer = Layer(4, fmt, DTYPES[dtype])
+    x = layer.array(b, length, HIDDEN)
+    attended = layer.array(b, length, HEADS, RANK).astype(mx.float32)
+    unembed, o_proj = layer.weight(HEADS, VALUES, RANK), layer.weight(HIDDEN, HEADS * VALUES)
+    heads = attended.swapaxes(1, 2).astype(x.dtype)
+    values = ops.quantized_matvec(heads, unembed, reference=True)
+    rows = values.swapaxes(1, 2).reshape(b, length, -1)
+    check(
+        lambda: [blocks.attention_output(x, attended, unembed, o_proj)],
+        [x + ops.quantized_matvec(rows, o_proj, reference=True)],
+        "project", "project",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("widths", [(77, 5), (130, 129), (256, 8)])
+def test_odd_sizes(widths):
+    """Rows that fill no block of columns, and fewer of them than a threadgroup takes."""
+    hidden, intermediate = widths
+    layer = Layer(5, DENSE, mx.bfloat16)
+    x, norm = layer.array(1, 3, hidden), layer.norm(hidden)
+    weights = layer.mlp(hidden, intermediate)
+    expected = x + mlp_chain(normed(x, norm, True), weights, True)
+    check(lambda: [blocks.mlp_block(x, norm, weights)], [expected], "project", "project")
+
+
+def test_inputs_of_any_strides():
+    layer = Layer(6, AFFINE4, mx.bfloat16)
+    norm, weights = layer.norm(HIDDEN), layer.mlp(HIDDEN, 128)
+    x = layer.array(3, 2, 2 * HIDDEN)[..., ::2].swapaxes(0, 1)
+    expected = x + mlp_chain(normed(x, norm, True), weights, True)
+    check(lambda: [blocks.mlp_block(x, norm, weights)], [expected], "project", "project")
+
+
+def test_norms_of_other_types_than_x():
+    layer = Layer(7, AFFINE4, mx.bfloat16)
+    x, weights = layer.array(1, 2, HIDDEN), layer.mlp(HIDDEN, 128)
+    norm = layer.array(HIDDEN).astype(mx.float32), EPS
+    expected = x + mlp_chain(normed(x, norm, True), weights, True)
+    check(lambda: [blocks.mlp_block(x, norm, weights)], [expected], "project", "project")
+
+
+@simulated_only
+def test_tiles_change_no_bits():
+    layer = Layer(8, AFFINE4, mx.bfloat16)
+    arguments = attention_arguments(layer, 1, 3, True, True, True)
+    expected = attention_chain(True, *arguments)
+    for tiles in ((1, 1, 1, 1), (8, 4, 16, 2)):
+        with metal(tiles=tiles):
+            found = blocks.attention_project(*arguments)
+            mx.eval(found)
+        for a, b in zip(found, expected, strict=True):
+            assert_same_bits(a, mx.contiguous(b))
+
+
+def test_gradients_are_those_of_the_chain():
+    layer = Layer(9, AFFINE4, mx.float32)
+    x, norm, weights = layer.array(1, 3, HIDDEN), layer.norm(HIDDEN), layer.mlp(HIDDEN, 128)
+
+    def block(x, scale):
+        return mx.sin(blocks.mlp_block(x, (scale, EPS), weights)).sum()
+
+    with metal():
+        found = mx.grad(block, (0, 1))(x, norm[0])
+        mx.eval(found)
+    for a, b in zip(found, mx.grad(block, (0, 1))(x, norm[0]), strict=True):
+        assert mx.abs(b).max().item() > 0
+        assert mx.allclose(a, b, 1e-4, 1e-5).item()
+
+
+def test_errors_name_the_op_and_its_argument():
+    layer = Layer(10, AFFINE4, mx.bfloat16)
+    norm, weights = layer.norm(HIDDEN), layer.mlp(HIDDEN, 128)
+    with metal(), pytest.raises(ValueError, match=r"\[rms_norm\] weight must have shape \(128\)"):
+        blocks.mlp_block(layer.array(1, 1, 128), norm, weights)
+
+
+def test_what_is_left_to_the_ops():
+    x = mx.zeros((1, 16, 8))
+    with metal():
+        assert blocks.takes(x) and not blocks.takes(mx.zeros((1, 17, 8)))
+        assert blocks.takes_experts(x, 1024, 8) and not blocks.takes_experts(x, 1025, 8)
+        # A pair of every token and shared expert has to fit into threadgroup memory.
+        assert blocks.takes_experts(x, 64, 55) and not blocks.takes_experts(x, 64, 56)
+        with reference_path():
+            assert not blocks.takes(x)
