@@ -9,7 +9,8 @@
 // indexer_topk, per query and visible key:
 //   dot[h] = chain over d = 0, 1, …     of fma(q[h][d], k[d], dot[h])
 //   r[h]   = max(dot[h] * scale, 0)     a NaN stays NaN
-//   score  = chain over h = 0, 1, …     of fma(w[h], r[h], score)
+//   score  = chain over h = 0, 1, …     of fma(w[h], r[h], score), w[h] being
+//            the weight times `weight_scale`, rounded
 // -0 counts as 0 and NaN as -infinity. The k largest are chosen, among equal
 // ones the lowest index, and written in ascending order; where fewer than k
 // keys are visible all of them are, scores unseen, then -1.

@@ -481,6 +481,7 @@ NB_MODULE(_ext, m) {
          const mx::array& weights,
          int k,
          float scale,
+         float weight_scale,
          const std::optional<mx::array>& start,
          Kernel kernel,
          const mx::StreamOrDevice& stream) {
@@ -490,6 +491,7 @@ NB_MODULE(_ext, m) {
             weights,
             k,
             scale,
+            weight_scale,
             start,
             is_reference(kernel),
             on(kernel, stream));
@@ -499,6 +501,7 @@ NB_MODULE(_ext, m) {
       "weights"_a,
       "k"_a,
       "scale"_a,
+      "weight_scale"_a,
       "start"_a.none(),
       "kernel"_a,
       "stream"_a.none());

@@ -198,13 +198,15 @@ mx::array moe_block(
 // Returns int32 [b, l, k]: the cached keys that each of the last l tokens
 // attends to, ascending, then -1. q is [b, l, heads, dim], weights [b, l,
 // heads], keys [b, t, dim] or packed (row_layout.h); `start` [b] is the first
-// key that is no padding.
+// key that is no padding. Weights are multiplied by `weight_scale` first, in
+// fp32.
 mx::array indexer_topk(
     const mx::array& q,
     const mx::array& keys,
     const mx::array& weights,
     int k,
     float scale,
+    float weight_scale,
     const std::optional<mx::array>& start,
     bool reference,
     mx::StreamOrDevice s = {});

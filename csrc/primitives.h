@@ -288,8 +288,16 @@ class FirstRows : public FusedPrimitive {
 // [b]. output: [b, l, k].
 class IndexerTopk : public FusedPrimitive {
  public:
-  IndexerTopk(mx::Stream stream, bool reference, RowLayout layout, float scale)
-      : FusedPrimitive(stream, reference), layout_(layout), scale_(scale) {}
+  IndexerTopk(
+      mx::Stream stream,
+      bool reference,
+      RowLayout layout,
+      float scale,
+      float weight_scale)
+      : FusedPrimitive(stream, reference),
+        layout_(layout),
+        scale_(scale),
+        weight_scale_(weight_scale) {}
   void eval_cpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override;
@@ -308,6 +316,7 @@ class IndexerTopk : public FusedPrimitive {
  private:
   RowLayout layout_;
   float scale_;
+  float weight_scale_;  // 1 but on Metal
 };
 
 // inputs: q [b, l, heads, rank + rope], start [b], latents [b, t, row], then

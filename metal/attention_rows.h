@@ -1,5 +1,5 @@
-// Between attention's projections and its caches: a simdgroup norms or rotates
-// one row.
+// Between attention's projections and its caches: rows that a simdgroup norms
+// or rotates.
 #pragma once
 
 #include "lane_sums.h"
@@ -20,7 +20,7 @@ struct Angles {
 METAL_FUNC Angles angles_of(
     const device float* cosines,
     const device float* sines,
-    const constant AttentionRowsParams& params,
+    const constant AttentionParams& params,
     int token) {
   return {
       cosines + row_offset(params.cosines, token),
@@ -90,71 +90,86 @@ METAL_FUNC void write_rotated(
 
 // Of each token: norms its latent, rotates its RoPE key and its queries' RoPE
 // part, and, where there is an indexer, norms and rotates its key and rotates
-// its queries. The grid is (1 + heads + 1 + index_heads, tokens), in that
-// order; what there is none of is left out.
+// its queries. These are a token's rows 0, 1 to heads, heads + 1, and the
+// index_heads after it.
 template <typename T, typename N, typename K, typename B>
-[[kernel]] void attention_rows(
-    const device T* kv [[buffer(0)]],
-    const device N* norm [[buffer(1)]],
-    const device T* q [[buffer(2)]],
-    const device float* cosines [[buffer(3)]],
-    const device float* sines [[buffer(4)]],
-    const device T* index_k [[buffer(5)]],
-    const device K* index_norm [[buffer(6)]],
-    const device B* index_bias [[buffer(7)]],
-    const device T* index_q [[buffer(8)]],
-    device T* latents [[buffer(9)]],
-    device T* ropes [[buffer(10)]],
-    device T* queries [[buffer(11)]],
-    device T* index_keys [[buffer(12)]],
-    device T* index_queries [[buffer(13)]],
-    const constant AttentionRowsParams& params [[buffer(14)]],
-    uint2 tid [[threadgroup_position_in_grid]],
-    uint simd_lid [[thread_index_in_simdgroup]]) {
-  const int token = tid.y, lane = simd_lid;
-  const int rank = params.rank, rope = params.rope, dim = params.index_dim;
-  const Angles angles = angles_of(cosines, sines, params, token);
-  int row = tid.x;
-  if (row == 0) {
-    kv += size_t(token) * (rank + rope);
-    latents += size_t(token) * rank;
-    const float squares = squares_of(kv, 1, rank, 0.0f, lane);
-    const float inverse = glm_fused::inverse_root(squares, rank, params.eps);
+struct AttentionRows {
+  const device T* kv;
+  const device N* norm;
+  const device T* q;
+  const device T* index_k;
+  const device K* index_norm;
+  const device B* index_bias;
+  const device T* index_q;
+  device T* latents;
+  device T* ropes;
+  device T* queries;
+  device T* index_keys;
+  device T* index_queries;
+  const constant AttentionParams* params;
+  int lane;
+
+  METAL_FUNC void run(const thread Angles& angles, int token, int row)
+      const thread {
+    const int heads = params->heads;
+    if (row == 0) {
+      latent(angles, token);
+    } else if (row <= heads) {
+      query(angles, token * heads + row - 1);
+    } else if (row == heads + 1) {
+      index_key(angles, token);
+    } else {
+      index_query(angles, token * params->index_heads + row - heads - 2);
+    }
+  }
+
+  METAL_FUNC void latent(const thread Angles& angles, int token) const thread {
+    const int rank = params->rank, rope = params->rope;
+    const device T* x = kv + token * (rank + rope);
+    device T* y = latents + token * rank;
+    const float squares = squares_of(x, 1, rank, 0.0f, lane);
+    const float inverse = glm_fused::inverse_root(squares, rank, params->eps);
     for (int i = lane; i < rank; i += kLanes) {
-      latents[i] = static_cast<T>(glm_fused::normed(
-          static_cast<float>(kv[i]),
+      y[i] = static_cast<T>(glm_fused::normed(
+          static_cast<float>(x[i]),
           inverse,
           static_cast<float>(norm[i]),
           glm_fused::As<T>()));
     }
-    const Plain<T> key = {kv + rank};
-    write_rotated(key, rope, angles, true, ropes + size_t(token) * rope, lane);
-    return;
+    const Plain<T> key = {x + rank};
+    write_rotated(key, rope, angles, true, ropes + token * rope, lane);
   }
-  row -= 1;
-  if (row < params.heads) {
-    const size_t head = size_t(token) * params.heads + row;
-    const Plain<T> query = {q + head * (params.nope + rope) + params.nope};
-    write_rotated(
-        query, rope, angles, true, queries + head * (rank + rope) + rank, lane);
-    return;
+
+  METAL_FUNC void query(const thread Angles& angles, int head) const thread {
+    const int nope = params->nope, rank = params->rank, rope = params->rope;
+    const Plain<T> row = {q + head * (nope + rope) + nope};
+    device T* y = queries + head * (rank + rope) + rank;
+    write_rotated(row, rope, angles, true, y, lane);
   }
-  row -= params.heads;
-  const bool interleaved = params.interleaved != 0;
-  if (row == 0) {
-    index_k += size_t(token) * dim;
-    const float mean = sum_of(index_k, 1, dim, lane) / static_cast<float>(dim);
-    const float squares = squares_of(index_k, 1, dim, mean, lane);
+
+  METAL_FUNC void index_key(const thread Angles& angles, int token)
+      const thread {
+    const int dim = params->index_dim;
+    const device T* x = index_k + token * dim;
+    const float mean = sum_of(x, 1, dim, lane) / static_cast<float>(dim);
+    const float squares = squares_of(x, 1, dim, mean, lane);
     const float inverse =
-        glm_fused::inverse_root(squares, dim, params.index_eps);
-    const LayerNormed<T, K, B> key = {
-        index_k, index_norm, index_bias, mean, inverse};
+        glm_fused::inverse_root(squares, dim, params->index_eps);
+    const LayerNormed<T, K, B> key = {x, index_norm, index_bias, mean, inverse};
     write_rotated(
-        key, dim, angles, interleaved, index_keys + size_t(token) * dim, lane);
-    return;
+        key, dim, angles, params->interleaved, index_keys + token * dim, lane);
   }
-  row -= 1;
-  const size_t at = (size_t(token) * params.index_heads + row) * dim;
-  const Plain<T> query = {index_q + at};
-  write_rotated(query, dim, angles, interleaved, index_queries + at, lane);
-}
+
+  METAL_FUNC void index_query(const thread Angles& angles, int head)
+      const thread {
+    const int dim = params->index_dim;
+    const Plain<T> row = {index_q + head * dim};
+    write_rotated(
+        row,
+        dim,
+        angles,
+        params->interleaved,
+        index_queries + head * dim,
+        lane);
+  }
+};

@@ -83,7 +83,8 @@ template <typename T, typename R>
     }
     for (int h = 0; h < kHeads; h++) {
       if (h < used) {
-        const float weight = weights[head + h];
+        const float weight =
+            glm_fused::product(weights[head + h], params.weight_scale);
         for (int i = 0; i < 2; i++) {
           score[i] = fma(weight, relu(dot[2 * h + i] * params.scale), score[i]);
         }

@@ -50,6 +50,7 @@ struct IndexParams {
   int heads;
   int top_k;
   float scale;
+  float weight_scale;
 };
 
 // An array [sequences, heads, length, columns] with strides in values.
@@ -101,8 +102,8 @@ struct RotateParams {
   int interleaved;
 };
 
-// What attention does to rows after its projections; strides are in values.
-struct AttentionRowsParams {
+// What attention does after its projections; strides are in values.
+struct AttentionParams {
   int tokens;
   int heads;
   int nope;
@@ -111,8 +112,11 @@ struct AttentionRowsParams {
   int index_heads;  // 0: their queries are not wanted
   int index_dim;    // 0: there is no indexer
   int interleaved;  // of the indexer
+  int rows;         // of a token, that are normed or rotated
+  int head_groups;  // threadgroups for a head's matrix
   float eps;        // of the latents' norm
   float index_eps;
-  ViewParams cosines;  // [b or 1, 1, l, pairs]
+  ProductParams product;  // of embed_q
+  ViewParams cosines;     // [b or 1, 1, l, pairs]
   ViewParams sines;
 };

@@ -138,6 +138,21 @@ def test_queries_are_causal_and_do_not_depend_on_each_other():
         assert np.array_equal(together[at], np.array(alone))
 
 
+def test_the_factor_of_the_weights_is_their_product():
+    """Rounded to fp32; near ties, of keys that differ in the last bits, show it."""
+    rng = np.random.default_rng(11)
+    keys = 1 + 1e-6 * mx.abs(random(rng, (1, 700, 24)))
+    q, weights = mx.abs(random(rng, (1, 3, 8, 24))), mx.abs(random(rng, (1, 3, 8)))
+    expected = ops.indexer_topk(q, keys, weights * 0.3, 90, scale=SCALE)
+    for reference in (False, True):
+        found = ops.indexer_topk(
+            q, keys, weights, 90, scale=SCALE, weight_scale=0.3, reference=reference
+        )
+        assert mx.array_equal(found, expected).item()
+    other = ops.indexer_topk(q, keys, weights, 90, scale=SCALE)
+    assert not mx.array_equal(other, expected).item()
+
+
 def test_a_prefill_equals_its_tokens():
     rng = np.random.default_rng(5)
     keys, length = random(rng, (1, 300, 32), mx.bfloat16), 300

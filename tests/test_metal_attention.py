@@ -41,7 +41,7 @@ def choose(seed, kv_format, dtype=mx.float32, b=1, queries=1, heads=4, dim=64, t
     q = random(rng, (b, queries, heads, dim), dtype)
     weights = random(rng, (b, queries, heads))
     start = None if start is None else mx.array(start, mx.int32)
-    return lambda: ops.indexer_topk(q, keys, weights, k, scale=0.12, start=start)
+    return lambda: ops.indexer_topk(q, keys, weights, k, scale=0.12, weight_scale=0.7, start=start)
 
 
 @pytest.mark.parametrize("kv_format", KEY_FORMATS)

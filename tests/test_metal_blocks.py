@@ -105,7 +105,7 @@ def test_attention_project(fmt, dtype, b, length, full):
     check(
         lambda: blocks.attention_project(*arguments),
         attention_chain(True, *arguments),
-        "project", "project", "project", "attention",
+        "project", "project", "attention",
     )  # fmt: skip
 
 

@@ -285,9 +285,9 @@ def test_demo_model_decodes_as_on_the_cpu():
             "mla_combine": steps * layers,
             "index_scores": steps * full,
             "index_select": steps * full,
-            # Five of attention; of a dense MLP two, of experts one.
-            "project": after * (7 * layers - sparse),
-            "attention_rows": after * layers,
+            # Four of attention; of a dense MLP two, of experts one.
+            "project": after * (6 * layers - sparse),
+            "attention_queries": after * layers,
             # Of a layer: its two norms, those of q's and the keys' latents; then the last one.
             "rms_norm": steps + 4 * layers,
             "layer_norm": full,

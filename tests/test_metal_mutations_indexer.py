@@ -33,6 +33,7 @@ class Indexing:
     loud: tuple[int, ...] = ()
     zeros: float = 0.0
     close: bool = False
+    factor: float = 1.0  # of the weights
     tiles = None
 
     @functools.cache  # noqa: B019
@@ -51,11 +52,13 @@ class Indexing:
 
     def run(self):
         start = None if self.start is None else mx.array(self.start, mx.int32)
-        return ops.indexer_topk(*self.arguments(), self.k, scale=0.12, start=start)
+        return ops.indexer_topk(
+            *self.arguments(), self.k, scale=0.12, weight_scale=self.factor, start=start
+        )
 
 
 # Heads, dimensions and keys are left over; the second query sees one key more.
-ODD = Indexing("odd", 300, 40, heads=33, dim=17, queries=2)
+ODD = Indexing("odd", 300, 40, heads=33, dim=17, queries=2, factor=0.7)
 # No head or dimension is left over; the first block shows its last key, the third its first.
 EDGES = Indexing("edges", 513, 40, heads=32, dim=16, start=(255,), loud=(255, 512))
 BATCH = Indexing("batch", 40, 8, b=2, start=(0, 5))
@@ -145,6 +148,7 @@ SCORES = [
     ("heads weighed mask, one less", SHORT, "if (h < used@@ - 1@) {"),
     ("heads weighed mask, none", SHORT, "if (@h < used@true@) {"),
     ("weight of the heads", ODD, "weights[@head + @@h]"),
+    ("factor of the weights", ODD, "h], @params.weight_scale@1.0f@)"),
     ("keys weighed", SHORT, "i < 2@@ + 1@; i++) {\n          score"),
     ("keys weighed, one less", SHORT, "i < 2@@ - 1@; i++) {\n          score"),
     ("keys stored", SHORT, "i < 2@@ + 1@; i++) {\n    const int at"),

@@ -92,8 +92,8 @@ def test_stock_ops_agree(monkeypatch, budget):
     """They are what a GPU without Metal runs."""
     monkeypatch.setattr(chunks, "BUDGET_BYTES", budget)
 
-    def indexer_topk(q, keys, weights, k, *, scale, start):
-        return stock.indexer_topk(q, keys, weights, k, scale, start)
+    def indexer_topk(q, keys, weights, k, *, scale, weight_scale, start):
+        return stock.indexer_topk(q, keys, weights * weight_scale, k, scale, start)
 
     def sparse_mla_decode(q, latents, ropes, selected, *, rank, scale, start):
         return stock.sparse_mla_decode(q, latents, ropes, selected, rank, scale, start)

@@ -1,7 +1,10 @@
+#include <algorithm>
+
 #include "metal/experts.h"
 #include "metal/params.h"
 #include "metal/project.h"
 #include "metal/source.h"
+#include "metal/tiles.h"
 #include "ops/metal_blocks.h"
 #include "view.h"
 
@@ -44,6 +47,82 @@ bool allocate(std::vector<mx::array>& outputs) {
     output.set_data(mx::allocator::malloc(output.nbytes()));
   }
   return outputs[0].size() > 0;
+}
+
+// What attention's last launch before the caches reads.
+struct QueryInputs {
+  const mx::array *q, *embed_q, *kv, *kv_norm, *cosines, *sines;
+  const mx::array *index_k, *k_norm, *k_bias, *index_q;
+};
+
+void encode_queries(
+    const mx::Stream& stream,
+    const Format& format,
+    const AttentionSizes& z,
+    const QueryInputs& in,
+    std::vector<mx::array>& outputs) {
+  using metal::type_name;
+  auto& device = mx::metal::device(stream.device);
+  auto& encoder = mx::metal::get_command_encoder(stream);
+  const auto tiles = metal::tiles_for(device.get_architecture());
+  const int tokens = in.q->shape(0), width = metal::vectors(tokens);
+  auto kernel = metal::kernel(
+      device,
+      metal_source::attention_queries,
+      "attention_queries<" + type_name(in.q->dtype()) + ", " +
+          type_name(in.kv_norm->dtype()) + ", " +
+          type_name(in.k_norm->dtype()) + ", " + type_name(in.k_bias->dtype()) +
+          ", " + std::to_string(tiles.rows) + ", " + std::to_string(width) +
+          ", " + metal::format_name(format, z.rank, z.nope) + ">");
+  const int simdgroups = metal::simdgroups(kernel, tiles.gate_up);
+  const int row_width = z.rank + z.rope;
+  const AttentionParams params{
+      tokens,
+      z.heads,
+      z.nope,
+      z.rank,
+      z.rope,
+      z.index_heads,
+      z.index_dim,
+      z.interleaved,
+      1 + z.heads + (z.index_dim > 0) + z.index_heads,
+      metal::blocks(z.rank, tiles.rows * simdgroups),
+      z.kv_eps,
+      z.index_eps,
+      {0, z.rank, z.heads * row_width, row_width, false},
+      view_of(*in.cosines),
+      view_of(*in.sines)};
+  encoder.set_compute_pipeline_state(kernel);
+  encoder.set_input_array(*in.q, 0);
+  metal::bind_weight(encoder, in.embed_q, format, 1);
+  int index = 4;
+  for (const mx::array* input :
+       {in.kv,
+        in.kv_norm,
+        in.cosines,
+        in.sines,
+        in.index_k,
+        in.k_norm,
+        in.k_bias,
+        in.index_q}) {
+    encoder.set_input_array(*input, index++);
+  }
+  for (size_t i = 0; i < 5; i++) {
+    if (i < outputs.size()) {
+      encoder.set_output_array(outputs[i], index++);
+    } else {
+      encoder.set_input_array(*in.kv, index++);  // never touched
+    }
+  }
+  encoder.set_bytes(params, index);
+  const int row_groups =
+      metal::blocks(params.rows * std::min(tokens, width), simdgroups);
+  encoder.dispatch_threadgroups(
+      MTL::Size(
+          params.head_groups * z.heads + row_groups,
+          metal::blocks(tokens, width),
+          1),
+      MTL::Size(32, simdgroups, 1));
 }
 
 }  // namespace
@@ -106,62 +185,21 @@ void MetalAttentionProject::eval_gpu(
   latent.eps = z.q_eps;
   metal::project(stream(), latent, products);
 
-  auto& queries = outputs[0];
-  const int head = z.nope + z.rope, width = z.rank + z.rope;
-  metal::project(
+  encode_queries(
       stream(),
-      {q, x.dtype(), tokens, z.heads, z.nope, z.heads * head, head},
-      {{embed_q, &f.embed_q, &queries, z.heads * width, width}});
-
-  encoder.set_compute_pipeline_state(
-      metal::kernel(
-          mx::metal::device(stream().device),
-          metal_source::attention_rows,
-          "attention_rows<" + metal::type_name(x.dtype()) + ", " +
-              metal::type_name(kv_norm.dtype()) + ", " +
-              metal::type_name(k_norm.dtype()) + ", " +
-              metal::type_name(k_bias.dtype()) + ">"));
-  int index = 0;
-  const mx::array* const read[] = {
-      &kv,
-      &kv_norm,
-      &q,
-      &cosines,
-      &sines,
-      &index_k,
-      &k_norm,
-      &k_bias,
-      &index_q};
-  for (const mx::array* input : read) {
-    encoder.set_input_array(*input, index++);
-  }
-  encoder.set_output_array(outputs[1], index++);
-  encoder.set_output_array(outputs[2], index++);
-  encoder.set_output_array(queries, index++);
-  for (const int output : {3, 4}) {
-    if (output < static_cast<int>(outputs.size())) {
-      encoder.set_output_array(outputs[output], index++);
-    } else {
-      encoder.set_input_array(kv, index++);  // never touched
-    }
-  }
-  const AttentionRowsParams params{
-      tokens,
-      z.heads,
-      z.nope,
-      z.rank,
-      z.rope,
-      z.index_heads,
-      z.index_dim,
-      z.interleaved,
-      z.kv_eps,
-      z.index_eps,
-      view_of(cosines),
-      view_of(sines)};
-  encoder.set_bytes(params, index);
-  encoder.dispatch_threadgroups(
-      MTL::Size(1 + z.heads + full + z.index_heads, tokens, 1),
-      MTL::Size(32, 1, 1));
+      f.embed_q,
+      z,
+      {&q,
+       embed_q,
+       &kv,
+       &kv_norm,
+       &cosines,
+       &sines,
+       &index_k,
+       &k_norm,
+       &k_bias,
+       &index_q},
+      outputs);
 }
 
 void MetalAttentionOutput::eval_gpu(

@@ -45,7 +45,8 @@ void IndexerTopk::eval_gpu(
       0,
       q.shape(2),
       selected.shape(2),
-      scale_};
+      scale_,
+      weight_scale_};
   for (params.b = 0; params.b < q.shape(0); params.b++) {
     for (int first = 0; first < queries; first += step) {
       const int count = std::min(step, queries - first);

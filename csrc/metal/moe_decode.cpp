@@ -22,10 +22,6 @@ std::string joined(
   return text + ">";
 }
 
-int blocks(int count, int size) {
-  return (count + size - 1) / size;
-}
-
 }  // namespace
 
 namespace metal {

@@ -26,6 +26,11 @@ int simdgroups(MTL::ComputePipelineState* kernel, int wanted);
 
 size_t threadgroup_bytes(size_t words);
 
+// Gives how many blocks of `size` hold `count`.
+inline int blocks(int count, int size) {
+  return (count + size - 1) / size;
+}
+
 mx::array allocate(mx::Shape shape, mx::Dtype dtype);
 
 // Binds a weight's planes to kMaxPlanes buffers from `index` on; what a format

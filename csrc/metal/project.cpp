@@ -18,10 +18,6 @@ constexpr int kOutputs = kPlanes + kMaxProducts * kMaxPlanes;
 constexpr int kNormed = kOutputs + kMaxProducts;
 constexpr int kLaneBytes = 128;  // a lane asks for so much of a router's row
 
-int blocks(int count, int size) {
-  return (count + size - 1) / size;
-}
-
 std::string text(bool flag) {
   return flag ? "true" : "false";
 }
@@ -77,8 +73,7 @@ struct Launch {
 
   void encode(const Shares& shares) const {
     const Vectors& v = vectors;
-    const int width = static_cast<int>(
-        std::bit_ceil(static_cast<unsigned>(std::min(v.tokens, kMaxVectors))));
+    const int width = metal::vectors(v.tokens);
     auto& encoder = mx::metal::get_command_encoder(stream);
     auto project = kernel(
         mx::metal::device(stream.device),
@@ -132,6 +127,11 @@ Tiles tiles(const mx::Stream& stream) {
 }
 
 }  // namespace
+
+int vectors(int tokens) {
+  return static_cast<int>(
+      std::bit_ceil(static_cast<unsigned>(std::min(tokens, kMaxVectors))));
+}
 
 Vectors rows_of(const mx::array& x, mx::Dtype type) {
   const int columns = x.shape(-1);

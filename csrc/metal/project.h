@@ -31,6 +31,9 @@ struct Vectors {
   mx::array* normed = nullptr;  // the norm is written to it, too
 };
 
+// Gives how many of the tokens' vectors share a read of a row.
+int vectors(int tokens);
+
 // Rows of `x`, one a token.
 Vectors rows_of(const mx::array& x, mx::Dtype type);
 

@@ -4,7 +4,7 @@
 
 namespace glm_fused::metal_source {
 
-extern const char* const attention_rows;
+extern const char* const attention_queries;
 extern const char* const indexer_topk;
 extern const char* const moe_decode;
 extern const char* const norms;

@@ -10,6 +10,7 @@ mx::array indexer_topk(
     const mx::array& weights,
     int k,
     float scale,
+    float weight_scale,
     const std::optional<mx::array>& start,
     bool reference,
     mx::StreamOrDevice s) {
@@ -32,16 +33,23 @@ mx::array indexer_topk(
     invalid(op, "k must be at least 1 but is ", k, ".");
   }
   check_count(op, "the selected keys", {batch, queries, k});
+  mx::array weighed = mx::astype(weights, mx::float32, s);
+  if (!is_metal(s)) {
+    if (weight_scale != 1) {
+      weighed = mx::multiply(weighed, mx::array(weight_scale), s);
+    }
+    weight_scale = 1;
+  }
   auto primitive = place(
       std::make_shared<IndexerTopk>(
-          mx::to_stream(s), reference, layout, scale));
+          mx::to_stream(s), reference, layout, scale, weight_scale));
   return mx::array(
       {batch, queries, k},
       mx::int32,
       primitive,
       {mx::contiguous(q, false, s),
        keys,
-       mx::contiguous(mx::astype(weights, mx::float32, s), false, s),
+       mx::contiguous(weighed, false, s),
        first_keys(op, start, batch, s)});
 }
 

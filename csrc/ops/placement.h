@@ -14,6 +14,8 @@ namespace glm_fused {
 mlx::core::StreamOrDevice metal_stream(const mlx::core::StreamOrDevice& asked);
 std::shared_ptr<mlx::core::Primitive> place(
     std::shared_ptr<mlx::core::Primitive> primitive);
+// Tells whether primitives on the stream run their `eval_gpu`.
+bool is_metal(const mlx::core::StreamOrDevice& stream);
 #else
 // Returns the stream that is asked for, or the GPU's default one.
 inline mlx::core::StreamOrDevice metal_stream(
@@ -25,6 +27,9 @@ inline mlx::core::StreamOrDevice metal_stream(
 inline std::shared_ptr<mlx::core::Primitive> place(
     std::shared_ptr<mlx::core::Primitive> primitive) {
   return primitive;
+}
+inline bool is_metal(const mlx::core::StreamOrDevice& stream) {
+  return mlx::core::to_stream(stream).device == mlx::core::Device::gpu;
 }
 #endif
 

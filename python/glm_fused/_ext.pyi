@@ -313,6 +313,7 @@ def indexer_topk(
     weights: mlx.core.array,
     k: int,
     scale: float,
+    weight_scale: float,
     start: mlx.core.array | None,
     kernel: Kernel,
     stream: mlx.core.Stream

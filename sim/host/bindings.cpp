@@ -173,8 +173,12 @@ mx::StreamOrDevice metal_stream(const mx::StreamOrDevice&) {
   return simulated_stream();
 }
 
+bool is_metal(const mx::StreamOrDevice& stream) {
+  return mx::to_stream(stream) == simulated_stream();
+}
+
 std::shared_ptr<mx::Primitive> place(std::shared_ptr<mx::Primitive> primitive) {
-  if (primitive->stream() != simulated_stream()) {
+  if (!is_metal(primitive->stream())) {
     return primitive;
   }
   return std::make_shared<OnMetal>(std::move(primitive));

@@ -71,5 +71,12 @@ class Indexer(nn.Module):
 
     def select(self, q: mx.array, weights: mx.array, keys: mx.array, span: Span) -> mx.array:
         """The selection, int32 [b, l, k], of `glm_fused.ops.indexer_topk` from all cached keys."""
-        weights, scale = weights * self.heads**-0.5, self.head_dim**-0.5
-        return ops.indexer_topk(q, keys, weights, self.topk, scale=scale, start=span.start)
+        return ops.indexer_topk(
+            q,
+            keys,
+            weights,
+            self.topk,
+            scale=self.head_dim**-0.5,
+            weight_scale=self.heads**-0.5,
+            start=span.start,
+        )

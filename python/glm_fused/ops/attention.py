@@ -54,6 +54,7 @@ def indexer_topk(
     k: int,
     *,
     scale: float,
+    weight_scale: float = 1.0,
     start: mx.array | None = None,
     reference: bool | None = None,
     stream: Stream = None,
@@ -61,9 +62,10 @@ def indexer_topk(
     """The cached keys that each query attends to (lightning indexer, DeepSeek-V3.2).
 
     The queries are the cache's last ``l`` tokens; query ``i`` sees the keys ``start`` to
-    ``t - l + i``. Scores are ``sum_h weights[h] * relu(q[h] . key * scale)`` in fp32; the `k` best
-    are selected, the lowest index among equals; a NaN ranks with -inf. The op holds at most 64 MiB
-    of scores at once (one query's, where `t` is beyond 2^24), however many queries there are.
+    ``t - l + i``. Scores are ``sum_h (weights[h] * weight_scale) * relu(q[h] . key * scale)`` in
+    fp32; the `k` best are selected, the lowest index among equals; a NaN ranks with -inf. The op
+    holds at most 64 MiB of scores at once (one query's, where `t` is beyond 2^24), however many
+    queries there are.
 
     Args:
         q: float [b, l, heads, dim].
@@ -71,6 +73,7 @@ def indexer_topk(
         weights: float [b, l, heads].
         k: how many keys to select, at least 1.
         scale: the factor of a query's product with a key.
+        weight_scale: the factor of the weights.
         start: int32 [b], each sequence's first key that is not padding; None: 0.
         reference: True or False overrides the current path.
         stream: where to run; None: the default device.
@@ -84,11 +87,13 @@ def indexer_topk(
     kernel = routes.take("indexer_topk", stream=stream, reference=reference)
     if kernel is Kernel.mlx:
         with routes.on(stream):
-            return stock.indexer_topk(q, keys, weights, k, scale, start)
+            return stock.indexer_topk(q, keys, weights * weight_scale, k, scale, start)
     try:
-        return _ext.indexer_topk(q, keys, weights, k, scale, start, kernel, stream)
+        return _ext.indexer_topk(q, keys, weights, k, scale, weight_scale, start, kernel, stream)
     except TypeError:
-        raise unfit("indexer_topk", keys=keys, k=k, scale=scale, start=start) from None
+        raise unfit(
+            "indexer_topk", keys=keys, k=k, scale=scale, weight_scale=weight_scale, start=start
+        ) from None
 
 
 def sparse_mla_decode(

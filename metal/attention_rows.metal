@@ -1,1 +1,0 @@
-#include "attention_rows.h"
