@@ -29,7 +29,7 @@ typedef bfloat bfloat16_t;
 """
 _OURS = re.compile(
     r"\b((?:moe_gate_up|moe_down_sum|router_logits|router_select|index_scores|mla_split|rms_norm"
-    r"|layer_norm|rotate_rows|copy_rows|Affine|Dense|Fp8?|FloatRows)<"
+    r"|layer_norm|rotate_rows|copy_rows|project|attention_queries|Affine|Dense|Fp8?|FloatRows)<"
     r"|(?:Fp8Rows|Int8Rows)\b)"
 )
 # A kernel reads these buffers once, or twice, and a mutant may not read more of them.
@@ -46,6 +46,8 @@ _FRUGAL = {
     "layer_norm": (0, 1, 2),
     "rotate_rows": (0, 1, 2),
     "copy_rows": (0,),
+    "project": (3, 6, 9, 12),
+    "attention_queries": (1,),
 }
 
 
@@ -89,7 +91,8 @@ class Right:
     """A case on the unchanged shaders: its traced launches, and what the launchers compiled."""
 
     launches: list[Launch] = field(default_factory=list)
-    texts: dict[str, tuple[str, str]] = field(default_factory=dict)  # name and text, by kernel
+    # The texts of a kernel's instances, by their names.
+    texts: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def kernel_of(name: str) -> str:
@@ -127,7 +130,7 @@ class Mutants:
             right = Right()
 
             def compiler(name: str, text: str) -> tuple[Path, str]:
-                right.texts[kernel_of(name)] = name, text
+                right.texts.setdefault(kernel_of(name), {})[name] = text
                 return compiled(name, text, contract=True, trace=True)
 
             right.launches = _launches(case, compiler)
@@ -181,18 +184,25 @@ class Mutants:
         return self._batches[at], self._libraries[self._batches[at]]
 
     def _text(self, batch: tuple[Mutation, ...]) -> str:
-        host, text = self.right(batch[0].case).texts[batch[0].kernel]
-        source, line = split_instance(text)
-        own = _own_text(source)
-        function = re.search(r"decltype\((.*)\) ", line)[1] if line else f"{host_function(host)}<0>"
+        instances = self.right(batch[0].case).texts[batch[0].kernel]
+        own = _own_text(split_instance(next(iter(instances.values())))[0])
         texts = [_SHARED, mlx_arithmetic()]
         for i, m in enumerate(batch):
             texts.append(f"namespace mutant_{i} {{\n{m.apply(own)}\n}}\n")
         for i in range(len(batch)):
-            here = _OURS.sub(rf"mutant_{i}::\1", function) if line else f"mutant_{i}::{function}"
-            name = f"mutant_{i}_{host if line else host_function(host)}"
-            texts.append(f'template [[host_name("{name}")]] [[kernel]] decltype({here}) {here};\n')
+            texts += [_instance(i, host, text) for host, text in instances.items()]
         return "".join(texts)
+
+
+def _instance(i: int, host: str, text: str) -> str:
+    """The line that makes the instance `host` of the i-th changed kernel."""
+    line = split_instance(text)[1]
+    if line:
+        here = _OURS.sub(rf"mutant_{i}::\1", re.search(r"decltype\((.*)\) ", line)[1])
+    else:
+        host = host_function(host)
+        here = f"mutant_{i}::{host}<0>"
+    return f'template [[host_name("mutant_{i}_{host}")]] [[kernel]] decltype({here}) {here};\n'
 
 
 def host_function(library: str) -> str:
