@@ -413,6 +413,43 @@ NB_MODULE(_ext, m) {
       "kernel"_a,
       "stream"_a.none());
   m.def(
+      "metal_attend",
+      [](const mx::array& x,
+         const mx::array& q,
+         const mx::array& latents,
+         const std::optional<mx::array>& ropes,
+         const std::optional<mx::array>& selected,
+         const WeightTuple& unembed_out,
+         const WeightTuple& o_proj,
+         int rank,
+         float scale,
+         const std::optional<mx::array>& start,
+         const mx::StreamOrDevice& stream) {
+        return metal_attend(
+            x,
+            q,
+            latents,
+            ropes,
+            selected,
+            weight(unembed_out),
+            weight(o_proj),
+            rank,
+            scale,
+            start,
+            on(Kernel::metal, stream));
+      },
+      "x"_a,
+      "q"_a,
+      "latents"_a,
+      "ropes"_a.none(),
+      "selected"_a.none(),
+      "unembed_out"_a,
+      "o_proj"_a,
+      "rank"_a,
+      "scale"_a,
+      "start"_a.none(),
+      "stream"_a.none());
+  m.def(
       "mlp_block",
       [](const mx::array& x,
          const NormTuple& input_norm,

@@ -120,3 +120,10 @@ struct AttentionParams {
   ViewParams cosines;     // [b or 1, 1, l, pairs]
   ViewParams sines;
 };
+
+// What follows attention's splits; strides are in values.
+struct UnembedParams {
+  MlaParams mla;
+  int tokens;             // of this dispatch
+  ProductParams product;  // of unembed_out
+};

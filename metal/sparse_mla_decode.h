@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cached_rows.h"
+#include "mla_combine.h"
 #include "softmax_exp.h"
 
 GLM_CONST int kSplit = 64;  // list entries, and heads, in a threadgroup
@@ -197,9 +198,16 @@ template <typename T, typename R>
   }
 }
 
-// Writes y [tokens, heads, rank]. The grid is (heads, tokens); `weights` holds
-// a float per split. A split without keys has l = 0, any other has l >= 1 or
-// NaN.
+// A head's columns in device memory.
+struct ToDevice {
+  device float* y;
+
+  METAL_FUNC void set(int column, float value) const thread {
+    y[column] = value;
+  }
+};
+
+// Writes y [tokens, heads, rank]. The grid is (heads, tokens).
 [[kernel]] void mla_combine(
     const device float* o [[buffer(0)]],
     const device float* m [[buffer(1)]],
@@ -211,36 +219,18 @@ template <typename T, typename R>
     uint simd_gid [[simdgroup_index_in_threadgroup]],
     uint simd_lid [[thread_index_in_simdgroup]],
     uint simdgroups [[simdgroups_per_threadgroup]]) {
-  const int thread_id = simd_gid * kLanes + simd_lid;
-  const int threads = simdgroups * kLanes;
-  const int rank = params.rows.rank, splits = params.splits;
   const int token = params.first_token + tid.y;
-  const size_t first = size_t(tid.y) * splits * params.heads + tid.x;
-  float largest = -INFINITY;
-  for (int s = 0; s < splits; s++) {
-    const size_t at = first + size_t(s) * params.heads;
-    largest = l[at] != 0 && m[at] > largest ? m[at] : largest;
-  }
-  for (int s = thread_id; s < splits; s += threads) {
-    const size_t at = first + size_t(s) * params.heads;
-    weights[s] = glm_fused::exp_negative(m[at] - largest);
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  float total = 0;
-  bool any = false;
-  for (int s = 0; s < splits; s++) {
-    const float sum = l[first + size_t(s) * params.heads];
-    any = any || sum != 0;
-    total = sum != 0 ? fma(weights[s], sum, total) : total;
-  }
-  for (int column = thread_id; column < rank; column += threads) {
-    float value = 0;
-    for (int s = 0; s < splits; s++) {
-      const size_t at = first + size_t(s) * params.heads;
-      value =
-          l[at] != 0 ? fma(weights[s], o[at * rank + column], value) : value;
-    }
-    y[(size_t(token) * params.heads + tid.x) * rank + column] =
-        any ? value / total : 0.0f;
-  }
+  const size_t first = size_t(tid.y) * params.splits * params.heads + tid.x;
+  const ToDevice head = {
+      y + (size_t(token) * params.heads + tid.x) * params.rows.rank};
+  combine_splits(
+      o,
+      m,
+      l,
+      params,
+      first,
+      weights,
+      simd_gid * kLanes + simd_lid,
+      simdgroups * kLanes,
+      head);
 }

@@ -29,7 +29,8 @@ typedef bfloat bfloat16_t;
 """
 _OURS = re.compile(
     r"\b((?:moe_gate_up|moe_down_sum|router_logits|router_select|index_scores|mla_split|rms_norm"
-    r"|layer_norm|rotate_rows|copy_rows|project|attention_queries|Affine|Dense|Fp8?|FloatRows)<"
+    r"|layer_norm|rotate_rows|copy_rows|project|attention_queries|mla_unembed|Affine|Dense|Fp8?"
+    r"|FloatRows)<"
     r"|(?:Fp8Rows|Int8Rows)\b)"
 )
 # A kernel reads these buffers once, or twice, and a mutant may not read more of them.
@@ -48,6 +49,7 @@ _FRUGAL = {
     "copy_rows": (0,),
     "project": (3, 6, 9, 12),
     "attention_queries": (1,),
+    "mla_unembed": (3,),
 }
 
 

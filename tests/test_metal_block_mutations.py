@@ -79,6 +79,18 @@ def output(layer):
     return blocks.attention_output, x, attended, layer.weight(3, 7, 10), layer.weight(21, 21)
 
 
+def attend(layer, length=3, rank=133, values=7):
+    """Queries with three splits, of which the last has no key."""
+    q, total = layer.array(1, length, 3, rank + 4), 140
+    latents, ropes = layer.array(1, total, rank), layer.array(1, total, 4)
+    selected = layer.rng.integers(0, total, (1, length, 130))
+    selected[:, :, 128:] = -1
+    selected = mx.array(selected.astype(np.int32))
+    block = functools.partial(blocks.attend, rank=rank, scale=0.1)
+    weights = layer.weight(3, values, rank), layer.weight(21, 3 * values)
+    return block, layer.array(1, length, 21), q, latents, ropes, selected, *weights
+
+
 MLP, EXPERTS, OUTPUT = Half("mlp", mlp), Half("experts", experts), Half("output", output)
 FULL, HALVES = (
     Half("full", attention),
@@ -86,8 +98,13 @@ FULL, HALVES = (
 )
 # More tokens than one read of a row serves.
 LONG = Half("long", functools.partial(mlp, tokens=18, hidden=9))
+ATTEND = Half("attend", attend)
+# Its simdgroups take more than a row each.
+TALL = Half("tall", functools.partial(attend, length=1, values=40), tiles=(1, 1, 1, 1))
+# Only one token's vector fits into threadgroup memory.
+VAST = Half("vast", functools.partial(attend, rank=9000))
 ROUTED = Half("routed", functools.partial(experts, shared=False))
-CASES = [MLP, EXPERTS, OUTPUT, FULL, HALVES, LONG, ROUTED]
+CASES = [MLP, EXPERTS, OUTPUT, FULL, HALVES, LONG, ROUTED, ATTEND, TALL, VAST]
 
 BARRIER = "@  threadgroup_barrier(mem_flags::mem_threadgroup);\n@@"
 # Each has a name, a case and a change, whose text has @old@new@ where it differs. Where the text
@@ -236,6 +253,34 @@ QUERIES = [
     ("tokens past the last", FULL, "((token + @min(m, used - 1)@m@) * params.heads"),
     ("heads of a token", FULL, "params.heads@ + head@@) * columns"),
 ]  # fmt: skip
+UNEMBED = [
+    ("place of a value", ATTEND, "y[@column@0@] = static_cast<T>(value);"),
+    ("vector", ATTEND, "x[@offsets[m] + @@column + i];"),
+    ("value of a lane", VAST, "x[offsets[m] + column@ + i@@];"),
+    ("column", VAST, "x[offsets[m]@ + column@@ + i];"),
+    ("values", VAST, "i < F::values@@ - 1@; i++) {\n      values[i] = x["),
+    ("vector of a tail", ATTEND, "left ? x[@offsets[m] + @@column + i]"),
+    ("column of a tail", ATTEND, "left ? x[offsets[m]@ + column@@ + i]"),
+    ("value of a tail", ATTEND, "left ? x[offsets[m] + column@ + i@@]"),
+    ("values past the last", ATTEND,
+        "values[i] = @i < left ? x[offsets[m] + column + i] : T(0)@x[offsets[m] + column + i]@;"),
+    ("values past the last, one less", ATTEND, "values[i] = i < left@@ - 1@ ? x["),
+    ("block of tokens", VAST, "token = tid.y@ * width@ / 2@;", 1),
+    ("tokens", ATTEND, "i < used@@ - 1@; i++) {\n    const size_t first"),
+    ("token's splits", ATTEND, "size_t(token@ + i@@) * params.mla.splits"),
+    ("block's splits", VAST, "size_t(@token + @@i) * params.mla.splits"),
+    ("head's splits", ATTEND, "* params.mla.heads@ + head@@;"),
+    ("token's vector", ATTEND, "vector = {vectors@ + i * rank@@};"),
+    ("barrier after a token", ATTEND,
+        "vector);\n@    threadgroup_barrier(mem_flags::mem_threadgroup);\n@@"),
+    ("tokens past the last", ATTEND, "offsets[i] = @min(i, used - 1)@i@ * rank;"),
+    ("vectors of tokens", ATTEND, "offsets[i] = min(i, used - 1)@ * rank@@;"),
+    ("head of the weight", ATTEND, "at(\n      @head@0@, params.product.rows"),
+    ("rows at once", TALL, "step = simdgroups@@ * 2@ * rows;"),
+    ("first row", ATTEND, "int row = simd_gid@ * rows@@; row <"),
+    ("rows", ATTEND, "row < params.product.rows@@ - 1@; row += step"),
+    ("token of a result", VAST, "params.mla.first_token@ + token@@, used"),
+]  # fmt: skip
 GATE_UP = [
     ("who shares", EXPERTS, "int(tid.y) == pairs@@ - 1@) {"),
     ("slots", EXPERTS, "all_tokens<most>(params.tokens@@ - 1@);\n      return"),
@@ -262,6 +307,7 @@ MUTATIONS = [
     for kernel, table in (
         ("project", PROJECT),
         ("attention_queries", QUERIES),
+        ("mla_unembed", UNEMBED),
         ("moe_gate_up", GATE_UP),
         ("moe_down_sum", DOWN_SUM),
     )

@@ -1,9 +1,12 @@
 """Blocks on Metal: the bits of the unfused chain on the CPU, in a few launches that are clean."""
 
+import functools
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from formats_under_test import DTYPES, FORMATS, OURS, assert_same_bits, format_id
+from long_context import random_rows
 from metal_backend import GPU, metal, simulated_only
 from test_blocks import (
     EPS,
@@ -125,6 +128,55 @@ def test_attention_output(fmt, dtype, b, length):
     )  # fmt: skip
 
 
+def attention(layer, b, length, total, kv_format, selects, rank=RANK, rope=16):
+    """The arguments of attend, and the chain's result."""
+    x = layer.array(b, length, HIDDEN)
+    q = layer.array(b, length, HEADS, rank + rope)
+    rows = random_rows(layer.rng, kv_format, b, total, rank, rope)
+    selected = layer.rng.integers(-1, total, (b, length, 150)).astype(np.int32)
+    selected = mx.array(selected) if selects else None
+    start = mx.array([3] * b) if b > 1 else None
+    unembed, o_proj = layer.weight(HEADS, VALUES, rank), layer.weight(HIDDEN, HEADS * VALUES)
+    how = dict(rank=rank, scale=0.1, start=start)
+    attended = ops.sparse_mla_decode(q, *rows, selected, **how, reference=True)
+    heads = attended.swapaxes(1, 2).astype(x.dtype)
+    values = ops.quantized_matvec(heads, unembed, reference=True).swapaxes(1, 2)
+    values = values.reshape(b, length, -1)
+    expected = x + ops.quantized_matvec(values, o_proj, reference=True)
+    return functools.partial(
+        blocks.attend, x, q, *rows, selected, unembed, o_proj, **how
+    ), expected  # fmt: skip
+
+
+@each_case
+@pytest.mark.parametrize("kv_format, selects", [("bf16", False), ("fp8", True)])
+def test_attend(fmt, dtype, b, length, kv_format, selects):
+    layer = Layer(11, fmt, DTYPES[dtype])
+    made, expected = attention(layer, b, length, 130, kv_format, selects)
+    check(lambda: [made()], [expected], "mla", "mla", "project")
+
+
+def test_attend_without_keys_is_the_residual():
+    layer = Layer(12, DENSE, mx.float32)
+    made, _ = attention(layer, 1, 2, 20, "fp32", False)
+    nothing = mx.full((1, 2, 9), -1, mx.int32)
+    x, q, *rows = made.args[:4]
+    found, _ = launched(
+        False, lambda: blocks.attend(x, q, *rows, nothing, *made.args[5:], **made.keywords)
+    )
+    assert_same_bits(found, x)
+
+
+def test_vectors_that_share_too_little_memory():
+    """Of 16 tokens' vectors of 2048 values two fit, of 8192 values none do."""
+    for rank, kernels in ((2048, 3), (8192, 4)):
+        layer = Layer(13, DENSE, mx.float32)
+        made, expected = attention(layer, 1, 16, 20, "fp32", False, rank, 0)
+        found, seen = launched(False, made)
+        assert GPU or len(seen) == kernels
+        assert_same_bits(found, expected)
+
+
 @pytest.mark.parametrize("widths", [(77, 5), (130, 129), (256, 8)])
 def test_odd_sizes(widths):
     """Rows that fill no block of columns, and fewer of them than a threadgroup takes."""
@@ -176,6 +228,22 @@ def test_gradients_are_those_of_the_chain():
         found = mx.grad(block, (0, 1))(x, norm[0])
         mx.eval(found)
     for a, b in zip(found, mx.grad(block, (0, 1))(x, norm[0]), strict=True):
+        assert mx.abs(b).max().item() > 0
+        assert mx.allclose(a, b, 1e-4, 1e-5).item()
+
+
+def test_gradients_of_attend_are_those_of_its_ops():
+    layer = Layer(14, DENSE, mx.float32)
+    made, _ = attention(layer, 1, 3, 40, "fp32", True)
+    x, q, *others = made.args
+
+    def block(x, q):
+        return mx.sin(blocks.attend(x, q, *others, **made.keywords)).sum()
+
+    with metal():
+        found = mx.grad(block, (0, 1))(x, q)
+        mx.eval(found)
+    for a, b in zip(found, mx.grad(block, (0, 1))(x, q), strict=True):
         assert mx.abs(b).max().item() > 0
         assert mx.allclose(a, b, 1e-4, 1e-5).item()
 

@@ -282,11 +282,12 @@ def test_demo_model_decodes_as_on_the_cpu():
             "router_logits": sparse,
             "router_select": steps * sparse,
             "mla_split": steps * layers,
-            "mla_combine": steps * layers,
+            "mla_combine": layers,
+            "mla_unembed": after * layers,
             "index_scores": steps * full,
             "index_select": steps * full,
-            # Four of attention; of a dense MLP two, of experts one.
-            "project": after * (6 * layers - sparse),
+            # Three of attention; of a dense MLP two, of experts one.
+            "project": after * (5 * layers - sparse),
             "attention_queries": after * layers,
             # Of a layer: its two norms, those of q's and the keys' latents; then the last one.
             "rms_norm": steps + 4 * layers,

@@ -91,7 +91,7 @@ CASES = [DENSE, EARLY, LATE, LISTED, FULL, HEADS, EMPTY, NOTHING, ONE, FP8, INT8
 # occurs several times, a number follows that tells which.
 BARRIER = "@  threadgroup_barrier(mem_flags::mem_threadgroup);\n@@"
 SPLIT = [
-    *((f"barrier {i}", LISTED, BARRIER, i) for i in range(8)),
+    *((f"barrier {i}", LISTED, BARRIER, i) for i in range(1, 9)),
     # cached_rows.h
     ("columns of a latent", LISTED, "column <@@=@ rank) {", 0),
     ("columns of a latent, one less", LISTED, "column < rank@@ - 1@) {", 0),
@@ -206,14 +206,14 @@ SPLIT = [
     ("values of a split", LISTED, "part.values(column, rank, o@ + first * rank@@)"),
 ]
 COMBINE = [
-    ("barrier", LISTED, BARRIER, 8),
+    ("barrier", LISTED, BARRIER, 0),
     ("splits of a maximum", EMPTY, "s < splits@@ + 1@; s++", 0),
     ("splits of a maximum, one less", EMPTY, "s < splits@@ - 1@; s++", 0),
     ("weights", EMPTY, "s < splits@@ + 1@; s += threads"),
     ("weights, one less", EMPTY, "s < splits@@ - 1@; s += threads"),
     ("splits of the total", EMPTY, "s < splits@@ + 1@; s++", 1),
     ("splits of the total, one less", EMPTY, "s < splits@@ - 1@; s++", 1),
-    ("a query without keys", NOTHING, "\n        @any ? value / total : 0.0f@value / total@;"),
+    ("a query without keys", NOTHING, "y.set(column, @any ? value / total : 0.0f@value / total@)"),
     ("columns", LISTED, "column < rank@@ + 1@; column += threads"),
     ("columns, one less", LISTED, "column < rank@@ - 1@; column += threads"),
     ("splits of a value", EMPTY, "s < splits@@ + 1@; s++", 2),
@@ -221,8 +221,8 @@ COMBINE = [
     # These reads would change nothing.
     ("maximum of an empty split", EMPTY, "largest = @l[at] != 0 && @@m[at]"),
     ("values of an empty split", EMPTY, "value =\n          @l[at] != 0@true@ ?"),
-    ("results of a token", LISTED, "first = @size_t(tid.y) * splits * params.heads + @@tid.x"),
-    ("token of the result", LISTED, "y[(@size_t(token) * params.heads + @@tid.x)"),
+    ("results of a token", LISTED, "= @size_t(tid.y) * params.splits * params.heads + @@tid.x"),
+    ("token of the result", LISTED, "y + (@size_t(token) * params.heads + @@tid.x)"),
 ]  # fmt: skip
 END = "params.keys - params.queries + query + 1"
 # No run can show these, because the changed shader is as right; the reason is told.

@@ -1,6 +1,8 @@
 #include <algorithm>
 
+#include "metal/attend.h"
 #include "metal/experts.h"
+#include "metal/limits.h"
 #include "metal/params.h"
 #include "metal/project.h"
 #include "metal/source.h"
@@ -221,6 +223,70 @@ void MetalAttentionOutput::eval_gpu(
       stream(),
       {attended, x.dtype(), tokens, heads, rank, heads * rank, rank},
       {{unembed_out, &unembed_out_, &rows, heads * values, values}});
+  metal::project(
+      stream(),
+      metal::rows_of(rows, x.dtype()),
+      {in_rows(o_proj, o_proj_, outputs[0])},
+      &x);
+}
+
+void MetalAttend::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  if (!allocate(outputs)) {
+    return;
+  }
+  Inputs from(inputs);
+  const mx::array &x = from.array(), &q = from.array();
+  const mx::array &start = from.array(), &latents = from.array();
+  const mx::array* ropes = attention_.ropes ? &from.array() : nullptr;
+  const mx::array* selected = attention_.selected ? &from.array() : nullptr;
+  const auto* unembed_out = from.planes(unembed_out_);
+  const auto* o_proj = from.planes(o_proj_);
+  auto& device = mx::metal::device(stream().device);
+  auto& encoder = mx::metal::get_command_encoder(stream());
+  const auto tiles = metal::tiles_for(device.get_architecture());
+  const int all = q.shape(0) * q.shape(1), heads = q.shape(2);
+  const int rank = attention_.layout.rank, values = unembed_out->shape(1);
+  const int listed = selected ? selected->shape(2) : latents.shape(1);
+  const int width = metal::unembed_vectors(all, listed, rank, x.itemsize());
+  auto rows = metal::allocate({all, heads * values}, x.dtype());
+  encoder.add_temporary(rows);
+  auto unembed = metal::kernel(
+      device,
+      metal_source::mla_unembed,
+      "mla_unembed<" + metal::type_name(x.dtype()) + ", " +
+          std::to_string(tiles.rows) + ", " + std::to_string(width) + ", " +
+          metal::format_name(unembed_out_, values, rank) + ">");
+  const int wanted =
+      std::max(metal::blocks(values, tiles.rows), metal::blocks(rank, 32));
+  const int simdgroups = metal::simdgroups(unembed, std::min(wanted, 32));
+  const auto combine = [&](const mx::array& o,
+                           const mx::array& m,
+                           const mx::array& l,
+                           const MlaParams& mla,
+                           int tokens) {
+    const UnembedParams params{
+        mla, tokens, {0, values, heads * values, values, false}};
+    encoder.set_compute_pipeline_state(unembed);
+    encoder.set_input_array(o, 0);
+    encoder.set_input_array(m, 1);
+    encoder.set_input_array(l, 2);
+    metal::bind_weight(encoder, unembed_out, unembed_out_, 3);
+    encoder.set_output_array(rows, 6);
+    encoder.set_bytes(params, 7);
+    encoder.set_threadgroup_memory_length(
+        metal::threadgroup_bytes(mla.splits), 0);
+    encoder.set_threadgroup_memory_length(
+        metal::threadgroup_bytes((width * rank * x.itemsize() + 3) / 4), 1);
+    encoder.dispatch_threadgroups(
+        MTL::Size(heads, metal::blocks(tokens, width), 1),
+        MTL::Size(32, simdgroups, 1));
+  };
+  metal::attend(
+      stream(),
+      {q, start, latents, ropes, selected, attention_.layout, attention_.scale},
+      combine);
   metal::project(
       stream(),
       metal::rows_of(rows, x.dtype()),

@@ -1,17 +1,19 @@
 #include "metal/limits.h"
 
 #include "attention.h"
+#include "metal/project.h"
 
 namespace glm_fused::metal {
 
 namespace {
 
-// 32 KB of threadgroup memory hold a link and up to eight terms per pair.
-constexpr int kMaxPairs = 32 * 1024 / (4 + 8 * 4);
-// They hold five arrays of at most this many floats.
+constexpr size_t kThreadgroupMemory = 32 * 1024;
+// It holds a link and up to eight terms per pair.
+constexpr int kMaxPairs = kThreadgroupMemory / (4 + 8 * 4);
+// It holds five arrays of at most this many floats.
 constexpr int kMaxExperts = 1024;
-// They hold a float per split.
-constexpr int kMaxListed = 32 * 1024 / 4 * kSplit;
+// It holds a float per split.
+constexpr int kMaxListed = kThreadgroupMemory / 4 * kSplit;
 
 }  // namespace
 
@@ -42,6 +44,17 @@ std::string sparse_mla_decode_obstacle(int listed) {
         std::to_string(kMaxListed);
   }
   return "";
+}
+
+int unembed_vectors(int tokens, int listed, int rank, size_t itemsize) {
+  const size_t splits = threadgroup_bytes((listed + kSplit - 1) / kSplit + 1);
+  int width = vectors(tokens);
+  while (width > 0 &&
+         splits + threadgroup_bytes((width * rank * itemsize + 3) / 4) >
+             kThreadgroupMemory) {
+    width /= 2;
+  }
+  return width;
 }
 
 }  // namespace glm_fused::metal

@@ -1,6 +1,7 @@
 // Tells what the Metal kernels take on.
 #pragma once
 
+#include <cstddef>
 #include <string>
 
 namespace glm_fused::metal {
@@ -12,5 +13,10 @@ constexpr int kMaxTokens = 16;
 std::string moe_decode_obstacle(int tokens, int top_k);
 std::string router_topk_obstacle(int experts);
 std::string sparse_mla_decode_obstacle(int listed);
+
+// Gives how many of the tokens' vectors of `rank` values fit in threadgroup
+// memory beside a float for each split of `listed` keys: a power of two, 0
+// where not even one fits.
+int unembed_vectors(int tokens, int listed, int rank, size_t itemsize);
 
 }  // namespace glm_fused::metal

@@ -2,13 +2,15 @@
 
 #include <stdexcept>
 
+#include "metal/limits.h"
+#include "mlx/transforms.h"
+#include "ops/block_inputs.h"
+#include "ops/check_rows.h"
 #include "ops/placement.h"
 
 namespace glm_fused {
 
 namespace {
-
-using Arrays = std::vector<mx::array>;
 
 // Returns the outputs of a CPU's block as those of a node on Metal. The block
 // has checked its arguments; it is not evaluated.
@@ -110,6 +112,96 @@ mx::array metal_attention_output(
       s,
       format_of(unembed_out, attended.shape(-1)),
       format_of(o_proj, values))[0];
+}
+
+Arrays MetalAttend::vjp(
+    const Arrays& primals,
+    const Arrays& cotangents,
+    const std::vector<int>& argnums,
+    const Arrays&) {
+  Arrays chosen;
+  for (int i : argnums) {
+    chosen.push_back(primals[i]);
+  }
+  const auto given = [&](const Arrays& values) {
+    Arrays all = primals;
+    for (size_t i = 0; i < argnums.size(); i++) {
+      all[argnums[i]] = values[i];
+    }
+    return chain_(all);
+  };
+  return mx::vjp(given, chosen, cotangents).second;
+}
+
+mx::array metal_attend(
+    const mx::array& x,
+    const mx::array& q,
+    const mx::array& latents,
+    const std::optional<mx::array>& ropes,
+    const std::optional<mx::array>& selected,
+    const Weight& unembed_out,
+    const Weight& o_proj,
+    int rank,
+    float scale,
+    const std::optional<mx::array>& start,
+    mx::StreamOrDevice s) {
+  // It checks its arguments and prepares its inputs; it is evaluated only where
+  // what follows does not fit.
+  const mx::array attended = sparse_mla_decode(
+      q, latents, ropes, selected, rank, scale, start, false, s);
+  const int listed = selected ? selected->shape(2) : latents.shape(1);
+  if (!metal::unembed_vectors(1, listed, rank, x.itemsize())) {
+    return metal_attention_output(x, attended, unembed_out, o_proj, s);
+  }
+  const mx::array output =
+      attention_output(x, attended, unembed_out, o_proj, mx::Device::cpu);
+  const Attention attention{
+      check_rows(
+          "sparse_mla_decode",
+          "latents",
+          latents,
+          q.shape(0),
+          rank,
+          q.shape(3) - rank),
+      scale,
+      ropes.has_value(),
+      selected.has_value()};
+  const auto chain = [=, unembed = unembed_out.spec, o = o_proj.spec](
+                         const Arrays& all) -> Arrays {
+    Inputs from(all);
+    const mx::array &x = from.array(), &q = from.array();
+    const mx::array &start = from.array(), &latents = from.array();
+    std::optional<mx::array> ropes, selected;
+    if (attention.ropes) {
+      ropes = from.array();
+    }
+    if (attention.selected) {
+      selected = from.array();
+    }
+    const mx::Device cpu(mx::Device::cpu);
+    const mx::array attended = sparse_mla_decode(
+        q, latents, ropes, selected, rank, scale, start, false, cpu);
+    const Weight values = from.weight(unembed);
+    return {attention_output(x, attended, values, from.weight(o), cpu)};
+  };
+  Arrays inputs = {in_rows(x, s)};
+  const Arrays& more = attended.inputs();
+  inputs.insert(inputs.end(), more.begin(), more.end());
+  append_arrays(inputs, unembed_out, s);
+  append_arrays(inputs, o_proj, s);
+  const int values = unembed_out.rows().shape(0) * unembed_out.rows().shape(-2);
+  return mx::array(
+      output.shape(),
+      output.dtype(),
+      place(
+          std::make_shared<MetalAttend>(
+              mx::to_stream(s),
+              output.primitive_ptr(),
+              chain,
+              attention,
+              format_of(unembed_out, rank),
+              format_of(o_proj, values))),
+      std::move(inputs));
 }
 
 mx::array metal_mlp_block(

@@ -1,6 +1,7 @@
 // The blocks of ops.h on a Metal stream: nodes that encode a few launches.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -9,6 +10,7 @@
 
 #include "mlx/primitives.h"
 #include "ops.h"
+#include "row_layout.h"
 
 namespace glm_fused {
 
@@ -85,6 +87,45 @@ class MetalAttentionOutput : public MetalBlock {
   Format unembed_out_, o_proj_;
 };
 
+struct Attention {
+  RowLayout layout;
+  float scale;
+  bool ropes, selected;  // whether they are inputs
+};
+
+// inputs: x, those of SparseMlaDecode, the arrays of unembed_out and o_proj.
+class MetalAttend : public MetalBlock {
+ public:
+  using Chain =
+      std::function<std::vector<mx::array>(const std::vector<mx::array>&)>;
+
+  MetalAttend(
+      mx::Stream stream,
+      std::shared_ptr<mx::Primitive> output,
+      Chain chain,
+      Attention attention,
+      Format unembed_out,
+      Format o_proj)
+      : MetalBlock(stream, std::move(output)),
+        chain_(std::move(chain)),
+        attention_(attention),
+        unembed_out_(unembed_out),
+        o_proj_(o_proj) {}
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
+
+ private:
+  Chain chain_;  // of the same inputs, for a CPU
+  Attention attention_;
+  Format unembed_out_, o_proj_;
+};
+
 struct MlpFormats {
   Format gate, up, down;
 };
@@ -144,6 +185,19 @@ mx::array metal_attention_output(
     const mx::array& attended,
     const Weight& unembed_out,
     const Weight& o_proj,
+    mx::StreamOrDevice s);
+// Returns x + o_proj(unembed_out(sparse_mla_decode(q, ...))).
+mx::array metal_attend(
+    const mx::array& x,
+    const mx::array& q,
+    const mx::array& latents,
+    const std::optional<mx::array>& ropes,
+    const std::optional<mx::array>& selected,
+    const Weight& unembed_out,
+    const Weight& o_proj,
+    int rank,
+    float scale,
+    const std::optional<mx::array>& start,
     mx::StreamOrDevice s);
 mx::array metal_mlp_block(
     const mx::array& x,

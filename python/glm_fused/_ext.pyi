@@ -264,6 +264,23 @@ def attention_output(
     | mlx.core.DeviceType
     | None,
 ) -> mlx.core.array: ...
+def metal_attend(
+    x: mlx.core.array,
+    q: mlx.core.array,
+    latents: mlx.core.array,
+    ropes: mlx.core.array | None,
+    selected: mlx.core.array | None,
+    unembed_out: tuple[Sequence[mlx.core.array], Format],
+    o_proj: tuple[Sequence[mlx.core.array], Format],
+    rank: int,
+    scale: float,
+    start: mlx.core.array | None,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
 def mlp_block(
     x: mlx.core.array,
     input_norm: tuple[mlx.core.array, float],

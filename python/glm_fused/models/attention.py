@@ -61,15 +61,16 @@ class Attention(nn.Module):
                 selection = self.indexer.select(index[1], index[2], keys, span)
             # Keys that are not scored would otherwise pile up as a chain of unevaluated updates.
             latents = mx.depends(latents, keys)
-        out = ops.sparse_mla_decode(
-            queries,
-            latents,
-            ropes,
-            selection,
-            rank=self.latent_dim,
-            scale=self.scale,
-            start=span.start,
-        )
+        how: dict[str, Any] = {
+            "rank": self.latent_dim,
+            "scale": self.scale,
+            "start": span.start,
+        }
+        attended = (queries, latents, ropes, selection)
+        if in_block and ops.blocks.attends(latents, selection):
+            values, output = self.unembed_out.as_weight(), self.o_proj.as_weight()
+            return ops.blocks.attend(x, *attended, values, output, **how), selection
+        out = ops.sparse_mla_decode(*attended, **how)
         if in_block:
             values, output = self.unembed_out.as_weight(), self.o_proj.as_weight()
             return ops.blocks.attention_output(x, out, values, output), selection

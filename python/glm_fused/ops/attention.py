@@ -134,7 +134,7 @@ def sparse_mla_decode(
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
     """
-    listed = _size(latents, 1) if selected is None else _size(selected, -1)
+    listed = listed_keys(latents, selected)
     kernel = routes.take("sparse_mla_decode", listed, stream=stream, reference=reference)
     if kernel is Kernel.mlx:
         with routes.on(stream):
@@ -145,6 +145,11 @@ def sparse_mla_decode(
         )
     except TypeError:
         raise unfit("sparse_mla_decode", rank=rank, scale=scale, start=start) from None
+
+
+def listed_keys(latents: mx.array, selected: mx.array | None) -> int:
+    """How many keys are listed for a query of `sparse_mla_decode`."""
+    return _size(latents, 1) if selected is None else _size(selected, -1)
 
 
 def _size(a: mx.array, axis: int) -> int:

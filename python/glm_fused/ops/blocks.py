@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from .. import _ext
 from ..formats.weights import Weight
-from . import routes
+from . import attention, routes
 from .routes import Kernel, Stream
 
 MAX_TOKENS = 16
@@ -135,6 +135,57 @@ def attention_output(
         ValueError: a shape, dtype or format does not fit; the message names an op and its argument.
     """
     return _ext.attention_output(x, attended, unembed_out, o_proj, _kernel(stream), stream)
+
+
+def attends(latents: mx.array, selected: mx.array | None, stream: Stream = None) -> bool:
+    """Whether `attend` is one node."""
+    listed = attention.listed_keys(latents, selected)
+    return routes.choose("sparse_mla_decode", listed, stream=stream).kernel is Kernel.metal
+
+
+def attend(
+    x: mx.array,
+    q: mx.array,
+    latents: mx.array,
+    ropes: mx.array | None,
+    selected: mx.array | None,
+    unembed_out: Weight,
+    o_proj: Weight,
+    *,
+    rank: int,
+    scale: float,
+    start: mx.array | None = None,
+    stream: Stream = None,
+) -> mx.array:
+    """`glm_fused.ops.sparse_mla_decode`, then `attention_output`; on Metal that is one node.
+
+    Args:
+        x: float32, float16 or bfloat16 [b, l, hidden].
+        q: as `sparse_mla_decode` takes it, and all arguments up to `selected`.
+        latents: [b, t, rank] or packed rows.
+        ropes: [b, t, rope] or None.
+        selected: int32 [b, l, k] or None.
+        unembed_out: [heads, v, rank].
+        o_proj: [hidden, heads * v].
+        rank: as `sparse_mla_decode` takes it.
+        scale: as `sparse_mla_decode` takes it.
+        start: as `sparse_mla_decode` takes it.
+        stream: where to run; None: the default device.
+
+    Returns:
+        The shape and dtype of `x`.
+
+    Raises:
+        ValueError: a shape, dtype or format does not fit; the message names an op and its argument.
+    """
+    if attends(latents, selected, stream):
+        return _ext.metal_attend(
+            x, q, latents, ropes, selected, unembed_out, o_proj, rank, scale, start, stream
+        )
+    attended = attention.sparse_mla_decode(
+        q, latents, ropes, selected, rank=rank, scale=scale, start=start, stream=stream
+    )
+    return attention_output(x, attended, unembed_out, o_proj, stream=stream)
 
 
 def mlp_block(x: mx.array, norm: Norm, weights: Mlp, *, stream: Stream = None) -> mx.array:

@@ -1,0 +1,5 @@
+#include "formats/affine.h"
+#include "formats/dense.h"
+#include "formats/fp.h"
+#include "formats/fp8.h"
+#include "mla_unembed.h"
