@@ -390,6 +390,28 @@ NB_MODULE(_ext, m) {
       "kernel"_a,
       "stream"_a.none());
   m.def(
+      "append_pair",
+      [](mx::array& buffer,
+         const mx::array& rows,
+         mx::array& other_buffer,
+         const mx::array& other_rows,
+         int at,
+         Kernel kernel,
+         const mx::StreamOrDevice& stream) {
+        const auto made = append_pair(
+            buffer, rows, other_buffer, other_rows, at, on(kernel, stream));
+        buffer.overwrite_descriptor(made[0]);
+        other_buffer.overwrite_descriptor(made[1]);
+        return std::pair(made[2], made[3]);
+      },
+      "buffer"_a,
+      "rows"_a,
+      "other_buffer"_a,
+      "other_rows"_a,
+      "at"_a,
+      "kernel"_a,
+      "stream"_a.none());
+  m.def(
       "attention_output",
       [](const mx::array& x,
          const mx::array& attended,

@@ -120,6 +120,16 @@ std::pair<mx::array, mx::array> append_rows(
     int at,
     mx::StreamOrDevice s = {});
 
+// Appends to two buffers of one dtype, in one node. Returns both buffers, then
+// their first rows.
+std::vector<mx::array> append_pair(
+    const mx::array& buffer,
+    const mx::array& rows,
+    const mx::array& other_buffer,
+    const mx::array& other_rows,
+    int at,
+    mx::StreamOrDevice s = {});
+
 struct Norm {
   mx::array weight;
   float eps;

@@ -239,8 +239,8 @@ class Rotate : public FusedPrimitive {
   bool interleaved_;
 };
 
-// inputs: buffer [b, 1, capacity, width], rows [b, 1, l, width]. output: as the
-// buffer.
+// inputs: of each of one or two caches its buffer [b, 1, capacity, width] and
+// rows [b, 1, l, width]. outputs: as the buffers.
 class AppendRows : public FusedPrimitive {
  public:
   AppendRows(mx::Stream stream, int at)

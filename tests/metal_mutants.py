@@ -29,7 +29,7 @@ typedef bfloat bfloat16_t;
 """
 _OURS = re.compile(
     r"\b((?:moe_gate_up|moe_down_sum|router_logits|router_select|index_scores|mla_split|rms_norm"
-    r"|layer_norm|rotate_rows|copy_rows|project|attention_queries|mla_unembed|Affine|Dense|Fp8?"
+    r"|layer_norm|rotate_rows|copy_rows|copy_pair|project|attention_queries|mla_unembed|Affine|Dense|Fp8?"
     r"|FloatRows)<"
     r"|(?:Fp8Rows|Int8Rows)\b)"
 )
@@ -47,6 +47,7 @@ _FRUGAL = {
     "layer_norm": (0, 1, 2),
     "rotate_rows": (0, 1, 2),
     "copy_rows": (0,),
+    "copy_pair": (0, 3),
     "project": (3, 6, 9, 12),
     "attention_queries": (1,),
     "mla_unembed": (3,),

@@ -148,6 +148,60 @@ def test_metal_equals_the_cpu(data):
     assert np.array_equal(words_of(a), words_of(b))
 
 
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("widths", [(70, 3), (5, 33), (4, 0)])
+def test_a_pair_is_two(dtype, held, widths):
+    """In memory of their own, and copied where another array has the rows after `at`."""
+    rng = np.random.default_rng(7)
+    old = [rows(rng, 2, CAPACITY, width, dtype) for width in widths]
+    new = [rows(rng, 2, 3, width, dtype) for width in widths]
+    mx.eval(old, new)
+
+    def run():
+        buffers = [a.view(dtype) for a in map(mx.array, old)]
+        copies = list(map(copy.copy, buffers)) if held else []
+        first = ops.append_pair(buffers[0], new[0], buffers[1], new[1], 5)
+        made = [mx.contiguous(a) for a in (*first, *(b[..., :8, :] for b in buffers))]
+        mx.eval(made, copies)
+        return made
+
+    there, here = on_both(run)
+    for a, b, i in zip(there, here, (0, 1, 0, 1), strict=True):
+        expected = np.concatenate([words_of(old[i])[:, :, :5], words_of(new[i])], axis=2)
+        assert np.array_equal(words_of(a).ravel(), expected.ravel())
+        assert np.array_equal(words_of(b).ravel(), expected.ravel())
+
+
+def test_gradients_of_a_pair():
+    def loss(rows, others, append):
+        buffers = mx.zeros((1, 1, 6, 3)), mx.zeros((1, 1, 6, 2))
+        a, b = append(buffers[0], rows, buffers[1], others, 2)
+        return (a * mx.arange(12.0).reshape(1, 4, 3)).sum() + (b * b).sum()
+
+    def two(buffer, rows, other, others, at):
+        return ops.append_rows(buffer, rows, at), ops.append_rows(other, others, at)
+
+    given = mx.ones((1, 1, 2, 3)), mx.full((1, 1, 2, 2), 3.0)
+    expected = mx.grad(loss, (0, 1))(*given, two)
+    with metal():
+        found = mx.grad(loss, (0, 1))(*given, ops.append_pair)
+        mx.eval(found)
+    for a, b in zip(found, expected, strict=True):
+        assert np.array_equal(to_numpy(a), to_numpy(b))
+        assert to_numpy(b).any()
+
+
+def test_errors_of_a_pair():
+    buffer, new = mx.zeros((1, 1, 8, 3)), mx.zeros((1, 1, 2, 3))
+    for message, other in (
+        ("other_rows must have shape (1,1,2,3) but has (1,1,1,3)", new[:, :, :1]),
+        ("other_rows must be float32 but are float16", new.astype(mx.float16)),
+    ):
+        with metal(), pytest.raises(ValueError, match=re.escape(message)):
+            ops.append_pair(buffer, new, buffer.astype(other.dtype), other, 0)
+
+
 def test_a_reference_is_mlx():
     for reference in (False, True):
         buffer = mx.zeros((2, 1, 8, 3))

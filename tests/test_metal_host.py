@@ -297,7 +297,8 @@ def test_demo_model_decodes_as_on_the_cpu():
             # Of a layer its queries and keys, and those of its indexer.
             "rotate_rows": 2 * (layers + full),
             # New latents and their RoPE keys, new keys of the indexer; nothing else is copied.
-            "copy_rows": steps * (2 * layers + full),
+            "copy_pair": steps * layers,
+            "copy_rows": steps * full,
         }
         names = [launch.kernel.removeprefix("glm_fused_") for launch in launches]
         count = {name: sum(n.startswith(name) for n in names) for name in expected}

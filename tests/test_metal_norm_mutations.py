@@ -71,9 +71,21 @@ class Appending:
         return ops.append_rows(mx.array(buffer), rows, 4)[:, 4:]
 
 
+@dataclass(frozen=True)
+class AppendingTwo(Appending):
+    """The same rows, and others of them that are narrower."""
+
+    def run(self):
+        buffer, rows = self.inputs()
+        others, other_rows = mx.zeros((3, 1, 9, 7)), rows[..., 2:9]
+        both = ops.append_pair(mx.array(buffer), rows, others, other_rows, 4)
+        return mx.concatenate([first[:, 4:] for first in both], axis=-1)
+
+
 RMS, LAYER, HALF = Norm("rms_norm"), Norm("layer_norm"), Norm("rms_norm", "bfloat16")
 HALF_LAYER = Norm("layer_norm", "bfloat16")
-PAIRS, HALVES, ROWS = Rotation(), Rotation(False), Appending()
+PAIRS, HALVES = Rotation(), Rotation(False)
+ROWS, BOTH = Appending(), AppendingTwo()
 
 # Each has a name, the cases and a change, whose text has @old@new@ where it differs. Where the text
 # occurs several times, a number follows that tells which: first sum_of, then squares_of; first
@@ -154,7 +166,20 @@ COPY = [
     ("stride of the target", "params.to, row) + column@ * params.to.column_stride@ * 2@]"),
     ("stride of the source", "params.from, row) + column@ * params.from.column_stride@@]"),
 ]
+COPY_PAIR = [
+    change
+    for i, c in enumerate("ab")
+    for change in (
+        (f"whose rows, {c}", f"@at.z == {i} && @@column < {c}.from"),
+        (f"columns, {c}", f"column < {c}.from.columns@@ - 1@)"),
+        (f"row of the target, {c}", f"row_offset({c}.to, @row@0@)"),
+        (f"row of the source, {c}", f"row_offset({c}.from, @row@0@)"),
+        (f"stride of the target, {c}", f"{c}.to, row) + column@ * {c}.to.column_stride@ * 2@]"),
+        (f"stride of the source, {c}", f"{c}.from, row) + column@ * {c}.from.column_stride@@]"),
+    )
+] + [("columns of the narrower", "column < @b@a@.from.columns) {\n    to_b")]
 MUTATIONS = [
+    *(Mutation(n, BOTH, "copy_pair", c) for n, c in COPY_PAIR),
     *(Mutation(n, ROWS, "copy_rows", c) for n, c in COPY),
     *(Mutation(n, RMS, "rms_norm", c) for n, c in (*VIEW, *SQUARES, *OUTPUT, *MEAN)),
     *(Mutation(n, RMS, "rms_norm", c, 1) for n, c in SUMS),

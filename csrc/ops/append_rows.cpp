@@ -4,11 +4,9 @@
 
 namespace glm_fused {
 
-std::pair<mx::array, mx::array> append_rows(
-    const mx::array& buffer,
-    const mx::array& rows,
-    int at,
-    mx::StreamOrDevice s) {
+namespace {
+
+void check_append(const mx::array& buffer, const mx::array& rows, int at) {
   const std::string op = "append_rows";
   if (buffer.ndim() != 4 || buffer.shape(1) != 1) {
     invalid(
@@ -37,18 +35,65 @@ std::pair<mx::array, mx::array> append_rows(
         at,
         ".");
   }
+}
+
+// Returns the first `count` rows of an array that has been appended to.
+mx::array first_rows(const mx::array& whole, int count, mx::Stream stream) {
+  return mx::array(
+      {whole.shape(0), count, whole.shape(3)},
+      whole.dtype(),
+      place(std::make_shared<FirstRows>(stream)),
+      {whole});
+}
+
+}  // namespace
+
+std::pair<mx::array, mx::array> append_rows(
+    const mx::array& buffer,
+    const mx::array& rows,
+    int at,
+    mx::StreamOrDevice s) {
+  check_append(buffer, rows, at);
   const mx::Stream stream = mx::to_stream(s);
   const mx::array whole(
       buffer.shape(),
       buffer.dtype(),
       place(std::make_shared<AppendRows>(stream, at)),
       {buffer, rows});
-  const mx::array first(
-      {batch, at + count, width},
-      buffer.dtype(),
-      place(std::make_shared<FirstRows>(stream)),
-      {whole});
-  return {whole, first};
+  return {whole, first_rows(whole, at + rows.shape(2), stream)};
+}
+
+std::vector<mx::array> append_pair(
+    const mx::array& buffer,
+    const mx::array& rows,
+    const mx::array& other_buffer,
+    const mx::array& other_rows,
+    int at,
+    mx::StreamOrDevice s) {
+  check_append(buffer, rows, at);
+  check_append(other_buffer, other_rows, at);
+  const mx::Shape expected = {
+      rows.shape(0), 1, rows.shape(2), other_rows.shape(3)};
+  check_shape("append_rows", "other_rows", other_rows, expected);
+  if (other_rows.dtype() != rows.dtype()) {
+    invalid(
+        "append_rows",
+        "other_rows must be ",
+        rows.dtype(),
+        " but are ",
+        other_rows.dtype(),
+        ".");
+  }
+  const mx::Stream stream = mx::to_stream(s);
+  auto wholes = mx::array::make_arrays(
+      {buffer.shape(), other_buffer.shape()},
+      {buffer.dtype(), other_buffer.dtype()},
+      place(std::make_shared<AppendRows>(stream, at)),
+      {buffer, rows, other_buffer, other_rows});
+  const int count = at + rows.shape(2);
+  wholes.push_back(first_rows(wholes[0], count, stream));
+  wholes.push_back(first_rows(wholes[1], count, stream));
+  return wholes;
 }
 
 }  // namespace glm_fused

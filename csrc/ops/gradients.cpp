@@ -336,7 +336,13 @@ Arrays AppendRows::vjp(
     end[2] += at_;
     return mx::slice_update(in[0], in[1], {0, 0, at_, 0}, end, s);
   };
-  return differentiate(chain, primals, cotangents[0], argnums);
+  Arrays grads;
+  for (int i : argnums) {
+    const Arrays of_one = {primals[i / 2 * 2], primals[i / 2 * 2 + 1]};
+    grads.push_back(
+        differentiate(chain, of_one, cotangents[i / 2], {i % 2})[0]);
+  }
+  return grads;
 }
 
 Arrays FirstRows::vjp(

@@ -252,6 +252,19 @@ def append_rows(
     | mlx.core.DeviceType
     | None,
 ) -> mlx.core.array: ...
+def append_pair(
+    buffer: mlx.core.array,
+    rows: mlx.core.array,
+    other_buffer: mlx.core.array,
+    other_rows: mlx.core.array,
+    at: int,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> tuple[mlx.core.array, mlx.core.array]: ...
 def attention_output(
     x: mlx.core.array,
     attended: mlx.core.array,

@@ -8,7 +8,6 @@ namespace glm_fused {
 void AppendRows::eval_cpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
-  const mx::array &buffer = inputs[0], &rows = inputs[1];
   const auto copy = [&](const mx::array& from, const mx::array& to) {
     const auto make = [](auto& in, auto& out, cpu::Scratch&, int) {
       return cpu::Copy(in[0], out[0]);
@@ -21,11 +20,14 @@ void AppendRows::eval_cpu(
       std::vector<mx::array> whole = {a};
       cpu::allocate(*this, whole);
     };
-    const int end = at_ + rows.shape(2);
-    if (!place_appended(buffer, at_, end, outputs[0], allocate)) {
-      copy(rows_between(buffer, 0, at_), rows_between(outputs[0], 0, at_));
+    for (size_t i = 0; i < outputs.size(); i++) {
+      const mx::array &buffer = inputs[2 * i], &rows = inputs[2 * i + 1];
+      const int end = at_ + rows.shape(2);
+      if (!place_appended(buffer, at_, end, outputs[i], allocate)) {
+        copy(rows_between(buffer, 0, at_), rows_between(outputs[i], 0, at_));
+      }
+      copy(rows, rows_between(outputs[i], at_, end));
     }
-    copy(rows, rows_between(outputs[0], at_, end));
   });
 }
 

@@ -56,9 +56,10 @@ def append(
         widths = values.shape[-1], 0 if rope is None else rope.shape[-1]
         cache.keys, cache.values = (mx.zeros((batch, 1, capacity, w), values.dtype) for w in widths)
     make_room(cache, length)
-    rows = ops.append_rows(cache.keys, values, at)
-    if rope is not None:
-        rope = ops.append_rows(cache.values, rope, at)
+    if rope is None:
+        rows = ops.append_rows(cache.keys, values, at)
+    else:
+        rows, rope = ops.append_pair(cache.keys, values, cache.values, rope, at)
     advance(cache, length)
     return rows, rope
 

@@ -47,6 +47,43 @@ def append_rows(
         raise unfit("append_rows", buffer=buffer, rows=rows, at=at) from None
 
 
+def append_pair(
+    buffer: mx.array,
+    rows: mx.array,
+    other_buffer: mx.array,
+    other_rows: mx.array,
+    at: int,
+    *,
+    reference: bool | None = None,
+    stream: Stream = None,
+) -> tuple[mx.array, mx.array]:
+    """`append_rows` of two caches of one dtype, in one launch on Metal.
+
+    Args:
+        buffer: [b, 1, capacity, width], as `append_rows` takes it.
+        rows: [b, 1, l, width].
+        other_buffer: of another width, and as many or other columns of capacity.
+        other_rows: as many as `rows`, of the other width.
+        at: the first row that is written, of both.
+        reference: True or False overrides the current path.
+        stream: where to run; None: the default device.
+
+    Returns:
+        The first ``at + l`` rows of both.
+
+    Raises:
+        ValueError: a shape, dtype or `at` does not fit; the message names the argument.
+    """
+    kernel = routes.take("append_rows", stream=stream, reference=reference)
+    if kernel is not Kernel.metal:
+        first = append_rows(buffer, rows, at, reference=reference, stream=stream)
+        return first, append_rows(other_buffer, other_rows, at, reference=reference, stream=stream)
+    try:
+        return _ext.append_pair(buffer, rows, other_buffer, other_rows, at, kernel, stream)
+    except TypeError:
+        raise unfit("append_rows", buffer=buffer, rows=rows, at=at) from None
+
+
 def indexer_topk(
     q: mx.array,
     keys: mx.array,
