@@ -10,7 +10,7 @@ from formats_under_test import DTYPES, assert_same_bits, random_weight
 from metal_backend import GPU, simulated_only
 
 from glm_fused import _ext, ops
-from glm_fused.models.decode_routes import path_taken
+from glm_fused.models.decode_routes import attention_routes, explain, mlp_routes, path_taken
 from glm_fused.ops import metal_sim, paths, routes
 from glm_fused.ops.routes import Kernel, Route, choose
 from glm_fused.selftest.cases import cases
@@ -101,6 +101,18 @@ def test_the_path_taken_names_what_falls_back(demo_args, monkeypatch):
         assert found == f"fused, but router_topk cpu ({experts} experts are too many)"
 
 
+def test_a_step_on_metal_has_matrices_in_blocks(demo_args):
+    if metal_sim.unavailable():
+        pytest.skip(metal_sim.unavailable())
+    layers = demo_args.layers
+    with metal_sim.simulated():
+        made = [
+            r for x in layers for r in (*attention_routes(demo_args, x), *mlp_routes(demo_args, x))
+        ]
+    assert {route.kernel for route in made} == {Kernel.metal}
+    assert "quantized_matvec" in explain(made)
+
+
 @pytest.fixture(scope="module")
 def demo_args():
     from glm_fused.checkpoint.folder import Checkpoint
@@ -114,7 +126,7 @@ def some_of_each():
     smallest = {}
     for case in sorted(cases(quick=True), key=lambda case: case.tokens):
         smallest.setdefault(case.op, case)
-    return list(smallest.values())
+    return [case for op, case in smallest.items() if hasattr(ops, op)]  # not whole layers
 
 
 @pytest.mark.parametrize("case", some_of_each(), ids=lambda case: case.op)

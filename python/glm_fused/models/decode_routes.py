@@ -14,7 +14,7 @@ from .layer_spec import LayerSpec
 
 def attention_routes(args: ModelArgs, layer: LayerSpec) -> list[Route]:
     """The routes of a layer's attention, for a query with at least ``index_topk`` keys."""
-    routes = [choose(op) for op in ("rms_norm", "quantized_matvec", "rotate")]
+    routes = [choose("rms_norm"), _matvec_route(), choose("rotate")]
     routes.append(choose("sparse_mla_decode", args.index_topk))
     if layer.is_full:
         routes[1:1] = [choose("layer_norm"), choose("indexer_topk")]
@@ -30,9 +30,16 @@ def mlp_routes(
     """
     stock_ops = stock.takes(*(w for w in weights if w is not None))
     if not layer.is_sparse:
-        return [choose("quantized_matvec", stock_ops=stock_ops)]
+        return [_matvec_route(stock_ops)]
     experts = choose("moe_decode", 1, args.num_experts_per_tok, stock_ops=stock_ops)
     return [choose("router_topk", layer.experts), experts]
+
+
+def _matvec_route(stock_ops: bool = True) -> Route:
+    """The route of a layer's matrices, which on Metal are part of blocks."""
+    if choose("rms_norm").kernel is Kernel.metal:
+        return Route("quantized_matvec", Kernel.metal)
+    return choose("quantized_matvec", stock_ops=stock_ops)
 
 
 def path_taken(args: ModelArgs) -> str:

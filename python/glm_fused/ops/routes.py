@@ -22,6 +22,8 @@ paths of a device have the same bits, but for the norms, `indexer_topk` and `spa
 ``mlx``, which is where a GPU without Metal falls back to. What a Metal kernel does not take falls
 back, too: the route says so, and the op warns once. MLX has no ops for FP8 weights: the reference
 is ``loops`` for them, and where a prompt runs as ``mlx`` they are rounded to the activations' type.
+For up to 16 tokens the ops of a layer are joined in blocks (`glm_fused.ops.blocks`), which have
+their bits, and on Metal this package's kernels for matrices, too.
 """
 
 from __future__ import annotations
