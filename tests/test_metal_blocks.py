@@ -5,11 +5,13 @@ import functools
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import tiny_config, write_checkpoint
 from formats_under_test import DTYPES, FORMATS, OURS, assert_same_bits, format_id
 from long_context import random_rows
-from metal_backend import GPU, metal, simulated_only
+from metal_backend import GPU, cpu, metal, simulated_only
 from test_blocks import (
     EPS,
+    FOLDERS,
     HEADS,
     RANK,
     ROUTING,
@@ -19,9 +21,11 @@ from test_blocks import (
     attention_chain,
     mlp_chain,
     normed,
+    run,
 )
 
 from glm_fused import ops, reference_path
+from glm_fused.loader import load_model
 from glm_fused.ops import blocks, metal_sim
 
 AFFINE4, MXFP4, DENSE = ("affine", 4, 64), ("mxfp4", 4, 32), ("dense", 0, 0)
@@ -253,6 +257,27 @@ def test_errors_name_the_op_and_its_argument():
     norm, weights = layer.norm(HIDDEN), layer.mlp(HIDDEN, 128)
     with metal(), pytest.raises(ValueError, match=r"\[rms_norm\] weight must have shape \(128\)"):
         blocks.mlp_block(layer.array(1, 1, 128), norm, weights)
+
+
+@pytest.mark.parametrize(
+    "name, kv_format", [("affine4", "auto"), ("fp8", "fp8"), ("not interleaved", "auto")]
+)
+def test_whole_models(tmp_path, name, kv_format):
+    """Two sequences of a model, with a cache that is trimmed on the way."""
+    layout, quantization, sizes = FOLDERS[name]
+    config = tiny_config(**sizes)
+    path = write_checkpoint(tmp_path, config, layout=layout, quantization=quantization)
+    model, _ = load_model(path, kv_format=kv_format)
+    prompt = mx.array(np.random.default_rng(2).integers(0, 256, (2, 20)))
+    with metal():
+        found = run(model, prompt, 12)
+    if not GPU:
+        names = [launch.kernel for launch in metal_sim.take_launches()]
+        assert sum("mla_unembed" in name for name in names) == 12 * len(model.layers)
+    with cpu(), reference_path():
+        expected = run(model, prompt, 12)
+    for a, b in zip(found, expected, strict=True):
+        assert_same_bits(a, b)
 
 
 def test_what_is_left_to_the_ops():
