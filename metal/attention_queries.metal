@@ -1,5 +1,2 @@
 #include "attention_queries.h"
-#include "formats/affine.h"
-#include "formats/dense.h"
-#include "formats/fp.h"
-#include "formats/fp8.h"
+#include "formats/families.h"
