@@ -40,7 +40,7 @@ class Spread {
   GLM_INLINE int direct_halves(size_t offset) const {
     const ptrdiff_t left = bytes_ - offset - 16;
     const ptrdiff_t readable =
-        left < 0 ? 0 : ((left >> log2_size_) + 1 << log2_lanes_) + kHalf - 1;
+        left < 0 ? 0 : (((left >> log2_size_) + 1) << log2_lanes_) + kHalf - 1;
     const int whole = (groups_ << log2_lanes_) / kHalf;
     return readable / kHalf < whole ? static_cast<int>(readable / kHalf)
                                     : whole;
