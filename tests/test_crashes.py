@@ -152,7 +152,7 @@ def test_the_exit_code_stands_though_a_daemon_thread_decodes(threads):
 
 
 @linux
-@pytest.mark.parametrize("prompt", ["def f(x):", "word " * 4000], ids=["decode", "prompt"])
+@pytest.mark.parametrize("prompt", ["def f(x):", "word " * 4050], ids=["decode", "prompt"])
 def test_ctrl_c_ends_a_run_without_a_traceback(prompt):
     from glm_fused.checkpoint.paths import bundled_folder
 
@@ -165,6 +165,7 @@ def test_ctrl_c_ends_a_run_without_a_traceback(prompt):
         stdout=-1,
         stderr=-1,
         text=True,
+        env=os.environ | {"GLM_FUSED_NUM_THREADS": "1"},  # the prompt takes some seconds
         # What a shell runs in the background ignores the signal, and its children do too.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -173,7 +174,7 @@ def test_ctrl_c_ends_a_run_without_a_traceback(prompt):
     if len(prompt) < 100:
         run.stdout.read(5)  # it decodes
     else:
-        time.sleep(3)
+        time.sleep(2)
     run.send_signal(signal.SIGINT)
     assert run.wait(60) == 130
     assert "Traceback" not in run.stderr.read()

@@ -278,6 +278,6 @@ def test_a_decode_step_has_no_norm_or_rotation_of_mlx(tmp_path, monkeypatch):
     mx.export_to_dot(str(tmp_path / "step.dot"), logits=model(mx.array([[5]]), cache=cache))
     nodes = re.findall(r'label ="(\w+)", shape=rectangle', (tmp_path / "step.dot").read_text())
     assert {"RmsNorm", "LayerNorm", "Rotate"} <= set(nodes)
-    assert not {"Rsqrt", "Square", "Subtract"} & set(nodes)
-    assert [nodes.count(name) for name in ("Cos", "Sin")] == [1, 1]
+    # The angles are those of a page that the prompt made.
+    assert not {"Rsqrt", "Square", "Subtract", "Cos", "Sin"} & set(nodes)
     assert len(nodes) < 600
