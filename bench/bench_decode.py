@@ -105,7 +105,7 @@ class LlamaBench:
             raise SystemExit(f"{build} does not hold llama-bench.")
         self.command = [str(program), "-m", str(options.gguf), "-o", "json", "-p", "0", "-r", "1"]
         self.command += ["-n", str(options.tokens), "-d", str(options.prompt)]
-        self.loaded: dict[str, Any] = {"model": str(options.gguf)}
+        self.loaded: dict[str, Any] = {"model": options.gguf.name}
 
     def __call__(self, threads: int) -> Burst:
         run = subprocess.run([*self.command, "-t", str(threads)], capture_output=True, text=True)
