@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 import threading
 
@@ -213,6 +214,21 @@ def test_adapters_are_left_to_the_ops(model, recorded):
     cache = fresh.make_cache()
     mx.eval(fresh(mx.array([[1, 2, 3]]), cache), fresh(mx.array([[1]]), cache))
     assert recorded["run"] == 0
+
+
+def test_debug_output_says_how_steps_run(model, monkeypatch, caplog):
+    monkeypatch.setenv("GLM_FUSED_DEBUG", "1")
+    fresh = copy.deepcopy(model)
+    with caplog.at_level(logging.DEBUG):
+        for _ in range(2):
+            cache = fresh.make_cache()
+            mx.eval(fresh(mx.array([[1, 2, 3]] * 2), cache))
+            mx.eval([fresh(mx.array([[1], [2]]), cache) for _ in range(2)])
+        assert caplog.text.count("decode steps of 2 x 1 tokens run as one recorded node") == 1
+        attention = fresh.layers[0].self_attn
+        attention.o_proj = LoRALinear.from_base(attention.o_proj, r=4)
+        mx.eval(fresh(mx.array([[1], [2]]), cache))
+    assert "decode steps run layer by layer: weights are streamed, adapted" in caplog.text
 
 
 def test_gradients_and_compiled_functions_are_left_to_the_layers(recorded):

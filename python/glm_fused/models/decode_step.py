@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import CacheList, KVCache
 
 from .. import _ext, ops
+from ..environment import debug
 from ..formats.kv_rows import FLOATS
 from .cache import Span, advance, make_room
 from .config import ModelArgs
@@ -112,6 +113,8 @@ class DecodeSteps:
             self._steps = {}
         keeps_dtype = all(layer.keeps_dtype(inputs[0]) for layer in model.layers)
         step = _record(model, inputs, dtype, selects) if keeps_dtype else None
+        how = "layer by layer: a norm widens its input" if step is None else "as one recorded node"
+        debug("decode steps of %d x %d tokens run %s", *inputs[0].shape[:2], how)
         self._steps[key] = step
         return step
 
@@ -128,6 +131,8 @@ class _Parts:
         self.plain = _ext.DecodeStep.takes(arrays) and model.is_plain()
         if self.plain:
             mx.eval(arrays)
+        else:
+            debug("decode steps run layer by layer: weights are streamed, adapted or traced")
 
     def are_in_place(self) -> bool:
         """Whether the model still has these parts, and no others."""
