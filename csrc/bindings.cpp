@@ -114,6 +114,14 @@ NB_MODULE(_ext, m) {
       "`tokens` [b, l]; raises where one is outside the vocabulary, now or "
       "when they are evaluated.");
   m.def(
+      "embed",
+      [](const mx::array& tokens, const WeightTuple& table, int hidden) {
+        return embed(tokens, weight(table), hidden, mx::Device::cpu);
+      },
+      "tokens"_a,
+      "table"_a,
+      "hidden"_a);
+  m.def(
       "quantized_matvec",
       [](const mx::array& x,
          const WeightTuple& w,

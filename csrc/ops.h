@@ -104,6 +104,15 @@ std::pair<mx::array, mx::array> router_topk(
     bool reference,
     mx::StreamOrDevice s = {});
 
+// Returns the rows [.., hidden] of `table` that the tokens, int32 or uint32 and
+// below its rows, take: those of mx.dequantize where it is affine, or dense
+// ones. On a CPU only; without gradient.
+mx::array embed(
+    const mx::array& tokens,
+    const Weight& table,
+    int hidden,
+    mx::StreamOrDevice s = {});
+
 // Returns x + y, arrays of one shape and dtype, rounded once.
 mx::array
 residual_add(const mx::array& x, const mx::array& y, mx::StreamOrDevice s = {});

@@ -130,6 +130,22 @@ class Swiglu : public FusedPrimitive {
   }
 };
 
+// inputs: tokens, then the arrays of the table. output: [.., hidden].
+class Embed : public FusedPrimitive {
+ public:
+  Embed(mx::Stream stream, Format format)
+      : FusedPrimitive(stream, false), format_(format) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "Embed";
+  }
+
+ private:
+  Format format_;
+};
+
 // inputs: x, y of one shape and dtype. output: the same.
 class ResidualAdd : public FusedPrimitive {
  public:

@@ -20,6 +20,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 import glm_fused
 from glm_fused import _ext, reference_path
+from glm_fused.formats.weights import FORMATS, Weight
 from glm_fused.loader import load_model
 from glm_fused.models import decode_step
 from glm_fused.models.config import args_from_config
@@ -310,5 +311,28 @@ def test_what_does_not_fit_is_refused(model):
         step([], [], 4)
     rows = decode_step._rows([entry for layer in cache for entry in layer.caches])
     x = mx.zeros((1, 2, 128), mx.bfloat16)
-    with pytest.raises(ValueError, match=r"array 0 must be bfloat16 of shape .* but is bfloat16"):
+    with pytest.raises(ValueError, match=r"array 0 must be int32 of shape .* but is bfloat16"):
         step([x, x, x], rows, 4)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32], ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8, None])
+def test_embedded_rows_are_those_of_mlx(bits, dtype):
+    rng = np.random.default_rng(bits)
+    weight = mx.array(rng.normal(size=(37, 192)) * 3).astype(dtype)
+    ids = mx.array(rng.integers(0, 37, (2, 5)), mx.uint32)
+    if bits is None:
+        table, expected = Weight.dense(weight), weight[ids]
+    else:
+        planes = mx.quantize(weight, 64, bits)
+        table = Weight(planes, FORMATS[f"affine{bits}"])
+        expected = mx.dequantize(*(plane[ids] for plane in planes), 64, bits)
+    assert_same_bits(_ext.embed(ids, table, 192), expected)
+
+
+def test_embedding_refuses_what_it_does_not_take():
+    table = Weight(mx.quantize(mx.ones((4, 64)), 32, 4, mode="mxfp4"), FORMATS["mxfp4"])
+    with pytest.raises(ValueError, match="table must be affine or dense but is mxfp4"):
+        _ext.embed(mx.array([1]), table, 64)
+    with pytest.raises(ValueError, match="tokens must be int32 or uint32 but are int64"):
+        _ext.embed(mx.array([1], mx.int64), table, 64)

@@ -40,6 +40,21 @@ class AffineRow {
     return sum;
   }
 
+  // A value as mx.dequantize makes it on a CPU: the product and the sum are
+  // rounded to the scales' type.
+  float embedded(int column) const {
+    const int bits = format_.spec->bits, place = column * bits % 8;
+    const uint8_t* w = weight_ + static_cast<size_t>(column) * bits / 8;
+    const int word = place + bits > 8 ? w[0] | w[1] << 8 : w[0];
+    const int code = word >> place & ((1 << bits) - 1);
+    const int group = column / format_.spec->block;
+    const FloatType type = format_.float_type;
+    const float scale = read_float(scales_, group, type);
+    const float bias = read_float(biases_, group, type);
+    const float scaled = round_to(static_cast<float>(code) * scale, type);
+    return round_to(scaled + bias, type);
+  }
+
  private:
   // MLX's load_vector: the sum that multiplies the bias.
   static float sum_of(const float* x, int values, int bits) {
@@ -228,14 +243,15 @@ class AffineScales {
     const uint8_t* s =
         spread_.locate(rows.scales, hb, direct, edges[0], stride);
     const uint8_t* b = spread_.locate(rows.biases, hb, direct, edges[1], same);
+    const Shuffle& spread = spread_.at(hb);
     if (type_ == FloatType::bfloat16) {
       const auto read = GLM_EACH(p) {
-        return as_float(spread_(p));
+        return as_float(spread(p));
       };
       return add_groups(s, b, stride, sums, acc, result, read);
     }
     const auto read = GLM_EACH(p) {
-      return half_to_float(spread_(p));
+      return half_to_float(spread(p));
     };
     add_groups(s, b, stride, sums, acc, result, read);
   }
@@ -275,7 +291,6 @@ struct Affine {
   static constexpr int kValues = affine_pack<bits> * kPacks;
   static constexpr int kBytes = kValues * bits / 8;
   static constexpr size_t kHalfBytes = kHalf * kBytes;
-  static constexpr size_t kOverread = kBytes == 3 ? 1 : 0;
   static constexpr int kTerms = bits == 3 ? kValues * 10 / 8
       : bits == 5                         ? kValues * 12 / 8
       : bits == 6                         ? kValues * 6 / 4

@@ -28,6 +28,10 @@ class DenseRow {
     return sum;
   }
 
+  float embedded(int column) const {
+    return read_float(weight_, column, type_);
+  }
+
  private:
   FloatType type_;
   const uint8_t* weight_;
@@ -50,6 +54,7 @@ template <FloatType type>
 struct DenseWords : LaneWords<8> {};
 template <>
 struct DenseWords<FloatType::float32> {
+  static constexpr size_t kOverread = 0;
   F16 v[4];
   GLM_INLINE void load(const uint8_t* p) {
     load_quads(p, v);
@@ -83,7 +88,6 @@ struct Dense {
   static constexpr int kValues = 4;
   static constexpr int kBytes = type == FloatType::float32 ? 16 : 8;
   static constexpr size_t kHalfBytes = kHalf * kBytes;
-  static constexpr size_t kOverread = 0;
   static constexpr int kTerms = 4;
   static constexpr bool kQuads = false;
   static constexpr bool kCarriesAccumulator = true;

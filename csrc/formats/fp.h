@@ -151,8 +151,9 @@ class ByteScales {
     ptrdiff_t stride = rows.scale_stride;
     const uint8_t* at =
         spread_.locate(rows.scales, hb, hb < rows.direct_halves, edge, stride);
+    const Shuffle& spread = spread_.at(hb);
     unroll<R>(GLM_EACH(r) {
-      const F16 s = Code::decode(spread_(at + r * stride));
+      const F16 s = Code::decode(spread(at + r * stride));
       unroll<M>(
           GLM_EACH(m) { result[r][m] = add(result[r][m], mul(s, acc[r][m])); });
     });
@@ -173,7 +174,6 @@ struct Fp4 {
   static constexpr int kValues = fast ? 16 : 8;
   static constexpr int kBytes = kValues / 2;
   static constexpr size_t kHalfBytes = kHalf * kBytes;
-  static constexpr size_t kOverread = 0;
   static constexpr int kTerms = kValues;
   static constexpr bool kQuads = true;
   static constexpr bool kCarriesAccumulator = false;
@@ -214,7 +214,6 @@ struct Fp8 {
   static constexpr int kValues = fast ? 8 : 4;
   static constexpr int kBytes = kValues;
   static constexpr size_t kHalfBytes = kHalf * kBytes;
-  static constexpr size_t kOverread = 0;
   static constexpr int kTerms = kValues;
   static constexpr bool kQuads = false;
   static constexpr bool kCarriesAccumulator = false;

@@ -14,6 +14,7 @@ namespace glm_fused {
 namespace {
 
 using ObjectList = nb::typed<nb::list, nb::object>;
+using ListList = nb::typed<nb::list, ObjectList>;
 using ArraySequence = nb::typed<nb::sequence, mx::array>;
 
 Arrays arrays(const ArraySequence& sequence) {
@@ -24,32 +25,40 @@ Arrays arrays(const ArraySequence& sequence) {
   return all;
 }
 
-// Whether containers[i][keys[i]] is values[i] for all i, of dicts and lists.
-bool same_items(
-    const ObjectList& containers,
-    const ObjectList& keys,
-    const ObjectList& values) {
+// Whether a container, a dict or a list, has just these items, in their order:
+// of a dict, key and value in turn.
+bool has_items(PyObject* container, PyObject* items) {
+  const Py_ssize_t count = PyList_Size(items);
+  Py_ssize_t seen = 0;
+  const auto is_next = [&](PyObject* item) {
+    return seen < count && PyList_GetItem(items, seen++) == item;
+  };
+  if (PyDict_Check(container)) {
+    PyObject *key = nullptr, *value = nullptr;
+    for (Py_ssize_t at = 0; PyDict_Next(container, &at, &key, &value);) {
+      if (!is_next(key) || !is_next(value)) {
+        return false;
+      }
+    }
+  } else if (PyList_Check(container)) {
+    for (Py_ssize_t i = 0; i < PyList_Size(container); i++) {
+      if (!is_next(PyList_GetItem(container, i))) {
+        return false;
+      }
+    }
+  }
+  return seen == count;
+}
+
+// Whether containers[i] has the items of the list items[i], for all i.
+bool same_items(const ObjectList& containers, const ListList& items) {
   const size_t count = containers.size();
-  if (keys.size() != count || values.size() != count) {
+  if (items.size() != count) {
     throw std::invalid_argument(
         "[same_items] expected lists of the same length.");
   }
   for (size_t i = 0; i < count; i++) {
-    PyObject* container = containers[i].ptr();
-    PyObject* key = keys[i].ptr();
-    PyObject* found = nullptr;
-    if (PyDict_Check(container)) {
-      found = PyDict_GetItemWithError(container, key);
-    } else if (PyList_Check(container)) {
-      const Py_ssize_t at = PyLong_AsSsize_t(key);
-      if (at >= 0 && at < PyList_Size(container)) {
-        found = PyList_GetItem(container, at);
-      }
-    }
-    if (PyErr_Occurred()) {
-      throw nb::python_error();
-    }
-    if (found != values[i].ptr()) {
+    if (!has_items(containers[i].ptr(), items[i].ptr())) {
       return false;
     }
   }
@@ -63,10 +72,10 @@ void bind_decode_step(nb::module_& m) {
       "same_items",
       &same_items,
       "containers"_a,
-      "keys"_a,
-      "values"_a,
-      "Whether containers[i][keys[i]] is values[i] for all i; containers are "
-      "dicts and lists.");
+      "items"_a,
+      "Whether containers[i], a dict or a list, has just items[i], in "
+      "order.\n\n"
+      "Of a dict that is keys and values in turn.");
   nb::class_<DecodeStep>(
       m, "DecodeStep", "A recorded decode step: see models.decode_step.")
       .def(

@@ -9,6 +9,7 @@
 #include "checks.h"
 #include "cpu/runtime/copy.h"
 #include "cpu/runtime/dispatch.h"
+#include "cpu/runtime/schedule.h"
 #include "ops/program.h"
 #include "primitives.h"
 #include "taken_rows.h"
@@ -41,8 +42,20 @@ struct DecodeStep::Plan {
   int length;     // how many rows a step appends
   Arrays inputs;  // the step's own, to which those of a step are copied
   std::vector<Arrays> made;       // by the calls; unfilled by those of a step
-  std::vector<bool> of_step;      // whether a call is evaluated at every step
   std::vector<cpu::Tasks> tasks;  // of the other calls
+  // The calls that are evaluated at every step, and the place of each among
+  // them, or -1.
+  enum class Kind { append, first_rows, other };
+  struct OfStep {
+    int call;
+    Kind kind;
+  };
+  std::vector<OfStep> each_step;
+  std::vector<int> place;
+  // Calls with tasks are units of the schedule; views need none.
+  std::vector<int> unit_of;                 // a call's unit, or -1
+  std::vector<const cpu::Tasks*> units;     // null where they are a step's
+  std::unique_ptr<cpu::Schedule> schedule;  // of one step at a time
 
   Plan(mx::Stream s, Program p, const Arrays& in, int cache_count)
       : stream(s),
@@ -86,28 +99,65 @@ struct DecodeStep::Plan {
   // Evaluates the calls that every step makes alike.
   void prepare(mx::Primitive& node) {
     cpu::Together together(stream);
+    std::vector<std::vector<int>> needs;  // by unit
+    std::vector<std::vector<int>> after;  // by call: the units it comes after
     for (size_t i = 0; i < program.calls.size(); i++) {
       const Call& call = program.calls[i];
+      const int number = static_cast<int>(i);
+      const int unit = static_cast<int>(needs.size());
       made.push_back(unfilled(call));
       tasks.emplace_back();
-      of_step.push_back(
-          is_output(static_cast<int>(i)) ||
-          std::ranges::any_of(
-              call.inputs, [&](const Value& v) { return is_cache(v); }));
-      if (of_step.back()) {
+      const bool of_step = is_output(number) ||
+          std::ranges::any_of(call.inputs,
+                              [&](const Value& v) { return is_cache(v); });
+      place.push_back(of_step ? static_cast<int>(each_step.size()) : -1);
+      if (of_step) {
         check_of_step(call);
-        if (!is_output(static_cast<int>(i)) && !is<FirstRows>(call)) {
+        each_step.push_back({number, kind_of(call)});
+        if (!is_output(number) && !is<FirstRows>(call)) {
           cpu::allocate(node, made.back());
         }
-        continue;
+      } else {
+        together.use_slot(unit % cpu::Schedule::kSlots);
+        evaluate(node, call, inputs_of(call), made.back());
+        tasks.back() = together.take();
       }
-      Arrays in;
+      after.emplace_back();
       for (const Value& v : call.inputs) {
-        in.push_back(v.call < 0 ? input(v.output) : made[v.call][v.output]);
+        if (v.call >= 0) {
+          const auto& units_before = after[v.call];
+          after.back().insert(
+              after.back().end(), units_before.begin(), units_before.end());
+        }
       }
-      evaluate(node, call, in, made.back());
-      tasks.back() = together.take();
+      const bool runs = of_step || !tasks.back().empty();
+      unit_of.push_back(runs ? unit : -1);
+      if (runs) {
+        needs.push_back(std::exchange(after.back(), {unit}));
+      }
     }
+    schedule = std::make_unique<cpu::Schedule>(needs);
+    units.resize(needs.size());
+    for (size_t i = 0; i < tasks.size(); i++) {
+      if (unit_of[i] >= 0 && place[i] < 0) {
+        units[unit_of[i]] = &tasks[i];
+      }
+    }
+  }
+
+ private:
+  static Kind kind_of(const Call& call) {
+    return is<AppendRows>(call) ? Kind::append
+        : is<FirstRows>(call)   ? Kind::first_rows
+                                : Kind::other;
+  }
+
+  Arrays inputs_of(const Call& call) const {
+    Arrays in;
+    for (const Value& v : call.inputs) {
+      in.push_back(v.call < 0 ? input(v.output) : made[v.call][v.output]);
+    }
+    return in;
   }
 };
 
@@ -143,68 +193,65 @@ class DecodeStepNode : public mx::Primitive {
     for (size_t i = 0; i < own; i++) {
       copy(in[i], copies[i]);
     }
-    // What is made at this step, by call; a step has a few dozen such calls.
-    std::vector<std::pair<int, Arrays>> made;
-    std::vector<cpu::Tasks> tasks;
-    tasks.push_back(together.take());
+    using Kind = DecodeStep::Plan::Kind;
+    std::vector<Arrays> made(plan_->each_step.size());  // by those calls
+    std::vector<std::pair<int, cpu::Tasks>> tasks;      // with their units
+    cpu::Tasks copied = together.take();
     const auto value = [&](const Value& v) -> const mx::array& {
       if (v.call < 0) {
         const auto number = static_cast<size_t>(v.output);
         return number >= own && number < inputs.size() ? inputs[number]
                                                        : plan_->input(v.output);
       }
-      for (const auto& [call, arrays] : made) {
-        if (call == v.call) {
-          return arrays[v.output];
-        }
-      }
-      return plan_->made[v.call][v.output];
+      const int place = plan_->place[v.call];
+      return place >= 0 && !made[place].empty() ? made[place][v.output]
+                                                : plan_->made[v.call][v.output];
     };
     const Program& program = plan_->program;
-    for (int i = 0; i < static_cast<int>(program.calls.size()); i++) {
-      if (!plan_->of_step[i]) {
-        continue;
-      }
-      const Call& call = program.calls[i];
+    for (size_t place = 0; place < made.size(); place++) {
+      const auto [number, kind] = plan_->each_step[place];
+      const Call& call = program.calls[number];
+      const int unit = plan_->unit_of[number];
+      together.use_slot(unit % cpu::Schedule::kSlots);
       Arrays from;
       for (const Value& v : call.inputs) {
         from.push_back(value(v));
       }
-      Arrays to = plan_->made[i];
+      Arrays to = plan_->made[number];
       for (size_t o = 0; o < outputs.size(); o++) {
-        if (program.outputs[o].call == i) {
+        if (program.outputs[o].call == number) {
           to[program.outputs[o].output] = outputs[o];
         }
       }
-      if (is<AppendRows>(call)) {
+      if (kind == Kind::append) {
         AppendRows(stream(), at_).eval_cpu(from, to);
-        made.emplace_back(i, std::move(to));
-      } else if (is<FirstRows>(call)) {
-        to[0] = mx::array(
-            {from[0].shape(0), at_ + plan_->length, from[0].shape(3)},
-            from[0].dtype(),
-            nullptr,
-            {});
-        evaluate(*this, call, from, to);
-        made.emplace_back(i, std::move(to));
+        made[place] = std::move(to);
+      } else if (kind == Kind::first_rows) {
+        const mx::Shape shape = {
+            from[0].shape(0), at_ + plan_->length, from[0].shape(3)};
+        to[0] = mx::array(shape, from[0].dtype(), nullptr, {});
+        call.primitive->eval_cpu(from, to);
+        made[place] = std::move(to);
       } else {
-        evaluate(*this, call, from, to);
+        call.primitive->eval_cpu(from, to);
       }
-      tasks.push_back(together.take());
+      tasks.emplace_back(unit, together.take());
     }
-    cpu::enqueue(stream(), [plan = plan_, tasks = std::move(tasks)]() noexcept {
-      run(tasks[0]);
-      size_t next = 1;
-      for (size_t i = 0; i < plan->program.calls.size(); i++) {
-        run(plan->of_step[i] ? tasks[next++] : plan->tasks[i]);
-      }
-    });
-  }
-
-  static void run(const cpu::Tasks& tasks) noexcept {
-    for (const auto& task : tasks) {
-      task->run();
+    std::vector<const cpu::Tasks*> units = plan_->units;
+    for (const auto& [unit, of_unit] : tasks) {
+      units[unit] = &of_unit;
     }
+    cpu::enqueue(
+        stream(),
+        [plan = plan_,
+         copied = std::move(copied),
+         tasks = std::move(tasks),
+         units = std::move(units)]() noexcept {
+          for (const auto& task : copied) {
+            task->run();
+          }
+          plan->schedule->run(units);
+        });
   }
 
   void copy(const mx::array& from, const mx::array& to) {

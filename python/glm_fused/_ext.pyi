@@ -99,6 +99,9 @@ def check_tokens(tokens: mlx.core.array, vocabulary: int) -> mlx.core.array:
     `tokens` [b, l]; raises where one is outside the vocabulary, now or when they are evaluated.
     """
 
+def embed(
+    tokens: mlx.core.array, table: tuple[Sequence[mlx.core.array], Format], hidden: int
+) -> mlx.core.array: ...
 def quantized_matvec(
     x: mlx.core.array,
     w: tuple[Sequence[mlx.core.array], Format],
@@ -402,9 +405,11 @@ def active_tasks() -> int:
     Tasks that MLX counts as running; what an error cuts short it counts for good.
     """
 
-def same_items(containers: list[object], keys: list[object], values: list[object]) -> bool:
+def same_items(containers: list[object], items: list[list[object]]) -> bool:
     """
-    Whether containers[i][keys[i]] is values[i] for all i; containers are dicts and lists.
+    Whether containers[i], a dict or a list, has just items[i], in order.
+
+    Of a dict that is keys and values in turn.
     """
 
 class DecodeStep:

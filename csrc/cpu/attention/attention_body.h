@@ -83,6 +83,20 @@ void multiply_block(
   }
 }
 
+void transpose(const float* q, int width, int lanes, float* to) {
+  for (int lane = 0; lane < lanes; lane += kHalf) {
+    const auto* rows = reinterpret_cast<const uint8_t*>(q + lane * width);
+    for (int d = 0; d < width; d += kHalf) {
+      U16 columns[kHalf];
+      transpose_words(rows + d * sizeof(float), width * sizeof(float), columns);
+      const int count = std::min(kHalf, width - d);
+      for (int i = 0; i < count; i++) {
+        store(to + (d + i) * lanes + lane, as_float(columns[i]));
+      }
+    }
+  }
+}
+
 // Turns the dot products of one vector of heads into p, and finds m and l.
 void softmax_lanes(const SplitArgs& a, int lane) {
   float* p = a.p + lane;
@@ -246,6 +260,7 @@ constexpr AttentionKernels attention_table(const char* name) {
       index_scores,
       index_spare,
       select,
+      transpose,
       split,
       weigh,
       combine,

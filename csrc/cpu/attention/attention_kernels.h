@@ -72,6 +72,9 @@ struct AttentionKernels {
       int k,
       uint32_t* spare,
       int32_t* out);
+  // Writes q [lanes, width], after which 15 more floats can be read, to
+  // to [width, lanes]; lanes are a multiple of 16.
+  void (*transpose)(const float* q, int width, int lanes, float* to);
   void (*split)(const SplitArgs&);
   // Computes e [splits, lanes] and total [lanes], which is attention.h's L.
   void (*weigh)(const CombineArgs&, float* e, float* total);

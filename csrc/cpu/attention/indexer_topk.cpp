@@ -19,7 +19,7 @@ namespace {
 constexpr size_t kMaxScores = 1 << 24;
 constexpr int kTaskKeys = 384;
 
-class Topk {
+class Topk : public Staged {
  public:
   Topk(const Indexer& a, bool reference, Scratch& scratch, int workers)
       : a_(a),
@@ -43,86 +43,111 @@ class Topk {
         words_(scratch.take_each<uint32_t>(workers, keys_ + 16)) {}
 
   void run() {
-    a_.keys.load();
     if (reference_) {
+      a_.keys.load();
       reference::indexer_topk(a_);
-      return;
+    } else {
+      run_stages(workers_);
     }
-    for (b_ = 0; b_ < a_.q.shape(0); b_++) {
-      for (first_ = 0; first_ < a_.queries(); first_ += step_) {
-        count_ = std::min(step_, a_.queries() - first_);
-        pack();
-        score();
-        select();
-      }
+  }
+
+  // For each block of queries of a sequence there are three stages.
+  int stages() const override {
+    return 3 * a_.q.shape(0) * blocks();
+  }
+
+  Stage begin(int stage) override {
+    if (stage == 0) {
+      a_.keys.load();
+    }
+    switch (stage % 3) {
+      case 0:
+        return begin_block(stage / 3);
+      case 1:
+        return begin_scores();
+      default:
+        return {count_, 10.0 * keys_ * count_};
+    }
+  }
+
+  void tile(int stage, int number, int worker) override {
+    switch (stage % 3) {
+      case 0:
+        return pack(number, worker);
+      case 1:
+        return score(number, worker);
+      default:
+        return select(number, worker);
     }
   }
 
  private:
-  // A query that sees at most k keys takes them all, unscored.
-  void pack() const {
-    const Visible visible = a_.visible(b_);
+  // How many blocks of queries a sequence has.
+  int blocks() const {
+    return (a_.queries() + step_ - 1) / step_;
+  }
+
+  Stage begin_block(int number) {
+    b_ = number / blocks();
+    first_ = number % blocks() * step_;
+    count_ = std::min(step_, a_.queries() - first_);
     std::fill_n(low_.begin(), count_, 0);
     std::fill_n(high_.begin(), count_, 0);
-    const auto task = [&](int i, int worker) {
-      const int high = visible.high(first_ + i);
-      if (high - visible.low <= a_.k()) {
-        select_all(visible.low, high, a_.k(), a_.out(b_, first_ + i));
-        return;
-      }
-      low_[i] = visible.low;
-      high_[i] = high;
-      float* q = row_[worker];
-      load_row(a_.q, a_.row(b_, first_ + i), width_, q);
-      attention_kernels().index_pack(
-          q, a_.heads(), a_.dim(), q_.data() + i * packed_);
-    };
-    parallel_for(count_, task, static_cast<double>(width_) * count_, workers_);
+    return {count_, static_cast<double>(width_) * count_};
   }
 
-  void score() const {
-    const IndexArgs args{
-        q_.data(),
-        a_.weights.data<float>() + a_.row(b_, first_) * a_.heads(),
-        count_,
-        a_.heads(),
-        a_.dim(),
-        a_.scale,
-        a_.rows(b_),
-        0,
-        0,
-        low_.data(),
-        high_.data(),
-        scores_.data(),
-        static_cast<size_t>(keys_),
-        nullptr};
-    const auto task = [&](int i, int worker) {
-      IndexArgs part = args;
-      part.begin = i * kTaskKeys;
-      part.end = std::min(part.begin + kTaskKeys, keys_);
-      part.spare = spare_[worker];
-      attention_kernels().index_scores(part);
-    };
+  // A query that sees at most k keys takes them all, unscored.
+  void pack(int i, int worker) const {
+    const Visible visible = a_.visible(b_);
+    const int high = visible.high(first_ + i);
+    if (high - visible.low <= a_.k()) {
+      select_all(visible.low, high, a_.k(), a_.out(b_, first_ + i));
+      return;
+    }
+    low_[i] = visible.low;
+    high_[i] = high;
+    float* q = row_[worker];
+    load_row(a_.q, a_.row(b_, first_ + i), width_, q);
+    attention_kernels().index_pack(
+        q, a_.heads(), a_.dim(), q_.data() + i * packed_);
+  }
+
+  Stage begin_scores() const {
     const int last = *std::max_element(high_.begin(), high_.begin() + count_);
     const double work = static_cast<double>(width_) * last * count_;
-    parallel_for((last + kTaskKeys - 1) / kTaskKeys, task, work, workers_);
+    return {(last + kTaskKeys - 1) / kTaskKeys, work};
   }
 
-  void select() const {
-    const auto task = [&](int i, int worker) {
-      const int low = low_[i], count = high_[i] - low;
-      if (count == 0) {
-        return;
-      }
-      int32_t* out = a_.out(b_, first_ + i);
-      const uint32_t* words = scores_.data() + static_cast<size_t>(keys_) * i;
-      attention_kernels().select(
-          words + low, count, a_.k(), words_[worker], out);
-      for (int j = 0; j < a_.k(); j++) {
-        out[j] += low;
-      }
-    };
-    parallel_for(count_, task, 10.0 * keys_ * count_, workers_);
+  void score(int number, int worker) const {
+    const int begin = number * kTaskKeys;
+    attention_kernels().index_scores(
+        {q_.data(),
+         a_.weights.data<float>() + a_.row(b_, first_) * a_.heads(),
+         count_,
+         a_.heads(),
+         a_.dim(),
+         a_.scale,
+         a_.rows(b_),
+         begin,
+         std::min(begin + kTaskKeys, keys_),
+         low_.data(),
+         high_.data(),
+         scores_.data(),
+         static_cast<size_t>(keys_),
+         spare_[worker]});
+  }
+
+  void select(int i, int worker) const {
+    const int low = low_[i], count = high_[i] - low;
+    if (count == 0) {
+      return;
+    }
+    int32_t* out = a_.out(b_, first_ + i);
+    const uint32_t* words = scores_.data() + static_cast<size_t>(keys_) * i;
+    attention_kernels().select(words + low, count, a_.k(), words_[worker], out);
+    for (int j = 0; j < a_.k(); j++) {
+      out[j] += low;
+    }
   }
 
   const Indexer a_;

@@ -20,7 +20,7 @@ constexpr size_t kMaxScratch = 1 << 23;  // floats for the queries of a step
 constexpr int kLane = 16;
 constexpr int kColumns = 64;  // a task of the combine takes no fewer
 
-class Attention {
+class Attention : public Staged {
  public:
   Attention(const Mla& a, bool reference, Scratch& scratch, int workers)
       : a_(a),
@@ -41,28 +41,55 @@ class Attention {
         l_(scratch.take_each<float>(step_, lanes(splits_))),
         e_(scratch.take_each<float>(step_, lanes(splits_))),
         total_(scratch.take_each<float>(step_, lanes_)),
-        row_(scratch.take_each<float>(
-            workers,
-            static_cast<size_t>(a.heads()) * width_)),
+        row_(scratch.take_each<float>(workers, lanes(width_) + kLane)),
         sums_(scratch.take_each<float>(
             workers,
             static_cast<size_t>(a.heads()) * round_up(a.layout.rank, kLane))) {}
 
   void run() {
-    a_.latents.load();
-    if (a_.ropes) {
-      a_.ropes->load();
-    }
     if (reference_) {
+      load();
       reference::sparse_mla_decode(a_);
-      return;
+    } else {
+      run_stages(workers_);
     }
-    for (b_ = 0; b_ < a_.q.shape(0); b_++) {
-      rows_ = a_.rows(b_);
-      for (first_ = 0; first_ < a_.queries(); first_ += step_) {
-        count_ = std::min(step_, a_.queries() - first_);
-        run_block();
-      }
+  }
+
+  // For each block of queries of a sequence there are four stages.
+  int stages() const override {
+    return 4 * a_.q.shape(0) * blocks();
+  }
+
+  Stage begin(int stage) override {
+    if (stage == 0) {
+      load();
+    }
+    switch (stage % 4) {
+      case 0:
+        begin_block(stage / 4);
+        return {count_, static_cast<double>(width_) * lanes_ * count_};
+      case 1:
+        return begin_split();
+      case 2:
+        return {count_, work() / width_};
+      default:
+        return begin_combine();
+    }
+  }
+
+  void tile(int stage, int number, int worker) override {
+    switch (stage % 4) {
+      case 0:
+        load_query(number, row_[worker]);
+        list_keys(number);
+        return;
+      case 1:
+        return split(number);
+      case 2:
+        attention_kernels().weigh(parts(number), e_[number], total_[number]);
+        return;
+      default:
+        return combine(number, worker);
     }
   }
 
@@ -87,29 +114,30 @@ class Attention {
     return static_cast<double>(width_) * lanes_ * list_ * count_;
   }
 
-  void run_block() const {
-    const auto each = [&](int i, int worker) {
-      load_query(i, row_[worker]);
-      list_keys(i);
-    };
-    const double values = static_cast<double>(width_) * lanes_ * count_;
-    parallel_for(count_, each, values, workers_);
-    split();
-    const auto weigh = [&](int i) {
-      attention_kernels().weigh(parts(i), e_[i], total_[i]);
-    };
-    parallel_for(count_, weigh, work() / width_, workers_);
-    combine();
+  void load() const {
+    a_.latents.load();
+    if (a_.ropes) {
+      a_.ropes->load();
+    }
+  }
+
+  // How many blocks of queries a sequence has.
+  int blocks() const {
+    return (a_.queries() + step_ - 1) / step_;
+  }
+
+  void begin_block(int number) {
+    b_ = number / blocks();
+    rows_ = a_.rows(b_);
+    first_ = number % blocks() * step_;
+    count_ = std::min(step_, a_.queries() - first_);
   }
 
   void load_query(int i, float* q) const {
     load_row(a_.q, a_.row(b_, first_ + i), a_.heads() * width_, q);
-    for (int d = 0; d < width_; d++) {
-      float* to = q_[i] + lanes(d);
-      for (int h = 0; h < lanes_; h++) {
-        to[h] = h < a_.heads() ? q[static_cast<size_t>(h) * width_ + d] : 0;
-      }
-    }
+    const size_t filled = static_cast<size_t>(a_.heads()) * width_;
+    std::fill(q + filled, q + lanes(width_), 0.0f);
+    attention_kernels().transpose(q, width_, lanes_, q_[i]);
   }
 
   // Lists the visible keys of a query, back to back, and its splits that have
@@ -132,31 +160,32 @@ class Attention {
     filled_[i] = splits;
   }
 
-  // Computes the splits. A task takes several, so that it can fetch one's keys
-  // during another.
-  void split() const {
+  // Divides a query's splits among tiles; a tile takes several, so that it can
+  // fetch one's keys during another.
+  Stage begin_split() {
     constexpr int most = 16;
     const int share = splits_ * count_ / (2 * workers_);
-    const int group = std::clamp(share, 1, most);
-    const int groups = (splits_ + group - 1) / group;
-    const auto task = [&](int t) {
-      const int i = t / groups, begin = t % groups * group;
-      const int end = std::min(begin + group, filled_[i]);
-      for (int s = begin; s < end; s++) {
-        attention_kernels().split(
-            {q_[i],
-             lanes_,
-             a_.scale,
-             &*rows_,
-             keys_[i] + begins_[i][s],
-             counts_[i][s],
-             s + 1 < end ? counts_[i][s + 1] : 0,
-             p_[i] + lanes(begins_[i][s]),
-             m_[i] + lanes(s),
-             l_[i] + lanes(s)});
-      }
-    };
-    parallel_for(count_ * groups, task, work(), workers_);
+    each_ = std::clamp(share, 1, most);
+    tiles_ = (splits_ + each_ - 1) / each_;
+    return {count_ * tiles_, work()};
+  }
+
+  void split(int number) const {
+    const int i = number / tiles_, begin = number % tiles_ * each_;
+    const int end = std::min(begin + each_, filled_[i]);
+    for (int s = begin; s < end; s++) {
+      attention_kernels().split(
+          {q_[i],
+           lanes_,
+           a_.scale,
+           &*rows_,
+           keys_[i] + begins_[i][s],
+           counts_[i][s],
+           s + 1 < end ? counts_[i][s + 1] : 0,
+           p_[i] + lanes(begins_[i][s]),
+           m_[i] + lanes(s),
+           l_[i] + lanes(s)});
+    }
   }
 
   CombineArgs parts(int i) const {
@@ -178,26 +207,28 @@ class Attention {
         a_.out(b_, first_ + i)};
   }
 
-  // Combines the splits. A query's columns are divided no further than the
-  // threads need, because each part walks all of its rows.
-  void combine() const {
+  // Divides a query's columns among tiles, no further than the threads need,
+  // because each part walks all of its rows.
+  Stage begin_combine() {
     const int rank = rows_->rank;
     const int wanted = (workers_ + count_ - 1) / count_;
     const int blocks = (rank + kColumns - 1) / kColumns;
-    const int columns = (blocks + wanted - 1) / wanted * kColumns;
-    const int tasks = (rank + columns - 1) / columns;
-    const auto task = [&](int t, int worker) {
-      CombineArgs args = parts(t / tasks);
-      args.column = t % tasks * columns;
-      args.columns = std::min(columns, rank - args.column);
-      args.sums = sums_[worker];
-      if (args.splits == 0) {
-        std::fill_n(args.out, static_cast<size_t>(args.heads) * rank, 0);
-      } else {
-        attention_kernels().combine(args);
-      }
-    };
-    parallel_for(count_ * tasks, task, work(), workers_);
+    each_ = (blocks + wanted - 1) / wanted * kColumns;
+    tiles_ = (rank + each_ - 1) / each_;
+    return {count_ * tiles_, work()};
+  }
+
+  void combine(int number, int worker) const {
+    CombineArgs args = parts(number / tiles_);
+    args.column = number % tiles_ * each_;
+    args.columns = std::min(each_, rows_->rank - args.column);
+    args.sums = sums_[worker];
+    if (args.splits == 0) {
+      const size_t values = static_cast<size_t>(args.heads) * rows_->rank;
+      std::fill_n(args.out, values, 0);
+    } else {
+      attention_kernels().combine(args);
+    }
   }
 
   const Mla a_;
@@ -211,6 +242,7 @@ class Attention {
   const Shares<float> q_, p_, m_, l_, e_, total_;
   const Shares<float> row_, sums_;     // one for each worker
   int b_ = 0, first_ = 0, count_ = 0;  // sequence b_, its queries at hand
+  int each_ = 0, tiles_ = 0;  // splits or columns of a tile; a query's tiles
   std::optional<Rows> rows_;
 };
 

@@ -28,6 +28,10 @@ constexpr int kGroups = M == 1 ? 32 / kRowsAtOnce : 8;
 template <int M>
 constexpr int kChunk = M == 1 ? 8 : 2;
 
+// Short rows are fetched so many bytes ahead, which a core takes longer for
+// than the L3 cache to answer.
+constexpr ptrdiff_t kAhead = 2048;
+
 // Packed x: per block and half, kTerms terms of 16 lanes, then the lane sums
 // that multiply a bias.
 template <class F>
@@ -35,36 +39,58 @@ constexpr int vectors_per_half = F::kTerms + (F::kSumStep ? 1 : 0);
 template <class F>
 constexpr int floats_per_block = 2 * vectors_per_half<F> * kHalf;
 
-template <class F>
-GLM_INLINE float lane_sum(const float* x) {
-  float sum = 0;
-  for (int v = 0; v < F::kValues; v += F::kSumStep) {
-    float part = x[v];
-    for (int i = 1; i < F::kSumStep; i++) {
-      part = part + x[v + i];
-    }
-    sum = sum + part;
+// Sets v[i] to value i of every lane; before, the lanes' values follow one
+// another.
+template <int n>
+GLM_INLINE void by_value(F16 (&v)[n]) {
+  if constexpr (n > 1) {
+    F16 even[n / 2], odd[n / 2];
+    unroll<n / 2>(
+        GLM_EACH(i) { split_lanes(v[2 * i], v[2 * i + 1], even[i], odd[i]); });
+    by_value(even);
+    by_value(odd);
+    unroll<n / 2>(GLM_EACH(i) {
+      v[2 * i] = even[i];
+      v[2 * i + 1] = odd[i];
+    });
   }
+}
+
+template <class F>
+GLM_INLINE F16 lane_sums(const F16 (&x)[F::kValues]) {
+  F16 sum = zero();
+  unroll<F::kValues / F::kSumStep>(GLM_EACH(j) {
+    F16 part = x[j * F::kSumStep];
+    for (int i = 1; i < F::kSumStep; i++) {
+      part = add(part, x[j * F::kSumStep + i]);
+    }
+    sum = add(sum, part);
+  });
   return sum;
 }
 
 template <class F>
 void pack(const float* x, int k, float* panel, int m, int width) {
+  constexpr int values = kHalf * F::kValues;
   float* out = panel + m * kHalf;
-  for (int base = 0; base < k; base += kHalf * F::kValues) {
-    for (int lane = 0; lane < kHalf; lane++) {
-      const int column = base + lane * F::kValues;
-      float values[F::kValues];
-      for (int v = 0; v < F::kValues; v++) {
-        values[v] = column + v < k ? x[column + v] : 0.0f;
-      }
-      for (int p = 0; p < F::kTerms; p++) {
-        const Term t = F::term(p);
-        out[p * width * kHalf + lane] = values[t.value] * t.scale * t.carry;
-      }
-      if constexpr (F::kSumStep > 0) {
-        out[F::kTerms * width * kHalf + lane] = lane_sum<F>(values);
-      }
+  for (int base = 0; base < k; base += values) {
+    float padded[values];
+    const float* from = x + base;
+    if (k - base < values) {
+      memset(padded, 0, sizeof(padded));
+      memcpy(padded, from, (k - base) * sizeof(float));
+      from = padded;
+    }
+    F16 v[F::kValues];
+    unroll<F::kValues>(GLM_EACH(i) { v[i] = load(from + i * kHalf); });
+    by_value(v);
+    for_each_constant<F::kTerms>(GLM_EACH(p) {
+      constexpr Term t = F::term(p);
+      const F16 scaled = mul(mul(v[t.value], splat(t.scale)), splat(t.carry));
+      store(out + p * width * kHalf, scaled);
+    });
+    if constexpr (F::kSumStep > 0) {
+      store(out + F::kTerms * width * kHalf, lane_sums<F>(v));
     }
     out += vectors_per_half<F> * width * kHalf;
   }
@@ -81,15 +107,8 @@ struct HalfBlock {
   F16 acc[R][M];
   F16 quad[R][M];
 
-  GLM_INLINE HalfBlock(
-      const F& f,
-      const uint8_t* rows,
-      ptrdiff_t stride,
-      const float* panel,
-      Width w)
-      : format(f), x(panel), width(w) {
-    unroll<R>(GLM_EACH(r) { words[r].load(rows + r * stride); });
-  }
+  GLM_INLINE HalfBlock(const F& f, const float* panel, Width w)
+      : format(f), x(panel), width(w) {}
 
   template <int p>
   GLM_INLINE void term() {
@@ -155,34 +174,31 @@ struct Tile {
     return rows;
   }
 
-  // Where the rows' half-block lies: in place, or copied and zero-padded where
-  // the lanes would read past the end of a row; `stride` changes with it.
+  // Loads half-block `hb` of the rows, with zeros past the end of a row.
   // `ahead` is how far from there the rows' next bytes lie.
-  template <int R, size_t edge_bytes>
-  GLM_INLINE const uint8_t* half_pointer(
+  template <int R>
+  GLM_INLINE void load_half(
       const TileRows& rows,
       int hb,
       ptrdiff_t ahead,
-      uint8_t (&edge)[R][edge_bytes],
-      ptrdiff_t& stride) const {
+      typename F::Words (&words)[R]) const {
     constexpr size_t whole = F::kHalfBytes;
-    const size_t offset = hb * whole;
-    const size_t left = row_bytes - offset;
-    const uint8_t* half = rows.weight + offset;
-    if (__builtin_expect(left < whole + F::kOverread, 0)) {
-      for (int r = 0; r < R; r++) {
-        copy_padded(edge[r], half + r * stride, left < whole ? left : whole);
-      }
-      stride = edge_bytes;
-      return edge[0];
-    }
+    const ptrdiff_t stride = rows.weight_stride;
+    const uint8_t* half = rows.weight + hb * whole;
     unroll<R>(GLM_EACH(r) {
       __builtin_prefetch(half + r * stride + ahead);
       if constexpr (whole > 64) {
         __builtin_prefetch(half + r * stride + ahead + 64);
       }
     });
-    return half;
+    const size_t left = row_bytes - hb * whole;
+    if (__builtin_expect(left >= whole + F::Words::kOverread, 1)) {
+      unroll<R>(GLM_EACH(r) { words[r].load(half + r * stride); });
+    } else {
+      unroll<R>(GLM_EACH(r) {
+        load_first<whole>(words[r], half + r * stride, left);
+      });
+    }
   }
 
   // Adds half-block `hb` of the rows to result[r][m].
@@ -196,10 +212,8 @@ struct Tile {
       F16 (&result)[R][M]) const {
     const size_t vectors = static_cast<size_t>(hb) * vectors_per_half<F>;
     const float* x = a.x + (vectors * width + m0) * kHalf;
-    alignas(64) uint8_t edge[R][F::kHalfBytes + 4];
-    ptrdiff_t stride = rows.weight_stride;
-    const uint8_t* half = half_pointer(rows, hb, ahead, edge, stride);
-    HalfBlock<F, R, M, Width> block(format, half, stride, x, width);
+    HalfBlock<F, R, M, Width> block(format, x, width);
+    load_half(rows, hb, ahead, block.words);
     unroll<R>(GLM_EACH(r) {
       unroll<M>(GLM_EACH(m) {
         block.acc[r][m] = F::kCarriesAccumulator ? result[r][m] : zero();
@@ -259,8 +273,9 @@ struct Tile {
     };
     const int halves = half_blocks();
     if (M == 1 && halves <= kChunk<M>) {  // the sums never leave the registers
+      const ptrdiff_t group = step * row_bytes;
+      const ptrdiff_t ahead = (kAhead + group - 1) / group * group;
       for (int g = 0; g < groups; g++) {
-        const ptrdiff_t ahead = step * row_bytes;
         F16 sums[2][R][M] = {};
         const TileRows rows = locate<R>(first(g), stride);
         chunk<R, M>(rows, m0, width, 0, halves, ahead, sums);

@@ -56,6 +56,9 @@ struct KernelSet {
       float* act,
       int count,
       FloatType type);
+  // Loads values of a type as fp32; stores fp32 values rounded to one.
+  void (*load)(const uint8_t* from, FloatType type, size_t count, float* to);
+  void (*store)(const float* from, size_t count, FloatType type, uint8_t* to);
   // Reads `count` bytes in order and folds them. Benchmarks measure against it.
   uint32_t (*read)(const uint8_t* from, size_t count);
 };

@@ -4,7 +4,8 @@
 namespace glm_fused::cpu {
 
 const KernelSet& avx2_kernels() {
-  static constexpr KernelSet set{"avx2", find, ::swiglu, ::read};
+  static constexpr KernelSet set{
+      "avx2", find, ::swiglu, load_floats, store_floats, ::read};
   return set;
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "cpu/runtime/activations.h"
 #define GLM_DOT_KERNELS
 #include "formats/families.h"
 #include "swiglu.h"
@@ -19,15 +20,15 @@ const Kernel& find(const glm_fused::Format& format, bool fast) {
       });
 }
 
-// A loop of constant length, which compilers turn into vectors.
+// A loop of constant length with nothing left to call, which compilers turn
+// into vectors.
 template <int n, FloatType type>
-GLM_INLINE void swiglu_of(const float* gate, const float* up, float* act) {
+GLM_FLATTEN void swiglu_of(const float* gate, const float* up, float* act) {
+  const glm_fused::As<type> as;
   float out[n];
   for (int i = 0; i < n; i++) {
     out[i] = glm_fused::swiglu(
-        glm_fused::round_to(gate[i], type),
-        glm_fused::round_to(up[i], type),
-        type);
+        glm_fused::round_to(gate[i], as), glm_fused::round_to(up[i], as), as);
   }
   memcpy(act, out, sizeof(out));
 }
@@ -56,6 +57,71 @@ void swiglu(
       return swiglu_rows<FloatType::float16>(gate, up, act, count);
     default:
       return swiglu_rows<FloatType::float32>(gate, up, act, count);
+  }
+}
+
+// Calls each(at, count) for stretches of kHalf values, a constant, and for the
+// last values one by one.
+template <class Each>
+GLM_INLINE void in_stretches(size_t count, const Each& each) {
+  size_t i = 0;
+  for (; i + kHalf <= count; i += kHalf) {
+    each(i, Constant<kHalf>());
+  }
+  for (; i < count; i++) {
+    each(i, Constant<1>());
+  }
+}
+
+template <FloatType type>
+void load_all(const uint8_t* from, size_t count, float* to) {
+  using As = glm_fused::As<type>;
+  using Code = decltype(As::encode(0.0f));
+  in_stretches(count, [&](size_t at, auto n) GLM_ALWAYS_INLINE {
+    Code codes[n];
+    memcpy(codes, from + at * sizeof(Code), sizeof(codes));
+    for (int i = 0; i < n; i++) {
+      to[at + i] = As::decode(codes[i]);
+    }
+  });
+}
+
+template <FloatType type>
+void store_all(const float* from, size_t count, uint8_t* to) {
+  using As = glm_fused::As<type>;
+  using Code = decltype(As::encode(0.0f));
+  in_stretches(count, [&](size_t at, auto n) GLM_ALWAYS_INLINE {
+    Code codes[n];
+    for (int i = 0; i < n; i++) {
+      codes[i] = As::encode(from[at + i]);
+    }
+    memcpy(to + at * sizeof(Code), codes, sizeof(codes));
+  });
+}
+
+void load_floats(const uint8_t* from, FloatType type, size_t count, float* to) {
+  switch (type) {
+    case FloatType::bfloat16:
+      return load_all<FloatType::bfloat16>(from, count, to);
+    case FloatType::float16:
+      return load_all<FloatType::float16>(from, count, to);
+    default:
+      return load_all<FloatType::float32>(from, count, to);
+  }
+}
+
+void store_floats(
+    const float* from,
+    size_t count,
+    FloatType type,
+    uint8_t* to) {
+  switch (type) {
+    case FloatType::bfloat16:
+      return store_all<FloatType::bfloat16>(from, count, to);
+    case FloatType::float16:
+      return store_all<FloatType::float16>(from, count, to);
+    default:
+      return store_all<FloatType::float32>(from, count, to);
   }
 }
 

@@ -3,7 +3,8 @@
 namespace glm_fused::cpu {
 
 const KernelSet& portable_kernels() {
-  static constexpr KernelSet set{"portable", find, ::swiglu, ::read};
+  static constexpr KernelSet set{
+      "portable", find, ::swiglu, load_floats, store_floats, ::read};
   return set;
 }
 

@@ -32,18 +32,20 @@ class Spread {
         log2_size_(__builtin_ctz(size)),
         groups_(a.k / a.format.spec->block),
         row_bytes_(groups_ * size),
+        lanes_(groups_ << log2_lanes_),
         bytes_(static_cast<size_t>(row_bytes_) * a.rows_left),
-        shuffle_(control(log2_lanes_, size, at)) {}
+        control_(control(log2_lanes_, size, at)),
+        shuffle_(control_),
+        tail_(lanes_ % kHalf == 0 ? shuffle_ : tail(lanes_ % kHalf)) {}
 
   // The half-blocks for which 16 bytes can be read at the first group of a row
-  // `offset` bytes from the tile's first, and whose lanes all lie in the row.
+  // `offset` bytes from the tile's first.
   GLM_INLINE int direct_halves(size_t offset) const {
     const ptrdiff_t left = bytes_ - offset - 16;
     const ptrdiff_t readable =
         left < 0 ? 0 : (((left >> log2_size_) + 1) << log2_lanes_) + kHalf - 1;
-    const int whole = (groups_ << log2_lanes_) / kHalf;
-    return readable / kHalf < whole ? static_cast<int>(readable / kHalf)
-                                    : whole;
+    const int all = (lanes_ + kHalf - 1) / kHalf;
+    return readable / kHalf < all ? static_cast<int>(readable / kHalf) : all;
   }
   // The group values of a half-block of R rows: in place, or copied where
   // they end short of 16 bytes. `stride` changes with it.
@@ -64,8 +66,9 @@ class Spread {
     stride = 16;
     return edge[0];
   }
-  GLM_INLINE U16 operator()(const uint8_t* values) const {
-    return shuffle_(values);
+  // Spreads the values of a half-block; lanes past the end of a row get zeros.
+  GLM_INLINE const Shuffle& at(int hb) const {
+    return __builtin_expect(hb < lanes_ / kHalf, 1) ? shuffle_ : tail_;
   }
   // fp32 values do not fit 16 bytes: lane by lane.
   GLM_INLINE F16 floats(const uint8_t* row, int hb) const {
@@ -126,11 +129,19 @@ class Spread {
     const int log2 = log2_lanes < kLogs ? log2_lanes : kLogs - 1;
     return controls.of[log2][size == 1 ? 0 : 1][at].bytes;
   }
+  // The same, of which only the first lanes take part.
+  GLM_INLINE Shuffle tail(int lanes) const {
+    Control c;
+    memset(c.bytes, 0x80, sizeof(c.bytes));
+    memcpy(c.bytes, control_, 4 * lanes);
+    return Shuffle(c.bytes);
+  }
   static constexpr int kLogs = 5;  // from there on, all lanes share a group
 
-  const int log2_lanes_, size_, log2_size_, groups_, row_bytes_;
+  const int log2_lanes_, size_, log2_size_, groups_, row_bytes_, lanes_;
   const size_t bytes_;  // from the tile's first row to the matrix's last
-  const Shuffle shuffle_;
+  const uint8_t* const control_;
+  const Shuffle shuffle_, tail_;
 };
 
 }  // namespace

@@ -32,7 +32,7 @@ template <class F>
 concept CpuDecode = requires(const F f, const typename F::Words words) {
   { F::kValues } -> std::convertible_to<int>;        // columns of a lane
   { F::kHalfBytes } -> std::convertible_to<size_t>;  // of 16 lanes, plane 0
-  { F::kOverread } -> std::convertible_to<size_t>;   // bytes loaded past them
+  { F::Words::kOverread } -> std::convertible_to<size_t>;  // loaded past them
   { F::kTerms } -> std::convertible_to<int>;
   // Terms are summed in fours, each sum added to the accumulator.
   { F::kQuads } -> std::convertible_to<bool>;
@@ -59,24 +59,38 @@ template <int bytes>
 struct LaneWords;
 
 // The 32-bit words a lane's bytes are cut from; word w starts at byte kStart.
+// `load_first` takes zeros for all but the first `count` bytes.
 template <>
 struct LaneWords<3> {
+  static constexpr size_t kOverread = kThreesOverread;
   static constexpr int kStart[] = {0};
   U16 w[1];
   GLM_INLINE void load(const uint8_t* p) {
     w[0] = load_threes(p);
   }
+#if defined(GLM_AVX512)
+  GLM_INLINE void load_first(const uint8_t* p, size_t count) {
+    w[0] = spread_threes(load_bytes(p, count));
+  }
+#endif
 };
 template <>
 struct LaneWords<4> {
+  static constexpr size_t kOverread = 0;
   static constexpr int kStart[] = {0};
   U16 w[1];
   GLM_INLINE void load(const uint8_t* p) {
     w[0] = load_words(p);
   }
+#if defined(GLM_AVX512)
+  GLM_INLINE void load_first(const uint8_t* p, size_t count) {
+    w[0] = load_bytes(p, count);
+  }
+#endif
 };
 template <>
 struct LaneWords<5> {
+  static constexpr size_t kOverread = 0;
   static constexpr int kStart[] = {0, 1};
   U16 w[2];
   GLM_INLINE void load(const uint8_t* p) {
@@ -85,6 +99,7 @@ struct LaneWords<5> {
 };
 template <>
 struct LaneWords<6> {
+  static constexpr size_t kOverread = 0;
   static constexpr int kStart[] = {0, 2};
   U16 w[2];
   GLM_INLINE void load(const uint8_t* p) {
@@ -93,6 +108,7 @@ struct LaneWords<6> {
 };
 template <>
 struct LaneWords<8> {
+  static constexpr size_t kOverread = 0;
   static constexpr int kStart[] = {0, 4};
   U16 w[2];
   GLM_INLINE void load(const uint8_t* p) {
@@ -101,6 +117,7 @@ struct LaneWords<8> {
 };
 template <>
 struct LaneWords<10> {
+  static constexpr size_t kOverread = 0;
   static constexpr int kStart[] = {0, 4, 6};
   U16 w[3];
   GLM_INLINE void load(const uint8_t* p) {
@@ -109,6 +126,18 @@ struct LaneWords<10> {
     w[2] = load_strided<10>(p + 6);
   }
 };
+
+// Loads a lane's words of which only the first `count` bytes are there.
+template <size_t bytes, class Words>
+GLM_INLINE void load_first(Words& words, const uint8_t* p, size_t count) {
+  if constexpr (requires { words.load_first(p, count); }) {
+    words.load_first(p, count);
+  } else {
+    alignas(64) uint8_t padded[bytes + Words::kOverread];
+    copy_padded(padded, p, count < bytes ? count : bytes);
+    words.load(padded);
+  }
+}
 
 template <class Words>
 constexpr int word_of(int byte) {

@@ -5,7 +5,6 @@
 
 #include "checks.h"
 #include "cpu/runtime/thread_pool.h"
-#include "rounding.h"
 
 namespace glm_fused::cpu {
 
@@ -52,49 +51,16 @@ void load_row(const mx::array& x, size_t row, int k, float* out) {
   load_values(x, row * k, k, out);
 }
 
-namespace {
-
-// Loops of constant length are those that compilers turn into vectors.
-template <class From, class To, class Convert>
-void convert(const From* from, To* to, size_t count, Convert each) {
-  constexpr size_t kTogether = 8;
-  size_t i = 0;
-  for (; i + kTogether <= count; i += kTogether) {
-    for (size_t j = 0; j < kTogether; j++) {
-      to[i + j] = each(from[i + j]);
-    }
-  }
-  for (; i < count; i++) {
-    to[i] = each(from[i]);
-  }
-}
-
-}  // namespace
-
 void load_values(const mx::array& x, size_t offset, int count, float* out) {
-  if (x.dtype() == mx::float32) {
-    std::copy_n(x.data<float>() + offset, count, out);
-    return;
-  }
-  const uint16_t* from = x.data<uint16_t>() + offset;
-  if (x.dtype() == mx::bfloat16) {
-    convert(from, out, count, [](uint16_t h) { return from_bfloat16(h); });
-  } else {
-    convert(from, out, count, [](uint16_t h) { return from_float16(h); });
-  }
+  const FloatType type = float_type_of(x.dtype());
+  const uint8_t* from = x.data<uint8_t>() + offset * size_of(type);
+  kernels().load(from, type, count, out);
 }
 
 void store_row(mx::array& a, size_t offset, const float* values, int count) {
-  if (a.dtype() == mx::float32) {
-    std::copy_n(values, count, a.data<float>() + offset);
-    return;
-  }
-  uint16_t* to = a.data<uint16_t>() + offset;
-  if (a.dtype() == mx::bfloat16) {
-    convert(values, to, count, [](float f) { return to_bfloat16(f); });
-  } else {
-    convert(values, to, count, [](float f) { return to_float16(f); });
-  }
+  const FloatType type = float_type_of(a.dtype());
+  uint8_t* to = a.data<uint8_t>() + offset * size_of(type);
+  kernels().store(values, count, type, to);
 }
 
 uint32_t stream_read(const mx::array& a) {
@@ -117,10 +83,12 @@ uint32_t stream_read(const mx::array& a) {
   return result;
 }
 
-int tile_rows(int n, int matrices, int workers) {
+int tile_rows(int n, int k, int matrices, int workers) {
+  constexpr int kLeastWork = 1 << 12;
   const int64_t per_task = static_cast<int64_t>(n) * matrices / (4 * workers);
+  const int64_t least = std::max(4, kLeastWork / std::max(k, 1));
   return static_cast<int>(
-      std::clamp<int64_t>(per_task / 4 * 4, 4, kMaxTileRows));
+      std::clamp<int64_t>(std::max(per_task, least) / 4 * 4, 4, kMaxTileRows));
 }
 
 }  // namespace glm_fused::cpu

@@ -54,7 +54,8 @@ void store_row(
 // keeps the compiler from dropping the reads.
 uint32_t stream_read(const mlx::core::array& a);
 
-// Rows of W per task: about four tasks a worker, at most kMaxTileRows.
-int tile_rows(int n, int matrices, int workers);
+// Rows of W [n, k] per task: about four tasks a worker, none of them very
+// small, at most kMaxTileRows.
+int tile_rows(int n, int k, int matrices, int workers);
 
 }  // namespace glm_fused::cpu

@@ -26,7 +26,7 @@ constexpr int kMaxTokens = 256;
 // many choices that kMinTile rows of each are more.
 constexpr int kMaxValues = 1 << 16, kMinTile = 32;
 
-class Fused {
+class Fused : public Staged {
  public:
   Fused(const Moe& moe, bool arrivals, Scratch& scratch, int workers)
       : moe_(moe),
@@ -48,14 +48,60 @@ class Fused {
             arrivals ? static_cast<size_t>(most_) * moe.down.n : 0)),
         tile_y_(scratch.take_each<float>(workers, most_tile_values())) {}
 
-  // With `arrivals`, experts are computed as they come.
-  void run(Arrivals* arrivals) {
-    const int tokens = moe_.x.shape(0);
-    for (first_ = 0; first_ < tokens; first_ += kMaxTokens) {
-      tokens_ = std::min(kMaxTokens, tokens - first_);
-      run_chunk(arrivals);
+  // For each chunk of tokens there are three stages.
+  int stages() const override {
+    return 3 * ((moe_.x.shape(0) + kMaxTokens - 1) / kMaxTokens);
+  }
+
+  Stage begin(int stage) override {
+    switch (stage % 3) {
+      case 0:
+        begin_chunk(stage / 3 * kMaxTokens);
+        at_hand_ = all_panels();
+        return begin_gate_up();
+      case 1:
+        return begin_pack();
+      default:
+        return begin_down_sum();
     }
   }
+
+  void tile(int stage, int number, int worker) override {
+    switch (stage % 3) {
+      case 0:
+        return gate_up(number);
+      case 1:
+        return pack_activations(at_hand_[number]);
+      default:
+        return down_sum(number, worker);
+    }
+  }
+
+  // Runs the stages, but computes experts as they come.
+  void run_as_they_come(Arrivals& arrivals) {
+    for (int first = 0; first < moe_.x.shape(0); first += kMaxTokens) {
+      begin_chunk(first);
+      std::vector<int> pending = distinct_slots();
+      at_hand_ = take(arrivals, pending);
+      project();
+      if (pending.empty()) {
+        run_tiles(
+            begin_down_sum(), [&](int t, int worker) { down_sum(t, worker); });
+        continue;
+      }
+      run_tiles(begin_down(), [&](int t) { down(t); });
+      while (!pending.empty()) {
+        at_hand_ = take(arrivals, pending);
+        project();
+        run_tiles(begin_down(), [&](int t) { down(t); });
+      }
+      run_tiles(begin_sum(), [&](int t) { sum(t); });
+    }
+  }
+
+ protected:
+  const Moe moe_;
+  const int top_k_, workers_;
 
  private:
   using Batch = std::span<const int>;  // numbers of panels
@@ -70,32 +116,23 @@ class Fused {
     return std::min({pairs * kMaxTileRows, most, pairs * n});
   }
 
-  void run_chunk(Arrivals* arrivals) {
+  void run_tiles(const Stage& stage, TaskRef task) const {
+    parallel_for(stage.tiles, task, stage.work, workers_);
+  }
+
+  void begin_chunk(int first) {
+    first_ = first;
+    tokens_ = std::min(kMaxTokens, moe_.x.shape(0) - first);
     const int* slots = moe_.slots.data<int32_t>() + first_ * top_k_;
     panels_.group(slots, tokens_ * top_k_);
     pack_inputs();
-    if (!arrivals) {
-      const Batch all = all_panels();
-      project(all);
-      down_sum(all);
-      return;
-    }
-    std::vector<int> pending = distinct_slots();
-    Batch batch = take(*arrivals, pending);
-    if (pending.empty()) {
-      project(batch);
-      down_sum(batch);
-      return;
-    }
-    while (true) {
-      project(batch);
-      down(batch);
-      if (pending.empty()) {
-        break;
-      }
-      batch = take(*arrivals, pending);
-    }
-    sum();
+  }
+
+  // Divides a matrix's rows into tiles; each is done for `panels` panels.
+  Stage divide(int n, int k, int panels, double work) {
+    rows_ = tile_rows(n, k, panels, workers_);
+    tiles_ = (n + rows_ - 1) / rows_;
+    return {tiles_ * panels, work};
   }
 
   Batch all_panels() const {
@@ -161,32 +198,32 @@ class Fused {
   }
 
   // Computes all but the down projection.
-  void project(Batch batch) const {
-    gate_up(batch);
-    pack_activations(batch);
+  void project() {
+    run_tiles(begin_gate_up(), [&](int t) { gate_up(t); });
+    run_tiles(begin_pack(), [&](int i) { pack_activations(at_hand_[i]); });
   }
 
-  void gate_up(Batch batch) const {
-    const int count = static_cast<int>(batch.size());
-    const int n = moe_.gate.n, tile = tile_rows(n, count, workers_);
-    const int tiles = (n + tile - 1) / tile;
-    const auto task = [&](int t) {
-      const int i = batch[t / tiles];
-      const auto [slot, at, width] = panels_[i];
-      const int first = t % tiles * tile, rows = std::min(tile, n - first);
-      float gate[8 * kMaxTileRows], up[8 * kMaxTileRows];
-      moe_.gate.dot(slot, first, rows, gate_inputs_[i], width, gate);
-      moe_.up.dot(slot, first, rows, up_inputs_[i], width, up);
-      for (int m = 0; m < width; m++) {
-        kernels().swiglu(
-            gate + m * rows,
-            up + m * rows,
-            act(panels_.pairs(i)[m]) + first,
-            rows,
-            moe_.type);
-      }
-    };
-    parallel_for(count * tiles, task, work(batch, 2), workers_);
+  Stage begin_gate_up() {
+    const int count = static_cast<int>(at_hand_.size());
+    return divide(moe_.gate.n, moe_.gate.k, count, work(at_hand_, 2));
+  }
+
+  void gate_up(int number) const {
+    const int i = at_hand_[number / tiles_];
+    const auto [slot, at, width] = panels_[i];
+    const int first = number % tiles_ * rows_;
+    const int rows = std::min(rows_, moe_.gate.n - first);
+    float gate[8 * kMaxTileRows], up[8 * kMaxTileRows];
+    moe_.gate.dot(slot, first, rows, gate_inputs_[i], width, gate);
+    moe_.up.dot(slot, first, rows, up_inputs_[i], width, up);
+    for (int m = 0; m < width; m++) {
+      kernels().swiglu(
+          gate + m * rows,
+          up + m * rows,
+          act(panels_.pairs(i)[m]) + first,
+          rows,
+          moe_.type);
+    }
   }
 
   float* act(int pair) const {
@@ -197,17 +234,26 @@ class Fused {
     return down_packed_.data() + packed(moe_.down) * panels_[i].first;
   }
 
-  void pack_activations(Batch batch) const {
+  // Few activations are packed at once, which leaves no tiles.
+  Stage begin_pack() const {
+    constexpr double kFew = 1 << 15;
+    const double values = work(at_hand_, 1) / moe_.gate.k;
+    if (values >= kFew) {
+      return {static_cast<int>(at_hand_.size()), 4 * values};
+    }
+    for (int i : at_hand_) {
+      pack_activations(i);
+    }
+    return {0, 0};
+  }
+
+  void pack_activations(int i) const {
     const Matrix& down = moe_.down;
-    const auto task = [&](int b) {
-      const int i = batch[b], width = panels_[i].width;
-      for (int m = 0; m < width; m++) {
-        const float* from = act(panels_.pairs(i)[m]);
-        down.kernel->pack(from, down.k, down_input(i), m, width);
-      }
-    };
-    const int count = static_cast<int>(batch.size());
-    parallel_for(count, task, work(batch, 2), workers_);
+    const int width = panels_[i].width;
+    for (int m = 0; m < width; m++) {
+      const float* from = act(panels_.pairs(i)[m]);
+      down.kernel->pack(from, down.k, down_input(i), m, width);
+    }
   }
 
   // Computes rows of y for the pairs of panel i, one pair every `stride`
@@ -241,49 +287,52 @@ class Fused {
     }
   }
 
-  // Computes y_ [pair, n] for the batch.
-  void down(Batch batch) const {
-    const int count = static_cast<int>(batch.size());
-    const int n = moe_.down.n, tile = tile_rows(n, count, workers_);
-    const int tiles = (n + tile - 1) / tile;
-    const auto task = [&](int t) {
-      const int first = t % tiles * tile, rows = std::min(tile, n - first);
-      down_rows(batch[t / tiles], first, rows, y_.data() + first, n);
-    };
-    parallel_for(count * tiles, task, work(batch, 1), workers_);
+  Stage begin_down() {
+    const int count = static_cast<int>(at_hand_.size());
+    return divide(moe_.down.n, moe_.down.k, count, work(at_hand_, 1));
   }
 
-  void sum() const {
-    const int n = moe_.down.n, tile = tile_rows(n, 1, workers_);
-    const auto task = [&](int t) {
-      const int first = t * tile;
-      sum_rows(first, std::min(tile, n - first), y_.data() + first, n);
-    };
-    const double work = static_cast<double>(n) * tokens_ * top_k_;
-    parallel_for((n + tile - 1) / tile, task, work, workers_);
+  // Computes a tile of y_ [pair, n].
+  void down(int number) const {
+    const int n = moe_.down.n, first = number % tiles_ * rows_;
+    const int rows = std::min(rows_, n - first);
+    down_rows(at_hand_[number / tiles_], first, rows, y_.data() + first, n);
   }
 
-  // Computes `down` and the sum of all panels, a tile of rows at a time, so
-  // that the choices' outputs stay in a core's L2 cache.
-  void down_sum(Batch all) const {
-    const int n = moe_.down.n, count = static_cast<int>(all.size());
-    const int most = std::max(kMinTile, kMaxValues / (tokens_ * top_k_));
-    const int tile = std::min(tile_rows(n, count, workers_), most);
-    const auto task = [&](int t, int worker) {
-      const int first = t * tile, rows = std::min(tile, n - first);
-      for (int i : all) {
-        down_rows(i, first, rows, tile_y_[worker], rows);
-      }
-      sum_rows(first, rows, tile_y_[worker], rows);
-    };
-    parallel_for((n + tile - 1) / tile, task, work(all, 1), workers_);
+  Stage begin_sum() {
+    const int n = moe_.down.n;
+    return divide(n, top_k_, 1, static_cast<double>(n) * tokens_ * top_k_);
   }
 
-  const Moe moe_;
-  const int top_k_, workers_;
+  void sum(int number) const {
+    const int n = moe_.down.n, first = number * rows_;
+    sum_rows(first, std::min(rows_, n - first), y_.data() + first, n);
+  }
+
+  Stage begin_down_sum() {
+    const int n = moe_.down.n, pairs = tokens_ * top_k_;
+    const int count = static_cast<int>(at_hand_.size());
+    const int most = std::max(kMinTile, kMaxValues / pairs);
+    rows_ = std::min(tile_rows(n, moe_.down.k, count, workers_), most);
+    return {(n + rows_ - 1) / rows_, work(at_hand_, 1)};
+  }
+
+  // Computes `down` and the sum of all panels for a tile of rows, so that the
+  // choices' outputs stay in a core's L2 cache.
+  void down_sum(int number, int worker) const {
+    const int first = number * rows_;
+    const int rows = std::min(rows_, moe_.down.n - first);
+    for (int i : at_hand_) {
+      down_rows(i, first, rows, tile_y_[worker], rows);
+    }
+    sum_rows(first, rows, tile_y_[worker], rows);
+  }
+
   const bool same_pack_;
-  const int most_;  // pairs of a chunk
-  int first_ = 0, tokens_ = 0;
+  const int most_;              // pairs of a chunk
+  int first_ = 0, tokens_ = 0;  // of the chunk at hand
+  Batch at_hand_;
+  int rows_ = 0, tiles_ = 0;  // of a tile, and of a matrix
   Panels panels_;
   const std::span<int> batch_;
   const std::span<const float*> gate_inputs_, up_inputs_;  // by panel
@@ -293,9 +342,28 @@ class Fused {
   const Shares<float> tile_y_;
 };
 
-class Decode {
+// The experts of a bank that are there.
+class Resident : public Fused {
  public:
-  Decode(
+  Resident(const Moe& moe, bool reference, Scratch& scratch, int workers)
+      : Fused(moe, false, scratch, workers), reference_(reference) {}
+
+  void run() {
+    if (reference_) {
+      reference::moe_decode(moe_);
+    } else {
+      run_stages(workers_);
+    }
+  }
+
+ private:
+  const bool reference_;
+};
+
+// Those that are read meanwhile.
+class Streamed {
+ public:
+  Streamed(
       const Moe& moe,
       bool reference,
       std::shared_ptr<Arrivals> arrivals,
@@ -304,13 +372,9 @@ class Decode {
       : moe_(moe),
         reference_(reference),
         arrivals_(std::move(arrivals)),
-        fused_(moe, arrivals_ != nullptr, scratch, workers) {}
+        fused_(moe, true, scratch, workers) {}
 
   void run() {
-    if (!arrivals_) {
-      compute();
-      return;
-    }
     try {
       // The slots may become others than MLX's array says so far.
       mx::array slots = moe_.slots;
@@ -332,21 +396,15 @@ class Decode {
  private:
   void compute() {
     if (!reference_) {
-      fused_.run(arrivals_.get());
+      fused_.run_as_they_come(*arrivals_);
       return;
     }
-    if (arrivals_) {
-      wait_for_all();
-    }
-    reference::moe_decode(moe_);
-  }
-
-  void wait_for_all() const {
     const int32_t* slots = moe_.slots.data<int32_t>();
     std::vector<int> pending(slots, slots + moe_.slots.size());
     while (!pending.empty()) {
       arrivals_->take(pending);
     }
+    reference::moe_decode(moe_);
   }
 
   // Fills y with NaN, which all bits set are in every type of activations.
@@ -373,16 +431,25 @@ void MoeDecode::eval_cpu(
       check_slots(inputs[1], inputs[3].shape(0));
     });
   }
-  const auto make = [&](auto& in, auto& out, cpu::Scratch& scratch, int n) {
+  const auto moe = [&](auto& in, auto& out) {
     size_t next = 3;
     const cpu::Matrix gate(in, next, gate_, in[0].shape(1));
     const cpu::Matrix up(in, next, up_, in[0].shape(1));
     const cpu::Matrix down(in, next, down_, gate.n);
     const FloatType type = float_type_of(out[0].dtype());
-    const cpu::Moe moe{in[0], in[1], in[2], gate, up, down, out[0], type};
-    return cpu::Decode(moe, reference_, arrivals_, scratch, n);
+    return cpu::Moe{in[0], in[1], in[2], gate, up, down, out[0], type};
   };
-  cpu::dispatch(*this, inputs, outputs, make, reference_);
+  if (arrivals_) {
+    const auto make = [&](auto& in, auto& out, cpu::Scratch& scratch, int n) {
+      return cpu::Streamed(moe(in, out), reference_, arrivals_, scratch, n);
+    };
+    cpu::dispatch(*this, inputs, outputs, make, reference_);
+  } else {
+    const auto make = [&](auto& in, auto& out, cpu::Scratch& scratch, int n) {
+      return cpu::Resident(moe(in, out), reference_, scratch, n);
+    };
+    cpu::dispatch(*this, inputs, outputs, make, reference_);
+  }
 }
 
 }  // namespace glm_fused

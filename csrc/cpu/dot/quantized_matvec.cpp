@@ -15,9 +15,10 @@ namespace {
 // L2 cache.
 constexpr int kMaxRows = 64;
 
-// Computes y = x W^T. The work of one head is spread over the rows of W; of
-// several heads, each is done by one thread, with panels of its own.
-class Matvec {
+// Computes y = x W^T. The work of one head is spread over the rows of W, for
+// kMaxRows rows of x at a stage; of several heads, each is done by one thread,
+// with panels of its own.
+class Matvec : public Staged {
  public:
   Matvec(
       const Matrix& w,
@@ -46,20 +47,50 @@ class Matvec {
   void run() {
     if (reference_) {
       reference::quantized_matvec(w_, x_, y_);
+    } else {
+      run_stages(workers_);
+    }
+  }
+
+  int stages() const override {
+    return alone() ? (rows_ + kMaxRows - 1) / kMaxRows : 1;
+  }
+
+  Stage begin(int stage) override {
+    if (!alone()) {
+      return {w_.slots, static_cast<double>(w_.n) * w_.k * all_};
+    }
+    first_row_ = stage * kMaxRows;
+    const int count = std::min(kMaxRows, rows_ - first_row_);
+    pack(0, first_row_, count, 0);
+    tile_ = tile_rows(w_.n, w_.k, 1, workers_);
+    return {
+        (w_.n + tile_ - 1) / tile_, static_cast<double>(w_.n) * w_.k * count};
+  }
+
+  void tile(int, int number, int worker) override {
+    if (alone()) {
+      const int first = number * tile_;
+      const int count = std::min(kMaxRows, rows_ - first_row_);
+      const int rows = std::min(tile_, w_.n - first);
+      multiply(0, first_row_, count, first, rows, panels_[0]);
       return;
     }
-    const auto head = [&](int h, int worker) {
-      for (int begin = 0; begin < rows_; begin += kMaxRows) {
-        const int count = std::min(kMaxRows, rows_ - begin);
-        pack(h, begin, count, worker);
-        multiply(h, begin, count, worker);
+    for (int begin = 0; begin < rows_; begin += kMaxRows) {
+      const int count = std::min(kMaxRows, rows_ - begin);
+      pack(number, begin, count, worker);
+      for (int first = 0; first < w_.n; first += kMaxTileRows) {
+        const int rows = std::min(kMaxTileRows, w_.n - first);
+        multiply(number, begin, count, first, rows, panels_[worker]);
       }
-    };
-    const double work = static_cast<double>(w_.n) * w_.k * all_;
-    parallel_for(w_.slots, head, work, workers_);
+    }
   }
 
  private:
+  bool alone() const {
+    return w_.slots == 1;
+  }
+
   // Returns where row i of head h lies in x and y.
   size_t row_of(int h, int i) const {
     const int b = i / per_head_, m = i % per_head_;
@@ -78,26 +109,24 @@ class Matvec {
     }
   }
 
-  void multiply(int h, int first_row, int count, int worker) const {
-    const float* panels = panels_[worker];
-    const bool alone = w_.slots == 1;
-    const int tile = alone ? tile_rows(w_.n, 1, workers_) : kMaxTileRows;
-    const auto task = [&](int t) {
-      const int first = t * tile, rows = std::min(tile, w_.n - first);
-      float out[8 * kMaxTileRows];
-      for (int begin = 0; begin < count;) {
-        const int width = panel_width(count - begin);
-        w_.dot(h, first, rows, panels + packed_ * begin, width, out);
-        for (int m = 0; m < width; m++) {
-          const size_t at = row_of(h, first_row + begin + m) * w_.n + first;
-          store_row(y_, at, out + m * rows, rows);
-        }
-        begin += width;
+  // Multiplies rows [first, first + rows) of W of a head by packed rows of x.
+  void multiply(
+      int h,
+      int first_row,
+      int count,
+      int first,
+      int rows,
+      const float* panels) const {
+    float out[8 * kMaxTileRows];
+    for (int begin = 0; begin < count;) {
+      const int width = panel_width(count - begin);
+      w_.dot(h, first, rows, panels + packed_ * begin, width, out);
+      for (int m = 0; m < width; m++) {
+        const size_t at = row_of(h, first_row + begin + m) * w_.n + first;
+        store_row(y_, at, out + m * rows, rows);
       }
-    };
-    const int tiles = (w_.n + tile - 1) / tile;
-    const double work = static_cast<double>(w_.n) * w_.k * count;
-    parallel_for(tiles, task, alone ? work : 0, workers_);
+      begin += width;
+    }
   }
 
   const Matrix w_;
@@ -109,6 +138,7 @@ class Matvec {
   const int rows_;
   const size_t packed_;
   Shares<float> panels_, row_;
+  int first_row_ = 0, tile_ = 0;  // of the stage at hand
 };
 
 }  // namespace

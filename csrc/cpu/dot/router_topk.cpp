@@ -97,7 +97,7 @@ class Selection {
   const std::span<int> order_;
 };
 
-class Router {
+class Router : public Staged {
  public:
   Router(
       const Matrix& w,
@@ -125,9 +125,68 @@ class Router {
   void run() {
     if (reference_) {
       reference::router_logits(w_, x_, logits_.data());
+      select();
     } else {
-      find_logits();
+      run_stages(workers_);
     }
+  }
+
+  int stages() const override {
+    return (tokens() + kMaxWidth - 1) / kMaxWidth + 1;
+  }
+
+  Stage begin(int stage) override {
+    first_ = stage * kMaxWidth;
+    if (stage + 1 == stages()) {
+      return {1, 0};
+    }
+    const int count = std::min(kMaxWidth, tokens() - first_);
+    for (int at = 0; at < count;) {
+      const int width = panel_width(count - at);
+      for (int m = 0; m < width; m++) {
+        load_row(x_, first_ + at + m, w_.k, row_.data());
+        w_.kernel->pack(
+            row_.data(), w_.k, panel_.data() + packed_ * at, m, width);
+      }
+      at += width;
+    }
+    tile_ = tile_rows(w_.n, w_.k, 1, workers_);
+    return {
+        (w_.n + tile_ - 1) / tile_, static_cast<double>(w_.n) * w_.k * count};
+  }
+
+  void tile(int stage, int number, int) override {
+    if (stage + 1 == stages()) {
+      select();
+    } else {
+      find_logits(number * tile_);
+    }
+  }
+
+ private:
+  static constexpr int kMaxWidth = 8;  // so many tokens make a stage
+
+  int tokens() const {
+    return x_.shape(0);
+  }
+
+  // Computes a tile of the logits of this stage's tokens.
+  void find_logits(int first) const {
+    const int rows = std::min(tile_, w_.n - first);
+    const int count = std::min(kMaxWidth, tokens() - first_);
+    float out[kMaxWidth * kMaxTileRows];
+    for (int at = 0; at < count;) {
+      const int width = panel_width(count - at);
+      w_.dot(0, first, rows, panel_.data() + packed_ * at, width, out);
+      for (int m = 0; m < width; m++) {
+        const size_t row = static_cast<size_t>(first_ + at + m) * w_.n;
+        std::copy_n(out + m * rows, rows, logits_.data() + row + first);
+      }
+      at += width;
+    }
+  }
+
+  void select() const {
     const size_t top_k = experts_.shape(1);
     for (int t = 0; t < tokens(); t++) {
       selection_.select(
@@ -135,37 +194,6 @@ class Router {
           bias_.data<float>(),
           experts_.data<int32_t>() + t * top_k,
           scores_.data<float>() + t * top_k);
-    }
-  }
-
- private:
-  static constexpr int kMaxWidth = 8;
-
-  int tokens() const {
-    return x_.shape(0);
-  }
-
-  void find_logits() const {
-    const int tile = tile_rows(w_.n, 1, workers_);
-    const int tiles = (w_.n + tile - 1) / tile;
-    for (int begin = 0; begin < tokens();) {
-      const int width = panel_width(tokens() - begin);
-      for (int m = 0; m < width; m++) {
-        load_row(x_, begin + m, w_.k, row_.data());
-        w_.kernel->pack(row_.data(), w_.k, panel_.data(), m, width);
-      }
-      const auto task = [&](int t) {
-        const int first = t * tile, rows = std::min(tile, w_.n - first);
-        float out[kMaxWidth * kMaxTileRows];
-        w_.dot(0, first, rows, panel_.data(), width, out);
-        for (int m = 0; m < width; m++) {
-          const size_t row = static_cast<size_t>(begin + m) * w_.n;
-          std::copy_n(out + m * rows, rows, logits_.data() + row + first);
-        }
-      };
-      const double work = static_cast<double>(w_.n) * w_.k * width;
-      parallel_for(tiles, task, work, workers_);
-      begin += width;
     }
   }
 
@@ -177,6 +205,7 @@ class Router {
   const size_t packed_;
   const Selection selection_;
   const std::span<float> logits_, panel_, row_;
+  int first_ = 0, tile_ = 0;  // of the stage at hand
 };
 
 }  // namespace

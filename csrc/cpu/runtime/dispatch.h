@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "cpu/runtime/scratch.h"
+#include "cpu/runtime/staged.h"
 #include "cpu/runtime/thread_pool.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
@@ -83,6 +84,10 @@ class Task {
  public:
   virtual ~Task() = default;
   virtual void run() noexcept = 0;
+  // The kernel, where it does its work in stages, else null.
+  virtual Staged* staged() noexcept = 0;
+  // How many threads it has scratch memory for.
+  virtual int workers() const noexcept = 0;
 };
 using Tasks = std::vector<std::unique_ptr<Task>>;
 
@@ -101,6 +106,14 @@ class Together {
 
   static Together* current() {
     return current_;
+  }
+
+  // What is added from now on takes its scratch memory from this slot.
+  void use_slot(int slot) {
+    slot_ = slot;
+  }
+  static int slot() {
+    return current_ == nullptr ? 0 : current_->slot_;
   }
 
   template <class Work>
@@ -129,6 +142,16 @@ class Together {
     void run() noexcept override {
       work();
     }
+    Staged* staged() noexcept override {
+      if constexpr (std::is_base_of_v<Staged, decltype(Work::kernel)>) {
+        return &work.kernel;
+      } else {
+        return nullptr;
+      }
+    }
+    int workers() const noexcept override {
+      return work.workers;
+    }
     Work work;
   };
 
@@ -136,6 +159,7 @@ class Together {
 
   mlx::core::Stream stream_;
   Together* outer_;
+  int slot_ = 0;
   Tasks tasks_;
 };
 
@@ -192,6 +216,7 @@ void dispatch(
   struct Work {
     Arrays in, out;
     Block block;
+    int workers;
     Kernel kernel;
     void operator()() noexcept {
       kernel.run();
@@ -212,7 +237,8 @@ void dispatch(
     const int workers = num_threads();
     Scratch measured;
     make(in, out, measured, workers);
-    Block block = scratch_block(primitive.stream(), measured.used());
+    Block block =
+        scratch_block(primitive.stream(), Together::slot(), measured.used());
     Scratch scratch(block.get(), measured.used());
     Kernel kernel = make(in, out, scratch, workers);
     if (here) {
@@ -221,7 +247,11 @@ void dispatch(
       return;
     }
     Work work{
-        std::move(in), std::move(out), std::move(block), std::move(kernel)};
+        std::move(in),
+        std::move(out),
+        std::move(block),
+        workers,
+        std::move(kernel)};
     if (Together* together = Together::current()) {
       together->add(std::move(work));
     } else {

@@ -2,8 +2,9 @@
 
 #include <cstdio>
 #include <exception>
+#include <map>
 #include <new>
-#include <unordered_map>
+#include <utility>
 
 #if defined(__SANITIZE_ADDRESS__)
 #define GLM_ASAN 1
@@ -55,14 +56,14 @@ uintptr_t Scratch::next(size_t bytes) {
   return at;
 }
 
-Block scratch_block(mlx::core::Stream stream, size_t bytes) {
+Block scratch_block(mlx::core::Stream stream, int slot, size_t bytes) {
   struct Last {
     std::weak_ptr<std::byte> block;
     size_t size = 0;
   };
-  // The last block of each stream that this thread enqueues on.
-  thread_local std::unordered_map<int, Last> blocks;
-  Last& last = blocks[stream.index];
+  // The last blocks of each stream that this thread enqueues on, by slot.
+  thread_local std::map<std::pair<int, int>, Last> blocks;
+  Last& last = blocks[{stream.index, slot}];
   if (last.size >= bytes && kApart == 0) {
     if (Block block = last.block.lock()) {
       return block;

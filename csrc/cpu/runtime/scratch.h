@@ -65,8 +65,8 @@ using Block = std::shared_ptr<std::byte>;
 
 // Returns at least `bytes` on a cache line, for a task that is about to be
 // enqueued on `stream`. A stream runs one task after the other, so those that
-// wait there share a block, and need no more memory than one. Throws
-// std::bad_alloc.
-Block scratch_block(mlx::core::Stream stream, size_t bytes);
+// wait there share a block, and need no more memory than one. Tasks that may
+// run at once have different slots. Throws std::bad_alloc.
+Block scratch_block(mlx::core::Stream stream, int slot, size_t bytes);
 
 }  // namespace glm_fused::cpu

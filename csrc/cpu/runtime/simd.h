@@ -10,10 +10,11 @@
 //   load_pairs(p, …)      lane l owns words 2 l and 2 l + 1
 //   load_strided<s>(p)    lane l owns the unaligned word at p + s * l
 //   load_threes(p)        lane l owns the three bytes at p + 3 * l; the fourth
-//                         is any
+//                         is any; kThreesOverread bytes past them are read
 //   load_fives(p, …)      lane l owns the words at p + 5 * l and one byte on
 //   load_sixes(p, …)      lane l owns the words at p + 6 * l and two bytes on
 //   load_quads(p, out)    lane l owns the four floats at p + 16 * l
+//   split_lanes(a, b, …)  the even and the odd of 32 floats
 //   butterfly_sum(…)      sums a simdgroup by lane distances 16, 8, 4, 2, 1
 //   butterfly_sums(…)     sums several simdgroups so
 //
@@ -30,7 +31,9 @@
 // in straight line hundreds of times in one function.
 #if defined(GLM_FUSED_NO_FORCED_INLINING)
 #define GLM_ALWAYS_INLINE
+#define GLM_FLATTEN
 #else
+#define GLM_FLATTEN __attribute__((flatten))
 #define GLM_ALWAYS_INLINE __attribute__((always_inline))
 #endif
 #define GLM_INLINE inline GLM_ALWAYS_INLINE
@@ -93,12 +96,10 @@ GLM_INLINE void
 copy_padded(uint8_t (&to)[size], const uint8_t* from, size_t count) {
 #if defined(GLM_AVX512)
   for (size_t i = 0; i < size; i += 64) {
-    const auto first = [](size_t n) {
-      return n >= 64 ? ~uint64_t{0} : (uint64_t{1} << n) - 1;
-    };
-    const __mmask64 given = first(count > i ? count - i : 0);
-    const __m512i bytes = _mm512_maskz_loadu_epi8(given, from + i);
-    _mm512_mask_storeu_epi8(to + i, first(size - i), bytes);
+    const U16 bytes = load_bytes(from + i, count > i ? count - i : 0);
+    const uint64_t all = ~uint64_t{0};
+    const uint64_t kept = size - i < 64 ? ~(all << (size - i) % 64) : all;
+    _mm512_mask_storeu_epi8(to + i, kept, bytes);
   }
 #else
   memset(to, 0, size);
@@ -107,6 +108,7 @@ copy_padded(uint8_t (&to)[size], const uint8_t* from, size_t count) {
 }
 
 #if !defined(GLM_AVX512)
+constexpr size_t kThreesOverread = 1;
 GLM_INLINE U16 load_threes(const uint8_t* p) {
   return load_strided<3>(p);
 }

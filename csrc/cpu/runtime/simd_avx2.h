@@ -155,6 +155,19 @@ GLM_INLINE void load_quads(const uint8_t* p, F16 out[4]) {
   out[2] = as_float(high[0]);
   out[3] = as_float(high[1]);
 }
+GLM_INLINE void split_lanes(F16 x, F16 y, F16& even, F16& odd) {
+  const auto split = [](F16 v, __m256& first, __m256& second) {
+    __m256i e, o;
+    split_pairs(_mm256_castps_si256(v.a), _mm256_castps_si256(v.b), e, o);
+    first = _mm256_castsi256_ps(e);
+    second = _mm256_castsi256_ps(o);
+  };
+  F16 e, o;
+  split(x, e.a, o.a);
+  split(y, e.b, o.b);
+  even = e;
+  odd = o;
+}
 GLM_INLINE float butterfly_sum(F16 low, F16 high) {
   const F16 s = add(low, high);
   const __m256 q = _mm256_add_ps(s.a, s.b);

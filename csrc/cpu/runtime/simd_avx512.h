@@ -32,6 +32,11 @@ GLM_INLINE F16 fma(F16 a, F16 b, F16 c) {
 GLM_INLINE U16 load_words(const void* p) {
   return _mm512_loadu_si512(p);
 }
+// The first `count` bytes, then zeros.
+GLM_INLINE U16 load_bytes(const void* p, size_t count) {
+  const uint64_t all = ~uint64_t{0};
+  return _mm512_maskz_loadu_epi8(count < 64 ? ~(all << count) : all, p);
+}
 template <int n>
 GLM_INLINE U16 shift_right(U16 a) {
   if constexpr (n == 0) {
@@ -105,13 +110,16 @@ GLM_INLINE __m512i control(int a, int b, int c, int d) {
   return _mm512_broadcast_i32x4(_mm_setr_epi32(a, b, c, d));
 }
 // A register's four parts, of four lanes each, are gathered by words.
-GLM_INLINE U16 load_threes(const uint8_t* p) {
+GLM_INLINE U16 spread_threes(__m512i v) {
   const __m512i each =
       _mm512_setr_epi32(0, 1, 2, 15, 3, 4, 5, 15, 6, 7, 8, 15, 9, 10, 11, 15);
-  const __m512i v = _mm512_maskz_loadu_epi32(0x0fff, p);
   return _mm512_shuffle_epi8(
       _mm512_permutexvar_epi32(each, v),
       control(0x80020100, 0x80050403, 0x80080706, 0x800b0a09));
+}
+constexpr size_t kThreesOverread = 0;
+GLM_INLINE U16 load_threes(const uint8_t* p) {
+  return spread_threes(_mm512_maskz_loadu_epi32(0x0fff, p));
 }
 // Four lanes of more than four bytes lie in two parts that overlap.
 GLM_INLINE U16 pick(__m512i low, __m512i high, __m512i first, __m512i second) {
@@ -176,6 +184,14 @@ GLM_INLINE void load_quads(const uint8_t* p, F16 out[4]) {
   out[2] = _mm512_permutex2var_ps(ab02, odd, cd02);
   out[1] = _mm512_permutex2var_ps(ab13, even, cd13);
   out[3] = _mm512_permutex2var_ps(ab13, odd, cd13);
+}
+GLM_INLINE void split_lanes(F16 a, F16 b, F16& even, F16& odd) {
+  const __m512i first = _mm512_set_epi32(
+      30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i second = _mm512_set_epi32(
+      31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  even = _mm512_permutex2var_ps(a, first, b);
+  odd = _mm512_permutex2var_ps(a, second, b);
 }
 GLM_INLINE float butterfly_sum(F16 low, F16 high) {
   const __m512 s = _mm512_add_ps(low, high);

@@ -139,6 +139,15 @@ GLM_INLINE void load_quads(const uint8_t* p, F16 out[4]) {
     out[v] = as_float(load_strided<16>(p + 4 * v));
   }
 }
+GLM_INLINE void split_lanes(F16 a, F16 b, F16& even, F16& odd) {
+  float v[2 * kHalf];
+  store(v, a);
+  store(v + kHalf, b);
+  for (int i = 0; i < kHalf; i++) {
+    even[i] = v[2 * i];
+    odd[i] = v[2 * i + 1];
+  }
+}
 GLM_INLINE float butterfly_sum(F16 low, F16 high) {
   float s[kHalf];
   store(s, low + high);

@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -32,6 +33,9 @@ constexpr auto kSpin = std::chrono::microseconds(200);
 constexpr int kSpinsAtOnce = 64;  // before it looks at the clock
 
 constexpr double kMinParallelWork = 1 << 15;
+
+// Whether this thread runs a task of a region. Another cannot begin within it.
+thread_local bool in_region = false;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -74,7 +78,8 @@ int default_threads() {
 class Pool {
  public:
   explicit Pool(int threads)
-      : workers_(start_threads("the CPU kernels", threads - 1, [this] {
+      : shares_(threads),
+        workers_(start_threads("the CPU kernels", threads - 1, [this] {
           work(1 + started_.fetch_add(1, std::memory_order_relaxed));
         })) {}
 
@@ -96,9 +101,12 @@ class Pool {
   // Throws what a task threw first, once no worker runs any more.
   void run(int count, const TaskRef& task, int workers) {
     task_ = &task;
-    count_ = count;
-    limit_ = workers;
-    next_.store(0, std::memory_order_relaxed);
+    limit_ = std::min(workers, threads());
+    for (int64_t w = 0; w < limit_; w++) {
+      Share& share = shares_[w];
+      share.next.store(w * count / limit_, std::memory_order_relaxed);
+      share.end = (w + 1) * count / limit_;
+    }
     const uint64_t region = (region_.load() / kRegion + 1) * kRegion;
     region_.store(region | kOpen);
     if (asleep_.load() > 0) {
@@ -120,9 +128,26 @@ class Pool {
   // A region's number, whether workers may join it, and how many are in it.
   static constexpr uint64_t kOpen = 1 << 16, kRegion = kOpen << 1;
 
+  // What is left of a thread's tasks.
+  struct alignas(64) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+
+  // Each thread has a share of the tasks, the same one whenever as many are
+  // done, so that what they read may still be in its core's cache. Then it
+  // takes what is left of the others'.
   void drain(int worker) noexcept {
-    for (int64_t i;
-         (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) {
+    in_region = true;
+    for (int i = 0; i < limit_; i++) {
+      drain(shares_[(worker + i) % limit_], worker);
+    }
+    in_region = false;
+  }
+
+  void drain(Share& share, int worker) noexcept {
+    for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) <
+         share.end;) {
       try {
         (*task_)(static_cast<int>(i), worker);
       } catch (...) {
@@ -130,7 +155,9 @@ class Pool {
         if (!error_) {
           error_ = std::current_exception();
         }
-        next_.store(count_, std::memory_order_relaxed);  // leaves the rest out
+        for (Share& other : shares_) {  // leaves the rest out
+          other.next.store(other.end, std::memory_order_relaxed);
+        }
       }
     }
   }
@@ -188,9 +215,8 @@ class Pool {
   std::condition_variable wake_;
   std::atomic<uint64_t> region_{0};
   std::atomic<int> asleep_{0};
-  std::atomic<int64_t> next_{0};
+  std::vector<Share> shares_;
   std::atomic<int> started_{0};
-  int64_t count_ = 0;
   int limit_ = 0;  // workers from this number on take no part
   const TaskRef* task_ = nullptr;
   std::exception_ptr error_;  // what a task of this region threw first
@@ -237,7 +263,7 @@ void start_pool(Shared& s) {
 }  // namespace
 
 void parallel_for(int count, TaskRef task, double work, int workers) {
-  if (count > 1 && work >= kMinParallelWork && workers > 1) {
+  if (count > 1 && work >= kMinParallelWork && workers > 1 && !in_region) {
     Shared& s = shared();
     std::lock_guard lock(s.region);
     if (s.pool && s.pool->threads() > 1) {

@@ -40,8 +40,8 @@ class TaskRef {
 // multiply-adds, tells whether waking the pool is worth it. Throws what a task
 // threw first, after the tasks that had begun have ended; others are left out.
 // task(i, worker) knows its thread's number: the caller's is 0, and all are
-// below `workers`, which bounds how many take part. Without a pool the caller
-// runs all tasks.
+// below `workers`, which bounds how many take part. Without a pool, and within
+// a task, the caller runs all tasks.
 void parallel_for(int count, TaskRef task, double work, int workers);
 
 // Returns how many threads the pool has, and starts it: fewer than asked for

@@ -12,20 +12,28 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.cache import CacheList, KVCache
 
 from .. import _ext, ops
 from ..environment import debug
 from ..formats.kv_rows import FLOATS
+from ..ops import Weight
 from .cache import Span, advance, make_room
 from .config import ModelArgs
+from .layers import Embedding, QuantizedEmbedding
 from .rope import Angles
 
 _MOST = 32  # kinds of steps that are kept
 
 
 class _Decoder(Protocol):
-    def begin(self, tokens: mx.array, span: Span) -> tuple[mx.array, Angles]: ...
+    @property
+    def embed_tokens(self) -> nn.Module: ...
+
+    def angles(self, span: Span) -> Angles: ...
+
+    def embed(self, tokens: mx.array) -> mx.array: ...
 
     def run(
         self, x: mx.array, span: Span, angles: Angles, cache: Sequence[Any] | None
@@ -83,8 +91,10 @@ class DecodeSteps:
         if not self._parts.plain or not _ext.DecodeStep.takes([tokens, entries[0].keys]):
             return None
         span = Span.of(cache, tokens.shape[1])
-        x, angles = model.model.begin(tokens, span)
-        inputs = [x, *angles] if span.start is None else [x, *angles, span.start]
+        table = self._parts.table
+        angles = model.model.angles(span)
+        first = model.model.embed(tokens) if table is None else _ids(tokens, model.args.vocab_size)
+        inputs = [first, *angles] if span.start is None else [first, *angles, span.start]
         step = self._step(model, span, inputs, entries[0].keys.dtype)
         if step is None:
             return None
@@ -111,8 +121,13 @@ class DecodeSteps:
             return steps[key]
         if len(steps) >= _MOST:
             self._steps = {}
-        keeps_dtype = all(layer.keeps_dtype(inputs[0]) for layer in model.layers)
-        step = _record(model, inputs, dtype, selects) if keeps_dtype else None
+        stand_ins = [_stand_in(a.shape, a.dtype) for a in inputs]
+        table = self._parts.table if self._parts is not None else None
+        x = stand_ins[0]
+        if table is not None:
+            x = _ext.embed(x, table, model.args.hidden_size)
+        keeps_dtype = all(layer.keeps_dtype(x) for layer in model.layers)
+        step = _record(model, stand_ins, x, dtype, selects) if keeps_dtype else None
         how = "layer by layer: a norm widens its input" if step is None else "as one recorded node"
         debug("decode steps of %d x %d tokens run %s", *inputs[0].shape[:2], how)
         self._steps[key] = step
@@ -123,11 +138,10 @@ class _Parts:
     """What a model is made of: every layer and array, and where it is."""
 
     def __init__(self, model: Model):
-        places = list(_places(model))
-        self._containers, self._keys, self._values = map(list, zip(*places, strict=True))
-        self._sized = list(_containers(model))
-        self._sizes = list(map(len, self._sized))
-        arrays = [part for part in self._values if isinstance(part, mx.array)]
+        self._containers = list(_containers(model))
+        self._items = list(map(_items, self._containers))
+        arrays = [part for items in self._items for part in items if isinstance(part, mx.array)]
+        self.table = _table(model.model.embed_tokens)
         self.plain = _ext.DecodeStep.takes(arrays) and model.is_plain()
         if self.plain:
             mx.eval(arrays)
@@ -136,9 +150,7 @@ class _Parts:
 
     def are_in_place(self) -> bool:
         """Whether the model still has these parts, and no others."""
-        return list(map(len, self._sized)) == self._sizes and _ext.same_items(
-            self._containers, self._keys, self._values
-        )
+        return _ext.same_items(self._containers, self._items)
 
 
 def _containers(part: Any) -> Iterator[Any]:
@@ -149,19 +161,32 @@ def _containers(part: Any) -> Iterator[Any]:
             yield from _containers(inner)
 
 
-def _places(model: Model) -> Iterator[tuple[Any, Any, Any]]:
-    """Every part with its container and the key or index under which it is there."""
-    for container in _containers(model):
-        items = container.items() if isinstance(container, dict) else enumerate(container)
-        yield from ((container, at, part) for at, part in items)
+def _items(container: dict[Any, Any] | list[Any]) -> list[Any]:
+    """What `_ext.same_items` compares a container with."""
+    if isinstance(container, dict):
+        return [part for item in container.items() for part in item]
+    return list(container)
+
+
+def _table(embedding: nn.Module) -> Weight | None:
+    """The rows that tokens take, where a step can take them itself."""
+    if type(embedding) not in (Embedding, QuantizedEmbedding):
+        return None
+    table: Weight = embedding.as_weight()
+    return table if table.format.mode in ("affine", "dense") else None
+
+
+def _ids(tokens: mx.array, vocabulary: int) -> mx.array:
+    """The checked tokens in a type that a step takes."""
+    ids = _ext.check_tokens(tokens, vocabulary)
+    return ids if ids.dtype in (mx.int32, mx.uint32) else ids.astype(mx.int32)
 
 
 def _record(
-    model: Model, inputs: list[mx.array], dtype: mx.Dtype, selects: bool
+    model: Model, inputs: list[mx.array], x: mx.array, dtype: mx.Dtype, selects: bool
 ) -> _ext.DecodeStep:
-    """The step that ``model`` makes of arrays like ``inputs``, and caches of a type."""
-    args, (batch, length, _) = model.args, inputs[0].shape
-    inputs = [_stand_in(a.shape, a.dtype) for a in inputs]
+    """The step that ``model`` makes of ``inputs``, the rows ``x`` of its tokens, and caches."""
+    args, (batch, length, _) = model.args, x.shape
     total = length + (args.index_topk if selects else 0)
     cache = [CacheList(*(KVCache() for _ in spec.cache)) for spec in args.layers]
     widths = (args.kv_lora_rank, args.qk_rope_head_dim), (args.index_head_dim, 0)
@@ -172,7 +197,7 @@ def _record(
             entry.values = _stand_in((batch, 1, total, rope), dtype)
     entries = [entry for layer in cache for entry in layer.caches]
     caches = [copy.copy(rows) for rows in _rows(entries)]  # appending changes the others
-    x, cos, sin, *start = inputs
+    _, cos, sin, *start = inputs
     span = Span(total - length, length, *start)
     logits = model.head(model.model.run(x, span, Angles(cos, sin), cache))
     return _ext.DecodeStep(inputs, caches, logits, _rows(entries))

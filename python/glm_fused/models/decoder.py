@@ -85,18 +85,21 @@ class Decoder(nn.Module):
     ) -> mx.array:
         """The normed hidden states [b, l, hidden] of integer tokens [b, l]."""
         span = Span.of(cache, tokens.shape[1])
-        x, angles = self.begin(tokens, span)
-        return self.run(x, span, angles, cache, trace)
+        angles = self.angles(span)
+        return self.run(self.embed(tokens), span, angles, cache, trace)
 
-    def begin(self, tokens: mx.array, span: Span) -> tuple[mx.array, Angles]:
-        """The embedded tokens [b, l, hidden], which are checked, and their angles."""
+    def angles(self, span: Span) -> Angles:
+        """The angles of a span, whose length is checked."""
         check_length(span.first, span.length, self._context)
-        x = embed(self.embed_tokens, tokens, self._vocabulary)
         # A GPU's cosines have other bits; on the CPU the caller's stream is the right one.
         with routes.on(mx.cpu if routes.is_gpu(None) else None):
             if span.start is None:
-                return x, self._rope.angles_of_span(span.first, span.length)
-            return x, self._rope.angles(span.positions())
+                return self._rope.angles_of_span(span.first, span.length)
+            return self._rope.angles(span.positions())
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """The rows [b, l, hidden] of tokens [b, l], which are checked."""
+        return embed(self.embed_tokens, tokens, self._vocabulary)
 
     def run(
         self,

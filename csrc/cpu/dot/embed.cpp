@@ -1,0 +1,63 @@
+#include <algorithm>
+
+#include "cpu/dot/matrix.h"
+#include "cpu/runtime/dispatch.h"
+#include "formats/families.h"
+#include "primitives.h"
+
+namespace glm_fused {
+
+namespace cpu {
+
+namespace {
+
+// Computes the rows [.., hidden] of tokens, which are below the table's rows.
+struct EmbedAll {
+  const Matrix table;
+  const mx::array& tokens;
+  mx::array& y;
+
+  void run() {
+    const int32_t* ids = tokens.data<int32_t>();
+    with_family(table.format.family(), [&]<class Tag>(Tag) {
+      using Row = RowOf<Tag::value>::type;
+      if constexpr (requires(const Row row) { row.embedded(0); }) {
+        for (size_t i = 0; i < tokens.size(); i++) {
+          const uint8_t* planes[kMaxPlanes];
+          table.locate(0, ids[i], planes);
+          store(Row(table.format, planes), i);
+        }
+      }
+    });
+  }
+
+  template <class Row>
+  void store(const Row& row, size_t token) {
+    constexpr int kValues = 256;  // so many are stored at once
+    float values[kValues];
+    for (int at = 0; at < table.k; at += kValues) {
+      const int count = std::min(kValues, table.k - at);
+      for (int i = 0; i < count; i++) {
+        values[i] = row.embedded(at + i);
+      }
+      store_row(y, token * table.k + at, values, count);
+    }
+  }
+};
+
+}  // namespace
+
+}  // namespace cpu
+
+void Embed::eval_cpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto make = [&](auto& in, auto& out, cpu::Scratch&, int) {
+    size_t next = 1;
+    const cpu::Matrix table(in, next, format_, out[0].shape(-1));
+    return cpu::EmbedAll{table, in[0], out[0]};
+  };
+  cpu::dispatch(*this, inputs, outputs, make);
+}
+
+}  // namespace glm_fused

@@ -1,0 +1,120 @@
+#include "cpu/runtime/schedule.h"
+
+#include <algorithm>
+#include <climits>
+
+namespace glm_fused::cpu {
+
+Schedule::Schedule(const std::vector<std::vector<int>>& needs)
+    : needed_(needs.size()), successors_(needs.size()) {
+  const int units = static_cast<int>(needs.size());
+  for (int i = 0; i < units; i++) {
+    std::vector<int> all = needs[i];
+    if (i >= kSlots) {
+      all.push_back(i - kSlots);
+    }
+    std::ranges::sort(all);
+    all.erase(std::ranges::unique(all).begin(), all.end());
+    needed_[i] = static_cast<int>(all.size());
+    for (int need : all) {
+      successors_[need].push_back(i);
+    }
+  }
+  waits_.reserve(units);
+  running_.reserve(units);
+  parts_.reserve(units);
+}
+
+void Schedule::run(const std::vector<const Tasks*>& units) noexcept {
+  waits_ = needed_;
+  running_.clear();
+  for (int i = 0; i < static_cast<int>(waits_.size()); i++) {
+    if (waits_[i] == 0) {
+      running_.push_back({i, 0, 0});
+    }
+  }
+  for (gather(units); !parts_.empty(); gather(units)) {
+    run_parts();
+  }
+}
+
+// Takes the next part of every unit under way; those that are done make way
+// for their successors.
+void Schedule::gather(const std::vector<const Tasks*>& units) {
+  parts_.clear();
+  tiles_ = 0;
+  work_ = 0;
+  workers_ = INT_MAX;
+  size_t kept = 0;
+  for (size_t i = 0; i < running_.size(); i++) {  // it grows meanwhile
+    Running running = running_[i];
+    if (next_part(running, *units[running.unit])) {
+      running_[kept++] = running;
+    } else {
+      release(running.unit);
+    }
+  }
+  running_.resize(kept);
+}
+
+bool Schedule::next_part(Running& running, const Tasks& tasks) {
+  while (running.task < tasks.size()) {
+    const size_t first = running.task;
+    Staged* staged = tasks[first]->staged();
+    if (staged == nullptr) {
+      while (running.task < tasks.size() &&
+             tasks[running.task]->staged() == nullptr) {
+        running.task++;
+      }
+      parts_.push_back({&tasks, first, running.task, -1, 1});
+      tiles_++;
+      return true;
+    }
+    if (running.stage == staged->stages()) {
+      running.task++;
+      running.stage = 0;
+      continue;
+    }
+    const Staged::Stage stage = staged->begin(running.stage++);
+    if (stage.tiles > 0) {
+      parts_.push_back(
+          {&tasks, first, first + 1, running.stage - 1, stage.tiles});
+      tiles_ += stage.tiles;
+      work_ += stage.work;
+      workers_ = std::min(workers_, tasks[first]->workers());
+      return true;
+    }
+  }
+  return false;
+}
+
+void Schedule::release(int unit) {
+  for (int next : successors_[unit]) {
+    if (--waits_[next] == 0) {
+      running_.push_back({next, 0, 0});
+    }
+  }
+}
+
+void Schedule::run_parts() {
+  const auto each = [&](int i, int worker) {
+    const Part* part = parts_.data();
+    for (; i >= part->tiles; part++) {
+      i -= part->tiles;
+    }
+    part->tile(i, worker);
+  };
+  parallel_for(tiles_, each, work_, workers_);
+}
+
+void Schedule::Part::tile(int number, int worker) const noexcept {
+  if (stage >= 0) {
+    (*tasks)[first]->staged()->tile(stage, number, worker);
+    return;
+  }
+  for (size_t i = first; i < end; i++) {
+    (*tasks)[i]->run();
+  }
+}
+
+}  // namespace glm_fused::cpu
