@@ -420,6 +420,25 @@ NB_MODULE(_ext, m) {
       "kernel"_a,
       "stream"_a.none());
   m.def(
+      "append_packed",
+      [](mx::array& buffer,
+         const mx::array& values,
+         const std::optional<mx::array>& ropes,
+         int at,
+         Kernel kernel,
+         const mx::StreamOrDevice& stream) {
+        const auto [whole, first] =
+            append_packed(buffer, values, ropes, at, on(kernel, stream));
+        buffer.overwrite_descriptor(whole);
+        return first;
+      },
+      "buffer"_a,
+      "values"_a,
+      "ropes"_a.none(),
+      "at"_a,
+      "kernel"_a,
+      "stream"_a.none());
+  m.def(
       "attention_output",
       [](const mx::array& x,
          const mx::array& attended,

@@ -139,6 +139,16 @@ std::vector<mx::array> append_pair(
     int at,
     mx::StreamOrDevice s = {});
 
+// Packs `values` [b, 1, l, rank] and `ropes` [b, 1, l, rope], if there are any,
+// to rows of the format that the buffer's type tells (row_layout.h), and
+// appends them as append_rows does.
+std::pair<mx::array, mx::array> append_packed(
+    const mx::array& buffer,
+    const mx::array& values,
+    const std::optional<mx::array>& ropes,
+    int at,
+    mx::StreamOrDevice s = {});
+
 struct Norm {
   mx::array weight;
   float eps;

@@ -255,15 +255,34 @@ class Rotate : public FusedPrimitive {
   bool interleaved_;
 };
 
-// inputs: of each of one or two caches its buffer [b, 1, capacity, width] and
-// rows [b, 1, l, width]. outputs: as the buffers.
-class AppendRows : public FusedPrimitive {
+// Writes rows to caches, from row `at` on.
+class Append : public FusedPrimitive {
  public:
-  AppendRows(mx::Stream stream, int at)
-      : FusedPrimitive(stream, false), at_(at) {}
+  Append(mx::Stream stream, int at) : FusedPrimitive(stream, false), at_(at) {}
   void eval_cpu(
       const std::vector<mx::array>& inputs,
-      std::vector<mx::array>& outputs) override;
+      std::vector<mx::array>& outputs) override {
+    append(inputs, outputs, at_);
+  }
+  // Does the same from another row on.
+  virtual void append(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs,
+      int at) = 0;
+
+ protected:
+  const int at_;
+};
+
+// inputs: of each of one or two caches its buffer [b, 1, capacity, width] and
+// rows [b, 1, l, width]. outputs: as the buffers.
+class AppendRows : public Append {
+ public:
+  using Append::Append;
+  void append(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs,
+      int at) override;
   void eval_gpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override;
@@ -275,9 +294,33 @@ class AppendRows : public FusedPrimitive {
   const char* name() const override {
     return "AppendRows";
   }
+};
+
+// inputs: buffer [b, 1, capacity, bytes], values [b, 1, l, rank], then, if the
+// layout has any, RoPE values [b, 1, l, rope] of the same type. output: as the
+// buffer.
+class AppendPacked : public Append {
+ public:
+  AppendPacked(mx::Stream stream, int at, RowLayout layout)
+      : Append(stream, at), layout_(layout) {}
+  void append(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs,
+      int at) override;
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(
+      const std::vector<mx::array>& primals,
+      const std::vector<mx::array>& cotangents,
+      const std::vector<int>& argnums,
+      const std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "AppendPacked";
+  }
 
  private:
-  int at_;
+  const RowLayout layout_;
 };
 
 // inputs: [b, 1, capacity, width]. output: a view of it, [b, t, width].

@@ -1,1 +1,2 @@
 #include "append_rows.h"
+#include "pack_rows.h"

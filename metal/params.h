@@ -70,6 +70,15 @@ struct CopyParams {
   ViewParams to;
 };
 
+// Where rows are packed from and to; `to` counts bytes.
+struct PackParams {
+  ViewParams values;
+  ViewParams ropes;  // of no columns where rows have no RoPE part
+  ViewParams to;
+  int tile;  // values that share a scale
+  int scales;
+};
+
 struct NormParams {
   ViewParams x;
   float eps;

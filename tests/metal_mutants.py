@@ -29,9 +29,9 @@ typedef bfloat bfloat16_t;
 """
 _OURS = re.compile(
     r"\b((?:moe_gate_up|moe_down_sum|router_logits|router_select|index_scores|mla_split|rms_norm"
-    r"|layer_norm|rotate_rows|copy_rows|copy_pair|project|attention_queries|mla_unembed|Affine|Dense|Fp8?"
+    r"|layer_norm|rotate_rows|copy_rows|copy_pair|pack_rows|project|attention_queries|mla_unembed|Affine|Dense|Fp8?"
     r"|FloatRows)<"
-    r"|(?:Fp8Rows|Int8Rows)\b)"
+    r"|(?:Fp8Rows|Int8Rows|glm_fused::(?:Fp8|Int8)Packing)\b)"
 )
 # A kernel reads these buffers once, or twice, and a mutant may not read more of them.
 _FRUGAL = {
@@ -48,6 +48,7 @@ _FRUGAL = {
     "rotate_rows": (0, 1, 2),
     "copy_rows": (0,),
     "copy_pair": (0, 3),
+    "pack_rows": (0, 1),
     "project": (3, 6, 9, 12),
     "attention_queries": (1,),
     "mla_unembed": (3,),

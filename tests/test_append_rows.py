@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from metal_backend import metal, on_both
+from metal_backend import cpu, metal, on_both
 
 from glm_fused import ops
+from glm_fused.formats.kv_rows import PACKED, pack, row_bytes, unpack
 from glm_fused.host import to_numpy
 from glm_fused.ops import metal_sim
 
-KINDS = [mx.float32, mx.float16, mx.bfloat16, mx.uint8, mx.int8]
+FLOATS = [mx.float32, mx.float16, mx.bfloat16]
+KINDS = [*FLOATS, mx.uint8, mx.int8]
 CAPACITY = 64
 
 
@@ -173,6 +175,126 @@ def test_a_pair_is_two(dtype, held, widths):
         assert np.array_equal(words_of(b).ravel(), expected.ravel())
 
 
+def unpacked(found, rank):
+    return [to_numpy(part.astype(mx.float32)) for part in unpack(mx.contiguous(found), rank)]
+
+
+def wide(rng, batch, length, width, dtype):
+    """Values over many powers of two, of unlike strides, with a row of zeros."""
+    values = rng.standard_normal((batch, width, 2 * length), dtype=np.float32)
+    values *= np.exp2(rng.integers(-40, 40, (batch, 1, 2 * length)).astype(np.float32))
+    values[0, :, 0] = 0
+    return mx.array(values).astype(dtype).swapaxes(1, 2)[:, None, ::2]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_packed_rows_are_those_of_pack(data):
+    """Of any widths, types and strides; on the CPU, on Metal and by MLX's own ops."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    kv_format, dtype = data.draw(st.sampled_from(list(PACKED))), data.draw(st.sampled_from(FLOATS))
+    batch, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
+    rank, rope = data.draw(st.integers(1, 300)), data.draw(st.sampled_from([None, 1, 16, 77]))
+    at, is_held = data.draw(st.integers(0, CAPACITY - length)), data.draw(st.booleans())
+    values = wide(rng, batch, length, rank, dtype)
+    other = dtype if data.draw(st.booleans()) else data.draw(st.sampled_from(FLOATS))
+    ropes = None if rope is None else wide(rng, batch, length, rope, other)
+    old = rows(rng, batch, CAPACITY, row_bytes(kv_format, rank, rope or 0), PACKED[kv_format])
+    mx.eval(values, ropes, old)
+
+    def run(reference=False):
+        buffer = old + mx.zeros_like(old)
+        mx.eval(buffer)
+        held = copy.copy(buffer) if is_held else None
+        found = ops.append_packed(buffer, values, ropes, at, reference=reference)
+        made = [mx.contiguous(found), mx.contiguous(buffer[:, 0, : at + length])]
+        mx.eval(made)
+        del held
+        return made
+
+    new = pack(values, ropes, kv_format)[:, 0]
+    expected = mx.concatenate([old[:, 0, :at], new], axis=1)
+    with metal():
+        found = run()
+    for array in (*found, *run(), *run(reference=True)):
+        assert np.array_equal(words_of(array), words_of(expected))
+
+
+@pytest.mark.parametrize("kv_format", PACKED)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_shares_a_scale_with_no_number_is_none(kv_format, value):
+    values = np.ones((1, 1, 2, 200), np.float32)
+    values[..., 1, 50] = value
+    ropes = np.full((1, 1, 2, 3), value, np.float32)
+    shape = (1, 1, 4, row_bytes(kv_format, 200, 3))
+    expected = np.ones((1, 2, 200), bool)
+    expected[:, 1, : 128 if kv_format == "fp8" else 200] = False
+
+    def run():
+        buffer = mx.zeros(shape, PACKED[kv_format])
+        return ops.append_packed(buffer, mx.array(values), mx.array(ropes), 0)
+
+    for found in on_both(run):
+        read, rope = unpacked(found, 200)
+        assert np.array_equal(np.isfinite(read), expected)
+        assert np.array_equal(rope, ropes[0], equal_nan=True)
+
+
+@pytest.mark.parametrize("place", [cpu, metal])
+@pytest.mark.parametrize("kv_format", PACKED)
+def test_packed_rows_are_appended_where_they_are(kv_format, place):
+    """No byte of the cache is copied, whoever holds it; a fork copies once."""
+    buffer = mx.zeros((1, 1, 1 << 15, row_bytes(kv_format, 512, 64)), PACKED[kv_format])
+    values, ropes = mx.ones((1, 1, 1, 512), mx.bfloat16), mx.ones((1, 1, 1, 64), mx.bfloat16)
+    mx.eval(values, ropes)
+
+    def copied(buffer, at):
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.async_eval(ops.append_packed(buffer, values, ropes, at))
+        mx.eval(buffer)
+        return mx.get_peak_memory() - before >= buffer.nbytes / 100
+
+    with place():
+        ops.append_packed(buffer, values, ropes, 0)
+        mx.eval(buffer)
+        fork = copy.copy(buffer)
+        found = [copied(*step) for step in ((buffer, 1), (fork, 1), (fork, 2), (buffer, 2))]
+    assert found == [False, True, False, False]
+
+
+def test_gradients_of_packed_rows_are_refused():
+    def loss(values):
+        buffer = mx.zeros((1, 1, 4, 9), mx.int8)
+        return ops.append_packed(buffer, values, None, 0).astype(mx.float32).sum()
+
+    with pytest.raises(ValueError, match="packed rows have no gradient; leave kv_format at auto"):
+        mx.eval(mx.grad(loss)(mx.ones((1, 1, 1, 5))))
+
+
+@pytest.mark.parametrize(
+    ("buffer", "values", "ropes", "at", "message"),
+    [
+        ((8, 9), (1, 1, 2, 5), None, 0, "buffer must be [batch, 1, capacity, width] but has shape"),
+        ((1, 1, 8, 9), (2, 5), None, 0, "values must have shape (1,1,1,1) but has (2,5)"),
+        ((1, 1, 8, 9), (2, 1, 2, 5), None, 0, "values must have shape (1,1,2,5) but has (2,1,2,5)"),
+        ((1, 1, 8, 9), (1, 1, 2, 5), (1, 1, 1, 2), 0, "ropes must have shape (1,1,2,2)"),
+        ((1, 1, 8, 9), (1, 1, 2, 5), (1, 1, 2, 2), 0, "buffer must have rows of 13 bytes, for 5"),
+        ((1, 1, 8, 4), (1, 1, 2, 0), None, 0, "buffer must have rows of 4 bytes, for 0 values"),
+        ((1, 1, 8, 9), (1, 1, 2, 5), None, 7, "at must be from 0 to 6, for 2 rows"),
+        ((1, 1, 8, 9), (1, 1, 2, 5), None, 2**40, "at must fit 32 bits"),
+    ],
+)
+def test_errors_of_packed_rows(buffer, values, ropes, at, message):
+    arrays = mx.zeros(values), None if ropes is None else mx.zeros(ropes)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ops.append_packed(mx.zeros(buffer, mx.int8), *arrays, at)
+    with pytest.raises(ValueError, match="buffer must be uint8 .* but is float32"):
+        ops.append_packed(mx.zeros((1, 1, 8, 9)), mx.zeros((1, 1, 2, 5)), None, 0)
+    with pytest.raises(ValueError, match="values must be float32, float16 or bfloat16 but is"):
+        ops.append_packed(mx.zeros((1, 1, 8, 9), mx.int8), mx.zeros((1, 1, 2, 5), mx.int8), None, 0)
+
+
 def test_gradients_of_a_pair():
     def loss(rows, others, append):
         buffers = mx.zeros((1, 1, 6, 3)), mx.zeros((1, 1, 6, 2))
@@ -250,5 +372,18 @@ def test_the_simulator_finds_the_shader_clean():
     buffer = empty(2, 40, mx.bfloat16)
     with metal():
         mx.eval(ops.append_rows(buffer, mx.ones((2, 1, 3, 40), mx.bfloat16), 5))
+        launches = metal_sim.take_launches()
+    assert [launch.report.clean for launch in launches] == [True]
+
+
+@pytest.mark.parametrize("kv_format", PACKED)
+def test_the_simulator_finds_packing_clean(kv_format):
+    if metal_sim.unavailable():
+        pytest.skip(metal_sim.unavailable())
+    buffer = empty(2, row_bytes(kv_format, 150, 7), PACKED[kv_format])
+    values, ropes = mx.ones((2, 1, 3, 150), mx.bfloat16), mx.ones((2, 1, 3, 7), mx.bfloat16)
+    mx.eval(values, ropes)
+    with metal(trace=True):
+        mx.eval(ops.append_packed(buffer, values, ropes, 5))
         launches = metal_sim.take_launches()
     assert [launch.report.clean for launch in launches] == [True]

@@ -127,7 +127,7 @@ def test_unknown_format():
         model.kv_format = None
 
 
-@pytest.mark.parametrize("kv_format", ["auto", "fp8"])
+@pytest.mark.parametrize("kv_format", ["auto", *PACKED])
 def test_decoding_does_not_copy_the_cache(kv_format):
     """It decodes as mlx-lm does, which starts the next step before the last one is done."""
     model, _ = glm_fused.load_model(bundled_folder(), kv_format=kv_format)

@@ -67,10 +67,12 @@ def launches(make):
 
 
 @functools.cache
-def of_a_layer(tokens):
+def of_a_layer(tokens, kv_format="auto"):
     """The launches of each kind of layer, and of what is before and after the layers."""
     net, counts = model().model, {}
+    model().kv_format = kv_format
     cache = model().make_cache()
+    model().kv_format = "auto"
     mx.eval(model()(mx.zeros((1, CACHED), mx.int32), cache))
     span = Span.of(cache, tokens)
     angles = net._rope.angles(span.positions())
@@ -91,10 +93,12 @@ def of_a_layer(tokens):
     return counts
 
 
+@pytest.mark.parametrize("kv_format", ["auto", "fp8", "int8"])
 @pytest.mark.parametrize("tokens", [1, 16])
 @pytest.mark.parametrize("name", MOST)
-def test_launches_of_a_layer(name, tokens):
-    counts = of_a_layer(tokens)[name]
+def test_launches_of_a_layer(name, tokens, kv_format):
+    """With a packed cache as many as without: rows are packed where they are appended."""
+    counts = of_a_layer(tokens, kv_format)[name]
     assert sum(counts.values()) == MOST[name], counts
 
 

@@ -11,6 +11,7 @@ from metal_backend import cpu
 from metal_mutants import Mutants, Mutation
 
 from glm_fused import ops
+from glm_fused.formats.kv_rows import PACKED, row_bytes
 
 COLUMNS = 201  # a whole block, then 18 whole lanes and a lane with one column
 
@@ -82,10 +83,36 @@ class AppendingTwo(Appending):
         return mx.concatenate([first[:, 4:] for first in both], axis=-1)
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Rows [3, 1, 2, 200] and RoPE values of unlike strides, one of zeros, for a packed cache."""
+
+    kv_format: str
+    dtype: str
+    tiles = None
+
+    @functools.cache  # noqa: B019
+    def inputs(self):
+        rng = np.random.default_rng(4)
+        draw = rng.standard_normal((3, 2, 840, 1), dtype=np.float32) ** 3
+        draw[:, :, 0] = -20
+        draw[1, 1] = 0
+        draw[0, 0, :4:2, 0] = 448, 19  # a scale of 1, and half way between two codes
+        values = mx.array(draw).astype(DTYPES[self.dtype]).swapaxes(2, 3).swapaxes(1, 2)
+        width = row_bytes(self.kv_format, 200, 9)
+        return mx.zeros((3, 1, 8, width), PACKED[self.kv_format]), values
+
+    def run(self):
+        buffer, values = self.inputs()
+        new = values[..., :400:2], values[..., 401:428:3]
+        return ops.append_packed(buffer + mx.zeros_like(buffer), *new, 4)[:, 4:]
+
+
 RMS, LAYER, HALF = Norm("rms_norm"), Norm("layer_norm"), Norm("rms_norm", "bfloat16")
 HALF_LAYER = Norm("layer_norm", "bfloat16")
 PAIRS, HALVES = Rotation(), Rotation(False)
 ROWS, BOTH = Appending(), AppendingTwo()
+FP8, INT8 = Packing("fp8", "bfloat16"), Packing("int8", "float32")
 
 # Each has a name, the cases and a change, whose text has @old@new@ where it differs. Where the text
 # occurs several times, a number follows that tells which: first sum_of, then squares_of; first
@@ -178,7 +205,44 @@ COPY_PAIR = [
         (f"stride of the source, {c}", f"{c}.from, row) + column@ * {c}.from.column_stride@@]"),
     )
 ] + [("columns of the narrower", "column < @b@a@.from.columns) {\n    to_b")]
+PACK = [
+    ("row of the target", "to += row_offset(params.to, @row@0@)"),
+    ("row of the values", "values += row_offset(params.values, @row@0@)"),
+    ("row of RoPE values", "ropes += row_offset(params.ropes, @row@0@)"),
+    ("place of RoPE values", "to += (rank + 4 * params.scales@@ - 1@) * stride"),
+    ("columns of RoPE values", "i < params.ropes.columns@@ - 1@"),
+    ("columns of RoPE values, one more", "i < params.ropes.columns@@ + 1@"),
+    ("stride of RoPE values", "ropes[i@ * params.ropes.column_stride@@]"),
+    ("bytes of RoPE values", "to + @2@1@ * i * stride"),
+    ("first of a scale", "begin = part * params.tile@@ + 1@"),
+    ("last of a scale", "min(begin + params.tile@@ - 1@, rank)"),
+    ("rank", "params.tile, rank@@ - 1@)"),
+    ("sign of the largest", "bits_of(value) & 0x@7@f@fffffffu"),
+    ("largest of all lanes", "float_of(@simd_max(largest)@largest@)"),
+    ("stride of values", "values[i@ * step@@]"),
+    ("place of a scale", "to += (rank + 4 * part@@ + 1@) * stride"),
+    ("bytes of a scale", "bits_of(scale), @4@3@)"),
+    ("shift of a byte", "(8 * i@@ + 1@)"),
+    ("stride of bytes", "to[i * stride@@ * 2@] = static_cast"),
+    ("stride of codes", "to[i * stride@@ * 2@] = Packing"),
+]
+CODES = [
+    (FP8, "rank, one more", "params.tile, rank@@ + 1@)"),
+    (FP8, "tile", "params.tile@@ - 8@, end"),
+    (FP8, "scale of zero", "scale == 0.0f ? @1.0f@scale@ : scale"),
+    (FP8, "largest code", "return @448.0f@440.0f@;"),
+    (FP8, "subnormals", "magnitude < (@121u@120u@ << 23)"),
+    (FP8, "rounding to even", "0x7ffffu + @odd@0u@)"),
+    (FP8, "rounding", "+ @0x7ffffu@0u@ + odd"),
+    (FP8, "exponent", "magnitude - (@120u@119u@ << 23)"),
+    (FP8, "sign", "found | @sign >> 24@0u@)"),
+    (INT8, "largest code", "return @127.0f@126.0f@;"),
+    (INT8, "rounding", "value + @12582912.0f@8388608.0f@"),
+]
 MUTATIONS = [
+    *(Mutation(n, case, "pack_rows", c) for n, c in PACK for case in (FP8, INT8)),
+    Mutation("stride of values, once more", FP8, "pack_rows", "values[i@ * step@@]", 1),
+    *(Mutation(n, case, "pack_rows", c) for case, n, c in CODES),
     *(Mutation(n, BOTH, "copy_pair", c) for n, c in COPY_PAIR),
     *(Mutation(n, ROWS, "copy_rows", c) for n, c in COPY),
     *(Mutation(n, RMS, "rms_norm", c) for n, c in (*VIEW, *SQUARES, *OUTPUT, *MEAN)),

@@ -37,6 +37,12 @@ void AppendRows::eval_gpu(
   FusedPrimitive::eval_gpu(inputs, outputs);
 }
 
+void AppendPacked::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  FusedPrimitive::eval_gpu(inputs, outputs);
+}
+
 void RouterTopk::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {

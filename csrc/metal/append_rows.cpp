@@ -58,25 +58,33 @@ void copy_pair(
       MTL::Size(32, 8, 1));
 }
 
+// Gives `whole` memory with the first `at` rows of `buffer`, and returns the
+// next ones, which are to be written.
+mx::array begin_append(
+    const mx::Stream& stream,
+    const mx::array& buffer,
+    int at,
+    int count,
+    mx::array& whole) {
+  const auto allocate = [](mx::array& a) {
+    a.set_data(mx::allocator::malloc(a.nbytes()));
+  };
+  if (!place_appended(buffer, at, at + count, whole, allocate)) {
+    copy(stream, rows_between(buffer, 0, at), rows_between(whole, 0, at));
+  }
+  return rows_between(whole, at, at + count);
+}
+
 }  // namespace
 
 void AppendRows::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
-  const auto allocate = [](mx::array& a) {
-    a.set_data(mx::allocator::malloc(a.nbytes()));
-  };
-  const int end = at_ + inputs[1].shape(2);
+  const int count = inputs[1].shape(2);
   std::vector<mx::array> places;
   for (size_t i = 0; i < outputs.size(); i++) {
-    const mx::array& buffer = inputs[2 * i];
-    if (!place_appended(buffer, at_, end, outputs[i], allocate)) {
-      copy(
-          stream(),
-          rows_between(buffer, 0, at_),
-          rows_between(outputs[i], 0, at_));
-    }
-    places.push_back(rows_between(outputs[i], at_, end));
+    places.push_back(
+        begin_append(stream(), inputs[2 * i], at_, count, outputs[i]));
   }
   if (outputs.size() == 2 && inputs[1].size() > 0 && inputs[3].size() > 0) {
     copy_pair(stream(), inputs[1], places[0], inputs[3], places[1]);
@@ -85,6 +93,39 @@ void AppendRows::eval_gpu(
   for (size_t i = 0; i < outputs.size(); i++) {
     copy(stream(), inputs[2 * i + 1], places[i]);
   }
+}
+
+void AppendPacked::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const mx::array& values = inputs[1];
+  const int count = values.shape(2);
+  auto to = begin_append(stream(), inputs[0], at_, count, outputs[0]);
+  if (values.size() == 0) {
+    return;
+  }
+  const bool fp8 = layout_.format == RowFormat::fp8;
+  const mx::array& ropes = inputs.back();  // never touched where there are none
+  PackParams params{
+      view_of(values),
+      view_of(ropes),
+      view_of(to),
+      fp8 ? kScaleTile : layout_.rank,
+      static_cast<int>(scale_count(layout_.format, layout_.rank))};
+  params.ropes.columns = layout_.rope;
+  auto& encoder = mx::metal::get_command_encoder(stream());
+  encoder.set_compute_pipeline_state(kernel(
+      mx::metal::device(stream().device),
+      metal_source::append_rows,
+      "pack_rows<" + metal::type_name(values.dtype()) +
+          ", glm_fused::" + (fp8 ? "Fp8Packing" : "Int8Packing") + ">"));
+  encoder.set_input_array(values, 0);
+  encoder.set_input_array(ropes, 1);
+  encoder.set_output_array(to, 2);
+  encoder.set_bytes(params, 3);
+  encoder.dispatch_threadgroups(
+      MTL::Size(params.scales + (layout_.rope > 0), values.shape(0) * count, 1),
+      MTL::Size(32, 1, 1));
 }
 
 }  // namespace glm_fused

@@ -6,8 +6,7 @@ namespace glm_fused {
 
 namespace {
 
-void check_append(const mx::array& buffer, const mx::array& rows, int at) {
-  const std::string op = "append_rows";
+void check_buffer(const std::string& op, const mx::array& buffer) {
   if (buffer.ndim() != 4 || buffer.shape(1) != 1) {
     invalid(
         op,
@@ -15,13 +14,13 @@ void check_append(const mx::array& buffer, const mx::array& rows, int at) {
         shape_of(buffer),
         ".");
   }
-  const int batch = buffer.shape(0), width = buffer.shape(3);
-  const int count = rows.ndim() == 4 ? rows.shape(2) : 1;
-  check_shape(op, "rows", rows, {batch, 1, count, width});
-  if (rows.dtype() != buffer.dtype()) {
-    invalid(
-        op, "rows must be ", buffer.dtype(), " but are ", rows.dtype(), ".");
-  }
+}
+
+void check_place(
+    const std::string& op,
+    const mx::array& buffer,
+    int count,
+    int at) {
   if (at < 0 || at > buffer.shape(2) - count) {
     invalid(
         op,
@@ -35,6 +34,65 @@ void check_append(const mx::array& buffer, const mx::array& rows, int at) {
         at,
         ".");
   }
+}
+
+void check_append(const mx::array& buffer, const mx::array& rows, int at) {
+  const std::string op = "append_rows";
+  check_buffer(op, buffer);
+  const int batch = buffer.shape(0), width = buffer.shape(3);
+  const int count = rows.ndim() == 4 ? rows.shape(2) : 1;
+  check_shape(op, "rows", rows, {batch, 1, count, width});
+  if (rows.dtype() != buffer.dtype()) {
+    invalid(
+        op, "rows must be ", buffer.dtype(), " but are ", rows.dtype(), ".");
+  }
+  check_place(op, buffer, count, at);
+}
+
+// Returns the layout of the rows that values and RoPE values are packed to.
+RowLayout check_packed(
+    const mx::array& buffer,
+    const mx::array& values,
+    const std::optional<mx::array>& ropes,
+    int at) {
+  const std::string op = "append_packed";
+  check_buffer(op, buffer);
+  if (buffer.dtype() != mx::uint8 && buffer.dtype() != mx::int8) {
+    invalid(
+        op,
+        "buffer must be uint8 (e4m3 rows) or int8 but is ",
+        buffer.dtype(),
+        ".");
+  }
+  const auto check = [&](const char* name, const mx::array& a, int count) {
+    check_float(op, name, a);
+    const int width = a.ndim() == 4 ? a.shape(3) : 1;
+    check_shape(op, name, a, {buffer.shape(0), 1, count, width});
+    return width;
+  };
+  const int count = values.ndim() == 4 ? values.shape(2) : 1;
+  const int rank = check("values", values, count);
+  const RowLayout layout{
+      buffer.dtype() == mx::uint8 ? RowFormat::fp8 : RowFormat::int8,
+      rank,
+      ropes ? check("ropes", *ropes, count) : 0};
+  const auto bytes =
+      static_cast<int64_t>(packed_row_bytes(layout.format, rank, layout.rope));
+  if (rank < 1 || buffer.shape(3) != bytes) {
+    invalid(
+        op,
+        "buffer must have rows of ",
+        bytes,
+        " bytes, for ",
+        rank,
+        " values and ",
+        layout.rope,
+        " RoPE values, but has shape ",
+        shape_of(buffer),
+        ".");
+  }
+  check_place(op, buffer, count, at);
+  return layout;
 }
 
 // Returns the first `count` rows of an array that has been appended to.
@@ -94,6 +152,30 @@ std::vector<mx::array> append_pair(
   wholes.push_back(first_rows(wholes[0], count, stream));
   wholes.push_back(first_rows(wholes[1], count, stream));
   return wholes;
+}
+
+std::pair<mx::array, mx::array> append_packed(
+    const mx::array& buffer,
+    const mx::array& values,
+    const std::optional<mx::array>& ropes,
+    int at,
+    mx::StreamOrDevice s) {
+  const RowLayout layout = check_packed(buffer, values, ropes, at);
+  const mx::Stream stream = mx::to_stream(s);
+  std::vector<mx::array> inputs = {buffer, values};
+  if (layout.rope > 0) {
+    inputs.push_back(*ropes);
+    if (values.dtype() != ropes->dtype()) {  // fp32 holds both exactly
+      inputs[1] = mx::astype(values, mx::float32, s);
+      inputs[2] = mx::astype(*ropes, mx::float32, s);
+    }
+  }
+  const mx::array whole(
+      buffer.shape(),
+      buffer.dtype(),
+      place(std::make_shared<AppendPacked>(stream, at, layout)),
+      std::move(inputs));
+  return {whole, first_rows(whole, at + values.shape(2), stream)};
 }
 
 }  // namespace glm_fused

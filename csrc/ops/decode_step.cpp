@@ -73,7 +73,7 @@ struct DecodeStep::Plan {
   bool is_cache(const Value& v) const {
     const int cached = static_cast<int>(inputs.size());
     return v.call < 0 ? v.output < cached && v.output >= cached - caches
-                      : is<AppendRows>(program.calls[v.call]) ||
+                      : is<Append>(program.calls[v.call]) ||
             is<FirstRows>(program.calls[v.call]);
   }
 
@@ -147,9 +147,9 @@ struct DecodeStep::Plan {
 
  private:
   static Kind kind_of(const Call& call) {
-    return is<AppendRows>(call) ? Kind::append
-        : is<FirstRows>(call)   ? Kind::first_rows
-                                : Kind::other;
+    return is<Append>(call)   ? Kind::append
+        : is<FirstRows>(call) ? Kind::first_rows
+                              : Kind::other;
   }
 
   Arrays inputs_of(const Call& call) const {
@@ -224,7 +224,7 @@ class DecodeStepNode : public mx::Primitive {
         }
       }
       if (kind == Kind::append) {
-        AppendRows(stream(), at_).eval_cpu(from, to);
+        static_cast<Append&>(*call.primitive).append(from, to, at_);
         made[place] = std::move(to);
       } else if (kind == Kind::first_rows) {
         const mx::Shape shape = {

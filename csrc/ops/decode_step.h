@@ -18,9 +18,9 @@ class DecodeStep {
  public:
   // Takes how `logits` and `appended` were made of `inputs` and `caches` by ops
   // of this package on a CPU stream: `inputs` begin with one [b, l, …], and
-  // `appended` are what append_rows made of `caches`, of l rows each. All other
-  // arrays that were used are the weights; they have to be evaluated. Throws
-  // std::runtime_error where there are other ops.
+  // `appended` are what append_rows or append_packed made of `caches`, of l
+  // rows each. All other arrays that were used are the weights; they have to be
+  // evaluated. Throws std::runtime_error where there are other ops.
   DecodeStep(
       const Arrays& inputs,
       const Arrays& caches,

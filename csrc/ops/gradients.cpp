@@ -345,6 +345,16 @@ Arrays AppendRows::vjp(
   return grads;
 }
 
+Arrays AppendPacked::vjp(
+    const Arrays&,
+    const Arrays&,
+    const std::vector<int>&,
+    const Arrays&) {
+  invalid(
+      "append_packed",
+      "packed rows have no gradient; leave kv_format at auto.");
+}
+
 Arrays FirstRows::vjp(
     const Arrays& primals,
     const Arrays& cotangents,

@@ -268,6 +268,18 @@ def append_pair(
     | mlx.core.DeviceType
     | None,
 ) -> tuple[mlx.core.array, mlx.core.array]: ...
+def append_packed(
+    buffer: mlx.core.array,
+    values: mlx.core.array,
+    ropes: mlx.core.array | None,
+    at: int,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
 def attention_output(
     x: mlx.core.array,
     attended: mlx.core.array,

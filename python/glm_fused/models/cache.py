@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache
 
 from .. import ops
-from ..formats.kv_rows import FLOATS, PACKED, format_of, pack, row_bytes
+from ..formats.kv_rows import FLOATS, PACKED, format_of, pack, row_bytes, row_widths
 from .config import ModelArgs
 from .layer_spec import INDEX_KEY, LATENT
 
@@ -43,20 +43,26 @@ def append(
     """
     if cache is not None and cache.keys is not None:
         kv_format = format_of(cache.keys.dtype)
-    if kv_format in PACKED:
-        values, rope = pack(values, rope, kv_format), None
-    elif kv_format in FLOATS:
+    packed = kv_format in PACKED
+    if kv_format in FLOATS:
         values = values.astype(FLOATS[kv_format])
         rope = None if rope is None else rope.astype(values.dtype)
     if cache is None:
+        if packed:
+            return pack(values, rope, kv_format)[:, 0], None
         return values[:, 0], None if rope is None else rope[:, 0]
     at, length = size_of(cache), values.shape[2]
     if cache.keys is None:
         batch, capacity = values.shape[0], _multiple(length, type(cache).step)
         widths = values.shape[-1], 0 if rope is None else rope.shape[-1]
-        cache.keys, cache.values = (mx.zeros((batch, 1, capacity, w), values.dtype) for w in widths)
+        if packed:
+            widths = row_widths(kv_format, *widths)
+        dtype = PACKED.get(kv_format, values.dtype)
+        cache.keys, cache.values = (mx.zeros((batch, 1, capacity, w), dtype) for w in widths)
     make_room(cache, length)
-    if rope is None:
+    if packed:
+        rows, rope = ops.append_packed(cache.keys, values, rope, at), None
+    elif rope is None:
         rows = ops.append_rows(cache.keys, values, at)
     else:
         rows, rope = ops.append_pair(cache.keys, values, cache.values, rope, at)

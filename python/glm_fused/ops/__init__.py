@@ -8,7 +8,7 @@ own ops do.
 
 from ..formats.weights import Weight
 from . import blocks
-from .attention import append_pair, append_rows, indexer_topk, sparse_mla_decode
+from .attention import append_packed, append_pair, append_rows, indexer_topk, sparse_mla_decode
 from .experts import moe_decode, router_topk
 from .matvec import quantized_matvec
 from .norms import layer_norm, rms_norm, rotate
@@ -16,6 +16,7 @@ from .steps import expert_sum, swiglu
 
 __all__ = [
     "Weight",
+    "append_packed",
     "append_pair",
     "append_rows",
     "blocks",

@@ -84,6 +84,44 @@ def append_pair(
         raise unfit("append_rows", buffer=buffer, rows=rows, at=at) from None
 
 
+def append_packed(
+    buffer: mx.array,
+    values: mx.array,
+    ropes: mx.array | None,
+    at: int,
+    *,
+    reference: bool | None = None,
+    stream: Stream = None,
+) -> mx.array:
+    """`append_rows` of values that are packed to the format of the buffer's dtype, in one launch.
+
+    Args:
+        buffer: uint8 (fp8) or int8 [b, 1, capacity, bytes], rows of `glm_fused.formats.kv_rows`,
+            which becomes the array with the new rows.
+        values: float32, float16 or bfloat16 [b, 1, l, rank], of any strides.
+        ropes: the same [b, 1, l, rope], or None where rows have no RoPE values.
+        at: the first row that is written.
+        reference: True or False overrides the current path; the reference is
+            `glm_fused.formats.kv_rows.pack`, then MLX's own update.
+        stream: where to run; None: the default device.
+
+    Returns:
+        The buffer's first rows, [b, at + l, bytes]. The codes of values that are not finite, or
+        share a scale with such, may be any; they read as NaN.
+
+    Raises:
+        ValueError: a shape, dtype or `at` does not fit; the message names the argument.
+    """
+    kernel = routes.take("append_rows", stream=stream, reference=reference)
+    if kernel is Kernel.mlx:
+        with routes.on(stream):
+            return stock.append_packed(buffer, values, ropes, at)
+    try:
+        return _ext.append_packed(buffer, values, ropes, at, kernel, stream)
+    except TypeError:
+        raise unfit("append_packed", buffer=buffer, values=values, at=at) from None
+
+
 def indexer_topk(
     q: mx.array,
     keys: mx.array,

@@ -37,6 +37,12 @@ def append_rows(buffer: mx.array, rows: mx.array, at: int) -> mx.array:
     return buffer[:, 0, :end]
 
 
+def append_packed(buffer: mx.array, values: mx.array, ropes: mx.array | None, at: int) -> mx.array:
+    """`glm_fused.ops.append_packed` by MLX's own ops."""
+    rows = kv_rows.pack(values, ropes, kv_rows.format_of(buffer.dtype))
+    return append_rows(buffer, rows, at)
+
+
 def gather(x: mx.array, w: Weight, slots: mx.array, sorted_indices: bool = False) -> mx.array:
     """``x W^T`` for the matrix that each slot names, in x's dtype."""
     how: dict[str, Any] = {"rhs_indices": slots, "sorted_indices": sorted_indices}
