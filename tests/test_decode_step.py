@@ -108,6 +108,7 @@ class Conversation:
 
 def play(data, model):
     """Steps of some conversations; the logits of each last one, and what they ought to be."""
+    model.kv_format = data.draw(st.sampled_from(["auto", "fp8", "int8", "fp32"]))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     batch = data.draw(st.integers(1, 3))
     padding = data.draw(st.sampled_from([None, [3, 0, 1][:batch]]))
@@ -134,8 +135,11 @@ def play(data, model):
 @given(data=st.data())
 def test_steps_equal_the_reference(model, data):
     """Batches with and without padding, several tokens, forks and trims of a cache."""
-    for found, expected in play(data, model):
-        assert_same_bits(found, expected)
+    try:
+        for found, expected in play(data, model):
+            assert_same_bits(found, expected)
+    finally:
+        model.kv_format = "auto"
 
 
 def test_an_index_that_is_off_is_caught(model, monkeypatch):
@@ -160,8 +164,10 @@ def test_an_index_that_is_off_is_caught(model, monkeypatch):
     assert not np.array_equal(np.array(late.view(mx.uint16)), np.array(right.view(mx.uint16)))
 
 
-def test_a_step_is_recorded_once(model, recorded):
+@pytest.mark.parametrize("kv_format", ["auto", "fp8", "int8"])
+def test_a_step_is_recorded_once(model, recorded, kv_format):
     fresh = copy.deepcopy(model)
+    fresh.kv_format = kv_format
     for _ in range(2):
         cache = fresh.make_cache()
         logits = fresh(mx.array([[1, 2, 3]]), cache)

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import CacheList, KVCache
 
 from .. import _ext, ops
 from ..environment import debug
-from ..formats.kv_rows import FLOATS
+from ..formats.kv_rows import format_of, row_widths
 from ..ops import Weight
 from .cache import Span, advance, make_room
 from .config import ModelArgs
@@ -77,13 +77,13 @@ class DecodeSteps:
         """The logits [b, l, vocab] of checked tokens [b, l], which are appended to ``cache``.
 
         None, with nothing done, where the layers have to run one by one: on a GPU or the reference
-        path, for a prompt, without cached keys or with packed ones, in training, while a function
-        is transformed, or where not all weights are plain ones in memory.
+        path, for a prompt, without cached keys, in training, while a function is transformed, or
+        where not all weights are plain ones in memory.
         """
         if not ops.blocks.takes_on_cpu(tokens) or cache is None or model.training:
             return None
         entries = [entry for layer in cache for entry in layer.caches]
-        if entries[0].keys is None or entries[0].keys.dtype not in FLOATS.values():
+        if entries[0].keys is None:
             return None
         if self._parts is None or not self._parts.are_in_place():
             self._steps = {}  # not cleared: another thread may be at it
@@ -193,8 +193,10 @@ def _record(
     for layer in cache:
         for entry, (rank, rope) in zip(layer.caches, widths, strict=False):
             entry.offset = total - length
-            entry.keys = _stand_in((batch, 1, total, rank), dtype)
-            entry.values = _stand_in((batch, 1, total, rope), dtype)
+            entry.keys, entry.values = (
+                _stand_in((batch, 1, total, width), dtype)
+                for width in row_widths(format_of(dtype), rank, rope)
+            )
     entries = [entry for layer in cache for entry in layer.caches]
     caches = [copy.copy(rows) for rows in _rows(entries)]  # appending changes the others
     _, cos, sin, *start = inputs
