@@ -46,7 +46,7 @@ class Kind:
 OTHERWISE = "not sanitizer and not preload and not interrupted and not threads_that_there_are"
 OTHERWISE += " and not loads_for_ever and not task_throws and not daemon and not ctrl_c"
 OTHERWISE += " and not bounded_tile and not within_the_budget and not arrive_last_first"
-OTHERWISE += " and not metal_equals and not a_pair"
+OTHERWISE += " and not metal_equals and not a_pair and not on_metal"
 KINDS = {
     "address": Kind(
         "asan",
