@@ -24,6 +24,15 @@ class Arrivals {
   // a slot of `pending` cannot be filled.
   virtual std::vector<int> take(std::vector<int>& pending) = 0;
 
+  // Does all of it for a kernel that cannot wait: writes the slots of experts
+  // [tokens, top_k], and returns once they are filled. What fails is
+  // remembered, and the slots are then any that there are. `end` is to follow.
+  virtual void fill(
+      const int32_t* experts,
+      int tokens,
+      int top_k,
+      int32_t* slots) noexcept = 0;
+
   // The kernel calls `end` when it has run, or `failed` in place of throwing:
   // whoever enqueues while a task throws loses memory that the next one writes
   // to (slots/ops.cpp, Verify).

@@ -527,6 +527,7 @@ NB_MODULE(_ext, m) {
          float routed_scaling_factor,
          const MlpTuple& experts,
          const std::optional<MlpTuple>& shared,
+         const slots::UseHandle* use,
          Kernel kernel,
          const mx::StreamOrDevice& stream) {
         const Router router{
@@ -537,6 +538,17 @@ NB_MODULE(_ext, m) {
              topk_group,
              norm_topk_prob,
              routed_scaling_factor}};
+        if (use) {
+          return use->value->release(metal_streamed_moe(
+              x,
+              norm(input_norm),
+              router,
+              mlp(experts),
+              shared ? std::optional(mlp(*shared)) : std::nullopt,
+              use->value->use(),
+              use->value->last(),
+              on(kernel, stream)));
+        }
         const auto block =
             kernel == Kernel::metal ? metal_moe_block : moe_block;
         return block(
@@ -558,6 +570,7 @@ NB_MODULE(_ext, m) {
       "routed_scaling_factor"_a,
       "experts"_a,
       "shared"_a.none(),
+      "use"_a.none(),
       "kernel"_a,
       "stream"_a.none());
   m.def(

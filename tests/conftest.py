@@ -236,7 +236,8 @@ def _layer(config, i, full, tensors, add, norm):
     add(f"{layer}.mlp.gate.weight", n_experts, hidden)
     bias = f"{layer}.mlp.gate.e_score_correction_bias"
     add(bias, n_experts, scale=0.05, to=mx.float32)
-    mlp(f"{layer}.mlp.shared_experts", size * config["n_shared_experts"])
+    if config["n_shared_experts"]:
+        mlp(f"{layer}.mlp.shared_experts", size * config["n_shared_experts"])
     for e in range(n_experts):
         mlp(f"{layer}.mlp.experts.{e}", size)
 

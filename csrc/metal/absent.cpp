@@ -115,6 +115,12 @@ void MetalMoeBlock::eval_gpu(
   MetalBlock::eval_cpu(inputs, outputs);
 }
 
+void MetalStreamedMoe::eval_gpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  eval_cpu(inputs, outputs);
+}
+
 void MetalAttend::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {

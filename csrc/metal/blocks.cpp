@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "metal/attend.h"
+#include "metal/block_inputs.h"
 #include "metal/experts.h"
 #include "metal/limits.h"
 #include "metal/params.h"
@@ -14,42 +15,11 @@ namespace glm_fused {
 
 namespace {
 
+using metal::allocate;
+using metal::in_rows;
+using metal::Inputs;
 using metal::MlpWeights;
 using metal::Product;
-
-// Takes a block's inputs in their order.
-class Inputs {
- public:
-  explicit Inputs(const std::vector<mx::array>& all) : next_(all.data()) {}
-
-  const mx::array& array() {
-    return *next_++;
-  }
-  const mx::array* planes(const Format& format) {
-    const mx::array* first = next_;
-    next_ += format.spec->plane_count;
-    return first;
-  }
-  MlpWeights mlp(const MlpFormats& f) {
-    const auto *gate = planes(f.gate), *up = planes(f.up);
-    return {gate, up, planes(f.down), f};
-  }
-
- private:
-  const mx::array* next_;
-};
-
-// A product whose rows lie back to back, [tokens, n].
-Product in_rows(const mx::array* planes, const Format& format, mx::array& y) {
-  return {planes, &format, &y, planes->shape(-2), 0};
-}
-
-bool allocate(std::vector<mx::array>& outputs) {
-  for (auto& output : outputs) {
-    output.set_data(mx::allocator::malloc(output.nbytes()));
-  }
-  return outputs[0].size() > 0;
-}
 
 // What attention's last launch before the caches reads.
 struct QueryInputs {
@@ -319,49 +289,6 @@ void MetalMlpBlock::eval_gpu(
       metal::rows_of(act, x.dtype()),
       {in_rows(w.down, formats_.down, outputs[0])},
       &x);
-}
-
-void MetalMoeBlock::eval_gpu(
-    const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
-  if (!allocate(outputs)) {
-    return;
-  }
-  Inputs from(inputs);
-  const mx::array &x = from.array(), &norm = from.array();
-  const mx::array &router = from.array(), &bias = from.array();
-  const MlpWeights routed = from.mlp(experts_);
-  const int tokens = static_cast<int>(x.size() / x.shape(-1));
-  auto& encoder = mx::metal::get_command_encoder(stream());
-  const auto temporary = [&](int columns, mx::Dtype dtype) {
-    auto made = metal::allocate({tokens, columns}, dtype);
-    encoder.add_temporary(made);
-    return made;
-  };
-  auto h = temporary(x.shape(-1), x.dtype());
-  auto logits = temporary(router.shape(0), mx::float32);
-  auto chosen = temporary(routing_.top_k, mx::int32);
-  auto shares = temporary(routing_.top_k, mx::float32);
-  metal::Vectors vectors = metal::rows_of(x, x.dtype());
-  vectors.norm = &norm;
-  vectors.eps = eps_;
-  vectors.normed = &h;
-  const Format format = dense_format(float_type_of(router.dtype()));
-  Product product = in_rows(&router, format, logits);
-  product.wide = true;
-  metal::project_logits(stream(), vectors, product);
-  metal::choose(stream(), logits, bias, routing_, chosen, shares);
-  const auto shared =
-      shared_ ? std::optional(from.mlp(*shared_)) : std::nullopt;
-  metal::experts(
-      stream(),
-      h,
-      chosen,
-      shares,
-      routed,
-      shared ? &*shared : nullptr,
-      &x,
-      outputs[0]);
 }
 
 }  // namespace glm_fused

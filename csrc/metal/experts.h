@@ -15,7 +15,8 @@ struct MlpWeights {
 };
 
 // Encodes moe_decode. To its result, rounded, that of the `shared` experts is
-// added, and this to `residual`.
+// added, and this to `residual`. `shared_act` is what their gate and up gave,
+// where that has been encoded before.
 void experts(
     const mx::Stream& stream,
     const mx::array& x,
@@ -24,7 +25,8 @@ void experts(
     const MlpWeights& routed,
     const MlpWeights* shared,
     const mx::array* residual,
-    mx::array& y);
+    mx::array& y,
+    const mx::array* shared_act = nullptr);
 
 // Encodes the choice of router_topk, given logits [tokens, experts].
 void choose(

@@ -34,7 +34,8 @@ void experts(
     const MlpWeights& routed,
     const MlpWeights* shared,
     const mx::array* residual,
-    mx::array& y) {
+    mx::array& y,
+    const mx::array* shared_act) {
   auto& device = mx::metal::device(stream.device);
   auto& encoder = mx::metal::get_command_encoder(stream);
   const auto tiles = tiles_for(device.get_architecture());
@@ -48,6 +49,8 @@ void experts(
       residual != nullptr};
   const int pairs = params.tokens * params.top_k;
   const int hidden = params.hidden, intermediate = params.intermediate;
+  // Whether the shared experts' gate and up are part of the launch.
+  const bool together = shared && !shared_act;
   const int wide = params.shared_intermediate;
   const std::string type = type_name(x.dtype());
   const std::string rows = std::to_string(tiles.rows);
@@ -65,7 +68,7 @@ void experts(
       format_name(routed.formats.up, intermediate, hidden),
       rows,
       vectors};
-  if (shared) {
+  if (together) {
     names.push_back("true");
     names.push_back(format_name(shared->formats.gate, wide, hidden));
     names.push_back(format_name(shared->formats.up, wide, hidden));
@@ -81,11 +84,11 @@ void experts(
   encoder.set_bytes(params, 9);
   bind_weight(encoder, other.gate, other.formats.gate, 10);
   bind_weight(encoder, other.up, other.formats.up, 13);
-  auto shared_act = act;
-  if (shared) {
-    shared_act = allocate({params.tokens, wide}, x.dtype());
-    encoder.add_temporary(shared_act);
-    encoder.set_output_array(shared_act, 16);
+  auto other_act = shared_act ? *shared_act : act;
+  if (together) {
+    other_act = allocate({params.tokens, wide}, x.dtype());
+    encoder.add_temporary(other_act);
+    encoder.set_output_array(other_act, 16);
   } else {
     encoder.set_input_array(x, 16);
   }
@@ -93,8 +96,10 @@ void experts(
   int simdgroups = metal::simdgroups(gate_up, tiles.gate_up);
   encoder.dispatch_threadgroups(
       MTL::Size(
-          blocks(std::max(intermediate, wide), tiles.rows * simdgroups),
-          pairs + (shared ? 1 : 0),
+          blocks(
+              std::max(intermediate, together ? wide : 0),
+              tiles.rows * simdgroups),
+          pairs + (together ? 1 : 0),
           1),
       MTL::Size(32, simdgroups, 1));
 
@@ -117,7 +122,7 @@ void experts(
   encoder.set_output_array(y, 6);
   encoder.set_bytes(params, 7);
   bind_weight(encoder, other.down, other.formats.down, 8);
-  encoder.set_input_array(shared_act, 11);
+  encoder.set_input_array(other_act, 11);
   encoder.set_input_array(residual ? *residual : x, 12);
   encoder.set_threadgroup_memory_length(links, 0);
   const size_t terms = pairs + (shared ? params.tokens : 0);

@@ -233,4 +233,60 @@ mx::array metal_moe_block(
       norm.eps)[0];
 }
 
+void MetalStreamedMoe::eval_cpu(const Arrays&, Arrays&) {
+  throw std::runtime_error("[block] StreamedMoe is on Metal.");
+}
+
+mx::array metal_streamed_moe(
+    const mx::array& x,
+    const Norm& norm,
+    const Router& router,
+    const Mlp& experts,
+    const std::optional<Mlp>& shared,
+    const std::shared_ptr<Arrivals>& arrivals,
+    const std::optional<mx::array>& last,
+    mx::StreamOrDevice s) {
+  // These ops check the arguments and are not evaluated.
+  const mx::Device cpu(mx::Device::cpu);
+  const int hidden = x.shape(-1);
+  const mx::array h = mx::reshape(
+      rms_norm(x, norm.weight, norm.eps, false, cpu), {-1, hidden}, cpu);
+  const auto [chosen, scores] = router_topk(
+      h, router.weight, router.correction_bias, router.routing, false, cpu);
+  const auto& [gate, up, down] = experts;
+  moe_decode(h, gate, up, down, chosen, scores, false, arrivals, cpu);
+  Arrays inputs = {
+      in_rows(x, s),
+      in_rows(norm.weight, s),
+      in_rows(router.weight, s),
+      in_rows(mx::astype(router.correction_bias, mx::float32, s), s)};
+  const auto append = [&](const Mlp& mlp) {
+    append_arrays(inputs, mlp.gate, s);
+    append_arrays(inputs, mlp.up, s);
+    append_arrays(inputs, mlp.down, s);
+    return formats_of(mlp, hidden);
+  };
+  const MlpFormats routed_formats = append(experts);
+  std::optional<MlpFormats> shared_formats;
+  if (shared) {
+    mlp_block(x, norm, *shared, cpu);
+    shared_formats = append(*shared);
+  }
+  if (last) {
+    inputs.push_back(*last);
+  }
+  return mx::array(
+      x.shape(),
+      x.dtype(),
+      place(
+          std::make_shared<MetalStreamedMoe>(
+              mx::to_stream(s),
+              routed_formats,
+              shared_formats,
+              router.routing,
+              norm.eps,
+              arrivals)),
+      std::move(inputs));
+}
+
 }  // namespace glm_fused

@@ -172,6 +172,43 @@ class MetalMoeBlock : public MetalBlock {
   float eps_;
 };
 
+// The same where `experts` are slots that are filled on request. Evaluation
+// begins what the GPU has to do up to the router's choice, has it compute what
+// can be had of the shared experts meanwhile, and returns once the slots are
+// filled and what reads them is encoded: nothing that the GPU is given waits
+// for a disk. It crosses to the GPU and back once.
+class MetalStreamedMoe : public mx::Primitive {
+ public:
+  MetalStreamedMoe(
+      mx::Stream stream,
+      MlpFormats experts,
+      std::optional<MlpFormats> shared,
+      Routing routing,
+      float eps,
+      std::shared_ptr<Arrivals> arrivals)
+      : mx::Primitive(stream),
+        experts_(experts),
+        shared_(shared),
+        routing_(routing),
+        eps_(eps),
+        arrivals_(std::move(arrivals)) {}
+  void eval_cpu(const std::vector<mx::array>&, std::vector<mx::array>&)
+      override;
+  void eval_gpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "StreamedMoe";
+  }
+
+ private:
+  MlpFormats experts_;
+  std::optional<MlpFormats> shared_;
+  Routing routing_;
+  float eps_;
+  std::shared_ptr<Arrivals> arrivals_;
+};
+
 // These take and return what the functions of ops.h without `metal` do.
 std::vector<mx::array> metal_attention_project(
     const mx::array& x,
@@ -211,6 +248,18 @@ mx::array metal_moe_block(
     const Router& router,
     const Mlp& experts,
     const std::optional<Mlp>& shared,
+    mx::StreamOrDevice s);
+
+// Returns the same, where `experts` are slots that `arrivals` fills. It is
+// evaluated after `last`, if there is one.
+mx::array metal_streamed_moe(
+    const mx::array& x,
+    const Norm& norm,
+    const Router& router,
+    const Mlp& experts,
+    const std::optional<Mlp>& shared,
+    const std::shared_ptr<Arrivals>& arrivals,
+    const std::optional<mx::array>& last,
     mx::StreamOrDevice s);
 
 }  // namespace glm_fused

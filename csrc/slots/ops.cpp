@@ -1,7 +1,6 @@
 #include "slots/ops.h"
 
 #include <atomic>
-#include <cstring>
 
 #include "checks.h"
 #include "cpu/runtime/dispatch.h"
@@ -110,18 +109,18 @@ class Wait : public SlotPrimitive {
  private:
   void run(const Arrays& inputs, Arrays& outputs) override {
     outputs[0].copy_shared_buffer(inputs[0]);
-    // The one task that throws: a GPU has no other way to raise.
-    cpu::enqueue(
-        stream(), [use = use_, slots = cpu::holding(inputs[0])]() mutable {
-          use->wait(slots.data<int32_t>(), slots.size());
-        });
+    // Not in a task: what a GPU is given next would wait for a disk, and is
+    // ended by macOS where that takes seconds.
+    cpu::finish(stream());
+    use_->wait(outputs[0].data<int32_t>(), outputs[0].size());
   }
 
   std::shared_ptr<Use> use_;
 };
 
-// The inputs are y, slots and what to come after. MLX keeps the slots' buffer,
-// and with it the lease, until all that was enqueued before this node has run.
+// The inputs are y, slots, unless y's node holds them, and what to come after.
+// MLX keeps the slots' buffer, and with it the lease, until all that was
+// enqueued before this node has run.
 class Hold : public SlotPrimitive {
  public:
   using SlotPrimitive::SlotPrimitive;
@@ -158,11 +157,14 @@ class Release : public Hold {
 // (cpu/runtime/dispatch.h), and it might be in another generation.
 class Verify : public SlotPrimitive {
  public:
-  // `waits` where all before it runs on CPU streams; a GPU's work is not begun
-  // while nodes are enqueued, and nothing can wait for it here.
+  // `waits` where reads may go on in tasks of CPU streams. On a GPU's way they
+  // have ended before this node is reached.
   Verify(mx::Stream stream, std::shared_ptr<const Reads> reads, bool waits)
       : SlotPrimitive(stream), reads_(std::move(reads)), waits_(waits) {}
 
+  void eval_gpu(const Arrays& inputs, Arrays& outputs) override {
+    run(inputs, outputs);
+  }
   const char* name() const override {
     return "SlotsVerify";
   }
@@ -176,17 +178,6 @@ class Verify : public SlotPrimitive {
       throw std::runtime_error(error);
     }
     outputs[0].copy_shared_buffer(inputs[0]);
-    if (waits_) {
-      return;
-    }
-    cpu::enqueue(
-        stream(),
-        [reads = reads_, y = cpu::holding(outputs[0])]() mutable noexcept {
-          if (reads->failed()) {
-            // All bits set is NaN. MLX keeps the result of what has failed.
-            std::memset(y.data<std::byte>(), 0xff, y.nbytes());
-          }
-        });
   }
 
   std::shared_ptr<const Reads> reads_;
@@ -352,13 +343,26 @@ mx::array SlotUse::wait(const mx::array& slots) const {
       Arrays{slots});
 }
 
-mx::array SlotUse::release(const mx::array& y, const mx::array& slots) {
-  check_slots("slots.release", slots);
+std::optional<mx::array> SlotUse::last() const {
+  std::lock_guard lock(bank_->mutex_);
+  const auto result = last_result();
+  return result ? std::optional(*result) : std::nullopt;
+}
+
+mx::array SlotUse::release(
+    const mx::array& y,
+    const std::optional<mx::array>& slots) {
+  if (slots) {
+    check_slots("slots.release", *slots);
+  }
   const auto stream = y.has_primitive() ? y.primitive().stream() : cpu_stream();
   // The next request waits for this node, not for y: behind it in the stream
   // the lease has ended.
   std::lock_guard lock(bank_->mutex_);
-  Arrays inputs{y, slots};
+  Arrays inputs{y};
+  if (slots) {
+    inputs.push_back(*slots);
+  }
   if (const auto result = last_result()) {
     inputs.push_back(*result);
   }
@@ -377,11 +381,11 @@ mx::array SlotUse::release(const mx::array& y, const mx::array& slots) {
 
 mx::array verify(const std::shared_ptr<Reads>& reads, const mx::array& y) {
   const auto stream = y.has_primitive() ? y.primitive().stream() : cpu_stream();
-  const bool cpu = stream.device == mx::Device::cpu;
+  const bool waits = stream.device == mx::Device::cpu;
   return mx::array(
       y.shape(),
       y.dtype(),
-      std::make_shared<Verify>(cpu ? stream : cpu_stream(), reads, cpu),
+      std::make_shared<Verify>(stream, reads, waits),
       Arrays{y});
 }
 

@@ -10,13 +10,18 @@
 // `resolve` is evaluated when its turn comes: it leases slots, starts to read
 // what is missing and returns. The shared expert computes meanwhile, and then
 // each expert once it is read. A GPU cannot wait for the disk half way: there
-// moe_decode takes no `use`, but the slots of wait(use, pending). All nodes run
-// on a CPU stream, and `release` on that of `y`.
+// moe_decode takes no `use`, but the slots of wait(use, pending), a node whose
+// evaluation begins what the GPU has to do and returns when they are read. All
+// nodes run on a CPU stream, `release` and `verify` on that of `y`.
+//
+// On Metal a decode step does it in one node (ops/metal_blocks.h), which takes
+// `last` as an input, and to which `release` is given y alone.
 #pragma once
 
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -93,8 +98,15 @@ class SlotUse {
   // Returns the same slots once they are read.
   mx::array wait(const mx::array& slots) const;
 
+  // Returns what to come after, if there is anything: the result of the last
+  // use of the bank in a graph of this thread.
+  std::optional<mx::array> last() const;
+
   // Returns `y`, which was computed with `slots`; their lease ends with it.
-  mx::array release(const mx::array& y, const mx::array& slots);
+  // There are none where y's node has filled and held slots of its own.
+  mx::array release(
+      const mx::array& y,
+      const std::optional<mx::array>& slots = std::nullopt);
 
  private:
   std::shared_ptr<const mx::array> last_result() const;

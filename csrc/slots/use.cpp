@@ -60,6 +60,19 @@ void Use::resolve(
   }
 }
 
+void Use::fill(
+    const int32_t* experts,
+    int tokens,
+    int top_k,
+    int32_t* slots) noexcept {
+  resolve(experts, tokens, top_k, slots);
+  try {
+    wait(slots, static_cast<size_t>(tokens) * top_k);
+  } catch (const std::exception&) {
+    // The reads remember it.
+  }
+}
+
 bool Use::begin(int32_t* slots, size_t count) {
   if (reads_->failed()) {
     return false;

@@ -33,8 +33,8 @@ class Reads {
   std::string error_;
 };
 
-// All functions but `error` run on the stream of the graph, one after the
-// other.
+// All functions but `error` run one after the other: on the stream of the
+// graph, or, of `fill`, on the thread that evaluates it.
 class Use : public Arrivals {
  public:
   Use(std::shared_ptr<Bank> bank, std::shared_ptr<Reads> reads)
@@ -48,6 +48,11 @@ class Use : public Arrivals {
       int top_k,
       int32_t* slots) noexcept;
 
+  void fill(
+      const int32_t* experts,
+      int tokens,
+      int top_k,
+      int32_t* slots) noexcept override;
   bool begin(int32_t* slots, size_t count) override;
   std::vector<int> take(std::vector<int>& pending) override;
   void end() override;

@@ -345,6 +345,7 @@ def moe_block(
         tuple[Sequence[mlx.core.array], Format],
     ]
     | None,
+    use: SlotUse | None,
     kernel: Kernel,
     stream: mlx.core.Stream
     | mlx.core.ThreadLocalStream

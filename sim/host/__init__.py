@@ -81,6 +81,11 @@ class Host:
             for kernel, groups, group, report, out in self._native.take_launches()
         ]
 
+    def take_waits(self) -> int:
+        """How many command buffers had the host told of their end, since the last call."""
+        waits: int = self._native.take_waits()
+        return waits
+
     def stock_launches(self, *outputs: Any) -> list[str]:
         """Evaluate MLX arrays; the primitives of MLX that a GPU runs kernels for, in any order.
 

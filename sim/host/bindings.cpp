@@ -206,6 +206,7 @@ void bind_simulator(nb::module_& parent) {
       "in_place"_a,
       "keep_outputs"_a);
   m.def("take_launches", &take_launches);
+  m.def("take_waits", &sim_host::take_waits);
   m.def("stock_launches", &stock_launches, "outputs"_a);
 }
 

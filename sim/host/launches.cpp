@@ -15,6 +15,7 @@ struct State {
   Settings settings;
   std::map<std::pair<std::string, std::string>, Library> libraries;
   std::vector<Launch> launches;
+  int waits = 0;
 };
 
 State& state() {
@@ -69,6 +70,16 @@ void fill_new(const void* allocation, void* data, size_t size) {
   if (bound.insert(allocation).second) {
     std::memset(data, 0xff, size);
   }
+}
+
+void count_wait() {
+  std::lock_guard lock(state().mutex);
+  state().waits++;
+}
+
+int take_waits() {
+  std::lock_guard lock(state().mutex);
+  return std::exchange(state().waits, 0);
 }
 
 void keep(Launch launch) {

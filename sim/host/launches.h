@@ -57,6 +57,10 @@ struct Launch {
   std::map<int, std::string> outputs;  // the bytes, by buffer index
 };
 
+// Counts command buffers whose end the host is told of, and takes the count.
+void count_wait();
+int take_waits();
+
 // Remembers a finished launch until take() hands it and its report over.
 void keep(Launch launch);
 std::vector<Launch> take();

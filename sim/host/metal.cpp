@@ -249,6 +249,17 @@ void CommandEncoder::add_temporaries(std::vector<array> arrays) {
       .add_temporaries(std::move(arrays));
 }
 
+void CommandEncoder::end_encoding(bool) {}
+
+// Launches are run as they come; `completion` is called after those so far.
+void CommandEncoder::commit(std::function<void()> completion) {
+  if (completion) {
+    sim_host::count_wait();
+    cpu::get_command_encoder(state_of(this).stream)
+        .dispatch(std::move(completion));
+  }
+}
+
 void CommandEncoder::dispatch_threadgroups(MTL::Size grid, MTL::Size group) {
   dispatch(this, grid, group, false);
 }

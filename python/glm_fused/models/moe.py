@@ -6,13 +6,14 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import ops
+from .. import _ext, ops
 from .config import ModelArgs
 from .layer_spec import LayerSpec
 from .layers import MLP, RMSNorm, SwitchLinear, keeps_dtype
 
 Meanwhile = Callable[[mx.array], mx.array]
 Weights = tuple[ops.Weight, ops.Weight, ops.Weight]  # of gate, up and down
+Norm = tuple[mx.array, float]  # its weight and eps
 
 
 class RoutedExperts(Protocol):
@@ -48,6 +49,14 @@ class RoutedExperts(Protocol):
             RuntimeError: an expert cannot be had, when the result is evaluated or before.
         """
 
+    def block(
+        self, router: "Router", x: mx.array, norm: Norm, shared: Weights | None
+    ) -> mx.array | None:
+        """`Router.block` with these experts, for an x that it takes; None where they have none.
+
+        ``shared`` are the weights of the experts that every token takes.
+        """
+
 
 class Router(nn.Module):
     """Chooses experts by biased sigmoid score and weighs them by the unbiased one."""
@@ -73,11 +82,20 @@ class Router(nn.Module):
         return ops.blocks.takes_experts(x, self.weight.shape[0], self._routing["top_k"])
 
     def block(
-        self, x: mx.array, norm: tuple[mx.array, float], experts: Weights, shared: Weights | None
+        self,
+        x: mx.array,
+        norm: Norm,
+        experts: Weights,
+        shared: Weights | None,
+        use: _ext.SlotUse | None = None,
     ) -> mx.array:
         """The half of a layer that the router is in; see `glm_fused.ops.blocks.moe_block`."""
         router = self.weight, self._bias()
-        return ops.blocks.moe_block(x, norm, router, experts, shared, **self._routing)
+        return ops.blocks.moe_block(x, norm, router, experts, shared, use=use, **self._routing)
+
+    def choices(self, x: mx.array) -> int:
+        """How many experts it chooses for the tokens of x [b, l, hidden]."""
+        return x.shape[0] * x.shape[1] * int(self._routing["top_k"])
 
     def _bias(self) -> mx.array:
         return self.e_score_correction_bias.astype(mx.float32)
@@ -108,6 +126,15 @@ class SwitchMLP(nn.Module):
             return adapted_experts(projections, x, experts, scores), meanwhile(x)
         return ops.moe_decode(x, gate, up, down, experts, scores), meanwhile(x)
 
+    def block(
+        self, router: Router, x: mx.array, norm: Norm, shared: Weights | None
+    ) -> mx.array | None:
+        """`Router.block` with these experts, unless one has an adapter; see `RoutedExperts`."""
+        gate, up, down = self.weights()
+        if gate is None or up is None or down is None:
+            return None
+        return router.block(x, norm, (gate, up, down), shared)
+
 
 class MoE(nn.Module):
     """Router, routed experts and, unless the config has none, shared experts."""
@@ -124,30 +151,22 @@ class MoE(nn.Module):
 
     def __call__(self, x: mx.array, norm: RMSNorm) -> mx.array:
         """The half of a layer: x [b, l, hidden] + (routed(h) + shared(h)), with h = norm(x)."""
-        if self.gate.takes_block(x) and keeps_dtype(norm, x):
-            weights = self._plain_weights()
-            if weights is not None:
-                return self.gate.block(x, (norm.weight, norm.eps), *weights)
+        if self.gate.takes_block(x) and keeps_dtype(norm, x) and self._shared_is_plain():
+            shared = self.shared_experts.weights() if "shared_experts" in self else None
+            y = self.switch_mlp.block(self.gate, x, (norm.weight, norm.eps), shared)
+            if y is not None:
+                return y
         flat = norm(x).reshape(-1, x.shape[-1])
-        shared = self.shared_experts.feed_forward if "shared_experts" in self else mx.zeros_like
-        routed, other = self.switch_mlp(flat, *self.gate(flat), shared)
+        meanwhile = self.shared_experts.feed_forward if "shared_experts" in self else mx.zeros_like
+        routed, other = self.switch_mlp(flat, *self.gate(flat), meanwhile)
         y = routed + other if "shared_experts" in self else routed
         return x + y.reshape(x.shape)
 
     def is_plain(self) -> bool:
         """Whether its weights are all there is, in memory: no adapters in training."""
-        return self._plain_weights() is not None
-
-    def _plain_weights(self) -> tuple[Weights, Weights | None] | None:
-        """The weights of routed and shared experts; None for streamed or adapted ones."""
         routed = self.switch_mlp
-        if not isinstance(routed, SwitchMLP):
-            return None
-        gate, up, down = routed.weights()
-        if gate is None or up is None or down is None:
-            return None
-        if "shared_experts" not in self:
-            return (gate, up, down), None
-        if not self.shared_experts.is_plain():
-            return None
-        return (gate, up, down), self.shared_experts.weights()
+        in_memory = isinstance(routed, SwitchMLP) and None not in routed.weights()
+        return in_memory and self._shared_is_plain()
+
+    def _shared_is_plain(self) -> bool:
+        return "shared_experts" not in self or self.shared_experts.is_plain()

@@ -57,6 +57,11 @@ def takes_on_cpu(x: mx.array, stream: Stream = None) -> bool:
     return takes(x, stream) and _kernel(stream) is Kernel.cpu
 
 
+def takes_on_metal(x: mx.array, stream: Stream = None) -> bool:
+    """Whether `takes`, and the blocks are a Metal GPU's."""
+    return takes(x, stream) and _kernel(stream) is Kernel.metal
+
+
 def takes_experts(x: mx.array, experts: int, top_k: int, stream: Stream = None) -> bool:
     """`takes` for `moe_block` with so many experts, of which each token takes ``top_k``."""
     if not takes(x, stream):
@@ -213,17 +218,23 @@ def moe_block(
     experts: Mlp,
     shared: Mlp | None,
     *,
+    use: _ext.SlotUse | None = None,
     stream: Stream = None,
     **routing: Any,
 ) -> mx.array:
     """``x + (routed(h) + shared(h))`` with ``h = rms_norm(x)``; the experts that a router chooses.
 
+    With `use`, which Metal alone takes, the evaluation of the node waits for the router's choice
+    and until its experts are read, and the GPU computes a part of the shared ones meanwhile.
+
     Args:
         x: float32, float16 or bfloat16 [b, l, hidden].
         norm: of x.
         router: the weight [experts, hidden] and the correction bias [experts].
-        experts: as of `glm_fused.ops.moe_decode`, with a matrix for each expert.
+        experts: as of `glm_fused.ops.moe_decode`, with a matrix for each expert; with `use` for
+            each slot.
         shared: the weights of the experts that every token takes, as of `mlp_block`.
+        use: of the bank whose arrays `experts` are.
         stream: where to run; None: the default device.
         routing: keyword arguments of `glm_fused.ops.router_topk`.
 
@@ -234,7 +245,7 @@ def moe_block(
         ValueError: a shape, dtype or format does not fit; the message names an op and its argument.
     """
     return _ext.moe_block(
-        x, norm, *router, **routing, experts=experts, shared=shared,
+        x, norm, *router, **routing, experts=experts, shared=shared, use=use,
         kernel=_kernel(stream), stream=stream,
     )  # fmt: skip
 

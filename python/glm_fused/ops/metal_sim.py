@@ -42,6 +42,9 @@ class Simulator(Protocol):
     def take_launches(self) -> list[Any]:
         """The launches since the last call, in order."""
 
+    def take_waits(self) -> int:
+        """How often the host has waited for the GPU since the last call, within ops."""
+
     def stock_launches(self, *outputs: mx.array) -> list[str]:
         """Evaluate the arrays; the primitives of MLX that a GPU runs kernels for."""
 
@@ -93,6 +96,15 @@ def take_launches() -> list[Launch]:
         RuntimeError: this build has no simulator.
     """
     return _simulator().take_launches()
+
+
+def take_waits() -> int:
+    """How often the host has waited for the GPU since the last call, within ops.
+
+    Raises:
+        RuntimeError: this build has no simulator.
+    """
+    return _simulator().take_waits()
 
 
 def stock_launches(*outputs: mx.array) -> list[str]:

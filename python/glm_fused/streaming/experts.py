@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .. import _ext, ops
 from ..host import to_numpy
-from ..models.moe import Meanwhile
+from ..models.moe import Meanwhile, Norm, Router, Weights
 
 _reads: contextvars.ContextVar[_ext.SlotReads | None] = contextvars.ContextVar(
     "reads", default=None
@@ -55,7 +55,8 @@ def reads_for(cache: Sequence[Any] | None) -> Iterator[_ext.SlotReads]:
 class StreamedExperts(nn.Module):
     """`RoutedExperts` in place of ``SwitchMLP``: the same numbers, from a bank of slots.
 
-    A decode step makes one request of the bank, which is resolved inside the lazy graph. Where a
+    A decode step makes one request of the bank, which is resolved inside the lazy graph; on Metal
+    it is part of the one node that half a layer is (`block`), unless it reads ahead. Where a
     prompt may need more experts than there are slots, the router's choice is awaited and the
     experts are taken in waves, each expert once. Each choice's output is rounded as moe_decode
     would round it and then summed as it would sum, so the result has the same bits.
@@ -105,13 +106,25 @@ class StreamedExperts(nn.Module):
         other = self._while_reading(x, started, meanwhile)
         return self._apply(use, x, pending, scores, other), other
 
+    def block(
+        self, router: Router, x: mx.array, norm: Norm, shared: Weights | None
+    ) -> mx.array | None:
+        """The half of a layer as one node, on Metal; see `RoutedExperts`."""
+        fits = min(router.choices(x), self._experts) <= self._bank.capacity
+        if not fits or self._prefetch is not None or not ops.blocks.takes_on_metal(x):
+            return None
+        return router.block(x, norm, self._weights, shared, self._use())
+
     def _while_reading(self, x: mx.array, started: mx.array, meanwhile: Meanwhile) -> mx.array:
         x = mx.depends(x, started)
         return meanwhile(x if self._prefetch is None else self._prefetch(x))
 
     def _resolve(self, experts: mx.array) -> tuple[_ext.SlotUse, mx.array, mx.array]:
-        use = _ext.SlotUse(self._bank, _reads.get() or _ext.SlotReads())
+        use = self._use()
         return use, *use.resolve(experts)
+
+    def _use(self) -> _ext.SlotUse:
+        return _ext.SlotUse(self._bank, _reads.get() or _ext.SlotReads())
 
     def _apply(
         self, use: _ext.SlotUse, x: mx.array, pending: mx.array, scores: mx.array, after: mx.array
