@@ -11,6 +11,7 @@
 #include "cpu/attention/attention_kernels.h"
 #include "cpu/dot/matrix.h"
 #include "cpu/runtime/thread_pool.h"
+#include "metal/kernel_list.h"
 #include "metal/limits.h"
 #include "mlx/scheduler.h"
 #include "ops.h"
@@ -635,6 +636,27 @@ NB_MODULE(_ext, m) {
       "start"_a.none(),
       "kernel"_a,
       "stream"_a.none());
+  m.def(
+      "take_metal_launches",
+      &metal::take_uses,
+      "How many launches of our kernels were encoded since the last call, for "
+      "one token.");
+  m.def(
+      "metal_kernels",
+      [] {
+        nb::list list;
+        for (const auto& kernel : metal::listed_kernels()) {
+          nb::dict d;
+          d["kernel"] = kernel.name;
+          d["most_threads"] = kernel.most_threads;
+          d["threadgroup_bytes"] = kernel.threadgroup_bytes;
+          d["seconds"] = kernel.seconds;
+          list.append(d);
+        }
+        return list;
+      },
+      nb::sig("def metal_kernels() -> list[dict[str, object]]"),
+      "The Metal kernels that have been compiled, with what compiling took.");
   m.def(
       "moe_decode_obstacle",
       [](int tokens, int top_k) {

@@ -28,6 +28,7 @@ ORDER = (
     ("",),
     ("mlx_lm", "selftest"),
     ("profiling",),
+    ("measuring",),
     ("cli",),
     ("__main__", "mlx_lm.__main__"),
 )

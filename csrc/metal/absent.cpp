@@ -1,4 +1,5 @@
 // This takes the place of the launchers where MLX has no Metal.
+#include "metal/kernel_list.h"
 #include "metal/limits.h"
 #include "ops/metal_blocks.h"
 #include "primitives.h"
@@ -17,6 +18,14 @@ std::string router_topk_obstacle(int) {
 
 std::string sparse_mla_decode_obstacle(int) {
   return "this build has no Metal kernels";
+}
+
+std::vector<ListedKernel> listed_kernels() {
+  return {};
+}
+
+int64_t take_uses() {
+  return 0;
 }
 
 int unembed_vectors(int, int, int, size_t) {

@@ -2,8 +2,13 @@
 
 #include <algorithm>
 #include <cctype>
+#include <chrono>
+#include <mutex>
+#include <unordered_set>
+#include <utility>
 
 #include "formats/families.h"
+#include "metal/kernel_list.h"
 
 namespace glm_fused::metal {
 
@@ -25,7 +30,71 @@ std::string host_name(std::string function) {
   return "glm_fused_" + function;
 }
 
+// The kernels that have been asked for.
+class List {
+ public:
+  void note(
+      MTL::ComputePipelineState* kernel,
+      const std::string& name,
+      double seconds) {
+    std::lock_guard lock(mutex_);
+    uses_++;
+    if (known_.insert(kernel).second) {
+      kernels_.push_back(
+          {name,
+           static_cast<int>(kernel->maxTotalThreadsPerThreadgroup()),
+           static_cast<int>(kernel->staticThreadgroupMemoryLength()),
+           seconds});
+    }
+  }
+  std::vector<ListedKernel> kernels() {
+    std::lock_guard lock(mutex_);
+    return kernels_;
+  }
+  int64_t take_uses() {
+    std::lock_guard lock(mutex_);
+    return std::exchange(uses_, 0);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_set<const MTL::ComputePipelineState*> known_;
+  std::vector<ListedKernel> kernels_;
+  int64_t uses_ = 0;
+};
+
+// This is never destroyed, as MLX's threads may outlive the module.
+List& list() {
+  static List& list = *new List;
+  return list;
+}
+
+MTL::ComputePipelineState* find_kernel(
+    mx::metal::Device& device,
+    const char* source,
+    const std::string& function) {
+  if (function.find('<') == std::string::npos) {
+    auto library =
+        device.get_library("glm_fused_" + function, [&] { return source; });
+    return device.get_kernel(function, library);
+  }
+  const std::string name = host_name(function);
+  auto library = device.get_library(name, [&] {
+    return std::string(source) + "template [[host_name(\"" + name +
+        "\")]] [[kernel]] decltype(" + function + ") " + function + ";\n";
+  });
+  return device.get_kernel(name, library);
+}
+
 }  // namespace
+
+std::vector<ListedKernel> listed_kernels() {
+  return list().kernels();
+}
+
+int64_t take_uses() {
+  return list().take_uses();
+}
 
 std::string type_name(mx::Dtype dtype) {
   return dtype == mx::float32 ? type_name(FloatType::float32)
@@ -44,17 +113,12 @@ MTL::ComputePipelineState* kernel(
     mx::metal::Device& device,
     const char* source,
     const std::string& function) {
-  if (function.find('<') == std::string::npos) {
-    auto library =
-        device.get_library("glm_fused_" + function, [&] { return source; });
-    return device.get_kernel(function, library);
-  }
-  const std::string name = host_name(function);
-  auto library = device.get_library(name, [&] {
-    return std::string(source) + "template [[host_name(\"" + name +
-        "\")]] [[kernel]] decltype(" + function + ") " + function + ";\n";
-  });
-  return device.get_kernel(name, library);
+  using Clock = std::chrono::steady_clock;
+  const auto start = Clock::now();
+  auto* found = find_kernel(device, source, function);
+  const std::chrono::duration<double> taken = Clock::now() - start;
+  list().note(found, function, taken.count());
+  return found;
 }
 
 int simdgroups(MTL::ComputePipelineState* kernel, int wanted) {

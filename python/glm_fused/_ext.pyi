@@ -383,6 +383,14 @@ def sparse_mla_decode(
     | mlx.core.DeviceType
     | None,
 ) -> mlx.core.array: ...
+def take_metal_launches() -> int:
+    """
+    How many launches of our kernels were encoded since the last call, for one token.
+    """
+
+def metal_kernels() -> list[dict[str, object]]:
+    """The Metal kernels that have been compiled, with what compiling took."""
+
 def moe_decode_obstacle(tokens: int, top_k: int) -> str:
     """Why moe_decode has no Metal kernel for these counts; empty if it has."""
 

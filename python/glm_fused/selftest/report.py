@@ -37,17 +37,23 @@ def examine(
     made = cases(quick)
     results = [run_backend(backend, made, step) for backend in backends]
     timed = [b for b in backends if b.name != "metal-sim"]
-    return {
-        "schema": SCHEMA,
+    return head() | {
         "ok": not any(r["failed"] for r in results),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "quick": quick,
-        "machine": machine.machine(),
-        "versions": machine.versions(),
-        "environment": machine.environment(),
         "backends": results,
         "not_run": {name: without_paths(why) for name, why in absent.items()},
         "benchmarks": run_benchmarks(timed, quick, step) if bench and timed else None,
+    }
+
+
+def head() -> dict[str, Any]:
+    """What every report begins with: when, and on what machine with which versions."""
+    return {
+        "schema": SCHEMA,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine.machine(),
+        "versions": machine.versions(),
+        "environment": machine.environment(),
     }
 
 

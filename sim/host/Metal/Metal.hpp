@@ -69,6 +69,10 @@ struct ComputePipelineState {
   NS::UInteger maxTotalThreadsPerThreadgroup() const {
     return 1024;
   }
+  // The executor tells of it once a launch has run.
+  NS::UInteger staticThreadgroupMemoryLength() const {
+    return 0;
+  }
   NS::UInteger threadExecutionWidth() const {
     return 32;
   }
