@@ -51,12 +51,14 @@ class DecoderLayer(Case):
     fmt: Format | None
     full: bool
     sparse: bool
+    kv_format: str = "auto"
 
     op = "decoder_layer"
 
     def label(self) -> str:
         kind = "full" if self.full else "shared", "sparse" if self.sparse else "dense"
-        return "-".join((self.fmt.name if self.fmt else "dense", *kind))
+        cache = () if self.kv_format == "auto" else (f"{self.kv_format}_cache",)
+        return "-".join((self.fmt.name if self.fmt else "dense", *kind, *cache))
 
     def arguments(self) -> dict[str, Any]:
         bits, dtype, n = self.bits(), DTYPES[self.dtype], self.tokens
@@ -79,14 +81,17 @@ class DecoderLayer(Case):
         latents, ropes, keys = arguments["cached"]
         cache = CacheList(KVCache(), KVCache()) if self.full else CacheList(KVCache())
         with paths.reference_path(reference):
-            append(cache[0], latents, ropes, "auto")
+            append(cache[0], latents, ropes, self.kv_format)
             if self.full:
-                append(cache[1], keys, None, "auto")
+                append(cache[1], keys, None, self.kv_format)
             span, x = Span.of([cache], self.tokens), arguments["x"]
             out, selection = arguments["layer"](
                 x, span, arguments["angles"], cache, arguments["selection"]
             )
-        return out, *([selection] if self.full else []), cache[0].keys[:, :, : span.total]
+        rows = cache[0].keys[:, :, : span.total]
+        # Packed rows are codes, and no floats that may differ by ulps.
+        rows = rows if self.kv_format == "auto" else mx.contiguous(rows).view(mx.int8)
+        return out, *([selection] if self.full else []), rows
 
 
 def _fill(layer: nn.Module, bits: Bits, fmt: Format | None, dtype: mx.Dtype) -> None:
@@ -111,12 +116,16 @@ def _fill(layer: nn.Module, bits: Bits, fmt: Format | None, dtype: mx.Dtype) -> 
 
 
 def layer_cases(quick: bool) -> list[Case]:
-    """A layer of each kind; not in quick runs: of other formats, types and numbers of tokens."""
+    """A layer of each kind, and one with a packed cache.
+
+    Not in quick runs: of other formats, types and numbers of tokens.
+    """
     affine4 = FORMATS["affine4"]
     made: list[Case] = [
         DecoderLayer("bfloat16", 1, affine4, full=True, sparse=True),
         DecoderLayer("bfloat16", 1, affine4, full=False, sparse=True),
         DecoderLayer("bfloat16", 1, affine4, full=True, sparse=False),
+        DecoderLayer("bfloat16", 1, affine4, full=True, sparse=True, kv_format="fp8"),
     ]
     if not quick:
         made += [
@@ -125,5 +134,6 @@ def layer_cases(quick: bool) -> list[Case]:
             DecoderLayer("bfloat16", 2, FORMATS["fp8"], full=True, sparse=True),
             DecoderLayer("float16", 2, affine4, full=True, sparse=False),
             DecoderLayer("float32", 4, None, full=True, sparse=True),
+            DecoderLayer("bfloat16", 3, affine4, full=True, sparse=False, kv_format="int8"),
         ]
     return made
