@@ -61,6 +61,9 @@ def test_attention_in_every_dtype(dtype):
         {"k": None, "total": 1},
         {"k": 1, "heads": 1},
         {"k": 64, "heads": 65},
+        {"k": 67, "heads": 17, "rank": 264, "rope": 8},
+        {"k": 5, "heads": 80, "rank": 24, "rope": 0},
+        {"k": 130, "heads": 16, "rank": 257, "rope": 1},
         {"k": 200, "rank": 31, "rope": 0, "heads": 3},
         {"k": 3, "rank": 65, "rope": 7},
         {"k": 20, "start": [200]},
@@ -192,16 +195,63 @@ def test_two_launches_without_findings(run, kernels):
 
 
 @simulated_only
-def test_attention_reads_each_selected_row_twice_and_no_other():
-    """It reads a row once for the scores and once for the values, however many heads there are."""
-    rank, rope, k, total = 96, 32, 128, 400
-    run = attend(26, "bf16", heads=64, rank=rank, rope=rope, total=total, k=None, start=[total - k])
+@pytest.mark.parametrize("heads, blocks", [(1, 1), (16, 1), (17, 2), (64, 4)])
+@pytest.mark.parametrize("rank", [96, 33])
+def test_attention_reads_each_selected_row_twice_and_no_other(heads, blocks, rank):
+    """16 heads read a row once for the scores and once for the values."""
+    rope, k, total = 32, 128, 400
+    run = attend(26, "bf16", heads=heads, rank=rank, rope=rope, k=None, start=[total - k],
+                 total=total)  # fmt: skip
     with metal(trace=True):
         mx.eval(run())
-    split = metal_sim.take_launches()[0].report
-    assert split.traffic[1].unique_read == k * rank * 2
-    assert split.traffic[1].read == 2 * split.traffic[1].unique_read
-    assert split.traffic[2].read == k * rope * 2
+    split = metal_sim.take_launches()[0]
+    assert split.groups == (total // 64 + 1, blocks, 1)
+    latents, ropes = (split.report.traffic[i] for i in (1, 2))
+    assert latents.unique_read == k * rank * 2
+    assert latents.read == 2 * blocks * latents.unique_read
+    assert ropes.read == blocks * k * rope * 2
+
+
+# What lies where a unit of so many bytes, of the dims, the first value in a wider row, and the
+# values that are skipped after each, is all that can be read at once.
+UNITS = [
+    ("bf16", mx.bfloat16, 16, (0, 0), (24, 8)),
+    ("bf16", mx.bfloat16, 8, (4, 0), (24, 8)),
+    ("bf16", mx.bfloat16, 8, (0, 4), (24, 8)),
+    ("fp16", mx.float16, 4, (2, 0), (24, 0)),
+    ("bf16", mx.bfloat16, 0, (1, 7), (24, 8)),
+    ("bf16", mx.bfloat16, 0, (0, 0), (28, 4)),
+    ("bf16", mx.bfloat16, 0, (0, 0), (24, 12)),
+    ("fp32", mx.bfloat16, 16, (4, 0), (8, 16)),
+    ("fp32", mx.float16, 4, (1, 3), (8, 0)),
+    ("fp8", mx.bfloat16, 4, (0, 0), (24, 8)),
+    ("fp8", mx.bfloat16, 16, (0, 0), (400, 8)),
+    ("fp8", mx.bfloat16, 8, (0, 8), (400, 8)),
+    ("fp8", mx.bfloat16, 0, (2, 2), (400, 8)),
+    ("int8", mx.bfloat16, 4, (0, 0), (16, 8)),
+    ("int8", mx.bfloat16, 4, (4, 8), (16, 8)),
+    ("int8", mx.bfloat16, 0, (1, 1), (16, 8)),
+]
+
+
+@simulated_only
+@pytest.mark.parametrize("kv_format, dtype, unit, skipped, dims", UNITS, ids=str)
+def test_attention_reads_in_the_widest_units_that_rows_allow(kv_format, dtype, unit, skipped, dims):
+    rng = np.random.default_rng(28)
+    rank, rope = dims
+    latents, ropes = random_rows(rng, kv_format, 2, 70, rank, rope)
+    wide = mx.pad(latents, [(0, 0), (0, 0), skipped])
+    mx.eval(wide)
+    latents = wide[..., skipped[0] : wide.shape[-1] - skipped[1]]
+    q = random(rng, (2, 2, 3, rank + rope), dtype)
+    with metal(trace=True):
+        there = ops.sparse_mla_decode(q, latents, ropes, rank=rank, scale=0.1)
+        mx.eval(there)
+    split = metal_sim.take_launches()[0]
+    assert split.report.clean, split.report
+    assert split.kernel.rstrip("_").rpartition("_")[2] == str(unit)
+    with cpu():
+        assert_same_bits(there, ops.sparse_mla_decode(q, latents, ropes, rank=rank, scale=0.1))
 
 
 @simulated_only

@@ -10,10 +10,34 @@ namespace glm_fused {
 
 namespace {
 
-constexpr int kHeads = 64;  // a threadgroup takes so many
-constexpr int kSplitSimdgroups = 8;
+constexpr int kHeads = 16;  // a threadgroup takes so many
+constexpr int kSplitSimdgroups = 4;
 constexpr int kCombineSimdgroups = 4;
 constexpr size_t kMaxScratch = 1 << 24;  // floats of o in a step, 64 MiB
+constexpr int kChunk = 8;                // values that a thread loads at once
+
+// Gives how many bytes the shader reads at once: the largest unit of which each
+// chunk of q and of the rows begins at a multiple. It is 0, value by value,
+// where there is none, or where a chunk is not all latent or all RoPE key.
+int load_unit(const metal::Attended& a, const RowsParams& rows) {
+  if (rows.rank % kChunk != 0 || rows.rope % kChunk != 0) {
+    return 0;
+  }
+  uint64_t places = a.q.offset() | a.latents.offset() | rows.latent_stride |
+      rows.latent_sequence;
+  if (a.ropes) {
+    places |= a.ropes->offset() | rows.rope_stride | rows.rope_sequence;
+  }
+  if (a.layout.format != RowFormat::floating) {
+    places |= rows.rank + 4 * scale_count(a.layout.format, rows.rank);
+  }
+  for (const int unit : {16, 8, 4}) {
+    if (places % unit == 0) {
+      return unit;
+    }
+  }
+  return 0;
+}
 
 }  // namespace
 
@@ -37,11 +61,6 @@ void attend(
   auto m = allocate({step, splits, heads}, mx::float32);
   auto l = allocate({step, splits, heads}, mx::float32);
   encoder.add_temporaries({o, m, l});
-  auto split = kernel(
-      device,
-      metal_source::sparse_mla_decode,
-      "mla_split<" + type_name(q.dtype()) + ", " +
-          rows_name(a.layout, a.latents, a.ropes) + ">");
   MlaParams params{
       rows_params(a.layout, a.latents, a.ropes, q.shape(1)),
       0,
@@ -49,6 +68,12 @@ void attend(
       listed,
       splits,
       a.scale};
+  auto split = kernel(
+      device,
+      metal_source::sparse_mla_decode,
+      "mla_split<" + type_name(q.dtype()) + ", " +
+          rows_name(a.layout, a.latents, a.ropes) + ", " +
+          std::to_string(load_unit(a, params.rows)) + ">");
   for (int first = 0; first < tokens; first += step) {
     const int count = std::min(step, tokens - first);
     params.first_token = first;
