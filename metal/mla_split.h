@@ -40,10 +40,6 @@ GLM_CONST int kOwnColumns = kColumns / kMlaSimdgroups / kWide;
 GLM_CONST int kScores = kOwnHeads * kOwnKeys;
 GLM_CONST int kSums = kOwnHeads * kOwnColumns;
 
-METAL_FUNC float larger(float a, float b) {
-  return b > a ? b : a;  // a where b is NaN
-}
-
 template <typename T, typename R, int unit>
 struct MlaSplit {
   typedef FloatRows<T, T> Q;

@@ -15,8 +15,10 @@ struct ToDevice {
   }
 };
 
+GLM_CONST int kCombineThreads = 128;
+
 // Writes y [tokens, heads, rank]. The grid is (heads, tokens).
-[[kernel]] void mla_combine(
+[[kernel, max_total_threads_per_threadgroup(kCombineThreads)]] void mla_combine(
     const device float* o [[buffer(0)]],
     const device float* m [[buffer(1)]],
     const device float* l [[buffer(2)]],
@@ -25,8 +27,7 @@ struct ToDevice {
     threadgroup float* weights [[threadgroup(0)]],
     uint3 tid [[threadgroup_position_in_grid]],
     uint simd_gid [[simdgroup_index_in_threadgroup]],
-    uint simd_lid [[thread_index_in_simdgroup]],
-    uint simdgroups [[simdgroups_per_threadgroup]]) {
+    uint simd_lid [[thread_index_in_simdgroup]]) {
   const int token = params.first_token + tid.y;
   const size_t first = size_t(tid.y) * params.splits * params.heads + tid.x;
   const ToDevice head = {
@@ -39,6 +40,6 @@ struct ToDevice {
       first,
       weights,
       simd_gid * kLanes + simd_lid,
-      simdgroups * kLanes,
+      kCombineThreads,
       head);
 }

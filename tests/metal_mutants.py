@@ -108,9 +108,7 @@ def _own_text(text: str) -> str:
     text = text.replace(mlx_arithmetic(), "")
     text = re.sub(r"^#include <.*\n", "", text, flags=re.M)
     # A plain kernel would be in the library under its own name once per namespace.
-    return re.sub(
-        r"(?<!>\n)^\[\[kernel\]\] void", "template <int>\n[[kernel]] void", text, flags=re.M
-    )
+    return re.sub(r"(?<!>\n)^(\[\[kernel.*\]\] void)", r"template <int>\n\1", text, flags=re.M)
 
 
 class Mutants:
@@ -147,6 +145,7 @@ class Mutants:
         """
         usual = [x for x in self.right(m.case).launches if kernel_of(x.kernel) == m.kernel]
         compiler = self._compiler(m)
+        self._library(m)[1].result()  # a change that does not compile is not caught by a run
         try:
             launches = _launches(m.case, compiler)
         except RuntimeError as problem:

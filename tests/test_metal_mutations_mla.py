@@ -101,6 +101,10 @@ EMPTY = Attention("empty", 3, 8, listed=130, total=140, empty=(3, 128))
 # Nothing is listed that a query sees.
 NOTHING = Attention("nothing", 2, 8, listed=3, empty=(0, 3))
 ONE = Attention("one", 5, 8, listed=1)
+# It has more splits than a simdgroup has lanes.
+LONG = Attention("long", 1, 8, listed=2180, total=2190)
+# The second split has a key for the second query alone.
+UNLIKE = Attention("unlike", 1, 8, total=65, queries=2)
 # Its sums of values are -0.
 TINY = Attention("tiny", 1, 8, total=2, tiny=True)
 # The block after that of the infinite value is not whole.
@@ -126,6 +130,8 @@ CASES = [
         EMPTY,
         NOTHING,
         ONE,
+        LONG,
+        UNLIKE,
         TINY,
         INFINITE_KEY,
         INFINITE_QUERY,
@@ -163,7 +169,7 @@ SPLIT = [
     # row_chunks.h
     ("units", LISTED, "i < words / each@@ - 1@; i++"),
     ("unit", LISTED, "from)[@i@0@];\n      GLM_UNROLL"),
-    ("words of a unit", LISTED, "j < each@@ - 1@; j++"),
+    ("words of a unit", LISTED, "j < each@@ - 1@; j++", 1),
     ("word of a unit", LISTED, "to[i * each@ + j@@]"),
     ("word of a chunk", LISTED, "to[@i * each + @@j]"),
     ("words", INT8, "i < words@@ - 1@; i++"),
@@ -413,20 +419,53 @@ SPLIT = [
 ]
 COMBINE = [
     ("barrier", LISTED, BARRIER, 0),
-    ("splits of a maximum", EMPTY, "s < splits@@ + 1@; s++", 0),
-    ("splits of a maximum, one less", EMPTY, "s < splits@@ - 1@; s++", 0),
-    ("weights", EMPTY, "s < splits@@ + 1@; s += threads"),
-    ("weights, one less", EMPTY, "s < splits@@ - 1@; s += threads"),
-    ("splits of the total", EMPTY, "s < splits@@ + 1@; s++", 1),
-    ("splits of the total, one less", EMPTY, "s < splits@@ - 1@; s++", 1),
-    ("a query without keys", NOTHING, "y.set(column, @any ? value / total : 0.0f@value / total@)"),
-    ("columns", LISTED, "column < rank@@ + 1@; column += threads"),
-    ("columns, one less", LISTED, "column < rank@@ - 1@; column += threads"),
-    ("splits of a value", EMPTY, "s < splits@@ + 1@; s++", 2),
-    ("splits of a value, one less", EMPTY, "s < splits@@ - 1@; s++", 2),
-    # These reads would change nothing.
-    ("maximum of an empty split", EMPTY, "largest = @l[at] != 0 && @@m[at]"),
-    ("values of an empty split", EMPTY, "value =\n          @l[at] != 0@true@ ?"),
+    ("splits of a maximum", LONG, "s < count@@ + 1@; s += kLanes"),
+    ("splits of a maximum, one less", EMPTY, "s < count@@ - 1@; s += kLanes"),
+    ("more splits of a maximum", LONG, "s < count@@ / 2@; s += kLanes"),
+    ("splits of a lane", LONG, "int s = thread_id@ % kLanes@@; s <"),
+    ("split of a maximum", EMPTY, "at = @size_t(s) * heads@0@;\n      largest"),
+    ("maximum of the lanes", EMPTY, "largest = @simd_max(largest)@largest@;"),
+    ("weights", EMPTY, "s < count@@ + 1@; s += threads"),
+    ("weights, one less", EMPTY, "s < count@@ - 1@; s += threads"),
+    ("weights of a thread", LONG, "s = @thread_id@0@; s <"),
+    ("split of a weight", EMPTY, "at = @size_t(s) * heads@0@;\n      weights"),
+    ("weight of an empty split", NOTHING, "m[at] - largest) : @-1.0f@0.0f@;"),
+    ("weight of any split", EMPTY, "weights[s] =\n          @l[at] != 0@true@ ?"),
+    ("splits of a sum", EMPTY, "own[i] = first + i < count@@ + 1@ ?"),
+    ("splits of a sum, one less", EMPTY, "own[i] = first + i < count@@ - 1@ ?"),
+    ("splits of a sum, none", EMPTY, "own[i] = @first + i < count@true@ ?"),
+    ("more splits of a sum", LONG, "first < count@@ - kSplitsAtOnce@; first"),
+    ("weight of a split", EMPTY, "weights[first@ + i@@]"),
+    ("weight of more splits", LONG, "weights[@first + @@i]"),
+    ("splits at once", LONG, "i < kSplitsAtOnce@@ - 1@; i++) {\n        own"),
+    ("splits added", LONG, "i < kSplitsAtOnce@@ - 1@; i++) {\n        if"),
+    ("empty splits read", EMPTY, "if (@!(own[i] < 0)@true@) {\n          parts"),
+    ("empty splits added", EMPTY, "if (@!(own[i] < 0)@true@) {\n          value"),
+    ("a NaN of a split", INFINITE_QUERY, "if (@!(own[i] < 0)@own[i] >= 0@) {\n          value"),
+    ("split of a value", EMPTY, "x[size_t(first@ + i@@) * step]"),
+    ("more splits of a value", LONG, "x[size_t(@first + @@i) * step]"),
+    ("step of a value", EMPTY, "x[size_t(first + i)@ * step@@]"),
+    ("columns", LISTED, "i < rank / each@@ + 1@; i += threads"),
+    ("columns, one less", LISTED, "i < rank / each@@ - 1@; i += threads"),
+    ("columns one by one", HEADS, "i < rank / each@@ - 1@; i += threads"),
+    ("columns of a thread", LISTED, "sum(x@ + i@@, heads"),
+    ("row of a split", EMPTY, "heads * @(rank / each)@rank@)"),
+    ("columns of a vector", LISTED, "j < each@@ - 1@; j++"),
+    ("column of a vector", LISTED, "y.set(i * each@ + j@@,"),
+    ("vector of a thread", LISTED, "y.set(@i * each + @@j,"),
+    ("part of a vector", LISTED, "return value[@i@0@];"),
+    ("a query without keys", NOTHING,
+        "@total != 0 ? part_of(value, j) / total : 0.0f@part_of(value, j) / total@"),
+    ("total", LISTED, "part_of(value, j)@ / total@@ : 0.0f"),
+    ("vectors", HEADS, "if (rank % @4@1@ == 0) {"),
+    ("results of a split", LISTED, "o@ + first * rank@@,"),
+    ("maxima of a head", LISTED, "m@ + first@@,\n      l"),
+    ("sums of a head", UNLIKE, "l@ + first@@,\n      weights"),
+    ("sums in the total", LISTED, "splits.sum(l@ + first@@, params.heads)"),
+    ("heads in the total", EMPTY, "splits.sum(l + first, @params.heads@0@)"),
+    # This read would change nothing.
+    ("maximum of an empty split", EMPTY, "largest = @l[at] != 0 ? larger(largest, m[at]) : largest"
+        "@larger(largest, m[at])@;"),
     ("results of a token", LISTED, "= @size_t(tid.y) * params.splits * params.heads + @@tid.x"),
     ("token of the result", LISTED, "y + (@size_t(token) * params.heads + @@tid.x)"),
 ]  # fmt: skip
@@ -445,8 +484,6 @@ EQUIVALENT = [
     ("mla_split", "passes", FULL, "column < rank@@ + 1@; column += kColumns"),
     # Of two that are equal it does not matter which is taken.
     ("mla_split", "as large", FULL, "return b >@@=@ a ? b : a;"),
-    # The weight of a split without keys is 0, and so is its sum.
-    ("mla_combine", "total of an empty split", EMPTY, "total = @sum != 0@true@ ?"),
 ]
 
 MUTATIONS = [

@@ -124,7 +124,7 @@ void SparseMlaDecode::eval_gpu(
         metal::threadgroup_bytes(params.splits), 0);
     encoder.dispatch_threadgroups(
         MTL::Size(params.heads, tokens, 1),
-        MTL::Size(32, metal::simdgroups(kernel, kCombineSimdgroups), 1));
+        MTL::Size(32, kCombineSimdgroups, 1));
   };
   metal::attend(
       stream(),
