@@ -32,6 +32,7 @@ class _Kernel(c.Structure):
         ("entry", c.c_void_p),
         ("arguments", c.POINTER(_Argument)),
         ("argument_count", c.c_uint32),
+        ("most_threads", c.c_void_p),
     ]
 
 

@@ -16,7 +16,7 @@ namespace metal {
 
 namespace {
 
-// A Mac grants these to every kernel.
+// A Mac grants these to every kernel, unless its attribute takes fewer threads.
 constexpr size_t kMaxBytes = 4096;
 constexpr size_t kMaxThreadgroupMemory = 32768;
 constexpr size_t kMaxThreads = 1024;
@@ -124,10 +124,13 @@ void dispatch(
   if (e.metal.state == nullptr) {
     throw std::logic_error("[metal-sim] dispatch without a pipeline state");
   }
-  if (group.width * group.height * group.depth > kMaxThreads) {
+  const size_t asked = group.width * group.height * group.depth;
+  const size_t most = e.metal.state->maxTotalThreadsPerThreadgroup();
+  if (asked > most) {
     throw std::runtime_error(
-        "[metal-sim] " + e.metal.state->name +
-        " asks for more than 1024 threads in a threadgroup.");
+        "[metal-sim] " + e.metal.state->name + " is launched with " +
+        std::to_string(asked) + " threads in a threadgroup; it takes " +
+        std::to_string(most) + ".");
   }
   cpu::get_command_encoder(e.stream).dispatch(
       [bound = e.metal, grid, group, threads] {
@@ -186,7 +189,7 @@ MTL::ComputePipelineState* Device::get_kernel(
   }
   const auto* library = reinterpret_cast<const sim_host::Library*>(mtl_lib);
   if (library->opened == nullptr) {
-    slot.reset(new MTL::ComputePipelineState{base_name, nullptr});
+    slot.reset(new MTL::ComputePipelineState{base_name, nullptr, kMaxThreads});
     return slot.get();
   }
   std::vector<sim_constant> constants;
@@ -205,7 +208,8 @@ MTL::ComputePipelineState* Device::get_kernel(
   if (pipeline == nullptr) {
     throw std::runtime_error("[metal-sim] " + base_name + ": " + error);
   }
-  slot.reset(new MTL::ComputePipelineState{base_name, pipeline});
+  slot.reset(new MTL::ComputePipelineState{
+      base_name, pipeline, sim_host::executor().most_threads(pipeline)});
   return slot.get();
 }
 
