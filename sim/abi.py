@@ -115,6 +115,7 @@ class _Counts(c.Structure):
             (n, c.c_uint64)
             for n in ("threadgroups", "threads", "simd_functions", "barriers", "threadgroup_bytes")
         ),
+        *((n, c.c_uint64) for n in ("threadgroup_read", "threadgroup_written")),
         ("seconds", c.c_double),
     ]
 

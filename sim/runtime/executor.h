@@ -171,6 +171,8 @@ typedef struct {
   uint64_t threadgroups, threads;
   uint64_t simd_functions, barriers;
   uint64_t threadgroup_bytes;  // of threadgroup memory, per threadgroup
+  // Bytes of threadgroup memory that were accessed; of a traced launch.
+  uint64_t threadgroup_read, threadgroup_written;
   double seconds;
 } sim_counts;
 
