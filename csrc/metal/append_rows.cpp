@@ -11,21 +11,17 @@ namespace glm_fused {
 
 namespace {
 
-using metal::kernel;
-
-std::string typed(const std::string& name, const mx::array& a) {
-  return name + "<uint" + std::to_string(8 * a.itemsize()) + "_t>";
+metal::KernelName typed(const char* function, const mx::array& a) {
+  const int bytes = static_cast<int>(a.itemsize());
+  return {metal_source::append_rows, function, {metal::Argument::word(bytes)}};
 }
 
 void copy(const mx::Stream& stream, const mx::array& from, mx::array to) {
   if (from.size() == 0) {
     return;
   }
-  auto& encoder = mx::metal::get_command_encoder(stream);
-  encoder.set_compute_pipeline_state(kernel(
-      mx::metal::device(stream.device),
-      metal_source::append_rows,
-      typed("copy_rows", from)));
+  metal::Encoder encoder(stream);
+  encoder.set_compute_pipeline_state(encoder.kernel(typed("copy_rows", from)));
   encoder.set_input_array(from, 0);
   encoder.set_output_array(to, 1);
   encoder.set_bytes(CopyParams{view_of(from), view_of(to)}, 2);
@@ -41,11 +37,9 @@ void copy_pair(
     mx::array to_a,
     const mx::array& from_b,
     mx::array to_b) {
-  auto& encoder = mx::metal::get_command_encoder(stream);
-  encoder.set_compute_pipeline_state(kernel(
-      mx::metal::device(stream.device),
-      metal_source::append_rows,
-      typed("copy_pair", from_a)));
+  metal::Encoder encoder(stream);
+  encoder.set_compute_pipeline_state(
+      encoder.kernel(typed("copy_pair", from_a)));
   encoder.set_input_array(from_a, 0);
   encoder.set_output_array(to_a, 1);
   encoder.set_bytes(CopyParams{view_of(from_a), view_of(to_a)}, 2);

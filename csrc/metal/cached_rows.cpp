@@ -14,21 +14,6 @@ long stride(const mx::array& rows, int axis) {
 
 }  // namespace
 
-std::string rows_name(
-    const RowLayout& layout,
-    const mx::array& latents,
-    const mx::array* ropes) {
-  switch (layout.format) {
-    case RowFormat::fp8:
-      return "Fp8Rows";
-    case RowFormat::int8:
-      return "Int8Rows";
-    default:
-      return "FloatRows<" + type_name(latents.dtype()) + ", " +
-          type_name((ropes ? *ropes : latents).dtype()) + ">";
-  }
-}
-
 RowsParams rows_params(
     const RowLayout& layout,
     const mx::array& latents,

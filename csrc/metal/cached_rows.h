@@ -7,13 +7,7 @@
 
 namespace glm_fused::metal {
 
-// Gives the shader's name for rows of `layout` in `latents` and, if there,
-// `ropes`.
-std::string rows_name(
-    const RowLayout& layout,
-    const mx::array& latents,
-    const mx::array* ropes);
-
+// Gives the place of rows of `layout` in `latents` and, if there, `ropes`.
 // Throws unless the last axis is contiguous; `queries` is per sequence.
 RowsParams rows_params(
     const RowLayout& layout,

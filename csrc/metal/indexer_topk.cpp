@@ -26,15 +26,12 @@ void IndexerTopk::eval_gpu(
   if (selected.size() == 0) {
     return;
   }
-  auto& device = mx::metal::device(stream().device);
-  auto& encoder = mx::metal::get_command_encoder(stream());
-  auto score = metal::kernel(
-      device,
-      metal_source::indexer_topk,
-      "index_scores<" + metal::type_name(q.dtype()) + ", " +
-          metal::rows_name(layout_, keys, nullptr) + ">");
-  auto select =
-      metal::kernel(device, metal_source::indexer_topk, "index_select");
+  metal::Encoder encoder(stream());
+  auto* score = encoder.kernel(
+      {metal_source::indexer_topk,
+       "index_scores",
+       {q.dtype(), metal::Argument::cached_rows(layout_, keys, nullptr)}});
+  auto* select = encoder.kernel({metal_source::indexer_topk, "index_select"});
   const int columns = keys.shape(1), queries = q.shape(1);
   const int step = std::clamp(kMaxScores / columns, 1, queries);
   auto words = metal::allocate({step, columns}, mx::uint32);

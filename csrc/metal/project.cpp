@@ -5,7 +5,6 @@
 
 #include "metal/params.h"
 #include "metal/source.h"
-#include "metal/tiles.h"
 
 namespace glm_fused::metal {
 
@@ -17,10 +16,6 @@ constexpr int kPlanes = 3;  // the buffer of the first plane
 constexpr int kOutputs = kPlanes + kMaxProducts * kMaxPlanes;
 constexpr int kNormed = kOutputs + kMaxProducts;
 constexpr int kLaneBytes = 128;  // a lane asks for so much of a router's row
-
-std::string text(bool flag) {
-  return flag ? "true" : "false";
-}
 
 // How a launch shares out its work.
 struct Shares {
@@ -42,43 +37,41 @@ struct Launch {
 
   // Rows of dense weights that begin at multiples of four values are read in
   // fours.
-  std::string format(const Product& p) const {
+  Argument row(const Product& p) const {
     const mx::array& plane = *p.planes;
     const int k = vectors.columns;
     if (p.format->family() == Family::dense && k % 4 == 0 &&
         plane.offset() % (4 * plane.itemsize()) == 0) {
-      return "Dense<" + type_name(plane.dtype()) + ", true>";
+      return Argument::row_of_fours(plane.dtype());
     }
-    return format_name(*p.format, p.rows(), k);
+    return Argument::row(*p.format, p.rows(), k);
   }
 
-  std::string name(const Shares& shares, int width) const {
+  KernelName name(const Shares& shares, int width) const {
     const Vectors& v = vectors;
-    const mx::array& norm = v.norm ? *v.norm : v.x;
-    std::string name = "project<" + type_name(v.type) + ", " +
-        type_name(v.x.dtype()) + ", " + type_name(norm.dtype()) + ", " +
-        text(v.norm) + ", " + text(pair);
-    for (const int n :
-         {shares.rows,
-          width,
-          shares.depth,
-          static_cast<int>(products.size())}) {
-      name += ", " + std::to_string(n);
-    }
+    KernelName name(
+        metal_source::project,
+        "project",
+        {v.type,
+         v.x.dtype(),
+         (v.norm ? *v.norm : v.x).dtype(),
+         v.norm != nullptr,
+         pair,
+         shares.rows,
+         width,
+         shares.depth,
+         static_cast<int>(products.size())});
     for (const Product& p : products) {
-      name += ", " + format(p);
+      name.add(row(p));
     }
-    return name + ">";
+    return name;
   }
 
   void encode(const Shares& shares) const {
     const Vectors& v = vectors;
     const int width = metal::vectors(v.tokens);
-    auto& encoder = mx::metal::get_command_encoder(stream);
-    auto project = kernel(
-        mx::metal::device(stream.device),
-        metal_source::project,
-        name(shares, width));
+    Encoder encoder(stream);
+    auto* project = encoder.kernel(name(shares, width));
     const int simdgroups = metal::simdgroups(project, shares.simdgroups);
     ProjectParams params{
         v.tokens,
@@ -122,10 +115,6 @@ struct Launch {
   }
 };
 
-Tiles tiles(const mx::Stream& stream) {
-  return tiles_for(mx::metal::device(stream.device).get_architecture());
-}
-
 }  // namespace
 
 int vectors(int tokens) {
@@ -144,7 +133,7 @@ void project(
     const Vectors& vectors,
     const std::vector<Product>& products,
     const mx::array* residual) {
-  const Tiles t = tiles(stream);
+  const Tiles& t = Encoder(stream).tiles();
   const Launch launch{stream, vectors, products, residual};
   launch.encode({t.rows, t.gate_up, 1});
 }
@@ -155,7 +144,7 @@ void project_logits(
     const Product& product) {
   const int cells = 4 * static_cast<int>(product.planes->itemsize());
   const Launch launch{stream, vectors, {product}};
-  launch.encode({1, tiles(stream).router, kLaneBytes / cells});
+  launch.encode({1, Encoder(stream).tiles().router, kLaneBytes / cells});
 }
 
 void project_swiglu(
@@ -163,7 +152,7 @@ void project_swiglu(
     const Vectors& vectors,
     const Product& gate,
     const Product& up) {
-  const Tiles t = tiles(stream);
+  const Tiles& t = Encoder(stream).tiles();
   const Launch launch{stream, vectors, {gate, up}, nullptr, true};
   launch.encode({t.rows, t.gate_up, 1});
 }

@@ -47,8 +47,7 @@ void attend(
     const mx::Stream& stream,
     const Attended& a,
     const Combine& combine) {
-  auto& device = mx::metal::device(stream.device);
-  auto& encoder = mx::metal::get_command_encoder(stream);
+  Encoder encoder(stream);
   const mx::array& q = a.q;
   const int tokens = q.shape(0) * q.shape(1), heads = q.shape(2);
   const int listed = a.selected ? a.selected->shape(2) : 0;
@@ -68,12 +67,12 @@ void attend(
       listed,
       splits,
       a.scale};
-  auto split = kernel(
-      device,
-      metal_source::sparse_mla_decode,
-      "mla_split<" + type_name(q.dtype()) + ", " +
-          rows_name(a.layout, a.latents, a.ropes) + ", " +
-          std::to_string(load_unit(a, params.rows)) + ">");
+  auto* split = encoder.kernel(
+      {metal_source::sparse_mla_decode,
+       "mla_split",
+       {q.dtype(),
+        Argument::cached_rows(a.layout, a.latents, a.ropes),
+        load_unit(a, params.rows)}});
   for (int first = 0; first < tokens; first += step) {
     const int count = std::min(step, tokens - first);
     params.first_token = first;
@@ -104,11 +103,9 @@ void SparseMlaDecode::eval_gpu(
   if (y.size() == 0) {
     return;
   }
-  auto& encoder = mx::metal::get_command_encoder(stream());
-  auto kernel = metal::kernel(
-      mx::metal::device(stream().device),
-      metal_source::sparse_mla_decode,
-      "mla_combine");
+  metal::Encoder encoder(stream());
+  auto* kernel =
+      encoder.kernel({metal_source::sparse_mla_decode, "mla_combine"});
   const auto combine = [&](const mx::array& o,
                            const mx::array& m,
                            const mx::array& l,

@@ -194,17 +194,20 @@ void bind_simulator(nb::module_& parent) {
       [](sim_host::Compile compile,
          uint32_t workers,
          bool in_place,
-         bool keep_outputs) {
+         bool keep_outputs,
+         std::string architecture) {
         sim_host::configure(
             {std::make_shared<const sim_host::Compile>(std::move(compile)),
              workers,
              in_place,
-             keep_outputs});
+             keep_outputs,
+             std::move(architecture)});
       },
       "compile"_a,
       "workers"_a,
       "in_place"_a,
-      "keep_outputs"_a);
+      "keep_outputs"_a,
+      "architecture"_a);
   m.def("take_launches", &take_launches);
   m.def("stock_launches", &stock_launches, "outputs"_a);
 }

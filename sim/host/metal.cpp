@@ -142,6 +142,13 @@ void dispatch(
   e.metal.threadgroup_memory.clear();
 }
 
+// As MLX reads it from the architecture's last three characters.
+int generation(const std::string& architecture) {
+  const size_t end = architecture.size();
+  return 10 * (architecture.at(end - 3) - '0') +
+      (architecture.at(end - 2) - '0');
+}
+
 }  // namespace
 
 ResidencySets::ResidencySets(MTL::Device*) {}
@@ -149,15 +156,21 @@ ResidencySets::~ResidencySets() {}
 
 Device::Device()
     : residency_sets_(nullptr),
-      arch_("applegpu_g15s"),
-      arch_gen_(15),
+      arch_(sim_host::settings().architecture),
+      arch_gen_(generation(arch_)),
       max_ops_per_buffer_(1),
       max_mb_per_buffer_(1) {}
 Device::~Device() {}
 
 Device& device(mlx::core::Device) {
-  static auto* simulated = new Device();
-  return *simulated;
+  static std::mutex mutex;
+  static auto& all = *new std::map<int, std::unique_ptr<Device>>();
+  std::lock_guard lock(mutex);
+  auto& slot = all[sim_host::settings().device];
+  if (!slot) {
+    slot = std::make_unique<Device>();
+  }
+  return *slot;
 }
 
 MTL::Library* Device::get_library(
