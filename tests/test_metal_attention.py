@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from formats_under_test import assert_same_bits
 from long_context import KEY_FORMATS, random, random_rows
-from metal_backend import cpu, metal, on_both, simulated_only
+from metal_backend import GPU, cpu, metal, on_both, simulated_only
 
 from glm_fused import ops
 from glm_fused.ops import metal_sim, paths
@@ -158,6 +158,84 @@ def test_indexer_ranks_nan_and_infinity():
     keys[0, 3::50] = np.inf
     q, weights = random(rng, (1, 1, 2, 16)), random(rng, (1, 1, 2))
     assert_same_selection(lambda: ops.indexer_topk(q, mx.array(keys), weights, 60, scale=1.0))
+
+
+SMALL = {"heads": 1, "dim": 8}  # it is the number of keys that matters
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"total": 32769, "k": 64},
+        {"total": 40001, "k": 2048, "b": 2, "queries": 2, "start": [0, 20000]},
+        {"total": 50000, "k": 300, "zeros": 0.99},
+        {"total": 50000, "k": 300, "zeros": 1.0},
+        # Before the last keys no stretch has as many as are wanted.
+        {"total": 70000, "k": 600, "start": [69400]},
+        {"total": 70000, "k": 600, "start": [69300]},
+        {"total": 70000, "k": 600, "start": [48700], "zeros": 1.0},
+        {"total": 33000, "k": 33000},
+        {"total": 70000, "k": 20000},
+        {"total": 300000, "k": 2048, "zeros": 0.5},
+        {"total": 300000, "k": 2048, "start": [280000]},
+    ],
+    ids=str,
+)
+def test_indexer_over_many_threadgroups(sizes):
+    assert_same_selection(choose(17, "bf16", **SMALL, **sizes))
+
+
+@simulated_only
+@pytest.mark.parametrize(
+    "total, grids",
+    [
+        (32768, [(2, 1)]),
+        (32769, [(2, 3), (2, 1)]),
+        (262144, [(2, 16), (2, 1)]),
+        (262145, [(2, 17), (2, 3), (2, 1)]),
+        (1 << 20, [(2, 64), (2, 8), (2, 1)]),
+    ],
+)
+def test_selections_are_spread_over_threadgroups(total, grids):
+    run = choose(18, "bf16", queries=2, total=total, k=2048, **SMALL)
+    with metal(compiler=lambda *_: None):
+        mx.eval(run())
+    scores, *selections = metal_sim.take_launches()
+    assert scores.groups == (-(-total // 256), 2, 1)
+    assert [launch.groups[:2] for launch in selections] == grids
+    assert selections[0].kernel.endswith(f"_true__{'true' if len(grids) == 1 else 'false'}_")
+
+
+@pytest.mark.parametrize(
+    "kv_format, dim, offset, unit",
+    [
+        ("bf16", 64, 0, 16),
+        ("bf16", 64, 8, 16),
+        ("bf16", 64, 4, 8),
+        ("bf16", 64, 2, 4),
+        ("bf16", 64, 1, 0),
+        ("bf16", 60, 0, 0),
+        ("fp16", 24, 0, 16),
+        ("fp32", 40, 0, 16),
+        ("fp32", 40, 1, 4),
+        ("fp8", 128, 0, 4),
+        ("fp8", 136, 0, 16),
+        ("fp8", 128, 2, 0),
+        ("int8", 128, 0, 4),
+        ("int8", 124, 0, 0),
+    ],
+)
+def test_keys_are_read_in_units_that_they_allow(kv_format, dim, offset, unit):
+    """Rows begin `offset` elements into wider ones; a unit of 0 is value by value."""
+    rng = np.random.default_rng(19)
+    keys, _ = random_rows(rng, kv_format, 1, 300, dim, 0)
+    wide = mx.zeros((1, 300, keys.shape[2] + offset), keys.dtype)
+    wide[..., offset:] = keys
+    q, weights = random(rng, (1, 1, 4, dim)), random(rng, (1, 1, 4))
+    mx.eval(wide)
+    assert_same_selection(lambda: ops.indexer_topk(q, wide[..., offset:], weights, 40, scale=1.0))
+    if not GPU:
+        assert metal_sim.take_launches()[0].kernel.endswith(f"_{unit}_")
 
 
 @pytest.mark.slow

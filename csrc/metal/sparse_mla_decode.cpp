@@ -14,30 +14,6 @@ constexpr int kHeads = 16;  // a threadgroup takes so many
 constexpr int kSplitSimdgroups = 4;
 constexpr int kCombineSimdgroups = 4;
 constexpr size_t kMaxScratch = 1 << 24;  // floats of o in a step, 64 MiB
-constexpr int kChunk = 8;                // values that a thread loads at once
-
-// Gives how many bytes the shader reads at once: the largest unit of which each
-// chunk of q and of the rows begins at a multiple. It is 0, value by value,
-// where there is none, or where a chunk is not all latent or all RoPE key.
-int load_unit(const metal::Attended& a, const RowsParams& rows) {
-  if (rows.rank % kChunk != 0 || rows.rope % kChunk != 0) {
-    return 0;
-  }
-  uint64_t places = a.q.offset() | a.latents.offset() | rows.latent_stride |
-      rows.latent_sequence;
-  if (a.ropes) {
-    places |= a.ropes->offset() | rows.rope_stride | rows.rope_sequence;
-  }
-  if (a.layout.format != RowFormat::floating) {
-    places |= rows.rank + 4 * scale_count(a.layout.format, rows.rank);
-  }
-  for (const int unit : {16, 8, 4}) {
-    if (places % unit == 0) {
-      return unit;
-    }
-  }
-  return 0;
-}
 
 }  // namespace
 
@@ -72,7 +48,7 @@ void attend(
        "mla_split",
        {q.dtype(),
         Argument::cached_rows(a.layout, a.latents, a.ropes),
-        load_unit(a, params.rows)}});
+        load_unit(a.layout, a.latents, a.ropes, params.rows, q.offset())}});
   for (int first = 0; first < tokens; first += step) {
     const int count = std::min(step, tokens - first);
     params.first_token = first;
