@@ -1,6 +1,7 @@
 #include "formats/bindings.h"
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/function.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -11,6 +12,7 @@
 #include "cpu/attention/attention_kernels.h"
 #include "cpu/dot/matrix.h"
 #include "cpu/runtime/thread_pool.h"
+#include "metal/compile.h"
 #include "metal/limits.h"
 #include "mlx/scheduler.h"
 #include "ops.h"
@@ -603,6 +605,16 @@ NB_MODULE(_ext, m) {
       "start"_a.none(),
       "kernel"_a,
       "stream"_a.none());
+  m.def(
+      "compile_kernels",
+      &metal::compile_kernels,
+      "outputs"_a,
+      "progress"_a,
+      nb::call_guard<nb::gil_scoped_release>(),
+      "Compile the Metal kernels that evaluating ``outputs`` would launch.\n\n"
+      "Nothing is evaluated. Returns how many were not there already; "
+      "``progress``"
+      "\nis called after each with how many are done, and of how many.");
   m.def(
       "moe_decode_obstacle",
       [](int tokens, int top_k) {

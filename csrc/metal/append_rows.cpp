@@ -57,9 +57,7 @@ void copy_pair(
 void AppendRows::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
-  const auto allocate = [](mx::array& a) {
-    a.set_data(mx::allocator::malloc(a.nbytes()));
-  };
+  const auto allocate = [](mx::array& a) { metal::allocate(a); };
   const int end = at_ + inputs[1].shape(2);
   std::vector<mx::array> places;
   for (size_t i = 0; i < outputs.size(); i++) {

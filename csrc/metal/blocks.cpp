@@ -45,7 +45,7 @@ Product in_rows(const mx::array* planes, const Format& format, mx::array& y) {
 
 bool allocate(std::vector<mx::array>& outputs) {
   for (auto& output : outputs) {
-    output.set_data(mx::allocator::malloc(output.nbytes()));
+    metal::allocate(output);
   }
   return outputs[0].size() > 0;
 }

@@ -18,7 +18,7 @@ void Swiglu::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
   auto& act = outputs[0];
-  act.set_data(mx::allocator::malloc(act.nbytes()));
+  metal::allocate(act);
   if (act.size() == 0) {
     return;
   }
@@ -36,7 +36,7 @@ void ExpertSum::eval_gpu(
     std::vector<mx::array>& outputs) {
   const auto& y = inputs[0];
   auto& sum = outputs[0];
-  sum.set_data(mx::allocator::malloc(sum.nbytes()));
+  metal::allocate(sum);
   if (sum.size() == 0) {
     return;
   }

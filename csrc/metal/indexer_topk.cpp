@@ -119,7 +119,7 @@ void IndexerTopk::eval_gpu(
   const auto &q = inputs[0], &keys = inputs[1], &weights = inputs[2];
   const auto& start = inputs[3];
   auto& selected = outputs[0];
-  selected.set_data(mx::allocator::malloc(selected.nbytes()));
+  metal::allocate(selected);
   if (selected.size() == 0) {
     return;
   }

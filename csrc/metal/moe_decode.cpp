@@ -119,7 +119,7 @@ void MoeDecode::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
   auto& y = outputs[0];
-  y.set_data(mx::allocator::malloc(y.nbytes()));
+  metal::allocate(y);
   if (y.size() == 0) {
     return;
   }

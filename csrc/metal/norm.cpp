@@ -15,7 +15,7 @@ void encode(
     const std::vector<mx::array>& inputs,
     float eps,
     mx::array& y) {
-  y.set_data(mx::allocator::malloc(y.nbytes()));
+  metal::allocate(y);
   if (y.size() == 0) {
     return;
   }

@@ -145,10 +145,9 @@ void Encoder::dispatch_threads(MTL::Size threads, MTL::Size group) {
 }
 
 void compile(
-    const mx::Stream& stream,
     const std::vector<KernelName>& missing,
     const std::function<void(int)>& done) {
-  auto& device = mx::metal::device(stream.device);
+  auto& device = mx::metal::device(mx::Device::gpu);
   std::map<const char*, std::vector<KernelName>> shaders;
   for (const KernelName& name : missing) {
     shaders[name.source()].push_back(name);
@@ -184,10 +183,12 @@ size_t threadgroup_bytes(size_t words) {
 
 mx::array allocate(mx::Shape shape, mx::Dtype dtype) {
   mx::array a(std::move(shape), dtype, nullptr, {});
-  if (!rehearsal) {
-    a.set_data(mx::allocator::malloc(a.nbytes()));
-  }
+  allocate(a);
   return a;
+}
+
+void allocate(mx::array& a) {
+  a.set_data(mx::allocator::malloc(rehearsal ? 1 : a.nbytes()));
 }
 
 void bind_weight(

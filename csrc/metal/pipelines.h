@@ -61,7 +61,6 @@ class Encoder {
 // Compiles kernels that a rehearsal found to be missing, those of a shader
 // together; `done` is told how many there are after each.
 void compile(
-    const mx::Stream& stream,
     const std::vector<KernelName>& missing,
     const std::function<void(int)>& done);
 
@@ -75,6 +74,8 @@ inline int blocks(int count, int size) {
   return (count + size - 1) / size;
 }
 
+// Gives an array its memory, which in a rehearsal is none to speak of.
+void allocate(mx::array& a);
 mx::array allocate(mx::Shape shape, mx::Dtype dtype);
 
 // Binds a weight's planes to kMaxPlanes buffers from `index` on; what a format

@@ -65,7 +65,7 @@ void RouterTopk::eval_gpu(
     std::vector<mx::array>& outputs) {
   const auto &x = inputs[0], &weight = inputs[1], &bias = inputs[2];
   for (auto& output : outputs) {
-    output.set_data(mx::allocator::malloc(output.nbytes()));
+    metal::allocate(output);
   }
   if (outputs[0].size() == 0) {
     return;

@@ -12,7 +12,8 @@ struct Tiles {
   int router;  // of its logits, a row of the weight per simdgroup
 };
 
-// Chooses by architecture string ("applegpu_g16s"), unless
+// Is called once a device, before its first kernel. Chooses by architecture
+// string ("applegpu_g16s"), unless
 // GLM_FUSED_METAL_TILES, e.g. "4,2,8,2", gives rows and the three simdgroup
 // counts.
 Tiles tiles_for(const std::string& architecture);

@@ -1,6 +1,6 @@
 """Compiled kernels of glm_fused; call them through glm_fused.ops."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import enum
 from typing import Any
 
@@ -370,6 +370,14 @@ def sparse_mla_decode(
     | mlx.core.DeviceType
     | None,
 ) -> mlx.core.array: ...
+def compile_kernels(outputs: Sequence[mlx.core.array], progress: Callable[[int, int], None]) -> int:
+    """
+    Compile the Metal kernels that evaluating ``outputs`` would launch.
+
+    Nothing is evaluated. Returns how many were not there already; ``progress``
+    is called after each with how many are done, and of how many.
+    """
+
 def moe_decode_obstacle(tokens: int, top_k: int) -> str:
     """Why moe_decode has no Metal kernel for these counts; empty if it has."""
 

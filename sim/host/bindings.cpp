@@ -55,6 +55,9 @@ class OnMetal : public mx::Primitive {
   const char* name() const override {
     return inner_->name();
   }
+  mx::Primitive& inner() {
+    return *inner_;
+  }
 
  private:
   std::shared_ptr<mx::Primitive> inner_;
@@ -182,6 +185,11 @@ std::shared_ptr<mx::Primitive> place(std::shared_ptr<mx::Primitive> primitive) {
     return primitive;
   }
   return std::make_shared<OnMetal>(std::move(primitive));
+}
+
+mx::Primitive& placed(mx::Primitive& primitive) {
+  auto* on_metal = dynamic_cast<OnMetal*>(&primitive);
+  return on_metal ? on_metal->inner() : primitive;
 }
 
 void bind_simulator(nb::module_& parent) {

@@ -29,6 +29,9 @@ class RoutedExperts(Protocol):
         adapter.
         """
 
+    def takes_at_once(self, choices: int) -> bool:
+        """Whether a call with so many ``experts``, of all tokens together, awaits nothing."""
+
     def __call__(
         self, x: mx.array, experts: mx.array, scores: mx.array, meanwhile: Meanwhile
     ) -> tuple[mx.array, mx.array]:
@@ -79,6 +82,10 @@ class Router(nn.Module):
         router = self.weight, self._bias()
         return ops.blocks.moe_block(x, norm, router, experts, shared, **self._routing)
 
+    def choices(self, x: mx.array) -> int:
+        """How many experts it chooses for the tokens of x [b, l, hidden]."""
+        return x.shape[0] * x.shape[1] * int(self._routing["top_k"])
+
     def _bias(self) -> mx.array:
         return self.e_score_correction_bias.astype(mx.float32)
 
@@ -95,6 +102,10 @@ class SwitchMLP(nn.Module):
     def weights(self) -> tuple[ops.Weight | None, ops.Weight | None, ops.Weight | None]:
         """The weights [experts, …] of gate, up and down; None for one with a trained adapter."""
         return self.gate_proj.as_weight(), self.up_proj.as_weight(), self.down_proj.as_weight()
+
+    def takes_at_once(self, choices: int) -> bool:
+        """Always; see `RoutedExperts`."""
+        return True
 
     def __call__(
         self, x: mx.array, experts: mx.array, scores: mx.array, meanwhile: Meanwhile
