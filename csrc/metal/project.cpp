@@ -115,6 +115,17 @@ struct Launch {
   }
 };
 
+// One launch's products have one number of rows.
+Shares shares(const Launch& launch) {
+  const Tiles& tiles = Encoder(launch.stream).tiles();
+  int rows = 1;
+  for (const Product& p : launch.products) {
+    const int k = launch.vectors.columns;
+    rows = std::max(rows, tiles.rows_of(*p.format, p.rows(), k));
+  }
+  return {rows, tiles.gate_up, 1};
+}
+
 }  // namespace
 
 int vectors(int tokens) {
@@ -133,9 +144,8 @@ void project(
     const Vectors& vectors,
     const std::vector<Product>& products,
     const mx::array* residual) {
-  const Tiles& t = Encoder(stream).tiles();
   const Launch launch{stream, vectors, products, residual};
-  launch.encode({t.rows, t.gate_up, 1});
+  launch.encode(shares(launch));
 }
 
 void project_logits(
@@ -152,9 +162,8 @@ void project_swiglu(
     const Vectors& vectors,
     const Product& gate,
     const Product& up) {
-  const Tiles& t = Encoder(stream).tiles();
   const Launch launch{stream, vectors, {gate, up}, nullptr, true};
-  launch.encode({t.rows, t.gate_up, 1});
+  launch.encode(shares(launch));
 }
 
 }  // namespace glm_fused::metal
