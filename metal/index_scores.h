@@ -130,7 +130,7 @@ list_digits(uint first, uint second, device uint* list, int lane) {
 // and the lists of their first digits, of threadgroups that have any. The grid
 // is (blocks of keys, queries). Keys are read in units of so many bytes.
 template <typename T, typename R, int unit>
-[[kernel]] void index_scores(
+[[kernel, max_total_threads_per_threadgroup(kScoreThreads)]] void index_scores(
     const device T* q [[buffer(0)]],
     const device float* weights [[buffer(1)]],
     const device uint8_t* keys [[buffer(2)]],

@@ -106,7 +106,7 @@ KernelName::KernelName(
 
 void KernelName::add(Argument argument) {
   if (count_ == kMost) {
-    throw std::logic_error(
+    throw std::runtime_error(
         std::string("[metal] ") + function_ + " has too many arguments.");
   }
   arguments_[count_++] = argument;
