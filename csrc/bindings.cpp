@@ -614,7 +614,7 @@ NB_MODULE(_ext, m) {
       "Compile the Metal kernels that evaluating ``outputs`` would launch.\n\n"
       "Nothing is evaluated. Returns how many were not there already; "
       "``progress``"
-      "\nis called after each with how many are done, and of how many.");
+      "\nis called with how many are done, from 0 on, and of how many.");
   m.def(
       "moe_decode_obstacle",
       [](int tokens, int top_k) {

@@ -91,6 +91,7 @@ int compile_kernels(
   }
   const int total = static_cast<int>(missing.size());
   if (total > 0) {
+    progress(0, total);
     compile(missing, [&](int done) { progress(done, total); });
   }
   return total;

@@ -375,7 +375,7 @@ def compile_kernels(outputs: Sequence[mlx.core.array], progress: Callable[[int, 
     Compile the Metal kernels that evaluating ``outputs`` would launch.
 
     Nothing is evaluated. Returns how many were not there already; ``progress``
-    is called after each with how many are done, and of how many.
+    is called with how many are done, from 0 on, and of how many.
     """
 
 def moe_decode_obstacle(tokens: int, top_k: int) -> str:

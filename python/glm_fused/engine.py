@@ -67,7 +67,7 @@ class Engine:
                 bfloat16, and `config` say so, for what trains or saves the model.
             compile_kernels: on Metal, compile what steps and prompts launch now, and not when they
                 first do.
-            on_compile: called after each kernel with how many are compiled, and of how many.
+            on_compile: called with how many kernels are compiled, from 0 on, and of how many.
 
         Raises:
             FileNotFoundError: a file is missing.

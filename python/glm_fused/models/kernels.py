@@ -39,7 +39,7 @@ def compile_kernels(model: Model, on_compile: OnCompile = unseen) -> int:
 
     Args:
         model: on the current device; its caches will have its ``kv_format``.
-        on_compile: called after each kernel with how many are compiled, and of how many.
+        on_compile: called with how many kernels are compiled, from 0 on, and of how many.
 
     Raises:
         RuntimeError: a shader does not compile.
