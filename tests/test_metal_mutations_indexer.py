@@ -87,6 +87,8 @@ ONES = [Indexing(f"one of four, {j}", 300, 1, loud=(200 + j,)) for j in range(4)
 TWINS = Indexing("twins", 300, 250, dim=1, loud=tuple(range(0, 300, 7)), close=True)
 # Several threadgroups select: the first sees few keys, the next none too few.
 MANY = Indexing("many", 32900, 40, dim=1, b=2, queries=2, start=(16350, 0), zeros=0.5)
+# What several threadgroups keep is still too much for one; the last of the next has fewer words.
+DEEP = Indexing("deep", 135000, 4096, dim=1, zeros=0.9)
 CASES = [
     ODD,
     EDGES,
@@ -105,6 +107,7 @@ CASES = [
     *ONES,
     TWINS,
     MANY,
+    DEEP,
 ]
 
 # Each has a name, a case and a change, whose text has @old@new@ where it differs. Where the text
@@ -261,6 +264,9 @@ SELECT = [
     ("kept of a stretch", MANY, "params.kept_columns@ + tid.y * top_k@@;"),
     ("words of a stretch", MANY, "begin = @tid.y * params.stretch@0@;"),
     ("end of a stretch", MANY, "end = min(@begin + @@params.stretch, params.count)"),
+    ("end of the words", DEEP,
+     "end = @min(begin + params.stretch, params.count)@begin + params.stretch@;"),
+    ("words of the next stretch", DEEP, "begin = tid.y * @params.stretch@(params.stretch - 4)@;"),
     ("first visible word", EDGES, "low = all ? @max(begin, visible.low)@begin@ : begin"),
     ("last visible word", ODD, "high = all ? @min(end, visible.high)@end@ : end"),
     ("fewer than wanted", MANY, "if (!last && high - low <= top_k@@ - 30@) {"),
