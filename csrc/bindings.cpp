@@ -1,6 +1,7 @@
 #include "formats/bindings.h"
 
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/function.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -11,6 +12,7 @@
 #include "cpu/attention/attention_kernels.h"
 #include "cpu/dot/matrix.h"
 #include "cpu/runtime/thread_pool.h"
+#include "metal/compile.h"
 #include "metal/kernel_list.h"
 #include "metal/limits.h"
 #include "mlx/scheduler.h"
@@ -638,9 +640,8 @@ NB_MODULE(_ext, m) {
       "stream"_a.none());
   m.def(
       "take_metal_launches",
-      &metal::take_uses,
-      "How many launches of our kernels were encoded since the last call, for "
-      "one token.");
+      &metal::take_launches,
+      "How many launches of our kernels were encoded since the last call.");
   m.def(
       "metal_kernels",
       [] {
@@ -657,6 +658,16 @@ NB_MODULE(_ext, m) {
       },
       nb::sig("def metal_kernels() -> list[dict[str, object]]"),
       "The Metal kernels that have been compiled, with what compiling took.");
+  m.def(
+      "compile_kernels",
+      &metal::compile_kernels,
+      "outputs"_a,
+      "progress"_a,
+      nb::call_guard<nb::gil_scoped_release>(),
+      "Compile the Metal kernels that evaluating ``outputs`` would launch.\n\n"
+      "Nothing is evaluated. Returns how many were not there already; "
+      "``progress``"
+      "\nis called with how many are done, from 0 on, and of how many.");
   m.def(
       "moe_decode_obstacle",
       [](int tokens, int top_k) {

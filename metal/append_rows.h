@@ -5,8 +5,10 @@
 #include "numbers.h"
 #include "view.h"
 
+GLM_CONST int kThreads = 256;  // of a threadgroup
+
 template <typename T>
-[[kernel]] void copy_rows(
+[[kernel, max_total_threads_per_threadgroup(kThreads)]] void copy_rows(
     const device T* from [[buffer(0)]],
     device T* to [[buffer(1)]],
     const constant CopyParams& params [[buffer(2)]],
@@ -19,7 +21,7 @@ template <typename T>
 // The same for two caches, whose rows may be of unlike widths. The grid is
 // (the wider one's columns, rows, 2).
 template <typename T>
-[[kernel]] void copy_pair(
+[[kernel, max_total_threads_per_threadgroup(kThreads)]] void copy_pair(
     const device T* from_a [[buffer(0)]],
     device T* to_a [[buffer(1)]],
     const constant CopyParams& a [[buffer(2)]],

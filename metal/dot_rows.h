@@ -35,6 +35,9 @@ struct Matrix {
 // A lane holds this many results at once; more would leave the registers.
 GLM_CONST int kMaxResults = 16;
 
+// A lane holds so many bytes of the next block while it adds one.
+GLM_CONST int kMaxAhead = 128;
+
 constexpr int rows_at_once(int rows, int width) {
   return rows * width <= kMaxResults ? rows : kMaxResults / width;
 }
@@ -57,8 +60,29 @@ struct Vectors {
   }
 };
 
-// Adds `depth` blocks from `column` on to the sums of dot_rows; unless `whole`,
-// those that begin before `end`. It asks for all weights before it needs any.
+// Reads a lane's cells of `depth` blocks from `column` on; unless `whole`, of
+// those that begin before `end`.
+template <typename F, int matrices, int rows, int depth, bool whole>
+METAL_FUNC void load_blocks(
+    const thread Matrix<F>* w,
+    int k,
+    int used,
+    int own,
+    int column,
+    int end,
+    thread typename F::Cells* cells) {
+  constexpr int all = matrices * rows;
+  GLM_UNROLL
+  for (int i = 0; i < depth * all; i++) {
+    const int at = column + i / all * F::block;
+    if ((whole || at < end) && (F::whole_tiles || i % rows < used)) {
+      const Matrix<F> from = w[i % all / rows].skip(i % rows, at, k);
+      F::load(from.weight, from.scales, from.biases, at + own, cells[i]);
+    }
+  }
+}
+
+// Adds these blocks to the sums of dot_rows.
 template <
     typename V,
     typename F,
@@ -68,8 +92,7 @@ template <
     int depth,
     bool whole>
 METAL_FUNC void dot_blocks(
-    const thread Matrix<F>* w,
-    int k,
+    const thread typename F::Cells* cells,
     int used,
     const thread V& x,
     int own,
@@ -77,16 +100,7 @@ METAL_FUNC void dot_blocks(
     int end,
     thread float* result) {
   constexpr int all = matrices * rows;
-  thread typename F::Cells cells[depth * all];
   thread float x_thread[F::values];
-  GLM_UNROLL
-  for (int i = 0; i < depth * all; i++) {
-    const int at = column + i / all * F::block;
-    if ((whole || at < end) && (F::whole_tiles || i % rows < used)) {
-      const Matrix<F> from = w[i % all / rows].skip(i % rows, at, k);
-      F::load(from.weight, from.scales, from.biases, at + own, cells[i]);
-    }
-  }
   GLM_UNROLL
   for (int d = 0; d < depth; d++) {
     const int at = column + d * F::block;
@@ -99,6 +113,50 @@ METAL_FUNC void dot_blocks(
           F::dot(cells[d * all + i], x_thread, sum, result[i * width + m]);
         }
       }
+    }
+  }
+}
+
+// Adds all whole blocks, which end at `end`. A lane asks for weights before it
+// needs them: for the next block's while it adds one, or for those of `depth`
+// blocks at once.
+template <typename V, typename F, int matrices, int rows, int width, int depth>
+METAL_FUNC void dot_whole_blocks(
+    const thread Matrix<F>* w,
+    int k,
+    int used,
+    const thread V& x,
+    int own,
+    int end,
+    thread float* result) {
+  constexpr int count = depth * matrices * rows;
+  thread typename F::Cells cells[count];
+  int column = 0;
+  if constexpr (depth == 1 && count * int(sizeof(cells[0])) <= kMaxAhead) {
+    thread typename F::Cells next[count];
+    load_blocks<F, matrices, rows, 1, false>(w, k, used, own, 0, end, next);
+    for (; column < end; column += F::block) {
+      GLM_UNROLL
+      for (int i = 0; i < count; i++) {
+        cells[i] = next[i];
+      }
+      load_blocks<F, matrices, rows, 1, false>(
+          w, k, used, own, column + F::block, end, next);
+      dot_blocks<V, F, matrices, rows, width, 1, true>(
+          cells, used, x, own, column, end, result);
+    }
+  } else {
+    for (; column + depth * F::block <= end; column += depth * F::block) {
+      load_blocks<F, matrices, rows, depth, true>(
+          w, k, used, own, column, end, cells);
+      dot_blocks<V, F, matrices, rows, width, depth, true>(
+          cells, used, x, own, column, end, result);
+    }
+    if constexpr (depth > 1) {
+      load_blocks<F, matrices, rows, depth, false>(
+          w, k, used, own, column, end, cells);
+      dot_blocks<V, F, matrices, rows, width, depth, false>(
+          cells, used, x, own, column, end, result);
     }
   }
 }
@@ -128,15 +186,8 @@ METAL_FUNC void dot_rows(
 
   const int own = lane * F::values;  // the lane's first column of a block
   const int end = F::whole_blocks(k) * F::block;
-  int column = 0;
-  for (; column + depth * F::block <= end; column += depth * F::block) {
-    dot_blocks<V, F, matrices, rows, width, depth, true>(
-        w, k, used, x, own, column, end, result);
-  }
-  if constexpr (depth > 1) {
-    dot_blocks<V, F, matrices, rows, width, depth, false>(
-        w, k, used, x, own, column, end, result);
-  }
+  dot_whole_blocks<V, F, matrices, rows, width, depth>(
+      w, k, used, x, own, end, result);
 
   if constexpr (!F::whole_tiles) {
     const int left = min(k - end - own, F::values);

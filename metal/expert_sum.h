@@ -5,8 +5,10 @@
 #include "numbers.h"
 #include "swiglu.h"
 
+GLM_CONST int kThreads = 256;  // of a threadgroup
+
 template <typename T>
-[[kernel]] void swiglu(
+[[kernel, max_total_threads_per_threadgroup(kThreads)]] void swiglu(
     const device T* gate [[buffer(0)]],
     const device T* up [[buffer(1)]],
     device T* act [[buffer(2)]],
@@ -17,7 +19,7 @@ template <typename T>
 
 // Sets sum[token] to the sum over its choices, in order, of score * y.
 template <typename T>
-[[kernel]] void expert_sum(
+[[kernel, max_total_threads_per_threadgroup(kThreads)]] void expert_sum(
     const device T* y [[buffer(0)]],
     const device float* scores [[buffer(1)]],
     device T* sum [[buffer(2)]],

@@ -1,1 +1,2 @@
-#include "indexer_topk.h"
+#include "index_scores.h"
+#include "index_select.h"

@@ -7,7 +7,7 @@
 #include "view.h"
 
 template <typename T, typename W>
-[[kernel]] void rms_norm(
+[[kernel, max_total_threads_per_threadgroup(kLanes)]] void rms_norm(
     const device T* x [[buffer(0)]],
     const device W* weight [[buffer(1)]],
     device T* y [[buffer(2)]],
@@ -30,7 +30,7 @@ template <typename T, typename W>
 }
 
 template <typename T, typename W, typename B>
-[[kernel]] void layer_norm(
+[[kernel, max_total_threads_per_threadgroup(kLanes)]] void layer_norm(
     const device T* x [[buffer(0)]],
     const device W* weight [[buffer(1)]],
     const device B* bias [[buffer(2)]],

@@ -20,6 +20,10 @@ typedef bfloat bfloat16_t;
 
 GLM_CONST int kLanes = 32;
 
+METAL_FUNC float larger(float a, float b) {
+  return b > a ? b : a;  // a where b is NaN
+}
+
 namespace glm_fused {
 
 template <typename T>

@@ -16,7 +16,7 @@ store_bytes(device uint8_t* to, long stride, uint number, int count) {
 }
 
 template <typename T, typename Packing>
-[[kernel]] void pack_rows(
+[[kernel, max_total_threads_per_threadgroup(kLanes)]] void pack_rows(
     const device T* values [[buffer(0)]],
     const device T* ropes [[buffer(1)]],
     device uint8_t* to [[buffer(2)]],

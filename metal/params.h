@@ -49,8 +49,18 @@ struct IndexParams {
   int first_query;  // this dispatch begins with it
   int heads;
   int top_k;
+  int columns;  // words of a query: its keys, in whole threadgroups
   float scale;
   float weight_scale;
+};
+
+// A launch of the selection; words of a query begin at multiples of `columns`.
+struct SelectParams {
+  IndexParams index;
+  int columns;
+  int count;         // of a query's words
+  int stretch;       // a threadgroup takes so many
+  int kept_columns;  // of what is kept of a query
 };
 
 // An array [sequences, heads, length, columns] with strides in values.

@@ -6,8 +6,10 @@
 #include "rotation.h"
 #include "view.h"
 
+GLM_CONST int kThreads = 256;  // of a threadgroup
+
 template <typename T>
-[[kernel]] void rotate_rows(
+[[kernel, max_total_threads_per_threadgroup(kThreads)]] void rotate_rows(
     const device T* x [[buffer(0)]],
     const device float* cosines [[buffer(1)]],
     const device float* sines [[buffer(2)]],

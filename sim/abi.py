@@ -32,6 +32,7 @@ class _Kernel(c.Structure):
         ("entry", c.c_void_p),
         ("arguments", c.POINTER(_Argument)),
         ("argument_count", c.c_uint32),
+        ("most_threads", c.c_void_p),
     ]
 
 
@@ -114,6 +115,7 @@ class _Counts(c.Structure):
             (n, c.c_uint64)
             for n in ("threadgroups", "threads", "simd_functions", "barriers", "threadgroup_bytes")
         ),
+        *((n, c.c_uint64) for n in ("threadgroup_read", "threadgroup_written")),
         ("seconds", c.c_double),
     ]
 

@@ -90,6 +90,10 @@ def _entry_points(entries: Sequence[EntryPoint]) -> str:
             "const __private ulong* groups, const __private msl_position* at) "
             f"{{ {entry.expression}({', '.join(entry.passed)}); }}"
         )
+        if entry.most_threads:
+            lines.append(
+                f'extern "C" uint sim_most_threads_{i}() {{ return {entry.most_threads}; }}'
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -107,8 +111,11 @@ def _table(rewritten: Rewritten, trace: bool) -> str:
     for i, entry in enumerate(rewritten.entries):
         lines.append(f"void sim_entry_{i}(const uint64_t*, const uint64_t*, const void*);")
         lines.append(_arguments(i, entry))
+        if entry.most_threads:
+            lines.append(f"uint32_t sim_most_threads_{i}(void);")
     kernels = ",\n".join(
-        f'{{"{e.name}", sim_entry_{i}, arguments_{i}, {len(e.arguments)}}}'
+        f'{{"{e.name}", sim_entry_{i}, arguments_{i}, {len(e.arguments)}, '
+        f"{f'sim_most_threads_{i}' if e.most_threads else '0'}}}"
         for i, e in enumerate(rewritten.entries)
     )
     shown = ",\n".join(

@@ -52,9 +52,12 @@ class FunctionConstant:
 
 @dataclass(frozen=True)
 class EntryPoint:
-    """A kernel under its host name; `expression` names the function, e.g. `copy<float, 4>`."""
+    """A kernel under its host name; `expression` names the function, e.g. `copy<float, 4>`.
+
+    `most_threads` names the constant that its max_total_threads_per_threadgroup gives, if any."""
 
     name: str
     expression: str
     arguments: tuple[Argument, ...]
     passed: tuple[str, ...]
+    most_threads: str = ""

@@ -42,7 +42,8 @@ class Traffic:
 class Report:
     """What a launch did and what was wrong; untraced, divergence alone is found.
 
-    `traffic` is by buffer index; `seconds` is the wall time."""
+    `traffic` is by buffer index, `threadgroup_read` and `threadgroup_written` count each access to
+    threadgroup memory in bytes; `seconds` is the wall time."""
 
     kernel: str
     races: list[Finding] = field(default_factory=list)
@@ -56,6 +57,8 @@ class Report:
     simd_functions: int = 0
     barriers: int = 0
     threadgroup_bytes: int = 0
+    threadgroup_read: int = 0
+    threadgroup_written: int = 0
     seconds: float = 0.0
 
     @property
@@ -71,7 +74,9 @@ class Report:
         lines = [
             f"{self.kernel}: {self.threadgroups} threadgroups, {self.threads} threads, "
             f"{self.simd_functions} simdgroup functions, {self.barriers} barriers, "
-            f"{self.threadgroup_bytes} bytes of threadgroup memory, {self.seconds:.3f} s"
+            f"{self.threadgroup_bytes} bytes of threadgroup memory "
+            f"(read {self.threadgroup_read}, written {self.threadgroup_written}), "
+            f"{self.seconds:.3f} s"
         ]
         lines += [
             f"  buffer {index}: read {t.read} ({t.unique_read} unique), "

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from .kernels import POSITIONS, Argument, EntryPoint, FunctionConstant
 from .tokens import SyntaxProblem, TokenStream
 
+_MOST_THREADS = "max_total_threads_per_threadgroup"
 _SPACES = {"__global": "device", "__local": "threadgroup", "__constant": "constant"}
 _CONSTANT_TYPES = {
     **{t: t for t in ("bool", "char", "uchar", "short", "ushort", "int", "uint", "long", "ulong")},
@@ -28,6 +29,7 @@ class Rewritten:
 class _Function:
     arguments: tuple[Argument, ...]
     passed: tuple[str, ...]
+    limited: bool  # by max_total_threads_per_threadgroup
 
 
 @dataclass
@@ -39,6 +41,7 @@ class _Rewriter:
     instances: list[tuple[str, str, str]] = field(default_factory=list)
     constants: list[FunctionConstant] = field(default_factory=list)
     variables: int = 0
+    header: tuple[int, int] = (0, 0)  # of the last template
 
     def run(self) -> Rewritten:
         s = self.stream
@@ -47,7 +50,7 @@ class _Rewriter:
         while i < len(s):
             i = self.step(i) if s.token(i).own else i + 1
         entries = [
-            EntryPoint(host, expression, f.arguments, f.passed)
+            EntryPoint(host, expression, f.arguments, f.passed, _limit(name, expression, f.limited))
             for host, name, expression in self.instances
             if (f := self.function(host, name))
         ]
@@ -66,11 +69,13 @@ class _Rewriter:
             return self.function_constant(i)
         if word == "template" and s[i + 1] == "[[":
             return self.instantiation(i)
+        if word == "template" and s[i + 1] == "<":
+            self.header = (i, s.angle(i + 1) + 1)
         if word == "[[":
-            attributes = [s[a] for a, _ in s.split(i + 1, s.close(i) - 1)]
+            attributes = {s[a]: s.text(a + 2, b - 1) for a, b in s.split(i + 1, s.close(i) - 1)}
             if "kernel" in attributes:
                 s.replace(i, s.close(i) + 1, "")
-                return self.kernel(i, s.close(i) + 1)
+                return self.kernel(i, s.close(i) + 1, attributes.get(_MOST_THREADS, ""))
             if "host_name" in attributes:
                 s.replace(i, s.close(i) + 1, "")
                 return s.close(i) + 1
@@ -153,8 +158,10 @@ class _Rewriter:
         s.replace(i, end + 1, ";")
         return end + 1
 
-    def kernel(self, before: int, i: int) -> int:
-        """Rewrite a kernel's signature, which begins with its return type at i."""
+    def kernel(self, before: int, i: int, most_threads: str = "") -> int:
+        """Rewrite a kernel's signature, which begins with its return type at i.
+
+        `most_threads` is the value of its attribute, which becomes a constant of its own."""
         s = self.stream
         while s[i] == "[[":
             i = s.close(i) + 1
@@ -164,9 +171,13 @@ class _Rewriter:
         closing = s.close(opening)
         found = self.parameters(opening + 1, closing)
         self.functions[name] = _Function(
-            tuple(a for a, _ in found), tuple(passed for _, passed in found)
+            tuple(a for a, _ in found), tuple(passed for _, passed in found), most_threads != ""
         )
         template = s[before - 1] == ">"
+        if most_threads:
+            start, end = self.header if template else (before, before)
+            constant = f"constexpr __constant uint {_limit(name, name, True)} = {most_threads};"
+            s.insert(start, f"{s.text(start, end)} {constant} ")
         if not template and s[closing + 1] == "{":
             self.instances.append((self.host_name(before) or name, name, name))
         return closing + 1
@@ -247,6 +258,11 @@ class _Rewriter:
             self.variables += 1
         s.replace(i, end + 1, " ".join(declarations))
         return end + 1
+
+
+def _limit(name: str, expression: str, limited: bool) -> str:
+    """What an instance of the kernel `name` names its limit of threads; "" if it has none."""
+    return re.sub(rf"\b{name}\b", f"msl_most_threads_{name}", expression, count=1) * limited
 
 
 def _is_pointer(words: list[str]) -> bool:

@@ -28,7 +28,7 @@ typedef half float16_t;
 typedef bfloat bfloat16_t;
 """
 _OURS = re.compile(
-    r"\b((?:moe_gate_up|moe_down_sum|router_logits|router_select|index_scores|mla_split|rms_norm"
+    r"\b((?:moe_gate_up|moe_down_sum|router_logits|router_select|index_scores|index_select|mla_split|rms_norm"
     r"|layer_norm|rotate_rows|copy_rows|copy_pair|pack_rows|project|attention_queries|mla_unembed|Affine|Dense|Fp8?"
     r"|FloatRows)<"
     r"|(?:Fp8Rows|Int8Rows|glm_fused::(?:Fp8|Int8)Packing)\b)"
@@ -40,7 +40,7 @@ _FRUGAL = {
     "router_logits": (0, 1),
     "router_select": (0, 1),
     "index_scores": (0, 1, 2),
-    "index_select": (0,),
+    "index_select": (0, 4),
     "mla_split": (0, 1, 2, 3),
     "mla_combine": (0, 1, 2),
     "rms_norm": (0, 1),
@@ -109,9 +109,7 @@ def _own_text(text: str) -> str:
     text = text.replace(mlx_arithmetic(), "")
     text = re.sub(r"^#include <.*\n", "", text, flags=re.M)
     # A plain kernel would be in the library under its own name once per namespace.
-    return re.sub(
-        r"(?<!>\n)^\[\[kernel\]\] void", "template <int>\n[[kernel]] void", text, flags=re.M
-    )
+    return re.sub(r"(?<!>\n)^(\[\[kernel.*\]\] void)", r"template <int>\n\1", text, flags=re.M)
 
 
 class Mutants:
@@ -148,6 +146,7 @@ class Mutants:
         """
         usual = [x for x in self.right(m.case).launches if kernel_of(x.kernel) == m.kernel]
         compiler = self._compiler(m)
+        self._library(m)[1].result()  # a change that does not compile is not caught by a run
         try:
             launches = _launches(m.case, compiler)
         except RuntimeError as problem:

@@ -444,7 +444,7 @@ def test_debug_keeps_the_traceback(monkeypatch, tmp_path):
 
 
 def test_interrupt_is_quiet(capsys, monkeypatch, model):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("glm_fused.engine.Engine.__init__", interrupt)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from formats_under_test import assert_same_bits
 from long_context import KEY_FORMATS, random, random_rows
-from metal_backend import cpu, metal, on_both, simulated_only
+from metal_backend import GPU, cpu, metal, on_both, simulated_only
 
 from glm_fused import ops
 from glm_fused.ops import metal_sim, paths
@@ -61,6 +61,9 @@ def test_attention_in_every_dtype(dtype):
         {"k": None, "total": 1},
         {"k": 1, "heads": 1},
         {"k": 64, "heads": 65},
+        {"k": 67, "heads": 17, "rank": 264, "rope": 8},
+        {"k": 5, "heads": 80, "rank": 24, "rope": 0},
+        {"k": 130, "heads": 16, "rank": 257, "rope": 1},
         {"k": 200, "rank": 31, "rope": 0, "heads": 3},
         {"k": 3, "rank": 65, "rope": 7},
         {"k": 20, "start": [200]},
@@ -157,6 +160,84 @@ def test_indexer_ranks_nan_and_infinity():
     assert_same_selection(lambda: ops.indexer_topk(q, mx.array(keys), weights, 60, scale=1.0))
 
 
+SMALL = {"heads": 1, "dim": 8}  # it is the number of keys that matters
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"total": 32769, "k": 64},
+        {"total": 40001, "k": 2048, "b": 2, "queries": 2, "start": [0, 20000]},
+        {"total": 50000, "k": 300, "zeros": 0.99},
+        {"total": 50000, "k": 300, "zeros": 1.0},
+        # Before the last keys no stretch has as many as are wanted.
+        {"total": 70000, "k": 600, "start": [69400]},
+        {"total": 70000, "k": 600, "start": [69300]},
+        {"total": 70000, "k": 600, "start": [48700], "zeros": 1.0},
+        {"total": 33000, "k": 33000},
+        {"total": 70000, "k": 20000},
+        {"total": 300000, "k": 2048, "zeros": 0.5},
+        {"total": 300000, "k": 2048, "start": [280000]},
+    ],
+    ids=str,
+)
+def test_indexer_over_many_threadgroups(sizes):
+    assert_same_selection(choose(17, "bf16", **SMALL, **sizes))
+
+
+@simulated_only
+@pytest.mark.parametrize(
+    "total, grids",
+    [
+        (32768, [(2, 1)]),
+        (32769, [(2, 3), (2, 1)]),
+        (262144, [(2, 16), (2, 1)]),
+        (262145, [(2, 17), (2, 3), (2, 1)]),
+        (1 << 20, [(2, 64), (2, 8), (2, 1)]),
+    ],
+)
+def test_selections_are_spread_over_threadgroups(total, grids):
+    run = choose(18, "bf16", queries=2, total=total, k=2048, **SMALL)
+    with metal(compiler=lambda *_: None):
+        mx.eval(run())
+    scores, *selections = metal_sim.take_launches()
+    assert scores.groups == (-(-total // 256), 2, 1)
+    assert [launch.groups[:2] for launch in selections] == grids
+    assert selections[0].kernel.endswith(f"_true__{'true' if len(grids) == 1 else 'false'}_")
+
+
+@pytest.mark.parametrize(
+    "kv_format, dim, offset, unit",
+    [
+        ("bf16", 64, 0, 16),
+        ("bf16", 64, 8, 16),
+        ("bf16", 64, 4, 8),
+        ("bf16", 64, 2, 4),
+        ("bf16", 64, 1, 0),
+        ("bf16", 60, 0, 0),
+        ("fp16", 24, 0, 16),
+        ("fp32", 40, 0, 16),
+        ("fp32", 40, 1, 4),
+        ("fp8", 128, 0, 4),
+        ("fp8", 136, 0, 16),
+        ("fp8", 128, 2, 0),
+        ("int8", 128, 0, 4),
+        ("int8", 124, 0, 0),
+    ],
+)
+def test_keys_are_read_in_units_that_they_allow(kv_format, dim, offset, unit):
+    """Rows begin `offset` elements into wider ones; a unit of 0 is value by value."""
+    rng = np.random.default_rng(19)
+    keys, _ = random_rows(rng, kv_format, 1, 300, dim, 0)
+    wide = mx.zeros((1, 300, keys.shape[2] + offset), keys.dtype)
+    wide[..., offset:] = keys
+    q, weights = random(rng, (1, 1, 4, dim)), random(rng, (1, 1, 4))
+    mx.eval(wide)
+    assert_same_selection(lambda: ops.indexer_topk(q, wide[..., offset:], weights, 40, scale=1.0))
+    if not GPU:
+        assert metal_sim.take_launches()[0].kernel.endswith(f"_{unit}_")
+
+
 @pytest.mark.slow
 def test_indexer_of_a_million_keys():
     assert_same_selection(choose(16, "fp8", heads=2, dim=32, total=1 << 20, k=2048))
@@ -192,16 +273,63 @@ def test_two_launches_without_findings(run, kernels):
 
 
 @simulated_only
-def test_attention_reads_each_selected_row_twice_and_no_other():
-    """It reads a row once for the scores and once for the values, however many heads there are."""
-    rank, rope, k, total = 96, 32, 128, 400
-    run = attend(26, "bf16", heads=64, rank=rank, rope=rope, total=total, k=None, start=[total - k])
+@pytest.mark.parametrize("heads, blocks", [(1, 1), (16, 1), (17, 2), (64, 4)])
+@pytest.mark.parametrize("rank", [96, 33])
+def test_attention_reads_each_selected_row_twice_and_no_other(heads, blocks, rank):
+    """16 heads read a row once for the scores and once for the values."""
+    rope, k, total = 32, 128, 400
+    run = attend(26, "bf16", heads=heads, rank=rank, rope=rope, k=None, start=[total - k],
+                 total=total)  # fmt: skip
     with metal(trace=True):
         mx.eval(run())
-    split = metal_sim.take_launches()[0].report
-    assert split.traffic[1].unique_read == k * rank * 2
-    assert split.traffic[1].read == 2 * split.traffic[1].unique_read
-    assert split.traffic[2].read == k * rope * 2
+    split = metal_sim.take_launches()[0]
+    assert split.groups == (total // 64 + 1, blocks, 1)
+    latents, ropes = (split.report.traffic[i] for i in (1, 2))
+    assert latents.unique_read == k * rank * 2
+    assert latents.read == 2 * blocks * latents.unique_read
+    assert ropes.read == blocks * k * rope * 2
+
+
+# What lies where a unit of so many bytes, of the dims, the first value in a wider row, and the
+# values that are skipped after each, is all that can be read at once.
+UNITS = [
+    ("bf16", mx.bfloat16, 16, (0, 0), (24, 8)),
+    ("bf16", mx.bfloat16, 8, (4, 0), (24, 8)),
+    ("bf16", mx.bfloat16, 8, (0, 4), (24, 8)),
+    ("fp16", mx.float16, 4, (2, 0), (24, 0)),
+    ("bf16", mx.bfloat16, 0, (1, 7), (24, 8)),
+    ("bf16", mx.bfloat16, 0, (0, 0), (28, 4)),
+    ("bf16", mx.bfloat16, 0, (0, 0), (24, 12)),
+    ("fp32", mx.bfloat16, 16, (4, 0), (8, 16)),
+    ("fp32", mx.float16, 4, (1, 3), (8, 0)),
+    ("fp8", mx.bfloat16, 4, (0, 0), (24, 8)),
+    ("fp8", mx.bfloat16, 16, (0, 0), (400, 8)),
+    ("fp8", mx.bfloat16, 8, (0, 8), (400, 8)),
+    ("fp8", mx.bfloat16, 0, (2, 2), (400, 8)),
+    ("int8", mx.bfloat16, 4, (0, 0), (16, 8)),
+    ("int8", mx.bfloat16, 4, (4, 8), (16, 8)),
+    ("int8", mx.bfloat16, 0, (1, 1), (16, 8)),
+]
+
+
+@simulated_only
+@pytest.mark.parametrize("kv_format, dtype, unit, skipped, dims", UNITS, ids=str)
+def test_attention_reads_in_the_widest_units_that_rows_allow(kv_format, dtype, unit, skipped, dims):
+    rng = np.random.default_rng(28)
+    rank, rope = dims
+    latents, ropes = random_rows(rng, kv_format, 2, 70, rank, rope)
+    wide = mx.pad(latents, [(0, 0), (0, 0), skipped])
+    mx.eval(wide)
+    latents = wide[..., skipped[0] : wide.shape[-1] - skipped[1]]
+    q = random(rng, (2, 2, 3, rank + rope), dtype)
+    with metal(trace=True):
+        there = ops.sparse_mla_decode(q, latents, ropes, rank=rank, scale=0.1)
+        mx.eval(there)
+    split = metal_sim.take_launches()[0]
+    assert split.report.clean, split.report
+    assert split.kernel.rstrip("_").rpartition("_")[2] == str(unit)
+    with cpu():
+        assert_same_bits(there, ops.sparse_mla_decode(q, latents, ropes, rank=rank, scale=0.1))
 
 
 @simulated_only

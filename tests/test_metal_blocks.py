@@ -1,6 +1,7 @@
 """Blocks on Metal: the bits of the unfused chain on the CPU, in a few launches that are clean."""
 
 import functools
+import re
 
 import mlx.core as mx
 import numpy as np
@@ -219,6 +220,56 @@ def test_tiles_change_no_bits():
             mx.eval(found)
         for a, b in zip(found, expected, strict=True):
             assert_same_bits(a, mx.contiguous(b))
+
+
+NVFP4 = ("nvfp4", 4, 16)
+
+
+@simulated_only
+@pytest.mark.parametrize(
+    "architecture, fmt, widths, rows",
+    [
+        ("applegpu_g17s", NVFP4, (512, 4096), (2, 4)),
+        ("applegpu_g17s", NVFP4, (512, 4080), (4, 4)),
+        ("applegpu_g17s", NVFP4, (480, 4096), (4, 4)),
+        ("applegpu_g17s", NVFP4, (4096, 512), (4, 2)),
+        ("applegpu_g17s", MXFP4, (512, 4096), (4, 4)),
+        ("applegpu_g17s", AFFINE4, (512, 4096), (4, 4)),
+        ("applegpu_g17g", NVFP4, (512, 4096), (4, 4)),
+        ("applegpu_g17d", NVFP4, (512, 4096), (4, 4)),
+        ("applegpu_g16s", NVFP4, (512, 4096), (4, 4)),
+        ("applegpu_g18s", NVFP4, (512, 4096), (4, 4)),
+    ],
+)
+def test_rows_of_a_simdgroup_are_those_of_mlx(architecture, fmt, widths, rows):
+    """Two of large dense nvfp4 matrices on an M5 Max, else four; the bits are the same."""
+    hidden, intermediate = widths
+    layer = Layer(15, fmt, mx.bfloat16)
+    x, norm = layer.array(1, 1, hidden), layer.norm(hidden)
+    weights = layer.mlp(hidden, intermediate)
+    runs = rows == (2, 4)
+    with metal(architecture=architecture, **({} if runs else {"compiler": lambda *_: None})):
+        found = blocks.mlp_block(x, norm, weights)
+        mx.eval(found)
+    launches = metal_sim.take_launches()
+    names = [re.search(r"__(?:true|false)__(\d)__1__1__", one.kernel)[1] for one in launches]
+    assert tuple(map(int, names)) == rows
+    sizes = intermediate, hidden
+    assert [one.groups[0] for one in launches] == [
+        -(-size // (2 * each)) for size, each in zip(sizes, rows, strict=True)
+    ]
+    if runs:
+        assert_same_bits(found, x + mlp_chain(normed(x, norm, True), weights, True))
+
+
+@simulated_only
+def test_experts_take_four_rows_on_every_gpu():
+    layer = Layer(16, NVFP4, mx.bfloat16)
+    x, experts = layer.array(1, 512), layer.mlp(512, 4096, 2)
+    with metal(architecture="applegpu_g17s", compiler=lambda *_: None):
+        mx.eval(ops.moe_decode(x, *experts, mx.zeros((1, 1), mx.int32), mx.ones((1, 1))))
+    gate_up, down = metal_sim.take_launches()
+    assert (gate_up.groups, down.groups) == ((4096 // 8, 1, 1), (512 // 4, 1, 1))
 
 
 def test_gradients_are_those_of_the_chain():

@@ -230,6 +230,15 @@ def test_launches_that_are_not_run_are_noted():
 
 
 @simulated_only
+def test_a_launch_with_more_threads_than_the_kernel_takes_is_an_error():
+    def limited(name, text):
+        return compiled(name, text.replace("kThreads = 256", "kThreads = 64"), True, False)
+
+    with metal(compiler=limited), pytest.raises(RuntimeError, match=r"256 threads .* takes 64\."):
+        mx.eval(ops.swiglu(mx.ones((3, 500)), mx.ones((3, 500))))
+
+
+@simulated_only
 @pytest.mark.parametrize("in_place", [False, True])
 def test_a_launch_that_fails_is_an_error_with_its_place(in_place):
     def far_off(name, text):

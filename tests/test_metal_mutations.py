@@ -81,7 +81,12 @@ BAD = experts(
     "bad", DENSE, DENSE, DENSE, tokens=2, hidden=9, intermediate=3, used=2, rows=2,
     simdgroups=(1, 2), slots=((-1, 1), (-1, 2)),
 )  # fmt: skip
-CASES = [SHARED, ODD, FAST, MIXED, WIDE, WHOLE, FACTORS, SQUARES, BAD]
+# More rows than a lane holds two blocks of.
+LONG = experts(
+    "long", AFFINE4, AFFINE4, DENSE, top_k=1, hidden=576, intermediate=9, used=1, rows=8,
+    simdgroups=(1, 1),
+)  # fmt: skip
+CASES = [SHARED, ODD, FAST, MIXED, WIDE, WHOLE, FACTORS, SQUARES, BAD, LONG]
 
 # Each has a name, a case and a change, whose text has @old@new@ where it differs. Where the text
 # occurs several times, a number follows that tells which.
@@ -125,9 +130,16 @@ GATE_UP = [
     ("factor", FACTORS, "factors ? @sum * *(const device float*)factor@sum@ : sum"),
     ("sums zeroed", SHARED, "width@@ + 1@; i++) {\n    result[i] = 0"),
     ("sums zeroed, one less", SHARED, "width@@ - 1@; i++) {\n    result[i] = 0"),
-    ("blocks", SHARED, "F::block <= end@@ + F::block@;"),
-    ("blocks, one less", SHARED, "F::block <@=@@ end;"),
-    ("rows read", SHARED, "i < depth * all@@ + 1@; i++"),
+    ("blocks", SHARED, "column < end@@ + F::block@; column"),
+    ("blocks, one less", FAST, "column < end@@ - F::block@; column"),
+    ("first block", FAST, "used, own, @0@F::block@, end, next"),
+    ("next block", FAST, "own, column@ + F::block@@, end, next"),
+    ("next block of the last", SHARED, "if ((@whole || at < end@true@) && (F"),
+    ("cells of the next block", FAST, "i < count@@ - 1@; i++) {\n        cells"),
+    ("cell of the next block", FAST, "cells[i] = next[@i@0@];"),
+    ("blocks at once", LONG, "F::block <= end@@ + F::block@;"),
+    ("blocks at once, one less", LONG, "F::block <@=@@ end;"),
+    ("rows read", FAST, "i < depth * all@@ + 1@; i++"),
     ("rows read, one less", SHARED, "i < depth * all@@ - 1@; i++"),
     ("rows read mask", SHARED, "&& (@F::whole_tiles || i % rows < used@true@)"),
     ("rows read mask, one more", SHARED, "whole_tiles || i % rows < used@@ + 1@", 0),

@@ -158,6 +158,29 @@ def test_rewriting_keeps_lines() -> None:
     assert lines[7] == "}"
 
 
+LIMITED = """
+#include <metal_stdlib>
+constant constexpr int N = 8;
+[[kernel, max_total_threads_per_threadgroup(N)]] void plain(device int* x) { x[0] = 1; }
+template <typename T, int n, int m = 2 * n>
+[[kernel, max_total_threads_per_threadgroup(n * m)]] void made(device T* x) { x[0] = 1; }
+template [[host_name("made_4")]] [[kernel]] decltype(made<int, 4>) made<int, 4>;
+template [[host_name("made_20")]] [[kernel]] decltype(made<int, 4, 5>) made<int, 4, 5>;
+kernel void free(device int* x) { x[0] = 1; }
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("plain", 8), ("made_4", 32), ("made_20", 20), ("free", 1024)]
+)
+def test_threads_are_as_many_as_the_attribute_says(name: str, most: int) -> None:
+    library, x = sim.compile(LIMITED), np.zeros(1, "i4")
+    library.run(name, grid=(1, 1, 1), threadgroup=(most, 1, 1), buffers={0: x})
+    assert x[0] == 1
+    with pytest.raises(sim.LaunchError, match=f"1 to {most} threads, not {most + most}"):
+        library.run(name, grid=(1, 1, 1), threadgroup=(most, 2, 1), buffers={0: x})
+
+
 def test_bad_launches() -> None:
     library, x = sim.compile(SCALE), np.zeros(8, "f4")
     how = {"grid": (1, 1, 1), "threadgroup": (8, 1, 1)}

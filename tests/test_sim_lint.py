@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,34 @@ def test_our_shaders_pass(file: Path) -> None:
 @pytest.mark.parametrize("name", [f.stem for f in SHADERS if f.suffix == ".metal"])
 def test_the_embedded_text_passes(name: str) -> None:
     assert lint.check_text(shader(name), f"{name}.metal") == []
+
+
+KERNEL = re.compile(r"^\[\[kernel(.*?)\]\]\s+void\s+(\w+)\((.*?)\) \{", re.M | re.S)
+
+
+def unsaid(text: str) -> list[str]:
+    """The kernels that neither say how many threads they take nor ask how many there are."""
+    found = KERNEL.findall(text)
+    assert len(found) == text.count("[[kernel")
+    return [
+        kernel
+        for attributes, kernel, parameters in found
+        if "max_total_threads_per_threadgroup(" not in attributes
+        and "[[simdgroups_per_threadgroup]]" not in parameters
+    ]
+
+
+@pytest.mark.parametrize("name", [f.stem for f in SHADERS if f.suffix == ".metal"])
+def test_kernels_say_how_many_threads_they_take(name: str) -> None:
+    """The launchers of those that ask do so of the pipeline."""
+    assert unsaid(shader(name)) == []
+
+
+def test_kernels_that_say_nothing_are_found() -> None:
+    text = shader("sparse_mla_decode")
+    limit = "[[kernel, max_total_threads_per_threadgroup(kMlaThreads)]]"
+    assert limit in text
+    assert unsaid(text.replace(limit, "[[kernel]]")) == ["mla_split"]
 
 
 @pytest.mark.parametrize(

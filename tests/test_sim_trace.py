@@ -248,6 +248,26 @@ def test_traffic_is_exact() -> None:
     assert (report.threadgroups, report.threads, report.barriers) == (2, 8, 0)
 
 
+def test_threadgroup_memory_is_counted() -> None:
+    """Each of 8 threads writes a float4 and reads one; half of the threads read a float more."""
+    library = sim.compile(
+        "#include <metal_stdlib>\nusing namespace metal;\n"
+        "kernel void f(device float* y, uint id [[thread_index_in_threadgroup]]) {\n"
+        "  threadgroup float4 shared[8];\n"
+        "  shared[id] = float4(id);\n"
+        "  threadgroup_barrier(mem_flags::mem_threadgroup);\n"
+        "  const float4 other = shared[7 - id];\n"
+        "  y[id] = other[0] + other[1] + other[2] + other[3];\n"
+        "  if (id % 2 == 0) y[id] += shared[id][1];\n"
+        "}",
+        trace=True,
+    )
+    y = np.zeros(8, "f4")
+    report = library.run("f", grid=(1, 1, 1), threadgroup=(8, 1, 1), buffers={0: y})
+    assert y.tolist() == [28, 24, 22, 16, 16, 8, 10, 0]
+    assert (report.threadgroup_written, report.threadgroup_read) == (8 * 16, 8 * 16 + 4 * 4)
+
+
 SDPA = """
 #include "mlx/backend/metal/kernels/utils.h"
 {}

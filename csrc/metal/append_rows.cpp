@@ -11,21 +11,17 @@ namespace glm_fused {
 
 namespace {
 
-using metal::kernel;
-
-std::string typed(const std::string& name, const mx::array& a) {
-  return name + "<uint" + std::to_string(8 * a.itemsize()) + "_t>";
+metal::KernelName typed(const char* function, const mx::array& a) {
+  const int bytes = static_cast<int>(a.itemsize());
+  return {metal_source::append_rows, function, {metal::Argument::word(bytes)}};
 }
 
 void copy(const mx::Stream& stream, const mx::array& from, mx::array to) {
   if (from.size() == 0) {
     return;
   }
-  auto& encoder = mx::metal::get_command_encoder(stream);
-  encoder.set_compute_pipeline_state(kernel(
-      mx::metal::device(stream.device),
-      metal_source::append_rows,
-      typed("copy_rows", from)));
+  metal::Encoder encoder(stream);
+  encoder.set_compute_pipeline_state(encoder.kernel(typed("copy_rows", from)));
   encoder.set_input_array(from, 0);
   encoder.set_output_array(to, 1);
   encoder.set_bytes(CopyParams{view_of(from), view_of(to)}, 2);
@@ -41,11 +37,9 @@ void copy_pair(
     mx::array to_a,
     const mx::array& from_b,
     mx::array to_b) {
-  auto& encoder = mx::metal::get_command_encoder(stream);
-  encoder.set_compute_pipeline_state(kernel(
-      mx::metal::device(stream.device),
-      metal_source::append_rows,
-      typed("copy_pair", from_a)));
+  metal::Encoder encoder(stream);
+  encoder.set_compute_pipeline_state(
+      encoder.kernel(typed("copy_pair", from_a)));
   encoder.set_input_array(from_a, 0);
   encoder.set_output_array(to_a, 1);
   encoder.set_bytes(CopyParams{view_of(from_a), view_of(to_a)}, 2);
@@ -66,9 +60,7 @@ mx::array begin_append(
     int at,
     int count,
     mx::array& whole) {
-  const auto allocate = [](mx::array& a) {
-    a.set_data(mx::allocator::malloc(a.nbytes()));
-  };
+  const auto allocate = [](mx::array& a) { metal::allocate(a); };
   if (!place_appended(buffer, at, at + count, whole, allocate)) {
     copy(stream, rows_between(buffer, 0, at), rows_between(whole, 0, at));
   }
@@ -113,12 +105,11 @@ void AppendPacked::eval_gpu(
       fp8 ? kScaleTile : layout_.rank,
       static_cast<int>(scale_count(layout_.format, layout_.rank))};
   params.ropes.columns = layout_.rope;
-  auto& encoder = mx::metal::get_command_encoder(stream());
-  encoder.set_compute_pipeline_state(kernel(
-      mx::metal::device(stream().device),
-      metal_source::append_rows,
-      "pack_rows<" + metal::type_name(values.dtype()) +
-          ", glm_fused::" + (fp8 ? "Fp8Packing" : "Int8Packing") + ">"));
+  metal::Encoder encoder(stream());
+  encoder.set_compute_pipeline_state(encoder.kernel(
+      {metal_source::append_rows,
+       "pack_rows",
+       {values.dtype(), metal::Argument::packing(layout_.format)}}));
   encoder.set_input_array(values, 0);
   encoder.set_input_array(ropes, 1);
   encoder.set_output_array(to, 2);

@@ -39,7 +39,7 @@ in_rows(const mx::array* planes, const Format& format, mx::array& y) {
 // Gives memory to the outputs; returns whether the first one has any values.
 inline bool allocate(std::vector<mx::array>& outputs) {
   for (auto& output : outputs) {
-    output.set_data(mx::allocator::malloc(output.nbytes()));
+    allocate(output);
   }
   return outputs[0].size() > 0;
 }

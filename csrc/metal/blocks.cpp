@@ -7,7 +7,6 @@
 #include "metal/params.h"
 #include "metal/project.h"
 #include "metal/source.h"
-#include "metal/tiles.h"
 #include "ops/metal_blocks.h"
 #include "view.h"
 
@@ -33,19 +32,19 @@ void encode_queries(
     const AttentionSizes& z,
     const QueryInputs& in,
     std::vector<mx::array>& outputs) {
-  using metal::type_name;
-  auto& device = mx::metal::device(stream.device);
-  auto& encoder = mx::metal::get_command_encoder(stream);
-  const auto tiles = metal::tiles_for(device.get_architecture());
+  metal::Encoder encoder(stream);
+  const metal::Tiles& tiles = encoder.tiles();
   const int tokens = in.q->shape(0), width = metal::vectors(tokens);
-  auto kernel = metal::kernel(
-      device,
-      metal_source::attention_queries,
-      "attention_queries<" + type_name(in.q->dtype()) + ", " +
-          type_name(in.kv_norm->dtype()) + ", " +
-          type_name(in.k_norm->dtype()) + ", " + type_name(in.k_bias->dtype()) +
-          ", " + std::to_string(tiles.rows) + ", " + std::to_string(width) +
-          ", " + metal::format_name(format, z.rank, z.nope) + ">");
+  auto* kernel = encoder.kernel(
+      {metal_source::attention_queries,
+       "attention_queries",
+       {in.q->dtype(),
+        in.kv_norm->dtype(),
+        in.k_norm->dtype(),
+        in.k_bias->dtype(),
+        tiles.rows,
+        width,
+        metal::Argument::row(format, z.rank, z.nope)}});
   const int simdgroups = metal::simdgroups(kernel, tiles.gate_up);
   const int row_width = z.rank + z.rope;
   const AttentionParams params{
@@ -123,7 +122,7 @@ void MetalAttentionProject::eval_gpu(
   const auto* wq_b = full ? from.planes(f.wq_b) : nullptr;
   const auto* weights_proj = full ? from.planes(f.weights_proj) : nullptr;
 
-  auto& encoder = mx::metal::get_command_encoder(stream());
+  metal::Encoder encoder(stream());
   const int tokens = static_cast<int>(x.size() / x.shape(-1));
   const auto temporary = [&](int columns) {
     auto made = metal::allocate({tokens, columns}, x.dtype());
@@ -188,7 +187,7 @@ void MetalAttentionOutput::eval_gpu(
   const int heads = attended.shape(2), rank = attended.shape(3);
   const int values = unembed_out->shape(1);
   auto rows = metal::allocate({tokens, heads * values}, x.dtype());
-  mx::metal::get_command_encoder(stream()).add_temporary(rows);
+  metal::Encoder(stream()).add_temporary(rows);
   metal::project(
       stream(),
       {attended, x.dtype(), tokens, heads, rank, heads * rank, rank},
@@ -213,21 +212,21 @@ void MetalAttend::eval_gpu(
   const mx::array* selected = attention_.selected ? &from.array() : nullptr;
   const auto* unembed_out = from.planes(unembed_out_);
   const auto* o_proj = from.planes(o_proj_);
-  auto& device = mx::metal::device(stream().device);
-  auto& encoder = mx::metal::get_command_encoder(stream());
-  const auto tiles = metal::tiles_for(device.get_architecture());
+  metal::Encoder encoder(stream());
+  const metal::Tiles& tiles = encoder.tiles();
   const int all = q.shape(0) * q.shape(1), heads = q.shape(2);
   const int rank = attention_.layout.rank, values = unembed_out->shape(1);
   const int listed = selected ? selected->shape(2) : latents.shape(1);
   const int width = metal::unembed_vectors(all, listed, rank, x.itemsize());
   auto rows = metal::allocate({all, heads * values}, x.dtype());
   encoder.add_temporary(rows);
-  auto unembed = metal::kernel(
-      device,
-      metal_source::mla_unembed,
-      "mla_unembed<" + metal::type_name(x.dtype()) + ", " +
-          std::to_string(tiles.rows) + ", " + std::to_string(width) + ", " +
-          metal::format_name(unembed_out_, values, rank) + ">");
+  auto* unembed = encoder.kernel(
+      {metal_source::mla_unembed,
+       "mla_unembed",
+       {x.dtype(),
+        tiles.rows,
+        width,
+        metal::Argument::row(unembed_out_, values, rank)}});
   const int wanted =
       std::max(metal::blocks(values, tiles.rows), metal::blocks(rank, 32));
   const int simdgroups = metal::simdgroups(unembed, std::min(wanted, 32));
@@ -275,7 +274,7 @@ void MetalMlpBlock::eval_gpu(
   const MlpWeights w = from.mlp(formats_);
   const int tokens = static_cast<int>(x.size() / x.shape(-1));
   auto act = metal::allocate({tokens, w.gate->shape(0)}, x.dtype());
-  mx::metal::get_command_encoder(stream()).add_temporary(act);
+  metal::Encoder(stream()).add_temporary(act);
   metal::Vectors vectors = metal::rows_of(x, x.dtype());
   vectors.norm = &norm;
   vectors.eps = eps_;

@@ -4,6 +4,8 @@ namespace glm_fused::metal {
 
 namespace {
 
+constexpr int kChunk = 8;  // values that a thread loads at once
+
 long stride(const mx::array& rows, int axis) {
   if (rows.strides(2) != 1 && rows.shape(2) > 1) {
     throw std::invalid_argument(
@@ -13,21 +15,6 @@ long stride(const mx::array& rows, int axis) {
 }
 
 }  // namespace
-
-std::string rows_name(
-    const RowLayout& layout,
-    const mx::array& latents,
-    const mx::array* ropes) {
-  switch (layout.format) {
-    case RowFormat::fp8:
-      return "Fp8Rows";
-    case RowFormat::int8:
-      return "Int8Rows";
-    default:
-      return "FloatRows<" + type_name(latents.dtype()) + ", " +
-          type_name((ropes ? *ropes : latents).dtype()) + ">";
-  }
-}
 
 RowsParams rows_params(
     const RowLayout& layout,
@@ -43,6 +30,30 @@ RowsParams rows_params(
       ropes ? stride(*ropes, 1) : 0,
       stride(latents, 0),
       ropes ? stride(*ropes, 0) : 0};
+}
+
+int load_unit(
+    const RowLayout& layout,
+    const mx::array& latents,
+    const mx::array* ropes,
+    const RowsParams& rows,
+    uint64_t queries) {
+  if (rows.rank % kChunk != 0 || rows.rope % kChunk != 0) {
+    return 0;
+  }
+  uint64_t places =
+      queries | latents.offset() | rows.latent_stride | rows.latent_sequence;
+  if (ropes) {
+    places |= ropes->offset() | rows.rope_stride | rows.rope_sequence;
+  } else if (rows.rope > 0) {
+    places |= rows.rank + 4 * scale_count(layout.format, rows.rank);
+  }
+  for (const int unit : {16, 8, 4}) {
+    if (places % unit == 0) {
+      return unit;
+    }
+  }
+  return 0;
 }
 
 }  // namespace glm_fused::metal

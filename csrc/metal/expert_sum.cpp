@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-std::string of_type(const std::string& kernel, const mx::array& a) {
-  return kernel + "<" + metal::type_name(a.dtype()) + ">";
+metal::KernelName of_type(const char* function, const mx::array& a) {
+  return {metal_source::expert_sum, function, {a.dtype()}};
 }
 
 }  // namespace
@@ -18,16 +18,12 @@ void Swiglu::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
   auto& act = outputs[0];
-  act.set_data(mx::allocator::malloc(act.nbytes()));
+  metal::allocate(act);
   if (act.size() == 0) {
     return;
   }
-  auto& encoder = mx::metal::get_command_encoder(stream());
-  encoder.set_compute_pipeline_state(
-      metal::kernel(
-          mx::metal::device(stream().device),
-          metal_source::expert_sum,
-          of_type("swiglu", act)));
+  metal::Encoder encoder(stream());
+  encoder.set_compute_pipeline_state(encoder.kernel(of_type("swiglu", act)));
   encoder.set_input_array(inputs[0], 0);
   encoder.set_input_array(inputs[1], 1);
   encoder.set_output_array(act, 2);
@@ -40,16 +36,12 @@ void ExpertSum::eval_gpu(
     std::vector<mx::array>& outputs) {
   const auto& y = inputs[0];
   auto& sum = outputs[0];
-  sum.set_data(mx::allocator::malloc(sum.nbytes()));
+  metal::allocate(sum);
   if (sum.size() == 0) {
     return;
   }
-  auto& encoder = mx::metal::get_command_encoder(stream());
-  encoder.set_compute_pipeline_state(
-      metal::kernel(
-          mx::metal::device(stream().device),
-          metal_source::expert_sum,
-          of_type("expert_sum", y)));
+  metal::Encoder encoder(stream());
+  encoder.set_compute_pipeline_state(encoder.kernel(of_type("expert_sum", y)));
   encoder.set_input_array(y, 0);
   encoder.set_input_array(inputs[1], 1);
   encoder.set_output_array(sum, 2);

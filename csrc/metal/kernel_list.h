@@ -1,4 +1,4 @@
-// What is known of the kernels that have been used, for reports.
+// What is known of the kernels that have been compiled, for reports.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +16,7 @@ struct ListedKernel {
 
 // Returns those that have been compiled, in their order.
 std::vector<ListedKernel> listed_kernels();
-// Returns how often one was asked for since the last call: for one token, how
-// many launches there were.
-int64_t take_uses();
+// Returns how many launches were encoded since the last call.
+int64_t take_launches();
 
 }  // namespace glm_fused::metal

@@ -1,5 +1,4 @@
 // The MLP half of a layer with experts, which are in memory or streamed.
-#include <functional>
 #include <future>
 #include <memory>
 #include <optional>
@@ -34,7 +33,7 @@ Routed encode_route(
   const mx::array &norm = from.array(), &router = from.array();
   const mx::array& bias = from.array();
   const int tokens = static_cast<int>(x.size() / x.shape(-1));
-  auto& encoder = mx::metal::get_command_encoder(stream);
+  metal::Encoder encoder(stream);
   const auto temporary = [&](int columns, mx::Dtype dtype) {
     auto made = metal::allocate({tokens, columns}, dtype);
     encoder.add_temporary(made);
@@ -55,13 +54,6 @@ Routed encode_route(
   metal::project_logits(stream, vectors, product);
   metal::choose(stream, logits, bias, routing, made.chosen, made.shares);
   return made;
-}
-
-// Has the GPU begin what is encoded; `done` is called once it has done it.
-void begin(const mx::Stream& stream, std::function<void()> done = nullptr) {
-  auto& encoder = mx::metal::get_command_encoder(stream);
-  encoder.end_encoding();
-  encoder.commit(std::move(done));
 }
 
 // Encodes the part of shared experts that needs no other: silu(gate h) * up h.
@@ -137,15 +129,19 @@ void MetalStreamedMoe::eval_gpu(
   const MlpWeights routed = from.mlp(experts_);
   const auto shared =
       shared_ ? std::optional(from.mlp(*shared_)) : std::nullopt;
+  metal::Encoder encoder(stream());
   const auto known = std::make_shared<std::promise<void>>();
-  begin(stream(), [known] { known->set_value(); });
+  encoder.begin([known] { known->set_value(); });
   std::optional<mx::array> act;
   if (shared) {
     act = encode_shared(stream(), made.h, *shared);
-    begin(stream());
+    encoder.begin();
   }
-  known->get_future().wait();
-  const mx::array slots = fill_slots(arrivals_, made.chosen);
+  auto slots = made.chosen;
+  if (!encoder.rehearses()) {
+    known->get_future().wait();
+    slots = fill_slots(arrivals_, made.chosen);
+  }
   metal::experts(
       stream(),
       made.h,
@@ -157,7 +153,6 @@ void MetalStreamedMoe::eval_gpu(
       outputs[0],
       act ? &*act : nullptr);
   // These were temporaries of what the GPU has begun.
-  auto& encoder = mx::metal::get_command_encoder(stream());
   encoder.add_temporaries({made.h, made.shares, slots});
   if (act) {
     encoder.add_temporary(*act);

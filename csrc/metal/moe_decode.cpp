@@ -5,24 +5,9 @@
 #include "metal/params.h"
 #include "metal/pipelines.h"
 #include "metal/source.h"
-#include "metal/tiles.h"
 #include "primitives.h"
 
 namespace glm_fused {
-
-namespace {
-
-std::string joined(
-    const std::string& name,
-    const std::vector<std::string>& args) {
-  std::string text = name + "<" + args[0];
-  for (size_t i = 1; i < args.size(); i++) {
-    text += ", " + args[i];
-  }
-  return text + ">";
-}
-
-}  // namespace
 
 namespace metal {
 
@@ -36,9 +21,8 @@ void experts(
     const mx::array* residual,
     mx::array& y,
     const mx::array* shared_act) {
-  auto& device = mx::metal::device(stream.device);
-  auto& encoder = mx::metal::get_command_encoder(stream);
-  const auto tiles = tiles_for(device.get_architecture());
+  Encoder encoder(stream);
+  const Tiles& tiles = encoder.tiles();
   const MoeParams params{
       slots.shape(0),
       slots.shape(1),
@@ -52,29 +36,28 @@ void experts(
   // Whether the shared experts' gate and up are part of the launch.
   const bool together = shared && !shared_act;
   const int wide = params.shared_intermediate;
-  const std::string type = type_name(x.dtype());
-  const std::string rows = std::to_string(tiles.rows);
-  const std::string vectors =
-      std::to_string(std::bit_ceil(static_cast<unsigned>(params.tokens)));
+  const int vectors =
+      static_cast<int>(std::bit_ceil(static_cast<unsigned>(params.tokens)));
   const size_t links = threadgroup_bytes(pairs);
   // Without shared experts these are bound and never touched.
   const MlpWeights& other = shared ? *shared : routed;
 
   auto act = allocate({pairs, intermediate}, x.dtype());
   encoder.add_temporary(act);
-  std::vector<std::string> names = {
-      type,
-      format_name(routed.formats.gate, intermediate, hidden),
-      format_name(routed.formats.up, intermediate, hidden),
-      rows,
-      vectors};
+  KernelName name(
+      metal_source::moe_decode,
+      "moe_gate_up",
+      {x.dtype(),
+       Argument::row(routed.formats.gate, intermediate, hidden),
+       Argument::row(routed.formats.up, intermediate, hidden),
+       tiles.rows,
+       vectors});
   if (together) {
-    names.push_back("true");
-    names.push_back(format_name(shared->formats.gate, wide, hidden));
-    names.push_back(format_name(shared->formats.up, wide, hidden));
+    name.add(true);
+    name.add(Argument::row(shared->formats.gate, wide, hidden));
+    name.add(Argument::row(shared->formats.up, wide, hidden));
   }
-  auto gate_up =
-      kernel(device, metal_source::moe_decode, joined("moe_gate_up", names));
+  auto* gate_up = encoder.kernel(name);
   encoder.set_compute_pipeline_state(gate_up);
   encoder.set_input_array(x, 0);
   encoder.set_input_array(slots, 1);
@@ -103,17 +86,18 @@ void experts(
           1),
       MTL::Size(32, simdgroups, 1));
 
-  names = {
-      type,
-      format_name(routed.formats.down, hidden, intermediate),
-      rows,
-      vectors};
+  name = KernelName(
+      metal_source::moe_decode,
+      "moe_down_sum",
+      {x.dtype(),
+       Argument::row(routed.formats.down, hidden, intermediate),
+       tiles.rows,
+       vectors});
   if (shared) {
-    names.push_back("true");
-    names.push_back(format_name(shared->formats.down, hidden, wide));
+    name.add(true);
+    name.add(Argument::row(shared->formats.down, hidden, wide));
   }
-  auto down_sum =
-      kernel(device, metal_source::moe_decode, joined("moe_down_sum", names));
+  auto* down_sum = encoder.kernel(name);
   encoder.set_compute_pipeline_state(down_sum);
   encoder.set_input_array(act, 0);
   encoder.set_input_array(slots, 1);
@@ -140,7 +124,7 @@ void MoeDecode::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
   auto& y = outputs[0];
-  y.set_data(mx::allocator::malloc(y.nbytes()));
+  metal::allocate(y);
   if (y.size() == 0) {
     return;
   }

@@ -11,24 +11,20 @@ namespace {
 // A simdgroup takes a row.
 void encode(
     const mx::Stream& stream,
-    const std::string& function,
+    const char* function,
     const std::vector<mx::array>& inputs,
     float eps,
     mx::array& y) {
-  y.set_data(mx::allocator::malloc(y.nbytes()));
+  metal::allocate(y);
   if (y.size() == 0) {
     return;
   }
-  std::string types;
-  auto& encoder = mx::metal::get_command_encoder(stream);
+  metal::Encoder encoder(stream);
+  metal::KernelName name(metal_source::norms, function);
   for (const auto& input : inputs) {
-    types += (types.empty() ? "" : ", ") + metal::type_name(input.dtype());
+    name.add(input.dtype());
   }
-  encoder.set_compute_pipeline_state(
-      metal::kernel(
-          mx::metal::device(stream.device),
-          metal_source::norms,
-          function + "<" + types + ">"));
+  encoder.set_compute_pipeline_state(encoder.kernel(name));
   int index = 0;
   for (const auto& input : inputs) {
     encoder.set_input_array(input, index++);

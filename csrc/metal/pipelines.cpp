@@ -1,66 +1,59 @@
 #include "metal/pipelines.h"
 
 #include <algorithm>
-#include <cctype>
+#include <atomic>
 #include <chrono>
+#include <map>
+#include <memory>
 #include <mutex>
-#include <unordered_set>
+#include <shared_mutex>
+#include <unordered_map>
 #include <utility>
 
-#include "formats/families.h"
 #include "metal/kernel_list.h"
 
 namespace glm_fused::metal {
 
 namespace {
 
-std::string type_name(FloatType type) {
-  return type == FloatType::float32 ? "float"
-      : type == FloatType::float16  ? "float16_t"
-                                    : "bfloat16_t";
+struct Hash {
+  size_t operator()(const KernelName& name) const {
+    return name.hash();
+  }
+};
+
+thread_local Rehearsal* rehearsal = nullptr;
+
+std::atomic<int64_t> launches{0};
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-// Spells template arguments in the characters of an identifier.
-std::string host_name(std::string function) {
-  std::replace_if(
-      function.begin(),
-      function.end(),
-      [](unsigned char c) { return !std::isalnum(c); },
-      '_');
-  return "glm_fused_" + function;
-}
-
-// The kernels that have been asked for.
+// The kernels that have been compiled, on any device.
 class List {
  public:
-  void note(
+  void add(
+      const KernelName& name,
       MTL::ComputePipelineState* kernel,
-      const std::string& name,
       double seconds) {
     std::lock_guard lock(mutex_);
-    uses_++;
-    if (known_.insert(kernel).second) {
-      kernels_.push_back(
-          {name,
-           static_cast<int>(kernel->maxTotalThreadsPerThreadgroup()),
-           static_cast<int>(kernel->staticThreadgroupMemoryLength()),
-           seconds});
-    }
+    kernels_.push_back(
+        {name.function(),
+         static_cast<int>(kernel->maxTotalThreadsPerThreadgroup()),
+         static_cast<int>(kernel->staticThreadgroupMemoryLength()),
+         seconds});
   }
   std::vector<ListedKernel> kernels() {
     std::lock_guard lock(mutex_);
     return kernels_;
   }
-  int64_t take_uses() {
-    std::lock_guard lock(mutex_);
-    return std::exchange(uses_, 0);
-  }
 
  private:
   std::mutex mutex_;
-  std::unordered_set<const MTL::ComputePipelineState*> known_;
   std::vector<ListedKernel> kernels_;
-  int64_t uses_ = 0;
 };
 
 // This is never destroyed, as MLX's threads may outlive the module.
@@ -69,59 +62,182 @@ List& list() {
   return list;
 }
 
-MTL::ComputePipelineState* find_kernel(
-    mx::metal::Device& device,
-    const char* source,
-    const std::string& function) {
-  if (function.find('<') == std::string::npos) {
-    auto library =
-        device.get_library("glm_fused_" + function, [&] { return source; });
-    return device.get_kernel(function, library);
-  }
-  const std::string name = host_name(function);
-  auto library = device.get_library(name, [&] {
-    return std::string(source) + "template [[host_name(\"" + name +
-        "\")]] [[kernel]] decltype(" + function + ") " + function + ";\n";
-  });
-  return device.get_kernel(name, library);
-}
-
 }  // namespace
 
 std::vector<ListedKernel> listed_kernels() {
   return list().kernels();
 }
 
-int64_t take_uses() {
-  return list().take_uses();
+int64_t take_launches() {
+  return launches.exchange(0);
 }
 
-std::string type_name(mx::Dtype dtype) {
-  return dtype == mx::float32 ? type_name(FloatType::float32)
-      : dtype == mx::float16  ? type_name(FloatType::float16)
-                              : type_name(FloatType::bfloat16);
+struct Known {
+  explicit Known(const mx::metal::Device& device)
+      : tiles(tiles_for(device.get_architecture())) {}
+
+  MTL::ComputePipelineState* find(const KernelName& name) {
+    std::shared_lock lock(mutex);
+    const auto found = kernels.find(name);
+    return found == kernels.end() ? nullptr : found->second;
+  }
+
+  void keep(const KernelName& name, MTL::ComputePipelineState* kernel) {
+    std::lock_guard lock(mutex);
+    kernels.emplace(name, kernel);
+  }
+
+  const Tiles tiles;
+  std::shared_mutex mutex;
+  std::unordered_map<KernelName, MTL::ComputePipelineState*, Hash> kernels;
+};
+
+namespace {
+
+// Devices live for ever, and so does what is known of them.
+Known& known(mx::metal::Device& device) {
+  static auto& mutex = *new std::shared_mutex();
+  static auto& all =
+      *new std::unordered_map<mx::metal::Device*, std::unique_ptr<Known>>();
+  {
+    std::shared_lock lock(mutex);
+    if (const auto found = all.find(&device); found != all.end()) {
+      return *found->second;
+    }
+  }
+  auto made = std::make_unique<Known>(device);
+  std::lock_guard lock(mutex);
+  return *all.try_emplace(&device, std::move(made)).first->second;
 }
 
-std::string format_name(const Format& f, int n, int k) {
-  return with_family(f.family(), [&]<class Tag>(Tag) {
-    return RowOf<Tag::value>::type::shader(
-        f, type_name(f.float_type), uses_fast_order(f, n, k));
-  });
+}  // namespace
+
+Rehearsal::Rehearsal() {
+  rehearsal = this;
 }
 
-MTL::ComputePipelineState* kernel(
-    mx::metal::Device& device,
-    const char* source,
-    const std::string& function) {
-  using Clock = std::chrono::steady_clock;
+Rehearsal::~Rehearsal() {
+  rehearsal = nullptr;
+}
+
+Encoder::Encoder(const mx::Stream& stream)
+    : device_(mx::metal::device(stream.device)),
+      known_(known(device_)),
+      encoder_(rehearsal ? nullptr : &mx::metal::get_command_encoder(stream)) {}
+
+const Tiles& Encoder::tiles() const {
+  return known_.tiles;
+}
+
+MTL::ComputePipelineState* Encoder::kernel(const KernelName& name) {
+  if (auto* found = known_.find(name)) {
+    return found;
+  }
+  if (rehearsal) {
+    auto& missing = rehearsal->missing;
+    if (std::ranges::find(missing, name) == missing.end()) {
+      missing.push_back(name);
+    }
+    return nullptr;
+  }
   const auto start = Clock::now();
-  auto* found = find_kernel(device, source, function);
-  const std::chrono::duration<double> taken = Clock::now() - start;
-  list().note(found, function, taken.count());
-  return found;
+  auto library = device_.get_library(
+      name.library(), [&] { return name.source() + name.instance(); });
+  auto* made = device_.get_kernel(name.host(), library);
+  known_.keep(name, made);
+  list().add(name, made, seconds_since(start));
+  return made;
+}
+
+void Encoder::set_compute_pipeline_state(MTL::ComputePipelineState* kernel) {
+  if (encoder_) {
+    encoder_->set_compute_pipeline_state(kernel);
+  }
+}
+
+void Encoder::set_input_array(const mx::array& a, int index) {
+  if (encoder_) {
+    encoder_->set_input_array(a, index);
+  }
+}
+
+void Encoder::set_output_array(mx::array& a, int index) {
+  if (encoder_) {
+    encoder_->set_output_array(a, index);
+  }
+}
+
+void Encoder::set_threadgroup_memory_length(size_t bytes, int index) {
+  if (encoder_) {
+    encoder_->set_threadgroup_memory_length(bytes, index);
+  }
+}
+
+void Encoder::add_temporary(const mx::array& a) {
+  if (encoder_) {
+    encoder_->add_temporary(a);
+  }
+}
+
+void Encoder::add_temporaries(std::vector<mx::array> arrays) {
+  if (encoder_) {
+    encoder_->add_temporaries(std::move(arrays));
+  }
+}
+
+void Encoder::begin(std::function<void()> done) {
+  if (encoder_) {
+    encoder_->end_encoding();
+    encoder_->commit(std::move(done));
+  }
+}
+
+void Encoder::dispatch_threadgroups(MTL::Size groups, MTL::Size group) {
+  if (encoder_) {
+    launches++;
+    encoder_->dispatch_threadgroups(groups, group);
+  }
+}
+
+void Encoder::dispatch_threads(MTL::Size threads, MTL::Size group) {
+  if (encoder_) {
+    launches++;
+    encoder_->dispatch_threads(threads, group);
+  }
+}
+
+void compile(
+    const std::vector<KernelName>& missing,
+    const std::function<void(int)>& done) {
+  auto& device = mx::metal::device(mx::Device::gpu);
+  std::map<const char*, std::vector<KernelName>> shaders;
+  for (const KernelName& name : missing) {
+    shaders[name.source()].push_back(name);
+  }
+  int count = 0;
+  for (const auto& [source, names] : shaders) {
+    std::string text = source;
+    for (const KernelName& name : names) {
+      text += name.instance();
+    }
+    const std::string library_name =
+        "glm_fused_" + std::to_string(std::hash<std::string>()(text));
+    auto start = Clock::now();  // the first of a library counts for it, too
+    auto library = device.get_library(library_name, [&] { return text; });
+    for (const KernelName& name : names) {
+      auto* made = device.get_kernel(name.host(), library);
+      known(device).keep(name, made);
+      list().add(name, made, seconds_since(start));
+      done(++count);
+      start = Clock::now();
+    }
+  }
 }
 
 int simdgroups(MTL::ComputePipelineState* kernel, int wanted) {
+  if (kernel == nullptr) {
+    return wanted;  // a rehearsal's
+  }
   const int most = static_cast<int>(kernel->maxTotalThreadsPerThreadgroup());
   return std::clamp(most / 32, 1, wanted);
 }
@@ -133,12 +249,16 @@ size_t threadgroup_bytes(size_t words) {
 
 mx::array allocate(mx::Shape shape, mx::Dtype dtype) {
   mx::array a(std::move(shape), dtype, nullptr, {});
-  a.set_data(mx::allocator::malloc(a.nbytes()));
+  allocate(a);
   return a;
 }
 
+void allocate(mx::array& a) {
+  a.set_data(mx::allocator::malloc(rehearsal ? 1 : a.nbytes()));
+}
+
 void bind_weight(
-    mx::metal::CommandEncoder& encoder,
+    Encoder& encoder,
     const mx::array* planes,
     const Format& format,
     int index) {

@@ -5,7 +5,6 @@
 
 #include "metal/params.h"
 #include "metal/source.h"
-#include "metal/tiles.h"
 
 namespace glm_fused::metal {
 
@@ -17,10 +16,6 @@ constexpr int kPlanes = 3;  // the buffer of the first plane
 constexpr int kOutputs = kPlanes + kMaxProducts * kMaxPlanes;
 constexpr int kNormed = kOutputs + kMaxProducts;
 constexpr int kLaneBytes = 128;  // a lane asks for so much of a router's row
-
-std::string text(bool flag) {
-  return flag ? "true" : "false";
-}
 
 // How a launch shares out its work.
 struct Shares {
@@ -42,43 +37,41 @@ struct Launch {
 
   // Rows of dense weights that begin at multiples of four values are read in
   // fours.
-  std::string format(const Product& p) const {
+  Argument row(const Product& p) const {
     const mx::array& plane = *p.planes;
     const int k = vectors.columns;
     if (p.format->family() == Family::dense && k % 4 == 0 &&
         plane.offset() % (4 * plane.itemsize()) == 0) {
-      return "Dense<" + type_name(plane.dtype()) + ", true>";
+      return Argument::row_of_fours(plane.dtype());
     }
-    return format_name(*p.format, p.rows(), k);
+    return Argument::row(*p.format, p.rows(), k);
   }
 
-  std::string name(const Shares& shares, int width) const {
+  KernelName name(const Shares& shares, int width) const {
     const Vectors& v = vectors;
-    const mx::array& norm = v.norm ? *v.norm : v.x;
-    std::string name = "project<" + type_name(v.type) + ", " +
-        type_name(v.x.dtype()) + ", " + type_name(norm.dtype()) + ", " +
-        text(v.norm) + ", " + text(pair);
-    for (const int n :
-         {shares.rows,
-          width,
-          shares.depth,
-          static_cast<int>(products.size())}) {
-      name += ", " + std::to_string(n);
-    }
+    KernelName name(
+        metal_source::project,
+        "project",
+        {v.type,
+         v.x.dtype(),
+         (v.norm ? *v.norm : v.x).dtype(),
+         v.norm != nullptr,
+         pair,
+         shares.rows,
+         width,
+         shares.depth,
+         static_cast<int>(products.size())});
     for (const Product& p : products) {
-      name += ", " + format(p);
+      name.add(row(p));
     }
-    return name + ">";
+    return name;
   }
 
   void encode(const Shares& shares) const {
     const Vectors& v = vectors;
     const int width = metal::vectors(v.tokens);
-    auto& encoder = mx::metal::get_command_encoder(stream);
-    auto project = kernel(
-        mx::metal::device(stream.device),
-        metal_source::project,
-        name(shares, width));
+    Encoder encoder(stream);
+    auto* project = encoder.kernel(name(shares, width));
     const int simdgroups = metal::simdgroups(project, shares.simdgroups);
     ProjectParams params{
         v.tokens,
@@ -122,8 +115,15 @@ struct Launch {
   }
 };
 
-Tiles tiles(const mx::Stream& stream) {
-  return tiles_for(mx::metal::device(stream.device).get_architecture());
+// One launch's products have one number of rows.
+Shares shares(const Launch& launch) {
+  const Tiles& tiles = Encoder(launch.stream).tiles();
+  int rows = 1;
+  for (const Product& p : launch.products) {
+    const int k = launch.vectors.columns;
+    rows = std::max(rows, tiles.rows_of(*p.format, p.rows(), k));
+  }
+  return {rows, tiles.gate_up, 1};
 }
 
 }  // namespace
@@ -144,9 +144,8 @@ void project(
     const Vectors& vectors,
     const std::vector<Product>& products,
     const mx::array* residual) {
-  const Tiles t = tiles(stream);
   const Launch launch{stream, vectors, products, residual};
-  launch.encode({t.rows, t.gate_up, 1});
+  launch.encode(shares(launch));
 }
 
 void project_logits(
@@ -155,7 +154,7 @@ void project_logits(
     const Product& product) {
   const int cells = 4 * static_cast<int>(product.planes->itemsize());
   const Launch launch{stream, vectors, {product}};
-  launch.encode({1, tiles(stream).router, kLaneBytes / cells});
+  launch.encode({1, Encoder(stream).tiles().router, kLaneBytes / cells});
 }
 
 void project_swiglu(
@@ -163,9 +162,8 @@ void project_swiglu(
     const Vectors& vectors,
     const Product& gate,
     const Product& up) {
-  const Tiles t = tiles(stream);
   const Launch launch{stream, vectors, {gate, up}, nullptr, true};
-  launch.encode({t.rows, t.gate_up, 1});
+  launch.encode(shares(launch));
 }
 
 }  // namespace glm_fused::metal

@@ -10,16 +10,13 @@ void Rotate::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
   auto& y = outputs[0];
-  y.set_data(mx::allocator::malloc(y.nbytes()));
+  metal::allocate(y);
   if (y.size() == 0) {
     return;
   }
-  auto& encoder = mx::metal::get_command_encoder(stream());
+  metal::Encoder encoder(stream());
   encoder.set_compute_pipeline_state(
-      metal::kernel(
-          mx::metal::device(stream().device),
-          metal_source::rotate,
-          "rotate_rows<" + metal::type_name(y.dtype()) + ">"));
+      encoder.kernel({metal_source::rotate, "rotate_rows", {y.dtype()}}));
   for (int i = 0; i < 3; i++) {
     encoder.set_input_array(inputs[i], i);
   }

@@ -1,11 +1,11 @@
 #include <algorithm>
 #include <bit>
 
+#include "formats/weight.h"
 #include "metal/experts.h"
 #include "metal/params.h"
 #include "metal/pipelines.h"
 #include "metal/source.h"
-#include "metal/tiles.h"
 #include "primitives.h"
 
 namespace glm_fused {
@@ -43,14 +43,11 @@ void choose(
     const Routing& routing,
     mx::array& chosen,
     mx::array& shares) {
-  auto& encoder = mx::metal::get_command_encoder(stream);
+  Encoder encoder(stream);
   const int tokens = logits.shape(0), experts = logits.shape(1);
   const RouterParams params = params_of(tokens, 0, experts, routing);
-  auto select = kernel(
-      mx::metal::device(stream.device),
-      metal_source::router_topk,
-      "router_select<" + std::to_string(experts) + ", " +
-          std::to_string(routing.n_group) + ">");
+  auto* select = encoder.kernel(
+      {metal_source::router_topk, "router_select", {experts, routing.n_group}});
   encoder.set_compute_pipeline_state(select);
   encoder.set_input_array(logits, 0);
   encoder.set_input_array(bias, 1);
@@ -68,14 +65,12 @@ void RouterTopk::eval_gpu(
     std::vector<mx::array>& outputs) {
   const auto &x = inputs[0], &weight = inputs[1], &bias = inputs[2];
   for (auto& output : outputs) {
-    output.set_data(mx::allocator::malloc(output.nbytes()));
+    metal::allocate(output);
   }
   if (outputs[0].size() == 0) {
     return;
   }
-  auto& device = mx::metal::device(stream().device);
-  auto& encoder = mx::metal::get_command_encoder(stream());
-  const auto tiles = metal::tiles_for(device.get_architecture());
+  metal::Encoder encoder(stream());
   const int experts = weight.shape(0);
   const RouterParams params =
       params_of(x.shape(0), x.shape(1), experts, routing_);
@@ -86,18 +81,18 @@ void RouterTopk::eval_gpu(
 
   auto logits = metal::allocate({params.tokens, experts}, mx::float32);
   encoder.add_temporary(logits);
-  auto score = metal::kernel(
-      device,
-      metal_source::router_topk,
-      "router_logits<" + metal::type_name(x.dtype()) + ", Dense<" +
-          metal::type_name(weight.dtype()) + (vectors ? ", true>, " : ">, ") +
-          std::to_string(width) + ">");
+  const Format format = dense_format(float_type_of(weight.dtype()));
+  const auto row = vectors
+      ? metal::Argument::row_of_fours(weight.dtype())
+      : metal::Argument::row(format, experts, params.hidden);
+  auto* score = encoder.kernel(
+      {metal_source::router_topk, "router_logits", {x.dtype(), row, width}});
   encoder.set_compute_pipeline_state(score);
   encoder.set_input_array(x, 0);
   encoder.set_input_array(weight, 1);
   encoder.set_output_array(logits, 2);
   encoder.set_bytes(params, 3);
-  const int simdgroups = metal::simdgroups(score, tiles.router);
+  const int simdgroups = metal::simdgroups(score, encoder.tiles().router);
   encoder.dispatch_threadgroups(
       MTL::Size(
           (experts + simdgroups - 1) / simdgroups,

@@ -10,8 +10,8 @@ namespace glm_fused {
 
 namespace {
 
-constexpr int kHeads = 64;  // a threadgroup takes so many
-constexpr int kSplitSimdgroups = 8;
+constexpr int kHeads = 16;  // a threadgroup takes so many
+constexpr int kSplitSimdgroups = 4;
 constexpr int kCombineSimdgroups = 4;
 constexpr size_t kMaxScratch = 1 << 24;  // floats of o in a step, 64 MiB
 
@@ -23,8 +23,7 @@ void attend(
     const mx::Stream& stream,
     const Attended& a,
     const Combine& combine) {
-  auto& device = mx::metal::device(stream.device);
-  auto& encoder = mx::metal::get_command_encoder(stream);
+  Encoder encoder(stream);
   const mx::array& q = a.q;
   const int tokens = q.shape(0) * q.shape(1), heads = q.shape(2);
   const int listed = a.selected ? a.selected->shape(2) : 0;
@@ -37,11 +36,6 @@ void attend(
   auto m = allocate({step, splits, heads}, mx::float32);
   auto l = allocate({step, splits, heads}, mx::float32);
   encoder.add_temporaries({o, m, l});
-  auto split = kernel(
-      device,
-      metal_source::sparse_mla_decode,
-      "mla_split<" + type_name(q.dtype()) + ", " +
-          rows_name(a.layout, a.latents, a.ropes) + ">");
   MlaParams params{
       rows_params(a.layout, a.latents, a.ropes, q.shape(1)),
       0,
@@ -49,6 +43,12 @@ void attend(
       listed,
       splits,
       a.scale};
+  auto* split = encoder.kernel(
+      {metal_source::sparse_mla_decode,
+       "mla_split",
+       {q.dtype(),
+        Argument::cached_rows(a.layout, a.latents, a.ropes),
+        load_unit(a.layout, a.latents, a.ropes, params.rows, q.offset())}});
   for (int first = 0; first < tokens; first += step) {
     const int count = std::min(step, tokens - first);
     params.first_token = first;
@@ -75,15 +75,13 @@ void SparseMlaDecode::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
   auto& y = outputs[0];
-  y.set_data(mx::allocator::malloc(y.nbytes()));
+  metal::allocate(y);
   if (y.size() == 0) {
     return;
   }
-  auto& encoder = mx::metal::get_command_encoder(stream());
-  auto kernel = metal::kernel(
-      mx::metal::device(stream().device),
-      metal_source::sparse_mla_decode,
-      "mla_combine");
+  metal::Encoder encoder(stream());
+  auto* kernel =
+      encoder.kernel({metal_source::sparse_mla_decode, "mla_combine"});
   const auto combine = [&](const mx::array& o,
                            const mx::array& m,
                            const mx::array& l,
@@ -99,7 +97,7 @@ void SparseMlaDecode::eval_gpu(
         metal::threadgroup_bytes(params.splits), 0);
     encoder.dispatch_threadgroups(
         MTL::Size(params.heads, tokens, 1),
-        MTL::Size(32, metal::simdgroups(kernel, kCombineSimdgroups), 1));
+        MTL::Size(32, kCombineSimdgroups, 1));
   };
   metal::attend(
       stream(),

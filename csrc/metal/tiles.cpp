@@ -16,9 +16,9 @@ struct Generation {
 };
 
 // These are MLX's own tiles, four rows and two simdgroups, until measured
-// otherwise; on the M5 Max MLX itself takes two rows.
+// otherwise.
 constexpr Generation kGenerations[] = {
-    {"applegpu_g17s", {2, 2, 8, 2}},
+    {"applegpu_g17s", {4, 2, 8, 2, true}},  // M5 Max
     {"applegpu_", {4, 2, 8, 2}},
 };
 constexpr Tiles kOther{4, 2, 8, 2};
@@ -47,6 +47,13 @@ Tiles parse(const char* text) {
 }
 
 }  // namespace
+
+// As `qmv` in MLX's quantized.cpp chooses.
+int Tiles::rows_of(const Format& format, int n, int k) const {
+  const bool few = narrow && format.spec->mode == "nvfp4" && n >= 4096 &&
+      uses_fast_order(format, n, k);
+  return few ? 2 : rows;
+}
 
 Tiles tiles_for(const std::string& architecture) {
   if (const char* text = std::getenv("GLM_FUSED_METAL_TILES")) {

@@ -14,6 +14,8 @@ namespace glm_fused {
 mlx::core::StreamOrDevice metal_stream(const mlx::core::StreamOrDevice& asked);
 std::shared_ptr<mlx::core::Primitive> place(
     std::shared_ptr<mlx::core::Primitive> primitive);
+// Returns the primitive that `place` was given.
+mlx::core::Primitive& placed(mlx::core::Primitive& primitive);
 // Tells whether primitives on the stream run their `eval_gpu`.
 bool is_metal(const mlx::core::StreamOrDevice& stream);
 #else
@@ -26,6 +28,9 @@ inline mlx::core::StreamOrDevice metal_stream(
 }
 inline std::shared_ptr<mlx::core::Primitive> place(
     std::shared_ptr<mlx::core::Primitive> primitive) {
+  return primitive;
+}
+inline mlx::core::Primitive& placed(mlx::core::Primitive& primitive) {
   return primitive;
 }
 inline bool is_metal(const mlx::core::StreamOrDevice& stream) {

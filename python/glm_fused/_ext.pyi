@@ -1,6 +1,6 @@
 """Compiled kernels of glm_fused; call them through glm_fused.ops."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import enum
 from typing import Any
 
@@ -384,12 +384,18 @@ def sparse_mla_decode(
     | None,
 ) -> mlx.core.array: ...
 def take_metal_launches() -> int:
-    """
-    How many launches of our kernels were encoded since the last call, for one token.
-    """
+    """How many launches of our kernels were encoded since the last call."""
 
 def metal_kernels() -> list[dict[str, object]]:
     """The Metal kernels that have been compiled, with what compiling took."""
+
+def compile_kernels(outputs: Sequence[mlx.core.array], progress: Callable[[int, int], None]) -> int:
+    """
+    Compile the Metal kernels that evaluating ``outputs`` would launch.
+
+    Nothing is evaluated. Returns how many were not there already; ``progress``
+    is called with how many are done, from 0 on, and of how many.
+    """
 
 def moe_decode_obstacle(tokens: int, top_k: int) -> str:
     """Why moe_decode has no Metal kernel for these counts; empty if it has."""

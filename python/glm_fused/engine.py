@@ -23,6 +23,7 @@ from .loader import Opened, open_model
 from .models.cache import Span
 from .models.cache_check import check_cache
 from .models.decoder import Model
+from .models.kernels import OnCompile, unseen
 from .models.tokens import check_tokens
 from .streaming.banks import Streaming
 from .streaming.model import streaming_of
@@ -51,6 +52,8 @@ class Engine:
         lazy: bool = False,
         tokenizer: bool = True,
         only_mlx_formats: bool = False,
+        compile_kernels: bool = True,
+        on_compile: OnCompile = unseen,
     ):
         """Load the checkpoint in the folder ``path``.
 
@@ -62,6 +65,9 @@ class Engine:
             tokenizer: load the tokenizer too; generating needs it, `step` does not.
             only_mlx_formats: have weights in formats that MLX does not know become dense, in
                 bfloat16, and `config` say so, for what trains or saves the model.
+            compile_kernels: on Metal, compile what steps and prompts launch now, and not when they
+                first do.
+            on_compile: called with how many kernels are compiled, from 0 on, and of how many.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -85,6 +91,8 @@ class Engine:
                 self._tokenizer = load_tokenizer(opened.checkpoint)
             if not lazy:
                 opened.read()
+            if compile_kernels:
+                opened.compile(on_compile)
         except BaseException:
             self.close()
             raise

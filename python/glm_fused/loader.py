@@ -21,6 +21,7 @@ from .formats.kv_rows import check_kv_format
 from .formats.weights import FP8, Format
 from .generation.options import checkpoint_options, set_defaults
 from .generation.tokenizer import load_tokenizer
+from .models import kernels
 from .models.config import ModelArgs, args_from_config
 from .models.decoder import Model
 from .models.packed_floats import to_nvfp4
@@ -67,6 +68,10 @@ class Opened:
         """Read the parameters one by one, and check scales; errors are those of `load_model`."""
         read_parameters(self.model, self.checkpoint, self.scales)
 
+    def compile(self, on_compile: kernels.OnCompile = kernels.unseen) -> None:
+        """Compile the model's kernels on Metal; see `glm_fused.models.kernels`."""
+        kernels.compile_kernels(self.model, on_compile)
+
     def restore_limit(self) -> None:
         """Give MLX back the limit that it had, once the model is not used any more."""
         if self.cache_limit is not None:
@@ -78,6 +83,7 @@ def load_model(
     lazy: bool = False,
     kv_format: str = "auto",
     stream: StreamOptions | None = None,
+    compile_kernels: bool = True,
 ) -> tuple[Model, dict[str, Any]]:
     """Load the model in the folder ``path``; returns it and its config.
 
@@ -92,6 +98,8 @@ def load_model(
             "fp32", "fp8" or "int8".
         stream: read routed experts as they are needed; ``model.streaming`` has the plan and
             counters, and scales of experts are not checked for NaN.
+        compile_kernels: on Metal, compile what steps and prompts launch now, and not when they
+            first do.
 
     Returns:
         The model, which takes integer tokens [batch, length] and gives logits [batch, length,
@@ -107,11 +115,16 @@ def load_model(
     opened = open_model(path, kv_format, stream)
     if not lazy:
         opened.read()
+    if compile_kernels:
+        opened.compile()
     return opened.model, opened.config
 
 
 def load(
-    path: str | os.PathLike[str], kv_format: str = "auto", stream: StreamOptions | None = None
+    path: str | os.PathLike[str],
+    kv_format: str = "auto",
+    stream: StreamOptions | None = None,
+    compile_kernels: bool = True,
 ) -> tuple[Model, TokenizerWrapper]:
     """Load the model in the folder ``path`` and its tokenizer.
 
@@ -127,6 +140,8 @@ def load(
     opened = open_model(path, kv_format, stream)
     tokenizer = load_tokenizer(opened.checkpoint)
     opened.read()
+    if compile_kernels:
+        opened.compile()
     return opened.model, tokenizer
 
 

@@ -54,6 +54,7 @@ class Host:
         compiler: Compiler | None = None,
         in_place: bool = False,
         keep_outputs: bool = False,
+        architecture: str = "applegpu_g15s",
     ) -> Iterator[None]:
         """Within the block, launches are run with these settings.
 
@@ -63,6 +64,7 @@ class Host:
             compiler: makes the libraries, instead of `compiled` with `contract` and `trace`.
             in_place: run on the arrays themselves, without copies that end at guard pages.
             keep_outputs: keep what the launches' output arrays hold after each launch.
+            architecture: the GPU's name; Metal calls that of an M5 Max ``applegpu_g17s``.
         """
         library = compiler or functools.partial(compiled, contract=contract, trace=trace)
 
@@ -71,7 +73,9 @@ class Host:
             return str(path), prefix
 
         self._native.load_executor(str(executor()))
-        self._native.configure(compile_shader, os.cpu_count() or 1, in_place, keep_outputs)
+        self._native.configure(
+            compile_shader, os.cpu_count() or 1, in_place, keep_outputs, architecture
+        )
         yield
 
     def take_launches(self) -> list[Launch]:

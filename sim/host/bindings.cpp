@@ -55,6 +55,9 @@ class OnMetal : public mx::Primitive {
   const char* name() const override {
     return inner_->name();
   }
+  mx::Primitive& inner() {
+    return *inner_;
+  }
 
  private:
   std::shared_ptr<mx::Primitive> inner_;
@@ -184,6 +187,11 @@ std::shared_ptr<mx::Primitive> place(std::shared_ptr<mx::Primitive> primitive) {
   return std::make_shared<OnMetal>(std::move(primitive));
 }
 
+mx::Primitive& placed(mx::Primitive& primitive) {
+  auto* on_metal = dynamic_cast<OnMetal*>(&primitive);
+  return on_metal ? on_metal->inner() : primitive;
+}
+
 void bind_simulator(nb::module_& parent) {
   nb::module_ m = parent.def_submodule("_simulator");
   m.def("obstacle", &obstacle);
@@ -194,17 +202,20 @@ void bind_simulator(nb::module_& parent) {
       [](sim_host::Compile compile,
          uint32_t workers,
          bool in_place,
-         bool keep_outputs) {
+         bool keep_outputs,
+         std::string architecture) {
         sim_host::configure(
             {std::make_shared<const sim_host::Compile>(std::move(compile)),
              workers,
              in_place,
-             keep_outputs});
+             keep_outputs,
+             std::move(architecture)});
       },
       "compile"_a,
       "workers"_a,
       "in_place"_a,
-      "keep_outputs"_a);
+      "keep_outputs"_a,
+      "architecture"_a);
   m.def("take_launches", &take_launches);
   m.def("take_waits", &sim_host::take_waits);
   m.def("stock_launches", &stock_launches, "outputs"_a);

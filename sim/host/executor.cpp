@@ -27,6 +27,7 @@ void load_executor(const std::string& path) {
   }
   find(handle, loaded.open, "sim_open");
   find(handle, loaded.specialize, "sim_specialize");
+  find(handle, loaded.most_threads, "sim_most_threads");
   find(handle, loaded.launch, "sim_launch");
   find(handle, loaded.error, "sim_report_error");
   find(handle, loaded.counts, "sim_report_counts");

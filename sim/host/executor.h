@@ -11,6 +11,7 @@ namespace sim_host {
 struct Executor {
   decltype(&sim_open) open;
   decltype(&sim_specialize) specialize;
+  decltype(&sim_most_threads) most_threads;
   decltype(&sim_launch) launch;
   decltype(&sim_report_error) error;
   decltype(&sim_report_counts) counts;

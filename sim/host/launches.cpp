@@ -30,6 +30,7 @@ thread_local std::set<const void*> bound;
 
 void configure(Settings settings) {
   std::lock_guard lock(state().mutex);
+  settings.device = state().settings.device + 1;
   std::swap(state().settings, settings);
 }
 

@@ -27,6 +27,10 @@ struct Settings {
   bool in_place = false;
   // Launches remember what their output arrays hold afterwards.
   bool keep_outputs = false;
+  // The GPU's, as Metal names it.
+  std::string architecture = "applegpu_g15s";
+  // Every configuration is another device's, whose kernels are its own.
+  int device = 0;
 };
 void configure(Settings settings);
 Settings settings();

@@ -16,7 +16,7 @@ namespace metal {
 
 namespace {
 
-// A Mac grants these to every kernel.
+// A Mac grants these to every kernel, unless its attribute takes fewer threads.
 constexpr size_t kMaxBytes = 4096;
 constexpr size_t kMaxThreadgroupMemory = 32768;
 constexpr size_t kMaxThreads = 1024;
@@ -124,10 +124,13 @@ void dispatch(
   if (e.metal.state == nullptr) {
     throw std::logic_error("[metal-sim] dispatch without a pipeline state");
   }
-  if (group.width * group.height * group.depth > kMaxThreads) {
+  const size_t asked = group.width * group.height * group.depth;
+  const size_t most = e.metal.state->maxTotalThreadsPerThreadgroup();
+  if (asked > most) {
     throw std::runtime_error(
-        "[metal-sim] " + e.metal.state->name +
-        " asks for more than 1024 threads in a threadgroup.");
+        "[metal-sim] " + e.metal.state->name + " is launched with " +
+        std::to_string(asked) + " threads in a threadgroup; it takes " +
+        std::to_string(most) + ".");
   }
   cpu::get_command_encoder(e.stream).dispatch(
       [bound = e.metal, grid, group, threads] {
@@ -139,6 +142,13 @@ void dispatch(
   e.metal.threadgroup_memory.clear();
 }
 
+// As MLX reads it from the architecture's last three characters.
+int generation(const std::string& architecture) {
+  const size_t end = architecture.size();
+  return 10 * (architecture.at(end - 3) - '0') +
+      (architecture.at(end - 2) - '0');
+}
+
 }  // namespace
 
 ResidencySets::ResidencySets(MTL::Device*) {}
@@ -146,15 +156,21 @@ ResidencySets::~ResidencySets() {}
 
 Device::Device()
     : residency_sets_(nullptr),
-      arch_("applegpu_g15s"),
-      arch_gen_(15),
+      arch_(sim_host::settings().architecture),
+      arch_gen_(generation(arch_)),
       max_ops_per_buffer_(1),
       max_mb_per_buffer_(1) {}
 Device::~Device() {}
 
 Device& device(mlx::core::Device) {
-  static auto* simulated = new Device();
-  return *simulated;
+  static std::mutex mutex;
+  static auto& all = *new std::map<int, std::unique_ptr<Device>>();
+  std::lock_guard lock(mutex);
+  auto& slot = all[sim_host::settings().device];
+  if (!slot) {
+    slot = std::make_unique<Device>();
+  }
+  return *slot;
 }
 
 MTL::Library* Device::get_library(
@@ -186,7 +202,7 @@ MTL::ComputePipelineState* Device::get_kernel(
   }
   const auto* library = reinterpret_cast<const sim_host::Library*>(mtl_lib);
   if (library->opened == nullptr) {
-    slot.reset(new MTL::ComputePipelineState{base_name, nullptr});
+    slot.reset(new MTL::ComputePipelineState{base_name, nullptr, kMaxThreads});
     return slot.get();
   }
   std::vector<sim_constant> constants;
@@ -205,7 +221,8 @@ MTL::ComputePipelineState* Device::get_kernel(
   if (pipeline == nullptr) {
     throw std::runtime_error("[metal-sim] " + base_name + ": " + error);
   }
-  slot.reset(new MTL::ComputePipelineState{base_name, pipeline});
+  slot.reset(new MTL::ComputePipelineState{
+      base_name, pipeline, sim_host::executor().most_threads(pipeline)});
   return slot.get();
 }
 

@@ -52,6 +52,8 @@ typedef struct {
       *entry)(const uint64_t* buffers, const uint64_t* groups, const void* at);
   const sim_argument* arguments;
   uint32_t argument_count;
+  // Gives its max_total_threads_per_threadgroup; null where it has none.
+  uint32_t (*most_threads)(void);
 } sim_kernel;
 
 typedef struct {
@@ -96,6 +98,10 @@ sim_pipeline* sim_specialize(
     char* error,
     size_t error_size);
 
+// Returns how many threads a threadgroup of the kernel may have: what its
+// attribute says, or 1024.
+uint32_t sim_most_threads(const sim_pipeline* pipeline);
+
 typedef struct {
   int32_t index;
   void* data;
@@ -105,7 +111,7 @@ typedef struct {
 
 typedef struct {
   uint32_t groups[3];  // threadgroups; with `threads` set: threads in the grid
-  uint32_t group[3];   // threads in a threadgroup, at most 1024
+  uint32_t group[3];   // threads in a threadgroup, at most sim_most_threads
   uint32_t threads;    // 1: dispatchThreads, with ragged last threadgroups
   // Buffers may overlap, as with a donated input. A buffer that no entry names
   // reads as zeroes through a reference and is an error through a pointer.
@@ -165,6 +171,8 @@ typedef struct {
   uint64_t threadgroups, threads;
   uint64_t simd_functions, barriers;
   uint64_t threadgroup_bytes;  // of threadgroup memory, per threadgroup
+  // Bytes of threadgroup memory that were accessed; of a traced launch.
+  uint64_t threadgroup_read, threadgroup_written;
   double seconds;
 } sim_counts;
 

@@ -211,9 +211,10 @@ class Run {
   void check() const {
     const uint32_t* g = dispatch_.group;
     uint64_t threads = uint64_t(g[0]) * g[1] * g[2];
-    if (threads < 1 || threads > 1024) {
+    const uint32_t most = sim_most_threads(&pipeline_);
+    if (threads < 1 || threads > most) {
       throw std::invalid_argument(
-          "a threadgroup has 1 to 1024 threads, not " +
+          "a threadgroup has 1 to " + std::to_string(most) + " threads, not " +
           std::to_string(threads));
     }
     uint64_t groups = 1;
@@ -344,6 +345,11 @@ sim_pipeline* sim_specialize(
     explain(e, error, error_size);
     return nullptr;
   }
+}
+
+uint32_t sim_most_threads(const sim_pipeline* pipeline) {
+  const auto most = pipeline->kernel->most_threads;
+  return most ? most() : 1024;
 }
 
 sim_report* sim_launch(sim_pipeline* pipeline, const sim_dispatch* dispatch) {

@@ -250,6 +250,8 @@ void Tracer::group_access(
     return;
   }
   where.offset = address - uint64_t(variable->data);
+  report_.counts.threadgroup_read += reads(access) ? size : 0;
+  report_.counts.threadgroup_written += writes(access) ? size : 0;
   const Thread& t = worker.thread();
   Past now{
       worker.threadgroup() + 1,

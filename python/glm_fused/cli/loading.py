@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import UsageError, flags, parsed_size
+from .progress import steps
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -47,7 +48,10 @@ def engine_options(options: argparse.Namespace, context: int) -> EngineOptions:
 def open_engine(
     path: str | Path, threads: int | None, options: EngineOptions | None = None
 ) -> Engine:
-    """Set the number of ``threads``, if given, and load the checkpoint that ``path`` means."""
+    """Set the number of ``threads``, if given, and load the checkpoint that ``path`` means.
+
+    A terminal shows how many kernels have been compiled.
+    """
     from .. import set_num_threads
     from ..checkpoint.paths import DEMO, checkpoint_folder
     from ..engine import Engine
@@ -57,4 +61,9 @@ def open_engine(
         print(f"{DEMO} is the folder ./{DEMO} here, not the bundled model.", file=sys.stderr)
     if threads is not None:
         set_num_threads(threads)
-    return Engine(folder, options)
+    with steps() as step:
+        return Engine(
+            folder,
+            options,
+            on_compile=lambda done, total: step(f"compiling kernels: {done} of {total}"),
+        )

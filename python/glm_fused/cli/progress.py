@@ -74,8 +74,20 @@ class Progress:
 
 @contextlib.contextmanager
 def steps() -> Iterator[Callable[[str], None]]:
-    """Give the block a function that shows on a terminal what is being done."""
-    from tqdm import tqdm
+    """Give the block a function that shows on a terminal what is being done, from then on."""
+    bar: Any = None
 
-    with tqdm(bar_format="{elapsed} {desc}", disable=not sys.stderr.isatty(), leave=False) as bar:
-        yield bar.set_description_str
+    def show(what: str) -> None:
+        nonlocal bar
+        if bar is None:
+            from tqdm import tqdm
+
+            hidden = not sys.stderr.isatty()
+            bar = tqdm(bar_format="{elapsed} {desc}", disable=hidden, leave=False)
+        bar.set_description_str(what)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()

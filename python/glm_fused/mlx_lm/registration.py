@@ -112,6 +112,7 @@ def _load_model(
         lazy=lazy,
         tokenizer=False,  # mlx-lm has its own
         only_mlx_formats=_loading.only_mlx_formats,
+        compile_kernels=not lazy,  # who loads lazily wants the weights
     )
     if engine.streaming is not None:
         _remember(engine.model)

@@ -30,6 +30,9 @@ class RoutedExperts(Protocol):
         adapter.
         """
 
+    def takes_at_once(self, choices: int) -> bool:
+        """Whether a call with so many ``experts``, of all tokens together, awaits nothing."""
+
     def __call__(
         self, x: mx.array, experts: mx.array, scores: mx.array, meanwhile: Meanwhile
     ) -> tuple[mx.array, mx.array]:
@@ -113,6 +116,10 @@ class SwitchMLP(nn.Module):
     def weights(self) -> tuple[ops.Weight | None, ops.Weight | None, ops.Weight | None]:
         """The weights [experts, …] of gate, up and down; None for one with a trained adapter."""
         return self.gate_proj.as_weight(), self.up_proj.as_weight(), self.down_proj.as_weight()
+
+    def takes_at_once(self, choices: int) -> bool:
+        """Always; see `RoutedExperts`."""
+        return True
 
     def __call__(
         self, x: mx.array, experts: mx.array, scores: mx.array, meanwhile: Meanwhile

@@ -78,6 +78,10 @@ class StreamedExperts(nn.Module):
         """The weights [slots, …] of gate, up and down."""
         return self._weights
 
+    def takes_at_once(self, choices: int) -> bool:
+        """Whether the bank has a slot for each expert that may be chosen; see `RoutedExperts`."""
+        return min(choices, self._experts) <= self._bank.capacity
+
     def look_ahead(
         self,
         router: Callable[[mx.array], tuple[mx.array, mx.array]],
@@ -100,7 +104,7 @@ class StreamedExperts(nn.Module):
 
         ``meanwhile`` is computed while experts are read.
         """
-        if min(experts.size, self._experts) > self._bank.capacity:
+        if not self.takes_at_once(experts.size):
             return self._in_waves(x, experts, scores, meanwhile)
         use, pending, started = self._resolve(experts)
         other = self._while_reading(x, started, meanwhile)
@@ -110,7 +114,7 @@ class StreamedExperts(nn.Module):
         self, router: Router, x: mx.array, norm: Norm, shared: Weights | None
     ) -> mx.array | None:
         """The half of a layer as one node, on Metal; see `RoutedExperts`."""
-        fits = min(router.choices(x), self._experts) <= self._bank.capacity
+        fits = self.takes_at_once(router.choices(x))
         if not fits or self._prefetch is not None or not ops.blocks.takes_on_metal(x):
             return None
         return router.block(x, norm, self._weights, shared, self._use())

@@ -66,8 +66,9 @@ enum DataType : NS::UInteger {
 struct ComputePipelineState {
   std::string name;
   void* pipeline;  // the executor's; null where launches are only noted
+  NS::UInteger most_threads;
   NS::UInteger maxTotalThreadsPerThreadgroup() const {
-    return 1024;
+    return most_threads;
   }
   // The executor tells of it once a launch has run.
   NS::UInteger staticThreadgroupMemoryLength() const {

@@ -1,0 +1,28 @@
+// What the launches of the lightning indexer share: words that compare as
+// scores do, and lists of how often their first digits occur.
+#pragma once
+
+#include "numbers.h"
+
+GLM_CONST int kScoreThreads = 128;
+GLM_CONST int kScoreKeys = 2 * kScoreThreads;  // a threadgroup scores so many
+GLM_CONST int kDigitBits = 11;
+GLM_CONST int kDigits = 1 << kDigitBits;
+GLM_CONST int kFirstShift = 32 - kDigitBits;
+// A simdgroup of scores lists its words' first digits: how many distinct ones
+// there are, then each, with its count above it.
+GLM_CONST int kLists = kScoreThreads / kLanes;  // of a threadgroup
+GLM_CONST int kListWords = 1 + kScoreKeys / kLists;
+
+// Gives words that compare as the scores do: -0 as 0, NaN as -infinity. None is
+// 0.
+METAL_FUNC uint ordered(float score) {
+  const uint bits = as_type<uint>(isnan(score) ? -INFINITY : score + 0.0f);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// Gives where the lists of a query, of which this dispatch has others before
+// it, begin. Its scores take `columns` words, of whole threadgroups.
+METAL_FUNC size_t first_list(int query, int columns) {
+  return size_t(query) * (columns / kScoreKeys) * kLists * kListWords;
+}
