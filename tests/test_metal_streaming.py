@@ -37,7 +37,7 @@ def test_the_bits_are_the_resident_models(folder, slots):
     with cpu():
         expected = run(load_model(folder)[0], steps=3)
     model = streamed(folder, slots)
-    with metal(in_place=True):
+    with metal():
         assert same(run(model, steps=3), expected)
     assert model.streaming.stats()["misses"] > SPARSE * TOP_K
 
@@ -53,7 +53,7 @@ def a_step(model, tokens=1):
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_a_layer_crosses_to_the_gpu_and_back_once(folder, tmp_path, tokens):
     model = streamed(folder)
-    with metal(in_place=True):
+    with metal():
         logits, _ = a_step(model, tokens)
         mx.export_to_dot(str(tmp_path / "graph.dot"), logits)
         metal_sim.take_launches(), metal_sim.take_waits()
@@ -71,7 +71,7 @@ def test_a_layer_crosses_to_the_gpu_and_back_once(folder, tmp_path, tokens):
 def test_shared_experts_are_begun_before_the_reads_are_awaited(folder):
     """They are launched after the router's choice, and need none of what follows it."""
     model = streamed(folder)
-    with metal(in_place=True):
+    with metal():
         logits, _ = a_step(model)
         metal_sim.take_launches()
         mx.eval(logits)
@@ -88,7 +88,7 @@ def test_lookahead_and_banks_that_are_too_small_run_op_by_op(folder):
     with cpu():
         expected = run(load_model(folder)[0], steps=2)
     for options in ({"slots": 4, "spares": 1}, {"slots": 2}):
-        with metal(in_place=True):
+        with metal():
             assert same(run(streamed(folder, **options), steps=2), expected)
 
 
@@ -97,7 +97,7 @@ def test_packed_caches(folder, kv_format):
     with cpu():
         expected = run(load_model(folder, kv_format=kv_format)[0], steps=2)
     model, _ = load_model(folder, kv_format=kv_format, stream=stream(4))
-    with metal(in_place=True):
+    with metal():
         assert same(run(model, steps=2), expected)
 
 
@@ -107,7 +107,7 @@ def test_generations_in_one_evaluation_take_turns(folder):
         whole = load_model(folder)[0]
         expected = [np.array(whole(mx.array([[t]])).view(mx.uint16)) for t in (3, 99, 7)]
     model = streamed(folder, 2)
-    with metal(in_place=True):
+    with metal():
         mx.eval(results := [model(mx.array([[t]])) for t in (3, 99, 7)])
     for found, right in zip(results, expected, strict=True):
         assert np.array_equal(np.array(found.view(mx.uint16)), right)
@@ -117,7 +117,7 @@ def test_a_step_that_is_never_evaluated_leaves_no_lease(folder):
     with cpu():
         expected = run(load_model(folder)[0], steps=2)
     model = streamed(folder, 2)
-    with metal(in_place=True):
+    with metal():
         model(mx.array([[9]]))
         assert same(run(model, steps=2), expected)
 
@@ -126,7 +126,7 @@ def test_a_read_that_fails_raises(tmp_path):
     write_checkpoint(tmp_path, quantization=AFFINE)
     model, file = streamed(tmp_path), Path(tmp_path / "model.safetensors")
     data = file.read_bytes()
-    with metal(in_place=True):
+    with metal():
         logits, cache = a_step(model)
         mx.eval(logits)
         with file.open("r+b") as f:

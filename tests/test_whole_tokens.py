@@ -42,7 +42,7 @@ def first_difference(folder, stream, kv_format="auto", length=LENGTH, **settings
     with cpu():
         expected = decode(load_model(folder, kv_format=kv_format)[0], length)
     model, _ = load_model(folder, kv_format=kv_format, stream=stream)
-    with metal(in_place=True, **settings):
+    with metal(**settings):
         found = decode(model, length)
     assert GPU or len(metal_sim.take_launches()) > 40 * len(expected)
     assert stream is None or model.streaming.stats()["misses"] > 0
