@@ -10,13 +10,13 @@
 A burst is 128 greedy tokens after a prompt of 86. Everything that is measured takes turns, burst by
 burst, in processes that live as long as the bench. For each number of threads it prints medians
 over the bursts: tokens/s; ms a token, and of these building the graph in Python and the rest; the
-fastest burst; GB/s of weights read, the plain streaming read bandwidth measured before and after
-each burst, and the fraction of it (of no meaning where the weights fit a cache, as the bundled
-model's may); and how many times as long as ours a burst took. The slice has embedding, head, one
-dense layer and three sparse ones of GLM-5.2's shapes, affine4 but for routers and indexer, with 64
-experts a layer instead of 256, of which a token takes 8. Stock mlx-lm, whose CPU ops have one
-thread, decodes the bundled model with an indexer on every layer (peers/full_layers.py), as then do
-the others.
+share of the time in which the kernels of a recorded step ran; the fastest burst; GB/s of weights
+read, the plain streaming read bandwidth measured before and after each burst, and the fraction of
+it (of no meaning where the weights fit a cache, as the bundled model's may); and how many times as
+long as ours a burst took. The slice has embedding, head, one dense layer and three sparse ones of
+GLM-5.2's shapes, affine4 but for routers and indexer, with 64 experts a layer instead of 256, of
+which a token takes 8. Stock mlx-lm, whose CPU ops have one thread, decodes the bundled model with
+an indexer on every layer (peers/full_layers.py), as then do the others.
 
 llama.cpp decodes as its own llama-bench times it: so many random tokens, which it does not choose.
 Each of its bursts is a new process. Its weights are Q6_K with experts in Q4_0, and it multiplies
@@ -52,6 +52,7 @@ COLUMNS = {
     "ms": ".3f",
     "graph ms": ".3f",
     "rest ms": ".3f",
+    "kernels": ".2f",
     "best ms": ".3f",
     "GB/s": ".2f",
     "read GB/s": ".2f",
@@ -61,10 +62,11 @@ COLUMNS = {
 
 
 class Burst(NamedTuple):
-    """The seconds of a burst, and those of building graphs where they can be told."""
+    """The seconds of a burst; of these those of building graphs and of recorded steps, if known."""
 
     seconds: float
-    graph_seconds: float | None
+    graph_seconds: float | None = None
+    kernel_seconds: float | None = None
 
 
 class Worker:
@@ -113,7 +115,7 @@ class LlamaBench:
             raise SystemExit(f"llama-bench: {run.stderr.strip()[-400:]}")
         (row,) = json.loads(run.stdout)
         self.loaded["build_commit"] = row["build_commit"]
-        return Burst(row["samples_ns"][0] / 1e9, None)
+        return Burst(row["samples_ns"][0] / 1e9)
 
     def close(self) -> None:
         """Nothing of it is left running."""
@@ -149,13 +151,16 @@ class Samples:
             found["graph ms"] = 1e3 * median(graph)
             rest = [whole - part for whole, part in zip(seconds, graph, strict=True)]
             found["rest ms"] = 1e3 * median(rest)
+        if all(burst.kernel_seconds is not None for burst in self.bursts):
+            shares = [(burst.kernel_seconds or 0) / burst.seconds for burst in self.bursts]
+            found["kernels"] = median(shares)
         if weights is not None:
             rates = [weights / took / 1e9 for took in seconds]
             found["GB/s"] = median(rates)
-            shares = zip(rates, self.bandwidths, strict=True)
-            found["fraction"] = median([rate / bandwidth for rate, bandwidth in shares])
-        pairs = zip(self.bursts, ours.bursts, strict=True)
-        found["x ours"] = median([theirs.seconds / our.seconds for theirs, our in pairs])
+            pairs = zip(rates, self.bandwidths, strict=True)
+            found["fraction"] = median([rate / bandwidth for rate, bandwidth in pairs])
+        both = zip(self.bursts, ours.bursts, strict=True)
+        found["x ours"] = median([theirs.seconds / our.seconds for theirs, our in both])
         return found
 
 

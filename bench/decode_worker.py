@@ -91,6 +91,12 @@ def bytes_per_token(model: Any) -> int:
     return round(total)
 
 
+def run_seconds() -> float:
+    """How long recorded steps have run; versions before 0.2 record none."""
+    step = getattr(glm_fused._ext, "DecodeStep", None)
+    return step.run_seconds() if hasattr(step, "run_seconds") else 0.0
+
+
 class Decoding:
     """A cache with a prompt in it, from whose end bursts decode."""
 
@@ -103,20 +109,22 @@ class Decoding:
         mx.eval(self.first)
         self.prompt_seconds = time.perf_counter() - start
 
-    def burst(self, threads: int, tokens: int) -> float:
+    def burst(self, threads: int, tokens: int) -> dict[str, float]:
         """Decode so many tokens, then take them out of the cache again.
 
-        Returns the seconds in which Python built graphs.
+        Returns the seconds in which Python built graphs, and those of recorded steps, if there were
+        any.
         """
         glm_fused.set_num_threads(threads)
-        token, graph = self.first, 0.0
+        token, graph, before = self.first, 0.0, run_seconds()
         for _ in range(tokens):
             start = time.perf_counter()
             token = mx.argmax(self.step(token, self.cache)[:, -1:], axis=-1)
             graph += time.perf_counter() - start
             mx.eval(token)
         trim_prompt_cache(self.cache, tokens)
-        return graph
+        ran = run_seconds() - before
+        return {"graph_seconds": graph} | ({"kernel_seconds": ran} if ran else {})
 
 
 def main() -> None:

@@ -25,12 +25,13 @@ def main() -> None:
         output = model(tokens, use_cache=True)
         cache, first = output.past_key_values, output.logits[:, -1:].argmax(-1)
 
-        def burst(threads: int, count: int) -> None:
+        def burst(threads: int, count: int) -> dict[str, float]:
             torch.set_num_threads(threads)
             token = first
             for _ in range(count):
                 token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
             cache.crop(-count)
+            return {}
 
         serve({"transformers": transformers.__version__}, burst)
 

@@ -104,6 +104,10 @@ void bind_decode_step(nb::module_& m) {
           },
           "arrays"_a,
           "Whether no transformation of a function traces the arrays.")
+      .def_static(
+          "run_seconds",
+          &DecodeStep::run_seconds,
+          "How long all steps of this process have run their kernels.")
       .def(
           "__call__",
           [](const DecodeStep& self,

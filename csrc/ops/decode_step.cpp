@@ -1,6 +1,8 @@
 #include "ops/decode_step.h"
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -163,6 +165,8 @@ struct DecodeStep::Plan {
 
 namespace {
 
+std::atomic<int64_t> run_nanoseconds{0};
+
 // inputs: those of the step, then its caches. outputs: the logits, the caches.
 class DecodeStepNode : public mx::Primitive {
  public:
@@ -250,7 +254,11 @@ class DecodeStepNode : public mx::Primitive {
           for (const auto& task : copied) {
             task->run();
           }
+          using Clock = std::chrono::steady_clock;
+          const auto start = Clock::now();
           plan->schedule->run(units);
+          run_nanoseconds +=
+              std::chrono::nanoseconds(Clock::now() - start).count();
         });
   }
 
@@ -282,6 +290,10 @@ DecodeStep::DecodeStep(
   DecodeStepNode node(plan, 0);
   plan->prepare(node);
   plan_ = plan;
+}
+
+double DecodeStep::run_seconds() {
+  return 1e-9 * static_cast<double>(run_nanoseconds);
 }
 
 bool DecodeStep::takes(const Arrays& arrays) {

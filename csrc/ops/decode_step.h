@@ -31,6 +31,9 @@ class DecodeStep {
   // Whether the arrays are none that a transformation of a function traces.
   static bool takes(const Arrays& arrays);
 
+  // Returns how long all steps of this process have run their kernels.
+  static double run_seconds();
+
   // Returns the logits of inputs of the same shapes and types, and makes of
   // each of `caches` what it is with the new rows, which begin at `at`. Throws
   // std::invalid_argument for inputs or caches that do not fit.

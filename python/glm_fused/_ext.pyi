@@ -455,6 +455,10 @@ class DecodeStep:
     def takes(arrays: Sequence[mlx.core.array]) -> bool:
         """Whether no transformation of a function traces the arrays."""
 
+    @staticmethod
+    def run_seconds() -> float:
+        """How long all steps of this process have run their kernels."""
+
     def __call__(
         self, inputs: Sequence[mlx.core.array], caches: Sequence[mlx.core.array], at: int
     ) -> mlx.core.array:

@@ -115,21 +115,99 @@ void softmax_lanes(const SplitArgs& a, int lane) {
   store(a.l + lane, l);
 }
 
+// The dot products of a split with a few heads: sixteen keys are the lanes,
+// where a vector of heads would be almost empty.
+class FewHeads {
+ public:
+  static constexpr int kMost = 8;
+
+  explicit FewHeads(const SplitArgs& a) : a_(a) {
+    for (auto& keys : sums_) {
+      for (F16& sum : keys) {
+        sum = zero();
+      }
+    }
+  }
+
+  // Does what multiply_block does; k has rows up to a whole vector of keys.
+  void add(const float* q, const float* k, int depth) {
+    for (int keys = 0; keys < a_.count; keys += kHalf) {
+      for (int d = 0; d < depth; d += kHalf) {
+        U16 columns[kHalf];
+        transpose_words(
+            reinterpret_cast<const uint8_t*>(k + keys * kSplit + d),
+            kSplit * sizeof(float),
+            columns);
+        const int count = std::min(kHalf, depth - d);
+        for (int h = 0; h < a_.heads; h += kDeep) {
+          multiply(
+              q + d * a_.lanes + h, columns, count, sums_[keys / kHalf] + h);
+        }
+      }
+    }
+  }
+
+  void store_all() const {
+    for (int keys = 0; keys < a_.count; keys += kHalf) {
+      const int count = std::min(kHalf, a_.count - keys);
+      for (int h = 0; h < a_.heads; h++) {
+        float each[kHalf];
+        store(each, sums_[keys / kHalf][h]);
+        for (int i = 0; i < count; i++) {
+          a_.p[(keys + i) * a_.lanes + h] = each[i];
+        }
+      }
+    }
+  }
+
+ private:
+  // Adds to the sums of kDeep heads; those past the last have zeros in q.
+  void multiply(
+      const float* q,
+      const U16 (&columns)[kHalf],
+      int count,
+      F16* sums) const {
+    F16 sum[kDeep];
+    unroll<kDeep>(GLM_EACH(h) { sum[h] = sums[h]; });
+    for (int i = 0; i < count; i++) {
+      const F16 key = as_float(columns[i]);
+      unroll<kDeep>(GLM_EACH(h) {
+        sum[h] = fma(splat(q[i * a_.lanes + h]), key, sum[h]);
+      });
+    }
+    unroll<kDeep>(GLM_EACH(h) { sums[h] = sum[h]; });
+  }
+
+  const SplitArgs& a_;
+  F16 sums_[kSplit / kHalf][kMost];
+};
+
 void split(const SplitArgs& a) {
   const Rows& rows = *a.rows;
   std::fill_n(a.p, static_cast<size_t>(a.count) * a.lanes, 0.0f);
   alignas(64) float block[kSplit * kSplit];
+  const bool few = a.heads <= FewHeads::kMost;
+  const int whole = round_up(a.count, kHalf);
+  std::fill(block + a.count * kSplit, block + whole * kSplit, 0.0f);
+  FewHeads heads(a);
   const auto part = [&](int dims, const float* q, auto load_part) {
     for (int d = 0; d < dims; d += kSplit) {
       const int depth = std::min(kSplit, dims - d);
       load_part({rows, a.keys, a.count, a.next_count, d, depth, block});
       const float* at = q + static_cast<size_t>(d) * a.lanes;
-      multiply_block(at, a.lanes, block, depth, a.count, a.p);
+      if (few) {
+        heads.add(at, block, depth);
+      } else {
+        multiply_block(at, a.lanes, block, depth, a.count, a.p);
+      }
     }
   };
   part(rows.rank, a.q, load_latents);
   const size_t ropes = static_cast<size_t>(rows.rank) * a.lanes;
   part(rows.rope_dim, a.q + ropes, load_ropes);
+  if (few) {
+    heads.store_all();
+  }
   for (int lane = 0; lane < a.lanes; lane += kHalf) {
     softmax_lanes(a, lane);
   }

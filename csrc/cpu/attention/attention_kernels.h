@@ -27,7 +27,7 @@ struct IndexArgs {
 // What attention over one split takes, for one query token.
 struct SplitArgs {
   const float* q;  // [rank + rope, lanes]: transposed, heads padded to lanes
-  int lanes;
+  int heads, lanes;
   float scale;
   const Rows* rows;
   const int32_t* keys;

@@ -176,6 +176,7 @@ class Attention : public Staged {
     for (int s = begin; s < end; s++) {
       attention_kernels().split(
           {q_[i],
+           a_.heads(),
            lanes_,
            a_.scale,
            &*rows_,

@@ -21,16 +21,14 @@ constexpr int kRowsAtOnce = 2;
 #else
 constexpr int kRowsAtOnce = 1;
 #endif
-// Groups of rows that meet a chunk of packed x while it is in the L1 cache,
-// and the half-blocks of such a chunk.
-template <int M>
-constexpr int kGroups = M == 1 ? 32 / kRowsAtOnce : 8;
-template <int M>
-constexpr int kChunk = M == 1 ? 8 : 2;
-
-// Short rows are fetched so many bytes ahead, which a core takes longer for
-// than the L3 cache to answer.
+// One vector meets whole rows, so that weights are read in the order of their
+// addresses. Those to come are fetched to the L2 cache a group of rows ahead,
+// or at least so many bytes, in which time the L3 cache answers.
 constexpr ptrdiff_t kAhead = 2048;
+constexpr int kLevel = 2;
+// Several vectors meet a few rows chunk by chunk, so that a chunk of them stays
+// in the L1 cache: so many rows, and half-blocks of a chunk.
+constexpr int kRows = 8, kChunk = 2;
 
 // Packed x: per block and half, kTerms terms of 16 lanes, then the lane sums
 // that multiply a bias.
@@ -186,9 +184,9 @@ struct Tile {
     const ptrdiff_t stride = rows.weight_stride;
     const uint8_t* half = rows.weight + hb * whole;
     unroll<R>(GLM_EACH(r) {
-      __builtin_prefetch(half + r * stride + ahead);
+      __builtin_prefetch(half + r * stride + ahead, 0, kLevel);
       if constexpr (whole > 64) {
-        __builtin_prefetch(half + r * stride + ahead + 64);
+        __builtin_prefetch(half + r * stride + ahead + 64, 0, kLevel);
       }
     });
     const size_t left = row_bytes - hb * whole;
@@ -224,100 +222,76 @@ struct Tile {
     scales.finish(rows, hb, sums, block.acc, result);
   }
 
-  // The half-blocks [begin, end) of R rows; begin is even.
-  template <int R, int M, class Width>
-  GLM_INLINE void chunk(
-      const TileRows& rows,
-      int m0,
-      Width width,
-      int begin,
-      int end,
-      ptrdiff_t ahead,
-      F16 (&sums)[2][R][M]) const {
-    if constexpr (M > 1) {
-      for (int hb = begin; hb < end; hb++) {
-        half_block<R, M>(rows, m0, width, hb, ahead, sums[hb % 2]);
-      }
-      return;
-    }
-    // One vector: the sums of both halves fit in registers.
-    F16 even[R][M], odd[R][M];
-    unroll<R>(GLM_EACH(r) {
-      even[r][0] = sums[0][r][0];
-      odd[r][0] = sums[1][r][0];
-    });
-    for (int hb = begin; hb < end; hb += 2) {
-      half_block<R, M>(rows, m0, width, hb, ahead, even);
-      if (hb + 1 < end) {
-        half_block<R, M>(rows, m0, width, hb + 1, ahead, odd);
-      }
-    }
-    unroll<R>(GLM_EACH(r) {
-      sums[0][r][0] = even[r][0];
-      sums[1][r][0] = odd[r][0];
-    });
-  }
-
-  // Up to kGroups groups of R rows, chunk by chunk of the columns. The last
-  // group of a tile overlaps the one before it where R does not divide the
-  // rows; a tile of fewer than R rows takes each of them R times.
-  template <int R, int M, class Width>
-  GLM_INLINE void groups_of_rows(int row, int m0, Width width) const {
-    constexpr int G = kGroups<M>;
+  // All rows against vector m0 of a panel, R at once. The last R overlap those
+  // before where R does not divide the rows; of fewer than R, each is taken R
+  // times.
+  template <int R, class Width>
+  __attribute__((noinline)) void one_vector(int m0, Width width) const {
     const int step = a.rows < R ? 1 : R, stride = a.rows < R ? 0 : 1;
-    const int left = (a.rows - row + step - 1) / step;
-    const int groups = left < G ? left : G;
-    const auto first = [&](int g) {
-      const int at = row + g * step;
-      return at + step <= a.rows ? at : a.rows - step;
-    };
+    const ptrdiff_t group = step * row_bytes;
+    const ptrdiff_t ahead = (kAhead + group - 1) / group * group;
     const int halves = half_blocks();
-    if (M == 1 && halves <= kChunk<M>) {  // the sums never leave the registers
-      const ptrdiff_t group = step * row_bytes;
-      const ptrdiff_t ahead = (kAhead + group - 1) / group * group;
-      for (int g = 0; g < groups; g++) {
-        F16 sums[2][R][M] = {};
-        const TileRows rows = locate<R>(first(g), stride);
-        chunk<R, M>(rows, m0, width, 0, halves, ahead, sums);
-        write<R, M>(first(g), step, m0, sums);
-      }
-      return;
-    }
-    F16 sums[G][2][R][M];
-    for (int g = 0; g < groups; g++) {
-      for (int r = 0; r < R; r++) {
-        for (int m = 0; m < M; m++) {
-          sums[g][0][r][m] = sums[g][1][r][m] = zero();
+    for (int row = 0; row < a.rows; row += step) {
+      const int first = row + step <= a.rows ? row : a.rows - step;
+      const TileRows rows = locate<R>(first, stride);
+      F16 even[R][1], odd[R][1];  // they stay in registers
+      unroll<R>(GLM_EACH(r) { even[r][0] = odd[r][0] = zero(); });
+      for (int hb = 0; hb < halves; hb += 2) {
+        half_block<R, 1>(rows, m0, width, hb, ahead, even);
+        if (hb + 1 < halves) {
+          half_block<R, 1>(rows, m0, width, hb + 1, ahead, odd);
         }
       }
+      write<R, 1>(first, step, m0, even, odd);
     }
-    for (int begin = 0; begin < halves; begin += kChunk<M>) {
-      const int end = begin + kChunk<M> < halves ? begin + kChunk<M> : halves;
-      const ptrdiff_t next_group = step * row_bytes;
-      // After the last group: the first one's next chunk, or the next rows.
-      const ptrdiff_t next_chunk = end < halves
-          ? kChunk<M> * F::kHalfBytes - (groups - 1) * next_group
-          : next_group - begin * F::kHalfBytes;
-      for (int g = 0; g < groups; g++) {
-        const ptrdiff_t ahead = g + 1 < groups ? next_group : next_chunk;
-        const TileRows rows = locate<R>(first(g), stride);
-        chunk<R, M>(rows, m0, width, begin, end, ahead, sums[g]);
+  }
+
+  // All rows against M vectors of a panel.
+  template <int M, class Width>
+  __attribute__((noinline)) void several_vectors(int m0, Width width) const {
+    const int halves = half_blocks();
+    const auto next_row = static_cast<ptrdiff_t>(row_bytes);
+    for (int row = 0; row < a.rows; row += kRows) {
+      const int count = a.rows - row < kRows ? a.rows - row : kRows;
+      F16 sums[kRows][2][1][M];
+      for (int r = 0; r < count; r++) {
+        for (int m = 0; m < M; m++) {
+          sums[r][0][0][m] = sums[r][1][0][m] = zero();
+        }
       }
-    }
-    for (int g = 0; g < groups; g++) {
-      write<R, M>(first(g), step, m0, sums[g]);
+      for (int begin = 0; begin < halves; begin += kChunk) {
+        const int end = begin + kChunk < halves ? begin + kChunk : halves;
+        // After the last row: the first one's next chunk, or the next rows.
+        const ptrdiff_t next_chunk = end < halves
+            ? kChunk * F::kHalfBytes - (count - 1) * next_row
+            : next_row - begin * F::kHalfBytes;
+        for (int r = 0; r < count; r++) {
+          const ptrdiff_t ahead = r + 1 < count ? next_row : next_chunk;
+          const TileRows rows = locate<1>(row + r, 1);
+          for (int hb = begin; hb < end; hb++) {
+            half_block<1, M>(rows, m0, width, hb, ahead, sums[r][hb % 2]);
+          }
+        }
+      }
+      for (int r = 0; r < count; r++) {
+        write<1, M>(row + r, 1, m0, sums[r][0], sums[r][1]);
+      }
     }
   }
 
   // Stores the sums of `count` rows from `row` on.
   template <int R, int M>
-  GLM_INLINE void write(int row, int count, int m0, const F16 (&sums)[2][R][M])
-      const {
+  GLM_INLINE void write(
+      int row,
+      int count,
+      int m0,
+      const F16 (&even)[R][M],
+      const F16 (&odd)[R][M]) const {
     for (int m = 0; m < M; m++) {
       F16 low[R], high[R];
       unroll<R>(GLM_EACH(r) {
-        low[r] = sums[0][r][m];
-        high[r] = sums[1][r][m];
+        low[r] = even[r][m];
+        high[r] = odd[r][m];
       });
       float totals[R];
       butterfly_sums(low, high, totals);
@@ -327,40 +301,31 @@ struct Tile {
     }
   }
 
-  template <int M, class Width>
-  __attribute__((noinline)) void all_rows(int m0, Width width) const {
-    constexpr int R = M == 1 ? kRowsAtOnce : 1;
-    const int step = kGroups<M> * (a.rows < R ? 1 : R);
-    for (int row = 0; row < a.rows; row += step) {
-      groups_of_rows<R, M>(row, m0, width);
-    }
-  }
-
   GLM_INLINE void all() const {
 #if defined(GLM_AVX512)
     switch (a.width) {
       case 1:
-        return all_rows<1>(0, Constant<1>());
+        return one_vector<kRowsAtOnce>(0, Constant<1>());
       case 2:
-        return all_rows<2>(0, Constant<2>());
+        return several_vectors<2>(0, Constant<2>());
       case 4:
-        return all_rows<4>(0, Constant<4>());
+        return several_vectors<4>(0, Constant<4>());
       default:
-        return all_rows<8>(0, Constant<8>());
+        return several_vectors<8>(0, Constant<8>());
     }
 #elif defined(GLM_AVX2)
     for (int m = 0; m < a.width;) {
       if (a.width >= 4) {
-        all_rows<4>(m, a.width);
+        several_vectors<4>(m, a.width);
         m += 4;
       } else {
-        all_rows<1>(m, a.width);
+        one_vector<kRowsAtOnce>(m, a.width);
         m += 1;
       }
     }
 #else
     for (int m = 0; m < a.width; m++) {
-      all_rows<1>(m, a.width);
+      one_vector<kRowsAtOnce>(m, a.width);
     }
 #endif
   }

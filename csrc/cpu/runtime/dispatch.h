@@ -237,8 +237,11 @@ void dispatch(
     const int workers = num_threads();
     Scratch measured;
     make(in, out, measured, workers);
-    Block block =
-        scratch_block(primitive.stream(), Together::slot(), measured.used());
+    Block block;
+    if (measured.used() > 0) {
+      block =
+          scratch_block(primitive.stream(), Together::slot(), measured.used());
+    }
     Scratch scratch(block.get(), measured.used());
     Kernel kernel = make(in, out, scratch, workers);
     if (here) {
