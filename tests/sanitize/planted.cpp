@@ -15,7 +15,7 @@ extern "C" __attribute__((visibility("default"))) int glm_fused_plant(
   std::atomic<int> begun{0};
   volatile int shift = 40;
   const auto block = glm_fused::cpu::scratch_block(
-      mlx::core::Stream(0, mlx::core::Device::cpu), 1024);
+      mlx::core::Stream(0, mlx::core::Device::cpu), 0, 1024);
   glm_fused::cpu::Scratch scratch(block.get(), 1024);
   // The address past a span, which the standard library's own check would stop.
   const std::span<int> first = scratch.take<int>(3);
