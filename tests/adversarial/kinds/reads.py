@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import time
 from contextlib import contextmanager
 from unittest import mock
 
@@ -69,6 +70,14 @@ def changed(files):
             os.utime(file, ns=both)
 
 
+def settle(reads):
+    """Wait for reads that began under a fault: the next request would share their failure."""
+    calls = -1
+    while calls != reads.calls:
+        calls = reads.calls
+        time.sleep(0.1)
+
+
 def under(fault, rng, model, prompt, how):
     """The outcome of a generation, and how many reads were hit."""
     reads = _state["reads"]
@@ -77,7 +86,11 @@ def under(fault, rng, model, prompt, how):
     outcome = "right"
     try:
         with changed(files):
-            check(model, prompt, how=how)
+            try:
+                check(model, prompt, how=how)
+            except Exception:
+                settle(reads)
+                raise
     except Wrong as error:
         raise Wrong(f"{fault} at {reads.hits} of {reads.calls} reads: {error}") from None
     except Exception as error:
