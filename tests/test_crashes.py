@@ -1,12 +1,16 @@
 """Bad sizes, lack of threads and memory, exits and interrupts must not crash the process."""
 
+import fcntl
 import os
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import mlx.core as mx
+import psutil
 import pytest
 from test_slots import BYTES, CORE, EXPERTS, ROOT, build, file, make_bank  # noqa: F401
 
@@ -82,6 +86,7 @@ def test_parts_of_experts_that_cannot_be(file):  # noqa: F811
 THREADS = """
 import resource, sys
 import mlx.core as mx
+import psutil
 from glm_fused import _ext, num_threads, set_num_threads
 mx.eval(mx.ones(3) + 1)
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -132,6 +137,7 @@ def test_no_slot_loads_for_ever_where_memory_runs_out(tmp_path):
 ENDING = """
 import sys, threading
 import mlx.core as mx
+import psutil
 from glm_fused import generate, load
 decoding = threading.Event()
 def decode():
@@ -149,6 +155,12 @@ sys.exit(7)
 def test_the_exit_code_stands_though_a_daemon_thread_decodes(threads):
     result = program(ENDING, env={"GLM_FUSED_NUM_THREADS": threads})
     assert (result.returncode, result.stderr) == (7, "")
+
+
+def unread(pipe):
+    """How many bytes of a pipe nobody has read yet."""
+    count = struct.pack("i", 0)
+    return struct.unpack("i", fcntl.ioctl(pipe.fileno(), termios.FIONREAD, count))[0]
 
 
 @linux
@@ -170,11 +182,17 @@ def test_ctrl_c_ends_a_run_without_a_traceback(prompt):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     run.stdin.write(prompt)
+    run.stdin.flush()
+    while unread(run.stdin):  # it is still being imported
+        time.sleep(0.01)
     run.stdin.close()
     if len(prompt) < 100:
         run.stdout.read(5)  # it decodes
     else:
-        time.sleep(2)
+        used = psutil.Process(run.pid).cpu_times
+        begun = sum(used()[:2])
+        while sum(used()[:2]) < begun + 2:  # it has loaded the model
+            time.sleep(0.01)
     run.send_signal(signal.SIGINT)
     assert run.wait(60) == 130
     assert "Traceback" not in run.stderr.read()
