@@ -198,6 +198,72 @@ def router_topk(
     | mlx.core.DeviceType
     | None,
 ) -> tuple[mlx.core.array, mlx.core.array]: ...
+def append_rows(
+    buffer: mlx.core.array,
+    rows: mlx.core.array,
+    at: int,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
+def append_pair(
+    buffer: mlx.core.array,
+    rows: mlx.core.array,
+    other_buffer: mlx.core.array,
+    other_rows: mlx.core.array,
+    at: int,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> tuple[mlx.core.array, mlx.core.array]: ...
+def append_packed(
+    buffer: mlx.core.array,
+    values: mlx.core.array,
+    ropes: mlx.core.array | None,
+    at: int,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
+def indexer_topk(
+    q: mlx.core.array,
+    keys: mlx.core.array,
+    weights: mlx.core.array,
+    k: int,
+    scale: float,
+    weight_scale: float,
+    start: mlx.core.array | None,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
+def sparse_mla_decode(
+    q: mlx.core.array,
+    latents: mlx.core.array,
+    ropes: mlx.core.array | None,
+    selected: mlx.core.array | None,
+    rank: int,
+    scale: float,
+    start: mlx.core.array | None,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
 def attention_project(
     x: mlx.core.array,
     cos: mlx.core.array,
@@ -244,42 +310,6 @@ def full_attention_project(
     | mlx.core.DeviceType
     | None,
 ) -> list[mlx.core.array]: ...
-def append_rows(
-    buffer: mlx.core.array,
-    rows: mlx.core.array,
-    at: int,
-    kernel: Kernel,
-    stream: mlx.core.Stream
-    | mlx.core.ThreadLocalStream
-    | mlx.core.Device
-    | mlx.core.DeviceType
-    | None,
-) -> mlx.core.array: ...
-def append_pair(
-    buffer: mlx.core.array,
-    rows: mlx.core.array,
-    other_buffer: mlx.core.array,
-    other_rows: mlx.core.array,
-    at: int,
-    kernel: Kernel,
-    stream: mlx.core.Stream
-    | mlx.core.ThreadLocalStream
-    | mlx.core.Device
-    | mlx.core.DeviceType
-    | None,
-) -> tuple[mlx.core.array, mlx.core.array]: ...
-def append_packed(
-    buffer: mlx.core.array,
-    values: mlx.core.array,
-    ropes: mlx.core.array | None,
-    at: int,
-    kernel: Kernel,
-    stream: mlx.core.Stream
-    | mlx.core.ThreadLocalStream
-    | mlx.core.Device
-    | mlx.core.DeviceType
-    | None,
-) -> mlx.core.array: ...
 def attention_output(
     x: mlx.core.array,
     attended: mlx.core.array,
@@ -353,36 +383,38 @@ def moe_block(
     | mlx.core.DeviceType
     | None,
 ) -> mlx.core.array: ...
-def indexer_topk(
-    q: mlx.core.array,
-    keys: mlx.core.array,
-    weights: mlx.core.array,
-    k: int,
-    scale: float,
-    weight_scale: float,
-    start: mlx.core.array | None,
-    kernel: Kernel,
-    stream: mlx.core.Stream
-    | mlx.core.ThreadLocalStream
-    | mlx.core.Device
-    | mlx.core.DeviceType
-    | None,
-) -> mlx.core.array: ...
-def sparse_mla_decode(
-    q: mlx.core.array,
-    latents: mlx.core.array,
-    ropes: mlx.core.array | None,
-    selected: mlx.core.array | None,
-    rank: int,
-    scale: float,
-    start: mlx.core.array | None,
-    kernel: Kernel,
-    stream: mlx.core.Stream
-    | mlx.core.ThreadLocalStream
-    | mlx.core.Device
-    | mlx.core.DeviceType
-    | None,
-) -> mlx.core.array: ...
+def same_items(containers: list[object], items: list[list[object]]) -> bool:
+    """
+    Whether containers[i], a dict or a list, has just items[i], in order.
+
+    Of a dict that is keys and values in turn.
+    """
+
+class DecodeStep:
+    """A recorded decode step: see models.decode_step."""
+
+    def __init__(
+        self,
+        inputs: Sequence[mlx.core.array],
+        caches: Sequence[mlx.core.array],
+        logits: mlx.core.array,
+        appended: Sequence[mlx.core.array],
+    ) -> None:
+        """Take how `logits` and `appended` were made of the others."""
+
+    @staticmethod
+    def takes(arrays: Sequence[mlx.core.array]) -> bool:
+        """Whether no transformation of a function traces the arrays."""
+
+    @staticmethod
+    def run_seconds() -> float:
+        """How long all steps of this process have run their kernels."""
+
+    def __call__(
+        self, inputs: Sequence[mlx.core.array], caches: Sequence[mlx.core.array], at: int
+    ) -> mlx.core.array:
+        """The logits; the caches then hold the new rows, from row `at` on."""
+
 def take_metal_launches() -> int:
     """How many launches of our kernels were encoded since the last call."""
 
@@ -431,38 +463,6 @@ def active_tasks() -> int:
     """
     Tasks that MLX counts as running; what an error cuts short it counts for good.
     """
-
-def same_items(containers: list[object], items: list[list[object]]) -> bool:
-    """
-    Whether containers[i], a dict or a list, has just items[i], in order.
-
-    Of a dict that is keys and values in turn.
-    """
-
-class DecodeStep:
-    """A recorded decode step: see models.decode_step."""
-
-    def __init__(
-        self,
-        inputs: Sequence[mlx.core.array],
-        caches: Sequence[mlx.core.array],
-        logits: mlx.core.array,
-        appended: Sequence[mlx.core.array],
-    ) -> None:
-        """Take how `logits` and `appended` were made of the others."""
-
-    @staticmethod
-    def takes(arrays: Sequence[mlx.core.array]) -> bool:
-        """Whether no transformation of a function traces the arrays."""
-
-    @staticmethod
-    def run_seconds() -> float:
-        """How long all steps of this process have run their kernels."""
-
-    def __call__(
-        self, inputs: Sequence[mlx.core.array], caches: Sequence[mlx.core.array], at: int
-    ) -> mlx.core.array:
-        """The logits; the caches then hold the new rows, from row `at` on."""
 
 class SlotFiles:
     """Open files that experts are read from."""
