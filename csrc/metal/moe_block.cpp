@@ -92,6 +92,46 @@ mx::array fill_slots(
   return slots;
 }
 
+// A layer's norm and router, which are encoded, and its experts.
+struct Layer {
+  const mx::array& x;
+  const Routed made;
+  const MlpWeights routed;
+  const std::optional<MlpWeights> shared;
+
+  Layer(
+      const mx::Stream& stream,
+      Inputs from,
+      const MlpFormats& experts,
+      const std::optional<MlpFormats>& shared_experts,
+      const Routing& routing,
+      float eps)
+      : x(from.array()),
+        made(encode_route(stream, x, from, routing, eps)),
+        routed(from.mlp(experts)),
+        shared(
+            shared_experts ? std::optional(from.mlp(*shared_experts))
+                           : std::nullopt) {}
+
+  // Encodes the experts; `act` is that of the shared ones, if it is known.
+  void encode_experts(
+      const mx::Stream& stream,
+      const mx::array& slots,
+      mx::array& y,
+      const mx::array* act = nullptr) const {
+    metal::experts(
+        stream,
+        made.h,
+        slots,
+        made.shares,
+        routed,
+        shared ? &*shared : nullptr,
+        &x,
+        y,
+        act);
+  }
+};
+
 }  // namespace
 
 void MetalMoeBlock::eval_gpu(
@@ -100,21 +140,9 @@ void MetalMoeBlock::eval_gpu(
   if (!allocate(outputs)) {
     return;
   }
-  Inputs from(inputs);
-  const mx::array& x = from.array();
-  const Routed made = encode_route(stream(), x, from, routing_, eps_);
-  const MlpWeights routed = from.mlp(experts_);
-  const auto shared =
-      shared_ ? std::optional(from.mlp(*shared_)) : std::nullopt;
-  metal::experts(
-      stream(),
-      made.h,
-      made.chosen,
-      made.shares,
-      routed,
-      shared ? &*shared : nullptr,
-      &x,
-      outputs[0]);
+  const Layer layer(
+      stream(), Inputs(inputs), experts_, shared_, routing_, eps_);
+  layer.encode_experts(stream(), layer.made.chosen, outputs[0]);
 }
 
 void MetalStreamedMoe::eval_gpu(
@@ -123,18 +151,15 @@ void MetalStreamedMoe::eval_gpu(
   if (!allocate(outputs)) {
     return;
   }
-  Inputs from(inputs);
-  const mx::array& x = from.array();
-  const Routed made = encode_route(stream(), x, from, routing_, eps_);
-  const MlpWeights routed = from.mlp(experts_);
-  const auto shared =
-      shared_ ? std::optional(from.mlp(*shared_)) : std::nullopt;
+  const Layer layer(
+      stream(), Inputs(inputs), experts_, shared_, routing_, eps_);
+  const Routed& made = layer.made;
   metal::Encoder encoder(stream());
   const auto known = std::make_shared<std::promise<void>>();
   encoder.begin([known] { known->set_value(); });
   std::optional<mx::array> act;
-  if (shared) {
-    act = encode_shared(stream(), made.h, *shared);
+  if (layer.shared) {
+    act = encode_shared(stream(), made.h, *layer.shared);
     encoder.begin();
   }
   auto slots = made.chosen;
@@ -142,16 +167,7 @@ void MetalStreamedMoe::eval_gpu(
     known->get_future().wait();
     slots = fill_slots(arrivals_, made.chosen);
   }
-  metal::experts(
-      stream(),
-      made.h,
-      slots,
-      made.shares,
-      routed,
-      shared ? &*shared : nullptr,
-      &x,
-      outputs[0],
-      act ? &*act : nullptr);
+  layer.encode_experts(stream(), slots, outputs[0], act ? &*act : nullptr);
   // These were temporaries of what the GPU has begun.
   encoder.add_temporaries({made.h, made.shares, slots});
   if (act) {
