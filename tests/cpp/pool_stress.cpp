@@ -30,7 +30,7 @@ void require(bool holds, const char* what) {
 
 // Runs tasks that count themselves, of which some throw. All that began have
 // ended when it returns, as their counts, which are no atomics, show.
-void region(int count, int thrower, int throwers) {
+void region(int count, int thrower, int throwers, int workers) {
   std::vector<int> done(count);
   bool thrown = false;
   try {
@@ -46,7 +46,7 @@ void region(int count, int thrower, int throwers) {
           }
         },
         kWork,
-        num_threads());
+        workers);
   } catch (const std::bad_alloc&) {
     thrown = true;
   } catch (const std::runtime_error& error) {
@@ -96,12 +96,16 @@ int main(int count, char** argv) {
     glm_fused::cpu::set_num_threads(threads);
     std::vector<std::thread> callers;
     for (int caller = 0; caller < 3; caller++) {
-      callers.emplace_back([caller] {
-        for (int i = 0; i < 300; i++) {
-          region(i % 40, (i + caller) % 37, i % 4);
+      callers.emplace_back([caller, threads] {
+        for (int i = 0; i < 3000; i++) {
+          const int workers = i % 3 ? threads : 1 + i % threads;
+          region(i % 40, (i + caller) % 37, i % 4, workers);
         }
       });
     }
+    const int more_than_a_region_has = (1 << 20) + 5;
+    region(more_than_a_region_has, more_than_a_region_has, 1, threads);
+    region(more_than_a_region_has, more_than_a_region_has - 3, 1, threads);
     for (auto& caller : callers) {
       caller.join();
     }

@@ -34,6 +34,9 @@ constexpr int kSpinsAtOnce = 64;  // before it looks at the clock
 
 constexpr double kMinParallelWork = 1 << 15;
 
+// Of more tasks than a region may have, so many are one.
+constexpr int kTasksAsOne = 1 << 12;
+
 // Whether this thread runs a task of a region. Another cannot begin within it.
 thread_local bool in_region = false;
 
@@ -78,7 +81,7 @@ int default_threads() {
 class Pool {
  public:
   explicit Pool(int threads)
-      : shares_(threads),
+      : threads_(threads),
         workers_(start_threads("the CPU kernels", threads - 1, [this] {
           work(1 + started_.fetch_add(1, std::memory_order_relaxed));
         })) {}
@@ -100,76 +103,130 @@ class Pool {
 
   // Throws what a task threw first, once no worker runs any more.
   void run(int count, const TaskRef& task, int workers) {
-    task_ = &task;
-    limit_ = std::min(workers, threads());
-    for (int64_t w = 0; w < limit_; w++) {
-      Share& share = shares_[w];
-      share.next.store(w * count / limit_, std::memory_order_relaxed);
-      share.end = (w + 1) * count / limit_;
-    }
-    const uint64_t region = (region_.load() / kRegion + 1) * kRegion;
-    region_.store(region | kOpen);
+    task_ = task;
+    const Region region = {
+        static_cast<uint32_t>(++number_), std::min(workers, threads()), count};
+    region_.store(region.word());
     if (asleep_.load() > 0) {
       std::lock_guard lock(mutex_);
       wake_.notify_all();
     }
-    drain(0);
-    // Who has not come by now is too late; the others are waited for.
-    region_.fetch_and(~kOpen);
-    while (region_.load(std::memory_order_acquire) != region) {
+    int done = drain(region, 0);
+    while (done + done_by_workers(region) < count) {
       relax();
     }
-    if (error_) {
+    if (failed_.load(std::memory_order_relaxed)) {
+      failed_.store(false, std::memory_order_relaxed);
       std::rethrow_exception(std::exchange(error_, nullptr));
     }
   }
 
- private:
-  // A region's number, whether workers may join it, and how many are in it.
-  static constexpr uint64_t kOpen = 1 << 16, kRegion = kOpen << 1;
+  static constexpr int kMostTasks = (1 << 20) - 1;  // of a region
 
-  // What is left of a thread's tasks.
-  struct alignas(64) Share {
-    std::atomic<int64_t> next{0};
-    int64_t end = 0;
+ private:
+  // What a worker has to know before it takes a task, in one word: to hand over
+  // a cache line takes a quarter of a microsecond.
+  struct Region {
+    uint32_t number;
+    int threads;  // that take part: those of lower numbers
+    int count;
+
+    uint64_t word() const {
+      return uint64_t{number} << 32 | uint64_t(threads) << 20 | uint64_t(count);
+    }
+    static Region of(uint64_t word) {
+      return {
+          static_cast<uint32_t>(word >> 32),
+          static_cast<int>(word >> 20 & 0xfff),
+          static_cast<int>(word & kMostTasks)};
+    }
+    // The first task of a thread's share.
+    int first(int thread) const {
+      return static_cast<int>(int64_t{thread} * count / threads);
+    }
   };
+
+  // A thread's line. Both words begin with a region's number: what is of an
+  // earlier region counts as nothing taken and nothing done.
+  struct Thread {
+    alignas(64) std::atomic<uint64_t> next{0};  // the first task not taken
+    alignas(64) std::atomic<uint64_t> done{0};  // how many it has done
+  };
+
+  static uint64_t tagged(const Region& region, int value) {
+    return uint64_t{region.number} << 32 | static_cast<uint32_t>(value);
+  }
+  // Below 0 for an earlier region, above for a later one.
+  static int32_t tag_minus(uint64_t word, const Region& region) {
+    return static_cast<int32_t>(
+        static_cast<uint32_t>(word >> 32) - region.number);
+  }
+
+  int done_by_workers(const Region& region) const {
+    int done = 0;
+    for (int i = 1; i < region.threads; i++) {
+      const uint64_t word = threads_[i].done.load(std::memory_order_acquire);
+      done += tag_minus(word, region) == 0 ? static_cast<int>(word) : 0;
+    }
+    return done;
+  }
 
   // Each thread has a share of the tasks, the same one whenever as many are
   // done, so that what they read may still be in its core's cache. Then it
-  // takes what is left of the others'.
-  void drain(int worker) noexcept {
+  // takes what is left of the others'. Returns how many tasks it did.
+  int drain(const Region& region, int worker) noexcept {
     in_region = true;
-    for (int i = 0; i < limit_; i++) {
-      drain(shares_[(worker + i) % limit_], worker);
+    int done = 0;
+    for (int i = 0; i < region.threads; i++) {
+      done += drain(region, (worker + i) % region.threads, worker);
     }
     in_region = false;
+    return done;
   }
 
-  void drain(Share& share, int worker) noexcept {
-    for (int64_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) <
-         share.end;) {
-      try {
-        (*task_)(static_cast<int>(i), worker);
-      } catch (...) {
-        std::lock_guard lock(mutex_);
-        if (!error_) {
-          error_ = std::current_exception();
-        }
-        for (Share& other : shares_) {  // leaves the rest out
-          other.next.store(other.end, std::memory_order_relaxed);
-        }
+  // A region ends when all of its tasks are done. So who could take one finds
+  // what that region's tasks need, and who comes too late finds none.
+  int drain(const Region& region, int share, int worker) noexcept {
+    std::atomic<uint64_t>& next = threads_[share].next;
+    const int end = region.first(share + 1);
+    int done = 0;
+    for (uint64_t word = next.load(std::memory_order_relaxed);;) {
+      const int32_t age = tag_minus(word, region);
+      const int i = age < 0 ? region.first(share) : static_cast<int>(word);
+      if (age > 0 || i >= end) {
+        return done;
+      }
+      if (next.compare_exchange_weak(
+              word, tagged(region, i + 1), std::memory_order_relaxed)) {
+        run_task(i, worker);
+        done++;
+        word = next.load(std::memory_order_relaxed);
       }
     }
   }
 
+  void run_task(int i, int worker) noexcept {
+    if (failed_.load(std::memory_order_relaxed)) {
+      return;
+    }
+    try {
+      task_(i, worker);
+    } catch (...) {
+      std::lock_guard lock(mutex_);
+      if (!error_) {
+        error_ = std::current_exception();
+      }
+      failed_.store(true, std::memory_order_relaxed);
+    }
+  }
+
   // Whether there is a region that a worker has not seen yet.
-  bool is_new(uint64_t seen) const {
-    const uint64_t region = region_.load();
-    return (region & kOpen) != 0 && region / kRegion != seen;
+  bool is_new(uint32_t seen) const {
+    return Region::of(region_.load()).number != seen;
   }
 
   // Returns whether a region came within the time that a worker spins.
-  bool spin(uint64_t seen) const {
+  bool spin(uint32_t seen) const {
     const auto end = std::chrono::steady_clock::now() + kSpin;
     do {
       for (int i = 0; i < kSpinsAtOnce; i++) {
@@ -182,45 +239,38 @@ class Pool {
     return false;
   }
 
-  // Returns whether the region could be joined, as long as it was open.
-  bool join(uint64_t& seen) {
-    uint64_t region = region_.load();
-    do {
-      if ((region & kOpen) == 0 || region / kRegion == seen) {
-        return false;
-      }
-    } while (!region_.compare_exchange_weak(region, region + 1));
-    seen = region / kRegion;
-    return true;
-  }
-
   void work(int worker) {
-    uint64_t seen = 0;
+    uint32_t seen = 0;
     while (!stop_) {
       if (!spin(seen)) {
         asleep_.fetch_add(1);
         std::unique_lock lock(mutex_);
         wake_.wait(lock, [&] { return stop_ || is_new(seen); });
         asleep_.fetch_sub(1);
-      } else if (join(seen)) {
-        if (worker < limit_) {
-          drain(worker);
-        }
-        region_.fetch_sub(1, std::memory_order_release);
+        continue;
+      }
+      const Region region = Region::of(region_.load());
+      seen = region.number;
+      if (worker >= region.threads) {
+        continue;
+      }
+      if (const int done = drain(region, worker)) {
+        threads_[worker].done.store(
+            tagged(region, done), std::memory_order_release);
       }
     }
   }
 
   std::mutex mutex_;
   std::condition_variable wake_;
-  std::atomic<uint64_t> region_{0};
-  std::atomic<int> asleep_{0};
-  std::vector<Share> shares_;
+  alignas(64) std::atomic<uint64_t> region_{0};
+  TaskRef task_;  // of the region, and on its line
+  alignas(64) std::atomic<int> asleep_{0};
+  std::atomic<bool> stop_{false}, failed_{false};
+  std::vector<Thread> threads_;
   std::atomic<int> started_{0};
-  int limit_ = 0;  // workers from this number on take no part
-  const TaskRef* task_ = nullptr;
-  std::exception_ptr error_;  // what a task of this region threw first
-  std::atomic<bool> stop_{false};
+  uint64_t number_ = 0;               // of the last region
+  std::exception_ptr error_;          // what a task of this region threw first
   std::vector<std::thread> workers_;  // comes last, as they use the others
 };
 
@@ -267,8 +317,17 @@ void parallel_for(int count, TaskRef task, double work, int workers) {
     Shared& s = shared();
     std::lock_guard lock(s.region);
     if (s.pool && s.pool->threads() > 1) {
-      s.pool->run(count, task, workers);
-      return;
+      if (count <= Pool::kMostTasks) {
+        return s.pool->run(count, task, workers);
+      }
+      const int parts = (count - 1) / kTasksAsOne + 1;
+      const auto run = [&](int part, int worker) {
+        const int end = std::min(count, (part + 1) * kTasksAsOne);
+        for (int i = part * kTasksAsOne; i < end; i++) {
+          task(i, worker);
+        }
+      };
+      return s.pool->run(parts, run, workers);
     }
   }
   for (int i = 0; i < count; i++) {

@@ -10,6 +10,7 @@ namespace glm_fused::cpu {
 // is handed to.
 class TaskRef {
  public:
+  TaskRef() = default;
   template <
       class Task,
       class = std::enable_if_t<!std::is_same_v<std::decay_t<Task>, TaskRef>>>
@@ -30,8 +31,8 @@ class TaskRef {
   }
 
  private:
-  const void* task_;
-  void (*call_)(const void*, int, int);
+  const void* task_ = nullptr;
+  void (*call_)(const void*, int, int) = nullptr;
 };
 
 // Calls task(i) for every i in [0, count), in any order, on the pool and the
