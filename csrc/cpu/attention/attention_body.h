@@ -115,13 +115,11 @@ void softmax_lanes(const SplitArgs& a, int lane) {
   store(a.l + lane, l);
 }
 
-// The dot products of a split with a few heads: sixteen keys are the lanes,
-// where a vector of heads would be almost empty.
+// The dot products of a split with a few heads: sixteen keys are the lanes.
 class FewHeads {
  public:
-  static constexpr int kMost = 8;
-
-  explicit FewHeads(const SplitArgs& a) : a_(a) {
+  explicit FewHeads(const SplitArgs& a)
+      : a_(a), width_(a.rows->rank + a.rows->rope_dim) {
     for (auto& keys : sums_) {
       for (F16& sum : keys) {
         sum = zero();
@@ -129,8 +127,9 @@ class FewHeads {
     }
   }
 
-  // Does what multiply_block does; k has rows up to a whole vector of keys.
-  void add(const float* q, const float* k, int depth) {
+  // Does what multiply_block does with dimensions [begin, begin + depth); k has
+  // rows up to a whole vector of keys.
+  void add(int begin, const float* k, int depth) {
     for (int keys = 0; keys < a_.count; keys += kHalf) {
       for (int d = 0; d < depth; d += kHalf) {
         U16 columns[kHalf];
@@ -140,8 +139,7 @@ class FewHeads {
             columns);
         const int count = std::min(kHalf, depth - d);
         for (int h = 0; h < a_.heads; h += kDeep) {
-          multiply(
-              q + d * a_.lanes + h, columns, count, sums_[keys / kHalf] + h);
+          multiply(begin + d, h, columns, count, sums_[keys / kHalf] + h);
         }
       }
     }
@@ -161,50 +159,53 @@ class FewHeads {
   }
 
  private:
-  // Adds to the sums of kDeep heads; those past the last have zeros in q.
+  // Adds to the sums of kDeep heads; those past the last are as it.
   void multiply(
-      const float* q,
+      int begin,
+      int head,
       const U16 (&columns)[kHalf],
       int count,
       F16* sums) const {
+    const float* q[kDeep];
     F16 sum[kDeep];
-    unroll<kDeep>(GLM_EACH(h) { sum[h] = sums[h]; });
+    unroll<kDeep>(GLM_EACH(h) {
+      q[h] = a_.q + std::min(head + h, a_.heads - 1) * width_ + begin;
+      sum[h] = sums[h];
+    });
     for (int i = 0; i < count; i++) {
       const F16 key = as_float(columns[i]);
-      unroll<kDeep>(GLM_EACH(h) {
-        sum[h] = fma(splat(q[i * a_.lanes + h]), key, sum[h]);
-      });
+      unroll<kDeep>(GLM_EACH(h) { sum[h] = fma(splat(q[h][i]), key, sum[h]); });
     }
     unroll<kDeep>(GLM_EACH(h) { sums[h] = sum[h]; });
   }
 
   const SplitArgs& a_;
-  F16 sums_[kSplit / kHalf][kMost];
+  const int width_;
+  F16 sums_[kSplit / kHalf][kFewHeads];
 };
 
 void split(const SplitArgs& a) {
   const Rows& rows = *a.rows;
   std::fill_n(a.p, static_cast<size_t>(a.count) * a.lanes, 0.0f);
   alignas(64) float block[kSplit * kSplit];
-  const bool few = a.heads <= FewHeads::kMost;
+  const bool few = a.heads <= kFewHeads;
   const int whole = round_up(a.count, kHalf);
   std::fill(block + a.count * kSplit, block + whole * kSplit, 0.0f);
   FewHeads heads(a);
-  const auto part = [&](int dims, const float* q, auto load_part) {
+  const auto part = [&](int dims, int first, auto load_part) {
     for (int d = 0; d < dims; d += kSplit) {
       const int depth = std::min(kSplit, dims - d);
       load_part({rows, a.keys, a.count, a.next_count, d, depth, block});
-      const float* at = q + static_cast<size_t>(d) * a.lanes;
       if (few) {
-        heads.add(at, block, depth);
+        heads.add(first + d, block, depth);
       } else {
-        multiply_block(at, a.lanes, block, depth, a.count, a.p);
+        const float* q = a.q + static_cast<size_t>(first + d) * a.lanes;
+        multiply_block(q, a.lanes, block, depth, a.count, a.p);
       }
     }
   };
-  part(rows.rank, a.q, load_latents);
-  const size_t ropes = static_cast<size_t>(rows.rank) * a.lanes;
-  part(rows.rope_dim, a.q + ropes, load_ropes);
+  part(rows.rank, 0, load_latents);
+  part(rows.rope_dim, rows.rank, load_ropes);
   if (few) {
     heads.store_all();
   }

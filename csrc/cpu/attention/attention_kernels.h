@@ -24,9 +24,14 @@ struct IndexArgs {
   float* spare;  // has index_spare's size
 };
 
+// Vectors of so few heads would be almost empty: keys are the lanes then.
+constexpr int kFewHeads = 8;
+
 // What attention over one split takes, for one query token.
 struct SplitArgs {
-  const float* q;  // [rank + rope, lanes]: transposed, heads padded to lanes
+  // [rank + rope, lanes]: transposed, heads padded to lanes; of kFewHeads or
+  // fewer: [heads, rank + rope].
+  const float* q;
   int heads, lanes;
   float scale;
   const Rows* rows;

@@ -1,6 +1,6 @@
-// Selects the k largest words exactly, in three passes over digits of 11, 11
-// and 10 bits. A digit's candidates are at most all words, so nothing can
-// overflow, and equal words share every digit.
+// Selects the k largest words exactly: of many, in three passes over digits of
+// 11, 11 and 10 bits, whose candidates are at most all words, so that nothing
+// can overflow, and equal words share every digit; of few, bit by bit.
 #pragma once
 
 #include <algorithm>
@@ -62,10 +62,37 @@ keep_prefix(const uint32_t* from, int count, uint32_t prefix, uint32_t* to) {
   return kept;
 }
 
+// To clear and to walk the histograms of the digits costs as much as to look at
+// so many words for each of their bits.
+constexpr int kFewWords = 1024;
+
+// Does what kth_word does, for few words.
+inline uint32_t kth_of_few(const uint32_t* words, int count, int& k) {
+  const auto count_if = [&](const auto& holds) {
+    int found = 0;
+    each_vector(words, count, [&](U16 v, int, uint32_t valid) {
+      found += __builtin_popcount(holds(v) & valid);
+    });
+    return found;
+  };
+  uint32_t kth = 0;
+  for (uint32_t bit = 1u << 31; bit > 0; bit >>= 1) {
+    const uint32_t below = (kth | bit) - 1;
+    if (count_if([&](U16 v) { return above(v, below); }) >= k) {
+      kth |= bit;
+    }
+  }
+  k -= count_if([&](U16 v) { return above(v, kth); });
+  return kth;
+}
+
 // Returns the k-th largest word; k becomes how many words equal to it are
 // wanted.
 inline uint32_t
 kth_word(const uint32_t* words, int count, int& k, uint32_t* spare) {
+  if (count <= kFewWords) {
+    return kth_of_few(words, count, k);
+  }
   const uint32_t top = kth_digit(words, count, 21, k);
   count = keep_prefix<21>(words, count, top, spare);
   const uint32_t middle = kth_digit(spare, count, 10, k) | top << kDigitBits;

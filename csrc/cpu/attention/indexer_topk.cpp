@@ -17,7 +17,9 @@ namespace {
 // This many scores are held at once, 64 MiB; the queries that fit share each
 // loaded key.
 constexpr size_t kMaxScores = 1 << 24;
-constexpr int kTaskKeys = 384;
+// A task takes so many keys of a long cache, and of a short one a share that is
+// whole vectors.
+constexpr int kTaskKeys = 384, kVector = 16;
 
 class Topk : public Staged {
  public:
@@ -112,14 +114,16 @@ class Topk : public Staged {
         q, a_.heads(), a_.dim(), q_.data() + i * packed_);
   }
 
-  Stage begin_scores() const {
+  Stage begin_scores() {
     const int last = *std::max_element(high_.begin(), high_.begin() + count_);
     const double work = static_cast<double>(width_) * last * count_;
-    return {(last + kTaskKeys - 1) / kTaskKeys, work};
+    const int share = (last + workers_ - 1) / workers_;
+    task_ = std::min((share + kVector - 1) / kVector * kVector, kTaskKeys);
+    return {last > 0 ? (last + task_ - 1) / task_ : 0, work};
   }
 
   void score(int number, int worker) const {
-    const int begin = number * kTaskKeys;
+    const int begin = number * task_;
     attention_kernels().index_scores(
         {q_.data(),
          a_.weights.data<float>() + a_.row(b_, first_) * a_.heads(),
@@ -129,7 +133,7 @@ class Topk : public Staged {
          a_.scale,
          a_.rows(b_),
          begin,
-         std::min(begin + kTaskKeys, keys_),
+         std::min(begin + task_, keys_),
          low_.data(),
          high_.data(),
          scores_.data(),
@@ -160,6 +164,7 @@ class Topk : public Staged {
   const Shares<float> row_, spare_;
   const Shares<uint32_t> words_;
   int b_ = 0, first_ = 0, count_ = 0;  // sequence b_, its queries at hand
+  int task_ = 0;                       // keys
 };
 
 }  // namespace

@@ -134,7 +134,12 @@ class Attention : public Staged {
   }
 
   void load_query(int i, float* q) const {
-    load_row(a_.q, a_.row(b_, first_ + i), a_.heads() * width_, q);
+    const size_t row = a_.row(b_, first_ + i);
+    if (a_.heads() <= kFewHeads) {
+      load_row(a_.q, row, a_.heads() * width_, q_[i]);
+      return;
+    }
+    load_row(a_.q, row, a_.heads() * width_, q);
     const size_t filled = static_cast<size_t>(a_.heads()) * width_;
     std::fill(q + filled, q + lanes(width_), 0.0f);
     attention_kernels().transpose(q, width_, lanes_, q_[i]);

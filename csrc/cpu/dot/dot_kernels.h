@@ -56,6 +56,14 @@ struct KernelSet {
       float* act,
       int count,
       FloatType type);
+  // Adds score times y, which is rounded to `type` first, to sum, with one
+  // rounding per multiply and per add.
+  void (*add_scored)(
+      const float* y,
+      float score,
+      size_t count,
+      FloatType type,
+      float* sum);
   // Loads values of a type as fp32; stores fp32 values rounded to one.
   void (*load)(const uint8_t* from, FloatType type, size_t count, float* to);
   void (*store)(const float* from, size_t count, FloatType type, uint8_t* to);

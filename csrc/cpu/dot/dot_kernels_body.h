@@ -74,6 +74,35 @@ GLM_INLINE void in_stretches(size_t count, const Each& each) {
 }
 
 template <FloatType type>
+void add_scored_rows(const float* y, float score, size_t count, float* sum) {
+  const glm_fused::As<type> as;
+  in_stretches(count, [&](size_t at, auto n) GLM_ALWAYS_INLINE {
+    float out[n];
+    for (int i = 0; i < n; i++) {
+      const float term = glm_fused::round_to(y[at + i], as) * score;
+      out[i] = sum[at + i] + term;
+    }
+    memcpy(sum + at, out, sizeof(out));
+  });
+}
+
+void add_scored(
+    const float* y,
+    float score,
+    size_t count,
+    FloatType type,
+    float* sum) {
+  switch (type) {
+    case FloatType::bfloat16:
+      return add_scored_rows<FloatType::bfloat16>(y, score, count, sum);
+    case FloatType::float16:
+      return add_scored_rows<FloatType::float16>(y, score, count, sum);
+    default:
+      return add_scored_rows<FloatType::float32>(y, score, count, sum);
+  }
+}
+
+template <FloatType type>
 void load_all(const uint8_t* from, size_t count, float* to) {
   using As = glm_fused::As<type>;
   using Code = decltype(As::encode(0.0f));

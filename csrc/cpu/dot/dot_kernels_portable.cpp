@@ -4,7 +4,13 @@ namespace glm_fused::cpu {
 
 const KernelSet& portable_kernels() {
   static constexpr KernelSet set{
-      "portable", find, ::swiglu, load_floats, store_floats, ::read};
+      "portable",
+      find,
+      ::swiglu,
+      add_scored,
+      load_floats,
+      store_floats,
+      ::read};
   return set;
 }
 

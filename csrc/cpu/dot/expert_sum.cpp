@@ -41,10 +41,12 @@ struct SumExperts {
       std::fill(sum.begin(), sum.end(), 0.0f);
       for (int pair = token * top_k; pair < (token + 1) * top_k; pair++) {
         load_row(y, pair, hidden, row.data());
-        for (int i = 0; i < hidden; i++) {
-          const float term = row[i] * scores.data<float>()[pair];
-          sum[i] = sum[i] + term;
-        }
+        kernels().add_scored(
+            row.data(),
+            scores.data<float>()[pair],
+            hidden,
+            FloatType::float32,
+            sum.data());
       }
       const size_t offset = static_cast<size_t>(token) * hidden;
       store_row(out, offset, sum.data(), hidden);

@@ -257,30 +257,30 @@ class Fused : public Staged {
   }
 
   // Computes rows of y for the pairs of panel i, one pair every `stride`
-  // values; each projection is rounded as the unfused chain stores it.
+  // values.
   void down_rows(int i, int first, int rows, float* y, size_t stride) const {
     const auto [slot, at, width] = panels_[i];
+    const auto pairs = panels_.pairs(i);
+    const float* x = down_input(i);
+    if (width == 1) {
+      moe_.down.dot(slot, first, rows, x, width, y + pairs[0] * stride);
+      return;
+    }
     float out[8 * kMaxTileRows];
-    moe_.down.dot(slot, first, rows, down_input(i), width, out);
+    moe_.down.dot(slot, first, rows, x, width, out);
     for (int m = 0; m < width; m++) {
-      float* to = y + panels_.pairs(i)[m] * stride;
-      for (int r = 0; r < rows; r++) {
-        to[r] = round_to(out[m * rows + r], moe_.type);
-      }
+      std::copy_n(out + m * rows, rows, y + pairs[m] * stride);
     }
   }
 
-  // Sums the choices of each token, in order, with one rounding per multiply
-  // and per add.
+  // Sums the choices of each token, in order; each is rounded as the unfused
+  // chain stores it.
   void sum_rows(int first, int rows, const float* y, size_t stride) const {
     const float* scores = moe_.scores.data<float>() + first_ * top_k_;
     for (int token = 0; token < tokens_; token++) {
       float sum[kMaxTileRows] = {};
       for (int j = token * top_k_; j < (token + 1) * top_k_; j++) {
-        for (int r = 0; r < rows; r++) {
-          const float term = y[j * stride + r] * scores[j];
-          sum[r] = sum[r] + term;
-        }
+        kernels().add_scored(y + j * stride, scores[j], rows, moe_.type, sum);
       }
       const size_t row = static_cast<size_t>(first_ + token);
       store_row(moe_.y, row * moe_.down.n + first, sum, rows);
