@@ -20,7 +20,8 @@ struct Taken {
   int end;
 
   bool is_of(const array& buffer) const {
-    return memory.lock() == buffer.data_shared_ptr() &&
+    const auto& other = buffer.data_shared_ptr();  // to lock ours costs more
+    return !memory.owner_before(other) && !other.owner_before(memory) &&
         offset == buffer.offset() && shape == buffer.shape() &&
         strides == buffer.strides();
   }
@@ -31,9 +32,12 @@ class Table {
   bool take(const array& buffer, int at, int end) {
     std::lock_guard lock(mutex_);
     const auto found = taken_.find(buffer.data_shared_ptr().get());
-    const bool is_free = found != taken_.end() && found->second.is_of(buffer) &&
-        found->second.end <= at;
-    if (!is_free && !buffer.is_donatable()) {
+    if (found != taken_.end() && found->second.end <= at &&
+        found->second.is_of(buffer)) {
+      found->second.end = end;
+      return true;
+    }
+    if (!buffer.is_donatable()) {
       return false;
     }
     keep(buffer, end);
@@ -47,12 +51,17 @@ class Table {
 
  private:
   void keep(const array& buffer, int end) {
+    const auto& memory = buffer.data_shared_ptr();
+    const auto found = taken_.find(memory.get());
+    if (found != taken_.end() && found->second.is_of(buffer)) {
+      found->second.end = end;
+      return;
+    }
     if (taken_.size() >= limit_) {
       std::erase_if(
           taken_, [](const auto& t) { return t.second.memory.expired(); });
       limit_ = 2 * taken_.size() + 64;
     }
-    const auto& memory = buffer.data_shared_ptr();
     taken_.insert_or_assign(
         memory.get(),
         Taken{memory, buffer.offset(), buffer.shape(), buffer.strides(), end});

@@ -78,6 +78,9 @@ inline void wait_for(const mlx::core::array& a, mlx::core::Stream stream) {
 
 // Returns the same array without its place in the graph; it keeps the buffer.
 inline mlx::core::array holding(const mlx::core::array& a) {
+  if (!a.has_primitive() && a.siblings().empty()) {
+    return a;
+  }
   mlx::core::array held(a.shape(), a.dtype(), nullptr, {});
   held.copy_shared_buffer(a);
   return held;
@@ -246,9 +249,11 @@ void dispatch(
       return;
     }
     Arrays in, out;
+    in.reserve(inputs.size());
     for (const auto& input : inputs) {
       in.push_back(holding(input));
     }
+    out.reserve(outputs.size());
     for (const auto& output : outputs) {
       out.push_back(holding(output));
     }
