@@ -201,9 +201,10 @@ constexpr Term affine_term(int p) {
 
 // result += fma(scale, accum, sum * bias), as `scale * accum + sum * bias`
 // contracts; the lane sums of x follow its planes.
+template <int values>
 class AffineScales {
  public:
-  GLM_INLINE AffineScales(const DotArgs& a, int values)
+  GLM_INLINE AffineScales(const DotArgs& a, int)
       : scales_(a.planes[1]),
         biases_(a.planes[2]),
         type_(a.format.float_type),
@@ -219,18 +220,54 @@ class AffineScales {
     rows.scales = scales_ + at;
     rows.biases = biases_ + at;
     rows.scale_stride = static_cast<ptrdiff_t>(stride) * spread_.row_bytes();
-    rows.direct_halves =
-        spread_.direct_halves(at + (R - 1) * rows.scale_stride);
+    rows.direct_halves = type_ == FloatType::float32
+        ? 0
+        : std::min(
+              rows.direct_halves,
+              spread_.direct_halves(at + (R - 1) * rows.scale_stride));
   }
 
-  template <int R, int M>
+  template <class Do>
+  GLM_INLINE void with_reading(const Do& with) const {
+    constexpr int kOne = 2, kMost = values;  // 16 * values / 32 groups
+    const int bytes = spread_.half_bytes();
+    if (type_ == FloatType::float16) {
+      with(InPlace<kMost, FloatType::float16>());
+    } else if (bytes == kOne && values <= 8) {
+      with(InPlace<kOne>());
+    } else if (bytes <= 8) {
+      with(InPlace<8>());
+    } else {
+      with(InPlace<kMost>());
+    }
+  }
+
+  template <class Reading, int R, int M>
   GLM_INLINE void finish(
       const TileRows& rows,
       int hb,
       const float* sums,
       const F16 (&acc)[R][M],
       F16 (&result)[R][M]) const {
-    if (__builtin_expect(type_ == FloatType::float32, 0)) {
+    if constexpr (Reading::kInPlace) {
+      const auto read = GLM_EACH(p) {
+        if constexpr (Reading::kBytes == 2) {
+          return as_float(shift_left<16>(splat_word(p)));
+        } else {
+          return decode<Reading::kType>(
+              spread_.template whole<Reading::kBytes>(p));
+        }
+      };
+      return add_groups(
+          spread_.place(rows.scales, hb),
+          spread_.place(rows.biases, hb),
+          rows.scale_stride,
+          sums,
+          acc,
+          result,
+          read);
+    }
+    if (type_ == FloatType::float32) {
       const auto read = GLM_EACH(row) {
         return spread_.floats(row, hb);
       };
@@ -246,7 +283,7 @@ class AffineScales {
     const Shuffle& spread = spread_.at(hb);
     if (type_ == FloatType::bfloat16) {
       const auto read = GLM_EACH(p) {
-        return as_float(spread(p));
+        return decode<FloatType::bfloat16>(spread(p));
       };
       return add_groups(s, b, stride, sums, acc, result, read);
     }
@@ -261,6 +298,15 @@ class AffineScales {
   }
 
  private:
+  template <FloatType type>
+  static GLM_INLINE F16 decode(U16 spread) {
+    if constexpr (type == FloatType::float16) {
+      return half_to_float(spread);
+    } else {
+      return as_float(spread);
+    }
+  }
+
   template <int R, int M, class Read>
   static GLM_INLINE void add_groups(
       const uint8_t* scales,
@@ -285,6 +331,20 @@ class AffineScales {
   const Spread spread_;
 };
 
+// The floats of i & mask for every mask of four bits.
+struct MaskedFloats {
+  float of[16][16];
+};
+constexpr MaskedFloats kMasked = [] {
+  MaskedFloats made{};
+  for (int mask = 0; mask < 16; mask++) {
+    for (int i = 0; i < 16; i++) {
+      made.of[mask][i] = static_cast<float>(i & mask);
+    }
+  }
+  return made;
+}();
+
 template <int bits, bool fast>
 struct Affine {
   static constexpr int kPacks = fast && bits > 2 ? 2 : 1;
@@ -299,7 +359,7 @@ struct Affine {
   static constexpr bool kCarriesAccumulator = false;
   static constexpr int kSumStep = bits == 8 ? 1 : bits % 2 ? 8 : 4;
   using Words = LaneWords<kBytes>;
-  using Scales = AffineScales;
+  using Scales = AffineScales<kValues>;
 
   static constexpr Term term(int p) {
     return affine_term<bits>(p);
@@ -323,6 +383,8 @@ struct Affine {
 #if defined(GLM_AVX512)
     if constexpr (bits == 4) {
       return nibbles[p % 4](shift_right<4 * (p % 8)>(words.w[p / 8]));
+    } else if constexpr (t.mask < 16) {
+      return Table16(kMasked.of[t.mask])(from_byte<t.byte>(words));
     }
 #endif
     return to_float(bits_and(from_byte<t.byte>(words), t.mask));

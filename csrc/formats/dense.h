@@ -67,7 +67,12 @@ struct NoScales {
   template <int R>
   GLM_INLINE void locate(TileRows&, int, int) const {}
 
-  template <int R, int M>
+  template <class Do>
+  GLM_INLINE void with_reading(const Do& with) const {
+    with(InPlace<0>());
+  }
+
+  template <class Reading, int R, int M>
   GLM_INLINE void finish(
       const TileRows&,
       int,

@@ -108,23 +108,23 @@ GLM_INLINE F16 e4m3_to_float(U16 bytes) {
 
 // 2^(code - 127); 2^-127 is subnormal and written as such.
 struct E8M0 {
-  static constexpr int kByte = 3;
+  static constexpr int kBlock = 32, kByte = 3;
   static GLM_INLINE F16 decode(U16 v) {
     return as_float(max_words(shift_right<1>(v), 0x400000u));
   }
 };
 struct E4M3 {
-  static constexpr int kByte = 0;
+  static constexpr int kBlock = 16, kByte = 0;
   static GLM_INLINE F16 decode(U16 v) {
     return e4m3_to_float(v);
   }
 };
 
 // result += scale * accum, two roundings: MLX multiplies inside qdot.
-template <class Code, bool factors = false>
+template <class Code, int values, bool factors = false>
 class ByteScales {
  public:
-  GLM_INLINE ByteScales(const DotArgs& a, int values)
+  GLM_INLINE ByteScales(const DotArgs& a, int)
       : scales_(a.planes[1]), spread_(a, values, 1, Code::kByte) {
     if constexpr (factors) {
       memcpy(&factor_, a.planes[2], sizeof(factor_));
@@ -136,27 +136,39 @@ class ByteScales {
     const size_t at = static_cast<size_t>(row) * spread_.row_bytes();
     rows.scales = scales_ + at;
     rows.scale_stride = static_cast<ptrdiff_t>(stride) * spread_.row_bytes();
-    rows.direct_halves =
-        spread_.direct_halves(at + (R - 1) * rows.scale_stride);
+    rows.direct_halves = std::min(
+        rows.direct_halves,
+        spread_.direct_halves(at + (R - 1) * rows.scale_stride));
   }
 
-  template <int R, int M>
+  template <class Do>
+  GLM_INLINE void with_reading(const Do& with) const {
+    with(InPlace<kHalf * values / Code::kBlock>());
+  }
+
+  template <class Reading, int R, int M>
   GLM_INLINE void finish(
       const TileRows& rows,
       int hb,
       const float*,
       const F16 (&acc)[R][M],
       F16 (&result)[R][M]) const {
+    if constexpr (Reading::kInPlace) {
+      const uint8_t* at = spread_.place(rows.scales, hb);
+      const auto read = GLM_EACH(p) {
+        return spread_.template whole<Reading::kBytes>(p);
+      };
+      return add_groups(at, rows.scale_stride, acc, result, read);
+    }
     uint8_t edge[R][16];
     ptrdiff_t stride = rows.scale_stride;
     const uint8_t* at =
         spread_.locate(rows.scales, hb, hb < rows.direct_halves, edge, stride);
     const Shuffle& spread = spread_.at(hb);
-    unroll<R>(GLM_EACH(r) {
-      const F16 s = Code::decode(spread(at + r * stride));
-      unroll<M>(
-          GLM_EACH(m) { result[r][m] = add(result[r][m], mul(s, acc[r][m])); });
-    });
+    const auto read = GLM_EACH(p) {
+      return spread(p);
+    };
+    add_groups(at, stride, acc, result, read);
   }
 
   GLM_INLINE float total(float sum) const {
@@ -164,6 +176,20 @@ class ByteScales {
   }
 
  private:
+  template <int R, int M, class Read>
+  static GLM_INLINE void add_groups(
+      const uint8_t* scales,
+      ptrdiff_t stride,
+      const F16 (&acc)[R][M],
+      F16 (&result)[R][M],
+      Read read) {
+    unroll<R>(GLM_EACH(r) {
+      const F16 s = Code::decode(read(scales + r * stride));
+      unroll<M>(
+          GLM_EACH(m) { result[r][m] = add(result[r][m], mul(s, acc[r][m])); });
+    });
+  }
+
   const uint8_t* scales_;
   const Spread spread_;
   float factor_ = 1;
@@ -179,7 +205,7 @@ struct Fp4 {
   static constexpr bool kCarriesAccumulator = false;
   static constexpr int kSumStep = 0;
   using Words = LaneWords<kBytes>;
-  using Scales = ByteScales<Code, factors>;
+  using Scales = ByteScales<Code, kValues, factors>;
 
   static constexpr Term term(int p) {
     return {p, p / 2, 0, 1.0f, 1.0f};
@@ -219,7 +245,7 @@ struct Fp8 {
   static constexpr bool kCarriesAccumulator = false;
   static constexpr int kSumStep = 0;
   using Words = LaneWords<kBytes>;
-  using Scales = ByteScales<E8M0>;
+  using Scales = ByteScales<E8M0, kValues>;
 
   static constexpr Term term(int p) {
     return {p, p, 0xff, 1.0f, 1.0f};

@@ -71,7 +71,12 @@ class SquareScales {
     rows.same_scales = stride == 0 ? R : rows_ - at % rows_;
   }
 
-  template <int R, int M>
+  template <class Do>
+  GLM_INLINE void with_reading(const Do& with) const {
+    with(InPlace<0>());
+  }
+
+  template <class Reading, int R, int M>
   GLM_INLINE void finish(
       const TileRows& rows,
       int hb,

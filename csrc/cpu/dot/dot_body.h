@@ -2,6 +2,7 @@
 // headers, where they are compiled as kernels.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/dot/dot_kernels.h"
@@ -110,17 +111,17 @@ struct HalfBlock {
 
   template <int p>
   GLM_INLINE void term() {
-    F16 d[R];
-    unroll<R>(GLM_EACH(r) { d[r] = format.template decode<p>(words[r]); });
-    unroll<M>(GLM_EACH(m) {
-      const F16 xp = load(x + (p * width + m) * kHalf);
-      unroll<R>(GLM_EACH(r) {
+    F16 xs[M];
+    unroll<M>(GLM_EACH(m) { xs[m] = load(x + (p * width + m) * kHalf); });
+    unroll<R>(GLM_EACH(r) {
+      const F16 d = format.template decode<p>(words[r]);
+      unroll<M>(GLM_EACH(m) {
         if constexpr (!F::kQuads) {
-          acc[r][m] = fma(xp, d[r], acc[r][m]);
+          acc[r][m] = fma(xs[m], d, acc[r][m]);
         } else if constexpr (p % 4 == 1) {
-          quad[r][m] = mul(xp, d[r]);
+          quad[r][m] = mul(xs[m], d);
         } else {
-          quad[r][m] = fma(xp, d[r], quad[r][m]);
+          quad[r][m] = fma(xs[m], d, quad[r][m]);
         }
       });
     });
@@ -168,13 +169,19 @@ struct Tile {
     TileRows rows;
     rows.weight = a.planes[0] + row * row_bytes;
     rows.weight_stride = static_cast<ptrdiff_t>(stride * row_bytes);
+    const int last = row + (R - 1) * stride;
+    const size_t left = (a.rows_left - last) * row_bytes;
+    const size_t readable =
+        left < F::Words::kOverread ? 0 : left - F::Words::kOverread;
+    rows.whole_halves = rows.direct_halves =
+        static_cast<int>(std::min(readable, row_bytes) / F::kHalfBytes);
     scales.template locate<R>(rows, row, stride);
     return rows;
   }
 
   // Loads half-block `hb` of the rows, with zeros past the end of a row.
   // `ahead` is how far from there the rows' next bytes lie.
-  template <int R>
+  template <class Reading, int R>
   GLM_INLINE void load_half(
       const TileRows& rows,
       int hb,
@@ -189,10 +196,10 @@ struct Tile {
         __builtin_prefetch(half + r * stride + ahead + 64, 0, kLevel);
       }
     });
-    const size_t left = row_bytes - hb * whole;
-    if (__builtin_expect(left >= whole + F::Words::kOverread, 1)) {
+    if (Reading::kInPlace || hb < rows.whole_halves) {
       unroll<R>(GLM_EACH(r) { words[r].load(half + r * stride); });
     } else {
+      const size_t left = row_bytes - hb * whole;
       unroll<R>(GLM_EACH(r) {
         load_first<whole>(words[r], half + r * stride, left);
       });
@@ -200,7 +207,7 @@ struct Tile {
   }
 
   // Adds half-block `hb` of the rows to result[r][m].
-  template <int R, int M, class Width>
+  template <class Reading, int R, int M, class Width>
   GLM_INLINE void half_block(
       const TileRows& rows,
       int m0,
@@ -211,7 +218,7 @@ struct Tile {
     const size_t vectors = static_cast<size_t>(hb) * vectors_per_half<F>;
     const float* x = a.x + (vectors * width + m0) * kHalf;
     HalfBlock<F, R, M, Width> block(format, x, width);
-    load_half(rows, hb, ahead, block.words);
+    load_half<Reading>(rows, hb, ahead, block.words);
     unroll<R>(GLM_EACH(r) {
       unroll<M>(GLM_EACH(m) {
         block.acc[r][m] = F::kCarriesAccumulator ? result[r][m] : zero();
@@ -219,13 +226,29 @@ struct Tile {
     });
     block.template terms<0>();
     const float* sums = x + F::kTerms * width * kHalf;
-    scales.finish(rows, hb, sums, block.acc, result);
+    scales.template finish<Reading>(rows, hb, sums, block.acc, result);
+  }
+
+  // Does so with the half-blocks from `hb` on, which need not be whole.
+  template <int R, class Width>
+  __attribute__((noinline)) void rest(
+      const TileRows& rows,
+      int m0,
+      Width width,
+      int hb,
+      ptrdiff_t ahead,
+      F16 (&even)[R][1],
+      F16 (&odd)[R][1]) const {
+    for (const int halves = half_blocks(); hb < halves; hb++) {
+      half_block<Anywhere>(
+          rows, m0, width, hb, ahead, hb % 2 == 0 ? even : odd);
+    }
   }
 
   // All rows against vector m0 of a panel, R at once. The last R overlap those
   // before where R does not divide the rows; of fewer than R, each is taken R
   // times.
-  template <int R, class Width>
+  template <int R, class Reading, class Width>
   __attribute__((noinline)) void one_vector(int m0, Width width) const {
     const int step = a.rows < R ? 1 : R, stride = a.rows < R ? 0 : 1;
     const ptrdiff_t group = step * row_bytes;
@@ -234,16 +257,38 @@ struct Tile {
     for (int row = 0; row < a.rows; row += step) {
       const int first = row + step <= a.rows ? row : a.rows - step;
       const TileRows rows = locate<R>(first, stride);
+      const int direct = rows.direct_halves;
       F16 even[R][1], odd[R][1];  // they stay in registers
       unroll<R>(GLM_EACH(r) { even[r][0] = odd[r][0] = zero(); });
-      for (int hb = 0; hb < halves; hb += 2) {
-        half_block<R, 1>(rows, m0, width, hb, ahead, even);
-        if (hb + 1 < halves) {
-          half_block<R, 1>(rows, m0, width, hb + 1, ahead, odd);
-        }
+      int hb = 0;
+      for (; hb + 1 < direct; hb += 2) {
+        half_block<Reading>(rows, m0, width, hb, ahead, even);
+        half_block<Reading>(rows, m0, width, hb + 1, ahead, odd);
+      }
+      if (hb < direct) {
+        half_block<Reading>(rows, m0, width, hb++, ahead, even);
+      }
+      if (hb < halves) {
+        F16 rest_even[R][1], rest_odd[R][1];
+        unroll<R>(GLM_EACH(r) {
+          rest_even[r][0] = even[r][0];
+          rest_odd[r][0] = odd[r][0];
+        });
+        rest(rows, m0, width, hb, ahead, rest_even, rest_odd);
+        unroll<R>(GLM_EACH(r) {
+          even[r][0] = rest_even[r][0];
+          odd[r][0] = rest_odd[r][0];
+        });
       }
       write<R, 1>(first, step, m0, even, odd);
     }
+  }
+
+  template <class Width>
+  GLM_INLINE void one_vector(int m0, Width width) const {
+    scales.with_reading([&]<class Reading>(Reading) GLM_ALWAYS_INLINE {
+      one_vector<kRowsAtOnce, Reading>(m0, width);
+    });
   }
 
   // All rows against M vectors of a panel.
@@ -269,7 +314,7 @@ struct Tile {
           const ptrdiff_t ahead = r + 1 < count ? next_row : next_chunk;
           const TileRows rows = locate<1>(row + r, 1);
           for (int hb = begin; hb < end; hb++) {
-            half_block<1, M>(rows, m0, width, hb, ahead, sums[r][hb % 2]);
+            half_block<Anywhere>(rows, m0, width, hb, ahead, sums[r][hb % 2]);
           }
         }
       }
@@ -305,7 +350,7 @@ struct Tile {
 #if defined(GLM_AVX512)
     switch (a.width) {
       case 1:
-        return one_vector<kRowsAtOnce>(0, Constant<1>());
+        return one_vector(0, Constant<1>());
       case 2:
         return several_vectors<2>(0, Constant<2>());
       case 4:
@@ -319,13 +364,13 @@ struct Tile {
         several_vectors<4>(m, a.width);
         m += 4;
       } else {
-        one_vector<kRowsAtOnce>(m, a.width);
+        one_vector(m, a.width);
         m += 1;
       }
     }
 #else
     for (int m = 0; m < a.width; m++) {
-      one_vector<kRowsAtOnce>(m, a.width);
+      one_vector(m, a.width);
     }
 #endif
   }

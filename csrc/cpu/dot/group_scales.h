@@ -1,6 +1,7 @@
 // Group scales, spread over the lanes that use them.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/dot/lanes.h"
@@ -10,6 +11,19 @@ namespace {
 using glm_fused::FloatType;
 using glm_fused::cpu::DotArgs;
 
+// How a half-block is read. InPlace: one of TileRows::direct_halves, of which a
+// row has `bytes` of scales or less. Anywhere: any, such as the part of one
+// that ends a row.
+template <int bytes, FloatType type = FloatType::bfloat16>
+struct InPlace {
+  static constexpr bool kInPlace = true;
+  static constexpr int kBytes = bytes;
+  static constexpr FloatType kType = type;
+};
+struct Anywhere {
+  static constexpr bool kInPlace = false;
+};
+
 // R rows of a tile: row r lies r strides behind the first.
 struct TileRows {
   const uint8_t* weight;
@@ -17,8 +31,11 @@ struct TileRows {
   const uint8_t* biases;
   ptrdiff_t weight_stride;
   ptrdiff_t scale_stride;
-  int direct_halves;  // the first half-blocks, whose scales are read in place
-  int same_scales;    // the first rows, which share scales where several do
+  // The first half-blocks, which are whole: with what loads read past them they
+  // lie within the matrix, and of those of direct_halves, so do their scales.
+  int whole_halves;
+  int direct_halves;
+  int same_scales;  // the first rows, which share scales where several do
 };
 
 // Spreads the group values of a half-block, `size` bytes each and at most 16
@@ -44,11 +61,14 @@ class Spread {
     const ptrdiff_t left = bytes_ - offset - 16;
     const ptrdiff_t readable =
         left < 0 ? 0 : (((left >> log2_size_) + 1) << log2_lanes_) + kHalf - 1;
-    const int all = (lanes_ + kHalf - 1) / kHalf;
-    return readable / kHalf < all ? static_cast<int>(readable / kHalf) : all;
+    return static_cast<int>(std::min<ptrdiff_t>(readable, lanes_) / kHalf);
   }
-  // The group values of a half-block of R rows: in place, or copied where
-  // they end short of 16 bytes. `stride` changes with it.
+  // Where the group values of a half-block lie.
+  GLM_INLINE const uint8_t* place(const uint8_t* row, int hb) const {
+    return row + first(hb) * size_;
+  }
+  // The same of R rows, or a copy where they end short of 16 bytes. `stride`
+  // changes with it.
   template <int R>
   GLM_INLINE const uint8_t* locate(
       const uint8_t* row,
@@ -56,8 +76,8 @@ class Spread {
       bool direct,
       uint8_t (&edge)[R][16],
       ptrdiff_t& stride) const {
-    const uint8_t* at = row + first(hb) * size_;
-    if (__builtin_expect(direct, 1)) {
+    const uint8_t* at = place(row, hb);
+    if (direct) {
       return at;
     }
     for (int r = 0; r < R; r++) {
@@ -66,9 +86,14 @@ class Spread {
     stride = 16;
     return edge[0];
   }
-  // Spreads the values of a half-block; lanes past the end of a row get zeros.
+  // The values of a whole half-block, `bytes` or less, over its lanes.
+  template <int bytes>
+  GLM_INLINE U16 whole(const uint8_t* p) const {
+    return bytes <= 8 ? shuffle_.first_eight(p) : shuffle_(p);
+  }
+  // Spreads the values of any; lanes past the end of a row get zeros.
   GLM_INLINE const Shuffle& at(int hb) const {
-    return __builtin_expect(hb < lanes_ / kHalf, 1) ? shuffle_ : tail_;
+    return hb < lanes_ / kHalf ? shuffle_ : tail_;
   }
   // fp32 values do not fit 16 bytes: lane by lane.
   GLM_INLINE F16 floats(const uint8_t* row, int hb) const {
@@ -82,6 +107,10 @@ class Spread {
   }
   GLM_INLINE int row_bytes() const {
     return row_bytes_;
+  }
+  // In a whole half-block.
+  GLM_INLINE int half_bytes() const {
+    return std::max(kHalf >> log2_lanes_, 1) * size_;
   }
 
  private:

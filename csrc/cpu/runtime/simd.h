@@ -5,8 +5,10 @@
 // and the same functions over them. Some are not explained by their names:
 //   half_to_float(a)      the low 16 bits of every word, read as IEEE half
 //   Table16(v)(index)     v[index & 15]
+//   splat_word(p)         every word is that at p
 //   Shuffle(c)(p)         byte i is byte c[i] of the 16 at p, or 0 where c[i]
 //                         is 0x80; four bytes make a lane
+//   Shuffle(c).first_eight(p)   the same of the eight at p
 //   load_pairs(p, …)      lane l owns words 2 l and 2 l + 1
 //   load_strided<s>(p)    lane l owns the unaligned word at p + s * l
 //   load_threes(p)        lane l owns the three bytes at p + 3 * l; the fourth

@@ -38,6 +38,11 @@ GLM_INLINE U16 load_words(const void* p) {
   const auto* q = static_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
 }
+GLM_INLINE U16 splat_word(const uint8_t* p) {
+  int word;
+  memcpy(&word, p, sizeof(word));
+  return {_mm256_set1_epi32(word), _mm256_set1_epi32(word)};
+}
 template <int n>
 GLM_INLINE U16 shift_right(U16 v) {
   if constexpr (n == 0) {
@@ -99,7 +104,13 @@ struct Shuffle {
         b(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(c + 32))) {}
   GLM_INLINE U16 operator()(const uint8_t* p) const {
     const auto* q = reinterpret_cast<const __m128i*>(p);
-    const __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128(q));
+    return spread(_mm256_broadcastsi128_si256(_mm_loadu_si128(q)));
+  }
+  GLM_INLINE U16 first_eight(const uint8_t* p) const {
+    const auto* q = reinterpret_cast<const __m128i*>(p);
+    return spread(_mm256_broadcastq_epi64(_mm_loadl_epi64(q)));
+  }
+  GLM_INLINE U16 spread(__m256i v) const {
     return {_mm256_shuffle_epi8(v, a), _mm256_shuffle_epi8(v, b)};
   }
 };

@@ -32,6 +32,11 @@ GLM_INLINE F16 fma(F16 a, F16 b, F16 c) {
 GLM_INLINE U16 load_words(const void* p) {
   return _mm512_loadu_si512(p);
 }
+GLM_INLINE U16 splat_word(const uint8_t* p) {
+  int word;
+  memcpy(&word, p, sizeof(word));
+  return _mm512_set1_epi32(word);
+}
 // The first `count` bytes, then zeros.
 GLM_INLINE U16 load_bytes(const void* p, size_t count) {
   const uint64_t all = ~uint64_t{0};
@@ -84,6 +89,11 @@ struct Shuffle {
     return _mm512_shuffle_epi8(
         _mm512_broadcast_i32x4(_mm_loadu_si128(q)), control);
   }
+  GLM_INLINE U16 first_eight(const uint8_t* p) const {
+    const auto* q = reinterpret_cast<const __m128i*>(p);
+    return _mm512_shuffle_epi8(
+        _mm512_broadcastq_epi64(_mm_loadl_epi64(q)), control);
+  }
 };
 GLM_INLINE U16 max_words(U16 a, uint32_t n) {
   return _mm512_max_epu32(a, _mm512_set1_epi32(static_cast<int>(n)));
@@ -117,9 +127,10 @@ GLM_INLINE U16 spread_threes(__m512i v) {
       _mm512_permutexvar_epi32(each, v),
       control(0x80020100, 0x80050403, 0x80080706, 0x800b0a09));
 }
-constexpr size_t kThreesOverread = 0;
+// A masked load takes a place among the arithmetic, unlike a whole one.
+constexpr size_t kThreesOverread = 16;
 GLM_INLINE U16 load_threes(const uint8_t* p) {
-  return spread_threes(_mm512_maskz_loadu_epi32(0x0fff, p));
+  return spread_threes(_mm512_loadu_si512(p));
 }
 // Four lanes of more than four bytes lie in two parts that overlap.
 GLM_INLINE U16 pick(__m512i low, __m512i high, __m512i first, __m512i second) {
@@ -147,26 +158,24 @@ GLM_INLINE void load_fives(const uint8_t* p, U16& first, U16& second) {
       control(0x04030201, 0x09080706, 0x0e0d0c0b, none),
       control(none, none, none, 0x0f0e0d0c));
 }
+// The 16-bit words of a register and a half, three to a lane.
 GLM_INLINE void load_sixes(const uint8_t* p, U16& first, U16& second) {
+  struct Places {
+    uint16_t of[2][32];
+  };
+  static constexpr Places places = [] {
+    Places made{};
+    for (int i = 0; i < 32; i++) {
+      made.of[0][i] = static_cast<uint16_t>(i / 2 * 3 + i % 2);
+      made.of[1][i] = static_cast<uint16_t>(made.of[0][i] + 1);
+    }
+    return made;
+  }();
   const __m512i a = _mm512_loadu_si512(p);
   const __m512i b = _mm512_castsi256_si512(
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 64)));
-  const __m512i at =
-      _mm512_setr_epi32(0, 1, 2, 3, 6, 7, 8, 9, 12, 13, 14, 15, 18, 19, 20, 21);
-  const __m512i low = _mm512_permutex2var_epi32(a, at, b);
-  const __m512i high = _mm512_permutex2var_epi32(
-      a, _mm512_add_epi32(at, _mm512_set1_epi32(2)), b);
-  const int none = static_cast<int>(0x80808080);
-  first = pick(
-      low,
-      high,
-      control(0x03020100, 0x09080706, none, none),
-      control(none, none, 0x07060504, 0x0d0c0b0a));
-  second = pick(
-      low,
-      high,
-      control(0x05040302, 0x0b0a0908, none, none),
-      control(none, none, 0x09080706, 0x0f0e0d0c));
+  first = _mm512_permutex2var_epi16(a, _mm512_loadu_si512(places.of[0]), b);
+  second = _mm512_permutex2var_epi16(a, _mm512_loadu_si512(places.of[1]), b);
 }
 GLM_INLINE void load_quads(const uint8_t* p, F16 out[4]) {
   const auto* f = reinterpret_cast<const float*>(p);

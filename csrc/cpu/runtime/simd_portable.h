@@ -58,6 +58,11 @@ template <int n>
 GLM_INLINE U16 shift_right(U16 a) {
   return a >> n;
 }
+GLM_INLINE U16 splat_word(const uint8_t* p) {
+  uint32_t word;
+  memcpy(&word, p, sizeof(word));
+  return U16{} + word;
+}
 template <int n>
 GLM_INLINE U16 shift_left(U16 a) {
   return a << n;
@@ -116,6 +121,9 @@ struct Shuffle {
       out[i] = control[i] == 0x80 ? 0 : p[control[i]];
     }
     return load_words(out);
+  }
+  GLM_INLINE U16 first_eight(const uint8_t* p) const {
+    return (*this)(p);
   }
 };
 GLM_INLINE U16 max_words(U16 a, uint32_t n) {
