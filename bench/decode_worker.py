@@ -112,16 +112,19 @@ class Decoding:
     def burst(self, threads: int, tokens: int) -> dict[str, float]:
         """Decode so many tokens, then take them out of the cache again.
 
+        As generation does, a token's graph is built and enqueued while the one before is computed.
         Returns the seconds in which Python built graphs, and those of recorded steps, if there were
         any.
         """
         glm_fused.set_num_threads(threads)
         token, graph, before = self.first, 0.0, run_seconds()
         for _ in range(tokens):
-            start = time.perf_counter()
-            token = mx.argmax(self.step(token, self.cache)[:, -1:], axis=-1)
+            start, last = time.perf_counter(), token
+            token = mx.argmax(self.step(last, self.cache)[:, -1:], axis=-1)
             graph += time.perf_counter() - start
-            mx.eval(token)
+            mx.async_eval(token)
+            mx.eval(last)
+        mx.eval(token)
         trim_prompt_cache(self.cache, tokens)
         ran = run_seconds() - before
         return {"graph_seconds": graph} | ({"kernel_seconds": ran} if ran else {})

@@ -15,7 +15,9 @@
 #include "cpu/runtime/thread_pool.h"
 
 using glm_fused::cpu::num_threads;
+using glm_fused::cpu::parallel_chain;
 using glm_fused::cpu::parallel_for;
+using glm_fused::cpu::Region;
 
 namespace {
 
@@ -59,6 +61,27 @@ void region(int count, int thrower, int throwers, int workers) {
   }
 }
 
+// Runs regions one after the other; each adds one to what the one before left,
+// and no counts are atomics.
+void chain(int regions, int workers) {
+  std::vector<int> counts(40);
+  int given = 0;
+  const auto task = [&](int i) {
+    require(counts[i] == given - 1, "a region began before the last one ended");
+    counts[i]++;
+  };
+  const auto next = [&](Region& region) {
+    for (int n : counts) {
+      require(n == given, "a task ran twice or never");
+    }
+    const double work = given % 5 ? kWork : 0;  // not all are worth the pool
+    region = {static_cast<int>(counts.size()), task, work, workers};
+    return given++ < regions;
+  };
+  parallel_chain(next);
+  require(given == regions + 1, "a chain ended early");
+}
+
 void plant(const char* bug) {
   int shared = 0, shift = 40;
   std::vector<int> memory(4);
@@ -100,6 +123,7 @@ int main(int count, char** argv) {
         for (int i = 0; i < 3000; i++) {
           const int workers = i % 3 ? threads : 1 + i % threads;
           region(i % 40, (i + caller) % 37, i % 4, workers);
+          chain(i % 7, workers);
         }
       });
     }

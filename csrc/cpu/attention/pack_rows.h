@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/runtime/thread_pool.h"
+#include "cpu/runtime/staged.h"
 #include "ops.h"
 #include "packing.h"
 #include "row_layout.h"
@@ -14,7 +14,7 @@ namespace glm_fused::cpu {
 
 // Packs values [b, 1, l, rank] and, if the layout has any, RoPE values [b, 1,
 // l, rope] to rows of bytes [b, 1, l, …].
-class PackRows {
+class PackRows : public Staged {
  public:
   PackRows(
       const RowLayout& layout,
@@ -26,24 +26,33 @@ class PackRows {
         ropes_(in.back()),
         out_(out),
         workers_(workers),
+        rows_(static_cast<int>(values_.size() / layout.rank)),
         value_view_(view_of(values_)),
         rope_view_(view_of(ropes_)),
         out_view_(view_of(out)) {}
 
-  void run() const {
-    const int rows = static_cast<int>(values_.size() / layout_.rank);
-    const int tiles = (rows + kTile - 1) / kTile;
-    const auto task = [&](int t) {
-      for (int row = t * kTile; row < std::min(rows, (t + 1) * kTile); row++) {
-        if (layout_.format == RowFormat::fp8) {
-          pack<Fp8Packing>(row, kScaleTile);
-        } else {
-          pack<Int8Packing>(row, layout_.rank);
-        }
-      }
-    };
+  void run() {
+    run_stages(workers_);
+  }
+
+  int stages() const override {
+    return 1;
+  }
+
+  Stage begin(int) override {
     const double work = kWorkPerValue * static_cast<double>(values_.size());
-    parallel_for(tiles, task, work, workers_);
+    return {(rows_ + kTile - 1) / kTile, work};
+  }
+
+  void tile(int, int number, int) override {
+    const int end = std::min((number + 1) * kTile, rows_);
+    for (int row = number * kTile; row < end; row++) {
+      if (layout_.format == RowFormat::fp8) {
+        pack<Fp8Packing>(row, kScaleTile);
+      } else {
+        pack<Int8Packing>(row, layout_.rank);
+      }
+    }
   }
 
  private:
@@ -102,7 +111,7 @@ class PackRows {
   const RowLayout layout_;
   const mx::array &values_, &ropes_;
   mx::array& out_;
-  const int workers_;
+  const int workers_, rows_;
   const ViewParams value_view_, rope_view_, out_view_;
 };
 

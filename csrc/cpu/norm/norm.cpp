@@ -13,7 +13,7 @@ namespace cpu {
 namespace {
 
 // RMSNorm of x's rows, or LayerNorm where there is a bias.
-class Norm {
+class Norm : public Staged {
  public:
   Norm(
       const Arrays& in,
@@ -31,23 +31,32 @@ class Norm {
         workers_(workers),
         view_(view_of(in[0])),
         rows_(static_cast<int>(y.size() / view_.columns)),
+        tile_(std::max(1, kTileValues / view_.columns)),
         kernel_(norm_kernel()),
         spare_(scratch.take_each<float>(workers, norm_spare(view_.columns))) {}
 
   void run() {
     if (reference_) {
       reference::norm(x_, weight_, bias_, eps_, y_);
-      return;
+    } else {
+      run_stages(workers_);
     }
-    const int tile = std::max(1, kTileValues / view_.columns);
-    const auto task = [&](int t, int worker) {
-      const int end = std::min(rows_ - t * tile, tile);
-      for (int i = 0; i < end; i++) {
-        norm(t * tile + i, spare_[worker]);
-      }
-    };
+  }
+
+  int stages() const override {
+    return 1;
+  }
+
+  Stage begin(int) override {
     const double work = kWorkPerValue * static_cast<double>(y_.size());
-    parallel_for((rows_ + tile - 1) / tile, task, work, workers_);
+    return {(rows_ + tile_ - 1) / tile_, work};
+  }
+
+  void tile(int, int number, int worker) override {
+    const int end = std::min((number + 1) * tile_, rows_);
+    for (int row = number * tile_; row < end; row++) {
+      norm(row, spare_[worker]);
+    }
   }
 
  private:
@@ -80,7 +89,7 @@ class Norm {
   const bool reference_;
   const int workers_;
   const ViewParams view_;
-  const int rows_;
+  const int rows_, tile_;
   const NormKernel kernel_;
   const Shares<float> spare_;
 };

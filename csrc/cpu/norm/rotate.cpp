@@ -41,7 +41,7 @@ struct Brains {
   }
 };
 
-class Rotation {
+class Rotation : public Staged {
  public:
   Rotation(
       const Arrays& in,
@@ -59,22 +59,31 @@ class Rotation {
         view_(view_of(in[0])),
         cosine_view_(view_of(in[1])),
         sine_view_(view_of(in[2])),
-        rows_(static_cast<int>(y.size() / view_.columns)) {}
+        rows_(static_cast<int>(y.size() / view_.columns)),
+        tile_(std::max(1, kTileValues / view_.columns)) {}
 
   void run() {
     if (reference_) {
       reference::rotate(x_, cosines_, sines_, interleaved_, y_);
-      return;
+    } else {
+      run_stages(workers_);
     }
-    const int tile = std::max(1, kTileValues / view_.columns);
-    const auto task = [&](int t) {
-      const int end = std::min(rows_ - t * tile, tile);
-      for (int i = 0; i < end; i++) {
-        rotate(t * tile + i);
-      }
-    };
+  }
+
+  int stages() const override {
+    return 1;
+  }
+
+  Stage begin(int) override {
     const double work = kWorkPerValue * static_cast<double>(y_.size());
-    parallel_for((rows_ + tile - 1) / tile, task, work, workers_);
+    return {(rows_ + tile_ - 1) / tile_, work};
+  }
+
+  void tile(int, int number, int) override {
+    const int end = std::min((number + 1) * tile_, rows_);
+    for (int row = number * tile_; row < end; row++) {
+      rotate(row);
+    }
   }
 
  private:
@@ -125,7 +134,7 @@ class Rotation {
   const bool interleaved_, reference_;
   const int workers_;
   const ViewParams view_, cosine_view_, sine_view_;
-  const int rows_;
+  const int rows_, tile_;
 };
 
 }  // namespace

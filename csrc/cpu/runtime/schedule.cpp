@@ -33,9 +33,12 @@ void Schedule::run(const std::vector<const Tasks*>& units) noexcept {
       running_.push_back({i, 0, 0});
     }
   }
-  for (gather(units); !parts_.empty(); gather(units)) {
-    run_parts();
-  }
+  const Tile tile{*this};
+  parallel_chain([&](Region& region) {
+    gather(units);
+    region = {tiles_, tile, work_, workers_};
+    return !parts_.empty();
+  });
 }
 
 // Takes the next part of every unit under way; those that are done make way
@@ -96,15 +99,12 @@ void Schedule::release(int unit) {
   }
 }
 
-void Schedule::run_parts() {
-  const auto each = [&](int i, int worker) {
-    const Part* part = parts_.data();
-    for (; i >= part->tiles; part++) {
-      i -= part->tiles;
-    }
-    part->tile(i, worker);
-  };
-  parallel_for(tiles_, each, work_, workers_);
+void Schedule::Tile::operator()(int number, int worker) const noexcept {
+  const Part* part = schedule.parts_.data();
+  for (; number >= part->tiles; part++) {
+    number -= part->tiles;
+  }
+  part->tile(number, worker);
 }
 
 void Schedule::Part::tile(int number, int worker) const noexcept {

@@ -40,10 +40,15 @@ class Schedule {
     void tile(int number, int worker) const noexcept;
   };
 
+  // A tile of the parts at hand.
+  struct Tile {
+    const Schedule& schedule;
+    void operator()(int number, int worker) const noexcept;
+  };
+
   bool next_part(Running& running, const Tasks& tasks);
   void gather(const std::vector<const Tasks*>& units);
   void release(int unit);
-  void run_parts();
 
   std::vector<int> needed_;                   // how many, by unit
   std::vector<std::vector<int>> successors_;  // by unit

@@ -34,9 +34,6 @@ constexpr int kSpinsAtOnce = 64;  // before it looks at the clock
 
 constexpr double kMinParallelWork = 1 << 15;
 
-// Of more tasks than a region may have, so many are one.
-constexpr int kTasksAsOne = 1 << 12;
-
 // Whether this thread runs a task of a region. Another cannot begin within it.
 thread_local bool in_region = false;
 
@@ -81,7 +78,7 @@ int default_threads() {
 class Pool {
  public:
   explicit Pool(int threads)
-      : threads_(threads),
+      : shares_(threads),
         workers_(start_threads("the CPU kernels", threads - 1, [this] {
           work(1 + started_.fetch_add(1, std::memory_order_relaxed));
         })) {}
@@ -101,19 +98,19 @@ class Pool {
     return static_cast<int>(workers_.size()) + 1;
   }
 
-  // Throws what a task threw first, once no worker runs any more.
-  void run(int count, const TaskRef& task, int workers) {
-    task_ = task;
-    const Region region = {
-        static_cast<uint32_t>(++number_), std::min(workers, threads()), count};
-    region_.store(region.word());
-    if (asleep_.load() > 0) {
-      std::lock_guard lock(mutex_);
-      wake_.notify_all();
-    }
-    int done = drain(region, 0);
-    while (done + done_by_workers(region) < count) {
-      relax();
+  // Runs the regions that `next` gives, one after the other, then throws what a
+  // task threw first.
+  void run(const NextRegion& next) {
+    next_ = &next;
+    over_.store(false, std::memory_order_relaxed);
+    uint32_t seen = number_;
+    go_on();
+    while (!over_.load(std::memory_order_acquire)) {
+      if (is_new(seen)) {
+        take_part(seen, 0);
+      } else {
+        relax();
+      }
     }
     if (failed_.load(std::memory_order_relaxed)) {
       failed_.store(false, std::memory_order_relaxed);
@@ -121,12 +118,14 @@ class Pool {
     }
   }
 
-  static constexpr int kMostTasks = (1 << 20) - 1;  // of a region
-
  private:
-  // What a worker has to know before it takes a task, in one word: to hand over
+  static constexpr int kMostTasks = (1 << 20) - 1;  // of an open region
+  // Of more tasks so many are one.
+  static constexpr int kTasksAsOne = 1 << 12;
+
+  // What a thread has to know before it takes a task, in one word: to hand over
   // a cache line takes a quarter of a microsecond.
-  struct Region {
+  struct Open {
     uint32_t number;
     int threads;  // that take part: those of lower numbers
     int count;
@@ -134,7 +133,7 @@ class Pool {
     uint64_t word() const {
       return uint64_t{number} << 32 | uint64_t(threads) << 20 | uint64_t(count);
     }
-    static Region of(uint64_t word) {
+    static Open of(uint64_t word) {
       return {
           static_cast<uint32_t>(word >> 32),
           static_cast<int>(word >> 20 & 0xfff),
@@ -146,35 +145,66 @@ class Pool {
     }
   };
 
-  // A thread's line. Both words begin with a region's number: what is of an
-  // earlier region counts as nothing taken and nothing done.
-  struct Thread {
-    alignas(64) std::atomic<uint64_t> next{0};  // the first task not taken
-    alignas(64) std::atomic<uint64_t> done{0};  // how many it has done
+  // Opens the next region, or ends the run. The thread that finished the last
+  // one's last task does so, whichever it is: one that the system has put aside
+  // keeps the others waiting for no more than the task at its hand.
+  void go_on() noexcept {
+    Region region;
+    in_region = true;
+    const bool more = (*next_)(region);
+    in_region = false;
+    if (!more) {
+      over_.store(true, std::memory_order_release);
+      return;
+    }
+    task_ = region.task;
+    count_ = region.count;
+    as_one_ = count_ > kMostTasks ? kTasksAsOne : 1;
+    done_.store(0, std::memory_order_relaxed);
+    const Open open = {
+        ++number_,
+        std::min(region.workers, threads()),
+        (count_ - 1) / as_one_ + 1};
+    region_.store(open.word());
+    if (asleep_.load() > 0) {
+      std::lock_guard lock(mutex_);
+      wake_.notify_all();
+    }
+  }
+
+  void take_part(uint32_t& seen, int worker) {
+    const Open region = Open::of(region_.load());
+    seen = region.number;
+    if (worker >= region.threads) {
+      return;
+    }
+    const int done = drain(region, worker);
+    if (done > 0 &&
+        done_.fetch_add(done, std::memory_order_acq_rel) + done ==
+            region.count) {
+      go_on();
+    }
+  }
+
+  // The first task of a thread's share that is not taken. The word begins with
+  // a region's number: of an earlier one, none is taken.
+  struct alignas(64) Share {
+    std::atomic<uint64_t> next{0};
   };
 
-  static uint64_t tagged(const Region& region, int value) {
+  static uint64_t tagged(const Open& region, int value) {
     return uint64_t{region.number} << 32 | static_cast<uint32_t>(value);
   }
   // Below 0 for an earlier region, above for a later one.
-  static int32_t tag_minus(uint64_t word, const Region& region) {
+  static int32_t tag_minus(uint64_t word, const Open& region) {
     return static_cast<int32_t>(
         static_cast<uint32_t>(word >> 32) - region.number);
-  }
-
-  int done_by_workers(const Region& region) const {
-    int done = 0;
-    for (int i = 1; i < region.threads; i++) {
-      const uint64_t word = threads_[i].done.load(std::memory_order_acquire);
-      done += tag_minus(word, region) == 0 ? static_cast<int>(word) : 0;
-    }
-    return done;
   }
 
   // Each thread has a share of the tasks, the same one whenever as many are
   // done, so that what they read may still be in its core's cache. Then it
   // takes what is left of the others'. Returns how many tasks it did.
-  int drain(const Region& region, int worker) noexcept {
+  int drain(const Open& region, int worker) noexcept {
     in_region = true;
     int done = 0;
     for (int i = 0; i < region.threads; i++) {
@@ -186,8 +216,8 @@ class Pool {
 
   // A region ends when all of its tasks are done. So who could take one finds
   // what that region's tasks need, and who comes too late finds none.
-  int drain(const Region& region, int share, int worker) noexcept {
-    std::atomic<uint64_t>& next = threads_[share].next;
+  int drain(const Open& region, int share, int worker) noexcept {
+    std::atomic<uint64_t>& next = shares_[share].next;
     const int end = region.first(share + 1);
     int done = 0;
     for (uint64_t word = next.load(std::memory_order_relaxed);;) {
@@ -210,7 +240,10 @@ class Pool {
       return;
     }
     try {
-      task_(i, worker);
+      const int end = std::min(count_, (i + 1) * as_one_);
+      for (int task = i * as_one_; task < end; task++) {
+        task_(task, worker);
+      }
     } catch (...) {
       std::lock_guard lock(mutex_);
       if (!error_) {
@@ -222,7 +255,7 @@ class Pool {
 
   // Whether there is a region that a worker has not seen yet.
   bool is_new(uint32_t seen) const {
-    return Region::of(region_.load()).number != seen;
+    return Open::of(region_.load()).number != seen;
   }
 
   // Returns whether a region came within the time that a worker spins.
@@ -249,28 +282,25 @@ class Pool {
         asleep_.fetch_sub(1);
         continue;
       }
-      const Region region = Region::of(region_.load());
-      seen = region.number;
-      if (worker >= region.threads) {
-        continue;
-      }
-      if (const int done = drain(region, worker)) {
-        threads_[worker].done.store(
-            tagged(region, done), std::memory_order_release);
-      }
+      take_part(seen, worker);
     }
   }
 
   std::mutex mutex_;
   std::condition_variable wake_;
+  // The open region, and on its line what a thread needs that took a task.
   alignas(64) std::atomic<uint64_t> region_{0};
-  TaskRef task_;  // of the region, and on its line
+  TaskRef task_;
+  int count_ = 0, as_one_ = 1;
+  alignas(64) std::atomic<int> done_{0};  // how many of its tasks are
+  alignas(64) std::atomic<bool> over_{true};
   alignas(64) std::atomic<int> asleep_{0};
   std::atomic<bool> stop_{false}, failed_{false};
-  std::vector<Thread> threads_;
+  const NextRegion* next_ = nullptr;
+  std::vector<Share> shares_;
   std::atomic<int> started_{0};
-  uint64_t number_ = 0;               // of the last region
-  std::exception_ptr error_;          // what a task of this region threw first
+  uint32_t number_ = 0;               // of the last region
+  std::exception_ptr error_;          // what a task threw first
   std::vector<std::thread> workers_;  // comes last, as they use the others
 };
 
@@ -312,26 +342,55 @@ void start_pool(Shared& s) {
 
 }  // namespace
 
-void parallel_for(int count, TaskRef task, double work, int workers) {
-  if (count > 1 && work >= kMinParallelWork && workers > 1 && !in_region) {
+namespace {
+
+// Whether a region is worth the pool.
+bool is_worth_it(const Region& region) {
+  return region.count > 1 && region.work >= kMinParallelWork &&
+      region.workers > 1;
+}
+
+void run_here(const Region& region) {
+  for (int i = 0; i < region.count; i++) {
+    region.task(i, 0);
+  }
+}
+
+}  // namespace
+
+void parallel_chain(NextRegion next) {
+  const auto next_for_pool = [&](Region& region) {
+    while (next(region)) {
+      if (is_worth_it(region)) {
+        return true;
+      }
+      run_here(region);
+    }
+    return false;
+  };
+  if (!in_region) {
     Shared& s = shared();
     std::lock_guard lock(s.region);
     if (s.pool && s.pool->threads() > 1) {
-      if (count <= Pool::kMostTasks) {
-        return s.pool->run(count, task, workers);
-      }
-      const int parts = (count - 1) / kTasksAsOne + 1;
-      const auto run = [&](int part, int worker) {
-        const int end = std::min(count, (part + 1) * kTasksAsOne);
-        for (int i = part * kTasksAsOne; i < end; i++) {
-          task(i, worker);
-        }
-      };
-      return s.pool->run(parts, run, workers);
+      s.pool->run(next_for_pool);
+      return;
     }
   }
-  for (int i = 0; i < count; i++) {
-    task(i, 0);
+  for (Region region; next(region);) {
+    run_here(region);
+  }
+}
+
+void parallel_for(int count, TaskRef task, double work, int workers) {
+  const Region whole = {count, task, work, workers};
+  if (is_worth_it(whole)) {
+    bool given = false;
+    parallel_chain([&](Region& region) {
+      region = whole;
+      return !std::exchange(given, true);
+    });
+  } else {
+    run_here(whole);
   }
 }
 

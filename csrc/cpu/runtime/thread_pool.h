@@ -35,6 +35,42 @@ class TaskRef {
   void (*call_)(const void*, int, int) = nullptr;
 };
 
+// What may be done at the same time: task(i) for every i in [0, count). `work`,
+// in multiply-adds, tells whether waking the pool is worth it; `workers` bounds
+// how many threads take part.
+struct Region {
+  int count = 0;
+  TaskRef task;
+  double work = 0;
+  int workers = 1;
+};
+
+// Refers to a next(region), which says what is to be done next and returns
+// true, or returns false.
+class NextRegion {
+ public:
+  template <
+      class Next,
+      class = std::enable_if_t<!std::is_same_v<std::decay_t<Next>, NextRegion>>>
+  NextRegion(const Next& next)
+      : next_(std::addressof(next)), call_([](const void* at, Region& region) {
+          return (*static_cast<const Next*>(at))(region);
+        }) {}
+
+  bool operator()(Region& region) const {
+    return call_(next_, region);
+  }
+
+ private:
+  const void* next_;
+  bool (*call_)(const void*, Region&);
+};
+
+// Runs regions one after the other, each as parallel_for does, until there are
+// no more. `next` is called by one thread at a time, but not always the same,
+// and no parallel region can begin within it. Neither it nor a task may throw.
+void parallel_chain(NextRegion next);
+
 // Calls task(i) for every i in [0, count), in any order, on the pool and the
 // calling thread; returns when all are done. Regions run one at a time, so
 // several MLX streams never oversubscribe the processor. `work`, in
