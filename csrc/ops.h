@@ -21,6 +21,29 @@ mx::array check_tokens(
     int vocabulary,
     mx::StreamOrDevice s = {});
 
+// A check of tokens that MLX computes already, in rows of `length`: it waits
+// for them, and throws for the first one outside the vocabulary.
+struct LateCheck {
+  mx::array computed;
+  int length, vocabulary;
+  void operator()() const;
+};
+
+// Tokens for a decode step, int32 or uint32, and what is to be checked once the
+// step is enqueued.
+struct TokensOfStep {
+  mx::array tokens;
+  std::optional<LateCheck> late;
+};
+
+// Does as check_tokens does, but what MLX computes already is checked late: who
+// decodes with one token on its way enqueues a step before its token is there,
+// and to wait for it first would leave the stream without work.
+TokensOfStep tokens_of_step(
+    const mx::array& tokens,
+    int vocabulary,
+    mx::StreamOrDevice s = {});
+
 // Returns y[..., m, n] = sum_k x[..., m, k] W[..., n, k], accumulated in fp32,
 // in x's dtype. W is [n, k], or [h, n, k] with x [..., h, m, k].
 mx::array quantized_matvec(

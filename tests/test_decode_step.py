@@ -151,8 +151,8 @@ def test_an_index_that_is_off_is_caught(model, monkeypatch):
         def __init__(self, *args):
             self.step = DecodeStep(*args)
 
-        def __call__(self, inputs, caches, at):
-            return self.step(inputs, caches, at + 1)
+        def __call__(self, inputs, caches, at, late):
+            return self.step(inputs, caches, at + 1, late)
 
     fresh = copy.deepcopy(model)
     monkeypatch.setattr(_ext, "DecodeStep", Late)

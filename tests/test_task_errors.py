@@ -103,6 +103,37 @@ def test_tokens_that_are_sure_to_be_in_the_vocabulary_take_no_node(tmp_path):
         assert "CheckTokens" in nodes(_ext.check_tokens(tokens, 96), tmp_path)
 
 
+def on_its_way(token):
+    """A token [1, 1] that MLX's stream is still busy with."""
+    slow = mx.ones((1200, 1200), stream=mx.cpu)
+    for _ in range(4):
+        slow = mx.matmul(slow, slow, stream=mx.cpu) * 1e-4
+    found = (slow[:1, :1] * 0).astype(mx.int32) + token
+    mx.async_eval(found)
+    return found
+
+
+@pytest.mark.parametrize("wrong", [-1, 96, 2**31 - 1])
+def test_a_token_that_is_being_computed_is_refused_after_its_step_is_enqueued(wrong):
+    model, cache = tiny(), None
+    for token in (wrong, 95):
+        cache = model.make_cache()
+        mx.eval(model(mx.array([[5, 6, 7]]), cache))
+        tokens = on_its_way(token)
+        shaped = tokens.reshape(1)[None]
+        late = [_ext.tokens_of_step(each, 96)[1] is not None for each in (tokens, shaped)]
+        assert late == [True, True] and _ext.tokens_of_step(tokens + 0, 96)[1] is None
+        logits = model(shaped, cache)
+        if token == wrong:
+            message = rf"0 to 95, the vocabulary, but \[0, 0\] is {wrong}"
+            with pytest.raises(ValueError, match=message):
+                mx.eval(logits)
+    mx.eval(logits)
+    cache = model.make_cache()
+    mx.eval(model(mx.array([[5, 6, 7]]), cache))
+    assert mx.array_equal(model(mx.array([[95]]), cache), logits)
+
+
 MANY = """
 import mlx.core as mx
 from glm_fused import _ext

@@ -11,11 +11,14 @@ namespace glm_fused {
 namespace {
 
 // Throws for ids outside the vocabulary, and copies the ids to `copies`, unless
-// that is null.
+// that is null. A row has `length` of them.
 template <class T>
-void copy_ids(const mx::array& tokens, int vocabulary, int32_t* copies) {
+void copy_ids(
+    const mx::array& tokens,
+    size_t length,
+    int vocabulary,
+    int32_t* copies) {
   const T* ids = tokens.data<T>();
-  const auto length = static_cast<size_t>(tokens.shape(-1));
   for (size_t i = 0; i < tokens.size(); i++) {
     if (std::cmp_less(ids[i], 0) ||
         std::cmp_greater_equal(ids[i], vocabulary)) {
@@ -37,24 +40,28 @@ void copy_ids(const mx::array& tokens, int vocabulary, int32_t* copies) {
   }
 }
 
-void copy_ids(const mx::array& tokens, int vocabulary, int32_t* copies) {
+void copy_ids(
+    const mx::array& tokens,
+    size_t length,
+    int vocabulary,
+    int32_t* copies) {
   switch (tokens.dtype()) {
     case mx::int8:
-      return copy_ids<int8_t>(tokens, vocabulary, copies);
+      return copy_ids<int8_t>(tokens, length, vocabulary, copies);
     case mx::int16:
-      return copy_ids<int16_t>(tokens, vocabulary, copies);
+      return copy_ids<int16_t>(tokens, length, vocabulary, copies);
     case mx::int32:
-      return copy_ids<int32_t>(tokens, vocabulary, copies);
+      return copy_ids<int32_t>(tokens, length, vocabulary, copies);
     case mx::int64:
-      return copy_ids<int64_t>(tokens, vocabulary, copies);
+      return copy_ids<int64_t>(tokens, length, vocabulary, copies);
     case mx::uint8:
-      return copy_ids<uint8_t>(tokens, vocabulary, copies);
+      return copy_ids<uint8_t>(tokens, length, vocabulary, copies);
     case mx::uint16:
-      return copy_ids<uint16_t>(tokens, vocabulary, copies);
+      return copy_ids<uint16_t>(tokens, length, vocabulary, copies);
     case mx::uint32:
-      return copy_ids<uint32_t>(tokens, vocabulary, copies);
+      return copy_ids<uint32_t>(tokens, length, vocabulary, copies);
     default:
-      return copy_ids<uint64_t>(tokens, vocabulary, copies);
+      return copy_ids<uint64_t>(tokens, length, vocabulary, copies);
   }
 }
 
@@ -71,7 +78,9 @@ class CheckTokens : public mx::Primitive {
     cpu::evaluate(*this, [&] {
       cpu::allocate(*this, outputs);
       cpu::wait_for(inputs[0], stream());
-      copy_ids(inputs[0], vocabulary_, outputs[0].data<int32_t>());
+      const mx::array& tokens = inputs[0];
+      copy_ids(
+          tokens, tokens.shape(-1), vocabulary_, outputs[0].data<int32_t>());
     });
   }
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&)
@@ -100,7 +109,7 @@ check_tokens(const mx::array& tokens, int vocabulary, mx::StreamOrDevice s) {
         ".");
   }
   if (is_readable(tokens)) {
-    copy_ids(tokens, vocabulary, nullptr);
+    copy_ids(tokens, tokens.shape(-1), vocabulary, nullptr);
     return tokens;
   }
   if (known_below(tokens, vocabulary)) {
@@ -111,6 +120,26 @@ check_tokens(const mx::array& tokens, int vocabulary, mx::StreamOrDevice s) {
       mx::int32,
       std::make_shared<CheckTokens>(mx::to_stream(s), vocabulary),
       {mx::contiguous(tokens, false, s)});
+}
+
+TokensOfStep
+tokens_of_step(const mx::array& tokens, int vocabulary, mx::StreamOrDevice s) {
+  const auto fits = [](const mx::array& a) {
+    return a.dtype() == mx::int32 || a.dtype() == mx::uint32;
+  };
+  if (fits(tokens) && !is_readable(tokens)) {
+    if (auto computed = being_computed(tokens)) {
+      return {tokens, LateCheck{*computed, tokens.shape(-1), vocabulary}};
+    }
+  }
+  const mx::array ids = check_tokens(tokens, vocabulary, s);
+  return {fits(ids) ? ids : mx::astype(ids, mx::int32, s), std::nullopt};
+}
+
+void LateCheck::operator()() const {
+  mx::array ids = computed;
+  ids.wait();
+  copy_ids(ids, length, vocabulary, nullptr);
 }
 
 }  // namespace glm_fused

@@ -170,11 +170,22 @@ std::atomic<int64_t> run_nanoseconds{0};
 // inputs: those of the step, then its caches. outputs: the logits, the caches.
 class DecodeStepNode : public mx::Primitive {
  public:
-  DecodeStepNode(std::shared_ptr<const DecodeStep::Plan> plan, int at)
-      : mx::Primitive(plan->stream), plan_(std::move(plan)), at_(at) {}
+  DecodeStepNode(
+      std::shared_ptr<const DecodeStep::Plan> plan,
+      int at,
+      std::optional<LateCheck> late)
+      : mx::Primitive(plan->stream),
+        plan_(std::move(plan)),
+        at_(at),
+        late_(std::move(late)) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override {
-    cpu::evaluate(*this, [&] { enqueue(inputs, outputs); });
+    cpu::evaluate(*this, [&] {
+      enqueue(inputs, outputs);
+      if (late_) {
+        (*late_)();
+      }
+    });
   }
 
   void eval_gpu(const Arrays&, Arrays&) override {
@@ -272,6 +283,7 @@ class DecodeStepNode : public mx::Primitive {
 
   const std::shared_ptr<const DecodeStep::Plan> plan_;
   const int at_;
+  const std::optional<LateCheck> late_;
 };
 
 }  // namespace
@@ -287,7 +299,7 @@ DecodeStep::DecodeStep(
   out.insert(out.end(), appended.begin(), appended.end());
   const auto plan = std::make_shared<Plan>(
       mx::to_stream(s), record(in, out), in, static_cast<int>(caches.size()));
-  DecodeStepNode node(plan, 0);
+  DecodeStepNode node(plan, 0, std::nullopt);
   plan->prepare(node);
   plan_ = plan;
 }
@@ -301,8 +313,11 @@ bool DecodeStep::takes(const Arrays& arrays) {
       arrays, [](const mx::array& a) { return a.is_tracer(); });
 }
 
-mx::array DecodeStep::operator()(const Arrays& inputs, Arrays& caches, int at)
-    const {
+mx::array DecodeStep::operator()(
+    const Arrays& inputs,
+    Arrays& caches,
+    int at,
+    const std::optional<LateCheck>& late) const {
   const Plan& plan = *plan_;
   Arrays all = inputs;
   all.insert(all.end(), caches.begin(), caches.end());
@@ -341,7 +356,7 @@ mx::array DecodeStep::operator()(const Arrays& inputs, Arrays& caches, int at)
     dtypes.push_back(cache.dtype());
   }
   const Arrays made = mx::array::make_arrays(
-      shapes, dtypes, std::make_shared<DecodeStepNode>(plan_, at), all);
+      shapes, dtypes, std::make_shared<DecodeStepNode>(plan_, at, late), all);
   for (size_t i = 0; i < caches.size(); i++) {
     caches[i] = made[i + 1];
   }

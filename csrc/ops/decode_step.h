@@ -2,12 +2,12 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 
 #include "mlx/mlx.h"
+#include "ops.h"
 
 namespace glm_fused {
-
-namespace mx = mlx::core;
 
 using Arrays = std::vector<mx::array>;
 
@@ -36,8 +36,13 @@ class DecodeStep {
 
   // Returns the logits of inputs of the same shapes and types, and makes of
   // each of `caches` what it is with the new rows, which begin at `at`. Throws
-  // std::invalid_argument for inputs or caches that do not fit.
-  mx::array operator()(const Arrays& inputs, Arrays& caches, int at) const;
+  // std::invalid_argument for inputs or caches that do not fit; evaluation
+  // throws what `late` does.
+  mx::array operator()(
+      const Arrays& inputs,
+      Arrays& caches,
+      int at,
+      const std::optional<LateCheck>& late) const;
 
   // What the node runs; it outlives this.
   struct Plan;

@@ -1,6 +1,10 @@
+#include <optional>
 #include <stdexcept>
+#include <utility>
 
 #include "mlx/mlx.h"
+#include "nanobind/stl/optional.h"
+#include "nanobind/stl/pair.h"
 #include "ops/bindings.h"
 #include "ops/decode_step.h"
 #include "taken_rows.h"
@@ -75,6 +79,8 @@ void bind_decode_step(nb::module_& m) {
       "Whether containers[i], a dict or a list, has just items[i], in "
       "order.\n\n"
       "Of a dict that is keys and values in turn.");
+  nb::class_<LateCheck>(
+      m, "LateCheck", "A check of tokens that MLX computes already.");
   nb::class_<DecodeStep>(
       m, "DecodeStep", "A recorded decode step: see models.decode_step.")
       .def(
@@ -112,13 +118,14 @@ void bind_decode_step(nb::module_& m) {
           [](const DecodeStep& self,
              const ArraySequence& inputs,
              const ArraySequence& caches,
-             int at) {
+             int at,
+             const std::optional<LateCheck>& late) {
             // Before the graph holds them, too.
             for (nb::handle cache : caches) {
               take_own_rows(nb::cast<const mx::array&>(cache), at);
             }
             Arrays grown = arrays(caches);
-            mx::array logits = self(arrays(inputs), grown, at);
+            mx::array logits = self(arrays(inputs), grown, at, late);
             for (size_t i = 0; i < grown.size(); i++) {
               nb::cast<mx::array&>(caches[i]).overwrite_descriptor(grown[i]);
             }
@@ -127,7 +134,20 @@ void bind_decode_step(nb::module_& m) {
           "inputs"_a,
           "caches"_a,
           "at"_a,
-          "The logits; the caches then hold the new rows, from row `at` on.");
+          "late"_a = nb::none(),
+          "The logits; the caches then hold the new rows, from row `at` on.\n\n"
+          "`late` is what `tokens_of_step` leaves to check.");
+  m.def(
+      "tokens_of_step",
+      [](const mx::array& tokens, int vocabulary) {
+        const TokensOfStep of = tokens_of_step(
+            tokens, vocabulary, mx::default_stream(mx::Device::cpu));
+        return std::pair(of.tokens, of.late);
+      },
+      "tokens"_a,
+      "vocabulary"_a,
+      "Tokens that a step takes, int32 or uint32, and what it has to check.\n\n"
+      "Those that are not being computed are checked as `check_tokens` does.");
 }
 
 }  // namespace glm_fused

@@ -14,19 +14,23 @@ namespace mx = mlx::core;
 
 namespace {
 
-// The values that these primitives give are all among those of their first
-// input.
-constexpr std::string_view kViews[] = {
+// These primitives give the values of their first input, in order.
+constexpr std::string_view kSameValues[] = {
     "Contiguous",
     "Copy",
     "ExpandDims",
     "Flatten",
     "Reshape",
-    "Slice",
     "Squeeze",
     "StopGradient",
-    "Transpose",
     "Unflatten"};
+// And these give some of them.
+constexpr std::string_view kSomeValues[] = {"Slice", "Transpose"};
+
+template <size_t n>
+bool is_one_of(const std::string_view (&names)[n], std::string_view name) {
+  return std::ranges::find(names, name) != std::end(names);
+}
 
 template <class T>
 bool all_below(const mx::array& ids, int64_t bound) {
@@ -80,13 +84,26 @@ bool known_below(const mx::array& ids, int64_t bound) {
     if (name == "RouterTopk") {
       return at.sibling_position() == 0 && at.inputs()[1].shape(0) <= bound;
     }
-    if (name != "AsType" &&
-        std::ranges::find(kViews, name) == std::end(kViews)) {
+    if (name != "AsType" && !is_one_of(kSameValues, name) &&
+        !is_one_of(kSomeValues, name)) {
       return false;
     }
     at = mx::array(from);
   }
   return false;
+}
+
+std::optional<mx::array> being_computed(const mx::array& ids) {
+  mx::array at = ids;
+  while (at.has_primitive()) {
+    if (at.is_tracer() || !is_one_of(kSameValues, at.primitive().name())) {
+      return std::nullopt;
+    }
+    at = mx::array(at.inputs()[0]);
+  }
+  const bool is = at.status() == mx::array::Status::evaluated &&
+      at.event().valid() && at.flags().row_contiguous && !at.is_tracer();
+  return is ? std::optional(at) : std::nullopt;
 }
 
 }  // namespace glm_fused

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "mlx/array.h"
 
@@ -15,5 +16,9 @@ bool is_readable(const mlx::core::array& a);
 // known, or parts of what is known, or indices of so many scores or experts.
 // What MLX has begun to evaluate has no graph to look at.
 bool known_below(const mlx::core::array& ids, int64_t bound);
+
+// Returns the array, which MLX is computing already, whose values in their
+// order those of `ids` are, if that is so.
+std::optional<mlx::core::array> being_computed(const mlx::core::array& ids);
 
 }  // namespace glm_fused

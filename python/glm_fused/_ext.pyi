@@ -390,6 +390,9 @@ def same_items(containers: list[object], items: list[list[object]]) -> bool:
     Of a dict that is keys and values in turn.
     """
 
+class LateCheck:
+    """A check of tokens that MLX computes already."""
+
 class DecodeStep:
     """A recorded decode step: see models.decode_step."""
 
@@ -411,9 +414,26 @@ class DecodeStep:
         """How long all steps of this process have run their kernels."""
 
     def __call__(
-        self, inputs: Sequence[mlx.core.array], caches: Sequence[mlx.core.array], at: int
+        self,
+        inputs: Sequence[mlx.core.array],
+        caches: Sequence[mlx.core.array],
+        at: int,
+        late: LateCheck | None = None,
     ) -> mlx.core.array:
-        """The logits; the caches then hold the new rows, from row `at` on."""
+        """
+        The logits; the caches then hold the new rows, from row `at` on.
+
+        `late` is what `tokens_of_step` leaves to check.
+        """
+
+def tokens_of_step(
+    tokens: mlx.core.array, vocabulary: int
+) -> tuple[mlx.core.array, LateCheck | None]:
+    """
+    Tokens that a step takes, int32 or uint32, and what it has to check.
+
+    Those that are not being computed are checked as `check_tokens` does.
+    """
 
 def take_metal_launches() -> int:
     """How many launches of our kernels were encoded since the last call."""

@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <cmath>
+#include <utility>
 
 #include "cpu/dot/matrix.h"
 #include "cpu/runtime/dispatch.h"
@@ -11,7 +13,8 @@ namespace cpu {
 
 namespace {
 
-// Computes the rows [.., hidden] of tokens, which are below the table's rows.
+// Computes the rows [.., hidden] of tokens. Of one that the table lacks, which
+// is refused later, the row is NaN.
 struct EmbedAll {
   const Matrix table;
   const mx::array& tokens;
@@ -23,22 +26,27 @@ struct EmbedAll {
       using Row = RowOf<Tag::value>::type;
       if constexpr (requires(const Row row) { row.embedded(0); }) {
         for (size_t i = 0; i < tokens.size(); i++) {
+          if (std::cmp_greater_equal(static_cast<uint32_t>(ids[i]), table.n)) {
+            store(i, [](int) { return NAN; });
+            continue;
+          }
           const uint8_t* planes[kMaxPlanes];
           table.locate(0, ids[i], planes);
-          store(Row(table.format, planes), i);
+          const Row row(table.format, planes);
+          store(i, [&](int column) { return row.embedded(column); });
         }
       }
     });
   }
 
-  template <class Row>
-  void store(const Row& row, size_t token) {
+  template <class Value>
+  void store(size_t token, const Value& value) {
     constexpr int kValues = 256;  // so many are stored at once
     float values[kValues];
     for (int at = 0; at < table.k; at += kValues) {
       const int count = std::min(kValues, table.k - at);
       for (int i = 0; i < count; i++) {
-        values[i] = row.embedded(at + i);
+        values[i] = value(at + i);
       }
       store_row(y, token * table.k + at, values, count);
     }

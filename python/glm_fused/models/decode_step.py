@@ -93,14 +93,18 @@ class DecodeSteps:
         span = Span.of(cache, tokens.shape[1])
         table = self._parts.table
         angles = model.model.angles(span)
-        first = model.model.embed(tokens) if table is None else _ids(tokens, model.args.vocab_size)
+        late = None
+        if table is None:
+            first = model.model.embed(tokens)
+        else:
+            first, late = _ext.tokens_of_step(tokens, model.args.vocab_size)
         inputs = [first, *angles] if span.start is None else [first, *angles, span.start]
         step = self._step(model, span, inputs, entries[0].keys.dtype)
         if step is None:
             return None
         for entry in entries:
             make_room(entry, span.length)
-        logits: mx.array = step(inputs, _rows(entries), span.first)
+        logits: mx.array = step(inputs, _rows(entries), span.first, late)
         for entry in entries:
             advance(entry, span.length)
         return logits
@@ -174,12 +178,6 @@ def _table(embedding: nn.Module) -> Weight | None:
         return None
     table: Weight = embedding.as_weight()
     return table if table.format.mode in ("affine", "dense") else None
-
-
-def _ids(tokens: mx.array, vocabulary: int) -> mx.array:
-    """The checked tokens in a type that a step takes."""
-    ids = _ext.check_tokens(tokens, vocabulary)
-    return ids if ids.dtype in (mx.int32, mx.uint32) else ids.astype(mx.int32)
 
 
 def _record(
