@@ -3,9 +3,10 @@
     python bench/bench_matvec.py --formats affine4 bf16 --rows 1 16 512
 
 It prints, per projection, format and number of rows (tokens): µs, µs per row, GB/s of weights, the
-plain streaming read bandwidth measured in the same run and the fraction of it, GFLOP/s, and how
-many times slower the reference path and stock MLX are (each timed once, on one row). Several
-copies of a weight are used in turn, so that it comes from memory and not from a cache.
+plain streaming read bandwidth measured in the same run and the fraction of it, GFLOP/s, the
+fraction of what multiply-adds in registers reach in the same run, and how many times slower the
+reference path and stock MLX are (each timed once, on one row). Several copies of a weight are used
+in turn, so that it comes from memory and not from a cache.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from common import DTYPES, median, parser, report
+from common import DTYPES, median, multiply_add_rate, parser, report
 
 import glm_fused
 from glm_fused import ops
@@ -44,6 +45,7 @@ COLUMNS = {
     "read GB/s": ".2f",
     "fraction": ".2f",
     "GFLOP/s": ".1f",
+    "of peak": ".2f",
     "x reference": ".1f",
     "x stock": ".1f",
 }
@@ -60,10 +62,11 @@ def measure(projection: str, name: str, options: argparse.Namespace) -> list[dic
     for rows in options.rows:
         x = mx.array(rng.standard_normal((rows, k))).astype(DTYPES[options.dtype])
         mx.eval(x)
-        times, bandwidths = [], []
+        times, bandwidths, peaks = [], [], []
         for i in range(options.repeats * copies):
             if i % copies == 0:
                 bandwidths.append(read_bandwidth(weights[i % copies].planes[0]))
+                peaks.append(multiply_add_rate())
             w = weights[i % copies]
             times.append(seconds(lambda w=w, x=x: ops.quantized_matvec(x, w, reference=False)))
             if sum(times) > options.seconds:
@@ -79,6 +82,7 @@ def measure(projection: str, name: str, options: argparse.Namespace) -> list[dic
             "read GB/s": bandwidth,
             "fraction": nbytes(weights[0]) / took / 1e9 / bandwidth,
             "GFLOP/s": 2e-9 * n * k * rows / took,
+            "of peak": n * k * rows / took / median(peaks),
         }
         if rows == 1 and not options.only_fused:
             w = weights[0]

@@ -3,9 +3,10 @@
     python bench/bench_moe_decode.py --formats affine4 mxfp4
 
 It prints, per weight format: the bytes of weights that a call reads, µs, GB/s, the plain streaming
-read bandwidth measured between the calls with the same threads, the fraction of it reached, how
-many times slower the reference path and stock MLX are, and the largest error of ours and of stock
-MLX against float64 arithmetic on the dequantized weights (relative to the largest output).
+read bandwidth measured between the calls with the same threads, the fraction of it reached, the
+fraction of what multiply-adds in registers reach, how many times slower the reference path and
+stock MLX are, and the largest error of ours and of stock MLX against float64 arithmetic on the
+dequantized weights (relative to the largest output).
 Every call picks other experts from a bank that is far larger than the caches.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from common import DTYPES, median, parser, report
+from common import DTYPES, median, multiply_add_rate, parser, report
 
 import glm_fused
 from glm_fused import ops
@@ -32,6 +33,7 @@ COLUMNS = {
     "GB/s": ".2f",
     "read GB/s": ".2f",
     "fraction": ".2f",
+    "of peak": ".2f",
     "x reference": ".1f",
     "x stock": ".1f",
     "error": ".1e",
@@ -84,10 +86,11 @@ def error(y: mx.array, exact: np.ndarray) -> float:
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     layer = Layer(name, options)
-    times, rates, bandwidths, fractions = [], [], [], []
+    times, rates, bandwidths, fractions, peaks = [], [], [], [], []
     layer.fused(*layer.route())
     for _ in range(options.repeats):
         bandwidth = read_bandwidth(layer.gate.planes[0])
+        peaks.append(multiply_add_rate())
         took, read = [], []
         for _ in range(options.calls):
             slots, scores = layer.route()
@@ -99,6 +102,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         rates.append(median(read))
         bandwidths.append(bandwidth)
         fractions.append(rates[-1] / bandwidth)
+    work = 3 * options.hidden * options.intermediate * options.top_k * options.tokens
     row: dict[str, Any] = {
         "format": name,
         "tokens": options.tokens,
@@ -107,6 +111,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "GB/s": median(rates),
         "read GB/s": median(bandwidths),
         "fraction": median(fractions),
+        "of peak": work / median(times) / median(peaks),
     }
     slots, scores = layer.route()
     exact = layer.exact(slots, scores)

@@ -149,6 +149,8 @@ struct HalfBlock {
 template <CpuDecode F>
 struct Tile {
   const DotArgs& a;
+  const float* x = nullptr;  // the panel at hand, and where its results go
+  float* y = nullptr;
   const F format{};
   const typename F::Scales scales;
   const size_t row_bytes;
@@ -216,8 +218,8 @@ struct Tile {
       ptrdiff_t ahead,
       F16 (&result)[R][M]) const {
     const size_t vectors = static_cast<size_t>(hb) * vectors_per_half<F>;
-    const float* x = a.x + (vectors * width + m0) * kHalf;
-    HalfBlock<F, R, M, Width> block(format, x, width);
+    const float* from = x + (vectors * width + m0) * kHalf;
+    HalfBlock<F, R, M, Width> block(format, from, width);
     load_half<Reading>(rows, hb, ahead, block.words);
     unroll<R>(GLM_EACH(r) {
       unroll<M>(GLM_EACH(m) {
@@ -225,7 +227,7 @@ struct Tile {
       });
     });
     block.template terms<0>();
-    const float* sums = x + F::kTerms * width * kHalf;
+    const float* sums = from + F::kTerms * width * kHalf;
     scales.template finish<Reading>(rows, hb, sums, block.acc, result);
   }
 
@@ -341,22 +343,28 @@ struct Tile {
       float totals[R];
       butterfly_sums(low, high, totals);
       for (int r = 0; r < count; r++) {
-        a.y[(m0 + m) * a.rows + row + r] = scales.total(totals[r]);
+        y[(m0 + m) * a.rows + row + r] = scales.total(totals[r]);
       }
     }
   }
 
-  GLM_INLINE void all() const {
+  GLM_INLINE void all() {
+    for (size_t i = 0; i < a.x.size(); i++) {
+      x = a.x[i];
+      y = a.y + i * a.width * a.rows;
+      panel();
+    }
+  }
+
+  GLM_INLINE void panel() const {
 #if defined(GLM_AVX512)
     switch (a.width) {
       case 1:
         return one_vector(0, Constant<1>());
       case 2:
         return several_vectors<2>(0, Constant<2>());
-      case 4:
-        return several_vectors<4>(0, Constant<4>());
       default:
-        return several_vectors<8>(0, Constant<8>());
+        return several_vectors<4>(0, Constant<4>());
     }
 #elif defined(GLM_AVX2)
     for (int m = 0; m < a.width;) {
@@ -376,8 +384,20 @@ struct Tile {
   }
 };
 
+}  // namespace
+
+#include "cpu/dot/dot_panels.h"
+
+namespace {
+
 template <class F>
 void dot(const DotArgs& args) {
+#if defined(GLM_AVX512)
+  if (args.width == 8) {
+    DotPanels<F>(args).all();
+    return;
+  }
+#endif
   Tile<F>(args).all();
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "formats/format.h"
 
@@ -11,6 +12,8 @@ namespace glm_fused::cpu {
 // One call covers at most so many rows of W, which are enough bytes in a row
 // for the processor's own prefetcher to get going.
 constexpr int kMaxTileRows = 256;
+// And so many panels, of which each decoded weight meets all.
+constexpr int kMaxPanels = 8;
 
 // What a kernel computes y[m * rows + r] = sum_k x[m][k] W[r][k] from, in fp32
 // and in MLX's lane order.
@@ -20,10 +23,11 @@ struct DotArgs {
   int k;
   int row;  // of the matrix, that is row 0 of the tile
   int rows;
-  int rows_left;   // of the matrix, from row 0 of the tile on
-  const float* x;  // a panel: `width` vectors, packed by Kernel::pack
-  int width;       // 1, 2, 4 or 8
-  float* y;
+  int rows_left;  // of the matrix, from row 0 of the tile on
+  // Panels of `width` vectors each, packed by Kernel::pack.
+  std::span<const float* const> x;
+  int width;  // 1, 2, 4 or 8
+  float* y;   // [panels, width, rows]
 };
 
 struct Kernel {

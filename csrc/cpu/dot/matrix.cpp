@@ -39,10 +39,10 @@ void Matrix::dot(
     int slot,
     int row,
     int rows,
-    const float* panel,
+    std::span<const float* const> panels,
     int width,
     float* y) const {
-  DotArgs args{{}, format, k, row, rows, n - row, panel, width, y};
+  DotArgs args{{}, format, k, row, rows, n - row, panels, width, y};
   locate(slot, row, args.planes);
   kernel->dot(args);
 }

@@ -1,6 +1,7 @@
 // A checked weight in memory, and the fp32 rows that meet it.
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "cpu/dot/dot_kernels.h"
@@ -28,9 +29,15 @@ struct Matrix {
   // Where row `row` of a slot lies in each plane.
   void locate(int slot, int row, const uint8_t** at) const;
 
-  // Rows [row, row + rows) of a slot times a panel of `width` vectors.
-  void dot(int slot, int row, int rows, const float* panel, int width, float* y)
-      const;
+  // Rows [row, row + rows) of a slot times panels of `width` vectors each, at
+  // most kMaxPanels; y is [panels, width, rows].
+  void dot(
+      int slot,
+      int row,
+      int rows,
+      std::span<const float* const> panels,
+      int width,
+      float* y) const;
 };
 
 // Row `row` of x [rows, k] as fp32.

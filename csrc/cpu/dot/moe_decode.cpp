@@ -21,10 +21,10 @@ namespace {
 
 // This many tokens are taken together, which bounds the scratch memory of a
 // long prefill.
-constexpr int kMaxTokens = 256;
+constexpr int kMaxTokens = 512;
 // A task holds kMaxValues of the choices' outputs, or more where there are so
 // many choices that kMinTile rows of each are more.
-constexpr int kMaxValues = 1 << 16, kMinTile = 32;
+constexpr int kMaxValues = 1 << 16, kMinTile = 128;
 
 class Fused : public Staged {
  public:
@@ -36,9 +36,11 @@ class Fused : public Staged {
         most_(std::min(kMaxTokens, moe.x.shape(0)) * top_k_),
         panels_(most_, top_k_, scratch),
         batch_(scratch.take<int>(most_)),
-        gate_inputs_(scratch.take<const float*>(most_)),
-        up_inputs_(scratch.take<const float*>(most_)),
-        row_(scratch.take<float>(moe.gate.k)),
+        groups_(scratch.take<int>(most_ + 1)),
+        packers_(scratch.take<int>(most_)),
+        gate_inputs_(scratch.take<float*>(most_)),
+        up_inputs_(scratch.take<float*>(most_)),
+        row_(scratch.take_each<float>(workers, moe.gate.k)),
         gate_packed_(scratch.take<float>(packed(moe.gate) * most_)),
         up_packed_(
             scratch.take<float>(same_pack_ ? 0 : packed(moe.up) * most_)),
@@ -57,7 +59,7 @@ class Fused : public Staged {
     switch (stage % 3) {
       case 0:
         begin_chunk(stage / 3 * kMaxTokens);
-        at_hand_ = all_panels();
+        take_at_hand(all_panels());
         return begin_gate_up();
       case 1:
         return begin_pack();
@@ -82,7 +84,7 @@ class Fused : public Staged {
     for (int first = 0; first < moe_.x.shape(0); first += kMaxTokens) {
       begin_chunk(first);
       std::vector<int> pending = distinct_slots();
-      at_hand_ = take(arrivals, pending);
+      take_at_hand(take(arrivals, pending));
       project();
       if (pending.empty()) {
         run_tiles(
@@ -91,7 +93,7 @@ class Fused : public Staged {
       }
       run_tiles(begin_down(), [&](int t) { down(t); });
       while (!pending.empty()) {
-        at_hand_ = take(arrivals, pending);
+        take_at_hand(take(arrivals, pending));
         project();
         run_tiles(begin_down(), [&](int t) { down(t); });
       }
@@ -104,7 +106,8 @@ class Fused : public Staged {
   const int top_k_, workers_;
 
  private:
-  using Batch = std::span<const int>;  // numbers of panels
+  using Batch = std::span<const int>;                    // numbers of panels
+  using Outputs = float[kMaxPanels * 8 * kMaxTileRows];  // of a group
 
   static size_t packed(const Matrix& w) {
     return w.kernel->packed_floats(w.k);
@@ -128,11 +131,45 @@ class Fused : public Staged {
     pack_inputs();
   }
 
-  // Divides a matrix's rows into tiles; each is done for `panels` panels.
-  Stage divide(int n, int k, int panels, double work) {
-    rows_ = tile_rows(n, k, panels, workers_);
+  // Divides a matrix's rows into tiles; each is done for `groups` groups.
+  Stage divide(int n, int k, int groups, double work) {
+    rows_ = tile_rows(n, k, groups, workers_);
     tiles_ = (n + rows_ - 1) / rows_;
-    return {tiles_ * panels, work};
+    return {tiles_ * groups, work};
+  }
+
+  // Divides the panels at hand into groups, which a weight meets together.
+  void take_at_hand(Batch batch) {
+    at_hand_ = batch;
+    group_count_ = 0;
+    for (size_t at = 0; at < batch.size();) {
+      groups_[group_count_++] = static_cast<int>(at);
+      at += panels_.together(batch.subspan(at));
+    }
+    groups_[group_count_] = static_cast<int>(batch.size());
+  }
+
+  Batch group(int number) const {
+    const int first = groups_[number];
+    return at_hand_.subspan(first, groups_[number + 1] - first);
+  }
+
+  // Multiplies rows of w of a group's slot by the group's panels, which
+  // input(i) finds, into `out` [pair of the group, rows].
+  template <class Input>
+  void multiply(
+      const Matrix& w,
+      Batch group,
+      int first,
+      int rows,
+      const Input& input,
+      float* out) const {
+    const float* at[kMaxPanels];
+    for (size_t i = 0; i < group.size(); i++) {
+      at[i] = input(group[i]);
+    }
+    const auto [slot, pair, width] = panels_[group[0]];
+    w.dot(slot, first, rows, std::span(at, group.size()), width, out);
   }
 
   Batch all_panels() const {
@@ -173,28 +210,38 @@ class Fused : public Staged {
   // Packs x for all panels. Those over the same tokens share it, which are all
   // of them where there is one token.
   void pack_inputs() {
-    const Matrix &gate = moe_.gate, &up = moe_.up;
-    float *g = gate_packed_.data(), *u = up_packed_.data();
+    float *gate = gate_packed_.data(), *up = up_packed_.data();
+    int count = 0;
+    size_t vectors = 0;
     panels_.each_twin([&](int i, int twin) {
       if (twin == i) {
-        const auto pairs = panels_.pairs(i);
         const int width = panels_[i].width;
-        for (int m = 0; m < width; m++) {
-          const int token = first_ + panels_.token(pairs[m]);
-          load_row(moe_.x, token, gate.k, row_.data());
-          gate.kernel->pack(row_.data(), gate.k, g, m, width);
-          if (!same_pack_) {
-            up.kernel->pack(row_.data(), up.k, u, m, width);
-          }
-        }
-        gate_inputs_[i] = g;
-        up_inputs_[i] = same_pack_ ? g : u;
-        g += packed(gate) * width;
-        u += same_pack_ ? 0 : packed(up) * width;
+        packers_[count++] = i;
+        gate_inputs_[i] = gate;
+        up_inputs_[i] = same_pack_ ? gate : up;
+        gate += packed(moe_.gate) * width;
+        up += same_pack_ ? 0 : packed(moe_.up) * width;
+        vectors += width;
       }
       gate_inputs_[i] = gate_inputs_[twin];
       up_inputs_[i] = up_inputs_[twin];
     });
+    run_tiles({count, 4.0 * vectors * moe_.gate.k}, [&](int n, int worker) {
+      pack_input(packers_[n], row_[worker]);
+    });
+  }
+
+  void pack_input(int i, float* row) const {
+    const Matrix &gate = moe_.gate, &up = moe_.up;
+    const auto pairs = panels_.pairs(i);
+    const int width = panels_[i].width;
+    for (int m = 0; m < width; m++) {
+      load_row(moe_.x, first_ + panels_.token(pairs[m]), gate.k, row);
+      gate.kernel->pack(row, gate.k, gate_inputs_[i], m, width);
+      if (!same_pack_) {
+        up.kernel->pack(row, up.k, up_inputs_[i], m, width);
+      }
+    }
   }
 
   // Computes all but the down projection.
@@ -204,25 +251,26 @@ class Fused : public Staged {
   }
 
   Stage begin_gate_up() {
-    const int count = static_cast<int>(at_hand_.size());
-    return divide(moe_.gate.n, moe_.gate.k, count, work(at_hand_, 2));
+    return divide(moe_.gate.n, moe_.gate.k, group_count_, work(at_hand_, 2));
   }
 
   void gate_up(int number) const {
-    const int i = at_hand_[number / tiles_];
-    const auto [slot, at, width] = panels_[i];
+    const Batch panels = group(number / tiles_);
     const int first = number % tiles_ * rows_;
     const int rows = std::min(rows_, moe_.gate.n - first);
-    float gate[8 * kMaxTileRows], up[8 * kMaxTileRows];
-    moe_.gate.dot(slot, first, rows, gate_inputs_[i], width, gate);
-    moe_.up.dot(slot, first, rows, up_inputs_[i], width, up);
-    for (int m = 0; m < width; m++) {
-      kernels().swiglu(
-          gate + m * rows,
-          up + m * rows,
-          act(panels_.pairs(i)[m]) + first,
-          rows,
-          moe_.type);
+    Outputs gate, up;
+    const auto from = [](std::span<float* const> inputs) {
+      return [inputs](int i) { return inputs[i]; };
+    };
+    multiply(moe_.gate, panels, first, rows, from(gate_inputs_), gate);
+    multiply(moe_.up, panels, first, rows, from(up_inputs_), up);
+    size_t at = 0;
+    for (int i : panels) {
+      for (int pair : panels_.pairs(i)) {
+        kernels().swiglu(
+            gate + at, up + at, act(pair) + first, rows, moe_.type);
+        at += rows;
+      }
     }
   }
 
@@ -256,20 +304,25 @@ class Fused : public Staged {
     }
   }
 
-  // Computes rows of y for the pairs of panel i, one pair every `stride`
+  // Computes rows of y for the pairs of a group, one pair every `stride`
   // values.
-  void down_rows(int i, int first, int rows, float* y, size_t stride) const {
-    const auto [slot, at, width] = panels_[i];
-    const auto pairs = panels_.pairs(i);
-    const float* x = down_input(i);
-    if (width == 1) {
-      moe_.down.dot(slot, first, rows, x, width, y + pairs[0] * stride);
+  void down_rows(Batch panels, int first, int rows, float* y, size_t stride)
+      const {
+    const auto from = [this](int i) { return down_input(i); };
+    const auto pairs = panels_.pairs(panels[0]);
+    if (panels.size() == 1 && pairs.size() == 1) {
+      float* to = y + pairs[0] * stride;
+      multiply(moe_.down, panels, first, rows, from, to);
       return;
     }
-    float out[8 * kMaxTileRows];
-    moe_.down.dot(slot, first, rows, x, width, out);
-    for (int m = 0; m < width; m++) {
-      std::copy_n(out + m * rows, rows, y + pairs[m] * stride);
+    Outputs out;
+    multiply(moe_.down, panels, first, rows, from, out);
+    const float* values = out;
+    for (int i : panels) {
+      for (int pair : panels_.pairs(i)) {
+        std::copy_n(values, rows, y + pair * stride);
+        values += rows;
+      }
     }
   }
 
@@ -288,15 +341,14 @@ class Fused : public Staged {
   }
 
   Stage begin_down() {
-    const int count = static_cast<int>(at_hand_.size());
-    return divide(moe_.down.n, moe_.down.k, count, work(at_hand_, 1));
+    return divide(moe_.down.n, moe_.down.k, group_count_, work(at_hand_, 1));
   }
 
   // Computes a tile of y_ [pair, n].
   void down(int number) const {
     const int n = moe_.down.n, first = number % tiles_ * rows_;
     const int rows = std::min(rows_, n - first);
-    down_rows(at_hand_[number / tiles_], first, rows, y_.data() + first, n);
+    down_rows(group(number / tiles_), first, rows, y_.data() + first, n);
   }
 
   Stage begin_sum() {
@@ -311,9 +363,8 @@ class Fused : public Staged {
 
   Stage begin_down_sum() {
     const int n = moe_.down.n, pairs = tokens_ * top_k_;
-    const int count = static_cast<int>(at_hand_.size());
     const int most = std::max(kMinTile, kMaxValues / pairs);
-    rows_ = std::min(tile_rows(n, moe_.down.k, count, workers_), most);
+    rows_ = std::min(tile_rows(n, moe_.down.k, group_count_, workers_), most);
     return {(n + rows_ - 1) / rows_, work(at_hand_, 1)};
   }
 
@@ -322,8 +373,8 @@ class Fused : public Staged {
   void down_sum(int number, int worker) const {
     const int first = number * rows_;
     const int rows = std::min(rows_, moe_.down.n - first);
-    for (int i : at_hand_) {
-      down_rows(i, first, rows, tile_y_[worker], rows);
+    for (int i = 0; i < group_count_; i++) {
+      down_rows(group(i), first, rows, tile_y_[worker], rows);
     }
     sum_rows(first, rows, tile_y_[worker], rows);
   }
@@ -332,11 +383,15 @@ class Fused : public Staged {
   const int most_;              // pairs of a chunk
   int first_ = 0, tokens_ = 0;  // of the chunk at hand
   Batch at_hand_;
+  int group_count_ = 0;
   int rows_ = 0, tiles_ = 0;  // of a tile, and of a matrix
   Panels panels_;
   const std::span<int> batch_;
-  const std::span<const float*> gate_inputs_, up_inputs_;  // by panel
-  const std::span<float> row_, gate_packed_, up_packed_;
+  const std::span<int> groups_;   // their first places in at_hand_
+  const std::span<int> packers_;  // the panels whose inputs are packed
+  const std::span<float*> gate_inputs_, up_inputs_;  // by panel
+  const Shares<float> row_;
+  const std::span<float> gate_packed_, up_packed_;
   const std::span<float> act_;  // [pair, intermediate]
   const std::span<float> down_packed_, y_;
   const Shares<float> tile_y_;

@@ -57,6 +57,18 @@ class Panels {
   std::span<const int> pairs(int i) const {
     return order_.subspan(panels_[i].first, panels_[i].width);
   }
+  // Returns how many of some panels, the first and those right behind it, the
+  // kernels take together: full ones of the same slot.
+  int together(std::span<const int> panels) const {
+    const Panel& first = panels_[panels[0]];
+    const int most = std::min<int>(panels.size(), kMaxPanels);
+    int count = 1;
+    while (count < most && panels_[panels[count]].width == first.width &&
+           panels_[panels[count]].slot == first.slot) {
+      count++;
+    }
+    return count;
+  }
   int token(int pair) const {
     return pair / top_k_;
   }

@@ -11,12 +11,13 @@ namespace cpu {
 
 namespace {
 
-// This many rows of x are packed at once, so that their panels stay in a core's
-// L2 cache.
-constexpr int kMaxRows = 64;
+// This many rows of x are packed at once, panels that the kernels take
+// together. A tile packs a panel of kWidth; few values leave no tiles.
+constexpr int kWidth = 8, kMaxRows = kMaxPanels * kWidth;
+constexpr int kFewValues = 1 << 13;
 
 // Computes y = x W^T. The work of one head is spread over the rows of W, for
-// kMaxRows rows of x at a stage; of several heads, each is done by one thread,
+// kMaxRows rows of x at a time; of several heads, each is done by one thread,
 // with panels of its own.
 class Matvec : public Staged {
  public:
@@ -41,7 +42,7 @@ class Matvec : public Staged {
     const int packers = w.slots == 1 ? 1 : workers;
     const int most = std::min(kMaxRows, rows_);
     panels_ = scratch.take_each<float>(packers, packed_ * most);
-    row_ = scratch.take_each<float>(packers, w.k);
+    row_ = scratch.take_each<float>(workers, w.k);
   }
 
   void run() {
@@ -52,43 +53,64 @@ class Matvec : public Staged {
     }
   }
 
+  // For each block of rows of x, packing and multiplying.
   int stages() const override {
-    return alone() ? (rows_ + kMaxRows - 1) / kMaxRows : 1;
+    return alone() ? 2 * ((rows_ + kMaxRows - 1) / kMaxRows) : 1;
   }
 
   Stage begin(int stage) override {
     if (!alone()) {
       return {w_.slots, static_cast<double>(w_.n) * w_.k * all_};
     }
-    first_row_ = stage * kMaxRows;
-    const int count = std::min(kMaxRows, rows_ - first_row_);
-    pack(0, first_row_, count, 0);
+    if (stage % 2 == 0) {
+      first_row_ = stage / 2 * kMaxRows;
+      count_ = std::min(kMaxRows, rows_ - first_row_);
+      return begin_pack();
+    }
     tile_ = tile_rows(w_.n, w_.k, 1, workers_);
     return {
-        (w_.n + tile_ - 1) / tile_, static_cast<double>(w_.n) * w_.k * count};
+        (w_.n + tile_ - 1) / tile_, static_cast<double>(w_.n) * w_.k * count_};
   }
 
-  void tile(int, int number, int worker) override {
-    if (alone()) {
-      const int first = number * tile_;
-      const int count = std::min(kMaxRows, rows_ - first_row_);
-      const int rows = std::min(tile_, w_.n - first);
-      multiply(0, first_row_, count, first, rows, panels_[0]);
-      return;
+  void tile(int stage, int number, int worker) override {
+    if (!alone()) {
+      return head(number, worker);
     }
-    for (int begin = 0; begin < rows_; begin += kMaxRows) {
-      const int count = std::min(kMaxRows, rows_ - begin);
-      pack(number, begin, count, worker);
-      for (int first = 0; first < w_.n; first += kMaxTileRows) {
-        const int rows = std::min(kMaxTileRows, w_.n - first);
-        multiply(number, begin, count, first, rows, panels_[worker]);
-      }
+    if (stage % 2 == 0) {
+      return pack(0, first_row_, number * kWidth, count_, panels_[0], worker);
     }
+    const int first = number * tile_;
+    const int rows = std::min(tile_, w_.n - first);
+    multiply(0, first_row_, count_, first, rows, panels_[0]);
   }
 
  private:
   bool alone() const {
     return w_.slots == 1;
+  }
+
+  Stage begin_pack() const {
+    const int values = count_ * w_.k, tiles = (count_ + kWidth - 1) / kWidth;
+    if (tiles > 1 && values >= kFewValues) {
+      return {tiles, 4.0 * values};
+    }
+    for (int i = 0; i < tiles; i++) {
+      pack(0, first_row_, i * kWidth, count_, panels_[0], 0);
+    }
+    return {0, 0};
+  }
+
+  void head(int number, int worker) const {
+    for (int begin = 0; begin < rows_; begin += kMaxRows) {
+      const int count = std::min(kMaxRows, rows_ - begin);
+      for (int i = 0; i < count; i += kWidth) {
+        pack(number, begin, i, count, panels_[worker], worker);
+      }
+      for (int first = 0; first < w_.n; first += kMaxTileRows) {
+        const int rows = std::min(kMaxTileRows, w_.n - first);
+        multiply(number, begin, count, first, rows, panels_[worker]);
+      }
+    }
   }
 
   // Returns where row i of head h lies in x and y.
@@ -97,12 +119,20 @@ class Matvec : public Staged {
     return (static_cast<size_t>(b) * w_.slots + h) * per_head_ + m;
   }
 
-  void pack(int h, int first, int count, int worker) const {
-    float *row = row_[worker], *panels = panels_[worker];
-    for (int begin = 0; begin < count;) {
-      const int width = panel_width(count - begin);
+  // Packs rows [begin, begin + kWidth) of the `count` rows of x from
+  // `first_row` on; the last ones go to narrower panels.
+  void pack(
+      int h,
+      int first_row,
+      int begin,
+      int count,
+      float* panels,
+      int worker) const {
+    float* row = row_[worker];
+    for (const int end = std::min(begin + kWidth, count); begin < end;) {
+      const int width = panel_width(end - begin);
       for (int m = 0; m < width; m++) {
-        load_row(x_, row_of(h, first + begin + m), w_.k, row);
+        load_row(x_, row_of(h, first_row + begin + m), w_.k, row);
         w_.kernel->pack(row, w_.k, panels + packed_ * begin, m, width);
       }
       begin += width;
@@ -117,15 +147,20 @@ class Matvec : public Staged {
       int first,
       int rows,
       const float* panels) const {
-    float out[8 * kMaxTileRows];
+    float out[kMaxRows * kMaxTileRows];
     for (int begin = 0; begin < count;) {
       const int width = panel_width(count - begin);
-      w_.dot(h, first, rows, panels + packed_ * begin, width, out);
-      for (int m = 0; m < width; m++) {
-        const size_t at = row_of(h, first_row + begin + m) * w_.n + first;
-        store_row(y_, at, out + m * rows, rows);
+      const int together = width == kWidth ? (count - begin) / kWidth : 1;
+      const float* at[kMaxPanels];
+      for (int i = 0; i < together; i++) {
+        at[i] = panels + packed_ * (begin + i * width);
       }
-      begin += width;
+      w_.dot(h, first, rows, std::span(at, together), width, out);
+      for (int m = 0; m < together * width; m++) {
+        const size_t to = row_of(h, first_row + begin + m) * w_.n + first;
+        store_row(y_, to, out + m * rows, rows);
+      }
+      begin += together * width;
     }
   }
 
@@ -138,7 +173,7 @@ class Matvec : public Staged {
   const int rows_;
   const size_t packed_;
   Shares<float> panels_, row_;
-  int first_row_ = 0, tile_ = 0;  // of the stage at hand
+  int first_row_ = 0, count_ = 0, tile_ = 0;  // of the stage at hand
 };
 
 }  // namespace

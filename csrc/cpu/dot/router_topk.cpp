@@ -177,7 +177,8 @@ class Router : public Staged {
     float out[kMaxWidth * kMaxTileRows];
     for (int at = 0; at < count;) {
       const int width = panel_width(count - at);
-      w_.dot(0, first, rows, panel_.data() + packed_ * at, width, out);
+      const float* panel = panel_.data() + packed_ * at;
+      w_.dot(0, first, rows, {&panel, 1}, width, out);
       for (int m = 0; m < width; m++) {
         const size_t row = static_cast<size_t>(first_ + at + m) * w_.n;
         std::copy_n(out + m * rows, rows, logits_.data() + row + first);

@@ -85,6 +85,15 @@ GLM_INLINE void unroll(Fn&& fn) {
 
 namespace {
 
+// Returns a, in a register where there are many: a compiler would read it from
+// memory again for each use, and reads would bound the loop.
+GLM_INLINE F16 held(F16 a) {
+#if defined(GLM_AVX512)
+  __asm__("" : "+v"(a));
+#endif
+  return a;
+}
+
 template <int n>
 GLM_INLINE void
 butterfly_sums(const F16 (&low)[n], const F16 (&high)[n], float (&sums)[n]) {
