@@ -17,6 +17,9 @@ namespace cpu {
 namespace {
 
 constexpr size_t kMaxScratch = 1 << 23;  // floats for the queries of a step
+// So many queries a worker are each done by one, whose scratch memory stays in
+// a core's L2 cache; fewer are divided among all, stage by stage.
+constexpr int kQueriesAlone = 4;
 constexpr int kLane = 16;
 constexpr int kColumns = 64;  // a task of the combine takes no fewer
 
@@ -30,17 +33,19 @@ class Attention : public Staged {
         width_(a.layout.rank + a.layout.rope),
         lanes_(round_up(a.heads(), kLane)),
         splits_((list_ + kSplit - 1) / kSplit),
-        step_(step()),
-        keys_(scratch.take_each<int32_t>(step_, list_)),
-        counts_(scratch.take_each<int>(step_, splits_)),
-        begins_(scratch.take_each<int>(step_, splits_)),
-        filled_(scratch.take<int>(step_)),
-        q_(scratch.take_each<float>(step_, lanes(width_))),
-        p_(scratch.take_each<float>(step_, lanes(list_))),
-        m_(scratch.take_each<float>(step_, lanes(splits_))),
-        l_(scratch.take_each<float>(step_, lanes(splits_))),
-        e_(scratch.take_each<float>(step_, lanes(splits_))),
-        total_(scratch.take_each<float>(step_, lanes_)),
+        alone_(a.queries() >= kQueriesAlone * workers),
+        step_(alone_ ? a.queries() : step()),
+        places_(alone_ ? workers : step_),
+        keys_(scratch.take_each<int32_t>(places_, list_)),
+        counts_(scratch.take_each<int>(places_, splits_)),
+        begins_(scratch.take_each<int>(places_, splits_)),
+        filled_(scratch.take<int>(places_)),
+        q_(scratch.take_each<float>(places_, lanes(width_))),
+        p_(scratch.take_each<float>(places_, lanes(list_))),
+        m_(scratch.take_each<float>(places_, lanes(splits_))),
+        l_(scratch.take_each<float>(places_, lanes(splits_))),
+        e_(scratch.take_each<float>(places_, lanes(splits_))),
+        total_(scratch.take_each<float>(places_, lanes_)),
         row_(scratch.take_each<float>(workers, lanes(width_) + kLane)),
         sums_(scratch.take_each<float>(
             workers,
@@ -55,14 +60,19 @@ class Attention : public Staged {
     }
   }
 
-  // For each block of queries of a sequence there are four stages.
+  // For each block of queries of a sequence there are four stages; where the
+  // queries are done alone, a sequence is one.
   int stages() const override {
-    return 4 * a_.q.shape(0) * blocks();
+    return (alone_ ? 1 : 4 * blocks()) * a_.q.shape(0);
   }
 
   Stage begin(int stage) override {
     if (stage == 0) {
       load();
+    }
+    if (alone_) {
+      begin_block(stage);
+      return {count_, 2 * work()};
     }
     switch (stage % 4) {
       case 0:
@@ -78,18 +88,20 @@ class Attention : public Staged {
   }
 
   void tile(int stage, int number, int worker) override {
+    if (alone_) {
+      return query(number, worker);
+    }
     switch (stage % 4) {
       case 0:
-        load_query(number, row_[worker]);
-        list_keys(number);
+        load_query(number, number, row_[worker]);
+        list_keys(number, number);
         return;
       case 1:
-        return split(number);
+        return split_tile(number);
       case 2:
-        attention_kernels().weigh(parts(number), e_[number], total_[number]);
-        return;
+        return weigh(number, number);
       default:
-        return combine(number, worker);
+        return combine_tile(number, worker);
     }
   }
 
@@ -133,36 +145,46 @@ class Attention : public Staged {
     count_ = std::min(step_, a_.queries() - first_);
   }
 
-  void load_query(int i, float* q) const {
+  // Does all of query i at a worker's place.
+  void query(int i, int worker) const {
+    load_query(i, worker, row_[worker]);
+    list_keys(i, worker);
+    split(worker, 0, filled_[worker]);
+    weigh(i, worker);
+    combine(i, worker, 0, rows_->rank, worker);
+  }
+
+  // From here on, query i has its scratch memory at a place.
+  void load_query(int i, int place, float* q) const {
     const size_t row = a_.row(b_, first_ + i);
     if (a_.heads() <= kFewHeads) {
-      load_row(a_.q, row, a_.heads() * width_, q_[i]);
+      load_row(a_.q, row, a_.heads() * width_, q_[place]);
       return;
     }
     load_row(a_.q, row, a_.heads() * width_, q);
     const size_t filled = static_cast<size_t>(a_.heads()) * width_;
     std::fill(q + filled, q + lanes(width_), 0.0f);
-    attention_kernels().transpose(q, width_, lanes_, q_[i]);
+    attention_kernels().transpose(q, width_, lanes_, q_[place]);
   }
 
   // Lists the visible keys of a query, back to back, and its splits that have
   // any.
-  void list_keys(int i) const {
+  void list_keys(int i, int place) const {
     int keys = 0, splits = 0;
     for (int s = 0; s < list_; s += kSplit) {
       const int begin = keys;
       for (int j = s; j < std::min(s + kSplit, list_); j++) {
         const int key = a_.entry(b_, first_ + i, j);
         if (key >= 0) {
-          keys_[i][keys++] = key;
+          keys_[place][keys++] = key;
         }
       }
       if (keys > begin) {
-        begins_[i][splits] = begin;
-        counts_[i][splits++] = keys - begin;
+        begins_[place][splits] = begin;
+        counts_[place][splits++] = keys - begin;
       }
     }
-    filled_[i] = splits;
+    filled_[place] = splits;
   }
 
   // Divides a query's splits among tiles; a tile takes several, so that it can
@@ -175,38 +197,45 @@ class Attention : public Staged {
     return {count_ * tiles_, work()};
   }
 
-  void split(int number) const {
-    const int i = number / tiles_, begin = number % tiles_ * each_;
-    const int end = std::min(begin + each_, filled_[i]);
+  void split_tile(int number) const {
+    const int place = number / tiles_, begin = number % tiles_ * each_;
+    split(place, begin, std::min(begin + each_, filled_[place]));
+  }
+
+  void split(int place, int begin, int end) const {
     for (int s = begin; s < end; s++) {
       attention_kernels().split(
-          {q_[i],
+          {q_[place],
            a_.heads(),
            lanes_,
            a_.scale,
            &*rows_,
-           keys_[i] + begins_[i][s],
-           counts_[i][s],
-           s + 1 < end ? counts_[i][s + 1] : 0,
-           p_[i] + lanes(begins_[i][s]),
-           m_[i] + lanes(s),
-           l_[i] + lanes(s)});
+           keys_[place] + begins_[place][s],
+           counts_[place][s],
+           s + 1 < end ? counts_[place][s + 1] : 0,
+           p_[place] + lanes(begins_[place][s]),
+           m_[place] + lanes(s),
+           l_[place] + lanes(s)});
     }
   }
 
-  CombineArgs parts(int i) const {
+  void weigh(int i, int place) const {
+    attention_kernels().weigh(parts(i, place), e_[place], total_[place]);
+  }
+
+  CombineArgs parts(int i, int place) const {
     return {
         &*rows_,
-        keys_[i],
-        counts_[i],
-        filled_[i],
+        keys_[place],
+        counts_[place],
+        filled_[place],
         a_.heads(),
         lanes_,
-        p_[i],
-        m_[i],
-        l_[i],
-        e_[i],
-        total_[i],
+        p_[place],
+        m_[place],
+        l_[place],
+        e_[place],
+        total_[place],
         0,
         rows_->rank,
         nullptr,
@@ -224,10 +253,16 @@ class Attention : public Staged {
     return {count_ * tiles_, work()};
   }
 
-  void combine(int number, int worker) const {
-    CombineArgs args = parts(number / tiles_);
-    args.column = number % tiles_ * each_;
-    args.columns = std::min(each_, rows_->rank - args.column);
+  void combine_tile(int number, int worker) const {
+    const int i = number / tiles_, column = number % tiles_ * each_;
+    const int columns = std::min(each_, rows_->rank - column);
+    combine(i, i, column, columns, worker);
+  }
+
+  void combine(int i, int place, int column, int columns, int worker) const {
+    CombineArgs args = parts(i, place);
+    args.column = column;
+    args.columns = columns;
     args.sums = sums_[worker];
     if (args.splits == 0) {
       const size_t values = static_cast<size_t>(args.heads) * rows_->rank;
@@ -239,9 +274,11 @@ class Attention : public Staged {
 
   const Mla a_;
   const bool reference_;
-  const int workers_, list_, width_, lanes_, splits_, step_;
-  // For each query these are its keys, the sizes, first keys and number of its
-  // splits, and what the kernels need.
+  const int workers_, list_, width_, lanes_, splits_;
+  const bool alone_;
+  const int step_, places_;
+  // For each place these are a query's keys, the sizes, first keys and number
+  // of its splits, and what the kernels need.
   const Shares<int32_t> keys_;
   const Shares<int> counts_, begins_;
   const std::span<int> filled_;
