@@ -72,13 +72,12 @@ class Burst(NamedTuple):
 class Worker:
     """A process that decodes on request; bursts.py says how it is asked."""
 
-    def __init__(self, python: str, script: str, options: argparse.Namespace, *more: str) -> None:
-        path = str(Path(__file__).parent / script)
-        command = [python, path, "--prompt", str(options.prompt), *more]
+    def __init__(self, python: str, script: str, *arguments: str) -> None:
+        command = [python, str(Path(__file__).parent / script), *arguments]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.tokens, self.loaded = options.tokens, self._answer()
+        self.loaded = self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -87,9 +86,9 @@ class Worker:
             raise SystemExit(f"{self.process.args[0]} ended, status {self.process.wait()}.")
         return json.loads(line)
 
-    def __call__(self, threads: int) -> Burst:
+    def __call__(self, threads: int, tokens: int) -> Burst:
         assert self.process.stdin is not None
-        request = {"threads": threads, "tokens": self.tokens}
+        request = {"threads": threads, "tokens": tokens}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return Burst(**self._answer())
@@ -101,16 +100,20 @@ class Worker:
 class LlamaBench:
     """llama.cpp's own benchmark on a GGUF file; each burst starts it anew."""
 
-    def __init__(self, build: Path, options: argparse.Namespace) -> None:
+    def __init__(self, build: Path, gguf: Path, *arguments: str) -> None:
         program = next((path for path in build.rglob("llama-bench") if path.is_file()), None)
         if program is None:
             raise SystemExit(f"{build} does not hold llama-bench.")
-        self.command = [str(program), "-m", str(options.gguf), "-o", "json", "-p", "0", "-r", "1"]
-        self.command += ["-n", str(options.tokens), "-d", str(options.prompt)]
-        self.loaded: dict[str, Any] = {"model": options.gguf.name}
+        self.command = [str(program), "-m", str(gguf), "-o", "json", "-r", "1", *arguments]
+        self.loaded: dict[str, Any] = {"model": gguf.name}
 
-    def __call__(self, threads: int) -> Burst:
-        run = subprocess.run([*self.command, "-t", str(threads)], capture_output=True, text=True)
+    def sizes(self, tokens: int) -> list[str]:
+        """The options for a burst of so many tokens."""
+        return ["-p", "0", "-n", str(tokens)]
+
+    def __call__(self, threads: int, tokens: int) -> Burst:
+        command = [*self.command, *self.sizes(tokens), "-t", str(threads)]
+        run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode:
             raise SystemExit(f"llama-bench: {run.stderr.strip()[-400:]}")
         (row,) = json.loads(run.stdout)
@@ -131,10 +134,10 @@ class Samples:
         self.bursts: list[Burst] = []
         self.bandwidths: list[float] = []
 
-    def take(self, contender: Contender, threads: int, yardstick: mx.array) -> None:
+    def take(self, contender: Contender, threads: int, tokens: int, yardstick: mx.array) -> None:
         glm_fused.set_num_threads(threads)
         before = read_bandwidth(yardstick)
-        self.bursts.append(contender(threads))
+        self.bursts.append(contender(threads, tokens))
         self.bandwidths.append((before + read_bandwidth(yardstick)) / 2)
 
     def row(self, tokens: int, weights: int | None, ours: Samples) -> dict[str, Any]:
@@ -174,9 +177,9 @@ def measure(
     for turn in range(options.repeats + 1):
         for (name, threads), sample in samples.items():
             if turn == 0:  # warms up
-                contenders[name](threads)
+                contenders[name](threads, options.tokens)
             else:
-                sample.take(contenders[name], threads, yardstick)
+                sample.take(contenders[name], threads, options.tokens, yardstick)
     rows = []
     for (name, threads), sample in samples.items():
         weights = contenders[name].loaded.get("bytes_per_token")
@@ -202,25 +205,27 @@ def at_their_best(rows: list[dict[str, Any]]) -> list[str]:
 def start(options: argparse.Namespace, folder: Path) -> dict[str, Contender]:
     """What is measured, by name, ours first; models that are made for it go into ``folder``."""
     here, script = sys.executable, "decode_worker.py"
-    model = ["--model", str(bundled_folder())]
+    prompt = ["--prompt", str(options.prompt)]
+    model = [*prompt, "--model", str(bundled_folder())]
     if options.slice:
-        model = ["--slice", "--experts", str(options.experts)]
+        model = [*prompt, "--slice", "--experts", str(options.experts)]
     if options.stock:
-        model = ["--model", str(folder / "full_layers")]
+        model = [*prompt, "--model", str(folder / "full_layers")]
         write_full_layers(folder / "full_layers")
-    contenders: dict[str, Contender] = {OURS: Worker(here, script, options, *model)}
+    contenders: dict[str, Contender] = {OURS: Worker(here, script, *model)}
     if options.base:
-        contenders["base"] = Worker(options.base, script, options, *model)
+        contenders["base"] = Worker(options.base, script, *model)
     if options.stock:
-        contenders["mlx-lm"] = Worker(here, script, options, *model, "--stock")
+        contenders["mlx-lm"] = Worker(here, script, *model, "--stock")
     if options.transformers:
         script, released = "peers/transformers_worker.py", folder / "release"
         released.mkdir()
         write_release(released)
-        model = ["--model", str(released)]
-        contenders["transformers"] = Worker(options.transformers, script, options, *model)
+        model = [*prompt, "--model", str(released)]
+        contenders["transformers"] = Worker(options.transformers, script, *model)
     if options.llama:
-        contenders["llama.cpp"] = LlamaBench(options.llama, options)
+        depth = ["-d", str(options.prompt)]
+        contenders["llama.cpp"] = LlamaBench(options.llama, options.gguf, *depth)
     return contenders
 
 

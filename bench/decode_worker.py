@@ -1,7 +1,7 @@
 """Decodes for bench_decode.py, which starts it once for each installation of glm_fused.
 
-A burst begins where the prompt ended, greedily, one evaluation a token. Only names that versions of
-glm_fused share are used here.
+A burst begins where the prompt ended, greedily, one evaluation a token. For bench_prompt.py it is a
+prompt of its own instead. Only names that versions of glm_fused share are used here.
 """
 
 from __future__ import annotations
@@ -130,6 +130,27 @@ class Decoding:
         return {"graph_seconds": graph} | ({"kernel_seconds": ran} if ran else {})
 
 
+class Prompts:
+    """Prompts, each into a cache of its own, in the chunks that mlx-lm's generation takes."""
+
+    CHUNK = 2048
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.rng = subject, np.random.default_rng(0)
+
+    def burst(self, threads: int, tokens: int) -> dict[str, float]:
+        """Process a prompt of so many random tokens, up to the logits of its last one."""
+        glm_fused.set_num_threads(threads)
+        model, step = self.subject
+        cache = make_prompt_cache(model)
+        prompt = mx.array(self.rng.integers(0, model.args.vocab_size, (1, tokens), np.int32))
+        for first in range(0, tokens - 1, self.CHUNK):
+            step(prompt[:, first : min(first + self.CHUNK, tokens - 1)], cache)
+            mx.eval([layer.state for layer in cache])
+        mx.eval(step(prompt[:, -1:], cache))
+        return {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="demo")
@@ -137,19 +158,22 @@ def main() -> None:
     parser.add_argument("--slice", action="store_true")
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=86)
+    parser.add_argument("--prompts", action="store_true", help="a burst is a prompt")
     options = parser.parse_args()
     mx.set_default_device(mx.cpu)
     if options.slice:
         subject = glm52_slice(options.experts)
     else:
         subject = (stock if options.stock else checkpoint)(options.model)
-    decoding = Decoding(subject, options.prompt)
     loaded = {
         "glm_fused": glm_fused.__version__,
         "bytes_per_token": bytes_per_token(subject.model),
-        "prompt_seconds": decoding.prompt_seconds,
     }
-    serve(loaded, decoding.burst)
+    if options.prompts:
+        serve(loaded, Prompts(subject).burst)
+        return
+    decoding = Decoding(subject, options.prompt)
+    serve(loaded | {"prompt_seconds": decoding.prompt_seconds}, decoding.burst)
 
 
 if __name__ == "__main__":
