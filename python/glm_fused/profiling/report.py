@@ -86,7 +86,7 @@ def draw(result: dict[str, Any], figure: Figure) -> None:
         axis = figure.add_subplot(len(FORWARDS), 1, i)
         parts = [(row["stage"], row["seconds"], row["fraction"]) for row in forward["stages"]]
         parts += [(GRAPH, forward["graph_seconds"], None), (OTHER, forward["other_seconds"], None)]
-        at = 0.0
+        at, furthest = 0.0, forward["whole_seconds"]
         for line, (_, seconds, fraction) in enumerate(parts):
             color = "C0" if fraction is not None else "0.7"
             axis.barh(line, 1e3 * seconds, left=1e3 * at, color=color)
@@ -95,8 +95,9 @@ def draw(result: dict[str, Any], figure: Figure) -> None:
                 text += f", {fraction:.2f} of plain reads"
             axis.text(1e3 * max(at, at + seconds), line, text, va="center", fontsize=8)
             at += seconds
+            furthest = max(furthest, at)  # stages may take longer alone than the step does
         axis.set_yticks(range(len(parts)), [stage for stage, _, _ in parts])
-        axis.set_xlim(0, 1e3 * forward["whole_seconds"] * 1.3)  # room for the last one's text
+        axis.set_xlim(0, 1e3 * furthest * 1.3)  # room for the last one's text
         axis.invert_yaxis()
         axis.set_xlabel("ms")
         axis.set_title(title(forward), loc="left", fontsize=9)
