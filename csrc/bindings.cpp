@@ -3,6 +3,7 @@
 #include "binding_types.h"
 #include "cpu/attention/attention_kernels.h"
 #include "cpu/dot/matrix.h"
+#include "cpu/runtime/scratch.h"
 #include "cpu/runtime/thread_pool.h"
 #include "metal/compile.h"
 #include "metal/kernel_list.h"
@@ -116,6 +117,16 @@ NB_MODULE(_ext, m) {
       "cpu_kernels",
       [] { return std::string(cpu::kernels().name); },
       "The instruction set of the CPU kernels: avx512, avx2 or portable.");
+  m.def(
+      "peak_scratch_bytes",
+      &cpu::peak_scratch_bytes,
+      "The most bytes that CPU kernels have held besides arrays, since the "
+      "start "
+      "or the last reset.");
+  m.def(
+      "reset_peak_scratch",
+      &cpu::reset_peak_scratch,
+      "Have ``peak_scratch_bytes`` begin anew, with what is held now.");
   m.def(
       "active_tasks",
       [] { return mx::scheduler::n_active_tasks(); },

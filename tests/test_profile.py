@@ -132,9 +132,8 @@ def test_a_short_context_scores_no_keys(capsys, model):
     assert total(short["decode"], "read_bytes") < total(long["decode"], "read_bytes")
 
 
-def test_a_long_prompt_is_cut(capsys, model, monkeypatch):
-    monkeypatch.setattr(measure, "CHUNK", 8)
-    found = document(capsys, model)
+def test_a_long_prompt_is_cut(capsys, model):
+    found = document(capsys, model, "--prefill-step-size", 8)
     assert (found["prompt"]["tokens"], found["prompt"]["cached"]) == (8, 12)
     assert (found["decode"]["tokens"], found["decode"]["cached"]) == (1, 20)
 

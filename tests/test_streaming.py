@@ -248,8 +248,9 @@ def test_a_budget_sizes_the_bank(folder):
 
 
 def test_a_refusal_says_what_would_fit(folder):
-    """A context that fits is named, and does fit."""
-    shares = load_model(folder, stream=stream(2))[0].streaming.plan.shares
+    """A context that fits is named, and does fit; the prefill step is the least already."""
+    step = {"prefill_step_size": 32}
+    shares = load_model(folder, stream=stream(2), **step)[0].streaming.plan.shares
     short = StreamOptions(budget=shares.total - shares.kv // 3)
     with pytest.raises(ValueError, match="a context of at most") as refusal:
         load_model(folder, stream=short)

@@ -479,6 +479,14 @@ def multiply_adds(rounds: int) -> float:
 def cpu_kernels() -> str:
     """The instruction set of the CPU kernels: avx512, avx2 or portable."""
 
+def peak_scratch_bytes() -> int:
+    """
+    The most bytes that CPU kernels have held besides arrays, since the start or the last reset.
+    """
+
+def reset_peak_scratch() -> None:
+    """Have ``peak_scratch_bytes`` begin anew, with what is held now."""
+
 def active_tasks() -> int:
     """
     Tasks that MLX counts as running; what an error cuts short it counts for good.

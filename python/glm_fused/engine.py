@@ -80,7 +80,11 @@ class Engine:
         if tokenizer and not (folder / "tokenizer_config.json").exists():
             raise FileNotFoundError(f"{folder} has no tokenizer_config.json.")
         opened = open_model(
-            folder, self.options.kv_format, self.options.stream_options(), only_mlx_formats
+            folder,
+            self.options.kv_format,
+            self.options.stream_options(),
+            self.options.prefill_step_size,
+            only_mlx_formats,
         )
         self.path: Path = opened.checkpoint.path
         self.config: dict[str, Any] = opened.config

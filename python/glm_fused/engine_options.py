@@ -48,6 +48,8 @@ class EngineOptions:
         read_depth: reads in flight; usually 16.
         read_split: bytes per read, a multiple of 4096, or a text such as "1MiB", the usual value.
         default_context: tokens to plan for where ``context`` does not say.
+        prefill_step_size: how many tokens of a prompt the model takes at a time; None: as many as
+            fit in ``memory_budget``, or in the machine's memory, up to 2,048.
 
     Raises ValueError, naming the option, for a value that it cannot have and for one that would do
     nothing.
@@ -65,6 +67,7 @@ class EngineOptions:
     read_depth: int | None = None
     read_split: int | str | None = None
     default_context: int = DEFAULT_CONTEXT
+    prefill_step_size: int | None = None
 
     def __post_init__(self) -> None:
         check_kv_format(self.kv_format)

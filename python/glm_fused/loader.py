@@ -84,6 +84,7 @@ def load_model(
     kv_format: str = "auto",
     stream: StreamOptions | None = None,
     compile_kernels: bool = True,
+    prefill_step_size: int | None = None,
 ) -> tuple[Model, dict[str, Any]]:
     """Load the model in the folder ``path``; returns it and its config.
 
@@ -100,6 +101,8 @@ def load_model(
             counters, and scales of experts are not checked for NaN.
         compile_kernels: on Metal, compile what steps and prompts launch now, and not when they
             first do.
+        prefill_step_size: how many tokens of a prompt the model takes at a time; None: as many as
+            fit in memory, up to 2,048.
 
     Returns:
         The model, which takes integer tokens [batch, length] and gives logits [batch, length,
@@ -112,7 +115,7 @@ def load_model(
             and expected, or the budget with what would fit.
         RuntimeError: a parameter, which the message names, cannot be read.
     """
-    opened = open_model(path, kv_format, stream)
+    opened = open_model(path, kv_format, stream, prefill_step_size)
     if not lazy:
         opened.read()
     if compile_kernels:
@@ -125,6 +128,7 @@ def load(
     kv_format: str = "auto",
     stream: StreamOptions | None = None,
     compile_kernels: bool = True,
+    prefill_step_size: int | None = None,
 ) -> tuple[Model, TokenizerWrapper]:
     """Load the model in the folder ``path`` and its tokenizer.
 
@@ -137,7 +141,7 @@ def load(
         FileNotFoundError, ValueError, RuntimeError: as `glm_fused.load_model` does; ValueError too
             for a tokenizer that does not load, before any weights are read.
     """
-    opened = open_model(path, kv_format, stream)
+    opened = open_model(path, kv_format, stream, prefill_step_size)
     tokenizer = load_tokenizer(opened.checkpoint)
     opened.read()
     if compile_kernels:
@@ -149,6 +153,7 @@ def open_model(
     path: str | os.PathLike[str],
     kv_format: str,
     stream: StreamOptions | None,
+    prefill_step_size: int | None = None,
     only_mlx_formats: bool = False,
 ) -> Opened:
     """Check a checkpoint and make its model; no data is read. Errors are those of `load_model`.
@@ -165,7 +170,7 @@ def open_model(
     formats = inventory.formats
     if stream is not None:
         source = find_source(checkpoint, args, stream.sidecar)
-        plan = plan_streaming(inventory, args, source, stream, kv_format)
+        plan = plan_streaming(inventory, args, source, stream, kv_format, prefill_step_size)
     check_stored_shapes(checkpoint, inventory.written_by(compressed_tensors.METHOD))
     weights = _read_lazily(checkpoint)
     defaults, cache_limit = checkpoint_options(checkpoint.path), None
@@ -176,8 +181,10 @@ def open_model(
         _allow_open_files(len(checkpoint.files) + len(source.files))
         model.streaming = attach_banks(model, args, source, plan, stream, formats)
         cache_limit = mx.set_cache_limit(plan.shares.staging)
+        prefill_step_size = plan.prefill_step_size
         weights = {name: array for name, array in weights.items() if not is_expert(name)}
     model.kv_format = kv_format
+    model.prefill_step_size = prefill_step_size
     set_defaults(model, defaults)
     scales = _hidden_scales(weights, args, formats, only_mlx_formats)
     weights = _as_parameters(weights, inventory, model, only_mlx_formats)

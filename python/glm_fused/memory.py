@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
@@ -37,6 +38,15 @@ def size(n: int) -> str:
         if n >= unit:
             return f"{n / unit:.2f} {name}"
     return f"{n} B"
+
+
+def machine_bytes() -> int:
+    """The bytes of memory that this machine has, or that its container may use."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    with contextlib.suppress(OSError, ValueError):  # the file may be absent, or say "max"
+        total = min(total, int(limit.read_text()))
+    return total
 
 
 def resident_bytes() -> int:

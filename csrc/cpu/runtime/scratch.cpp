@@ -1,5 +1,6 @@
 #include "cpu/runtime/scratch.h"
 
+#include <atomic>
 #include <cstdio>
 #include <exception>
 #include <map>
@@ -33,6 +34,15 @@ void forbid(uintptr_t at, size_t bytes) {
 constexpr size_t kApart = 0;
 void forbid(uintptr_t, size_t) {}
 #endif
+
+std::atomic<size_t> held{0}, most_held{0};  // bytes of all blocks
+
+void count_block(size_t bytes) {
+  const size_t now = held += bytes;
+  size_t most = most_held;
+  while (most < now && !most_held.compare_exchange_weak(most, now)) {
+  }
+}
 
 }  // namespace
 
@@ -70,10 +80,23 @@ Block scratch_block(mlx::core::Stream stream, int slot, size_t bytes) {
     }
   }
   constexpr std::align_val_t line{64};
-  const auto free = [](std::byte* p) { ::operator delete(p, line); };
-  Block block(static_cast<std::byte*>(::operator new(bytes, line)), free);
+  const auto free = [bytes](std::byte* p) {
+    ::operator delete(p, line);
+    held -= bytes;
+  };
+  auto* memory = static_cast<std::byte*>(::operator new(bytes, line));
+  count_block(bytes);
+  Block block(memory, free);
   last = {block, bytes};
   return block;
+}
+
+size_t peak_scratch_bytes() {
+  return most_held;
+}
+
+void reset_peak_scratch() {
+  most_held = held.load();
 }
 
 }  // namespace glm_fused::cpu

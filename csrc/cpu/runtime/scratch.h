@@ -69,4 +69,9 @@ using Block = std::shared_ptr<std::byte>;
 // run at once have different slots. Throws std::bad_alloc.
 Block scratch_block(mlx::core::Stream stream, int slot, size_t bytes);
 
+// Returns the most bytes that blocks have held at once, since the start or the
+// last reset. MLX's own count has nothing of them.
+size_t peak_scratch_bytes();
+void reset_peak_scratch();
+
 }  // namespace glm_fused::cpu

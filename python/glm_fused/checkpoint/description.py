@@ -7,9 +7,11 @@ from math import prod
 from textwrap import wrap
 from typing import Any
 
+from ..formats.kv_rows import FLOATS
 from ..formats.weights import Format
 from ..models.cache import bytes_per_token
 from ..models.config import DeepseekV32Args, ModelArgs, args_from_config
+from ..models.prompt_memory import STEPS, PromptPlan, cache_bytes, chunk_bytes
 from ..models.tensor_names import MTP_REASON
 from ..models.tensors import Module, modules
 from .declaration import quantization_from_config
@@ -20,6 +22,7 @@ from .stored import Inventory, Stored
 
 WIDTH = 100
 RELEASED_EXPERTS = 256
+PROMPT_TOKENS = 4096  # of the prompt whose memory is told
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -43,6 +46,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "bytes_loaded": sum(kind.loaded for kind in kinds.values()),
         "bytes_read_per_token": round(sum(kind.read for kind in kinds.values())),
         "kv_bytes_per_token": bytes_per_token(args),
+        "prompt_memory": _prompt_plan(args, inventory).describe(),
         "formats": {name: kind.describe() for name, kind in kinds.items()},
         "layers": len(args.layers),
         "full_layers": _ranges(layer.index for layer in args.layers if layer.is_full),
@@ -58,6 +62,19 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
         "mtp_layers": [asdict(layer) for layer in mtp_layers(args, checkpoint.tensors)],
         "warnings": list(_warnings(inventory)),
     }
+
+
+def _prompt_plan(args: ModelArgs, inventory: Inventory) -> PromptPlan:
+    """What a prompt of `PROMPT_TOKENS` takes at most, with all weights in memory."""
+    context, kv_format = min(PROMPT_TOKENS, args.max_position_embeddings), inventory.float_format
+    float_bytes = FLOATS[kv_format].size
+    return PromptPlan(
+        STEPS[0],
+        context,
+        sum(stored.loaded for stored in inventory.stored),
+        cache_bytes(args, context, kv_format),
+        chunk_bytes(args, STEPS[0], context, float_bytes, streamed=False),
+    )
 
 
 def variant(args: ModelArgs) -> str:
@@ -167,6 +184,7 @@ def format_description(description: dict[str, Any]) -> str:
         f" {_bytes(d['bytes_loaded'])} loaded",
         f"  per token   {_bytes(d['bytes_read_per_token'])} of weights read,"
         f" {d['kv_bytes_per_token']:,} B of cache (bfloat16)",
+        _memory_line(d["prompt_memory"]),
         f"  layers      {d['layers']}",
         *_wrapped("full", d["full_layers"]),
         *_wrapped("shared", d["shared_layers"]),
@@ -195,6 +213,13 @@ def format_description(description: dict[str, Any]) -> str:
 def _experts(d: dict[str, Any]) -> str:
     counts = [count for count in d["experts_by_layer"] if count]
     return _span(counts) if counts else "none"
+
+
+def _memory_line(plan: dict[str, int]) -> str:
+    return (
+        f"  memory      {_bytes(plan['total'])} for a prompt of {plan['context']:,} tokens:"
+        f" {_bytes(plan['cache'])} of cache, {_bytes(plan['temporaries'])} of temporaries"
+    )
 
 
 def _mtp_line(layer: dict[str, Any]) -> str:

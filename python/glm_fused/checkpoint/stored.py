@@ -68,3 +68,9 @@ class Inventory:
                     head = source.path.removesuffix("kv_b_proj")
                     found[f"{head}unembed_out"] = fmt
         return found
+
+    @property
+    def float_format(self) -> str:
+        """The activations' format: fp32 if the embedding or a norm is, else bf16."""
+        kinds = {str(s.format) for s in self.stored if s.source.kind in ("norms", "embedding")}
+        return "fp32" if "fp32" in kinds else "bf16"

@@ -14,6 +14,7 @@ from mlx_lm.generate import generate_step, generation_stream, wired_limit
 
 from ..generation.generate import OnProgress, debug_paths, ratio, settled
 from ..generation.options import Options
+from ..generation.planning import plan_prompt
 from ..generation.prompts import room
 from ..models.decoder import Model
 from ..ops import paths
@@ -147,6 +148,7 @@ def _run(
             sampler=options.sampler(model.args.vocab_size),
             logits_processors=[*options.processors(), record],
             prompt_cache=model.make_cache(),
+            prefill_step_size=plan_prompt(model, len(prompt) + steps).prefill_step_size,
             prompt_progress_callback=lambda done, n: on_progress(f"{path}, prompt", done, n),
         ):
             ticks.append(time.perf_counter())

@@ -119,6 +119,13 @@ def add_kv_format(parser: argparse.ArgumentParser, of: str = "") -> None:
     parser.add_argument("--kv-format", choices=KV_FORMATS, default="auto", help=text)
 
 
+def add_prefill_step(parser: argparse.ArgumentParser) -> None:
+    """Add --prefill-step-size."""
+    kind = integer(*RANGES["prefill_step_size"])
+    text = "tokens of a prompt at a time (default: as many as fit in memory, up to 2048)"
+    parser.add_argument("--prefill-step-size", type=kind, metavar="N", help=text)
+
+
 def add_threads(parser: argparse.ArgumentParser) -> None:
     """Add --threads."""
     threads = integer(1, MAX_THREADS)

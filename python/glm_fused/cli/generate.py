@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_sampling(parser)
     arguments.add_streaming(parser)
     arguments.add_kv_format(parser)
+    arguments.add_prefill_step(parser)
     arguments.add_threads(parser)
     arguments.add_json(parser)
 

@@ -21,7 +21,7 @@ STREAMING = (
 
 
 def engine_options(options: argparse.Namespace, context: int) -> EngineOptions:
-    """The engine's options, from the arguments that `add_kv_format` and `add_streaming` add.
+    """The engine's options, from what `add_kv_format`, `add_prefill_step` and `add_streaming` add.
 
     Memory is planned for ``context`` tokens unless ``--context`` says otherwise. Raises UsageError
     for options that do not fit together.
@@ -42,7 +42,12 @@ def engine_options(options: argparse.Namespace, context: int) -> EngineOptions:
         given["read_split"] = parsed_size("--read-split", options.read_split)
     if "pins" in given:
         given["pins"] = read_pins(Path(options.pins))
-    return EngineOptions(kv_format=options.kv_format, default_context=context, **given)
+    return EngineOptions(
+        kv_format=options.kv_format,
+        default_context=context,
+        prefill_step_size=options.prefill_step_size,
+        **given,
+    )
 
 
 def open_engine(

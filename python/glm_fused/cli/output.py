@@ -40,7 +40,8 @@ def print_summary(
         f"prompt      {c.prompt_tokens} tokens in {c.prompt_seconds:.2f} s{_speed(prompt)}",
         f"generated   {n} tokens{_speed(decode)} ({c.path}, {_sampling(sampling)})",
         f"peak memory {size(c.peak_memory_bytes)} in MLX arrays: weights, cache, slots of experts;"
-        f" {size(c.peak_resident_bytes)} resident in all",
+        f" {size(c.peak_scratch_bytes)} in kernels; {size(c.planned_memory_bytes)} planned for"
+        f" {c.prefill_step_size:,} tokens at a time; {size(c.peak_resident_bytes)} resident in all",
         f"cache       {size(c.kv_bytes)} in {c.kv_format} for {c.kv_tokens} tokens",
     ]
     if streaming is not None:

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plot", type=arguments.path, metavar="FILE", help=help)
     arguments.add_streaming(parser, trace=False)
     arguments.add_kv_format(parser)
+    arguments.add_prefill_step(parser)
     arguments.add_threads(parser)
     arguments.add_json(parser)
 

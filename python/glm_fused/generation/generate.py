@@ -13,6 +13,7 @@ from mlx_lm.generate import generation_stream
 from mlx_lm.generate import stream_generate as mlx_stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .. import _ext
 from ..environment import debug, flag
 from ..formats.kv_rows import format_of
 from ..host import settle
@@ -22,6 +23,7 @@ from ..models.decoder import Model
 from ..models.moe import MoE
 from ..streaming.experts import check_reads
 from .options import Options, defaults_of
+from .planning import plan_prompt
 from .prompts import Prompt, encode, room
 from .stops import StopTexts
 
@@ -49,7 +51,10 @@ class Completion:
     ``tokens`` ends with the stop token, or the one that completed a stop text, of which ``text``
     has nothing. ``prompt_tps`` and ``generation_tps`` are tokens a second. ``peak_memory_bytes`` is
     the most that MLX held, in weights, cache, slots of experts and temporaries;
-    ``peak_resident_bytes`` is the most that the process held. ``kv_bytes`` is what the cache of
+    ``peak_scratch_bytes`` is the most that kernels held besides those, and
+    ``planned_memory_bytes`` what both together were planned to be, for a prompt of which the model
+    takes ``prefill_step_size`` tokens at a time; ``peak_resident_bytes`` is the most that the
+    process held. ``kv_bytes`` is what the cache of
     ``kv_tokens`` tokens has allocated, with room to grow.
     """
 
@@ -61,7 +66,10 @@ class Completion:
     prompt_seconds: float
     prompt_tps: float
     generation_tps: float | None
+    prefill_step_size: int
+    planned_memory_bytes: int
     peak_memory_bytes: int
+    peak_scratch_bytes: int
     peak_resident_bytes: int
     kv_format: str
     kv_bytes: int
@@ -161,6 +169,7 @@ class _Run:
         self._model, self._tokenizer, self._options = model, tokenizer, options
         self._prompt, self._on_progress = list(prompt), on_progress
         self._max_tokens = room(model, len(prompt), options.max_tokens)
+        self._plan = plan_prompt(model, len(prompt) + self._max_tokens)
         self._kv = model.make_cache()
         self._text, self._finish_reason, self._prompt_seconds = "", "length", 0.0
         self._tokens: list[int] = []
@@ -193,6 +202,7 @@ class _Run:
         if self._options.seed is not None:
             mx.random.seed(self._options.seed)
         mx.reset_peak_memory()
+        _ext.reset_peak_scratch()
         stops = StopTexts(self._options.stop)
         with settled(), closing(self._responses()) as responses:
             for response in responses:
@@ -219,6 +229,7 @@ class _Run:
             sampler=self._options.sampler(self._model.args.vocab_size),
             logits_processors=self._options.processors(),
             prompt_cache=self._kv,
+            prefill_step_size=self._plan.prefill_step_size,
             prompt_progress_callback=lambda done, total: self._on_progress("prompt", done, total),
         )
 
@@ -240,7 +251,10 @@ class _Run:
             prompt_seconds=self._prompt_seconds,
             prompt_tps=len(self._prompt) / self._prompt_seconds,
             generation_tps=ratio(len(ticks) - 1, ticks[-1] - ticks[0]),
+            prefill_step_size=self._plan.prefill_step_size,
+            planned_memory_bytes=self._plan.total,
             peak_memory_bytes=mx.get_peak_memory(),
+            peak_scratch_bytes=_ext.peak_scratch_bytes(),
             peak_resident_bytes=peak_resident_bytes(),
             kv_format=format_of(kv[0][0].keys.dtype),
             kv_bytes=sum(layer.nbytes for layer in kv),

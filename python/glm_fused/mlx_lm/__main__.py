@@ -16,6 +16,7 @@ from ..cli import BROKEN_PIPE, INTERRUPTED
 from ..cli.arguments import add_kv_format, add_streaming
 from ..cli.loading import engine_options
 from ..environment import flag
+from ..models.prompt_memory import STEPS
 from ..streaming.options import DEFAULT_CONTEXT
 from .registration import UNSUPPORTED, Loading, register
 
@@ -158,8 +159,11 @@ def _loading(command: str, ours: argparse.Namespace, parsed: argparse.Namespace)
             f"--kv-format {ours.kv_format}: the cache in {parsed.prompt_cache_file} keeps its own."
         )
     context = DEFAULT_CONTEXT + (getattr(parsed, "max_tokens", None) or 0)
+    # These commands take mlx-lm's own step, whatever the budget, so memory is planned for that.
+    step = getattr(parsed, "prefill_step_size", STEPS[0])
+    planned = argparse.Namespace(**vars(ours), prefill_step_size=step)
     unsupported = {name: getattr(parsed, name, None) for name in UNSUPPORTED}
-    return Loading(engine_options(ours, context), _given(ours), unsupported)
+    return Loading(engine_options(planned, context), _given(ours), unsupported)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import CacheList
 
 from .. import ops
@@ -137,6 +138,7 @@ class Model(nn.Module):
         if not args.tie_word_embeddings:
             self.lm_head = Linear(args.hidden_size, args.vocab_size)
         self._steps = DecodeSteps()
+        self.prefill_step_size: int | None = None  # tokens of a prompt at a time; None: as fits
 
     def __call__(
         self,
@@ -191,6 +193,12 @@ class Model(nn.Module):
     def context(self) -> int:
         """How many tokens a prompt and what follows it may have."""
         return self.args.max_position_embeddings
+
+    @property
+    def weight_bytes(self) -> int:
+        """The bytes of weights in memory."""
+        arrays = tree_flatten(self.parameters(), destination={})
+        return sum(array.nbytes for array in dict(arrays).values())
 
     @property
     def layers(self) -> list[DecoderLayer]:

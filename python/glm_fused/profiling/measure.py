@@ -11,10 +11,10 @@ import mlx.core as mx
 from mlx_lm.models.cache import trim_prompt_cache
 
 from ..engine import Engine
+from ..generation.planning import plan_prompt
 from ..selftest.benchmark import read_bandwidth
 from .stages import ORDER, Stage, stages
 
-CHUNK = 2048  # the tokens of a prompt that mlx-lm gives to a model at a time
 YARDSTICK_BYTES, YARDSTICKS = 512 << 20, 3  # read so often before and after each forward
 SECONDS = 10.0  # repeats of a forward end once they have taken so long
 
@@ -28,8 +28,8 @@ def profile(
 
     Args:
         engine: what holds the model.
-        prompt_tokens: how many come before the decode step, at least 1. The last `CHUNK` of them,
-            or all, are the chunk that is measured.
+        prompt_tokens: how many come before the decode step, at least 1. The last prefill step of
+            them, or all, are the chunk that is measured.
         repeats: how often each time is taken, at most, for the medians.
         step: gets what is done next.
 
@@ -58,9 +58,10 @@ def profile(
     mx.eval(tokens, yardstick)
     meter = _Meter(engine, yardstick, repeats)
     step("prompt")
-    measured = prompt_tokens - min(prompt_tokens, CHUNK)
-    for start in range(0, measured, CHUNK):
-        meter.run(tokens[:, start : min(start + CHUNK, measured)], decode=False)
+    chunk = plan_prompt(engine.model, prompt_tokens + 1).prefill_step_size
+    measured = prompt_tokens - min(prompt_tokens, chunk)
+    for start in range(0, measured, chunk):
+        meter.run(tokens[:, start : min(start + chunk, measured)], decode=False)
     prompt = meter.measure(tokens[:, measured:prompt_tokens], decode=False)
     step("decode")
     return {"prompt": prompt, "decode": meter.measure(tokens[:, prompt_tokens:], decode=True)}

@@ -12,20 +12,20 @@ from .. import _ext, ops
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.safetensors_header import DTYPES
 from ..checkpoint.stored import Inventory
+from ..formats.kv_rows import FLOATS
 from ..formats.weights import Format, plane_names
 from ..memory import resident_bytes
 from ..models.config import ModelArgs
 from ..models.decoder import Model
 from ..models.moe import MoE
+from ..models.prompt_memory import cache_bytes, chunk_bytes
 from ..models.tensors import PROJECTIONS
 from .budget import (
     PROCESS_GROWTH,
     LayerSlots,
     Plan,
     Shares,
-    cache_bytes,
     make_plan,
-    prompt_bytes,
 )
 from .experts import StreamedExperts
 from .options import StreamOptions
@@ -73,24 +73,27 @@ def plan_streaming(
     source: ExpertSource,
     options: StreamOptions,
     kv_format: str,
+    prefill_step_size: int | None = None,
 ) -> Plan:
-    """Share the budget out between weights, cache, slots and buffers.
+    """Share the budget out between weights, cache, slots and buffers, and a chunk of a prompt.
 
     Raises ValueError, with the numbers, where it is too small, and for pins of experts that the
     model does not have.
     """
     check_pins(options.pins, {i: layer.experts for i, layer in source.layers.items()})
     dense = sum(s.loaded for s in inventory.stored if not s.source.module.experts)
-    kv_format = _float_format(inventory) if kv_format == "auto" else kv_format
+    floats = inventory.float_format
+    kv_format = floats if kv_format == "auto" else kv_format
+    float_bytes = FLOATS[floats].size
     layers = [LayerSlots(layer.experts, layer.expert_bytes) for layer in source.layers.values()]
     process = resident_bytes() + PROCESS_GROWTH
     buffers = _buffer_bytes(layers, options)
 
-    def shares(context: int) -> Shares:
-        staging = buffers + prompt_bytes(args, context)
+    def shares(context: int, step: int) -> Shares:
+        staging = buffers + chunk_bytes(args, step, context, float_bytes, streamed=True)
         return Shares(process, dense, cache_bytes(args, context, kv_format), staging)
 
-    return make_plan(args, shares, layers, options)
+    return make_plan(args, shares, layers, options, prefill_step_size)
 
 
 def _buffer_bytes(layers: Sequence[LayerSlots], options: StreamOptions) -> int:
@@ -99,12 +102,6 @@ def _buffer_bytes(layers: Sequence[LayerSlots], options: StreamOptions) -> int:
     reads = options.depth * (min(options.split, largest) + 2 * block) if options.direct else 0
     followers = 4 * sum(layer.experts**2 for layer in layers)
     return reads + (followers if options.policy == "learned" else 0)
-
-
-def _float_format(inventory: Inventory) -> str:
-    """The name of the activations' format: fp32 if the embedding or a norm is, else bf16."""
-    kinds = {str(s.format) for s in inventory.stored if s.source.kind in ("norms", "embedding")}
-    return "fp32" if "fp32" in kinds else "bf16"
 
 
 def attach_banks(

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import islice
 from typing import NamedTuple
 
-import mlx.core as mx
-
-from ..memory import size
-from ..models.cache import bytes_per_token
+from ..memory import machine_bytes, size
 from ..models.config import ModelArgs
-from ..ops.chunks import BUDGET_BYTES
+from ..models.prompt_memory import STEPS, fitting_step
 from .options import StreamOptions
 
-PREFILL_TOKENS = 2048  # mlx-lm takes a prompt in chunks of so many
 # The process grows after planning by tokenizer, code and heaps of threads; 30 MB are usual.
 PROCESS_GROWTH = 48 << 20
 SHORTEST_CONTEXT = 256  # a refusal proposes no shorter one
-MAX_SCRATCH = 64 << 20  # indexer_topk and sparse_mla_decode hold at most so much each
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,7 @@ class Plan:
     """How a budget is used.
 
     Each of ``layers`` has ``slots`` slots, or fewer where it has fewer experts. ``budget`` is in
-    bytes, ``context`` in tokens.
+    bytes, ``context`` in tokens, and so is ``prefill_step_size``, the chunks of a prompt.
     """
 
     budget: int
@@ -64,6 +57,7 @@ class Plan:
     context: int
     layers: tuple[LayerSlots, ...]
     slots: int
+    prefill_step_size: int
 
     @property
     def experts(self) -> int:
@@ -87,7 +81,11 @@ class Plan:
             ("program", s.process, "code, tokenizer, and what is resident already"),
             ("dense weights", s.dense, "all but routed experts"),
             ("KV cache", s.kv, f"{self.context:,} tokens"),
-            ("buffers", s.staging, "of reads, and a prompt chunk's temporaries"),
+            (
+                "buffers",
+                s.staging,
+                f"of reads, and temporaries of {self.prefill_step_size:,} tokens of a prompt",
+            ),
             (
                 "slots",
                 self.slot_bytes,
@@ -100,22 +98,28 @@ class Plan:
 
 def make_plan(
     args: ModelArgs,
-    shares_for: Callable[[int], Shares],
+    shares_for: Callable[[int, int], Shares],
     layers: Sequence[LayerSlots],
     options: StreamOptions,
+    prefill_step_size: int | None = None,
 ) -> Plan:
-    """Plan as many slots per layer as the budget holds, or ``options.slots``.
+    """Plan the prefill step and as many slots per layer as the budget holds, or ``options.slots``.
 
-    ``shares_for`` gives the shares of a context in tokens. Raises ValueError for a context beyond
-    the model's and for an impossible number of slots, and, with the numbers and what would fit,
-    where the slots that a token needs, or those asked for, do not fit.
+    ``shares_for`` gives the shares of a context and a prefill step, both in tokens. Without a
+    ``prefill_step_size`` the step is the largest that leaves room for the slots that a token needs,
+    or those asked for. Raises ValueError for a context beyond the model's and for an impossible
+    number of slots, and, with the numbers and what would fit, where these slots do not fit.
     """
     context = planned_context(args, options.context, options.default_context)
     least = args.num_experts_per_tok + options.spares
     budget = affordable_bytes(options.direct) if options.budget is None else options.budget
     wanted = least if options.slots is None else options.slots
-    shares = shares_for(context)
-    plan = Plan(budget, shares, context, tuple(layers), wanted)
+
+    def plan_with(step: int) -> Plan:
+        return Plan(budget, shares_for(context, step), context, tuple(layers), wanted, step)
+
+    step = prefill_step_size or fitting_step(lambda n: plan_with(n).total, budget)
+    plan = plan_with(step)
     if not least <= wanted <= plan.experts:
         raise ValueError(
             f"[budget] {wanted} slots a layer, expected {least} to {plan.experts}: a token needs"
@@ -145,19 +149,23 @@ def planned_context(args: ModelArgs, context: int | None, default: int) -> int:
     return context
 
 
-def _refusal(plan: Plan, budget: int, least: int, shares_for: Callable[[int], Shares]) -> str:
+def _refusal(plan: Plan, budget: int, least: int, shares_for: Callable[[int, int], Shares]) -> str:
     """Why a plan does not fit, and what would."""
-    shares = plan.shares
+    shares, step = plan.shares, plan.prefill_step_size
     reason = (
         f"[budget] {size(budget)} cannot hold {size(plan.total)}: {size(shares.process)} for the"
         f" program, {size(shares.dense)} for all weights but routed experts, {size(shares.kv)} for"
         f" a KV cache of {plan.context:,} tokens, {size(shares.staging)} for buffers and"
-        f" {size(plan.slot_bytes)} for {plan.slots} experts a layer (a token needs {least})"
+        f" {step:,} tokens of a prompt at a time, and {size(plan.slot_bytes)} for {plan.slots}"
+        f" experts a layer (a token needs {least})"
     )
+    rest = budget - plan.slot_bytes
     ways = [f"a budget of {_upwards(plan.total)}"]
-    context = _largest(plan.context, lambda n: shares_for(n).total + plan.slot_bytes <= budget)
+    context = _largest(plan.context, lambda n: shares_for(n, step).total <= rest)
     if context >= SHORTEST_CONTEXT:
         ways.append(f"a context of at most {context:,} tokens")
+    steps = (n for n in STEPS if n < step and shares_for(plan.context, n).total <= rest)
+    ways += [f"a prefill step of {n:,} tokens" for n in islice(steps, 1)]
     slots_left = _largest(plan.slots, lambda n: replace(plan, slots=n).total <= budget)
     if least <= slots_left < plan.slots:
         ways.append(f"{slots_left} slots a layer")
@@ -185,39 +193,4 @@ def affordable_bytes(direct: bool) -> int:
     Without ``direct`` they leave more to the page cache, which reads go through: a larger bank
     would be slower.
     """
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    with contextlib.suppress(OSError, ValueError):  # the file may be absent, or say "max"
-        total = min(total, int(limit.read_text()))
-    return int(total * (0.85 if direct else 0.6))
-
-
-def cache_bytes(args: ModelArgs, context: int, kv_format: str) -> int:
-    """The bytes of a KV cache that grew to ``context`` tokens."""
-    # It grows in steps of 256 tokens or an eighth, by copying one layer at a time.
-    tokens = context + max(256, context // 8)
-    cached = bytes_per_token(args, kv_format) * tokens
-    return cached + cached // len(args.layers)
-
-
-def prompt_bytes(args: ModelArgs, context: int) -> int:
-    """An estimate, in bytes, of the temporaries of one prompt chunk."""
-    tokens = min(PREFILL_TOKENS, context)
-    # At worst float32: rows gathered for experts, their outputs, and those joined and reordered.
-    routed = 4 * tokens * args.num_experts_per_tok * args.hidden_size * 4
-    latent = args.kv_lora_rank + args.qk_rope_head_dim
-    widest = max(3 * args.intermediate_size, 4 * args.num_attention_heads * latent)
-    dense = 4 * tokens * (widest + 8 * args.hidden_size)
-    return routed + dense + _attention_bytes(args, tokens, context)
-
-
-def _attention_bytes(args: ModelArgs, tokens: int, context: int) -> int:
-    """The bytes of scores and of what is computed from them, within the limits of the ops."""
-    sparse, listed = context > args.index_topk, min(context, args.index_topk)
-    scores = 4 * tokens * context if sparse else 0
-    attended = 4 * tokens * listed
-    if mx.default_device() == mx.gpu:  # where a Metal kernel does not apply, stock ops run
-        row = args.num_attention_heads + sparse * (args.kv_lora_rank + args.qk_rope_head_dim)
-        return 4 * min(BUDGET_BYTES, max(scores * args.index_n_heads, attended * row))
-    heads = args.num_attention_heads
-    return min(MAX_SCRATCH, scores) + min(MAX_SCRATCH, attended * heads) + sparse * attended
+    return int(machine_bytes() * (0.85 if direct else 0.6))

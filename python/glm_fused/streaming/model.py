@@ -31,6 +31,12 @@ class StreamedModel(Model):
         limit = super().context
         return limit if self.streaming is None else min(limit, self.streaming.plan.context)
 
+    @property
+    def weight_bytes(self) -> int:
+        """The bytes of weights in memory, with those of all slots."""
+        slots = 0 if self.streaming is None else self.streaming.plan.slot_bytes
+        return super().weight_bytes + slots
+
     def forward(
         self, tokens: mx.array, cache: Sequence[Any] | None, trace: list[mx.array] | None
     ) -> mx.array:

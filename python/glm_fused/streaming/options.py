@@ -16,6 +16,7 @@ RANGES = {  # what callers and the command line may ask for, by the names that t
     "context": (1, 2**31 - 1),
     "lookahead": (0, 2**20),
     "read_depth": (1, 256),
+    "prefill_step_size": (1, 2**20),
 }
 
 

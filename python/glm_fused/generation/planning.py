@@ -1,0 +1,40 @@
+"""Plans the memory of a prompt: how much of it a model takes at a time, and the peak."""
+
+from __future__ import annotations
+
+from ..formats.kv_rows import FLOATS
+from ..memory import machine_bytes
+from ..models.decoder import Model
+from ..models.prompt_memory import PromptPlan, cache_bytes, chunk_bytes, fitting_step
+from ..streaming.model import streaming_of
+
+SHARE = 0.85  # of the machine's memory, for a model that no budget was given for
+
+
+def plan_prompt(model: Model, context: int) -> PromptPlan:
+    """Plan a prompt and what follows it, ``context`` tokens together.
+
+    The prefill step is the one that the model was loaded with or its budget was planned for; else
+    the largest that fits in the machine's memory.
+    """
+    args, streamed = model.args, streaming_of(model) is not None
+    float_bytes = _float_bytes(model)
+    kv_format = model.kv_format
+    if kv_format == "auto":
+        kv_format = next(name for name, dtype in FLOATS.items() if dtype.size == float_bytes)
+    weights, cache = model.weight_bytes, cache_bytes(args, context, kv_format)
+
+    def plan(step: int) -> PromptPlan:
+        temporaries = chunk_bytes(args, step, context, float_bytes, streamed)
+        return PromptPlan(step, context, weights, cache, temporaries)
+
+    budget = int(machine_bytes() * SHARE)
+    return plan(model.prefill_step_size or fitting_step(lambda step: plan(step).total, budget))
+
+
+def _float_bytes(model: Model) -> int:
+    """The bytes of a value of the activations, which have the widest type that they meet."""
+    embedding = model.model.embed_tokens
+    table = embedding.scales if "scales" in embedding else embedding.weight
+    norm = model.layers[0].input_layernorm.weight
+    return max(2, table.dtype.size, norm.dtype.size)
