@@ -81,10 +81,24 @@ class DotPanels {
 
   void add_chunk(int row, int begin, int end, int panel, int pair) {
     const TileRows rows = locate(row);
+    if constexpr (!F::kCarriesAccumulator) {  // there are scales to read
+      if (end <= rows.direct_halves) {
+        tile_.scales.with_reading([&]<class Reading>(Reading) {
+          add_chunk<Reading>(rows, begin, end, panel, pair);
+        });
+        return;
+      }
+    }
+    add_chunk<Anywhere>(rows, begin, end, panel, pair);
+  }
+
+  template <class Reading>
+  void
+  add_chunk(const TileRows& rows, int begin, int end, int panel, int pair) {
     for (int v = 0; v < kWidth / kVectors; v++) {
       const float* x = a_.x[panel] + v * kVectors * kHalf;
       for (int odd = 0; odd < 2; odd++) {
-        add_half_blocks(
+        add_half_blocks<Reading>(
             rows,
             begin + odd,
             end,
@@ -96,6 +110,7 @@ class DotPanels {
   }
 
   // Adds every other half-block from `hb` on.
+  template <class Reading>
   GLM_INLINE void add_half_blocks(
       const TileRows& rows,
       int hb,
@@ -122,7 +137,7 @@ class DotPanels {
         });
       }
       const float* sums_of_x = x + F::kTerms * kWidth * kHalf;
-      tile_.scales.template finish<Anywhere>(rows, hb, sums_of_x, acc, result);
+      tile_.scales.template finish<Reading>(rows, hb, sums_of_x, acc, result);
     }
     each([&](auto r, auto m) GLM_ALWAYS_INLINE { sums[r][m] = result[r][m]; });
   }
