@@ -227,6 +227,12 @@ class AffineScales {
               spread_.direct_halves(at + (R - 1) * rows.scale_stride));
   }
 
+  GLM_INLINE void prefetch(const TileRows& rows, ptrdiff_t ahead, int count)
+      const {
+    spread_.prefetch(rows.scales, ahead, count);
+    spread_.prefetch(rows.biases, ahead, count);
+  }
+
   template <class Do>
   GLM_INLINE void with_reading(const Do& with) const {
     constexpr int kOne = 2, kMost = values;  // 16 * values / 32 groups

@@ -67,6 +67,8 @@ struct NoScales {
   template <int R>
   GLM_INLINE void locate(TileRows&, int, int) const {}
 
+  GLM_INLINE void prefetch(const TileRows&, ptrdiff_t, int) const {}
+
   template <class Do>
   GLM_INLINE void with_reading(const Do& with) const {
     with(InPlace<0>());

@@ -141,6 +141,11 @@ class ByteScales {
         spread_.direct_halves(at + (R - 1) * rows.scale_stride));
   }
 
+  GLM_INLINE void prefetch(const TileRows& rows, ptrdiff_t ahead, int count)
+      const {
+    spread_.prefetch(rows.scales, ahead, count);
+  }
+
   template <class Do>
   GLM_INLINE void with_reading(const Do& with) const {
     with(InPlace<kHalf * values / Code::kBlock>());

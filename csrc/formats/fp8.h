@@ -71,6 +71,8 @@ class SquareScales {
     rows.same_scales = stride == 0 ? R : rows_ - at % rows_;
   }
 
+  GLM_INLINE void prefetch(const TileRows&, ptrdiff_t, int) const {}
+
   template <class Do>
   GLM_INLINE void with_reading(const Do& with) const {
     with(InPlace<0>());

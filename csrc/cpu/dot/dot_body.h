@@ -26,7 +26,6 @@ constexpr int kRowsAtOnce = 1;
 // addresses. Those to come are fetched to the L2 cache a group of rows ahead,
 // or at least so many bytes, in which time the L3 cache answers.
 constexpr ptrdiff_t kAhead = 2048;
-constexpr int kLevel = 2;
 // Several vectors meet a few rows chunk by chunk, so that a chunk of them stays
 // in the L1 cache: so many rows, and half-blocks of a chunk.
 constexpr int kRows = 8, kChunk = 2;
@@ -192,12 +191,7 @@ struct Tile {
     constexpr size_t whole = F::kHalfBytes;
     const ptrdiff_t stride = rows.weight_stride;
     const uint8_t* half = rows.weight + hb * whole;
-    unroll<R>(GLM_EACH(r) {
-      __builtin_prefetch(half + r * stride + ahead, 0, kLevel);
-      if constexpr (whole > 64) {
-        __builtin_prefetch(half + r * stride + ahead + 64, 0, kLevel);
-      }
-    });
+    unroll<R>(GLM_EACH(r) { prefetch(half + r * stride + ahead, whole); });
     if (Reading::kInPlace || hb < rows.whole_halves) {
       unroll<R>(GLM_EACH(r) { words[r].load(half + r * stride); });
     } else {
@@ -260,6 +254,7 @@ struct Tile {
       const int first = row + step <= a.rows ? row : a.rows - step;
       const TileRows rows = locate<R>(first, stride);
       const int direct = rows.direct_halves;
+      scales.prefetch(rows, ahead / group * step, step);
       F16 even[R][1], odd[R][1];  // they stay in registers
       unroll<R>(GLM_EACH(r) { even[r][0] = odd[r][0] = zero(); });
       int hb = 0;

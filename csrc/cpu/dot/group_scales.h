@@ -105,6 +105,11 @@ class Spread {
     }
     return load(lanes);
   }
+  // Fetches those of `count` rows, `ahead` rows behind one.
+  GLM_INLINE void prefetch(const uint8_t* row, ptrdiff_t ahead, int count)
+      const {
+    ::prefetch(row + ahead * row_bytes_, count * row_bytes_);
+  }
   GLM_INLINE int row_bytes() const {
     return row_bytes_;
   }

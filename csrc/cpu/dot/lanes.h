@@ -55,6 +55,14 @@ const glm_fused::cpu::Kernel& find_kernel(
     const glm_fused::Format& format,
     bool fast);
 
+// Fetches what will be read to the L2 cache.
+GLM_INLINE void prefetch(const uint8_t* p, size_t bytes) {
+  constexpr size_t kLine = 64;
+  for (size_t at = 0; at < bytes; at += kLine) {
+    __builtin_prefetch(p + at, 0, 2);
+  }
+}
+
 template <int bytes>
 struct LaneWords;
 
@@ -121,9 +129,7 @@ struct LaneWords<10> {
   static constexpr int kStart[] = {0, 4, 6};
   U16 w[3];
   GLM_INLINE void load(const uint8_t* p) {
-    w[0] = load_strided<10>(p);
-    w[1] = load_strided<10>(p + 4);
-    w[2] = load_strided<10>(p + 6);
+    load_tens(p, w[0], w[1], w[2]);
   }
 };
 

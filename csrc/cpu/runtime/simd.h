@@ -15,6 +15,8 @@
 //                         is any; kThreesOverread bytes past them are read
 //   load_fives(p, …)      lane l owns the words at p + 5 * l and one byte on
 //   load_sixes(p, …)      lane l owns the words at p + 6 * l and two bytes on
+//   load_tens(p, …)       lane l owns the words at p + 10 * l, four bytes and
+//                         six bytes on
 //   load_quads(p, out)    lane l owns the four floats at p + 16 * l
 //   split_lanes(a, b, …)  the even and the odd of 32 floats
 //   butterfly_sum(…)      sums a simdgroup by lane distances 16, 8, 4, 2, 1
@@ -130,6 +132,12 @@ GLM_INLINE void load_fives(const uint8_t* p, U16& first, U16& second) {
 GLM_INLINE void load_sixes(const uint8_t* p, U16& first, U16& second) {
   first = load_strided<6>(p);
   second = load_strided<6>(p + 2);
+}
+GLM_INLINE void
+load_tens(const uint8_t* p, U16& first, U16& second, U16& third) {
+  first = load_strided<10>(p);
+  second = load_strided<10>(p + 4);
+  third = load_strided<10>(p + 6);
 }
 #else
 GLM_INLINE void

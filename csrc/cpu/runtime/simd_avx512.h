@@ -158,24 +158,46 @@ GLM_INLINE void load_fives(const uint8_t* p, U16& first, U16& second) {
       control(0x04030201, 0x09080706, 0x0e0d0c0b, none),
       control(none, none, none, 0x0f0e0d0c));
 }
-// The 16-bit words of a register and a half, three to a lane.
-GLM_INLINE void load_sixes(const uint8_t* p, U16& first, U16& second) {
-  struct Places {
-    uint16_t of[2][32];
-  };
-  static constexpr Places places = [] {
-    Places made{};
+// Where the 16-bit words of lanes lie that own `owned` of them: of each lane
+// the words `first` and `first` + 1, counted from `from` on.
+struct Places {
+  uint16_t of[32];
+};
+template <int owned, int first, int from = 0>
+GLM_INLINE __m512i places() {
+  static constexpr Places made = [] {
+    Places p{};
     for (int i = 0; i < 32; i++) {
-      made.of[0][i] = static_cast<uint16_t>(i / 2 * 3 + i % 2);
-      made.of[1][i] = static_cast<uint16_t>(made.of[0][i] + 1);
+      const int word = i / 2 * owned + first + i % 2 - from;
+      p.of[i] = static_cast<uint16_t>(word);
     }
-    return made;
+    return p;
   }();
+  return _mm512_loadu_si512(made.of);
+}
+GLM_INLINE void load_sixes(const uint8_t* p, U16& first, U16& second) {
   const __m512i a = _mm512_loadu_si512(p);
   const __m512i b = _mm512_castsi256_si512(
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 64)));
-  first = _mm512_permutex2var_epi16(a, _mm512_loadu_si512(places.of[0]), b);
-  second = _mm512_permutex2var_epi16(a, _mm512_loadu_si512(places.of[1]), b);
+  first = _mm512_permutex2var_epi16(a, places<3, 0>(), b);
+  second = _mm512_permutex2var_epi16(a, places<3, 1>(), b);
+}
+// Two registers hold 64 of the 80 words; the third, the last 32.
+template <int first>
+GLM_INLINE U16 pick_tens(__m512i a, __m512i b, __m512i c) {
+  constexpr int kWhole = (62 - first) / 5 + 1;  // lanes within the first two
+  const __m512i low = _mm512_permutex2var_epi16(a, places<5, first>(), b);
+  return _mm512_mask_permutexvar_epi16(
+      low, ~uint32_t{0} << 2 * kWhole, places<5, first, 48>(), c);
+}
+GLM_INLINE void
+load_tens(const uint8_t* p, U16& first, U16& second, U16& third) {
+  const __m512i a = _mm512_loadu_si512(p);
+  const __m512i b = _mm512_loadu_si512(p + 64);
+  const __m512i c = _mm512_loadu_si512(p + 96);
+  first = pick_tens<0>(a, b, c);
+  second = pick_tens<2>(a, b, c);
+  third = pick_tens<3>(a, b, c);
 }
 GLM_INLINE void load_quads(const uint8_t* p, F16 out[4]) {
   const auto* f = reinterpret_cast<const float*>(p);
