@@ -83,6 +83,33 @@ def test_matvec_equals_the_reference(data):
 
 
 @cpu_only
+@pytest.mark.parametrize("vectors", [1, 3, 21])
+@pytest.mark.parametrize(("n", "k"), [(40, 1024), (13, 384)], ids=["fast", "general"])
+@pytest.mark.parametrize("plane", [("mxfp8", 8, 32, 0), ("nvfp4", 4, 16, 1)], ids=lambda p: p[0])
+def test_every_e4m3_code_is_that_of_the_reference(plane, n, k, vectors):
+    """Codes of the weight (mxfp8) or the scales (nvfp4); every third row has a NaN in one place."""
+    *fmt, which = plane
+    rng = np.random.default_rng([n, vectors, which])
+    w = random_weight(rng, (n, k), tuple(fmt))
+    shape = w.planes[which].view(mx.uint8).shape
+    codes = rng.integers(0, 256, shape, np.uint8)
+    codes[codes & 127 == 127] = 0
+    rows = np.arange(0, n, 3)
+    codes[rows, rng.integers(0, shape[1], rows.size)] = rng.choice([127, 255], rows.size)
+    planes = list(w.planes)
+    planes[which] = mx.array(codes).view(planes[which].dtype)
+    w = w._replace(planes=tuple(planes))
+    x = random_array(rng, (vectors, k), mx.float32)
+    fused, reference = (
+        np.array(ops.quantized_matvec(x, w, reference=which)) for which in (False, True)
+    )
+    assert np.isnan(fused[:, rows]).all() and np.isnan(reference[:, rows]).all()
+    others = np.setdiff1d(np.arange(n), rows)
+    assert not np.isnan(reference[:, others]).any()
+    assert np.array_equal(fused[:, others].view(np.uint32), reference[:, others].view(np.uint32))
+
+
+@cpu_only
 @each_format
 def test_matvec_rows_do_not_depend_on_their_number(fmt):
     rng = np.random.default_rng(5)

@@ -97,13 +97,14 @@ struct RowOf<Family::fp> {
 
 namespace {
 
-// e4m3 as MLX reads it: through half precision, NaN for 0x7f and 0xff.
-GLM_INLINE F16 e4m3_to_float(U16 bytes) {
-  const U16 magnitude = bits_and(bytes, 0x7f);
-  const U16 nan = shift_left<14>(shift_right<7>(add_words(magnitude, 1)));
-  const U16 sign = shift_left<8>(bits_and(bytes, 0x80));
-  const U16 half = bits_or(bits_or(shift_left<7>(magnitude), nan), sign);
-  return mul(half_to_float(half), splat(256.0f));
+// The e4m3 code in the top byte of every word with sign, exponent and mantissa
+// where fp32 has them, which is the value times 2^-120. NaN, 0x7f and 0xff, is
+// as yet a number.
+GLM_INLINE U16 spread_e4m3(U16 words) {
+  return bits_and(shift_right_signed<4>(words), 0x87f00000u);
+}
+GLM_INLINE F16 e4m3_of_spread(U16 spread) {
+  return mul(as_float(spread), splat(0x1p120f));
 }
 
 // 2^(code - 127); 2^-127 is subnormal and written as such.
@@ -114,9 +115,11 @@ struct E8M0 {
   }
 };
 struct E4M3 {
-  static constexpr int kBlock = 16, kByte = 0;
+  static constexpr int kBlock = 16, kByte = 3;
   static GLM_INLINE F16 decode(U16 v) {
-    return e4m3_to_float(v);
+    const U16 spread = spread_e4m3(v);
+    return e4m3_of_spread(
+        set_where_equal(spread, 0x7fffffffu, 0x07f00000u, 0x78000000u));
   }
 };
 
@@ -257,7 +260,20 @@ struct Fp8 {
   }
   template <int p>
   GLM_INLINE F16 decode(const Words& words) const {
-    return e4m3_to_float(bits_and(from_byte<p>(words), 0xff));
+    constexpr int word = word_of<Words>(p), byte = p - Words::kStart[word];
+    return e4m3_of_spread(
+        spread_e4m3(shift_left<24 - 8 * byte>(words.w[word])));
+  }
+  // A carry out of a byte's seven low bits tells that it is NaN.
+  GLM_INLINE F16 with_nan(const Words& words, F16 v) const {
+    constexpr int kWords = kBytes / 4;
+    U16 carries[kWords];
+    unroll<kWords>(GLM_EACH(i) {
+      carries[i] = add_words(bits_and(words.w[i], 0x7f7f7f7fu), 0x01010101u);
+    });
+    const U16 any =
+        kWords == 1 ? carries[0] : bits_or(carries[0], carries[kWords - 1]);
+    return nan_where(any, 0x80808080u, v);
   }
 };
 

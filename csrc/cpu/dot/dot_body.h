@@ -94,6 +94,18 @@ void pack(const float* x, int k, float* panel, int m, int width) {
   }
 }
 
+// v, or NaN where a code of the lane's words is, if the format's decode of
+// codes leaves that to be told.
+template <class F>
+GLM_INLINE F16
+with_nan(const F& format, const typename F::Words& words, F16 v) {
+  if constexpr (requires { format.with_nan(words, v); }) {
+    return format.with_nan(words, v);
+  } else {
+    return v;
+  }
+}
+
 // One half-block of R rows against M vectors of a panel. `Width` is the
 // panel's width, a Constant where the compiler may fold it into addresses.
 template <class F, int R, int M, class Width>
@@ -141,6 +153,11 @@ struct HalfBlock {
     } else if constexpr (p < F::kTerms) {
       term<p>();
       terms<p + 1>();
+    } else {
+      unroll<R>(GLM_EACH(r) {
+        unroll<M>(
+            GLM_EACH(m) { acc[r][m] = with_nan(format, words[r], acc[r][m]); });
+      });
     }
   }
 };

@@ -76,6 +76,10 @@ class DotPanels {
           to[hb - begin][p][r] = tile_.format.template decode<p>(words[r]);
         });
       });
+      unroll<kPair>(GLM_EACH(r) {
+        F16& first = to[hb - begin][0][r];
+        first = with_nan(tile_.format, words[r], first);
+      });
     }
   }
 

@@ -25,9 +25,11 @@ struct Term {
 // What a format's header offers the CPU kernels of one instruction set: a type
 // for each lane order. Half a block is the bytes of 16 lanes; they follow one
 // another in plane 0, and `Words` takes a lane's words from them. `decode<p>`
-// gives term p of the 16 lanes. `Scales` turns a half-block's sum of terms into
-// its part of the result, from whatever planes (or headers of blocks in plane
-// 0) it was told at `locate`, and the sum over all lanes into the product.
+// gives term p of the 16 lanes; a format whose codes may be NaN may leave that
+// to `with_nan`, of a term or of their sum. `Scales` turns a half-block's sum
+// of terms into its part of the result, from whatever planes (or headers of
+// blocks in plane 0) it was told at `locate`, and the sum over all lanes into
+// the product.
 template <class F>
 concept CpuDecode = requires(const F f, const typename F::Words words) {
   { F::kValues } -> std::convertible_to<int>;        // columns of a lane

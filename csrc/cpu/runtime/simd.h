@@ -4,6 +4,9 @@
 // simd_<isa>.h defines F16 and U16, sixteen floats and sixteen 32-bit words,
 // and the same functions over them. Some are not explained by their names:
 //   half_to_float(a)      the low 16 bits of every word, read as IEEE half
+//   shift_right_signed<n>(a)   with copies of the highest bit
+//   set_where_equal(a, mask, n, bits)   a | bits where a & mask is n, else a
+//   nan_where(a, mask, v)  NaN where a & mask is not 0, else v
 //   Table16(v)(index)     v[index & 15]
 //   splat_word(p)         every word is that at p
 //   Shuffle(c)(p)         byte i is byte c[i] of the 16 at p, or 0 where c[i]

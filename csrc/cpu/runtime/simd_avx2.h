@@ -52,8 +52,16 @@ GLM_INLINE U16 shift_right(U16 v) {
   }
 }
 template <int n>
+GLM_INLINE U16 shift_right_signed(U16 v) {
+  return {_mm256_srai_epi32(v.a, n), _mm256_srai_epi32(v.b, n)};
+}
+template <int n>
 GLM_INLINE U16 shift_left(U16 v) {
-  return {_mm256_slli_epi32(v.a, n), _mm256_slli_epi32(v.b, n)};
+  if constexpr (n == 0) {
+    return v;
+  } else {
+    return {_mm256_slli_epi32(v.a, n), _mm256_slli_epi32(v.b, n)};
+  }
 }
 GLM_INLINE U16 bits_and(U16 v, uint32_t m) {
   const __m256i k = _mm256_set1_epi32(static_cast<int>(m));
@@ -71,6 +79,24 @@ GLM_INLINE F16 to_float(U16 v) {
 }
 GLM_INLINE F16 as_float(U16 v) {
   return {_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)};
+}
+GLM_INLINE U16
+set_where_equal(U16 v, uint32_t mask, uint32_t n, uint32_t bits) {
+  const __m256i of_n = _mm256_set1_epi32(static_cast<int>(n));
+  const U16 masked = bits_and(v, mask);
+  const U16 equal = {
+      _mm256_cmpeq_epi32(masked.a, of_n), _mm256_cmpeq_epi32(masked.b, of_n)};
+  return bits_or(v, bits_and(equal, bits));
+}
+GLM_INLINE F16 nan_where(U16 v, uint32_t mask, F16 x) {
+  const U16 masked = bits_and(v, mask);
+  const __m256i none = _mm256_setzero_si256();
+  const __m256 nan = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
+  const auto choose = [&](__m256i a, __m256 b) GLM_ALWAYS_INLINE {
+    const __m256i zero = _mm256_cmpeq_epi32(a, none);
+    return _mm256_blendv_ps(nan, b, _mm256_castsi256_ps(zero));
+  };
+  return {choose(masked.a, x.a), choose(masked.b, x.b)};
 }
 GLM_INLINE F16 half_to_float(U16 v) {
   const auto narrow = [](__m256i w) {

@@ -51,8 +51,16 @@ GLM_INLINE U16 shift_right(U16 a) {
   }
 }
 template <int n>
+GLM_INLINE U16 shift_right_signed(U16 a) {
+  return _mm512_srai_epi32(a, n);
+}
+template <int n>
 GLM_INLINE U16 shift_left(U16 a) {
-  return _mm512_slli_epi32(a, n);
+  if constexpr (n == 0) {
+    return a;
+  } else {
+    return _mm512_slli_epi32(a, n);
+  }
 }
 GLM_INLINE U16 bits_and(U16 a, uint32_t m) {
   return _mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(m)));
@@ -68,6 +76,20 @@ GLM_INLINE F16 to_float(U16 a) {
 }
 GLM_INLINE F16 as_float(U16 a) {
   return _mm512_castsi512_ps(a);
+}
+GLM_INLINE U16
+set_where_equal(U16 a, uint32_t mask, uint32_t n, uint32_t bits) {
+  const __m512i of_n = _mm512_set1_epi32(static_cast<int>(n));
+  const __m512i set = _mm512_set1_epi32(static_cast<int>(bits));
+  const __mmask16 equal = _mm512_cmpeq_epi32_mask(bits_and(a, mask), of_n);
+  return _mm512_mask_or_epi32(a, equal, a, set);
+}
+GLM_INLINE F16 nan_where(U16 a, uint32_t mask, F16 v) {
+  const __m512i bits = _mm512_set1_epi32(static_cast<int>(mask));
+  const __m512i word = _mm512_castps_si512(v);
+  const __m512i nan = _mm512_set1_epi32(0x7fc00000);
+  return _mm512_castsi512_ps(
+      _mm512_mask_mov_epi32(word, _mm512_test_epi32_mask(a, bits), nan));
 }
 GLM_INLINE F16 half_to_float(U16 a) {
   return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(a));

@@ -64,6 +64,10 @@ GLM_INLINE U16 splat_word(const uint8_t* p) {
   return U16{} + word;
 }
 template <int n>
+GLM_INLINE U16 shift_right_signed(U16 a) {
+  return bit_cast<U16>(bit_cast<I16>(a) >> n);
+}
+template <int n>
 GLM_INLINE U16 shift_left(U16 a) {
   return a << n;
 }
@@ -85,6 +89,14 @@ GLM_INLINE F16 as_float(U16 a) {
 GLM_INLINE U16 choose(I16 mask, U16 a, U16 b) {
   const U16 m = bit_cast<U16>(mask);
   return (a & m) | (b & ~m);
+}
+GLM_INLINE U16
+set_where_equal(U16 a, uint32_t mask, uint32_t n, uint32_t bits) {
+  return a | (bit_cast<U16>((a & mask) == n) & bits);
+}
+GLM_INLINE F16 nan_where(U16 a, uint32_t mask, F16 v) {
+  const U16 nan = U16{} + 0x7fc00000u;
+  return as_float(choose((a & mask) != 0u, nan, bit_cast<U16>(v)));
 }
 GLM_INLINE F16 half_to_float(U16 a) {
   const U16 sign = (a & 0x8000u) << 16, magnitude = a & 0x7fffu;
