@@ -371,25 +371,11 @@ struct Affine {
     return affine_term<bits>(p);
   }
 
-#if defined(GLM_AVX512)
-  Table16 nibbles[4];
-  GLM_INLINE Affine() : nibbles{table(1), table(16), table(256), table(4096)} {}
-  static GLM_INLINE Table16 table(float unit) {
-    float v[16];
-    for (int i = 0; i < 16; i++) {
-      v[i] = unit * static_cast<float>(i);
-    }
-    return Table16(v);
-  }
-#endif
-
   template <int p>
   GLM_INLINE F16 decode(const Words& words) const {
     constexpr Term t = term(p);
 #if defined(GLM_AVX512)
-    if constexpr (bits == 4) {
-      return nibbles[p % 4](shift_right<4 * (p % 8)>(words.w[p / 8]));
-    } else if constexpr (t.mask < 16) {
+    if constexpr (t.mask < 16) {
       return Table16(kMasked.of[t.mask])(from_byte<t.byte>(words));
     }
 #endif
