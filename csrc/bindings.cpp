@@ -5,6 +5,7 @@
 #include "cpu/dot/matrix.h"
 #include "cpu/runtime/scratch.h"
 #include "cpu/runtime/thread_pool.h"
+#include "huge_pages.h"
 #include "metal/compile.h"
 #include "metal/kernel_list.h"
 #include "metal/limits.h"
@@ -105,6 +106,21 @@ NB_MODULE(_ext, m) {
       "a"_a,
       "Read the array's bytes once on all threads: the yardstick of "
       "benchmarks.");
+  m.def(
+      "huge_page_setting",
+      &huge_page_setting,
+      "What the system's owner chose for huge pages: always, madvise or never; "
+      "empty\nwhere the system has none.");
+  m.def(
+      "move_to_huge_pages",
+      [](mx::array a) {
+        a.eval();
+        nb::gil_scoped_release release;
+        return move_to_huge_pages(a.data<uint8_t>(), a.nbytes());
+      },
+      "a"_a,
+      "Move the array's bytes to huge pages where the system lets; returns how "
+      "many.");
   m.def(
       "multiply_adds",
       [](int64_t rounds) {

@@ -180,10 +180,12 @@ def test_doctor(capsys, monkeypatch):
     assert document["versions"]["mlx"]
     assert document["environment"]["GLM_FUSED_REFERENCE"] == "off"
     assert document["cpu"]["read_gb_per_s"] > 0
+    assert (document["cpu"]["huge_read_gb_per_s"] or 1) > 0
     code, out, _ = run(capsys, "doctor", "--threads", "1")
     assert code == 0
     assert "1 threads" in out
     assert "fused equals reference" in out
+    assert f"huge pages{'':<10}{document['cpu']['huge_pages'] or 'none'}" in out
 
 
 def test_doctor_reports_an_extension_that_does_not_fit(capsys, monkeypatch):

@@ -4,6 +4,7 @@
 
 #include "checks.h"
 #include "cpu/runtime/dispatch.h"
+#include "huge_pages.h"
 
 namespace glm_fused::slots {
 
@@ -33,6 +34,7 @@ mx::array allocate(const PartType& part, int slots) {
   a.set_data(
       std::move(data), a.size(), a.strides(), {true, true, false}, offset);
   a.set_status(mx::array::Status::available);
+  ask_for_huge_pages(a.data<uint8_t>(), a.nbytes());
   return a;
 }
 

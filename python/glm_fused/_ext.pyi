@@ -473,6 +473,17 @@ def stream_read(a: mlx.core.array) -> int:
     Read the array's bytes once on all threads: the yardstick of benchmarks.
     """
 
+def huge_page_setting() -> str:
+    """
+    What the system's owner chose for huge pages: always, madvise or never; empty
+    where the system has none.
+    """
+
+def move_to_huge_pages(a: mlx.core.array) -> int:
+    """
+    Move the array's bytes to huge pages where the system lets; returns how many.
+    """
+
 def multiply_adds(rounds: int) -> float:
     """Multiply-adds in registers on all threads; returns how many."""
 

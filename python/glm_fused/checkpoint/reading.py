@@ -33,6 +33,8 @@ class Scales(NamedTuple):
 def read_parameters(model: nn.Module, checkpoint: Checkpoint, sources: list[Scales]) -> None:
     """Read the model's parameters one by one, and check scales; consumes ``sources``.
 
+    Where the CPU is to read them, they then lie in huge pages if the system lets.
+
     Raises RuntimeError, naming the parameter, for one that cannot be read, and ValueError, naming
     the tensor and the place in it, for a scale that is none.
     """
@@ -45,6 +47,8 @@ def read_parameters(model: nn.Module, checkpoint: Checkpoint, sources: list[Scal
             _check_scales(sources.pop(), checkpoint)
         for name, array in parameters:
             _read(name, array, checkpoint)
+            if mx.default_device() == mx.cpu:
+                _ext.move_to_huge_pages(array)
             module, _, leaf = name.rpartition(".")
             if leaf in SCALES:
                 _check_scales(Scales(name, array, formats[module]), checkpoint)

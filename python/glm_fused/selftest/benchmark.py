@@ -31,6 +31,16 @@ def seconds(call: Callable[[], mx.array | Sequence[mx.array]]) -> float:
     return time.perf_counter() - start
 
 
+class Yardsticks:
+    """Memory to measure plain reads of: as the system gives it, and in huge pages."""
+
+    def __init__(self, size: int = 512 << 20) -> None:
+        self.given = mx.ones((size // 4,), mx.float32)
+        self.huge = mx.ones((size // 4,), mx.float32)
+        mx.eval(self.given, self.huge)
+        self.moved = _ext.move_to_huge_pages(self.huge) > 0
+
+
 def read_bandwidth(a: mx.array) -> float:
     """The GB/s of plain streaming reads of `a` on the default device.
 
@@ -49,7 +59,8 @@ def read_bandwidth(a: mx.array) -> float:
 class RoutedExperts:
     """A bank of experts of one format, and the routing of successive calls.
 
-    A bank far larger than the caches makes every call read memory.
+    A bank far larger than the caches makes every call read memory. It lies as a loaded model's
+    weights do, in huge pages where the system lets.
     """
 
     def __init__(
@@ -70,6 +81,9 @@ class RoutedExperts:
         self.down = bits.weight((bank, hidden, intermediate), fmt, mx.bfloat16)
         self.x = bits.floats((tokens, hidden), dtype)
         mx.eval(self.x, self.gate, self.up, self.down)
+        if mx.default_device() == mx.cpu:
+            for plane in (*self.gate.planes, *self.up.planes, *self.down.planes):
+                _ext.move_to_huge_pages(plane)
 
     def route(self, top_k: int | None = None) -> tuple[mx.array, mx.array]:
         """Random slots int32 and scores float32 [tokens, top_k], evaluated."""

@@ -45,7 +45,10 @@ def format_result(result: dict[str, Any]) -> str:
     if cpu := result.get("cpu"):
         lines.append(f"{'nanobind':<20}{cpu['nanobind']} (built with)")
         lines.append(f"{'cpu kernels':<20}{cpu['kernels']}, {cpu['threads']} threads")
-        lines.append(f"{'read bandwidth':<20}{cpu['read_gb_per_s']:.1f} GB/s")
+        huge = cpu["huge_read_gb_per_s"]
+        there = "" if huge is None else f", {huge:.1f} GB/s in huge pages"
+        lines.append(f"{'read bandwidth':<20}{cpu['read_gb_per_s']:.1f} GB/s{there}")
+        lines.append(f"{'huge pages':<20}{_huge_pages(cpu['huge_pages'], huge is not None)}")
     for name, size in result["memory"].items():
         lines.append(f"{'memory, ' + name:<20}{size / 1e9:.1f} GB")
     lines += [f"{name}={value}" for name, value in result["environment"].items()]
@@ -100,25 +103,38 @@ def _cpu(result: dict[str, Any], threads: int | None) -> str:
         "kernels": _ext.cpu_kernels(),
         "threads": _ext.num_threads(),
         "nanobind": _ext.built_with_nanobind,
-        "read_gb_per_s": _read_bandwidth(),
+        "huge_pages": _ext.huge_page_setting(),
     }
+    result["cpu"] |= _read_bandwidths()
     return "kernels chosen, bandwidth measured"
 
 
-def _read_bandwidth() -> float:
-    """The GB/s of the best of five reads of memory on all threads."""
-    import mlx.core as mx
-
+def _read_bandwidths() -> dict[str, float | None]:
+    """The GB/s of the best of five reads of memory on all threads, and of such in huge pages."""
     from .. import _ext
+    from .benchmark import Yardsticks
 
-    data = mx.ones((STREAM_BYTES // 4,), mx.float32)
-    mx.eval(data)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        _ext.stream_read(data)
-        seconds.append(time.perf_counter() - start)
-    return STREAM_BYTES / min(seconds) / 1e9
+    yardsticks = Yardsticks(STREAM_BYTES)
+
+    def best(data: Any) -> float:
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            _ext.stream_read(data)
+            seconds.append(time.perf_counter() - start)
+        return STREAM_BYTES / min(seconds) / 1e9
+
+    huge = best(yardsticks.huge) if yardsticks.moved else None
+    return {"read_gb_per_s": best(yardsticks.given), "huge_read_gb_per_s": huge}
+
+
+def _huge_pages(setting: str, moved: bool) -> str:
+    """Whether weights come to lie in them, and why not."""
+    if not setting:
+        return "none on this system"
+    if setting == "never":
+        return "never, as the system is set"
+    return f"{setting}; weights are moved there" if moved else f"{setting}; none can be had now"
 
 
 def _self_check() -> str:
