@@ -1,29 +1,37 @@
 """Times the routed experts of one GLM layer (6144 / 2048, top-8), for one or more tokens a call.
 
     python bench/bench_moe_decode.py --formats affine4 mxfp4
+    OMP_WAIT_POLICY=passive python bench/bench_moe_decode.py --only-fused --ggml FOLDER
 
-It prints, per weight format: the bytes of weights that a call reads, µs, GB/s, the plain streaming
-read bandwidth measured between the calls with the same threads, the fraction of it reached, the
-fraction of what multiply-adds in registers reach, how many times slower the reference path and
-stock MLX are, and the largest error of ours and of stock MLX against float64 arithmetic on the
-dequantized weights (relative to the largest output).
-Every call picks other experts from a bank that is far larger than the caches.
+It prints, per weight format: the bytes of weights that a call reads, µs, GB/s, the bandwidth of
+plain streaming reads with the same threads, measured between the calls, of memory as the system
+gives it (in small pages, unless it is set to give huge ones always) and in huge pages, the fraction
+of the former that was reached, the fraction of what multiply-adds in registers reach, how many
+times slower the reference path and stock MLX are, and the largest error of ours and of stock MLX
+against float64 arithmetic on the dequantized weights (relative to the largest output). Every call
+picks other experts from a bank that is far larger than the caches, and lies in huge pages as loaded
+weights do. With --ggml llama.cpp computes such experts, too (peers/llama_cpp.py), alternately with
+ours, in its types of as many bits: µs of the fastest, and how many times slower; its threads would
+spin between the calls, but for that policy.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from common import DTYPES, median, multiply_add_rate, parser, report
+from peers import llama_cpp, llama_experts
 
 import glm_fused
 from glm_fused import ops
 from glm_fused.formats.weights import FORMATS
 from glm_fused.host import to_numpy
-from glm_fused.selftest.benchmark import RoutedExperts, read_bandwidth, seconds
+from glm_fused.selftest.benchmark import RoutedExperts, Yardsticks, read_bandwidth, seconds
 
 COLUMNS = {
     "format": "",
@@ -32,6 +40,7 @@ COLUMNS = {
     "us": ".0f",
     "GB/s": ".2f",
     "read GB/s": ".2f",
+    "huge GB/s": ".2f",
     "fraction": ".2f",
     "of peak": ".2f",
     "x reference": ".1f",
@@ -39,6 +48,7 @@ COLUMNS = {
     "error": ".1e",
     "stock error": ".1e",
 }
+GGML_COLUMNS = {"llama.cpp": "", "their us": ".0f", "x llama.cpp": ".2f"}
 
 
 class Layer(RoutedExperts):
@@ -84,12 +94,42 @@ def error(y: mx.array, exact: np.ndarray) -> float:
     return float(np.abs(in_float64(y[0]) - exact).max() / np.abs(exact).max())
 
 
-def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def measure_ggml(
+    name: str, layer: Layer, ggml: llama_cpp.Library, options: argparse.Namespace
+) -> dict[str, Any]:
+    """The fastest of llama.cpp's types with the format's bits, alternately with ours."""
+    rng, found = np.random.default_rng(2), []
+    for kind in llama_experts.PEERS.get(name, ()):
+        sizes = (options.hidden, options.intermediate, layer.bank, options.top_k)
+        peer = llama_experts.Experts(ggml, kind, *sizes)
+        ours, theirs = [], []
+        for _ in range(options.repeats * options.calls):
+            slots, scores = layer.route()
+            ours.append(seconds(lambda s=slots, c=scores: layer.fused(s, c)))
+            peer.route(rng)
+            start = time.perf_counter()
+            peer.run()
+            theirs.append(time.perf_counter() - start)
+        peer.free()
+        found.append((median(theirs), median(ours), kind))
+    if not found:
+        return {}
+    taken, mine, kind = min(found)
+    return {"llama.cpp": kind, "their us": taken * 1e6, "x llama.cpp": taken / mine}
+
+
+def measure(
+    name: str,
+    yardsticks: Yardsticks,
+    ggml: llama_cpp.Library | None,
+    options: argparse.Namespace,
+) -> dict[str, Any]:
     layer = Layer(name, options)
-    times, rates, bandwidths, fractions, peaks = [], [], [], [], []
+    times, rates, bandwidths, huge, fractions, peaks = [], [], [], [], [], []
     layer.fused(*layer.route())
     for _ in range(options.repeats):
-        bandwidth = read_bandwidth(layer.gate.planes[0])
+        bandwidth = read_bandwidth(yardsticks.given)
+        huge.append(read_bandwidth(yardsticks.huge))
         peaks.append(multiply_add_rate())
         took, read = [], []
         for _ in range(options.calls):
@@ -97,7 +137,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             distinct = len(np.unique(to_numpy(slots)))
             took.append(seconds(lambda s=slots, c=scores: layer.fused(s, c)))
             read.append(distinct * layer.expert_bytes / took[-1] / 1e9)
-        bandwidth = (bandwidth + read_bandwidth(layer.gate.planes[0])) / 2
+        bandwidth = (bandwidth + read_bandwidth(yardsticks.given)) / 2
         times.append(median(took))
         rates.append(median(read))
         bandwidths.append(bandwidth)
@@ -110,9 +150,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "us": median(times) * 1e6,
         "GB/s": median(rates),
         "read GB/s": median(bandwidths),
+        "huge GB/s": median(huge) if yardsticks.moved else None,
         "fraction": median(fractions),
         "of peak": work / median(times) / median(peaks),
     }
+    if ggml is not None:
+        row |= measure_ggml(name, layer, ggml, options)
     slots, scores = layer.route()
     exact = layer.exact(slots, scores)
     row["error"] = error(layer.fused(slots, scores), exact)
@@ -137,12 +180,17 @@ def main() -> None:
     arguments.add_argument("--calls", type=int, default=5, help="calls per repeat")
     arguments.add_argument("--bank-gb", type=float, default=3, help="size of the bank of experts")
     arguments.add_argument("--only-fused", action="store_true", help="skip reference and stock MLX")
+    arguments.add_argument("--ggml", type=Path, metavar="FOLDER", help="with ggml's libraries")
     options = arguments.parse_args()
     mx.set_default_device(mx.cpu)
     if options.threads:
         glm_fused.set_num_threads(options.threads)
-    rows = [measure(name, options) for name in options.formats]
-    report(rows, COLUMNS, options.json)
+    yardsticks = Yardsticks()
+    ggml = llama_cpp.Library(options.ggml, glm_fused.num_threads()) if options.ggml else None
+    if ggml and options.tokens > 1:
+        arguments.error("--ggml compares one token.")
+    rows = [measure(name, yardsticks, ggml, options) for name in options.formats]
+    report(rows, COLUMNS | (GGML_COLUMNS if ggml else {}), options.json)
 
 
 if __name__ == "__main__":
