@@ -14,11 +14,10 @@ namespace {
 using glm_fused::cpu::DotArgs;
 using glm_fused::cpu::Kernel;
 
-// Rows of W that share one load of x when there is one vector.
+// Rows of W that share one load of x when there is one vector, where there are
+// registers for them.
 #if defined(GLM_AVX512)
 constexpr int kRowsAtOnce = 4;
-#elif defined(GLM_AVX2)
-constexpr int kRowsAtOnce = 2;
 #else
 constexpr int kRowsAtOnce = 1;
 #endif

@@ -100,7 +100,7 @@ struct LaneWords<4> {
 };
 template <>
 struct LaneWords<5> {
-  static constexpr size_t kOverread = 0;
+  static constexpr size_t kOverread = kFivesOverread;
   static constexpr int kStart[] = {0, 1};
   U16 w[2];
   GLM_INLINE void load(const uint8_t* p) {
@@ -109,7 +109,7 @@ struct LaneWords<5> {
 };
 template <>
 struct LaneWords<6> {
-  static constexpr size_t kOverread = 0;
+  static constexpr size_t kOverread = kSixesOverread;
   static constexpr int kStart[] = {0, 2};
   U16 w[2];
   GLM_INLINE void load(const uint8_t* p) {
@@ -127,7 +127,7 @@ struct LaneWords<8> {
 };
 template <>
 struct LaneWords<10> {
-  static constexpr size_t kOverread = 0;
+  static constexpr size_t kOverread = kTensOverread;
   static constexpr int kStart[] = {0, 4, 6};
   U16 w[3];
   GLM_INLINE void load(const uint8_t* p) {

@@ -13,9 +13,9 @@
 //                         is 0x80; four bytes make a lane
 //   Shuffle(c).first_eight(p)   the same of the eight at p
 //   load_pairs(p, …)      lane l owns words 2 l and 2 l + 1
-//   load_strided<s>(p)    lane l owns the unaligned word at p + s * l
 //   load_threes(p)        lane l owns the three bytes at p + 3 * l; the fourth
-//                         is any; kThreesOverread bytes past them are read
+//                         is any; kThreesOverread bytes past them are read, and
+//                         so on
 //   load_fives(p, …)      lane l owns the words at p + 5 * l and one byte on
 //   load_sixes(p, …)      lane l owns the words at p + 6 * l and two bytes on
 //   load_tens(p, …)       lane l owns the words at p + 10 * l, four bytes and
@@ -123,8 +123,9 @@ copy_padded(uint8_t (&to)[size], const uint8_t* from, size_t count) {
 #endif
 }
 
-#if !defined(GLM_AVX512)
-constexpr size_t kThreesOverread = 1;
+#if !defined(GLM_AVX512) && !defined(GLM_AVX2)
+constexpr size_t kThreesOverread = 1, kFivesOverread = 0, kSixesOverread = 0;
+constexpr size_t kTensOverread = 0;
 GLM_INLINE U16 load_threes(const uint8_t* p) {
   return load_strided<3>(p);
 }
@@ -142,7 +143,7 @@ load_tens(const uint8_t* p, U16& first, U16& second, U16& third) {
   second = load_strided<10>(p + 4);
   third = load_strided<10>(p + 6);
 }
-#else
+#elif defined(GLM_AVX512)
 GLM_INLINE void
 butterfly_sums(const F16 (&low)[4], const F16 (&high)[4], float (&sums)[4]) {
   F16 s[4];

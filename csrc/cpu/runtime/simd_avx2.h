@@ -159,13 +159,71 @@ GLM_INLINE void load_pairs(const uint8_t* p, U16& first, U16& second) {
   split_pairs(
       _mm256_loadu_si256(q + 2), _mm256_loadu_si256(q + 3), first.b, second.b);
 }
-template <int stride>
-GLM_INLINE U16 load_strided(const uint8_t* p) {
-  const __m256i at = _mm256_mullo_epi32(
-      _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0), _mm256_set1_epi32(stride));
-  const auto* a = reinterpret_cast<const int*>(p);
-  const auto* b = reinterpret_cast<const int*>(p + 8 * stride);
-  return {_mm256_i32gather_epi32(a, at, 1), _mm256_i32gather_epi32(b, at, 1)};
+// The 16 bytes at p in the lower half, those at q in the upper.
+GLM_INLINE __m256i load_halves(const uint8_t* p, const uint8_t* q) {
+  return _mm256_loadu2_m128i(
+      reinterpret_cast<const __m128i*>(q), reinterpret_cast<const __m128i*>(p));
+}
+// Byte controls that are the same in both halves of a register.
+GLM_INLINE __m256i control(int a, int b, int c, int d) {
+  return _mm256_broadcastsi128_si256(_mm_setr_epi32(a, b, c, d));
+}
+// Four lanes of three bytes lie in 12.
+constexpr size_t kThreesOverread = 4;
+GLM_INLINE U16 load_threes(const uint8_t* p) {
+  const __m256i each = control(0x80020100, 0x80050403, 0x80080706, 0x800b0a09);
+  return {
+      _mm256_shuffle_epi8(load_halves(p, p + 12), each),
+      _mm256_shuffle_epi8(load_halves(p + 24, p + 36), each)};
+}
+// Two lanes of `stride` bytes lie in 16: their first words become the lower
+// half of those, their second words, `on` bytes later, the upper.
+template <int stride, int on>
+GLM_INLINE void load_two_words(const uint8_t* p, U16& first, U16& second) {
+  constexpr int kWord = 0x03020100, kByte = 0x01010101;
+  const __m256i each = control(
+      kWord,
+      kWord + stride * kByte,
+      kWord + on * kByte,
+      kWord + (stride + on) * kByte);
+  const auto eight = [&](const uint8_t* q, __m256i& one, __m256i& two) {
+    const __m256i a = _mm256_shuffle_epi8(load_halves(q, q + 4 * stride), each);
+    const __m256i b =
+        _mm256_shuffle_epi8(load_halves(q + 2 * stride, q + 6 * stride), each);
+    one = _mm256_unpacklo_epi64(a, b);
+    two = _mm256_unpackhi_epi64(a, b);
+  };
+  eight(p, first.a, second.a);
+  eight(p + 8 * stride, first.b, second.b);
+}
+constexpr size_t kFivesOverread = 6, kSixesOverread = 4;
+GLM_INLINE void load_fives(const uint8_t* p, U16& first, U16& second) {
+  load_two_words<5, 1>(p, first, second);
+}
+GLM_INLINE void load_sixes(const uint8_t* p, U16& first, U16& second) {
+  load_two_words<6, 2>(p, first, second);
+}
+// Each lane has 16 bytes of its own, of which six are the next one's.
+constexpr size_t kTensOverread = 6;
+GLM_INLINE void
+load_tens(const uint8_t* p, U16& first, U16& second, U16& third) {
+  const __m256i last = control(0x09080706, 0x80808080, 0x80808080, 0x80808080);
+  const auto eight = [&](const uint8_t* q,
+                         __m256i& one,
+                         __m256i& two,
+                         __m256i& three) {
+    __m256i v[4];
+    unroll<4>(GLM_EACH(i) { v[i] = load_halves(q + 10 * i, q + 40 + 10 * i); });
+    const __m256i a = _mm256_unpacklo_epi32(v[0], v[1]);
+    const __m256i b = _mm256_unpacklo_epi32(v[2], v[3]);
+    one = _mm256_unpacklo_epi64(a, b);
+    two = _mm256_unpackhi_epi64(a, b);
+    unroll<4>(GLM_EACH(i) { v[i] = _mm256_shuffle_epi8(v[i], last); });
+    three = _mm256_unpacklo_epi64(
+        _mm256_unpacklo_epi32(v[0], v[1]), _mm256_unpacklo_epi32(v[2], v[3]));
+  };
+  eight(p, first.a, second.a, third.a);
+  eight(p + 80, first.b, second.b, third.b);
 }
 GLM_INLINE void load_quads(const uint8_t* p, F16 out[4]) {
   U16 low[2], high[2];  // the first and second pair of values of every lane

@@ -130,13 +130,6 @@ GLM_INLINE void load_pairs(const uint8_t* p, U16& first, U16& second) {
   first = _mm512_permutex2var_epi32(a, even, b);
   second = _mm512_permutex2var_epi32(a, odd, b);
 }
-template <int stride>
-GLM_INLINE U16 load_strided(const uint8_t* p) {
-  const __m512i at = _mm512_mullo_epi32(
-      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-      _mm512_set1_epi32(stride));
-  return _mm512_i32gather_epi32(at, p, 1);
-}
 // Byte controls that are the same in all four parts of a register.
 GLM_INLINE __m512i control(int a, int b, int c, int d) {
   return _mm512_broadcast_i32x4(_mm_setr_epi32(a, b, c, d));
@@ -150,7 +143,8 @@ GLM_INLINE U16 spread_threes(__m512i v) {
       control(0x80020100, 0x80050403, 0x80080706, 0x800b0a09));
 }
 // A masked load takes a place among the arithmetic, unlike a whole one.
-constexpr size_t kThreesOverread = 16;
+constexpr size_t kThreesOverread = 16, kFivesOverread = 0, kSixesOverread = 0;
+constexpr size_t kTensOverread = 0;
 GLM_INLINE U16 load_threes(const uint8_t* p) {
   return spread_threes(_mm512_loadu_si512(p));
 }
