@@ -51,7 +51,7 @@ inline Norm norm(const NormTuple& t) {
 }
 
 // The code that runs an op (glm_fused.ops.routes).
-enum class Kernel { cpu, metal, loops, mlx };
+enum class Kernel { cpu, metal, metal_prompt, loops, mlx };
 
 inline bool is_reference(Kernel kernel) {
   return kernel == Kernel::loops;
@@ -63,7 +63,7 @@ inline mx::StreamOrDevice on(Kernel kernel, const mx::StreamOrDevice& asked) {
   if (kernel == Kernel::mlx) {
     throw std::invalid_argument("[ops] MLX's own ops are not called here.");
   }
-  if (kernel == Kernel::metal) {
+  if (kernel == Kernel::metal || kernel == Kernel::metal_prompt) {
     return metal_stream(asked);
   }
   const mx::Device cpu(mx::Device::cpu);

@@ -31,6 +31,10 @@ NB_MODULE(_ext, m) {
   nb::enum_<Kernel>(m, "Kernel", "Which code runs an op: see ops.routes.")
       .value("cpu", Kernel::cpu, "This package's CPU kernels.")
       .value("metal", Kernel::metal, "This package's Metal kernels.")
+      .value(
+          "metal_prompt",
+          Kernel::metal_prompt,
+          "This package's Metal kernels for prompts, on matrix units.")
       .value("loops", Kernel::loops, "Plain loops, the reference.")
       .value("mlx", Kernel::mlx, "Stock MLX ops.");
   bind_ops(m);

@@ -53,9 +53,10 @@ mx::array quantized_matvec(
     mx::StreamOrDevice s = {});
 
 // Returns [t, hidden]: the sum over i of scores[t, i] * down(silu(gate x) * up
-// x), with each projection taken from slot slots[t, i]. With `arrivals`, which
-// the fused path on the CPU alone takes, experts are computed as their slots
-// are filled.
+// x), with each projection taken from slot slots[t, i]. With `prompt`, Metal
+// groups tokens by slot, and the order of the sums is its matrix units'. With
+// `arrivals`, which the fused path on the CPU alone takes, experts are computed
+// as their slots are filled.
 mx::array moe_decode(
     const mx::array& x,
     const Weight& gate,
@@ -64,6 +65,7 @@ mx::array moe_decode(
     const mx::array& slots,
     const mx::array& scores,
     bool reference,
+    bool prompt,
     const std::shared_ptr<Arrivals>& arrivals = nullptr,
     mx::StreamOrDevice s = {});
 

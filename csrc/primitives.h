@@ -53,12 +53,14 @@ class MoeDecode : public FusedPrimitive {
   MoeDecode(
       mx::Stream stream,
       bool reference,
+      bool prompt,
       Format gate,
       Format up,
       Format down,
       std::shared_ptr<Arrivals> arrivals,
       bool known_slots)
       : FusedPrimitive(stream, reference),
+        prompt_(prompt),
         gate_(gate),
         up_(up),
         down_(down),
@@ -80,6 +82,7 @@ class MoeDecode : public FusedPrimitive {
   }
 
  private:
+  bool prompt_;  // whether Metal groups the tokens by slot
   Format gate_, up_, down_;
   std::shared_ptr<Arrivals> arrivals_;  // null: all slots are filled
   bool known_slots_;  // whether all slots are known to exist; else it checks

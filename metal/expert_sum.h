@@ -1,5 +1,6 @@
-// These kernels lie between and after the products of an unfused expert layer,
-// which MLX's own kernels compute; they round where moe_decode does.
+// These kernels lie between and after the products of an expert layer, which
+// MLX's own kernels or grouped_experts.h compute; they round where moe_decode
+// does.
 #pragma once
 
 #include "numbers.h"

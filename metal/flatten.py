@@ -25,7 +25,7 @@ _TAKEN = {
     "mlx_affine": (
         "quantized.h",
         ["get_pack_factor", "get_bytes_per_pack", "load_vector", "load_vector_safe"],
-        ["qdot", "qdot_safe"],
+        ["qdot", "qdot_safe", "dequantize"],
         ["load_vector", "load_vector_safe"],
     ),
     "mlx_fp": (

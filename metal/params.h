@@ -2,7 +2,7 @@
 #pragma once
 
 struct MoeParams {
-  int tokens;  // 1 to 16
+  int tokens;
   int top_k;
   int hidden;
   int intermediate;

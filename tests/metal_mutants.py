@@ -29,7 +29,7 @@ typedef bfloat bfloat16_t;
 """
 _OURS = re.compile(
     r"\b((?:moe_gate_up|moe_down_sum|router_logits|router_select|index_scores|index_select|mla_split|rms_norm"
-    r"|layer_norm|rotate_rows|copy_rows|copy_pair|pack_rows|project|attention_queries|mla_unembed|Affine|Dense|Fp8?"
+    r"|layer_norm|rotate_rows|copy_rows|copy_pair|pack_rows|project|grouped_gate_up|grouped_down|attention_queries|mla_unembed|Affine|Dense|Fp8?"
     r"|FloatRows)<"
     r"|(?:Fp8Rows|Int8Rows|glm_fused::(?:Fp8|Int8)Packing)\b)"
 )
@@ -37,6 +37,10 @@ _OURS = re.compile(
 _FRUGAL = {
     "moe_gate_up": (2,),
     "moe_down_sum": (2,),
+    "group_pairs": (0,),
+    "grouped_gate_up": (0, 2, 5),
+    "grouped_down": (0, 2),
+    "expert_sum": (0, 1),
     "router_logits": (0, 1),
     "router_select": (0, 1),
     "index_scores": (0, 1, 2),

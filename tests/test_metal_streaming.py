@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import tiny_config, write_checkpoint
-from metal_backend import cpu, metal, simulated_only
+from metal_backend import GPU, cpu, metal, simulated_only
 from test_streaming import AFFINE, TOP_K, run, same, stream
 
 from glm_fused import ops
@@ -90,6 +90,21 @@ def test_lookahead_and_banks_that_are_too_small_run_op_by_op(folder):
     for options in ({"slots": 4, "spares": 1}, {"slots": 2}):
         with metal():
             assert same(run(streamed(folder, **options), steps=2), expected)
+
+
+@pytest.mark.parametrize("slots", [2, 8])
+def test_a_prompt_that_is_grouped_by_expert(folder, slots):
+    """A wave has few of the prompt's choices or many: all are a prompt's, as in memory."""
+    tokens = mx.array([[(7 * i) % 99 for i in range(20)]])
+    logits = []
+    for model in (load_model(folder)[0], streamed(folder, slots)):
+        with metal():
+            mx.eval(made := model(tokens, model.make_cache()))
+            names = [x.kernel.removeprefix("glm_fused_") for x in metal_sim.take_launches()]
+        assert GPU or any(name.startswith("grouped_down") for name in names)
+        assert not any(name.startswith("moe_") for name in names)
+        logits.append(np.array(made.view(mx.uint16)))
+    assert same(*logits)
 
 
 @pytest.mark.parametrize("kv_format", PACKED)

@@ -58,10 +58,15 @@ def test_a_stream_says_its_device():
     assert routes.is_gpu(None) is (mx.default_device() == mx.gpu)
 
 
-def test_a_prompt_on_a_gpu_is_no_fall_back(a_mac):
-    route = choose("moe_decode", 17, 8, stream=mx.gpu)
-    assert route == Route("moe_decode", Kernel.mlx, "17 tokens are a prompt")
-    assert str(route) == "moe_decode mlx (17 tokens are a prompt)"
+def test_a_prompt_on_a_gpu_has_kernels_of_its_own(a_mac):
+    prompt = Route("moe_decode", Kernel.metal_prompt)
+    assert choose("moe_decode", 17, 8, stream=mx.gpu) == prompt
+    assert choose("moe_decode", 16, 8, stream=mx.gpu).kernel is Kernel.metal
+    assert choose("moe_decode", 2, 8, stream=mx.gpu, prompt=True) == prompt
+    route = choose("moe_decode", 17, 8, stream=mx.gpu, prompt=False)
+    assert route == Route("moe_decode", Kernel.mlx, "17 tokens that are no prompt")
+    assert str(route) == "moe_decode mlx (17 tokens that are no prompt)"
+    assert choose("moe_decode", 17, 8, stream=mx.cpu).kernel is Kernel.cpu
 
 
 def test_what_a_kernel_does_not_take_falls_back(a_mac, monkeypatch):

@@ -1,3 +1,4 @@
+#include "metal/experts.h"
 #include "metal/pipelines.h"
 #include "metal/source.h"
 #include "primitives.h"
@@ -13,6 +14,25 @@ metal::KernelName of_type(const char* function, const mx::array& a) {
 }
 
 }  // namespace
+
+namespace metal {
+
+void expert_sum(
+    Encoder& encoder,
+    const mx::array& y,
+    const mx::array& scores,
+    mx::array& sum) {
+  encoder.set_compute_pipeline_state(encoder.kernel(of_type("expert_sum", y)));
+  encoder.set_input_array(y, 0);
+  encoder.set_input_array(scores, 1);
+  encoder.set_output_array(sum, 2);
+  encoder.set_bytes(static_cast<int>(y.shape(1)), 3);
+  encoder.set_bytes(static_cast<int>(y.shape(2)), 4);
+  encoder.dispatch_threads(
+      MTL::Size(y.shape(2), y.shape(0), 1), MTL::Size(kThreads, 1, 1));
+}
+
+}  // namespace metal
 
 void Swiglu::eval_gpu(
     const std::vector<mx::array>& inputs,
@@ -34,21 +54,13 @@ void Swiglu::eval_gpu(
 void ExpertSum::eval_gpu(
     const std::vector<mx::array>& inputs,
     std::vector<mx::array>& outputs) {
-  const auto& y = inputs[0];
   auto& sum = outputs[0];
   metal::allocate(sum);
   if (sum.size() == 0) {
     return;
   }
   metal::Encoder encoder(stream());
-  encoder.set_compute_pipeline_state(encoder.kernel(of_type("expert_sum", y)));
-  encoder.set_input_array(y, 0);
-  encoder.set_input_array(inputs[1], 1);
-  encoder.set_output_array(sum, 2);
-  encoder.set_bytes(static_cast<int>(y.shape(1)), 3);
-  encoder.set_bytes(static_cast<int>(y.shape(2)), 4);
-  encoder.dispatch_threads(
-      MTL::Size(y.shape(2), y.shape(0), 1), MTL::Size(kThreads, 1, 1));
+  metal::expert_sum(encoder, inputs[0], inputs[1], sum);
 }
 
 }  // namespace glm_fused

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "formats/format.h"
+#include "metal/pipelines.h"
 #include "mlx/mlx.h"
 #include "ops.h"
 #include "ops/metal_blocks.h"
@@ -27,6 +28,22 @@ void experts(
     const mx::array* residual,
     mx::array& y,
     const mx::array* shared_act = nullptr);
+
+// Encodes moe_decode of a prompt's tokens, grouped by slot.
+void grouped_experts(
+    const mx::Stream& stream,
+    const mx::array& x,
+    const mx::array& slots,
+    const mx::array& scores,
+    const MlpWeights& routed,
+    mx::array& y);
+
+// Encodes the sum of y [t, top_k, hidden] times scores over the choices.
+void expert_sum(
+    Encoder& encoder,
+    const mx::array& y,
+    const mx::array& scores,
+    mx::array& sum);
 
 // Encodes the choice of router_topk, given logits [tokens, experts].
 void choose(

@@ -131,15 +131,14 @@ void MoeDecode::eval_gpu(
   const mx::array* const gate = &inputs[3];
   const mx::array* const up = gate + gate_.spec->plane_count;
   const MlpFormats formats{gate_, up_, down_};
-  metal::experts(
-      stream(),
-      inputs[0],
-      inputs[1],
-      inputs[2],
-      {gate, up, up + up_.spec->plane_count, formats},
-      nullptr,
-      nullptr,
-      y);
+  const metal::MlpWeights routed{gate, up, up + up_.spec->plane_count, formats};
+  if (prompt_) {
+    metal::grouped_experts(
+        stream(), inputs[0], inputs[1], inputs[2], routed, y);
+  } else {
+    metal::experts(
+        stream(), inputs[0], inputs[1], inputs[2], routed, nullptr, nullptr, y);
+  }
 }
 
 }  // namespace glm_fused

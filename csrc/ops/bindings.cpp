@@ -62,6 +62,7 @@ void bind_ops(nb::module_& m) {
             slots,
             scores,
             is_reference(kernel),
+            kernel == Kernel::metal_prompt,
             use ? use->value->use() : nullptr,
             on(kernel, stream));
       },

@@ -254,7 +254,7 @@ mx::array metal_streamed_moe(
   const auto [chosen, scores] = router_topk(
       h, router.weight, router.correction_bias, router.routing, false, cpu);
   const auto& [gate, up, down] = experts;
-  moe_decode(h, gate, up, down, chosen, scores, false, arrivals, cpu);
+  moe_decode(h, gate, up, down, chosen, scores, false, false, arrivals, cpu);
   Arrays inputs = {
       in_rows(x, s),
       in_rows(norm.weight, s),

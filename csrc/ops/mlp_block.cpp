@@ -118,8 +118,8 @@ mx::array moe_block(
     const auto [slots, scores] =
         router_topk(h, weight, bias, routing, false, s);
     const Mlp e = spec.of(from);
-    mx::array y =
-        moe_decode(h, e.gate, e.up, e.down, slots, scores, false, nullptr, s);
+    mx::array y = moe_decode(
+        h, e.gate, e.up, e.down, slots, scores, false, false, nullptr, s);
     if (shared_spec) {
       y = residual_add(y, mlp(h, shared_spec->of(from), s), s);
     }

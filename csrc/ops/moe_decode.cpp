@@ -61,6 +61,7 @@ mx::array moe_decode(
     const mx::array& slots,
     const mx::array& scores,
     bool reference,
+    bool prompt,
     const std::shared_ptr<Arrivals>& arrivals,
     mx::StreamOrDevice s) {
   const std::string op = "moe_decode";
@@ -124,6 +125,7 @@ mx::array moe_decode(
       std::make_shared<MoeDecode>(
           mx::to_stream(s),
           reference,
+          prompt,
           gate_format,
           up_format,
           down_format,

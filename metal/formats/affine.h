@@ -108,6 +108,12 @@ struct Affine {
         used);
   }
 
+  // Gives the weights themselves.
+  static METAL_FUNC void decode(const thread Cells& cells, thread float* w) {
+    mlx_affine::dequantize<float, values, bits>(
+        (const thread uint8_t*)cells.w, cells.scale, cells.bias, w);
+  }
+
   static METAL_FUNC float total(float sum, const device S*) {
     return sum;
   }

@@ -116,6 +116,14 @@ struct Dense {
     dot(cells, x_thread, sum, result);
   }
 
+  // Gives the weights themselves.
+  static METAL_FUNC void decode(const thread Cells& cells, thread float* w) {
+    GLM_UNROLL
+    for (int i = 0; i < values; i++) {
+      w[i] = static_cast<float>(cells.w[i]);
+    }
+  }
+
   static METAL_FUNC float total(float sum, const device uint8_t*) {
     return sum;
   }

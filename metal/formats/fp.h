@@ -104,6 +104,16 @@ struct Fp {
         (const thread uint8_t*)cells.w, x_thread, cells.scale, used);
   }
 
+  // Gives the weights themselves, but for the matrix's factor.
+  static METAL_FUNC void decode(const thread Cells& cells, thread float* w) {
+    const thread uint8_t* codes = (const thread uint8_t*)cells.w;
+    GLM_UNROLL
+    for (int i = 0; i < values; i++) {
+      const uint8_t code = bits == 8 ? codes[i] : codes[i / 2] >> (i % 2 * 4);
+      w[i] = cells.scale * mlx_fp::Dequantize<bits>{}(code);
+    }
+  }
+
   static METAL_FUNC float total(float sum, const device uint8_t* factor) {
     return factors ? sum * *(const device float*)factor : sum;
   }

@@ -100,6 +100,14 @@ struct Fp8 {
     dot(cells, x_thread, sum, result);
   }
 
+  // Gives the weights themselves.
+  static METAL_FUNC void decode(const thread Cells& cells, thread float* w) {
+    GLM_UNROLL
+    for (int i = 0; i < values; i++) {
+      w[i] = cells.scale * mlx_fp::Dequantize<8>{}(cells.w[i]);
+    }
+  }
+
   static METAL_FUNC float total(float sum, const device S*) {
     return sum;
   }

@@ -85,10 +85,13 @@ class Kernel(enum.Enum):
     metal = 1
     """This package's Metal kernels."""
 
-    loops = 2
+    metal_prompt = 2
+    """This package's Metal kernels for prompts, on matrix units."""
+
+    loops = 3
     """Plain loops, the reference."""
 
-    mlx = 3
+    mlx = 4
     """Stock MLX ops."""
 
 def probe(a: mlx.core.array) -> mlx.core.array:

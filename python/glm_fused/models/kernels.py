@@ -100,7 +100,9 @@ def _mlp(layer: DecoderLayer, x: mx.array) -> list[mx.array]:
         made.append(mlp.shared_experts.feed_forward(flat))
     gate, up, down = mlp.switch_mlp.weights()
     assert gate is not None and up is not None and down is not None  # no adapter waits
-    for few in (flat[:1], flat[: ops.blocks.MAX_TOKENS]):
+    prompt = flat.shape[0] > ops.blocks.MAX_TOKENS
+    for few in (flat[:1], flat):
         slots = mx.zeros((few.shape[0], 1), mx.int32)
-        made.append(ops.moe_decode(few, gate, up, down, slots, mx.ones(slots.shape)))
+        ones = mx.ones(slots.shape)
+        made.append(ops.moe_decode(few, gate, up, down, slots, ones, prompt=prompt))
     return made

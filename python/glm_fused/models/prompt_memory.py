@@ -124,7 +124,7 @@ def _mlp_values(args: ModelArgs, streamed: bool) -> int:
     hidden, width = args.hidden_size, args.moe_intermediate_size
     dense = 3 * args.intermediate_size
     sparse = 3 * width * (args.n_shared_experts or 0) + 3 * hidden
-    if mx.default_device() == mx.gpu:  # stock ops, row by row
+    if mx.default_device() == mx.gpu:  # of every choice
         sparse += args.num_experts_per_tok * (3 * width + 3 * hidden)
     elif streamed:  # gathered rows, what experts make of them, joined, put in order
         sparse += 4 * args.num_experts_per_tok * hidden

@@ -20,6 +20,7 @@ def moe_decode(
     scores: mx.array,
     *,
     use: _ext.SlotUse | None = None,
+    prompt: bool | None = None,
     reference: bool | None = None,
     stream: Stream = None,
 ) -> mx.array:
@@ -38,6 +39,9 @@ def moe_decode(
         use: of the bank whose arrays `gate`, `up` and `down` are, where `slots` are those that it
             resolved and may still be read into. The CPU computes each expert once it is read;
             other paths wait for all.
+        prompt: whether the tokens are a prompt's, which Metal groups by slot to read each
+            expert's weights once for up to 128 of its tokens; its matrix units have their own
+            order of sums. None: if there are more than 16.
         reference: True or False overrides the current path.
         stream: where to run; None: the default device.
 
@@ -58,8 +62,9 @@ def moe_decode(
         stream=stream,
         reference=reference,
         stock_ops=stock.takes(gate, up, down),
+        prompt=prompt,
     )
-    if use is not None and (kernel is Kernel.metal or kernel is Kernel.mlx):
+    if use is not None and kernel in (Kernel.metal, Kernel.metal_prompt, Kernel.mlx):
         slots, use = use.wait(slots), None
     if kernel is Kernel.mlx:
         with routes.on(stream):

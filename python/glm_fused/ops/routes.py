@@ -5,8 +5,8 @@ op                 fused, CPU       fused, GPU             reference, CPU   refe
 =================  ===============  =====================  ===============  ======================
 quantized_matvec   ``cpu``          ``mlx``, whose bits    ``loops``        ``mlx``
                                     the CPU's follow
-moe_decode         ``cpu``          ``metal``; ``mlx``     ``loops``        ``mlx``: ``gather_qmm``,
-                                    for a prompt                            `swiglu`, `expert_sum`
+moe_decode         ``cpu``          ``metal``;             ``loops``        ``mlx``: ``gather_qmm``,
+                                    ``metal_prompt``                        `swiglu`, `expert_sum`
 router_topk        ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
 rms_norm           ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
 layer_norm         ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
@@ -19,9 +19,12 @@ sparse_mla_decode  ``cpu``          ``metal``              ``loops``        ``lo
 ``cpu`` and ``metal`` are this package's kernels, ``loops`` its plain loops with one rounding a
 step, which define the bits, and ``mlx`` is a chain of stock MLX ops (`glm_fused.ops.stock`). The
 paths of a device have the same bits, but for the norms, `indexer_topk` and `sparse_mla_decode` as
-``mlx``, which is where a GPU without Metal falls back to. What a Metal kernel does not take falls
+``mlx``, which is where a GPU without Metal falls back to, and but for ``metal_prompt``: this
+package's Metal kernels for more than 16 tokens, which multiply on matrix units. The order of their
+sums is the hardware's: they give the same bits each time, with an error against float64 that is no
+larger than that of ``metal``. What a Metal kernel does not take falls
 back, too: the route says so, and the op warns once. MLX has no ops for FP8 weights: the reference
-is ``loops`` for them, and where a prompt runs as ``mlx`` they are rounded to the activations' type.
+is ``loops`` for them.
 For up to 16 tokens the ops of a layer are joined in blocks (`glm_fused.ops.blocks`), which have
 their bits, and on Metal this package's kernels for matrices, too.
 """
@@ -87,6 +90,7 @@ def choose(
     stream: Stream = None,
     reference: bool | None = None,
     stock_ops: bool = True,
+    prompt: bool | None = None,
 ) -> Route:
     """The code that runs ``op``.
 
@@ -98,6 +102,7 @@ def choose(
             `metal_sim.simulated`, ops with a Metal kernel run it wherever they are asked to run.
         reference: True or False overrides the current path.
         stock_ops: whether MLX has matrix kernels for the weights' formats.
+        prompt: whether the tokens are a prompt's; None: if they are more than 16.
     """
     on_gpu = is_gpu(stream)
     if paths.use_reference(reference):
@@ -111,8 +116,12 @@ def choose(
     other = Kernel.mlx if on_gpu and op != "router_topk" else Kernel.cpu
     if not has_metal(stream):
         return Route(op, other, "MLX finds no Metal device", True)
-    if op == "moe_decode" and sizes[0] > _ext.metal_max_tokens:
-        return Route(op, other, f"{sizes[0]} tokens are a prompt")
+    if op == "moe_decode":
+        many = sizes[0] > _ext.metal_max_tokens
+        if many if prompt is None else prompt:
+            return Route(op, Kernel.metal_prompt)
+        if many:
+            return Route(op, other, f"{sizes[0]} tokens that are no prompt")
     if obstacle := metal_obstacle(op, *sizes):
         return Route(op, other, obstacle, True)
     return _METAL[op]
@@ -127,11 +136,9 @@ def metal_obstacle(op: str, *sizes: int) -> str:
     return _ext.sparse_mla_decode_obstacle(*sizes) if op == "sparse_mla_decode" else ""
 
 
-def take(
-    op: str, *sizes: int, stream: Stream, reference: bool | None, stock_ops: bool = True
-) -> _ext.Kernel:
+def take(op: str, *sizes: int, stream: Stream, reference: bool | None, **how: Any) -> _ext.Kernel:
     """`choose`, for an op that is about to run: a fall-back is warned of once."""
-    route = choose(op, *sizes, stream=stream, reference=reference, stock_ops=stock_ops)
+    route = choose(op, *sizes, stream=stream, reference=reference, **how)
     if route.fell_back:
         paths.fall_back(route.op, route.reason)
     elif route.reason and not paths.use_reference(reference):

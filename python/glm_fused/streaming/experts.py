@@ -131,10 +131,16 @@ class StreamedExperts(nn.Module):
         return _ext.SlotUse(self._bank, _reads.get() or _ext.SlotReads())
 
     def _apply(
-        self, use: _ext.SlotUse, x: mx.array, pending: mx.array, scores: mx.array, after: mx.array
+        self,
+        use: _ext.SlotUse,
+        x: mx.array,
+        pending: mx.array,
+        scores: mx.array,
+        after: mx.array,
+        prompt: bool | None = None,
     ) -> mx.array:
         slots = mx.depends(pending, after)
-        y = ops.moe_decode(x, *self._weights, slots, scores, use=use)
+        y = ops.moe_decode(x, *self._weights, slots, scores, use=use, prompt=prompt)
         return use.release(y, slots)
 
     def _in_waves(
@@ -148,6 +154,7 @@ class StreamedExperts(nn.Module):
         _raise_failure(_reads.get())
         waves = plan_waves(chosen, set(self._bank.resident()), size)
         ones = mx.ones((experts.size, 1))
+        prompt = len(chosen) > ops.blocks.MAX_TOKENS  # and not how many of its pairs a wave has
         parts: list[mx.array] = []
         other: mx.array | None = None
         upcoming: tuple[_ext.SlotUse, mx.array, mx.array] | None = None
@@ -158,7 +165,7 @@ class StreamedExperts(nn.Module):
             if other is None:
                 after = other = self._while_reading(x, after, meanwhile)
             rows = x[mx.array(wave.pairs // top_k)]
-            parts.append(self._apply(use, rows, pending, ones[: len(wave.pairs)], after))
+            parts.append(self._apply(use, rows, pending, ones[: len(wave.pairs)], after, prompt))
         assert other is not None  # there is a token, so there is a wave
         order = np.argsort(np.concatenate([wave.pairs for wave in waves]))
         y = mx.concatenate(parts)[mx.array(order)]

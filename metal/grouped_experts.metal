@@ -1,0 +1,2 @@
+#include "formats/families.h"
+#include "grouped_experts.h"

@@ -1,0 +1,135 @@
+"""Every barrier, bound and mask of a prompt's shaders is needed: without it, tracer or result tell.
+Changes that no run can show are listed with the reason."""
+
+import numpy as np
+import pytest
+from metal_mutants import Mutants, Mutation
+from test_metal_mutations import experts
+
+DENSE, AFFINE4, MXFP4 = ("dense", 0, 0), ("affine", 4, 32), ("mxfp4", 4, 32)
+NVFP4_GLOBAL, FP8 = ("nvfp4-global", 4, 16), ("fp8", 8, 128)
+
+
+# Slots have 9, 1 and 30 pairs; rows end within a tile, and the last fours of a vector beyond it.
+FEW = experts(
+    "few", AFFINE4, MXFP4, DENSE, tokens=20, hidden=96, intermediate=45, used=3,
+    slots=tuple(map(tuple, np.repeat([2, 1, 0], [30, 1, 9]).reshape(20, 2).tolist())),
+)  # fmt: skip
+# More pairs of a slot than are taken at once, and rows of several threadgroups.
+MANY = experts(
+    "many", DENSE, DENSE, DENSE, tokens=270, top_k=1, hidden=70, intermediate=36, used=2,
+    slots=tuple((int(i > 9),) for i in range(270)),
+)  # fmt: skip
+FACTORS = experts(
+    "factors", NVFP4_GLOBAL, FP8, NVFP4_GLOBAL, tokens=17, top_k=1, hidden=128, intermediate=32,
+    used=2,
+)  # fmt: skip
+# Slots before the first and after the last.
+BAD = experts(
+    "bad", DENSE, DENSE, DENSE, tokens=20, hidden=70, intermediate=4, used=2,
+    slots=tuple([(-1, 1), (0, 7), (1, 0), (0, 1)] * 5),
+)  # fmt: skip
+CASES = [FEW, MANY, FACTORS, BAD]
+
+BARRIER = "@threadgroup_barrier(mem_flags::mem_threadgroup);\n@@"
+GROUP_PAIRS = [
+    ("barrier", FEW, BARRIER, 0),
+    ("stretch", MANY, "each = (pairs@ + kSortSimdgroups - 1@@) /"),
+    ("end of the pairs", MANY, "end = @min(first + each, pairs)@first + each@;"),
+    ("slots from the first", BAD, "return @slot < 0 ? bank : @@min(slot, bank)"),
+    ("slots to the last", BAD, "bank : @min(slot, bank)@slot@;"),
+    ("earlier groups", FEW, "found <@@=@ group"),
+    ("one lane", FEW, "@if (lane == 0) {@{@\n    before"),
+    ("earlier simdgroups", FEW, "i <@@=@ simdgroup ? own"),
+    ("one writer", FEW, "@simdgroup == 0 && @@lane == 0"),
+    ("last pairs", FEW, "@pair + lane < end && @@group_of"),
+    ("place of a lane", FEW, "place@ + simd_prefix_exclusive_sum(fits)@@"),
+    ("pairs that fit", FEW, "if (@fits != 0@true@)"),
+    ("place of the next", MANY, "place += @simd_sum(fits)@0@;"),
+]
+GATE_UP = [
+    ("vectors loaded after the last are used", MANY, BARRIER, 1),
+    ("vectors used after they are loaded", MANY, BARRIER, 2),
+    ("vectors loaded", FEW, "left = @vector < count@true@ ? k - column"),
+    ("offsets", MANY, "size_t(@vector < count ? offsets[vector] : 0@offsets[vector]@)"),
+    ("eights of vectors", FEW, "whole = @(count + kSide - 1) / kSide * kSide@count@;"),
+    ("end of a vector", MANY, "to[j] = @j < left@true@ ? from"),
+    ("columns left", MANY, "vector < count ? k@@ + 1@ - column - at"),
+    ("rows loaded", FEW, "left = @row < used@true@ ? k"),
+    ("whole cells", MANY, "if (left >= @F::values@1@) {"),
+    ("cells beyond the last", MANY, "+ j) = @left > 0@true@"),
+    ("gate or up", FEW, "rows + (@first + @@row) * kRowPitch"),
+    ("columns of a row", FEW, "w.skip(row, column@ + at@@, k)"),
+    ("row", FEW, "w.skip(@row@0@, column"),
+    ("eights of a simdgroup", FEW, "eight * kGroupSimdgroups) * kSide < count@@ - kSide@"),
+    ("eights that are not loaded", FEW, "if (@has(i)@true@)"),
+    ("sums of a step", FEW, "j + i % kWideStep] += @part[i]@part[0]@;"),
+    ("sums of steps", FEW, "j + i % kWideStep] @+@@= part"),
+    ("parts", FEW, "part[i] = float2(@0.0f@1.0f@)"),
+    ("neighbouring row", FEW, "float2(from[0], from[@kRowPitch@1@])"),
+    ("neighbouring column", FEW, "static_cast<float>(from[@1@0@])"),
+    ("eight columns of rows", FEW, "kSide * kRowPitch + d * @kSide@0@"),
+    ("pairs of the slot", FEW, "order[@group.first + @@first + thread_id]"),
+    ("pairs of a pass", MANY, "order[group.first +@ first +@@ thread_id]"),
+    ("pairs' tokens", FEW, "thread_id]@ / params.top_k@@;"),
+    ("pairs of the group", FEW, "if (thread_id < count@@ + 99@) {\n      tokens"),
+    ("passes", MANY, "count = @min(kGroupVectors, group.count - first)@kGroupVectors@;", 0),
+    ("sums begun", MANY, "sums[i] = @float2(0.0f)@sums[i]@;", 0),
+    ("columns", FEW, "column < k@@ - 32@; column"),
+    ("rows left", FEW, "min(half_rows, n - row@@ + 1@)"),
+    ("vectors stored", FEW, "if (@vector < count && @@at < used", 0),
+    ("rows stored", FEW, "if (vector < count@ && at < used@@", 0),
+    ("factor of gate", FACTORS, "@Gate::total(sums[sum][i % 2], gate.biases)@sums[sum][i % 2]@"),
+    ("gate", FEW, "Gate::total(sums[sum@@ + half_wide@][i % 2]"),
+    ("up", FEW, "Up::total(sums[sum@ + half_wide@@][i % 2]"),
+    ("place of act", FEW, "act[size_t(group.first + first + vector) * n + row@@ + 1@ + at]"),
+]
+DOWN = [
+    ("vectors loaded after the last are used", MANY, BARRIER, 3),
+    ("vectors used after they are loaded", MANY, BARRIER, 4),
+    ("slots that are none", BAD, "i < group.count * used@@ - 1@; i +="),
+    ("rows of slots that are none", BAD, "n + row@ + i % used@@] = static_cast<T>(NAN)"),
+    ("pairs of slots that are none", BAD, "order[group.first@ + i / used@@]"),
+    ("places of a pass", MANY, "= group.first +@ first +@@ thread_id;"),
+    ("places of the slot", FEW, "= @group.first + @@first + thread_id;"),
+    ("passes", MANY, "count = @min(kGroupVectors, group.count - first)@kGroupVectors@;", 1),
+    ("sums begun", MANY, "sums[i] = @float2(0.0f)@sums[i]@;", 1),
+    ("rows left", FEW, "min(kGroupRows, n - row@@ + 1@)"),
+    ("vectors stored", FEW, "if (@vector < count && @@at < used", 1),
+    ("rows stored", FEW, "if (vector < count@ && at < used@@", 1),
+    ("factor", FACTORS, "@F::total(sums[i / 2][i % 2], w.biases)@sums[i / 2][i % 2]@"),
+    ("pair of y", MANY, "order[group.first +@ first +@@ vector]"),
+    ("rows of a threadgroup", MANY, "y[pair * n +@ row +@@ at]"),
+]
+# No run can show these, because the changed shader is as right; the reason is told.
+EQUIVALENT = [
+    # Its sums are stored nowhere, and its vectors lie in the threadgroup's memory.
+    ("order of parts", FEW, "kWideStep = @2@4@;"),
+]
+MUTATIONS = [
+    Mutation(name, case, kernel, *change)
+    for kernel, table in (
+        ("group_pairs", GROUP_PAIRS),
+        ("grouped_gate_up", GATE_UP),
+        ("grouped_down", DOWN),
+    )
+    for name, case, *change in table
+]
+SAME = [Mutation(name, case, "grouped_gate_up", *change) for name, case, *change in EQUIVALENT]
+grouped = Mutants([*MUTATIONS, *SAME])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_shader_itself_is_clean(case):
+    launches = grouped.right(case).launches
+    assert all(launch.report.clean for launch in launches), launches
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
+def test_mutation_is_caught(mutation):
+    assert grouped.caught_by(mutation)
+
+
+@pytest.mark.parametrize("mutation", SAME, ids=str)
+def test_equivalent_change_gives_the_same(mutation):
+    assert not grouped.caught_by(mutation)
