@@ -84,6 +84,12 @@ NB_MODULE(_ext, m) {
       "experts"_a,
       "Why router_topk has no Metal kernel for this count; empty if it has.");
   m.def(
+      "mla_prompt_takes",
+      &metal::mla_prompt_takes,
+      "rank"_a,
+      "rope"_a,
+      "Whether a prompt's attention on Metal takes rows so wide.");
+  m.def(
       "sparse_mla_decode_obstacle",
       [](int listed) { return metal::sparse_mla_decode_obstacle(listed); },
       "listed"_a,

@@ -268,7 +268,8 @@ mx::array indexer_topk(
 // Returns float32 [b, l, heads, rank]: attention of the last l tokens over the
 // cached rows that `selected` [b, l, k] names, or over all that they may see. q
 // is [b, l, heads, rank + rope]; latents are [b, t, rank] with ropes [b, t,
-// rope], or packed rows without.
+// rope], or packed rows without. With `prompt`, Metal takes the queries one by
+// one, and the order of the sums is its matrix units'.
 mx::array sparse_mla_decode(
     const mx::array& q,
     const mx::array& latents,
@@ -278,6 +279,7 @@ mx::array sparse_mla_decode(
     float scale,
     const std::optional<mx::array>& start,
     bool reference,
+    bool prompt,
     mx::StreamOrDevice s = {});
 
 }  // namespace glm_fused

@@ -389,11 +389,13 @@ class SparseMlaDecode : public FusedPrimitive {
   SparseMlaDecode(
       mx::Stream stream,
       bool reference,
+      bool prompt,
       RowLayout layout,
       float scale,
       bool ropes,
       bool selected)
       : FusedPrimitive(stream, reference),
+        prompt_(prompt),
         layout_(layout),
         scale_(scale),
         ropes_(ropes),
@@ -414,6 +416,7 @@ class SparseMlaDecode : public FusedPrimitive {
   }
 
  private:
+  bool prompt_;  // whether Metal takes a prompt's kernel
   RowLayout layout_;
   float scale_;
   bool ropes_, selected_;

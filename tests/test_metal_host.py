@@ -333,8 +333,7 @@ def test_demo_model_on_a_prompt():
                 "grouped_gate_up": sparse,
                 "grouped_down": sparse,
                 "expert_sum": sparse,
-                "mla_split": layers,
-                "mla_combine": layers,
+                "mla_prompt": layers,
                 "index_scores": full,
                 "index_select": full,
                 # Of a layer: its two norms, those of q's and the keys' latents; then the last one.

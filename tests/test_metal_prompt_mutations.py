@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from metal_mutants import Mutants, Mutation
 from test_metal_mutations import experts
+from test_metal_mutations_mla import Attention
 
 DENSE, AFFINE4, MXFP4 = ("dense", 0, 0), ("affine", 4, 32), ("mxfp4", 4, 32)
 NVFP4_GLOBAL, FP8 = ("nvfp4-global", 4, 16), ("fp8", 8, 128)
@@ -29,7 +30,16 @@ BAD = experts(
     "bad", DENSE, DENSE, DENSE, tokens=20, hidden=70, intermediate=4, used=2,
     slots=tuple([(-1, 1), (0, 7), (1, 0), (0, 1)] * 5),
 )  # fmt: skip
-CASES = [FEW, MANY, FACTORS, BAD]
+
+# Two sequences with a start of their own; columns and RoPE end within a matrix.
+KEYS = Attention("keys", 3, 25, 4, total=40, b=2, queries=17, start=(3, 0))
+# Heads of two threadgroups, whose lists have keys that no query sees.
+LISTS = Attention("lists", 17, 40, 8, total=120, listed=75, queries=17, gaps=True)
+# Columns of two simdgroups.
+WIDE_ROWS = Attention("wide rows", 1, 104, total=20, queries=17)
+# Nothing is listed that a query sees.
+NO_KEYS = Attention("no keys", 2, 8, listed=3, queries=17, empty=(0, 3))
+CASES = [FEW, MANY, FACTORS, BAD, KEYS, LISTS, WIDE_ROWS, NO_KEYS]
 
 BARRIER = "@threadgroup_barrier(mem_flags::mem_threadgroup);\n@@"
 GROUP_PAIRS = [
@@ -101,6 +111,60 @@ DOWN = [
     ("pair of y", MANY, "order[group.first +@ first +@@ vector]"),
     ("rows of a threadgroup", MANY, "y[pair * n +@ row +@@ at]"),
 ]
+MLA = [
+    ("barrier after the list", KEYS, BARRIER, 0),
+    ("barrier after parts of scores", KEYS, BARRIER, 1),
+    ("barrier after weights", KEYS, BARRIER, 2),
+    ("barrier after totals", KEYS, BARRIER, 3),
+    ("entry of a list", LISTS, "= @entry < params.listed@true@\n", 0),
+    ("first visible key", KEYS, "key @>=@>@ visible.low &&"),
+    ("last visible key", LISTS, "key >= visible.low@ && key < visible.high@@ ? key"),
+    ("keys listed by one simdgroup", LISTS, "if (listed != 0@ && simdgroup == 0@@)"),
+    ("heads", LISTS, "return @head < heads && @@column < end"),
+    ("columns of queries", KEYS, "head < heads@ && column < end()@@\n"),
+    ("columns dealt to a lane", KEYS, "row / 2 * kChunk +@@ 1 +@"),
+    ("columns of a matrix", KEYS, "eight % kBlockEights * @2@1@ + row % 2"),
+    ("neighbouring column", KEYS, "* 2 + @row % 2@0@\n"),
+    ("second head", KEYS, "query(head@ + 1@@, column))"),
+    ("own block", WIDE_ROWS, "simdgroup * kOwnColumns +@ block * kBlockColumns@ 0@;"),
+    ("own columns", WIDE_ROWS, "return @simdgroup * kOwnColumns +@@ block"),
+    ("lane's chunk", KEYS, "part.own_column(block)@ + place@@;"),
+    ("keys that are none", KEYS, "if (@key >= 0 && @@column < part.rows.rank)"),
+    ("chunks past the latents", WIDE_ROWS, "if (key >= 0@ && column < part.rows.rank@@)"),
+    ("RoPE of no key", KEYS, "ropes[i] = @key >= 0 && @@column"),
+    ("end of RoPE", KEYS, "ropes[i] = key >= 0@ && column + i < part.end()@@"),
+    ("value of a matrix", KEYS, "value(at@ + 1@@)"),
+    ("keys of the tile", LISTS, "first + i * kSide@ + matrix_row(lane)@@;"),
+    ("keys after the last", LISTS, "at < count ? @list[at]@list[0]@ : -1", 0),
+    ("keys before the last", LISTS, "at < count@@ - 1@ ? list", 0),
+    ("latents' scores", WIDE_ROWS, "keys[eight].matrix(@d@0@), queries"),
+    ("has a block", WIDE_ROWS, "return own_column(block) < rows.rank@@ - 24@;"),
+    ("RoPE's scores", KEYS, "if (@part.has_rope()@false@)"),
+    ("place of a score", LISTS, "* kScorePitch +@ heads * kSide +@@\n"),
+    ("parts of scores", WIDE_ROWS, "i < kPromptSimdgroups@@ - 7@; i++) {\n        score +="),
+    ("scale", KEYS, "@score *= params.scale;@@"),
+    ("listed keys", LISTS, "listed = first@ + own_key@@ < count"),
+    ("weights of the listed", LISTS, "weight =\n          @listed@true@ ? glm"),
+    ("largest score before", KEYS, "larger(@most@-INFINITY@, score)"),
+    ("largest score of a head", KEYS, "larger(largest, @simd_shuffle_xor(largest, step)@largest@)"),
+    ("factor", KEYS, "total > 0 ? @glm_fused::exp_negative(most - largest)@1.0f@"),
+    ("sum of weights", KEYS, "sum += @simd_shuffle_xor(sum, step)@0@;"),
+    ("total", KEYS, "total = fma(total, @factor@1.0f@, sum)"),
+    ("most", KEYS, "@most = largest;@@"),
+    ("one factor", KEYS, "@if (own_key == 0) {@{@\n        factors"),
+    ("factor of a row", KEYS, "scale = factors[@row@0@]"),
+    ("weights of the keys", LISTS, "i * kSide@ + matrix_column(lane)@@;\n          left"),
+    ("values of the keys", LISTS, "left[@i@0@], keys"),
+    ("keys' values", LISTS, "keys[@i@0@].matrix(d), sum_of_keys"),
+    ("rescaled sums", KEYS, "fma(sums[at], float2(@scale@1.0f@)"),
+    ("totals", KEYS, "@if (own_key == 0) {@{@\n    totals"),
+    ("rows written", LISTS, "if (@row < part.heads && @@column < rank)"),
+    ("columns written", KEYS, "if (row < part.heads@ && column < rank@@)"),
+    ("no keys", NO_KEYS, "@all == 0 ? 0.0f : @@sums"),
+    ("divided", KEYS, "sums[i / 2][i % 2]@ / all@@;"),
+    ("entries", LISTS, "entry < entries@@ - kSplit@; entry"),
+    ("passes over a split", LISTS, "first < count@@ - kPromptKeys@; first"),
+]
 # No run can show these, because the changed shader is as right; the reason is told.
 EQUIVALENT = [
     # Its sums are stored nowhere, and its vectors lie in the threadgroup's memory.
@@ -112,24 +176,25 @@ MUTATIONS = [
         ("group_pairs", GROUP_PAIRS),
         ("grouped_gate_up", GATE_UP),
         ("grouped_down", DOWN),
+        ("mla_prompt", MLA),
     )
     for name, case, *change in table
 ]
 SAME = [Mutation(name, case, "grouped_gate_up", *change) for name, case, *change in EQUIVALENT]
-grouped = Mutants([*MUTATIONS, *SAME])
+mutants = Mutants([*MUTATIONS, *SAME])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_shader_itself_is_clean(case):
-    launches = grouped.right(case).launches
+    launches = mutants.right(case).launches
     assert all(launch.report.clean for launch in launches), launches
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
 def test_mutation_is_caught(mutation):
-    assert grouped.caught_by(mutation)
+    assert mutants.caught_by(mutation)
 
 
 @pytest.mark.parametrize("mutation", SAME, ids=str)
 def test_equivalent_change_gives_the_same(mutation):
-    assert not grouped.caught_by(mutation)
+    assert not mutants.caught_by(mutation)

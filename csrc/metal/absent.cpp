@@ -21,6 +21,10 @@ std::string sparse_mla_decode_obstacle(int) {
   return "this build has no Metal kernels";
 }
 
+bool mla_prompt_takes(int, int) {
+  return false;
+}
+
 std::vector<ListedKernel> listed_kernels() {
   return {};
 }

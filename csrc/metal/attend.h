@@ -36,4 +36,7 @@ void attend(
     const Attended& a,
     const Combine& combine);
 
+// Encodes the same for a prompt's queries, to y [b, l, heads, rank].
+void attend_prompt(const mx::Stream& stream, const Attended& a, mx::array& y);
+
 }  // namespace glm_fused::metal

@@ -14,6 +14,9 @@ std::string moe_decode_obstacle(int tokens, int top_k);
 std::string router_topk_obstacle(int experts);
 std::string sparse_mla_decode_obstacle(int listed);
 
+// Tells whether a prompt's attention takes rows so wide.
+bool mla_prompt_takes(int rank, int rope);
+
 // Gives how many of the tokens' vectors of `rank` values fit in threadgroup
 // memory beside a float for each split of `listed` keys: a power of two, 0
 // where not even one fits.

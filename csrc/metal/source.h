@@ -7,6 +7,7 @@ namespace glm_fused::metal_source {
 extern const char* const attention_queries;
 extern const char* const grouped_experts;
 extern const char* const indexer_topk;
+extern const char* const mla_prompt;
 extern const char* const mla_unembed;
 extern const char* const moe_decode;
 extern const char* const norms;

@@ -79,6 +79,18 @@ void SparseMlaDecode::eval_gpu(
   if (y.size() == 0) {
     return;
   }
+  const metal::Attended attended{
+      inputs[0],
+      inputs[1],
+      inputs[2],
+      ropes_ ? &inputs[3] : nullptr,
+      selected_ ? &inputs.back() : nullptr,
+      layout_,
+      scale_};
+  if (prompt_) {
+    metal::attend_prompt(stream(), attended, y);
+    return;
+  }
   metal::Encoder encoder(stream());
   auto* kernel =
       encoder.kernel({metal_source::sparse_mla_decode, "mla_combine"});
@@ -99,16 +111,7 @@ void SparseMlaDecode::eval_gpu(
         MTL::Size(params.heads, tokens, 1),
         MTL::Size(32, kCombineSimdgroups, 1));
   };
-  metal::attend(
-      stream(),
-      {inputs[0],
-       inputs[1],
-       inputs[2],
-       ropes_ ? &inputs[3] : nullptr,
-       selected_ ? &inputs.back() : nullptr,
-       layout_,
-       scale_},
-      combine);
+  metal::attend(stream(), attended, combine);
 }
 
 }  // namespace glm_fused

@@ -292,6 +292,7 @@ void bind_ops(nb::module_& m) {
             scale,
             start,
             is_reference(kernel),
+            kernel == Kernel::metal_prompt,
             on(kernel, stream));
       },
       "q"_a,

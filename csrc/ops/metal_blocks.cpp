@@ -148,7 +148,7 @@ mx::array metal_attend(
   // It checks its arguments and prepares its inputs; it is evaluated only where
   // what follows does not fit.
   const mx::array attended = sparse_mla_decode(
-      q, latents, ropes, selected, rank, scale, start, false, s);
+      q, latents, ropes, selected, rank, scale, start, false, false, s);
   const int listed = selected ? selected->shape(2) : latents.shape(1);
   if (!metal::unembed_vectors(1, listed, rank, x.itemsize())) {
     return metal_attention_output(x, attended, unembed_out, o_proj, s);
@@ -180,7 +180,7 @@ mx::array metal_attend(
     }
     const mx::Device cpu(mx::Device::cpu);
     const mx::array attended = sparse_mla_decode(
-        q, latents, ropes, selected, rank, scale, start, false, cpu);
+        q, latents, ropes, selected, rank, scale, start, false, false, cpu);
     const Weight values = from.weight(unembed);
     return {attention_output(x, attended, values, from.weight(o), cpu)};
   };

@@ -43,6 +43,7 @@ mx::array sparse_mla_decode(
     float scale,
     const std::optional<mx::array>& start,
     bool reference,
+    bool prompt,
     mx::StreamOrDevice s) {
   const std::string op = "sparse_mla_decode";
   check_float(op, "q", q);
@@ -77,6 +78,7 @@ mx::array sparse_mla_decode(
       std::make_shared<SparseMlaDecode>(
           mx::to_stream(s),
           reference,
+          prompt,
           layout,
           scale,
           ropes.has_value(),

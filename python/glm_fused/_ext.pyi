@@ -458,6 +458,9 @@ def moe_decode_obstacle(tokens: int, top_k: int) -> str:
 def router_topk_obstacle(experts: int) -> str:
     """Why router_topk has no Metal kernel for this count; empty if it has."""
 
+def mla_prompt_takes(rank: int, rope: int) -> bool:
+    """Whether a prompt's attention on Metal takes rows so wide."""
+
 def sparse_mla_decode_obstacle(listed: int) -> str:
     """
     Why sparse_mla_decode has no Metal kernel for lists of this length; empty if it has.

@@ -188,8 +188,10 @@ def sparse_mla_decode(
     It computes ``softmax(q . row * scale) row[:rank]`` in fp32. The queries are the cache's last
     ``l`` tokens and see what `indexer_topk` lets them see; an entry of `selected` outside that,
     such as -1, is skipped. A query without keys gives zeros. Results depend neither on the number
-    of queries nor on threads. The op needs heads * 4 bytes per query and listed key, and takes as
-    many queries at a time as make 32 MiB of that, at least one.
+    of queries nor on threads, except that Metal takes more than 16 queries of a sequence as a
+    prompt, whose sums its matrix units add in an order of their own. The op needs heads * 4 bytes
+    per query and listed key, and takes as many queries at a time as make 32 MiB of that, at least
+    one; of a prompt on Metal nothing.
 
     Args:
         q: float [b, l, heads, rank + rope].
@@ -210,7 +212,13 @@ def sparse_mla_decode(
         ValueError: a shape or dtype does not fit; the message names the argument.
     """
     listed = listed_keys(latents, selected)
-    kernel = routes.take("sparse_mla_decode", listed, stream=stream, reference=reference)
+    kernel = routes.take(
+        "sparse_mla_decode",
+        listed,
+        stream=stream,
+        reference=reference,
+        prompt=_is_prompt(q, rank),
+    )
     if kernel is Kernel.mlx:
         with routes.on(stream):
             return stock.sparse_mla_decode(q, latents, ropes, selected, rank, scale, start)
@@ -220,6 +228,13 @@ def sparse_mla_decode(
         )
     except TypeError:
         raise unfit("sparse_mla_decode", rank=rank, scale=scale, start=start) from None
+
+
+def _is_prompt(q: mx.array, rank: int) -> bool:
+    """Whether Metal has a prompt's kernel for queries [b, l, heads, rank + rope]."""
+    if q.ndim != 4 or q.shape[1] <= _ext.metal_max_tokens:
+        return False
+    return 0 < rank <= q.shape[3] and _ext.mla_prompt_takes(rank, q.shape[3] - rank)
 
 
 def listed_keys(latents: mx.array, selected: mx.array | None) -> int:

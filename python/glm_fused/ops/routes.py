@@ -13,7 +13,8 @@ layer_norm         ``cpu``          ``metal``              ``loops``        ``lo
 rotate             ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
 append_rows        ``cpu``          ``metal``              ``mlx``          ``mlx``
 indexer_topk       ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
-sparse_mla_decode  ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
+sparse_mla_decode  ``cpu``          ``metal``;             ``loops``        ``loops``, on the CPU
+                                    ``metal_prompt``
 =================  ===============  =====================  ===============  ======================
 
 ``cpu`` and ``metal`` are this package's kernels, ``loops`` its plain loops with one rounding a
@@ -102,7 +103,8 @@ def choose(
             `metal_sim.simulated`, ops with a Metal kernel run it wherever they are asked to run.
         reference: True or False overrides the current path.
         stock_ops: whether MLX has matrix kernels for the weights' formats.
-        prompt: whether the tokens are a prompt's; None: if they are more than 16.
+        prompt: whether the tokens are a prompt's, for moe_decode and sparse_mla_decode; None:
+            if they are moe_decode's and more than 16.
     """
     on_gpu = is_gpu(stream)
     if paths.use_reference(reference):
@@ -116,12 +118,11 @@ def choose(
     other = Kernel.mlx if on_gpu and op != "router_topk" else Kernel.cpu
     if not has_metal(stream):
         return Route(op, other, "MLX finds no Metal device", True)
-    if op == "moe_decode":
-        many = sizes[0] > _ext.metal_max_tokens
-        if many if prompt is None else prompt:
-            return Route(op, Kernel.metal_prompt)
-        if many:
-            return Route(op, other, f"{sizes[0]} tokens that are no prompt")
+    many = op == "moe_decode" and sizes[0] > _ext.metal_max_tokens
+    if many if prompt is None else prompt:
+        return Route(op, Kernel.metal_prompt)
+    if many:
+        return Route(op, other, f"{sizes[0]} tokens that are no prompt")
     if obstacle := metal_obstacle(op, *sizes):
         return Route(op, other, obstacle, True)
     return _METAL[op]

@@ -1,0 +1,1 @@
+#include "mla_prompt.h"
