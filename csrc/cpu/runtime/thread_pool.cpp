@@ -103,11 +103,14 @@ class Pool {
   void run(const NextRegion& next) {
     next_ = &next;
     over_.store(false, std::memory_order_relaxed);
-    uint32_t seen = number_;
+    Open region = Open::of(region_.load());
     go_on();
     while (!over_.load(std::memory_order_acquire)) {
-      if (is_new(seen)) {
-        take_part(seen, 0);
+      if (is_new(region.number)) {
+        region = Open::of(region_.load());
+        drain(region, 0);
+      } else if (is_done(region) && claims_next(region)) {
+        go_on();
       } else {
         relax();
       }
@@ -145,9 +148,17 @@ class Pool {
     }
   };
 
-  // Opens the next region, or ends the run. The thread that finished the last
-  // one's last task does so, whichever it is: one that the system has put aside
-  // keeps the others waiting for no more than the task at its hand.
+  bool is_done(const Open& region) const {
+    return done_.load(std::memory_order_acquire) == region.count;
+  }
+
+  // Whether this thread is the one to open what comes after a region.
+  bool claims_next(const Open& region) {
+    uint32_t before = region.number - 1;
+    return claimed_.compare_exchange_strong(before, region.number);
+  }
+
+  // Opens the next region, or ends the run.
   void go_on() noexcept {
     Region region;
     in_region = true;
@@ -172,16 +183,21 @@ class Pool {
     }
   }
 
-  void take_part(uint32_t& seen, int worker) {
-    const Open region = Open::of(region_.load());
-    seen = region.number;
-    if (worker >= region.threads) {
+  // A worker's part. The thread that called `run` opens the regions, as what
+  // that takes is in its core's cache; but if it does not come, because the
+  // system has put it aside, who did the last task goes on in its place.
+  void take_part(const Open& region, int worker) {
+    if (worker >= region.threads || drain(region, worker) == 0 ||
+        !is_done(region)) {
       return;
     }
-    const int done = drain(region, worker);
-    if (done > 0 &&
-        done_.fetch_add(done, std::memory_order_acq_rel) + done ==
-            region.count) {
+    for (int i = 0; i < kSpinsAtOnce; i++) {
+      if (is_new(region.number)) {
+        return;
+      }
+      relax();
+    }
+    if (is_done(region) && claims_next(region)) {
       go_on();
     }
   }
@@ -211,6 +227,9 @@ class Pool {
       done += drain(region, (worker + i) % region.threads, worker);
     }
     in_region = false;
+    if (done > 0) {
+      done_.fetch_add(done, std::memory_order_acq_rel);
+    }
     return done;
   }
 
@@ -282,7 +301,9 @@ class Pool {
         asleep_.fetch_sub(1);
         continue;
       }
-      take_part(seen, worker);
+      const Open region = Open::of(region_.load());
+      seen = region.number;
+      take_part(region, worker);
     }
   }
 
@@ -294,6 +315,8 @@ class Pool {
   int count_ = 0, as_one_ = 1;
   alignas(64) std::atomic<int> done_{0};  // how many of its tasks are
   alignas(64) std::atomic<bool> over_{true};
+  alignas(64) std::atomic<uint32_t> claimed_{
+      0};  // regions that were gone on from
   alignas(64) std::atomic<int> asleep_{0};
   std::atomic<bool> stop_{false}, failed_{false};
   const NextRegion* next_ = nullptr;
