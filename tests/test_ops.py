@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from formats_under_test import (
+    AFFINE,
     DTYPES,
     FORMATS,
     OURS,
@@ -80,6 +81,26 @@ def test_matvec_equals_the_reference(data):
     fused = ops.quantized_matvec(x, w, reference=False)
     mx.eval(fused)
     assert_same_bits(fused, ops.quantized_matvec(x, w, reference=True))
+
+
+@pytest.mark.parametrize("n", [16, 48, 272, 37])
+@pytest.mark.parametrize("fill", ["random", "negative zeros", "one infinity"])
+@pytest.mark.parametrize("fmt", [fmt for fmt in AFFINE if fmt[2] == 32], ids=format_id)
+def test_matvec_of_rows_that_fill_half_of_the_lanes(fmt, fill, n):
+    """On AVX-512 two such rows are met as one; nothing of one may come to the other."""
+    rng = np.random.default_rng(n)
+    lane = {2: 16, 6: 4, 8: 4}.get(fmt[1], 8)  # values
+    w = random_weight(rng, (n, 8 * lane), fmt, mx.bfloat16)
+    x = random_array(rng, (1, 8 * lane), mx.float32)
+    if fill == "negative zeros":
+        x = mx.full(x.shape, -0.0)
+    elif fill == "one infinity":
+        w.planes[1][n // 2] = mx.inf
+    fused = ops.quantized_matvec(x, w, reference=False)
+    mx.eval(fused)
+    assert_same_bits(fused, ops.quantized_matvec(x, w, reference=True))
+    if fill == "one infinity":
+        assert mx.isfinite(fused).sum().item() == n - 1
 
 
 @cpu_only

@@ -363,6 +363,7 @@ struct Affine {
                                           : kValues;
   static constexpr bool kQuads = bits == 2 || bits == 4;
   static constexpr bool kCarriesAccumulator = false;
+  static constexpr bool kJoinsRows = !fast;  // rows and groups have no gaps
   static constexpr int kSumStep = bits == 8 ? 1 : bits % 2 ? 8 : 4;
   using Words = LaneWords<kBytes>;
   using Scales = AffineScales<kValues>;

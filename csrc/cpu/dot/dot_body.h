@@ -398,6 +398,7 @@ struct Tile {
 }  // namespace
 
 #include "cpu/dot/dot_panels.h"
+#include "cpu/dot/joined_rows.h"
 
 namespace {
 
@@ -407,6 +408,11 @@ void dot(const DotArgs& args) {
   if (args.width == 8) {
     DotPanels<F>(args).all();
     return;
+  }
+  if constexpr (requires { requires F::kJoinsRows; }) {
+    if (JoinedRows<F>::takes(args)) {
+      return JoinedRows<F>(args).all();
+    }
   }
 #endif
   Tile<F>(args).all();
