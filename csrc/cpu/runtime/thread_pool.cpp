@@ -433,9 +433,6 @@ void set_num_threads(int n) {
   checked(n, "[set_num_threads] n", std::to_string(n));
   Shared& s = shared();
   std::lock_guard lock(s.region);
-  if (s.threads == n) {
-    return;
-  }
   s.threads = n;
   s.running = 0;
   s.pool.reset();
