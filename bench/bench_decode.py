@@ -7,10 +7,11 @@
     python bench/bench_decode.py --stock --repeats 3 --tokens 32     # beside stock mlx-lm
     python bench/bench_decode.py --slice --threads 2 --repeats 3     # true shapes, 6 GiB
 
-A burst is 128 greedy tokens after a prompt of 86. Everything that is measured takes turns, burst by
-burst, in processes that live as long as the bench. For each number of threads it prints medians
-over the bursts: tokens/s; ms a token, and of these building the graph in Python and the rest; the
-share of the time in which the kernels of a recorded step ran; the fastest burst; GB/s of weights
+A burst is 128 greedy tokens after a prompt of 86, decoded as generation does it: a token's graph is
+built and enqueued while the token before is computed. Everything that is measured takes turns,
+burst by burst, in processes that live as long as the bench. For each number of threads it prints
+medians over the bursts: tokens/s; ms a token; the ms in which Python built its graph; the share of
+the time in which the kernels of a recorded step ran; the fastest burst; GB/s of weights
 read, the plain streaming read bandwidth measured before and after each burst, and the fraction of
 it (of no meaning where the weights fit a cache, as the bundled model's may); and how many times as
 long as ours a burst took. The slice has embedding, head, one dense layer and three sparse ones of
@@ -51,7 +52,6 @@ COLUMNS = {
     "tokens/s": ".1f",
     "ms": ".3f",
     "graph ms": ".3f",
-    "rest ms": ".3f",
     "kernels": ".2f",
     "best ms": ".3f",
     "GB/s": ".2f",
@@ -152,8 +152,6 @@ class Samples:
         if all(burst.graph_seconds is not None for burst in self.bursts):
             graph = [(burst.graph_seconds or 0) / tokens for burst in self.bursts]
             found["graph ms"] = 1e3 * median(graph)
-            rest = [whole - part for whole, part in zip(seconds, graph, strict=True)]
-            found["rest ms"] = 1e3 * median(rest)
         if all(burst.kernel_seconds is not None for burst in self.bursts):
             shares = [(burst.kernel_seconds or 0) / burst.seconds for burst in self.bursts]
             found["kernels"] = median(shares)
