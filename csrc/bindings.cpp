@@ -1,10 +1,13 @@
 #include "formats/bindings.h"
 
+#include <nanobind/stl/unordered_map.h>
+
 #include "binding_types.h"
 #include "cpu/attention/attention_kernels.h"
 #include "cpu/dot/matrix.h"
 #include "cpu/runtime/scratch.h"
 #include "cpu/runtime/thread_pool.h"
+#include "headed_file.h"
 #include "huge_pages.h"
 #include "metal/compile.h"
 #include "metal/kernel_list.h"
@@ -131,6 +134,15 @@ NB_MODULE(_ext, m) {
       "a"_a,
       "Move the array's bytes to huge pages where the system lets; returns how "
       "many.");
+  m.def(
+      "load_with_header",
+      &load_with_header,
+      "path"_a,
+      "header"_a,
+      "The arrays that ``header``, the text of a safetensors header, describes "
+      "in a\nfile of another format, from whose beginning its offsets count. "
+      "Each is read when\nit is first evaluated. RuntimeError if the file "
+      "cannot be opened.");
   m.def(
       "multiply_adds",
       [](int64_t rounds) {

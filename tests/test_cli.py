@@ -17,7 +17,7 @@ from test_generate import WORDS, write_tokenizer
 
 import glm_fused
 from glm_fused import _abi, load, num_threads, ops, set_num_threads
-from glm_fused.checkpoint.paths import bundled_folder, checkpoint_folder
+from glm_fused.checkpoint.paths import bundled_folder, checkpoint_path
 from glm_fused.cli import main
 from glm_fused.ops import paths
 
@@ -334,7 +334,7 @@ def test_a_prompt_that_is_too_long_is_one_line(model):
 
 def test_demo_names_the_bundled_model(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert checkpoint_folder("demo") == bundled_folder()
+    assert checkpoint_path("demo") == bundled_folder()
     assert run(capsys, "inspect", "demo")[0] == 0
     (tmp_path / "demo").mkdir()
     assert_one_line(run(capsys, "inspect", "demo"), "only where there is no such folder")
@@ -353,8 +353,8 @@ def test_folders_that_are_no_checkpoints(capsys, tmp_path):
             load(tmp_path)
 
     refused("has no config.json, so it is no folder of a checkpoint. It is empty.")
-    (tmp_path / "GLM-Q4.gguf").touch()
-    refused("GGUF files are not read")
+    (tmp_path / "model.bin").touch()
+    refused("has no config.json, so it is no folder of a checkpoint.")
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "config.json").touch()
     refused(f"Its folder {tmp_path / 'inner'} has one.")

@@ -490,6 +490,13 @@ def move_to_huge_pages(a: mlx.core.array) -> int:
     Move the array's bytes to huge pages where the system lets; returns how many.
     """
 
+def load_with_header(path: str, header: str) -> dict[str, mlx.core.array]:
+    """
+    The arrays that ``header``, the text of a safetensors header, describes in a
+    file of another format, from whose beginning its offsets count. Each is read when
+    it is first evaluated. RuntimeError if the file cannot be opened.
+    """
+
 def multiply_adds(rounds: int) -> float:
     """Multiply-adds in registers on all threads; returns how many."""
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import CacheList
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .checkpoint.paths import checkpoint_folder
+from .checkpoint.paths import checkpoint_path
 from .checkpoint.prompt_cache import load_prompt_cache
 from .engine_options import EngineOptions
 from .generation.generate import Completion, OnProgress, Piece, generate, stream_generate
@@ -39,7 +39,7 @@ class Engine:
             print(engine.generate("def main():", max_tokens=40).text)
 
     Attributes:
-        path: the folder of the checkpoint.
+        path: the folder of the checkpoint, or its first GGUF file.
         config: its config.json, with the stop tokens of generation_config.json.
         options: how it was loaded.
     """
@@ -55,10 +55,11 @@ class Engine:
         compile_kernels: bool = True,
         on_compile: OnCompile = unseen,
     ):
-        """Load the checkpoint in the folder ``path``.
+        """Load the checkpoint that ``path`` names.
 
         Args:
-            path: a folder; "demo" is the bundled model where there is no folder of that name.
+            path: a folder or a GGUF file, of shards the first; "demo" is the bundled model where
+                there is no folder of that name.
             options: how to load it; None keeps all of it in memory, and caches in the type of the
                 activations.
             lazy: read parameters when they are first used, without a check of scales for NaN.
@@ -76,11 +77,11 @@ class Engine:
             RuntimeError: a parameter, which the message names, cannot be read.
         """
         self.options = EngineOptions() if options is None else options
-        folder = checkpoint_folder(path)
-        if tokenizer and not (folder / "tokenizer_config.json").exists():
-            raise FileNotFoundError(f"{folder} has no tokenizer_config.json.")
+        found = checkpoint_path(path)
+        if tokenizer and found.is_dir() and not (found / "tokenizer_config.json").exists():
+            raise FileNotFoundError(f"{found} has no tokenizer_config.json.")
         opened = open_model(
-            folder,
+            found,
             self.options.kv_format,
             self.options.stream_options(),
             self.options.prefill_step_size,

@@ -1,7 +1,6 @@
 """Loads a checkpoint: strict, checked before any data is read, within its own size of memory."""
 
 import os
-import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,20 +9,21 @@ import mlx.core as mx
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .checkpoint import compressed_tensors, modelopt
+from .checkpoint import compressed_tensors, gguf_config, modelopt
+from .checkpoint.checked import checked
 from .checkpoint.compressed_tensors import check_stored_shapes
-from .checkpoint.declaration import quantization_from_config
 from .checkpoint.folder import Checkpoint
-from .checkpoint.inventory import check_tensors
+from .checkpoint.lazy_tensors import allow_open_files, read_lazily
 from .checkpoint.reading import Scales, read_parameters
 from .checkpoint.stored import Inventory
 from .formats.kv_rows import check_kv_format
-from .formats.weights import FP8, Format
-from .generation.options import checkpoint_options, set_defaults
+from .formats.weights import FP8, Format, plane_names
+from .generation.options import Options, checkpoint_options, set_defaults
 from .generation.tokenizer import load_tokenizer
 from .models import kernels
-from .models.config import ModelArgs, args_from_config
+from .models.config import ModelArgs
 from .models.decoder import Model
+from .models.packed_blocks import split_blocks
 from .models.packed_floats import to_nvfp4
 from .models.packed_integers import to_affine
 from .models.planes import dequantize_unknown
@@ -33,7 +33,12 @@ from .streaming.model import StreamedModel
 from .streaming.options import StreamOptions
 from .validation import show
 
-_CONVERSIONS = {compressed_tensors.METHOD: to_affine, modelopt.METHOD: to_nvfp4}
+# How each method's weights become planes, and a tensor that each of them has.
+_CONVERSIONS = {
+    compressed_tensors.METHOD: (to_affine, "weight_scale"),
+    modelopt.METHOD: (to_nvfp4, "weight_scale"),
+    gguf_config.METHOD: (split_blocks, "weight"),
+}
 _SCALE_SUFFIXES = (
     ".weight_scale_inv",
     ".kv_b_proj.scales",
@@ -86,13 +91,13 @@ def load_model(
     compile_kernels: bool = True,
     prefill_step_size: int | None = None,
 ) -> tuple[Model, dict[str, Any]]:
-    """Load the model in the folder ``path``; returns it and its config.
+    """Load the model that ``path`` names; returns it and its config.
 
     `glm_fused.Engine` does the same with everything that a session needs.
 
     Args:
-        path: the folder of a checkpoint; "demo" is the bundled model where there is no folder of
-            that name.
+        path: the folder of a checkpoint, or a GGUF file, of shards the first; "demo" is the bundled
+            model where there is no folder of that name.
         lazy: read parameters when they are first used, without a check of scales for NaN. The
             values of one that cannot be read then are undefined, so load the model anew.
         kv_format: how the model's caches store keys: "auto" (as the activations), "bf16", "fp16",
@@ -130,7 +135,7 @@ def load(
     compile_kernels: bool = True,
     prefill_step_size: int | None = None,
 ) -> tuple[Model, TokenizerWrapper]:
-    """Load the model in the folder ``path`` and its tokenizer.
+    """Load the model that ``path`` names and its tokenizer.
 
     Arguments are those of `glm_fused.load_model`.
 
@@ -163,22 +168,22 @@ def open_model(
     """
     check_kv_format(kv_format)
     checkpoint = Checkpoint.open(path)
-    args = args_from_config(checkpoint.config)
+    args, inventory = checked(checkpoint)
     _check_stop_tokens(checkpoint, args)
-    quantization = quantization_from_config(checkpoint.config)
-    inventory = check_tensors(args, quantization, checkpoint.tensors)
     formats = inventory.formats
     if stream is not None:
         source = find_source(checkpoint, args, stream.sidecar)
         plan = plan_streaming(inventory, args, source, stream, kv_format, prefill_step_size)
     check_stored_shapes(checkpoint, inventory.written_by(compressed_tensors.METHOD))
-    weights = _read_lazily(checkpoint)
-    defaults, cache_limit = checkpoint_options(checkpoint.path), None
+    weights = read_lazily(checkpoint, args)
+    in_folder = checkpoint.metadata is None
+    defaults = checkpoint_options(checkpoint.path) if in_folder else Options()
+    cache_limit = None
     if stream is None:
         model = Model(args)
     else:
         model = StreamedModel(args)
-        _allow_open_files(len(checkpoint.files) + len(source.files))
+        allow_open_files(len(checkpoint.files) + len(source.files))
         model.streaming = attach_banks(model, args, source, plan, stream, formats)
         cache_limit = mx.set_cache_limit(plan.shares.staging)
         prefill_step_size = plan.prefill_step_size
@@ -198,9 +203,9 @@ def _as_parameters(
     weights: dict[str, mx.array], inventory: Inventory, model: Model, only_mlx_formats: bool
 ) -> dict[str, mx.array]:
     """The tensors that were read, under the names and in the formats of the model's parameters."""
-    for method, convert in _CONVERSIONS.items():
+    for method, (convert, part) in _CONVERSIONS.items():
         found = inventory.written_by(method).items()
-        here = {path: fmt for path, (fmt, _) in found if f"{path}.weight_scale" in weights}
+        here = {path: fmt for path, (fmt, _) in found if f"{path}.{part}" in weights}
         convert(weights, here, model.args)  # streamed experts are not here
     weights = model.sanitize(weights, inventory.formats)
     if only_mlx_formats:
@@ -263,34 +268,21 @@ def _check_stop_tokens(checkpoint: Checkpoint, args: ModelArgs) -> None:
             )
 
 
-def _read_lazily(checkpoint: Checkpoint) -> dict[str, mx.array]:
-    _allow_open_files(len(checkpoint.files))
-    weights: dict[str, mx.array] = {}
-    for file in checkpoint.files:
-        try:
-            weights |= cast(dict[str, mx.array], mx.load(str(checkpoint.path / file)))
-        except RuntimeError as error:
-            raise ValueError(f"[loader] {checkpoint.path / file}: {error}") from None
-    return weights
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise the limit of open files: lazy arrays keep theirs open, and macOS allows only 256."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = count + 256
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-
-
 def _pack_modules(
     model: Model, weights: Mapping[str, mx.array], formats: Mapping[str, Format]
 ) -> None:
-    """Replace each module that has scales by its packed form, which is filled later."""
+    """Replace each module whose planes are there by its packed form, which is filled later."""
+
+    def is_packed(path: str, fmt: Format) -> bool:
+        """Whether ``weight`` is the format's, and not the floats that became of it."""
+        planes = [weights.get(f"{path}.{name}") for name in plane_names(fmt)]
+        there = all(plane is not None for plane in planes)
+        return there and cast(mx.array, planes[0]).dtype in fmt.planes[0].dtypes
+
     packed = [
         (path, module.unfilled(formats[path]))
         for path, module in model.named_modules()
-        if f"{path}.scales" in weights
+        if path in formats and is_packed(path, formats[path])
     ]
     if packed:
         model.update_modules(tree_unflatten(packed))

@@ -154,7 +154,7 @@ def check_stored_shapes(
         name = f"{path}.weight_shape"
         by_file.setdefault(checkpoint.tensors[name].file, []).append(path)
     for file_name, paths in by_file.items():
-        with (checkpoint.path / file_name).open("rb") as file:
+        with (checkpoint.folder / file_name).open("rb") as file:
             for path in paths:
                 info = checkpoint.tensors[f"{path}.weight_shape"]
                 file.seek(info.start)

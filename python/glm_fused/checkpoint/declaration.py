@@ -5,7 +5,8 @@ from typing import Any
 
 from ..formats.weights import FP8_BLOCK, Format
 from ..validation import show
-from . import compressed_tensors, modelopt
+from . import compressed_tensors, gguf_config, modelopt
+from .gguf_formats import TypedTensors
 from .quantization import Declaration, Quantization, parse_format
 from .safetensors_header import quoted
 
@@ -32,6 +33,8 @@ def quantization_from_config(config: Mapping[str, Any]) -> Declaration | None:
             return compressed_tensors.parse(key, entry)
         elif method == modelopt.METHOD:
             return modelopt.parse(key, entry)
+        elif method == gguf_config.METHOD:
+            return TypedTensors()
         elif method is not None:
             raise ValueError(
                 f"[config] {key}: quant_method {show(method)}, expected compressed-tensors, fp8,"

@@ -10,13 +10,12 @@ from typing import Any
 from ..formats.kv_rows import FLOATS
 from ..formats.weights import Format
 from ..models.cache import bytes_per_token
-from ..models.config import DeepseekV32Args, ModelArgs, args_from_config
+from ..models.config import DeepseekV32Args, ModelArgs
 from ..models.prompt_memory import STEPS, PromptPlan, cache_bytes, chunk_bytes
 from ..models.tensor_names import MTP_REASON
 from ..models.tensors import Module, modules
-from .declaration import quantization_from_config
+from .checked import checked
 from .folder import Checkpoint
-from .inventory import check_tensors
 from .layer_contents import mtp_layers
 from .stored import Inventory, Stored
 
@@ -26,14 +25,12 @@ PROMPT_TOKENS = 4096  # of the prompt whose memory is told
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON-ready description of the checkpoint in the folder ``path``; reads no tensor data.
+    """A JSON-ready description of the checkpoint that ``path`` names; reads no tensor data.
 
     Raises what loading raises for malformed headers and tensors that do not fit the config.
     """
     checkpoint = Checkpoint.open(path)
-    args = args_from_config(checkpoint.config)
-    quantization = quantization_from_config(checkpoint.config)
-    inventory = check_tensors(args, quantization, checkpoint.tensors)
+    args, inventory = checked(checkpoint)
     kinds = _by_kind(args, inventory)
     return {
         "path": str(checkpoint.path),

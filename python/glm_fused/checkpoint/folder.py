@@ -1,12 +1,14 @@
-"""A checkpoint folder: its config and the headers of its shards. Nothing here reads tensor data."""
+"""A checkpoint: its config and the headers of its shards. Nothing here reads tensor data."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..validation import show
-from .paths import checkpoint_folder
+from .gguf_file import open_gguf
+from .paths import INDEX_FILE, SINGLE_FILE, checkpoint_path
 from .safetensors_header import (
     TensorInfo,
     parse_json_object,
@@ -15,8 +17,6 @@ from .safetensors_header import (
     regular_file_size,
 )
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 DECLARATION_FILE = "hf_quant_config.json"
 MAX_JSON_BYTES = 100_000_000
 _UNLISTED = ("weight_scale", "weight_scale_2", "input_scale")
@@ -30,12 +30,16 @@ class Checkpoint:
     ``hf_quant_config`` of the file of that name where it applies: config.json declares no
     quantization, and there are tensors that modelopt would have scaled.
     ``files`` gives each shard's size in bytes, ``tensors`` every tensor by name.
+
+    ``path`` is a folder or the first file of a GGUF model, which has ``metadata``: then ``config``
+    is made of that, and ``tensors`` have the model's names (`glm_fused.checkpoint.gguf_names`).
     """
 
     path: Path
     config: dict[str, Any]
     files: dict[str, int]
     tensors: dict[str, TensorInfo]
+    metadata: Mapping[str, Any] | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "Checkpoint":
@@ -44,7 +48,10 @@ class Checkpoint:
         Raises FileNotFoundError for a missing folder, config or shard and ValueError, naming the
         file and tensor, for anything malformed or inconsistent.
         """
-        path = checkpoint_folder(path)
+        path = checkpoint_path(path)
+        if not path.is_dir():
+            gguf = open_gguf(path)
+            return cls(path, gguf.config, gguf.files, gguf.tensors, gguf.metadata)
         config = _read_config(path)
         index = path / INDEX_FILE
         if index.exists():
@@ -62,6 +69,11 @@ class Checkpoint:
         names = dict.fromkeys(info.file for info in tensors.values())
         files = {name: (path / name).stat().st_size for name in names}
         return cls(path, config, files, tensors)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that ``files`` are in."""
+        return self.path if self.metadata is None else self.path.parent
 
     @property
     def nbytes(self) -> int:

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from ..models.config import ModelArgs
 from ..models.tensor_names import MTP_REASON, layer_of, release_name, unused
 from ..models.tensors import modules
+from .gguf_formats import TypedTensors
+from .gguf_names import gguf_name
 from .layer_contents import check_expert_counts
 from .quantization import Declaration
 from .safetensors_header import TensorInfo, quoted
@@ -24,18 +26,20 @@ def check_tensors(
     missing, unexpected, of another shape or type, or not packed as the config declares.
     """
     check_expert_counts(args, tensors)
-    inventory = Inventory()
+    typed = isinstance(quantization, TypedTensors)
+    inventory, shown = Inventory(converts_norms=typed), gguf_name if typed else str
     used = _set_aside(args, tensors, inventory)
-    checker = Checker(quantization, tensors, used)
-    for source in _sources(args, tensors):
+    checker = Checker(quantization, tensors, used, shown)
+    for source in _sources(args, tensors, typed):
         stored = checker.check(source)
         if stored is not None:
             inventory.stored.append(stored)
         if len(checker.missing) >= MAX_MISSING:  # the config may name any number of experts
-            raise ValueError(f"[checkpoint] {_names('missing', checker.missing, 'at least ')}.")
+            missing = [shown(name) for name in checker.missing]
+            raise ValueError(f"[checkpoint] {_names('missing', missing, 'at least ')}.")
     _check_experts_alike(inventory, checker.wrong)
     parts = [
-        _names(kind, names)
+        _names(kind, [shown(name) for name in names])
         for kind, names in (("missing", checker.missing), ("unexpected", list(checker.left)))
         if names
     ]
@@ -65,9 +69,13 @@ def _set_aside(
     return used
 
 
-def _sources(args: ModelArgs, names: Mapping[str, TensorInfo]) -> Iterator[Source]:
-    """The weights to find. What is in no form is looked for in the one of the rest."""
-    release = any(".mlp.experts." in name or ".kv_b_proj." in name for name in names)
+def _sources(args: ModelArgs, names: Mapping[str, TensorInfo], stacked: bool) -> Iterator[Source]:
+    """The weights to find. What is in no form is looked for in the one of the rest.
+
+    ``stacked`` tells that no expert has tensors of its own, however the others are stored.
+    """
+    signs = () if stacked else (".mlp.experts.", ".kv_b_proj.")
+    release = any(sign in name for name in names for sign in signs)
     for module in modules(args):
         form = module.form_in(names, default=1 if release else 0)
         if form.first_row == 0:  # else the tensor is another module's as well, and that one's here

@@ -1,37 +1,68 @@
-"""Which folder a user means by the path of a checkpoint."""
+"""Which checkpoint a user means by a path."""
 
 from __future__ import annotations
 
 import os
+import re
 from importlib import resources
 from pathlib import Path
 
 DEMO = "demo"
+GGUF = ".gguf"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS = (SINGLE_FILE, INDEX_FILE)
+_LATER_SHARD = re.compile(r".+-(?!00001)[0-9]{5}-of-[0-9]{5}\.gguf", re.IGNORECASE)
 
 
-def checkpoint_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder of a checkpoint that ``path`` names; "demo" is the bundled model.
+def checkpoint_path(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint that ``path`` names: a folder with a config.json, or a GGUF file.
 
-    A folder ./demo goes before the bundled model: what exists keeps its meaning. Raises
-    FileNotFoundError or ValueError, saying what was found and what may be meant, for a path that is
-    no folder with a config.json.
+    "demo" is the bundled model, unless there is a ./demo: what exists keeps its meaning. A folder
+    without safetensors stands for the one GGUF model in it, and a model in shards goes by the first
+    of them. Raises FileNotFoundError or ValueError, saying what was found and what may be meant,
+    for anything else.
     """
     text = os.fspath(path)
     if not text:
-        raise ValueError("[checkpoint] the path is empty, expected the folder of a checkpoint.")
-    folder = Path(text).expanduser()
-    if text == DEMO and not folder.exists():
+        raise ValueError("[checkpoint] the path is empty, expected a checkpoint's.")
+    found = Path(text).expanduser()
+    if text == DEMO and not found.exists():
         return bundled_folder()
-    if not folder.exists():
+    if not found.exists():
         raise FileNotFoundError(
-            f"[checkpoint] {text} does not exist; models are read from local folders."
+            f"[checkpoint] {text} does not exist; models are read from local files."
             f"{_repository_hint(text)}"
         )
-    if not folder.is_dir():
+    if not found.is_dir():
+        return _gguf_file(found, text)
+    if any((found / name).exists() for name in WEIGHTS):
+        return _with_config(found, text)
+    return _gguf_in(found, text) or _with_config(found, text)
+
+
+def _gguf_file(file: Path, text: str) -> Path:
+    if file.suffix.lower() != GGUF:
         raise ValueError(
-            f"[checkpoint] {text} is a file, expected the folder of a checkpoint."
-            f"{_gguf_hint([folder])}"
+            f"[checkpoint] {text} is a file, expected the folder of a checkpoint or a {GGUF} file."
         )
+    return file
+
+
+def _gguf_in(folder: Path, text: str) -> Path | None:
+    """The first file of the GGUF model in a folder; None where there is none."""
+    try:
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() == GGUF)
+    except OSError:
+        return None
+    models = [file for file in files if not _LATER_SHARD.fullmatch(file.name)] or files[:1]
+    if len(models) > 1:
+        names = ", ".join(file.name for file in models)
+        raise ValueError(f"[checkpoint] {text} has several GGUF models, name one of them: {names}.")
+    return models[0] if models else None
+
+
+def _with_config(folder: Path, text: str) -> Path:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"[checkpoint] {text} has no config.json, so it is no folder of a checkpoint."
@@ -72,12 +103,4 @@ def _folder_hint(folder: Path, text: str) -> str:
         return f" It is a cache of the Hugging Face Hub; the model is {snapshots[-1].parent}"
     if below:
         return f" Its folder {below[0].parent} has one."
-    if not inside:
-        return " It is empty."
-    return _gguf_hint(inside)
-
-
-def _gguf_hint(files: list[Path]) -> str:
-    if any(file.suffix.lower() == ".gguf" for file in files):
-        return " GGUF files are not read: take the safetensors of the same model."
-    return ""
+    return "" if inside else " It is empty."

@@ -32,7 +32,7 @@ class Stored(NamedTuple):
     """A weight found: its format (or `FP8_AS_BF16`), and its bytes on disk and loaded.
 
     ``method`` names what wrote it, where its tensors are not the planes of the format:
-    compressed-tensors or modelopt.
+    compressed-tensors, modelopt or GGUF (for a packed ``kv_b_proj``).
     """
 
     source: Source
@@ -44,9 +44,13 @@ class Stored(NamedTuple):
 
 @dataclass
 class Inventory:
-    """Every weight of the model and where it is; ``ignored`` counts unused tensors by reason."""
+    """Every weight of the model and where it is; ``ignored`` counts unused tensors by reason.
+
+    ``converts_norms`` tells that norms become floats of the embedding's type, or bfloat16.
+    """
 
     stored: list[Stored] = field(default_factory=list)
+    converts_norms: bool = False
     ignored: dict[str, int] = field(default_factory=dict)
 
     def written_by(self, method: str) -> dict[str, tuple[Format, tuple[int, ...]]]:
@@ -67,10 +71,13 @@ class Inventory:
                 if source.kind == "kv_b_proj":
                     head = source.path.removesuffix("kv_b_proj")
                     found[f"{head}unembed_out"] = fmt
+                elif source.kind == "experts gate, up":
+                    found[source.module.path.replace("gate_proj", "up_proj")] = fmt
         return found
 
     @property
     def float_format(self) -> str:
         """The activations' format: fp32 if the embedding or a norm is, else bf16."""
-        kinds = {str(s.format) for s in self.stored if s.source.kind in ("norms", "embedding")}
+        deciding = ("embedding",) if self.converts_norms else ("norms", "embedding")
+        kinds = {str(s.format) for s in self.stored if s.source.kind in deciding}
         return "fp32" if "fp32" in kinds else "bf16"

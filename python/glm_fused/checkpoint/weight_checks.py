@@ -1,12 +1,14 @@
 """Checks of one weight's tensors, in each way in which checkpoints store it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
 from ..formats.weights import DENSE_FORMATS, FP8, FP8_BLOCK, Format, plane_shape
 from . import compressed_tensors, modelopt
 from .compressed_tensors import PackQuantized
+from .gguf_config import METHOD as GGUF
+from .gguf_formats import TypedTensors, expected_types, format_of
 from .modelopt import ModelOpt
 from .quantization import Declaration
 from .safetensors_header import ITEM_BYTES, NAMES, TensorInfo
@@ -23,11 +25,15 @@ _SCALES = (
 
 @dataclass
 class Checker:
-    """Checks one weight after another; ``missing``, ``wrong`` and what is ``left`` are problems."""
+    """Checks one weight after another; ``missing``, ``wrong`` and what is ``left`` are problems.
+
+    ``shown`` gives the name that the checkpoint has for a tensor, for messages.
+    """
 
     quantization: Declaration | None
     tensors: Mapping[str, TensorInfo]
     left: dict[str, None]
+    shown: Callable[[str], str] = str
     missing: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
@@ -47,7 +53,7 @@ class Checker:
             return 0
         if info.dtype not in dtypes or info.shape != shape:
             self.wrong.append(
-                f"{name} ({info.file}) is {info.dtype} {list(info.shape)}, expected"
+                f"{self.shown(name)} ({info.file}) is {info.dtype} {list(info.shape)}, expected"
                 f" {_or(dtypes)} {list(shape)}{why}"
             )
         return info.nbytes
@@ -58,6 +64,8 @@ class Checker:
         if source.module.bias is not None:
             name, size = source.module.bias
             nbytes += self.expect(f"{source.path}.{name}", FLOATS, (size,))
+        if isinstance(self.quantization, TypedTensors):
+            return self._typed(source, nbytes)
         if self._is_of_modelopt(source):
             return self._nvfp4(source, nbytes)
         info = self.tensors.get(source.tensor)
@@ -74,6 +82,24 @@ class Checker:
             nbytes += self.expect(source.tensor, FLOATS, source.shape)
             return Stored(source, DENSE.get(info.dtype, info.dtype), nbytes, nbytes)
         return self._fp8(source, nbytes)
+
+    def _typed(self, source: Source, nbytes: int) -> Stored | None:
+        """A weight of GGUF: its tensor's type is its format."""
+        info = self.take(source.tensor)
+        if info is None:
+            return None
+        fmt, quantizable = format_of(info.dtype), source.module.quantizable
+        packed = fmt is not None and fmt.mode != "dense"
+        if fmt is None or (packed and not quantizable) or info.shape != source.shape:
+            self.wrong.append(
+                f"{self.shown(source.tensor)} ({info.file}) is {info.dtype} {list(info.shape)},"
+                f" expected {list(source.shape)} of {expected_types(quantizable)}"
+            )
+            return None
+        nbytes += info.nbytes
+        if packed and source.kind == "kv_b_proj":
+            return Stored(source, fmt, nbytes, _split_bytes(source, nbytes, 2), GGUF)
+        return Stored(source, fmt, nbytes, nbytes)
 
     def _fp8(self, source: Source, nbytes: int) -> Stored:
         """Codes with a scale for each square; experts stay so, the rest becomes bfloat16."""

@@ -18,7 +18,7 @@ from ..memory import parse_size
 from ..streaming.options import DEFAULT_CONTEXT, POLICIES, RANGES
 from ..validation import show
 
-MODEL = 'folder of a checkpoint, or "demo", the bundled one'
+MODEL = 'folder of a checkpoint, a GGUF file (of shards the first), or "demo", the bundled one'
 MAX_THREADS = 1024
 
 

@@ -58,17 +58,17 @@ def open_engine(
     A terminal shows how many kernels have been compiled.
     """
     from .. import set_num_threads
-    from ..checkpoint.paths import DEMO, checkpoint_folder
+    from ..checkpoint.paths import DEMO, checkpoint_path
     from ..engine import Engine
 
-    folder = checkpoint_folder(path)
-    if path == DEMO and folder == Path(DEMO):
+    found = checkpoint_path(path)
+    if path == DEMO and found == Path(DEMO):
         print(f"{DEMO} is the folder ./{DEMO} here, not the bundled model.", file=sys.stderr)
     if threads is not None:
         set_num_threads(threads)
     with steps() as step:
         return Engine(
-            folder,
+            found,
             options,
             on_compile=lambda done, total: step(f"compiling kernels: {done} of {total}"),
         )

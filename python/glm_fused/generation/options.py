@@ -87,7 +87,7 @@ class Options:
 
 
 def checkpoint_options(folder: Path) -> Options:
-    """What the checkpoint's generation_config.json asks for; greedy decoding without one.
+    """What generation_config.json in a checkpoint's folder asks for; greedy decoding without one.
 
     As transformers has it, tokens are sampled only where ``do_sample`` is true. Raises ValueError,
     naming file and key, for a value that a key cannot have.

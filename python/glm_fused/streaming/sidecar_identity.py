@@ -32,10 +32,9 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 
 from .. import _ext
-from ..checkpoint.declaration import quantization_from_config
+from ..checkpoint.checked import checked
 from ..checkpoint.folder import Checkpoint
-from ..checkpoint.inventory import check_tensors
-from ..models.config import ModelArgs, args_from_config
+from ..models.config import ModelArgs
 from ..validation import show
 from .sidecar import MANIFEST, PAGE, PackedLayer, Shards, Sidecar, slab_bytes
 from .source import ExpertReader, ExpertSource, LayerExperts, Part, checkpoint_source
@@ -67,8 +66,7 @@ def checked_source(path: str | os.PathLike[str]) -> tuple[Checkpoint, ExpertSour
     Raises ValueError for a checkpoint without routed experts, and whatever loading raises.
     """
     checkpoint = Checkpoint.open(path)
-    args = args_from_config(checkpoint.config)
-    check_tensors(args, quantization_from_config(checkpoint.config), checkpoint.tensors)
+    args, _ = checked(checkpoint)
     source = checkpoint_source(checkpoint, args)
     if not source.layers:
         raise ValueError(f"[sidecar] {checkpoint.path} has no routed experts.")

@@ -130,7 +130,7 @@ def checkpoint_source(checkpoint: Checkpoint, args: ModelArgs) -> ExpertSource:
 
     Raises ValueError for experts in a form that kernels do not read as it lies on disk.
     """
-    files = {checkpoint.path / name: size for name, size in checkpoint.files.items()}
+    files = {checkpoint.folder / name: size for name, size in checkpoint.files.items()}
     index = {name: i for i, name in enumerate(checkpoint.files)}
     layers = {
         layer.index: _layer(checkpoint.tensors, expert_modules(args, layer), index)

@@ -1,0 +1,26 @@
+"""What a checkpoint is, once its headers fit its config."""
+
+from __future__ import annotations
+
+from ..models.config import ModelArgs, args_from_config
+from .declaration import quantization_from_config
+from .folder import Checkpoint
+from .inventory import check_tensors
+from .stored import Inventory
+
+
+def checked(checkpoint: Checkpoint) -> tuple[ModelArgs, Inventory]:
+    """The model's args, and every weight of it and where that is; no data is read.
+
+    Raises ValueError, naming the key of the config or the tensors, for a config that is none and
+    for tensors that do not fit it. The config of a GGUF file is made of its metadata, so errors
+    name the file too.
+    """
+    try:
+        args = args_from_config(checkpoint.config)
+        quantization = quantization_from_config(checkpoint.config)
+        return args, check_tensors(args, quantization, checkpoint.tensors)
+    except ValueError as error:
+        if checkpoint.metadata is None:
+            raise
+        raise ValueError(f"[gguf] {checkpoint.path}: {error}") from None
