@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from mlx_lm import utils
@@ -10,22 +11,33 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint.folder import Checkpoint
 from ..foreign import foreign
+from .gguf_tokenizer import write_tokenizer
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
-    """The tokenizer in the checkpoint's folder, with its stop tokens.
+    """The tokenizer in the checkpoint's folder or GGUF file, with its stop tokens.
 
-    Raises ValueError, naming the folder and what is wrong, for files that do not load. The
+    Raises ValueError, naming the folder or file and what is wrong, for one that does not load. The
     tokenizer raises it later for a token that it has no text for.
     """
+    if checkpoint.metadata is None:
+        return _load(checkpoint, checkpoint.path)
+    with TemporaryDirectory() as name:
+        write_tokenizer(checkpoint.path, checkpoint.metadata, Path(name))
+        tokenizer = _load(checkpoint, Path(name))
+    tokenizer._tokenizer.name_or_path = str(checkpoint.path)
+    return tokenizer
+
+
+def _load(checkpoint: Checkpoint, folder: Path) -> TokenizerWrapper:
     eos = checkpoint.config.get("eos_token_id")
     with foreign(f"[tokenizer] the tokenizer in {checkpoint.path} does not load"):
-        tokenizer = cast(TokenizerWrapper, utils.load_tokenizer(checkpoint.path, eos_token_ids=eos))
+        tokenizer = cast(TokenizerWrapper, utils.load_tokenizer(folder, eos_token_ids=eos))
         _guard(tokenizer._detokenizer, checkpoint.path)
     return tokenizer
 
 
-def _guard(detokenizer: Any, folder: Path) -> None:
+def _guard(detokenizer: Any, path: Path) -> None:
     """Have the detokenizer name the token that it fails at.
 
     mlx-lm looks tokens up in a list. A vocabulary with gaps gives a None there, and a model with
@@ -35,11 +47,11 @@ def _guard(detokenizer: Any, folder: Path) -> None:
 
     class Guarded(kind):  # type: ignore[misc]
         def add_token(self, token: int) -> None:
-            with foreign(f"[tokenizer] the tokenizer in {folder} has no text for token {token}"):
+            with foreign(f"[tokenizer] the tokenizer in {path} has no text for token {token}"):
                 super().add_token(token)
 
         def finalize(self) -> None:
-            with foreign(f"[tokenizer] the tokenizer in {folder} cannot end a text"):
+            with foreign(f"[tokenizer] the tokenizer in {path} cannot end a text"):
                 super().finalize()
 
     detokenizer.__class__ = Guarded
