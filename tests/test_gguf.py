@@ -21,6 +21,8 @@ from glm_fused.checkpoint.gguf_types import GGML_TYPES
 from glm_fused.cli import main
 from glm_fused.models.config import args_from_config
 from glm_fused.models.tensors import layer_modules, modules
+from glm_fused.streaming.options import StreamOptions
+from glm_fused.streaming.pack import pack
 
 TOKENS = [(i * 37 + 11) % 250 for i in range(60)]  # more than index_topk
 SCHEDULE = ("index_topk_freq", "index_skip_topk_offset")
@@ -33,9 +35,9 @@ FORMS = [
 ]
 
 
-def logits_of(path):
+def logits_of(path, **options):
     """The logits of a prompt, and those of a few steps after it."""
-    model, _ = load_model(path)
+    model, _ = load_model(path, **options)
     cache = model.make_cache()
     logits = [model(mx.array([TOKENS]), cache)[:, -20:]]
     for token in (3, 5, 7):
@@ -185,6 +187,16 @@ def test_what_does_not_fit_is_called_as_the_file_calls_it(tmp_path):
 
     message = refused(write_gguf(path, types=kinds))
     assert "blk.0.attn_q_b.weight (m.gguf) is Q4_1 [384, 128], expected [384, 128] of F32,"
+
+
+@pytest.mark.parametrize("experts", ["split", "joined"])
+def test_experts_stream_from_the_file_itself(tmp_path, experts):
+    path = write_gguf(tmp_path / "m.gguf", experts=experts)
+    expected = logits_of(path)
+    assert equal(logits_of(path, stream=StreamOptions(slots=3)), expected)
+    pack(path, tmp_path / "sidecar")
+    options = StreamOptions(slots=3, sidecar=tmp_path / "sidecar")
+    assert equal(logits_of(path, stream=options), expected)
 
 
 def test_a_folder_of_several_models(tmp_path):

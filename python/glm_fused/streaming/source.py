@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from ..checkpoint.folder import Checkpoint
+from ..checkpoint.gguf_formats import format_of
 from ..checkpoint.safetensors_header import DTYPES, ITEM_BYTES, NAMES, TensorInfo
 from ..checkpoint.stored import OTHER_NAMES
 from ..formats.weights import FORMATS, FP8, FP8_BLOCK, PLANES, Format, plane_shape
@@ -126,7 +127,7 @@ class ExpertReader:
 
 
 def checkpoint_source(checkpoint: Checkpoint, args: ModelArgs) -> ExpertSource:
-    """The experts in a checkpoint's own shards, in any layout that needs no conversion.
+    """The experts in a checkpoint's own files, in any layout that needs no conversion.
 
     Raises ValueError for experts in a form that kernels do not read as it lies on disk.
     """
@@ -137,7 +138,8 @@ def checkpoint_source(checkpoint: Checkpoint, args: ModelArgs) -> ExpertSource:
         for layer in args.layers
         if layer.is_sparse
     }
-    return ExpertSource("safetensors", files, layers)
+    kind = "safetensors" if checkpoint.metadata is None else "gguf"
+    return ExpertSource(kind, files, layers)
 
 
 def _layer(
@@ -149,7 +151,7 @@ def _layer(
         form, projection = module.form_in(tensors), module.path.rpartition(".")[2]
         names = [f"{path}{{}}" for path in form.paths(module.experts)]
         _check_streamable(tensors, form, module)
-        fmt = _format_by_scales(tensors, names[0])
+        fmt = _format_on_disk(tensors, names[0], form)
         for leaf in PLANES:
             suffixes = [f".{other}" for other in (leaf, *OTHER_NAMES.get(leaf, ()))]
             if leaf == "weight":
@@ -166,8 +168,11 @@ def _layer(
     return LayerExperts(tuple(parts), locations)
 
 
-def _format_by_scales(tensors: Mapping[str, TensorInfo], name: str) -> Format | None:
+def _format_on_disk(tensors: Mapping[str, TensorInfo], name: str, form: Form) -> Format | None:
     """The format of a weight whose planes have other types or names on disk, else None."""
+    info = tensors.get(name.format(form.suffix))
+    if info is not None and info.dtype not in ITEM_BYTES:
+        return format_of(info.dtype)  # GGUF's blocks
     for scales, fmt in _BY_SCALES.items():
         if name.format(f".{scales}") in tensors:
             return fmt
@@ -197,7 +202,8 @@ def _check_streamable(tensors: Mapping[str, TensorInfo], form: Form, module: Mod
             f"[slots] {layer} has FP8 experts of {columns} columns, expected a multiple of"
             f" {FP8_BLOCK} to stream them."
         )
-    if dtype not in DTYPES and not fp8 and f"{first}.weight_scale_2" not in tensors:
+    blocks = dtype not in ITEM_BYTES  # of GGUF; that they are of a known format was checked
+    if not blocks and dtype not in DTYPES and not fp8 and f"{first}.weight_scale_2" not in tensors:
         raise ValueError(
             f"[slots] {layer} has {dtype} experts, which cannot be streamed; convert the"
             " checkpoint with mlx_lm.convert."
