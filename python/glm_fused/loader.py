@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
@@ -29,6 +30,7 @@ from .models.packed_integers import to_affine
 from .models.planes import dequantize_unknown
 from .models.tensor_names import is_expert, unused
 from .streaming.banks import attach_banks, find_source, plan_streaming
+from .streaming.flashmoe import with_experts
 from .streaming.model import StreamedModel
 from .streaming.options import StreamOptions
 from .validation import show
@@ -168,6 +170,8 @@ def open_model(
     """
     check_kv_format(kv_format)
     checkpoint = Checkpoint.open(path)
+    if stream is not None and stream.sidecar is not None:
+        checkpoint = with_experts(checkpoint, Path(stream.sidecar))
     args, inventory = checked(checkpoint)
     _check_stop_tokens(checkpoint, args)
     formats = inventory.formats

@@ -42,7 +42,8 @@ def _headers(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, dict[str, Any
     headers: dict[str, dict[str, Any]] = {file: {} for file in checkpoint.files}
     for name, info in checkpoint.tensors.items():
         fmt = format_of(info.dtype)
-        if fmt is None or unused(name, args):
+        elsewhere = info.file not in headers  # in a sidecar, whose experts are streamed
+        if fmt is None or elsewhere or unused(name, args):
             continue
         plane = fmt.planes[0]
         shape = info.shape if fmt.mode == "dense" else plane_shape(fmt, plane, info.shape)

@@ -28,6 +28,7 @@ from .budget import (
     make_plan,
 )
 from .experts import StreamedExperts
+from .flashmoe import is_flashmoe
 from .options import StreamOptions
 from .pins import check_pins
 from .source import ExpertSource, LayerExperts, checkpoint_source
@@ -54,7 +55,7 @@ class Streaming:
 def find_source(
     checkpoint: Checkpoint, args: ModelArgs, sidecar: str | os.PathLike[str] | None
 ) -> ExpertSource:
-    """The sidecar's experts, checked to be this checkpoint's, or the shards themselves.
+    """The sidecar's experts, checked to be this checkpoint's, or the checkpoint's own files.
 
     Raises ValueError for a model without routed experts, and whatever either source raises.
     """
@@ -62,9 +63,10 @@ def find_source(
         raise ValueError(f"[slots] {checkpoint.path} has no routed experts to stream.")
     if sidecar is None:
         return checkpoint_source(checkpoint, args)
-    from .sidecar_identity import sidecar_source
+    from .sidecar_identity import flashmoe_source, sidecar_source
 
-    return sidecar_source(Path(sidecar), checkpoint, args)
+    of_kind = flashmoe_source if is_flashmoe(Path(sidecar)) else sidecar_source
+    return of_kind(Path(sidecar), checkpoint, args)
 
 
 def plan_streaming(

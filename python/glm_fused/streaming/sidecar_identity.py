@@ -36,6 +36,7 @@ from ..checkpoint.checked import checked
 from ..checkpoint.folder import Checkpoint
 from ..models.config import ModelArgs
 from ..validation import show
+from .flashmoe import FlashMoeSidecar
 from .sidecar import MANIFEST, PAGE, PackedLayer, Shards, Sidecar, slab_bytes
 from .source import ExpertReader, ExpertSource, LayerExperts, Part, checkpoint_source
 
@@ -56,8 +57,23 @@ def sidecar_source(path: Path, checkpoint: Checkpoint, args: ModelArgs) -> Exper
     changed = changed_shards(sidecar, source)
     if changed:
         raise ValueError(f"[sidecar] {path} {changed}.")
-    check_sample(sidecar, source)
-    return sidecar.source()
+    packed = sidecar.source()
+    check_sample(path, packed, source)
+    return packed
+
+
+def flashmoe_source(path: Path, checkpoint: Checkpoint, args: ModelArgs) -> ExpertSource:
+    """The experts of a Flash-MoE sidecar; ``checkpoint`` is what `with_experts` made.
+
+    Where the model's own file has the experts too, a block of each is compared. Raises what opening
+    the sidecar raises, and ValueError, naming the expert, for one that differs.
+    """
+    sidecar = FlashMoeSidecar.open(path)
+    source = sidecar.source(args)
+    infos = [checkpoint.tensors[name] for name in sidecar.tensors()]
+    if all(info.file in checkpoint.files for info in infos):
+        check_sample(path, source, checkpoint_source(checkpoint, args))
+    return source
 
 
 def checked_source(path: str | os.PathLike[str]) -> tuple[Checkpoint, ExpertSource]:
@@ -171,9 +187,8 @@ def changed_shards(sidecar: Sidecar, source: ExpertSource) -> str:
     return f"{what}; `glm-fused sidecar pack` again compares everything and keeps what is right"
 
 
-def check_sample(sidecar: Sidecar, source: ExpertSource) -> None:
+def check_sample(path: Path, packed: ExpertSource, source: ExpertSource) -> None:
     """Compare a block of every expert; raises ValueError, naming the first that differs."""
-    packed = sidecar.source()
 
     def check(layer: int) -> str:
         with ExpertReader(source) as theirs, ExpertReader(packed) as ours:
@@ -188,7 +203,7 @@ def check_sample(sidecar: Sidecar, source: ExpertSource) -> None:
         for wrong in pool.map(check, source.layers):
             if wrong:
                 raise ValueError(
-                    f"[sidecar] {sidecar.path}: {wrong} is not the checkpoint's (a fine-tune of"
+                    f"[sidecar] {path}: {wrong} is not the checkpoint's (a fine-tune of"
                     " what was packed, or damaged); `glm-fused sidecar pack` again says which."
                 )
 
