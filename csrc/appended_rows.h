@@ -48,6 +48,18 @@ inline void share_first_rows(
       span_of_rows(buffer, rows.shape(1)));
 }
 
+// Gives `rows` [b, 1, l, width] the memory of those of `buffer` from `begin`
+// on.
+inline void
+share_rows(const mlx::core::array& buffer, int begin, mlx::core::array& rows) {
+  rows.copy_shared_buffer(
+      buffer,
+      buffer.strides(),
+      {false, false, false},
+      span_of_rows(buffer, rows.shape(2)),
+      begin * buffer.strides(2));
+}
+
 // Returns rows [begin, end) of `buffer` [b, 1, capacity, width].
 inline mlx::core::array
 rows_between(const mlx::core::array& buffer, int begin, int end) {
@@ -56,12 +68,7 @@ rows_between(const mlx::core::array& buffer, int begin, int end) {
       buffer.dtype(),
       nullptr,
       {});
-  rows.copy_shared_buffer(
-      buffer,
-      buffer.strides(),
-      {false, false, false},
-      span_of_rows(buffer, end - begin),
-      begin * buffer.strides(2));
+  share_rows(buffer, begin, rows);
   return rows;
 }
 

@@ -43,6 +43,7 @@ NB_MODULE(_ext, m) {
   bind_ops(m);
   bind_blocks(m);
   bind_decode_step(m);
+  bind_decoding(m);
   m.def(
       "take_metal_launches",
       &metal::take_launches,

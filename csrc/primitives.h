@@ -258,20 +258,19 @@ class Rotate : public FusedPrimitive {
   bool interleaved_;
 };
 
-// Writes rows to caches, from row `at` on.
+// Writes rows to caches, from row `at` on. Output i is what becomes of input
+// 2 i, a cache's buffer, and after each buffer comes what is written to it.
 class Append : public FusedPrimitive {
  public:
   Append(mx::Stream stream, int at) : FusedPrimitive(stream, false), at_(at) {}
   void eval_cpu(
       const std::vector<mx::array>& inputs,
-      std::vector<mx::array>& outputs) override {
-    append(inputs, outputs, at_);
-  }
-  // Does the same from another row on.
-  virtual void append(
+      std::vector<mx::array>& outputs) override;
+  // Writes what comes after the buffers among the inputs to `targets`, the
+  // rows of each buffer that are its place.
+  virtual void write(
       const std::vector<mx::array>& inputs,
-      std::vector<mx::array>& outputs,
-      int at) = 0;
+      std::vector<mx::array>& targets) = 0;
 
  protected:
   const int at_;
@@ -282,10 +281,9 @@ class Append : public FusedPrimitive {
 class AppendRows : public Append {
  public:
   using Append::Append;
-  void append(
+  void write(
       const std::vector<mx::array>& inputs,
-      std::vector<mx::array>& outputs,
-      int at) override;
+      std::vector<mx::array>& targets) override;
   void eval_gpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override;
@@ -306,10 +304,9 @@ class AppendPacked : public Append {
  public:
   AppendPacked(mx::Stream stream, int at, RowLayout layout)
       : Append(stream, at), layout_(layout) {}
-  void append(
+  void write(
       const std::vector<mx::array>& inputs,
-      std::vector<mx::array>& outputs,
-      int at) override;
+      std::vector<mx::array>& targets) override;
   void eval_gpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override;
@@ -346,9 +343,26 @@ class FirstRows : public FusedPrimitive {
   }
 };
 
+// Reads the rows of caches.
+class ReadRows : public FusedPrimitive {
+ public:
+  using FusedPrimitive::FusedPrimitive;
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override {
+    read(inputs, outputs, nullptr);
+  }
+  // Does the same where a cache has `*filled` rows whenever the kernel runs, of
+  // as many as the inputs have.
+  virtual void read(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs,
+      const int* filled) = 0;
+};
+
 // inputs: q [b, l, heads, dim], keys [b, t, row], weights [b, l, heads], start
 // [b]. output: [b, l, k].
-class IndexerTopk : public FusedPrimitive {
+class IndexerTopk : public ReadRows {
  public:
   IndexerTopk(
       mx::Stream stream,
@@ -356,13 +370,14 @@ class IndexerTopk : public FusedPrimitive {
       RowLayout layout,
       float scale,
       float weight_scale)
-      : FusedPrimitive(stream, reference),
+      : ReadRows(stream, reference),
         layout_(layout),
         scale_(scale),
         weight_scale_(weight_scale) {}
-  void eval_cpu(
+  void read(
       const std::vector<mx::array>& inputs,
-      std::vector<mx::array>& outputs) override;
+      std::vector<mx::array>& outputs,
+      const int* filled) override;
   void eval_gpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override;
@@ -384,7 +399,7 @@ class IndexerTopk : public FusedPrimitive {
 // inputs: q [b, l, heads, rank + rope], start [b], latents [b, t, row], then
 // the RoPE keys [b, t, rope] if `ropes` and the selection [b, l, k] if
 // `selected`. output: [b, l, heads, rank].
-class SparseMlaDecode : public FusedPrimitive {
+class SparseMlaDecode : public ReadRows {
  public:
   SparseMlaDecode(
       mx::Stream stream,
@@ -394,15 +409,16 @@ class SparseMlaDecode : public FusedPrimitive {
       float scale,
       bool ropes,
       bool selected)
-      : FusedPrimitive(stream, reference),
+      : ReadRows(stream, reference),
         prompt_(prompt),
         layout_(layout),
         scale_(scale),
         ropes_(ropes),
         selected_(selected) {}
-  void eval_cpu(
+  void read(
       const std::vector<mx::array>& inputs,
-      std::vector<mx::array>& outputs) override;
+      std::vector<mx::array>& outputs,
+      const int* filled) override;
   void eval_gpu(
       const std::vector<mx::array>& inputs,
       std::vector<mx::array>& outputs) override;

@@ -84,12 +84,6 @@ bool take_rows(const array& buffer, int at, int count) {
   return table().take(buffer, at, at + count);
 }
 
-void take_own_rows(const array& buffer, int count) {
-  if (buffer.data_shared_ptr() && buffer.is_donatable()) {
-    table().take_new(buffer, count);
-  }
-}
-
 void take_new_rows(const array& buffer, int count) {
   table().take_new(buffer, count);
 }

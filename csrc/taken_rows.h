@@ -14,9 +14,6 @@ namespace glm_fused {
 // free, or nobody else holds the buffer.
 bool take_rows(const mlx::core::array& buffer, int at, int count);
 
-// Takes the first `count` rows of `buffer`, if nobody else holds it.
-void take_own_rows(const mlx::core::array& buffer, int count);
-
 // Takes the first `count` rows of new memory.
 void take_new_rows(const mlx::core::array& buffer, int count);
 

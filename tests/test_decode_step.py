@@ -25,9 +25,10 @@ from glm_fused.loader import load_model
 from glm_fused.models import decode_step
 from glm_fused.models.config import args_from_config
 from glm_fused.models.decoder import Model
+from glm_fused.ops import paths
 
 VOCABULARY = 256
-DecodeStep = _ext.DecodeStep
+Decoding = _ext.Decoding
 
 
 @pytest.fixture(autouse=True)
@@ -52,18 +53,23 @@ def recorded(monkeypatch):
     """How often steps were recorded, and run."""
     counts = {"recorded": 0, "run": 0}
 
-    class Counted:
-        takes = staticmethod(DecodeStep.takes)
+    record = decode_step._record
 
+    def counted(*args):
+        counts["recorded"] += 1
+        return record(*args)
+
+    class Counted:
         def __init__(self, *args):
-            counts["recorded"] += 1
-            self.step = DecodeStep(*args)
+            self.decoding = Decoding(*args)
 
         def __call__(self, *args):
-            counts["run"] += 1
-            return self.step(*args)
+            logits = self.decoding(*args)
+            counts["run"] += logits is not None
+            return logits
 
-    monkeypatch.setattr(_ext, "DecodeStep", Counted)
+    monkeypatch.setattr(decode_step, "_record", counted)
+    monkeypatch.setattr(_ext, "Decoding", Counted)
     return counts
 
 
@@ -146,21 +152,22 @@ def test_an_index_that_is_off_is_caught(model, monkeypatch):
     """The control of the test above: rows that are appended one column too late."""
 
     class Late:
-        takes = staticmethod(DecodeStep.takes)
-
         def __init__(self, *args):
-            self.step = DecodeStep(*args)
+            self.decoding = Decoding(*args)
 
-        def __call__(self, inputs, caches, at, late):
-            return self.step(inputs, caches, at + 1, late)
+        def __call__(self, tokens, cache, embedded=None):
+            for layer in cache:
+                for entry in layer.caches:
+                    entry.offset += 1
+            return self.decoding(tokens, cache, embedded)
 
     fresh = copy.deepcopy(model)
-    monkeypatch.setattr(_ext, "DecodeStep", Late)
     cache, tokens = fresh.make_cache(), mx.array([[1, 2, 3, 4, 5, 6]])
-    mx.eval(fresh(tokens[:, :5], cache))
-    late = fresh(tokens[:, 5:], cache)[:, -1]
     with reference_path():
         right = fresh(tokens, fresh.make_cache())[:, -1]
+    mx.eval(fresh(tokens[:, :5], cache))
+    monkeypatch.setattr(_ext, "Decoding", Late)
+    late = fresh(tokens[:, 5:], cache)[:, -1]
     assert not np.array_equal(np.array(late.view(mx.uint16)), np.array(right.view(mx.uint16)))
 
 
@@ -176,6 +183,122 @@ def test_a_step_is_recorded_once(model, recorded, kv_format):
         mx.eval(logits)
     # One for as many keys as are selected, one for more.
     assert recorded == {"recorded": 2, "run": 600}
+
+
+def trained(model, cache):
+    model.train()
+
+
+def with_another_weight(model, cache):
+    norm = model.layers[2].self_attn.q_a_layernorm
+    norm.weight = norm.weight * 1.5
+
+
+def with_another_layer(model, cache):
+    model.model.layers = list(reversed(model.layers))
+
+
+def at_the_end_of_the_context(model, cache):
+    for layer in cache:
+        for entry in layer.caches:
+            entry.offset = model.args.max_position_embeddings
+
+
+def in_a_shorter_layer(model, cache):
+    cache[1].trim(1)
+
+
+def with_other_keys(model, cache):
+    cache[2][0].keys = mx.array(cache[2][0].keys)
+
+
+def with_few_keys(model, cache):
+    for layer in cache:
+        layer.trim(10)
+
+
+CHANGES = [
+    trained, with_another_weight, with_another_layer, at_the_end_of_the_context,
+    in_a_shorter_layer, with_other_keys, with_few_keys,
+]  # fmt: skip
+
+
+def decoding(model):
+    """A model and a cache with more keys than it selects, whose next step follows another."""
+    fresh = copy.deepcopy(model)
+    fresh.eval()
+    cache = fresh.make_cache()
+    for tokens in (mx.zeros((1, 20), mx.int32), mx.array([[7]])):
+        mx.eval(fresh(tokens, cache))
+    return fresh, cache
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_step_after_a_change_does_not_follow_the_last(model, change):
+    token = mx.array([[9]])
+    fresh, cache = decoding(model)
+    assert fresh._steps.again(fresh, token, cache) is not None
+    change(fresh, cache)
+    assert fresh._steps.again(fresh, token, cache) is None
+
+
+def test_a_step_elsewhere_does_not_follow_the_last(model, monkeypatch):
+    token = mx.array([[9]])
+    fresh, cache = decoding(model)
+    others = [None, 5, fresh.make_cache(), decoding(model)[1], cache[:-1], [1, 2]]
+    others += [[cache], [*cache, CacheList()]]
+    assert [fresh._steps.again(fresh, token, other) for other in others] == [None] * len(others)
+    others = [None, [[9]], token[0], mx.array([[9, 9]]), token.astype(mx.int64), token * 1.0]
+    assert [fresh._steps.again(fresh, other, cache) for other in others] == [None] * len(others)
+    with reference_path():
+        assert fresh._steps.again(fresh, token, cache) is None
+    with mx.stream(mx.new_stream(mx.cpu)):
+        assert fresh._steps.again(fresh, token, cache) is None
+    with monkeypatch.context() as patch:
+        patch.setenv("GLM_FUSED_REFERENCE", "1")
+        assert fresh._steps.again(fresh, token, cache) is None
+        with reference_path(False):
+            assert fresh._steps.again(fresh, token, cache) is None
+    assert mx.compile(lambda x: x + (fresh._steps.again(fresh, x, cache) is None))(token) == 10
+    threads = glm_fused.num_threads()
+    try:
+        glm_fused.set_num_threads(threads + 1)
+        assert fresh._steps.again(fresh, token, cache) is None
+    finally:
+        glm_fused.set_num_threads(threads)
+    assert cache[0][0].offset == 21
+    assert fresh._steps.again(fresh, token, cache) is not None
+
+
+def test_a_step_that_nobody_evaluates_is_part_of_the_cache(model):
+    """Trimmed or not, a cache holds what its steps appended."""
+    fresh, cache = decoding(model)
+    for token in (3, 4, 5):
+        fresh(mx.array([[token]]), cache)
+    tokens = [*[0] * 20, 7, 3, 4, 5]
+    for n in (0, 1):
+        for layer in cache:
+            layer.trim(n)
+        tokens = [*tokens[: len(tokens) - n], 6]
+        found = fresh(mx.array([[6]]), cache)[:, -1]
+        with reference_path():
+            assert_same_bits(found, fresh(mx.array([tokens]), fresh.make_cache())[:, -1])
+
+
+def test_steps_keep_no_cache(model):
+    """They are bound to where caches lie, and a trimmed one is written where it lies."""
+    fresh, cache = decoding(model)
+    held = mx.get_active_memory()
+    for _ in range(3):
+        for layer in cache:
+            layer.trim(1)
+        mx.eval(fresh(mx.array([[7]]), cache))
+        mx.synchronize()
+        assert mx.get_active_memory() == held
+    size = sum(layer.nbytes for layer in cache)
+    del cache, layer
+    mx.synchronize()
+    assert held - mx.get_active_memory() >= size
 
 
 def test_what_is_replaced_is_noticed(model, recorded):
@@ -313,12 +436,17 @@ def test_what_does_not_fit_is_refused(model):
     cache = fresh.make_cache()
     mx.eval(fresh(mx.array([[1, 2, 3]]), cache), fresh(mx.array([[1]]), cache))
     (step,) = fresh._steps._steps.values()
-    with pytest.raises(ValueError, match=r"\[decode_step\] expected \d+ arrays but got 0"):
-        step([], [], 4)
-    rows = decode_step._rows([entry for layer in cache for entry in layer.caches])
-    x = mx.zeros((1, 2, 128), mx.bfloat16)
-    with pytest.raises(ValueError, match=r"array 0 must be int32 of shape .* but is bfloat16"):
-        step([x, x, x], rows, 4)
+    x, tokens = mx.zeros((1, 2, 1, 128), mx.bfloat16), mx.array([[1]])
+
+    def decode(start):
+        reference = paths.override, paths.VARIABLE
+        decoding = Decoding(step, cache, tokens, 256, (x, x), 0, start, (0, 9), *reference)
+        return decoding(tokens, cache)
+
+    with pytest.raises(ValueError, match=r"\[decode_step\] expected \d+ arrays but got"):
+        decode(x)
+    with pytest.raises(ValueError, match=r"array 1 must be float32 of shape .* but is bfloat16"):
+        decode(None)
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32], ids=str)

@@ -134,18 +134,21 @@ def test_a_comparison_runs_both_paths(loaded, monkeypatch):
 
 def test_a_comparison_finds_one_perturbed_value(loaded, monkeypatch):
     """One logit is changed on the fused path, in its fourth decode step."""
-    original = DecodeSteps.run
     calls = []
 
-    def perturbed(self, *args):
-        logits = original(self, *args)
-        if logits is None:
-            return None
-        calls.append(1)
-        change = (mx.arange(logits.shape[-1]) == 5).astype(logits.dtype)
-        return logits + change if len(calls) == 4 else logits
+    def perturbed(original):
+        def step(self, *args):
+            logits = original(self, *args)
+            if logits is None:
+                return None
+            calls.append(1)
+            change = (mx.arange(logits.shape[-1]) == 5).astype(logits.dtype)
+            return logits + change if len(calls) == 4 else logits
 
-    monkeypatch.setattr(DecodeSteps, "run", perturbed)
+        return step
+
+    for name in ("again", "run"):
+        monkeypatch.setattr(DecodeSteps, name, perturbed(getattr(DecodeSteps, name)))
     comparison = compare(loaded[0], [3, 4, 5, 6], Options(max_tokens=8))
     assert not comparison.bit_identical
     assert comparison.first_difference["step"] > 0

@@ -13,4 +13,7 @@ void bind_blocks(nanobind::module_& m);
 // Binds DecodeStep.
 void bind_decode_step(nanobind::module_& m);
 
+// Binds Decoding.
+void bind_decoding(nanobind::module_& m);
+
 }  // namespace glm_fused

@@ -12,8 +12,8 @@ namespace glm_fused {
 using Arrays = std::vector<mx::array>;
 
 // The ops of a step, ready to run: their kernels hold the weights, and memory
-// of the step's own for what they hand on. What depends on how many keys are
-// cached, which are the ops that read them, is made anew at every step.
+// of the step's own for what they hand on. Those that append to caches or read
+// them are made anew where the caches have moved or become much longer.
 class DecodeStep {
  public:
   // Takes how `logits` and `appended` were made of `inputs` and `caches` by ops
@@ -37,10 +37,11 @@ class DecodeStep {
   // Returns the logits of inputs of the same shapes and types, and makes of
   // each of `caches` what it is with the new rows, which begin at `at`. Throws
   // std::invalid_argument for inputs or caches that do not fit; evaluation
-  // throws what `late` does.
+  // throws what `late` does. Caches are written where they lie, whose memory
+  // must be there: those that have none yet are evaluated.
   mx::array operator()(
       const Arrays& inputs,
-      Arrays& caches,
+      const std::vector<mx::array*>& caches,
       int at,
       const std::optional<LateCheck>& late) const;
 
@@ -48,7 +49,9 @@ class DecodeStep {
   struct Plan;
 
  private:
-  std::shared_ptr<const Plan> plan_;
+  void check(const Arrays& inputs, const std::vector<mx::array*>& caches) const;
+
+  std::shared_ptr<Plan> plan_;
 };
 
 }  // namespace glm_fused

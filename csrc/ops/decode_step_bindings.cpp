@@ -7,7 +7,6 @@
 #include "nanobind/stl/pair.h"
 #include "ops/bindings.h"
 #include "ops/decode_step.h"
-#include "taken_rows.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -112,31 +111,7 @@ void bind_decode_step(nb::module_& m) {
       .def_static(
           "run_seconds",
           &DecodeStep::run_seconds,
-          "How long all steps of this process have run their kernels.")
-      .def(
-          "__call__",
-          [](const DecodeStep& self,
-             const ArraySequence& inputs,
-             const ArraySequence& caches,
-             int at,
-             const std::optional<LateCheck>& late) {
-            // Before the graph holds them, too.
-            for (nb::handle cache : caches) {
-              take_own_rows(nb::cast<const mx::array&>(cache), at);
-            }
-            Arrays grown = arrays(caches);
-            mx::array logits = self(arrays(inputs), grown, at, late);
-            for (size_t i = 0; i < grown.size(); i++) {
-              nb::cast<mx::array&>(caches[i]).overwrite_descriptor(grown[i]);
-            }
-            return logits;
-          },
-          "inputs"_a,
-          "caches"_a,
-          "at"_a,
-          "late"_a = nb::none(),
-          "The logits; the caches then hold the new rows, from row `at` on.\n\n"
-          "`late` is what `tokens_of_step` leaves to check.");
+          "How long all steps of this process have run their kernels.");
   m.def(
       "tokens_of_step",
       [](const mx::array& tokens, int vocabulary) {

@@ -186,21 +186,13 @@ class Evaluation {
   }
 
  private:
-  void copy(const mx::array& from, mx::array to) {
-    const auto make = [](auto& in, auto& out, cpu::Scratch&, int) {
-      return cpu::Copy(in[0], out[0]);
-    };
-    Arrays out = {std::move(to)};
-    cpu::dispatch(owner_, {from}, out, make);
-  }
-
   // Returns the array, or a copy whose rows lie back to back.
   mx::array in_rows(const mx::array& a) {
     if (a.flags().row_contiguous) {
       return a;
     }
     const mx::array rows(a.shape(), a.dtype(), nullptr, {});
-    copy(a, rows);
+    cpu::copy(owner_, a, rows);
     return rows;
   }
 
@@ -223,7 +215,7 @@ class Evaluation {
       mx::array place(part.shape(), part.dtype(), nullptr, {});
       place.copy_shared_buffer(
           out, out.strides(), {false, false, false}, out.data_size(), offset);
-      copy(part, place);
+      cpu::copy(owner_, part, place);
       offset += part.shape(axis) * out.strides(axis);
     }
   }

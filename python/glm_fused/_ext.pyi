@@ -416,19 +416,6 @@ class DecodeStep:
     def run_seconds() -> float:
         """How long all steps of this process have run their kernels."""
 
-    def __call__(
-        self,
-        inputs: Sequence[mlx.core.array],
-        caches: Sequence[mlx.core.array],
-        at: int,
-        late: LateCheck | None = None,
-    ) -> mlx.core.array:
-        """
-        The logits; the caches then hold the new rows, from row `at` on.
-
-        `late` is what `tokens_of_step` leaves to check.
-        """
-
 def tokens_of_step(
     tokens: mlx.core.array, vocabulary: int
 ) -> tuple[mlx.core.array, LateCheck | None]:
@@ -437,6 +424,40 @@ def tokens_of_step(
 
     Those that are not being computed are checked as `check_tokens` does.
     """
+
+class Decoding:
+    """A recorded step and its cache: see models.decode_step."""
+
+    def __init__(
+        self,
+        step: DecodeStep,
+        cache: object,
+        tokens: mlx.core.array,
+        vocabulary: int | None,
+        angles: tuple[mlx.core.array, mlx.core.array],
+        first: int,
+        start: mlx.core.array | None,
+        rows: tuple[int, int],
+        path: object,
+        variable: str,
+    ) -> None:
+        """
+        Take what was checked, and is not to change.
+
+        Tokens [b, l] of which without `vocabulary` the embedded rows are given, too;
+        cosines and sines of the positions from `first` on; the least and most rows
+        that the caches may have after a step; the context variable that, if set, goes
+        before the environment variable.
+        """
+
+    def __call__(
+        self, tokens: object | None, cache: object | None, embedded: mlx.core.array | None = None
+    ) -> mlx.core.array | None:
+        """
+        The logits of tokens, which the caches then hold.
+
+        None, with nothing done, where anything is not as it was.
+        """
 
 def take_metal_launches() -> int:
     """How many launches of our kernels were encoded since the last call."""

@@ -1,69 +1,62 @@
 #include "appended_rows.h"
 #include "cpu/attention/pack_rows.h"
 #include "cpu/runtime/copy.h"
-#include "cpu/runtime/dispatch.h"
 #include "primitives.h"
 
 namespace glm_fused {
 
 namespace {
 
-void copy(mx::Primitive& append, const mx::array& from, const mx::array& to) {
-  const auto make = [](auto& in, auto& out, cpu::Scratch&, int) {
-    return cpu::Copy(in[0], out[0]);
-  };
-  std::vector<mx::array> target = {to};
-  cpu::dispatch(append, {from}, target, make);
-}
-
-// Gives `whole` memory with the first `at` rows of `buffer`, and returns the
-// next ones, which are to be written.
-mx::array begin_append(
+// Gives `whole` memory with the first `at` rows of `buffer` and place up to
+// `end`: the buffer's own or, if others hold those rows, memory to which they
+// are copied.
+void keep_rows(
     mx::Primitive& append,
     const mx::array& buffer,
     int at,
-    int count,
+    int end,
     mx::array& whole) {
   const auto allocate = [&](mx::array& a) {
     std::vector<mx::array> arrays = {a};
     cpu::allocate(append, arrays);
   };
-  if (!place_appended(buffer, at, at + count, whole, allocate)) {
-    copy(append, rows_between(buffer, 0, at), rows_between(whole, 0, at));
+  if (!place_appended(buffer, at, end, whole, allocate)) {
+    cpu::copy(append, rows_between(buffer, 0, at), rows_between(whole, 0, at));
   }
-  return rows_between(whole, at, at + count);
 }
 
 }  // namespace
 
-void AppendRows::append(
+void Append::eval_cpu(
     const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs,
-    int at) {
+    std::vector<mx::array>& outputs) {
   cpu::evaluate(*this, [&] {
+    const int count = inputs[1].shape(2);
+    std::vector<mx::array> targets;
     for (size_t i = 0; i < outputs.size(); i++) {
-      const mx::array& rows = inputs[2 * i + 1];
-      copy(
-          *this,
-          rows,
-          begin_append(*this, inputs[2 * i], at, rows.shape(2), outputs[i]));
+      keep_rows(*this, inputs[2 * i], at_, at_ + count, outputs[i]);
+      targets.push_back(rows_between(outputs[i], at_, at_ + count));
     }
+    write(inputs, targets);
   });
 }
 
-void AppendPacked::append(
+void AppendRows::write(
     const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs,
-    int at) {
-  cpu::evaluate(*this, [&] {
-    const std::vector<mx::array> rows(inputs.begin() + 1, inputs.end());
-    std::vector<mx::array> target = {
-        begin_append(*this, inputs[0], at, rows[0].shape(2), outputs[0])};
-    const auto make = [&](auto& in, auto& out, cpu::Scratch&, int workers) {
-      return cpu::PackRows(layout_, in, out[0], workers);
-    };
-    cpu::dispatch(*this, rows, target, make);
-  });
+    std::vector<mx::array>& targets) {
+  for (size_t i = 0; i < targets.size(); i++) {
+    cpu::copy(*this, inputs[2 * i + 1], targets[i]);
+  }
+}
+
+void AppendPacked::write(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& targets) {
+  const std::vector<mx::array> rows(inputs.begin() + 1, inputs.end());
+  const auto make = [&](auto& in, auto& out, cpu::Scratch&, int workers) {
+    return cpu::PackRows(layout_, in, out[0], workers);
+  };
+  cpu::dispatch(*this, rows, targets, make);
 }
 
 void FirstRows::eval_cpu(

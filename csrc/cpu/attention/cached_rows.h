@@ -11,11 +11,13 @@
 namespace glm_fused::cpu {
 
 // The rows of `a` [b, t, width]: in place where their values are contiguous, as
-// a growing cache's are, else copied.
+// a growing cache's are, else copied. With `filled` only so many of them are
+// there, another number in every run of a kernel.
 class RowArray {
  public:
-  RowArray(const mx::array& a, Scratch& scratch)
+  RowArray(const mx::array& a, Scratch& scratch, const int* filled = nullptr)
       : array_(a),
+        filled_(filled),
         batch_(a.strides(0) * a.itemsize()),
         row_(a.strides(1) * a.itemsize()) {
     if (a.strides(2) != 1 && a.shape(2) > 1) {
@@ -46,6 +48,9 @@ class RowArray {
   }
 
   int keys() const {
+    return filled_ ? *filled_ : most_keys();
+  }
+  int most_keys() const {
     return array_.shape(1);
   }
   FloatType type() const {
@@ -62,6 +67,7 @@ class RowArray {
 
  private:
   const mx::array& array_;
+  const int* filled_;
   int64_t batch_, row_;
   std::span<uint8_t> copy_;
 };

@@ -27,22 +27,22 @@ class Topk : public Staged {
       : a_(a),
         reference_(reference),
         workers_(workers),
-        keys_(a.keys.keys()),
+        most_keys_(a.keys.most_keys()),
         step_(
             std::min<size_t>(
-                std::max<size_t>(kMaxScores / std::max(keys_, 1), 1),
+                std::max<size_t>(kMaxScores / std::max(most_keys_, 1), 1),
                 a.queries())),
         width_(static_cast<size_t>(a.heads()) * a.dim()),
         packed_(attention_kernels().index_packed(a.heads(), a.dim())),
         q_(scratch.take<float>(packed_ * step_)),
-        scores_(scratch.take<uint32_t>(static_cast<size_t>(keys_) * step_)),
+        scores_(scratch.take<uint32_t>(stride() * step_)),
         low_(scratch.take<int>(step_)),
         high_(scratch.take<int>(step_)),
         row_(scratch.take_each<float>(workers, width_)),
         spare_(scratch.take_each<float>(
             workers,
             attention_kernels().index_spare(step_, a.heads()))),
-        words_(scratch.take_each<uint32_t>(workers, keys_ + 16)) {}
+        words_(scratch.take_each<uint32_t>(workers, most_keys_ + 16)) {}
 
   void run() {
     if (reference_) {
@@ -68,7 +68,7 @@ class Topk : public Staged {
       case 1:
         return begin_scores();
       default:
-        return {count_, 10.0 * keys_ * count_};
+        return {count_, 10.0 * a_.keys.keys() * count_};
     }
   }
 
@@ -84,6 +84,11 @@ class Topk : public Staged {
   }
 
  private:
+  // How far apart the scores of two queries are.
+  size_t stride() const {
+    return most_keys_;
+  }
+
   // How many blocks of queries a sequence has.
   int blocks() const {
     return (a_.queries() + step_ - 1) / step_;
@@ -133,11 +138,11 @@ class Topk : public Staged {
          a_.scale,
          a_.rows(b_),
          begin,
-         std::min(begin + task_, keys_),
+         std::min(begin + task_, a_.keys.keys()),
          low_.data(),
          high_.data(),
          scores_.data(),
-         static_cast<size_t>(keys_),
+         stride(),
          spare_[worker]});
   }
 
@@ -147,7 +152,7 @@ class Topk : public Staged {
       return;
     }
     int32_t* out = a_.out(b_, first_ + i);
-    const uint32_t* words = scores_.data() + static_cast<size_t>(keys_) * i;
+    const uint32_t* words = scores_.data() + stride() * i;
     attention_kernels().select(words + low, count, a_.k(), words_[worker], out);
     for (int j = 0; j < a_.k(); j++) {
       out[j] += low;
@@ -156,7 +161,7 @@ class Topk : public Staged {
 
   const Indexer a_;
   const bool reference_;
-  const int workers_, keys_, step_;
+  const int workers_, most_keys_, step_;
   const size_t width_, packed_;
   const std::span<float> q_;
   const std::span<uint32_t> scores_;  // [query, key]
@@ -171,11 +176,12 @@ class Topk : public Staged {
 
 }  // namespace cpu
 
-void IndexerTopk::eval_cpu(
+void IndexerTopk::read(
     const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
+    std::vector<mx::array>& outputs,
+    const int* filled) {
   const auto make = [&](auto& in, auto& out, cpu::Scratch& scratch, int n) {
-    const cpu::RowArray keys(in[1], scratch);
+    const cpu::RowArray keys(in[1], scratch, filled);
     const cpu::Indexer a{in[0], keys, in[2], in[3], layout_, scale_, out[0]};
     return cpu::Topk(a, reference_, scratch, n);
   };

@@ -29,22 +29,22 @@ class Attention : public Staged {
       : a_(a),
         reference_(reference),
         workers_(workers),
-        list_(a.list_size()),
+        most_(a.most_listed()),
         width_(a.layout.rank + a.layout.rope),
         lanes_(round_up(a.heads(), kLane)),
-        splits_((list_ + kSplit - 1) / kSplit),
+        most_splits_(round_up(most_, kSplit) / kSplit),
         alone_(a.queries() >= kQueriesAlone * workers),
         step_(alone_ ? a.queries() : step()),
         places_(alone_ ? workers : step_),
-        keys_(scratch.take_each<int32_t>(places_, list_)),
-        counts_(scratch.take_each<int>(places_, splits_)),
-        begins_(scratch.take_each<int>(places_, splits_)),
+        keys_(scratch.take_each<int32_t>(places_, most_)),
+        counts_(scratch.take_each<int>(places_, most_splits_)),
+        begins_(scratch.take_each<int>(places_, most_splits_)),
         filled_(scratch.take<int>(places_)),
         q_(scratch.take_each<float>(places_, lanes(width_))),
-        p_(scratch.take_each<float>(places_, lanes(list_))),
-        m_(scratch.take_each<float>(places_, lanes(splits_))),
-        l_(scratch.take_each<float>(places_, lanes(splits_))),
-        e_(scratch.take_each<float>(places_, lanes(splits_))),
+        p_(scratch.take_each<float>(places_, lanes(most_))),
+        m_(scratch.take_each<float>(places_, lanes(most_splits_))),
+        l_(scratch.take_each<float>(places_, lanes(most_splits_))),
+        e_(scratch.take_each<float>(places_, lanes(most_splits_))),
         total_(scratch.take_each<float>(places_, lanes_)),
         row_(scratch.take_each<float>(workers, lanes(width_) + kLane)),
         sums_(scratch.take_each<float>(
@@ -117,7 +117,7 @@ class Attention : public Staged {
   // Returns how many queries are taken together.
   int step() const {
     const size_t lanes = a_.heads() + kLane - 1;
-    const size_t floats = (static_cast<size_t>(list_) + width_) * lanes;
+    const size_t floats = (static_cast<size_t>(most_) + width_) * lanes;
     return static_cast<int>(std::min<size_t>(
         std::max<size_t>(kMaxScratch / floats, 1), a_.queries()));
   }
@@ -126,11 +126,13 @@ class Attention : public Staged {
     return static_cast<double>(width_) * lanes_ * list_ * count_;
   }
 
-  void load() const {
+  void load() {
     a_.latents.load();
     if (a_.ropes) {
       a_.ropes->load();
     }
+    list_ = a_.list_size();
+    splits_ = round_up(list_, kSplit) / kSplit;
   }
 
   // How many blocks of queries a sequence has.
@@ -274,7 +276,7 @@ class Attention : public Staged {
 
   const Mla a_;
   const bool reference_;
-  const int workers_, list_, width_, lanes_, splits_;
+  const int workers_, most_, width_, lanes_, most_splits_;
   const bool alone_;
   const int step_, places_;
   // For each place these are a query's keys, the sizes, first keys and number
@@ -284,6 +286,7 @@ class Attention : public Staged {
   const std::span<int> filled_;
   const Shares<float> q_, p_, m_, l_, e_, total_;
   const Shares<float> row_, sums_;     // one for each worker
+  int list_ = 0, splits_ = 0;          // of this run
   int b_ = 0, first_ = 0, count_ = 0;  // sequence b_, its queries at hand
   int each_ = 0, tiles_ = 0;  // splits or columns of a tile; a query's tiles
   std::optional<Rows> rows_;
@@ -293,14 +296,15 @@ class Attention : public Staged {
 
 }  // namespace cpu
 
-void SparseMlaDecode::eval_cpu(
+void SparseMlaDecode::read(
     const std::vector<mx::array>& inputs,
-    std::vector<mx::array>& outputs) {
+    std::vector<mx::array>& outputs,
+    const int* filled) {
   const auto make = [&](auto& in, auto& out, cpu::Scratch& scratch, int n) {
-    const cpu::RowArray latents(in[2], scratch);
+    const cpu::RowArray latents(in[2], scratch, filled);
     std::optional<cpu::RowArray> ropes;
     if (ropes_) {
-      ropes.emplace(in[3], scratch);
+      ropes.emplace(in[3], scratch, filled);
     }
     const cpu::Mla a{
         in[0],

@@ -39,6 +39,10 @@ struct Mla {
   int list_size() const {
     return selected ? selected->shape(2) : latents.keys();
   }
+  // Returns the most that this is in any run.
+  int most_listed() const {
+    return selected ? selected->shape(2) : latents.most_keys();
+  }
   // Returns entry j of a query's list, -1 where it is no visible key.
   int entry(int b, int i, int j) const {
     const Visible v = visible(b);

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 
-#include "mlx/array.h"
+#include "cpu/runtime/dispatch.h"
 
 namespace glm_fused::cpu {
 
@@ -40,5 +40,18 @@ class Copy {
   const mlx::core::array& from_;
   mlx::core::array& to_;
 };
+
+// Copies an array to another of the same shape and type, whose memory may be a
+// part of a larger one's, for the node `owner`.
+inline void copy(
+    mlx::core::Primitive& owner,
+    const mlx::core::array& from,
+    const mlx::core::array& to) {
+  const auto make = [](auto& in, auto& out, Scratch&, int) {
+    return Copy(in[0], out[0]);
+  };
+  Arrays target = {to};
+  dispatch(owner, {from}, target, make);
+}
 
 }  // namespace glm_fused::cpu

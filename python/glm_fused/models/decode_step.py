@@ -3,13 +3,16 @@
 The node is recorded from the model itself: its layers run once on arrays that stand for the real
 ones, and what they did with the ops is kept, ready to run. A step then costs neither Python nor a
 graph, and its bits are those of the layers one by one, since it runs their kernels.
+
+What decides which step it is, and whether tokens and cache fit, is found out once, too: a step that
+follows another on the same cache only makes sure that nothing has changed.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,11 +21,11 @@ from mlx_lm.models.cache import CacheList, KVCache
 from .. import _ext, ops
 from ..environment import debug
 from ..formats.kv_rows import format_of, row_widths
-from ..ops import Weight
-from .cache import Span, advance, make_room
+from ..ops import Weight, metal_sim, paths
+from .cache import Span, make_room
 from .config import ModelArgs
 from .layers import Embedding, QuantizedEmbedding
-from .rope import Angles
+from .rope import Angles, Page
 
 _MOST = 32  # kinds of steps that are kept
 
@@ -31,7 +34,7 @@ class _Decoder(Protocol):
     @property
     def embed_tokens(self) -> nn.Module: ...
 
-    def angles(self, span: Span) -> Angles: ...
+    def page(self, span: Span) -> Page: ...
 
     def embed(self, tokens: mx.array) -> mx.array: ...
 
@@ -69,9 +72,20 @@ class DecodeSteps:
     def __init__(self) -> None:
         self._parts: _Parts | None = None
         self._steps: dict[tuple[Any, ...], _ext.DecodeStep | None] = {}
+        self._last: _Last | None = None
 
     def __reduce__(self) -> tuple[type[DecodeSteps], tuple[()]]:
         return DecodeSteps, ()
+
+    def again(self, model: Model, tokens: mx.array, cache: Sequence[Any] | None) -> mx.array | None:
+        """What `run` gives where all is as it was in the last step, but for what that appended.
+
+        None, with nothing done, where it is not. Tokens and cache need not be checked.
+        """
+        last = self._last
+        if last is None or model.training or metal_sim.active() or not last.parts.are_in_place():
+            return None
+        return last.decoding(tokens, cache)
 
     def run(self, model: Model, tokens: mx.array, cache: Sequence[Any] | None) -> mx.array | None:
         """The logits [b, l, vocab] of checked tokens [b, l], which are appended to ``cache``.
@@ -82,60 +96,90 @@ class DecodeSteps:
         """
         if not ops.blocks.takes_on_cpu(tokens) or cache is None or model.training:
             return None
-        entries = [entry for layer in cache for entry in layer.caches]
-        if entries[0].keys is None:
+        keys = cache[0][0].keys
+        if keys is None:
             return None
-        if self._parts is None or not self._parts.are_in_place():
+        parts = self._parts
+        if parts is None or not parts.are_in_place():
             self._steps = {}  # not cleared: another thread may be at it
-            self._parts = _Parts(model)
-        if not self._parts.plain or not _ext.DecodeStep.takes([tokens, entries[0].keys]):
+            self._parts = parts = _Parts(model)
+        if not parts.plain or not _ext.DecodeStep.takes([tokens, keys]):
             return None
-        span = Span.of(cache, tokens.shape[1])
-        table = self._parts.table
-        angles = model.model.angles(span)
-        late = None
-        if table is None:
-            first = model.model.embed(tokens)
-        else:
-            first, late = _ext.tokens_of_step(tokens, model.args.vocab_size)
-        inputs = [first, *angles] if span.start is None else [first, *angles, span.start]
-        step = self._step(model, span, inputs, entries[0].keys.dtype)
+        embedded = parts.embedded(model, tokens)
+        decoding = self._decoding(model, parts, tokens, embedded, cache)
+        if decoding is None:
+            return None
+        self._last = None if parts.table is None else _Last(parts, decoding)
+        return decoding(tokens, cache, embedded)
+
+    def _decoding(
+        self,
+        model: Model,
+        parts: _Parts,
+        tokens: mx.array,
+        embedded: mx.array | None,
+        cache: Sequence[Any],
+    ) -> _ext.Decoding | None:
+        """The step for such tokens and this cache, which gets room for them."""
+        entries = [entry for layer in cache for entry in layer.caches]
+        span, topk = Span.of(cache, tokens.shape[1]), model.args.index_topk
+        page, selects = model.model.page(span), span.total > topk
+        inputs = _inputs(tokens, embedded, page, span)
+        step = self._step(model, parts, inputs, entries[0].keys.dtype, selects)
         if step is None:
             return None
         for entry in entries:
             make_room(entry, span.length)
-        logits: mx.array = step(inputs, _rows(entries), span.first, late)
-        for entry in entries:
-            advance(entry, span.length)
-        return logits
+        room = min(entry.keys.shape[2] for entry in entries)
+        most = [room, page.end, model.args.max_position_embeddings] + [topk] * (not selects)
+        least = max(page.first + span.length, topk + 1 if selects else 0)
+        return _ext.Decoding(
+            step, cache, tokens, None if parts.table is None else model.args.vocab_size,
+            page.angles, page.first, span.start, (least, min(most)), paths.override, paths.VARIABLE,
+        )  # fmt: skip
 
     def _step(
-        self, model: Model, span: Span, inputs: list[mx.array], dtype: mx.Dtype
+        self,
+        model: Model,
+        parts: _Parts,
+        inputs: list[_Input],
+        dtype: mx.Dtype,
+        selects: bool,
     ) -> _ext.DecodeStep | None:
         """The step for such inputs and caches; None where a norm widens what it is given."""
-        selects = span.total > model.args.index_topk
-        key = (
-            str(mx.default_stream(mx.cpu)),
-            _ext.num_threads(),
-            selects,
-            dtype,
-            *((a.shape, a.dtype) for a in inputs),
-        )
+        key = (str(mx.default_stream(mx.cpu)), _ext.num_threads(), selects, dtype, *inputs)
         if key in (steps := self._steps):
             return steps[key]
         if len(steps) >= _MOST:
             self._steps = {}
-        stand_ins = [_stand_in(a.shape, a.dtype) for a in inputs]
-        table = self._parts.table if self._parts is not None else None
+        stand_ins = [_stand_in(*each) for each in inputs]
         x = stand_ins[0]
-        if table is not None:
-            x = _ext.embed(x, table, model.args.hidden_size)
+        if parts.table is not None:
+            x = _ext.embed(x, parts.table, model.args.hidden_size)
         keeps_dtype = all(layer.keeps_dtype(x) for layer in model.layers)
         step = _record(model, stand_ins, x, dtype, selects) if keeps_dtype else None
         how = "layer by layer: a norm widens its input" if step is None else "as one recorded node"
-        debug("decode steps of %d x %d tokens run %s", *inputs[0].shape[:2], how)
+        debug("decode steps of %d x %d tokens run %s", *x.shape[:2], how)
         self._steps[key] = step
         return step
+
+
+class _Input(NamedTuple):
+    """What an input of a step is like."""
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+
+    @classmethod
+    def of(cls, array: mx.array) -> _Input:
+        return cls(array.shape, array.dtype)
+
+
+class _Last(NamedTuple):
+    """The last step: what it was made of, and how it is made again."""
+
+    parts: _Parts
+    decoding: _ext.Decoding
 
 
 class _Parts:
@@ -155,6 +199,10 @@ class _Parts:
     def are_in_place(self) -> bool:
         """Whether the model still has these parts, and no others."""
         return _ext.same_items(self._containers, self._items)
+
+    def embedded(self, model: Model, tokens: mx.array) -> mx.array | None:
+        """The rows of tokens, unless a step takes them itself."""
+        return model.model.embed(tokens) if self.table is None else None
 
 
 def _containers(part: Any) -> Iterator[Any]:
@@ -178,6 +226,14 @@ def _table(embedding: nn.Module) -> Weight | None:
         return None
     table: Weight = embedding.as_weight()
     return table if table.format.mode in ("affine", "dense") else None
+
+
+def _inputs(tokens: mx.array, embedded: mx.array | None, page: Page, span: Span) -> list[_Input]:
+    """The inputs of a step: tokens or their rows, angles and starts of rows."""
+    first = _Input(tokens.shape, mx.int32) if embedded is None else _Input.of(embedded)
+    batch, heads, _, pairs = page.angles.cos.shape
+    angle = _Input((batch, heads, span.length, pairs), page.angles.cos.dtype)
+    return [first, angle, angle, *([] if span.start is None else [_Input.of(span.start)])]
 
 
 def _record(

@@ -31,7 +31,7 @@ from .layers import (
     keeps_dtype,
 )
 from .moe import MoE
-from .rope import Angles, Rope
+from .rope import Angles, Page, Rope
 from .tensors import modules
 from .tokens import check_length, check_tokens, embed
 
@@ -91,12 +91,16 @@ class Decoder(nn.Module):
 
     def angles(self, span: Span) -> Angles:
         """The angles of a span, whose length is checked."""
-        check_length(span.first, span.length, self._context)
         # A GPU's cosines have other bits; on the CPU the caller's stream is the right one.
         with routes.on(mx.cpu if routes.is_gpu(None) else None):
-            if span.start is None:
-                return self._rope.angles_of_span(span.first, span.length)
-            return self._rope.angles(span.positions())
+            return self.page(span).of_span(span.first, span.length)
+
+    def page(self, span: Span) -> Page:
+        """The angles of a span's columns and maybe of some around it; its length is checked."""
+        check_length(span.first, span.length, self._context)
+        if span.start is None:
+            return self._rope.page_of_span(span.first, span.length)
+        return Page(span.first, self._rope.angles(span.positions()))
 
     def embed(self, tokens: mx.array) -> mx.array:
         """The rows [b, l, hidden] of tokens [b, l], which are checked."""
@@ -158,6 +162,8 @@ class Model(nn.Module):
         tokens are not evaluated yet, one outside the vocabulary raises when the logits are
         evaluated on the CPU; on a GPU its logits are NaN.
         """
+        if trace is None and (logits := self._steps.again(self, tokens, cache)) is not None:
+            return logits
         check_tokens(tokens)
         if cache is not None:
             check_cache(cache, self.args, tokens.shape[0])

@@ -148,29 +148,47 @@ class Angles(NamedTuple):
     sin: mx.array
 
 
+class Page(NamedTuple):
+    """The angles of successive positions, from ``first`` on."""
+
+    first: int
+    angles: Angles
+
+    @property
+    def end(self) -> int:
+        """The position after the last one."""
+        return self.first + self.angles.cos.shape[2]
+
+    def of_span(self, first: int, length: int) -> Angles:
+        """The angles at positions ``first`` to ``first + length - 1``, which it has."""
+        if (first, first + length) == (self.first, self.end):
+            return self.angles
+        at = slice(first - self.first, first - self.first + length)
+        return Angles(self.angles.cos[:, :, at], self.angles.sin[:, :, at])
+
+
 class Rope:
     """Makes rotary angles for a rope width of ``dim``."""
 
     def __init__(self, parameters: RopeParameters, dim: int):
         self.inv_freq = mx.array(parameters.inv_freq(dim))
         self.scaling = parameters.attention_scaling
-        self._page: tuple[int, Angles] | None = None
+        self._page: Page | None = None
 
-    def angles_of_span(self, first: int, length: int) -> Angles:
-        """The angles at positions ``first`` to ``first + length - 1``, as `angles` gives them.
+    def page_of_span(self, first: int, length: int) -> Page:
+        """The angles, as `angles` gives them, of a page that has the span; it is made once.
 
-        They are views of those of a page, which are made once.
+        A span that lies in two pages gets a page of its own.
         """
         begin = first // PAGE * PAGE
         if first + length > begin + PAGE:
-            return self.angles(mx.arange(first, first + length)[None])
+            return Page(first, self.angles(mx.arange(first, first + length)[None]))
         page = self._page
-        if page is None or page[0] != begin:
-            page = begin, self.angles(mx.arange(begin, begin + PAGE)[None])
-            mx.eval(*page[1])
+        if page is None or page.first != begin:
+            page = Page(begin, self.angles(mx.arange(begin, begin + PAGE)[None]))
+            mx.eval(*page.angles)
             self._page = page  # only now, as other threads take it from there
-        at = slice(first - begin, first - begin + length)
-        return Angles(page[1].cos[:, :, at], page[1].sin[:, :, at])
+        return page
 
     def angles(self, positions: mx.array) -> Angles:
         """The angles at integer ``positions`` [b or 1, l]."""

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from ..environment import debug, flag
 
 _fallen_back: set[str] = set()
-_override: contextvars.ContextVar[bool | None] = contextvars.ContextVar("reference", default=None)
+VARIABLE = "GLM_FUSED_REFERENCE"  # of the environment
+override: contextvars.ContextVar[bool | None] = contextvars.ContextVar("reference", default=None)
 
 
 def use_reference(keyword: bool | None = None) -> bool:
@@ -20,8 +21,8 @@ def use_reference(keyword: bool | None = None) -> bool:
     """
     if keyword is not None:
         return keyword
-    override = _override.get()
-    return flag("GLM_FUSED_REFERENCE") if override is None else override
+    asked = override.get()
+    return flag(VARIABLE) if asked is None else asked
 
 
 @contextlib.contextmanager
@@ -31,11 +32,11 @@ def reference_path(enabled: bool = True) -> Iterator[None]:
     It holds for the thread that enters it, goes before ``GLM_FUSED_REFERENCE``, and raises nothing
     of its own; what was asked for before it holds again after it.
     """
-    token = _override.set(enabled)
+    token = override.set(enabled)
     try:
         yield
     finally:
-        _override.reset(token)
+        override.reset(token)
 
 
 def fall_back(op: str, obstacle: str) -> None:

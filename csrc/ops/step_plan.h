@@ -1,0 +1,53 @@
+// What a recorded decode step runs (ops/decode_step.h).
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "cpu/runtime/dispatch.h"
+#include "cpu/runtime/schedule.h"
+#include "ops/program.h"
+
+namespace glm_fused {
+
+// The calls that every step makes alike are evaluated once, by `prepare`. Those
+// that append to caches or read them are left to CacheCalls, and the last one,
+// which makes what a step gives away.
+struct StepPlan {
+  enum class Kind { alike, append, first_rows, read, last };
+
+  // `in` are the inputs of the program, of which the last `cache_count` stand
+  // for caches; its outputs are the logits, then each cache with the rows that
+  // were appended. Throws std::runtime_error where other ops than those made
+  // for it take cached rows.
+  StepPlan(mx::Stream s, Program p, const Arrays& in, int cache_count);
+
+  // Evaluates the calls that are alike, for the node `owner`.
+  void prepare(mx::Primitive& owner);
+
+  // Returns which cache an output of a call is, with its new rows, or -1.
+  int cache_of(int call, int output) const;
+  // Returns an input of the program, or a constant.
+  const mx::array& input(int number) const;
+
+  mx::Stream stream;
+  Program program;
+  int caches;
+  int length;               // how many rows a step appends
+  Arrays inputs;            // its own ones, to which those of a step are copied
+  std::vector<Kind> kinds;  // of the calls
+  std::vector<Arrays> made;       // by the calls; of caches without memory
+  std::vector<cpu::Tasks> tasks;  // of the calls that are alike
+  // Calls with tasks are units of the schedule; views need none.
+  std::vector<int> unit_of;                 // a call's unit, or -1
+  std::vector<const cpu::Tasks*> units;     // null where the call is not alike
+  std::unique_ptr<cpu::Schedule> schedule;  // of one step at a time
+
+ private:
+  Kind kind_of(int number) const;
+  bool is_cached(const Value& v) const;
+  void check_cache(int cache) const;
+  void add(int number, mx::Primitive& owner, cpu::Together& together, int unit);
+};
+
+}  // namespace glm_fused
