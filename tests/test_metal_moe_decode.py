@@ -86,6 +86,8 @@ GLM = [
     for fmt, c in zip(FORMATS, BY_FORMAT[::3], strict=True)
 ]
 DEFAULT = [*BY_FORMAT, *BY_TOKENS, *SMALL]
+# One shape of each format's, in turn.
+SEPARATE = [*(BY_FORMAT[i + i // 3 % 3] for i in range(0, len(BY_FORMAT), 3)), *BY_TOKENS, *SMALL]
 SWEEP = [*EVERY_FORMAT, *EVERY_TOKENS]
 
 
@@ -95,6 +97,7 @@ def batches(cases):
 
 default, sweep, traced = batches(DEFAULT), batches(SWEEP), batches([*TRACED, *TRACED_FORMATS])
 mlx_default, mlx_sweep = Libraries([*DEFAULT, *GLM]), Libraries(SWEEP)
+separate, mlx_separate = batches(SEPARATE), Libraries(SEPARATE)
 
 
 def case_id(c):
@@ -116,9 +119,10 @@ def test_equals_mlx_chain_and_cpu(case):
     check(default, mlx_default, case, contract=True)
 
 
-@pytest.mark.parametrize("case", DEFAULT, ids=case_id)
+@pytest.mark.parametrize("case", SEPARATE, ids=case_id)
 def test_equals_mlx_chain_without_contraction(case):
-    check(default, mlx_default, case, contract=False)
+    """Where a multiplication and an addition round separately; the sweep has every shape."""
+    check(separate, mlx_separate, case, contract=False)
 
 
 @pytest.mark.slow
