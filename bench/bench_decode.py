@@ -16,8 +16,8 @@ read, the plain streaming read bandwidth measured before and after each burst, a
 it (of no meaning where the weights fit a cache, as the bundled model's may); and how many times as
 long as ours a burst took. The slice has embedding, head, one dense layer and three sparse ones of
 GLM-5.2's shapes, affine4 but for routers and indexer, with 64 experts a layer instead of 256, of
-which a token takes 8. Stock mlx-lm, whose CPU ops have one thread, decodes the bundled model with
-an indexer on every layer (peers/full_layers.py), as then do the others.
+which a token takes 8 (glm52_slice.py). Stock mlx-lm, whose CPU ops have one thread, decodes the
+bundled model with an indexer on every layer (peers/full_layers.py), as then do the others.
 
 llama.cpp decodes as its own llama-bench times it: so many random tokens, which it does not choose.
 Each of its bursts is a new process. Its weights are Q6_K with experts in Q4_0, and it multiplies
@@ -35,6 +35,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import glm52_slice
 import mlx.core as mx
 from common import median, report
 from peers.full_layers import write_full_layers
@@ -236,7 +237,7 @@ def parse() -> argparse.Namespace:
     add("--tokens", type=int, default=128, help="of a burst")
     add("--prompt", type=int, default=86, help="tokens before a burst")
     add("--slice", action="store_true", help="layers of GLM-5.2's shapes, not the bundled model")
-    add("--experts", type=int, default=64, help="of a sparse layer of the slice")
+    glm52_slice.add_options(parser)
     add("--base", metavar="PYTHON", help="of an environment with another version of glm_fused")
     add("--stock", action="store_true", help="beside stock mlx-lm, on a model that it can load")
     add("--transformers", metavar="PYTHON", help="of an environment with torch and transformers")

@@ -7,23 +7,20 @@ prompt of its own instead. Only names that versions of glm_fused share are used 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import glm52_slice
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 from bursts import serve
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
 import glm_fused
-
-# A dense layer that is full and three sparse ones that share its selection: most of GLM-5.2.
-SLICE = {"num_hidden_layers": 4, "indexer_types": ["full", "shared", "shared", "shared"]}
 
 
 class Subject(NamedTuple):
@@ -45,36 +42,10 @@ def stock(path: str) -> Subject:
     return Subject(model, model)
 
 
-def random_weight(bits: Any, shape: tuple[int, ...]) -> Any:
-    """affine4 values around 0; else tokens would hardly differ, and take the same experts."""
-    from glm_fused.formats.weights import FORMATS, Weight  # versions before 0.1 lack them
-
-    codes, scales, _ = bits.weight(shape, FORMATS["affine4"], mx.bfloat16).planes
-    return Weight((codes, scales, -7.5 * scales), FORMATS["affine4"])
-
-
-def glm52_slice(experts: int) -> Subject:
-    """Layers of GLM-5.2's shapes, of ``experts`` experts; affine4 but for router and indexer."""
-    from glm_fused.models.config import args_from_config
-    from glm_fused.models.decoder import Model
-    from glm_fused.selftest.synthetic import Bits
-
-    config = json.loads(Path(__file__).with_name("glm52_slice.json").read_text())
-    model = Model(args_from_config(config | SLICE | {"n_routed_experts": experts}))
-    model.set_dtype(mx.bfloat16)
-    bits, quantizes = Bits(0), model.quant_predicate
-    packed = [
-        (path, module.packed_class(random_weight(bits, module.weight.shape), module))
-        for path, module in model.named_modules()
-        if hasattr(module, "to_quantized") and quantizes(path, module)
-    ]
-    model.update_modules(tree_unflatten(packed))
-    for layer in model.layers:  # zeros would make every token choose the same experts
-        if hasattr(layer.mlp, "gate"):
-            weight = mx.random.normal(layer.mlp.gate.weight.shape) * config["hidden_size"] ** -0.5
-            layer.mlp.gate.weight = weight.astype(mx.bfloat16)
-    model.eval()
-    mx.eval(model.parameters())
+def true_shapes(options: argparse.Namespace) -> Subject:
+    """Layers of GLM-5.2's shapes, of random weights."""
+    dtype = mx.float32 if options.fp32 else mx.bfloat16
+    model = glm52_slice.model(glm52_slice.chosen(options), options.weights, dtype)
     return Subject(model, model)
 
 
@@ -151,20 +122,36 @@ class Prompts:
         return {}
 
 
+def write_logits(subject: Subject, tokens: Path, logits: Path) -> None:
+    """Write float32 logits [n, vocabulary] of a prompt of int32 tokens [n]; both files are raw."""
+    from glm_fused.host import to_numpy  # versions before 0.1 lack it
+
+    prompt = mx.array(np.fromfile(tokens, np.int32))[None]
+    found = subject.step(prompt, make_prompt_cache(subject.model))[0].astype(mx.float32)
+    to_numpy(found).tofile(logits)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--stock", action="store_true")
     parser.add_argument("--slice", action="store_true")
-    parser.add_argument("--experts", type=int, default=64)
+    glm52_slice.add_options(parser)
+    parser.add_argument("--weights", choices=glm52_slice.FORMATS, default="affine4")
+    parser.add_argument("--fp32", action="store_true", help="the slice's activations, not bf16")
     parser.add_argument("--prompt", type=int, default=86)
     parser.add_argument("--prompts", action="store_true", help="a burst is a prompt")
+    files = {"type": Path, "nargs": 2, "metavar": ("TOKENS", "LOGITS")}
+    parser.add_argument("--logits", **files, help="write the logits of tokens, and end")
     options = parser.parse_args()
     mx.set_default_device(mx.cpu)
     if options.slice:
-        subject = glm52_slice(options.experts)
+        subject = true_shapes(options)
     else:
         subject = (stock if options.stock else checkpoint)(options.model)
+    if options.logits:
+        write_logits(subject, *options.logits)
+        return
     loaded = {
         "glm_fused": glm_fused.__version__,
         "bytes_per_token": bytes_per_token(subject.model),
