@@ -3,6 +3,7 @@
     python bench/bench_attention.py --contexts 2048 32768 131072 --formats bf16 fp8
     python bench/bench_attention.py --plot attention.png         # needs matplotlib
     python bench/bench_attention.py --formats fp16 --ggml FOLDER # and peers/llama_cpp.py
+    python bench/bench_attention.py --formats fp16 --ggml FOLDER --contexts 131072 --tokens 32
 
 GLM-5.2's geometry: indexer of 32 heads x 128, 2048 keys selected, 64 heads over rows of 512 + 64.
 It prints a row per context and cache format, with the same numbers for the indexer with its top-k
@@ -13,9 +14,9 @@ that registers allow, whichever is more; both are measured before and after ever
 same threads. Several copies of the cache are used in turn, so that it comes from memory, as it does
 when a model's layers follow one another.
 
-With --ggml it also calls llama.cpp's indexer, top-k and attention, alternately with ours on the
-same keys, and prints how many times slower the whole chain is. Both must select the same keys (but
-for ties and rounding) and agree on the output.
+With --ggml it also calls llama.cpp's indexer, top-k and attention, for as many queries and
+alternately with ours on the same keys, and prints how many times slower the whole chain is. Both
+must select the same keys (but for ties and rounding) and agree on the output.
 """
 
 from __future__ import annotations
@@ -103,17 +104,18 @@ class Layer:
             return to_numpy(a.astype(mx.float32))[0].astype(dtype)
 
         assert self.ropes is not None
-        keys, weights = numpy(self.keys, np.float16), numpy(self.weights, np.float32)[0]
-        q, rows = numpy(self.index_q, np.float32)[0], mx.concatenate([self.latents, self.ropes], -1)
+        keys, weights = numpy(self.keys, np.float16), numpy(self.weights, np.float32)
+        q, rows = numpy(self.index_q, np.float32), mx.concatenate([self.latents, self.ropes], -1)
         indexer = llama_cpp.Indexer(ggml, q, keys, weights * INDEX_DIM**-0.5, TOPK)
         indexer.run()
-        selected = to_numpy(self.selected)[0, 0]
-        common = np.intersect1d(indexer.selected(), selected).size
+        selected = to_numpy(self.selected)[0]
+        pairs = zip(indexer.selected(), selected, strict=True)
+        common = min(np.intersect1d(theirs, our).size for theirs, our in pairs)
         attention = llama_cpp.Attention(
-            ggml, numpy(self.q, np.float32)[0], numpy(rows, np.float16), selected, RANK, SCALE
+            ggml, numpy(self.q, np.float32), numpy(rows, np.float16), selected, RANK, SCALE
         )
         attention.run()
-        ours = numpy(self.attention(), np.float32)[0]
+        ours = numpy(self.attention(), np.float32)
         error = np.abs(attention.result() - ours).max() / np.abs(ours).max()
         if common < 0.99 * TOPK or not error < 0.02:
             raise SystemExit(
@@ -240,8 +242,9 @@ def main() -> None:
     if options.threads:
         glm_fused.set_num_threads(options.threads)
     ggml = llama_cpp.Library(options.ggml, glm_fused.num_threads()) if options.ggml else None
-    if ggml and (options.formats != ["fp16"] or options.tokens > 1 or min(options.contexts) < TOPK):
-        arguments.error(f"--ggml compares one token, --formats fp16, contexts from {TOPK}.")
+    least = TOPK + options.tokens  # all queries select
+    if ggml and (options.formats != ["fp16"] or min(options.contexts) < least):
+        arguments.error(f"--ggml compares --formats fp16, contexts from {least}.")
     made = [
         measure(kv_format, context, options, ggml)
         for kv_format in options.formats

@@ -5,7 +5,7 @@ It needs the shared libraries of llama.cpp's `ggml` folder (b11434 was used):
     cmake -S ggml -B build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON
     cmake --build build
 
-Caches are fp16, as they are there by default. There is one query, which sees all cached keys.
+Caches are fp16, as they are there by default. Queries are those of the last cached tokens.
 """
 
 from __future__ import annotations
@@ -111,35 +111,43 @@ class Graph:
         self.ggml("ggml_backend_graph_compute", self.ggml.backend, self.graph)
 
 
+def causal_mask(tokens: int, context: int) -> NDArray[np.float16]:
+    """What is added to scores [tokens, context]: minus infinity for keys that follow the query."""
+    mask = np.zeros((tokens, context), np.float16)
+    for i, row in enumerate(mask):
+        row[context - tokens + i + 1 :] = -np.inf
+    return mask
+
+
 class Indexer(Graph):
     """A graph of the scores of all keys and the indices of the ``topk`` largest, in no order."""
 
     def __init__(
         self,
         ggml: Library,
-        q: NDArray[np.float32],  # [heads, dim]
+        q: NDArray[np.float32],  # [tokens, heads, dim]
         keys: NDArray[np.float16],  # [context, dim]
-        weights: NDArray[np.float32],  # [heads], with the scale
+        weights: NDArray[np.float32],  # [tokens, heads], with the scale
         topk: int,
     ) -> None:
         super().__init__(ggml)
-        context, dim = keys.shape
-        heads = len(q)
+        (context, dim), (tokens, heads) = keys.shape, weights.shape
         inputs = [
-            (self.tensor(F32, dim, heads, 1), q),
+            (self.tensor(F32, dim, heads, tokens), q),
             (self.tensor(F16, dim, 1, context), keys),
-            (self.tensor(F32, heads, 1), weights),
-            (self.tensor(F16, context, 1), np.zeros(context, np.float16)),  # the causal mask
+            (self.tensor(F32, heads, tokens), weights),
+            (self.tensor(F16, context, tokens), causal_mask(tokens, context)),
         ]
         scores = self.node("ggml_lightning_indexer", *(tensor for tensor, _ in inputs))
-        self.topk = topk
+        self.shape = (tokens, topk)
         self.best = self.node("ggml_cont", self.node("ggml_top_k", scores, ctypes.c_int(topk)))
         self.finish(self.best)
         for tensor, values in inputs:
             self.write(tensor, values)
 
     def selected(self) -> NDArray[np.int32]:
-        return self.read(self.best, np.empty(self.topk, np.int32))
+        """The keys [tokens, topk] that it has selected."""
+        return self.read(self.best, np.empty(self.shape, np.int32))
 
 
 class Attention(Graph):
@@ -148,22 +156,23 @@ class Attention(Graph):
     def __init__(
         self,
         ggml: Library,
-        q: NDArray[np.float32],  # [heads, rank + rope]
+        q: NDArray[np.float32],  # [tokens, heads, rank + rope]
         rows: NDArray[np.float16],  # [context, rank + rope]
-        selected: NDArray[np.int32],
+        selected: NDArray[np.int32],  # [tokens, topk]
         rank: int,
         scale: float,
     ) -> None:
         super().__init__(ggml)
-        (context, width), heads, topk = rows.shape, len(q), len(selected)
-        queries, keys = self.tensor(F32, width, 1, heads), self.tensor(F16, width, context)
-        mask, best = self.tensor(F16, context, 1), self.tensor(I32, topk, 1)
+        (context, width), (tokens, heads, _), topk = rows.shape, q.shape, selected.shape[1]
+        queries, keys = self.tensor(F32, width, tokens, heads), self.tensor(F16, width, context)
+        mask, best = self.tensor(F16, context, tokens), self.tensor(I32, topk, tokens)
         hidden = self.node("ggml_fill", mask, ctypes.c_float(float("-inf")))
-        hidden = self.view(hidden, [1, context, 1, 1], [2, 2 * context, 2 * context])
-        zeros = self.tensor(F32, 1, topk)
+        size = 2 * context * tokens
+        hidden = self.view(hidden, [1, context, tokens, 1], [2, 2 * context, size])
+        zeros = self.tensor(F32, 1, topk, tokens)
         zeros = self.node("ggml_fill", zeros, ctypes.c_float(0))
         seen = self.node("ggml_set_rows", hidden, zeros, best)
-        seen = self.view(seen, [context, 1, 1, 1], [2 * context] * 3)
+        seen = self.view(seen, [context, tokens, 1, 1], [2 * context, size, size])
         seen = self.node("ggml_add", seen, mask)
         values = self.view(keys, [rank, context, 1, 1], [2 * width, *[2 * width * context] * 2])
         floats = [ctypes.c_float(value) for value in (scale, 0, 0)]
@@ -171,10 +180,10 @@ class Attention(Graph):
         ggml("ggml_flash_attn_ext_set_n_kv_max", self.out, ctypes.c_int32(topk))
         ggml("ggml_prec_set_acc", self.out, ctypes.c_int(ACCUMULATE_F32))
         self.finish(self.out)
-        self.shape = (heads, rank)
-        for tensor, data in ((queries, q), (keys, rows), (best, selected)):
+        self.shape = (tokens, heads, rank)
+        for tensor, data in ((queries, q.swapaxes(0, 1)), (keys, rows), (best, selected)):
             self.write(tensor, data)
-        self.write(mask, np.zeros(context, np.float16))
+        self.write(mask, causal_mask(tokens, context))
 
     def result(self) -> NDArray[np.float32]:
         return self.read(self.out, np.empty(self.shape, np.float32))
