@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from ..formats.weights import FORMATS, Format
-from .gguf_types import GGML_TYPES
+from .gguf_types import GGML_TYPES, TYPES_BY_NAME
 from .safetensors_header import DTYPES, NAMES
 
 
@@ -20,7 +20,7 @@ class TypedTensors:
 @cache
 def format_of(type_name: str) -> Format | None:
     """The format of a type that ggml names, None where the kernels have none."""
-    kind = next(kind for kind in GGML_TYPES.values() if kind.name == type_name)
+    kind = TYPES_BY_NAME[type_name]
     for fmt in FORMATS.values():
         plane = fmt.planes[0]
         if fmt.mode == "dense" and NAMES[plane.dtypes[0]] == type_name:

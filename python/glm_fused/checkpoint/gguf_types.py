@@ -48,3 +48,4 @@ GGML_TYPES = {
     40: GgmlType("NVFP4", 64, 36),
     41: GgmlType("Q1_0", 128, 18),
 }
+TYPES_BY_NAME = {kind.name: kind for kind in GGML_TYPES.values()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify = actions.add_parser("verify", help="hash every file, or compare it with a checkpoint")
     verify.add_argument("--model", metavar="PATH", help="compare every byte with this checkpoint's")
     inspect = actions.add_parser("inspect", help="say what a sidecar holds")
-    for action in (pack, verify, inspect):
+    export = actions.add_parser("export", help="write a GGUF model's experts for Flash-MoE")
+    export.add_argument("--model", required=True, type=arguments.path, **model)
+    for action in (pack, verify, inspect, export):
         help = "folder of the sidecar"
         action.add_argument("path", type=arguments.path, metavar="DIR", help=help)
         arguments.add_json(action)
 
 
 def run(options: argparse.Namespace) -> int:
-    actions = {"pack": _pack, "verify": _verify, "inspect": _inspect}
+    actions = {"pack": _pack, "verify": _verify, "inspect": _inspect, "export": _export}
     return actions[options.action](options)
 
 
@@ -50,22 +53,52 @@ def _inspect(options: argparse.Namespace) -> int:
     return _print_sidecar(Sidecar.open(Path(options.path)), options.json)
 
 
-def _verify(options: argparse.Namespace) -> int:
-    from ..streaming.sidecar import Sidecar
-    from ..streaming.sidecar_identity import check_described, checked_source, verify
+def _export(options: argparse.Namespace) -> int:
+    from ..streaming.flashmoe_export import export
 
-    sidecar, source, wrong = Sidecar.open(Path(options.path)), None, {}
-    if options.model is not None:
-        checkpoint, source = checked_source(options.model)
-        check_described(sidecar, checkpoint, source)
-    for file, problem in verify(sidecar, source):
+    sidecar = export(options.model, Path(options.path))
+    found = {"path": str(sidecar.path), "tensors": len(sidecar.entries), "files": sidecar.files}
+    if options.json:
+        print(json.dumps(found))
+    else:
+        print(f"{sidecar.path}: {len(sidecar.entries)} tensors in {len(sidecar.files)} files")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from ..streaming.flashmoe import is_flashmoe
+
+    read = _read_flashmoe if is_flashmoe(Path(options.path)) else _read
+    wrong = {}
+    for name, problem in read(Path(options.path), options.model):
         if problem:
-            wrong[file] = problem
+            wrong[name] = problem
         if not options.json:
-            print(f"{file}  {problem or 'ok'}")
+            print(f"{name}  {problem or 'ok'}")
     if options.json:
         print(json.dumps({"ok": not wrong, "wrong": wrong}, indent=1))
     return 1 if wrong else 0
+
+
+def _read(path: Path, model: str | None) -> Iterator[tuple[str, str]]:
+    """Read a sidecar; yields what was read and what is wrong with it."""
+    from ..streaming.sidecar import Sidecar
+    from ..streaming.sidecar_identity import check_described, checked_source, verify
+
+    sidecar, source = Sidecar.open(path), None
+    if model is not None:
+        checkpoint, source = checked_source(model)
+        check_described(sidecar, checkpoint, source)
+    return verify(sidecar, source)
+
+
+def _read_flashmoe(path: Path, model: str | None) -> Iterator[tuple[str, str]]:
+    """Read a Flash-MoE sidecar; yields what was read and what is wrong with it."""
+    from ..streaming.flashmoe import FlashMoeSidecar
+    from ..streaming.flashmoe_export import problems, whole_model
+
+    sidecar = FlashMoeSidecar.open(path)
+    return problems(sidecar, None if model is None else whole_model(model, sidecar))
 
 
 def _print_sidecar(sidecar: Sidecar, as_json: bool) -> int:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from ..checkpoint.folder import Checkpoint, read_json
 from ..checkpoint.gguf_formats import format_of
-from ..checkpoint.gguf_names import model_name
 from ..checkpoint.safetensors_header import NAMES, TensorInfo, regular_file_size
 from ..formats.weights import plane_shape
 from ..models.config import ModelArgs
@@ -51,7 +50,7 @@ class FlashMoeSidecar:
     def tensors(self) -> dict[str, TensorInfo]:
         """The tensors under the model's names, as if they were in a file of the checkpoint."""
         return {
-            model_name(e.name): TensorInfo(
+            e.model_name: TensorInfo(
                 str(self.path / e.file),
                 e.type.name,
                 e.shape,

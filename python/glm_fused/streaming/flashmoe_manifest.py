@@ -8,7 +8,8 @@ from math import prod
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from ..checkpoint.gguf_types import GGML_TYPES, GgmlType
+from ..checkpoint.gguf_names import model_name
+from ..checkpoint.gguf_types import TYPES_BY_NAME, GgmlType
 from ..models.config import MAX_LAYERS
 from ..validation import MAX_SIZE, show
 
@@ -23,12 +24,15 @@ FAMILIES = {
     "ffn_gate_up_exps": ("gate_proj", "up_proj"),
 }
 _SHARED = re.compile(r"ffn_(gate|up|down)_shexp")  # of experts that every token takes
-_TYPES = {kind.name: kind for kind in GGML_TYPES.values()}
+_SHA256 = re.compile("[0-9a-f]{64}")
 _MOST = 2**62
 
 
 class Entry(NamedTuple):
-    """A tensor [experts, n, k]: expert e begins at ``offset + e * stride`` of a file."""
+    """A tensor [experts, n, k]: expert e begins at ``offset + e * stride`` of a file.
+
+    ``sha256``, of its experts' bytes in order, is this package's own addition to the format.
+    """
 
     layer: int
     family: str
@@ -37,10 +41,17 @@ class Entry(NamedTuple):
     file: str
     offset: int
     stride: int
+    sha256: str | None = None
 
     @property
     def name(self) -> str:
+        """What GGUF calls the tensor."""
         return f"blk.{self.layer}.{self.family}.weight"
+
+    @property
+    def model_name(self) -> str:
+        """What the model calls it."""
+        return model_name(self.name)
 
     @property
     def expert_bytes(self) -> int:
@@ -83,7 +94,7 @@ def _entry(entry: Any, by_expert: bool) -> Entry | None:
         _expect(entry, key, entry.get(key, name) == name, repr(name))
     _expect(entry, "expert_id", entry.get("expert_id") is None, "null")
     kind = entry.get("quant_type")
-    type_ = _TYPES.get(kind.upper()) if isinstance(kind, str) else None
+    type_ = TYPES_BY_NAME.get(kind.upper()) if isinstance(kind, str) else None
     _expect(entry, "quant_type", type_ is not None, "a type of ggml")
     assert type_ is not None
     columns, rows, experts = shape = _shape(entry, type_, len(FAMILIES[str(family)]))
@@ -104,7 +115,10 @@ def _entry(entry: Any, by_expert: bool) -> Entry | None:
     _expect(entry, "repacked_file", isinstance(file, str) and _is_plain(file),
             "the path of a file below the manifest")  # fmt: skip
     offset = _integer(entry, "repacked_offset", 0, _MOST)
-    return found._replace(file=str(file), offset=offset, stride=stride)
+    digest = entry.get("sha256")
+    right = digest is None or (isinstance(digest, str) and _SHA256.fullmatch(digest))
+    _expect(entry, "sha256", right, "64 hexadecimal digits")
+    return found._replace(file=str(file), offset=offset, stride=stride, sha256=digest)
 
 
 def _shape(entry: dict[str, Any], kind: GgmlType, shared_by: int) -> tuple[int, int, int]:
