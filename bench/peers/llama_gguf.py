@@ -45,6 +45,12 @@ convert_hf_to_gguf.main()
 """
 
 
+def convert(source: Path, python: str, folder: Path, outtype: str, gguf: Path) -> None:
+    """Run the converter of llama.cpp's ``source`` on a released checkpoint's folder."""
+    command = [python, "-c", CONVERT, str(source), str(folder)]
+    subprocess.run([*command, "--outtype", outtype, "--outfile", str(gguf)], check=True)
+
+
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -63,8 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, whole = Path(name), Path(name) / "bf16.gguf"
         write_release(folder)
-        convert = [options.python, "-c", CONVERT, str(options.source), str(folder)]
-        subprocess.run([*convert, "--outtype", "bf16", "--outfile", str(whole)], check=True)
+        convert(options.source, options.python, folder, "bf16", whole)
         types = [part for name in EXPERTS for part in ("--tensor-type", f"{name}=q4_0")]
         subprocess.run([str(quantize), *types, str(whole), str(options.gguf), "Q6_K"], check=True)
     print(f"{options.gguf}: {options.gguf.stat().st_size / 1e6:.2f} MB")

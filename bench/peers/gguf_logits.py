@@ -1,0 +1,128 @@
+"""Compares our logits with llama.cpp's on the same GGUF files: the bundled model in each type.
+
+llama.cpp and its converter are set up as in llama_gguf.py. Then:
+
+    python bench/peers/gguf_logits.py --source llama.cpp --build build \\
+        --python OTHER_VENV/bin/python
+
+For each type and each stretch of `index_topk` tokens of a prompt of five times as many: how far our
+logits are from llama.cpp's on the same file, as they are and with float32 activations, which it
+has, too; and how far llama.cpp's own are from those that it has on the float32 file, which is what
+the type costs there (weights, and activations where it rounds those). All are root mean squares,
+relative to the logits'. From the second stretch on selections count too: scores that are equal, of
+which an indexer's ReLU makes many, go to the lowest index here and to any there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import tempfile
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from llama_gguf import convert
+from mlx.utils import tree_map
+from numpy.typing import NDArray
+from release import write_release
+
+from glm_fused import load, load_model
+from glm_fused.formats.weights import dequantize
+from glm_fused.models.decoder import Model
+from glm_fused.models.layers import Embedding
+
+TYPES = ("f32", "f16", "bf16", "q8_0")
+STRETCHES = 5
+Logits = NDArray[np.float32]
+
+
+def program(build: Path, folder: Path) -> Path:
+    """Compile gguf_logits.cpp against a build of llama.cpp."""
+    cache = (build / "CMakeCache.txt").read_text()
+    source = cache.split("CMAKE_HOME_DIRECTORY:INTERNAL=")[1].splitlines()[0]
+    library = next(build.rglob("libllama.so")).resolve().parent
+    paths = [f"-I{source}/include", f"-I{source}/ggml/include", f"-L{library}"]
+    code, out = Path(__file__).with_suffix(".cpp"), folder / "gguf_logits"
+    command = ["c++", "-std=c++17", "-O1", *paths, str(code), "-o", str(out)]
+    links = [f"-Wl,-rpath,{library}", "-lllama", "-lggml", "-lggml-base"]
+    subprocess.run([*command, *links], check=True)
+    return out
+
+
+def theirs(run: Path, gguf: Path, tokens: list[int]) -> Logits:
+    """llama.cpp's logits [tokens, vocabulary]."""
+    given = np.array(tokens, np.int32).tobytes()
+    done = subprocess.run([str(run), str(gguf), "2"], input=given, stdout=-1, check=True)
+    return np.frombuffer(done.stdout, np.float32).reshape(len(tokens), -1)
+
+
+def ours(gguf: Path, tokens: list[int], float32: bool) -> Logits:
+    """Our logits [tokens, vocabulary], perhaps with activations in float32."""
+    model, _ = load_model(gguf)
+    if float32:
+        widen(model)
+    return np.array(model(mx.array([tokens])).astype(mx.float32))[0]
+
+
+def widen(model: Model) -> None:
+    """Have the model compute in float32, which follows from its embedding and norms."""
+    for _, module in model.named_modules():
+        if isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
+            module.update(tree_map(lambda a: a.astype(mx.float32), module.parameters()))
+    weight = model.model.embed_tokens.as_weight()
+    dense = weight.format.mode == "dense"
+    values = weight.planes[0] if dense else dequantize(weight, mx.float32)
+    model.model.embed_tokens = Embedding(*values.shape)
+    model.model.embed_tokens.weight = values.astype(mx.float32)
+
+
+def apart(a: Logits, b: Logits, stretch: int) -> list[float]:
+    """The relative distance of each stretch's logits."""
+    parts = zip(np.split(a, STRETCHES), np.split(b, STRETCHES), strict=True)
+    assert len(a) == STRETCHES * stretch
+    return [float(np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2))) for x, y in parts]
+
+
+def compare(run: Path, folder: Path, tokens: list[int], stretch: int) -> None:
+    """Print a line for each type."""
+    exact = theirs(run, folder / "f32.gguf", tokens)
+    print(f"type   same token  {'':30}relative distance of stretches of {stretch} tokens")
+    for kind in TYPES:
+        gguf = folder / f"{kind}.gguf"
+        its = theirs(run, gguf, tokens)
+        for name, mine, against in (
+            ("ours from llama.cpp's", ours(gguf, tokens, False), its),
+            ("ours with float32 activations", ours(gguf, tokens, True), its),
+            ("llama.cpp's from f32", its, exact),
+        ):
+            same = float(np.mean(mine.argmax(-1) == against.argmax(-1)))
+            distances = "".join(f"{d:>10.1e}" for d in apart(mine, against, stretch))
+            print(f"{kind:6}{same:>11.1%}  {name:<30}{distances}")
+
+
+def main() -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("--source", type=Path, required=True, metavar="FOLDER", help="llama.cpp's sources")
+    add("--build", type=Path, required=True, metavar="FOLDER", help="in which it was built")
+    add("--python", required=True, help="that runs the converter")
+    options = parser.parse_args()
+    mx.set_default_device(mx.cpu)
+    model, tokenizer = load("demo")
+    stretch = model.args.index_topk
+    text = Path(argparse.__file__).read_text()
+    tokens = tokenizer.encode(text[:10_000])[: STRETCHES * stretch]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_release(folder)
+        for kind in TYPES:
+            gguf = folder / f"{kind}.gguf"
+            convert(options.source, options.python, folder, kind, gguf)
+        compare(program(options.build, folder), folder, tokens, stretch)
+
+
+if __name__ == "__main__":
+    main()
