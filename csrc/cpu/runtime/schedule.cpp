@@ -22,7 +22,7 @@ Schedule::Schedule(const std::vector<std::vector<int>>& needs)
   }
   waits_.reserve(units);
   running_.reserve(units);
-  parts_.reserve(units);
+  parts_.resize(units);
 }
 
 void Schedule::run(const std::vector<const Tasks*>& units) noexcept {
@@ -30,21 +30,21 @@ void Schedule::run(const std::vector<const Tasks*>& units) noexcept {
   running_.clear();
   for (int i = 0; i < static_cast<int>(waits_.size()); i++) {
     if (waits_[i] == 0) {
-      running_.push_back({i, 0, 0});
+      running_.push_back(running(i));
     }
   }
   const Tile tile{*this};
   parallel_chain([&](Region& region) {
     gather(units);
     region = {tiles_, tile, work_, workers_};
-    return !parts_.empty();
+    return part_count_ > 0;
   });
 }
 
 // Takes the next part of every unit under way; those that are done make way
 // for their successors.
 void Schedule::gather(const std::vector<const Tasks*>& units) {
-  parts_.clear();
+  part_count_ = 0;
   tiles_ = 0;
   work_ = 0;
   workers_ = INT_MAX;
@@ -61,40 +61,46 @@ void Schedule::gather(const std::vector<const Tasks*>& units) {
 }
 
 bool Schedule::next_part(Running& running, const Tasks& tasks) {
-  while (running.task < tasks.size()) {
-    const size_t first = running.task;
-    Staged* staged = tasks[first]->staged();
-    if (staged == nullptr) {
-      while (running.task < tasks.size() &&
-             tasks[running.task]->staged() == nullptr) {
-        running.task++;
+  for (;;) {
+    if (running.stage < running.stages) {
+      const int number = running.stage++;
+      const Staged::Stage stage = running.staged->begin(number);
+      if (stage.tiles > 0) {
+        const size_t task = running.task - 1;
+        work_ += stage.work;
+        workers_ = std::min(workers_, tasks[task]->workers());
+        add_part({&tasks, task, running.task, number, stage.tiles});
+        return true;
       }
-      parts_.push_back({&tasks, first, running.task, -1, 1});
-      tiles_++;
-      return true;
-    }
-    if (running.stage == staged->stages()) {
-      running.task++;
-      running.stage = 0;
       continue;
     }
-    const Staged::Stage stage = staged->begin(running.stage++);
-    if (stage.tiles > 0) {
-      parts_.push_back(
-          {&tasks, first, first + 1, running.stage - 1, stage.tiles});
-      tiles_ += stage.tiles;
-      work_ += stage.work;
-      workers_ = std::min(workers_, tasks[first]->workers());
+    const size_t first = running.task;
+    while (running.task < tasks.size() &&
+           (running.staged = tasks[running.task]->staged()) == nullptr) {
+      running.task++;
+    }
+    if (running.task > first) {
+      add_part({&tasks, first, running.task, -1, 1});
       return true;
     }
+    if (running.task == tasks.size()) {
+      return false;
+    }
+    running.task++;
+    running.stage = 0;
+    running.stages = running.staged->stages();
   }
-  return false;
+}
+
+void Schedule::add_part(const Part& part) {
+  parts_[part_count_++] = part;
+  tiles_ += part.tiles;
 }
 
 void Schedule::release(int unit) {
   for (int next : successors_[unit]) {
     if (--waits_[next] == 0) {
-      running_.push_back({next, 0, 0});
+      running_.push_back(running(next));
     }
   }
 }

@@ -24,11 +24,13 @@ class Schedule {
   void run(const std::vector<const Tasks*>& units) noexcept;
 
  private:
-  // A unit under way: its task at hand, and that task's next stage.
+  // A unit under way: its task at hand, as a kernel in stages if it is one, and
+  // that task's next stage.
   struct Running {
     int unit;
     size_t task;
-    int stage;
+    Staged* staged;
+    int stage, stages;
   };
   // What a unit does next: tiles of a stage, or tasks that have none.
   struct Part {
@@ -46,7 +48,11 @@ class Schedule {
     void operator()(int number, int worker) const noexcept;
   };
 
+  static Running running(int unit) {
+    return {unit, 0, nullptr, 0, 0};
+  }
   bool next_part(Running& running, const Tasks& tasks);
+  void add_part(const Part& part);
   void gather(const std::vector<const Tasks*>& units);
   void release(int unit);
 
@@ -54,7 +60,8 @@ class Schedule {
   std::vector<std::vector<int>> successors_;  // by unit
   std::vector<int> waits_;
   std::vector<Running> running_;
-  std::vector<Part> parts_;
+  std::vector<Part> parts_;  // as many as there may be, the first ones in use
+  size_t part_count_ = 0;
   int tiles_ = 0, workers_ = 0;
   double work_ = 0;
 };
