@@ -285,6 +285,15 @@ def test_a_step_that_nobody_evaluates_is_part_of_the_cache(model):
             assert_same_bits(found, fresh(mx.array([tokens]), fresh.make_cache())[:, -1])
 
 
+def test_rows_with_padding_are_found_out_anew(model):
+    """What pads them may change where it is, which nothing tells a step that follows."""
+    fresh, cache, token = copy.deepcopy(model), make_cache(model, [3, 0]), mx.array([[7], [8]])
+    mx.eval(fresh(mx.array([[0, 0, 0, 4, 5], [1, 2, 3, 4, 5]]), cache), fresh(token, cache))
+    for layer in cache:
+        layer.trim(1)
+    assert fresh._steps.again(fresh, token, cache) is None
+
+
 def test_steps_keep_no_cache(model):
     """They are bound to where caches lie, and a trimmed one is written where it lies."""
     fresh, cache = decoding(model)

@@ -109,7 +109,9 @@ class DecodeSteps:
         decoding = self._decoding(model, parts, tokens, embedded, cache)
         if decoding is None:
             return None
-        self._last = None if parts.table is None else _Last(parts, decoding)
+        # The angles of rows with padding are of this step alone.
+        follows = embedded is None and not hasattr(cache[0][0], "left_padding")
+        self._last = _Last(parts, decoding) if follows else None
         return decoding(tokens, cache, embedded)
 
     def _decoding(
