@@ -16,7 +16,7 @@ which an indexer's ReLU makes many, go to the lowest index here and to any there
 from __future__ import annotations
 
 import argparse
-import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -28,8 +28,14 @@ from mlx.utils import tree_map
 from numpy.typing import NDArray
 from release import write_release
 
+sys.path.append(str(Path(__file__).parents[1]))
+
+from logit_errors import TOKENS, llama, logits
+
 from glm_fused import load, load_model
 from glm_fused.formats.weights import dequantize
+from glm_fused.host import to_numpy
+from glm_fused.models.config import ModelArgs
 from glm_fused.models.decoder import Model
 from glm_fused.models.layers import Embedding
 
@@ -38,24 +44,10 @@ STRETCHES = 5
 Logits = NDArray[np.float32]
 
 
-def program(build: Path, folder: Path) -> Path:
-    """Compile gguf_logits.cpp against a build of llama.cpp."""
-    cache = (build / "CMakeCache.txt").read_text()
-    source = cache.split("CMAKE_HOME_DIRECTORY:INTERNAL=")[1].splitlines()[0]
-    library = next(build.rglob("libllama.so")).resolve().parent
-    paths = [f"-I{source}/include", f"-I{source}/ggml/include", f"-L{library}"]
-    code, out = Path(__file__).with_suffix(".cpp"), folder / "gguf_logits"
-    command = ["c++", "-std=c++17", "-O1", *paths, str(code), "-o", str(out)]
-    links = [f"-Wl,-rpath,{library}", "-lllama", "-lggml", "-lggml-base"]
-    subprocess.run([*command, *links], check=True)
-    return out
-
-
-def theirs(run: Path, gguf: Path, tokens: list[int]) -> Logits:
-    """llama.cpp's logits [tokens, vocabulary]."""
-    given = np.array(tokens, np.int32).tobytes()
-    done = subprocess.run([str(run), str(gguf), "2"], input=given, stdout=-1, check=True)
-    return np.frombuffer(done.stdout, np.float32).reshape(len(tokens), -1)
+def theirs(build: Path, gguf: Path, vocabulary: int) -> Logits:
+    """llama.cpp's logits [tokens, vocabulary] of the tokens beside the file."""
+    program, path = llama(build, gguf, gguf.parent)
+    return logits([program, "--float32-caches", path], gguf.parent, vocabulary)
 
 
 def ours(gguf: Path, tokens: list[int], float32: bool) -> Logits:
@@ -63,7 +55,7 @@ def ours(gguf: Path, tokens: list[int], float32: bool) -> Logits:
     model, _ = load_model(gguf)
     if float32:
         widen(model)
-    return np.array(model(mx.array([tokens])).astype(mx.float32))[0]
+    return to_numpy(model(mx.array([tokens])).astype(mx.float32))[0]
 
 
 def widen(model: Model) -> None:
@@ -85,13 +77,15 @@ def apart(a: Logits, b: Logits, stretch: int) -> list[float]:
     return [float(np.sqrt(np.mean((x - y) ** 2) / np.mean(y**2))) for x, y in parts]
 
 
-def compare(run: Path, folder: Path, tokens: list[int], stretch: int) -> None:
-    """Print a line for each type."""
-    exact = theirs(run, folder / "f32.gguf", tokens)
+def compare(build: Path, folder: Path, tokens: list[int], args: ModelArgs) -> None:
+    """Print three lines for each type, of the files in a folder."""
+    to_numpy(mx.array(tokens, mx.int32)).tofile(folder / TOKENS)
+    stretch, vocabulary = args.index_topk, args.vocab_size
+    exact = theirs(build, folder / "f32.gguf", vocabulary)
     print(f"type   same token  {'':30}relative distance of stretches of {stretch} tokens")
     for kind in TYPES:
         gguf = folder / f"{kind}.gguf"
-        its = theirs(run, gguf, tokens)
+        its = theirs(build, gguf, vocabulary)
         for name, mine, against in (
             ("ours from llama.cpp's", ours(gguf, tokens, False), its),
             ("ours with float32 activations", ours(gguf, tokens, True), its),
@@ -121,7 +115,7 @@ def main() -> None:
         for kind in TYPES:
             gguf = folder / f"{kind}.gguf"
             convert(options.source, options.python, folder, kind, gguf)
-        compare(program(options.build, folder), folder, tokens, stretch)
+        compare(options.build, folder, tokens, model.args)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-// The logits that llama.cpp has for tokens: llama_logits MODEL TOKENS LOGITS
-// THREADS
+// The logits that llama.cpp has for tokens:
+// llama_logits [--float32-caches] MODEL TOKENS LOGITS
 //
-// TOKENS holds int32, LOGITS gets float32 [tokens, vocabulary]. logit_errors.py
-// compiles it.
+// TOKENS holds int32, LOGITS gets float32 [tokens, vocabulary]. With float32
+// caches attention is not the fused kernel either, which rounds to fp16.
+// logit_errors.py compiles it.
 
 #include <cstdint>
 #include <cstdlib>
@@ -32,8 +33,11 @@ std::vector<llama_token> read_tokens(const char* path) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 4)
-    fail("expected MODEL TOKENS LOGITS");
+  const bool float32 =
+      count > 1 && std::string(arguments[1]) == "--float32-caches";
+  arguments += float32;
+  if (count - float32 != 4)
+    fail("expected [--float32-caches] MODEL TOKENS LOGITS");
   llama_log_set([](ggml_log_level, const char*, void*) {}, nullptr);
   llama_backend_init();
   llama_model* model =
@@ -50,6 +54,10 @@ int main(int count, char** arguments) {
   const auto threads =
       static_cast<int32_t>(std::thread::hardware_concurrency());
   params.n_threads = params.n_threads_batch = threads;
+  if (float32) {
+    params.type_k = params.type_v = GGML_TYPE_F32;
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
+  }
   llama_context* context = llama_init_from_model(model, params);
   if (context == nullptr)
     fail("no context for " + std::to_string(length) + " tokens");
