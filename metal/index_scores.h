@@ -10,10 +10,6 @@ GLM_CONST int kKeyChunks = kDims / kChunk;
 // It puts the two chunks of a key in other banks.
 GLM_CONST int kKeyPitch = kScoreKeys + 2;
 
-METAL_FUNC float relu(float x) {
-  return x < 0 ? 0.0f : x;  // a NaN stays one
-}
-
 // What a thread loads of a block of keys and heads, for kDims dimensions.
 template <typename T, typename R, int unit>
 struct ScoreLoads {
@@ -97,32 +93,6 @@ METAL_FUNC void add_products(
         dot[at + 1] = fma(four[j], b, dot[at + 1]);
       }
     }
-  }
-}
-
-// Lists the first digits of a simdgroup's words, two a lane; 0 is none.
-METAL_FUNC void
-list_digits(uint first, uint second, device uint* list, int lane) {
-  // One more than a digit, so that a lane without a word has the least.
-  thread uint left[2] = {
-      first == 0 ? 0 : (first >> kFirstShift) + 1,
-      second == 0 ? 0 : (second >> kFirstShift) + 1};
-  int count = 0;
-  while (true) {
-    const uint most = simd_max(max(left[0], left[1]));
-    if (most == 0) {
-      break;
-    }
-    const uint alike = simd_sum(uint(left[0] == most) + uint(left[1] == most));
-    count++;
-    if (lane == 0) {
-      list[count] = (most - 1) | alike << kDigitBits;
-    }
-    left[0] = left[0] == most ? 0 : left[0];
-    left[1] = left[1] == most ? 0 : left[1];
-  }
-  if (lane == 0) {
-    list[0] = count;
   }
 }
 
