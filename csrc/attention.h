@@ -1,8 +1,8 @@
 // The arithmetic of indexer_topk and sparse_mla_decode, the same on every
-// backend, but for a prompt's attention on Metal: its matrix units have their
-// own order of sums. Everything is fp32, rounded at each step; fma(a, b, c) = a
-// b + c rounds once, a chain starts at +0, and nothing is reordered. `scale` is
-// the op's argument rounded to fp32.
+// backend, but for a prompt on Metal: its matrix units have their own order of
+// sums. Everything is fp32, rounded at each step; fma(a, b, c) = a b + c rounds
+// once, a chain starts at +0, and nothing is reordered. `scale` is the op's
+// argument rounded to fp32.
 //
 // A query at column c of the cache sees the keys [start, c]. Keys are `Rows`
 // (row_layout.h); k[d] below is a row's value as fp32.

@@ -94,6 +94,19 @@ NB_MODULE(_ext, m) {
       "rope"_a,
       "Whether a prompt's attention on Metal takes rows so wide.");
   m.def(
+      "index_prompt_takes",
+      &metal::index_prompt_takes,
+      "dim"_a,
+      "Whether a prompt's indexer on Metal takes keys of so many dimensions.");
+  m.def(
+      "index_scratch_bytes",
+      &metal::index_scratch_bytes,
+      "queries"_a,
+      "keys"_a,
+      "top_k"_a,
+      "The scratch memory with which indexer_topk takes so many queries of a "
+      "sequence on Metal.");
+  m.def(
       "sparse_mla_decode_obstacle",
       [](int listed) { return metal::sparse_mla_decode_obstacle(listed); },
       "listed"_a,

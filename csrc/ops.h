@@ -253,7 +253,8 @@ mx::array moe_block(
 // attends to, ascending, then -1. q is [b, l, heads, dim], weights [b, l,
 // heads], keys [b, t, dim] or packed (row_layout.h); `start` [b] is the first
 // key that is no padding. Weights are multiplied by `weight_scale` first, in
-// fp32.
+// fp32. With `prompt`, Metal scores tiles of queries, and the order of the sums
+// is its matrix units'.
 mx::array indexer_topk(
     const mx::array& q,
     const mx::array& keys,
@@ -263,6 +264,7 @@ mx::array indexer_topk(
     float weight_scale,
     const std::optional<mx::array>& start,
     bool reference,
+    bool prompt,
     mx::StreamOrDevice s = {});
 
 // Returns float32 [b, l, heads, rank]: attention of the last l tokens over the

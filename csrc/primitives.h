@@ -367,10 +367,12 @@ class IndexerTopk : public ReadRows {
   IndexerTopk(
       mx::Stream stream,
       bool reference,
+      bool prompt,
       RowLayout layout,
       float scale,
       float weight_scale)
       : ReadRows(stream, reference),
+        prompt_(prompt),
         layout_(layout),
         scale_(scale),
         weight_scale_(weight_scale) {}
@@ -391,6 +393,7 @@ class IndexerTopk : public ReadRows {
   }
 
  private:
+  bool prompt_;  // whether Metal takes a prompt's kernel
   RowLayout layout_;
   float scale_;
   float weight_scale_;  // 1 but on Metal

@@ -47,6 +47,7 @@ struct IndexParams {
   RowsParams rows;
   int b;            // the sequence
   int first_query;  // this dispatch begins with it
+  int count;        // of this dispatch's queries
   int heads;
   int top_k;
   int columns;  // words of a query: its keys, in whole threadgroups

@@ -28,7 +28,7 @@ typedef half float16_t;
 typedef bfloat bfloat16_t;
 """
 _OURS = re.compile(
-    r"\b((?:moe_gate_up|moe_down_sum|router_logits|router_select|index_scores|index_select|mla_split|mla_prompt|rms_norm"
+    r"\b((?:moe_gate_up|moe_down_sum|router_logits|router_select|index_scores|index_prompt|index_select|mla_split|mla_prompt|rms_norm"
     r"|layer_norm|rotate_rows|copy_rows|copy_pair|pack_rows|project|grouped_gate_up|grouped_down|attention_queries|mla_unembed|Affine|Dense|Fp8?"
     r"|FloatRows)<"
     r"|(?:Fp8Rows|Int8Rows|glm_fused::(?:Fp8|Int8)Packing)\b)"
@@ -44,6 +44,7 @@ _FRUGAL = {
     "router_logits": (0, 1),
     "router_select": (0, 1),
     "index_scores": (0, 1, 2),
+    "index_prompt": (0, 1, 2),
     "index_select": (0, 4),
     "mla_split": (0, 1, 2, 3),
     "mla_combine": (0, 1, 2),

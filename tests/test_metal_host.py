@@ -334,7 +334,7 @@ def test_demo_model_on_a_prompt():
                 "grouped_down": sparse,
                 "expert_sum": sparse,
                 "mla_prompt": layers,
-                "index_scores": full,
+                "index_prompt": full,
                 "index_select": full,
                 # Of a layer: its two norms, those of q's and the keys' latents; then the last one.
                 "rms_norm": 1 + 4 * layers,

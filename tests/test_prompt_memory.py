@@ -13,10 +13,11 @@ from conftest import tiny_config, write_checkpoint
 from test_generate import write_tokenizer
 
 import glm_fused
-from glm_fused import Engine, EngineOptions
+from glm_fused import Engine, EngineOptions, _ext
 from glm_fused.checkpoint.description import describe, format_description
 from glm_fused.generation import planning
 from glm_fused.generation.planning import plan_prompt
+from glm_fused.models.config import args_from_config
 from glm_fused.models.prompt_memory import STEPS, chunk_bytes, fitting_step
 
 pytestmark = pytest.mark.skipif(mx.metal.is_available(), reason="tells of the CPU's kernels")
@@ -136,6 +137,17 @@ def test_the_largest_step_that_fits():
     assert fitting_step(lambda step: 10 * step, 10 * 2048) == 2048
     assert fitting_step(lambda step: 10 * step, 10 * 2048 - 1) == 1024
     assert fitting_step(lambda step: 10 * step, 1) == 32
+
+
+def test_a_gpu_keeps_the_words_of_its_indexer(monkeypatch):
+    """Those of two layers, where some keys are left out."""
+    args = args_from_config(tiny_config())
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(_ext, "index_scratch_bytes", lambda *sizes: asked.append(sizes) or 1 << 30)
+    asked = []
+    assert 2 << 30 < chunk_bytes(args, 512, 4096, 2, False) < 3 << 30
+    assert asked == [(512, 4096, args.index_topk)]
+    assert chunk_bytes(args, 512, args.index_topk, 2, False) < 1 << 30
 
 
 @pytest.mark.parametrize("step", [0, -1, 2**20 + 1, 2.0, True, "64"])

@@ -67,6 +67,9 @@ def test_a_prompt_on_a_gpu_has_kernels_of_its_own(a_mac):
     assert route == Route("moe_decode", Kernel.mlx, "17 tokens that are no prompt")
     assert str(route) == "moe_decode mlx (17 tokens that are no prompt)"
     assert choose("moe_decode", 17, 8, stream=mx.cpu).kernel is Kernel.cpu
+    indexer = choose("indexer_topk", stream=mx.gpu, prompt=True)
+    assert indexer == Route("indexer_topk", Kernel.metal_prompt)
+    assert choose("indexer_topk", stream=mx.gpu, prompt=False).kernel is Kernel.metal
 
 
 def test_what_a_kernel_does_not_take_falls_back(a_mac, monkeypatch):

@@ -25,6 +25,14 @@ bool mla_prompt_takes(int, int) {
   return false;
 }
 
+bool index_prompt_takes(int) {
+  return false;
+}
+
+size_t index_scratch_bytes(int, int, int) {
+  return 0;
+}
+
 std::vector<ListedKernel> listed_kernels() {
   return {};
 }

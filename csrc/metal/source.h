@@ -6,6 +6,7 @@ namespace glm_fused::metal_source {
 
 extern const char* const attention_queries;
 extern const char* const grouped_experts;
+extern const char* const index_prompt;
 extern const char* const indexer_topk;
 extern const char* const mla_prompt;
 extern const char* const mla_unembed;

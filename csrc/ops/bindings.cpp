@@ -261,6 +261,7 @@ void bind_ops(nb::module_& m) {
             weight_scale,
             start,
             is_reference(kernel),
+            kernel == Kernel::metal_prompt,
             on(kernel, stream));
       },
       "q"_a,

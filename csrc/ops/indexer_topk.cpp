@@ -13,6 +13,7 @@ mx::array indexer_topk(
     float weight_scale,
     const std::optional<mx::array>& start,
     bool reference,
+    bool prompt,
     mx::StreamOrDevice s) {
   const std::string op = "indexer_topk";
   check_float(op, "q", q);
@@ -42,7 +43,7 @@ mx::array indexer_topk(
   }
   auto primitive = place(
       std::make_shared<IndexerTopk>(
-          mx::to_stream(s), reference, layout, scale, weight_scale));
+          mx::to_stream(s), reference, prompt, layout, scale, weight_scale));
   return mx::array(
       {batch, queries, k},
       mx::int32,

@@ -482,6 +482,14 @@ def router_topk_obstacle(experts: int) -> str:
 def mla_prompt_takes(rank: int, rope: int) -> bool:
     """Whether a prompt's attention on Metal takes rows so wide."""
 
+def index_prompt_takes(dim: int) -> bool:
+    """Whether a prompt's indexer on Metal takes keys of so many dimensions."""
+
+def index_scratch_bytes(queries: int, keys: int, top_k: int) -> int:
+    """
+    The scratch memory with which indexer_topk takes so many queries of a sequence on Metal.
+    """
+
 def sparse_mla_decode_obstacle(listed: int) -> str:
     """
     Why sparse_mla_decode has no Metal kernel for lists of this length; empty if it has.

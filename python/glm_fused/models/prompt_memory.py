@@ -138,7 +138,9 @@ def _scratch_bytes(args: ModelArgs, tokens: int, context: int) -> int:
     if mx.default_device() == mx.gpu:  # where a Metal kernel does not apply, stock ops run
         scores = 4 * tokens * context * args.index_n_heads if sparse else 0
         attended = 4 * tokens * listed * (heads + sparse * latent)
-        return 4 * min(BUDGET_BYTES, max(scores, attended))
+        stock = 4 * min(BUDGET_BYTES, max(scores, attended))
+        index = _ext.index_scratch_bytes(tokens, context, args.index_topk) if sparse else 0
+        return max(stock, LAYERS_AHEAD * index)  # kept until a layer's launches are done
     threads = _ext.num_threads()
     lanes = -(-heads // 16) * 16
     query = 4 * lanes * (listed + latent) * 5 // 4  # with its lists and sums

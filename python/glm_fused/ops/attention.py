@@ -138,9 +138,11 @@ def indexer_topk(
 
     The queries are the cache's last ``l`` tokens; query ``i`` sees the keys ``start`` to
     ``t - l + i``. Scores are ``sum_h (weights[h] * weight_scale) * relu(q[h] . key * scale)`` in
-    fp32; the `k` best are selected, the lowest index among equals; a NaN ranks with -inf. The op
-    holds at most 64 MiB of scores at once (one query's, where `t` is beyond 2^24), however many
-    queries there are.
+    fp32; the `k` best are selected, the lowest index among equals; a NaN ranks with -inf. Results
+    depend neither on the number of queries nor on threads, except that Metal takes more than 16
+    queries of a sequence as a prompt, whose scores its matrix units add in an order of their own.
+    The op holds at most 64 MiB of scores at once (one query's, where `t` is beyond 2^24), however
+    many queries there are.
 
     Args:
         q: float [b, l, heads, dim].
@@ -159,7 +161,9 @@ def indexer_topk(
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
     """
-    kernel = routes.take("indexer_topk", stream=stream, reference=reference)
+    kernel = routes.take(
+        "indexer_topk", stream=stream, reference=reference, prompt=_is_index_prompt(q)
+    )
     if kernel is Kernel.mlx:
         with routes.on(stream):
             return stock.indexer_topk(q, keys, weights * weight_scale, k, scale, start)
@@ -235,6 +239,12 @@ def _is_prompt(q: mx.array, rank: int) -> bool:
     if q.ndim != 4 or q.shape[1] <= _ext.metal_max_tokens:
         return False
     return 0 < rank <= q.shape[3] and _ext.mla_prompt_takes(rank, q.shape[3] - rank)
+
+
+def _is_index_prompt(q: mx.array) -> bool:
+    """Whether Metal has a prompt's kernel for queries [b, l, heads, dim]."""
+    many = q.ndim == 4 and q.shape[1] > _ext.metal_max_tokens
+    return many and _ext.index_prompt_takes(q.shape[3])
 
 
 def listed_keys(latents: mx.array, selected: mx.array | None) -> int:

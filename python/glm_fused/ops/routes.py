@@ -12,7 +12,8 @@ rms_norm           ``cpu``          ``metal``              ``loops``        ``lo
 layer_norm         ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
 rotate             ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
 append_rows        ``cpu``          ``metal``              ``mlx``          ``mlx``
-indexer_topk       ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
+indexer_topk       ``cpu``          ``metal``;             ``loops``        ``loops``, on the CPU
+                                    ``metal_prompt``
 sparse_mla_decode  ``cpu``          ``metal``;             ``loops``        ``loops``, on the CPU
                                     ``metal_prompt``
 =================  ===============  =====================  ===============  ======================
@@ -103,8 +104,8 @@ def choose(
             `metal_sim.simulated`, ops with a Metal kernel run it wherever they are asked to run.
         reference: True or False overrides the current path.
         stock_ops: whether MLX has matrix kernels for the weights' formats.
-        prompt: whether the tokens are a prompt's, for moe_decode and sparse_mla_decode; None:
-            if they are moe_decode's and more than 16.
+        prompt: whether the tokens are a prompt's, for moe_decode, indexer_topk and
+            sparse_mla_decode; None: if they are moe_decode's and more than 16.
     """
     on_gpu = is_gpu(stream)
     if paths.use_reference(reference):
