@@ -2,6 +2,7 @@
 #pragma once
 
 #include "formats/format.h"
+#include "metal/params.h"
 #include "metal/pipelines.h"
 #include "mlx/mlx.h"
 #include "ops.h"
@@ -14,6 +15,25 @@ struct MlpWeights {
   const mx::array *gate, *up, *down;
   const MlpFormats& formats;
 };
+
+// Gives the parameters of a launch without shared experts or residual.
+MoeParams moe_params(
+    const mx::array& x,
+    const mx::array& slots,
+    const MlpWeights& routed);
+
+// Binds what the launches of gate and up, and those of down, begin with: their
+// vectors, what tells the slots of these, and weights.
+void bind_gate_up(
+    Encoder& encoder,
+    const mx::array& x,
+    const mx::array& slots,
+    const MlpWeights& routed);
+void bind_down(
+    Encoder& encoder,
+    const mx::array& act,
+    const mx::array& slots,
+    const MlpWeights& routed);
 
 // Encodes moe_decode. To its result, rounded, that of the `shared` experts is
 // added, and this to `residual`. `shared_act` is what their gate and up gave,

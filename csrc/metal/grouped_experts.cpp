@@ -1,5 +1,4 @@
 #include "metal/experts.h"
-#include "metal/params.h"
 #include "metal/pipelines.h"
 #include "metal/source.h"
 
@@ -28,14 +27,7 @@ void grouped_experts(
     const MlpWeights& routed,
     mx::array& y) {
   Encoder encoder(stream);
-  const MoeParams params{
-      slots.shape(0),
-      slots.shape(1),
-      x.shape(-1),
-      routed.gate->shape(1),
-      routed.gate->shape(0),
-      0,
-      false};
+  const MoeParams params = moe_params(x, slots, routed);
   const int pairs = params.tokens * params.top_k;
   const int hidden = params.hidden, intermediate = params.intermediate;
   const MTL::Size threads(32, kGroupSimdgroups, 1);
@@ -62,10 +54,7 @@ void grouped_experts(
         Argument::row(routed.formats.gate, intermediate, hidden),
         Argument::row(routed.formats.up, intermediate, hidden),
         in_fours(x, hidden)}}));
-  encoder.set_input_array(x, 0);
-  encoder.set_input_array(order, 1);
-  bind_weight(encoder, routed.gate, routed.formats.gate, 2);
-  bind_weight(encoder, routed.up, routed.formats.up, 5);
+  bind_gate_up(encoder, x, order, routed);
   encoder.set_input_array(groups, 8);
   encoder.set_output_array(act, 9);
   encoder.set_bytes(params, 10);
@@ -78,9 +67,7 @@ void grouped_experts(
        {x.dtype(),
         Argument::row(routed.formats.down, hidden, intermediate),
         in_fours(act, intermediate)}}));
-  encoder.set_input_array(act, 0);
-  encoder.set_input_array(order, 1);
-  bind_weight(encoder, routed.down, routed.formats.down, 2);
+  bind_down(encoder, act, order, routed);
   encoder.set_input_array(groups, 5);
   encoder.set_output_array(terms, 6);
   encoder.set_bytes(params, 7);

@@ -2,7 +2,6 @@
 #include <bit>
 
 #include "metal/experts.h"
-#include "metal/params.h"
 #include "metal/pipelines.h"
 #include "metal/source.h"
 #include "primitives.h"
@@ -10,6 +9,41 @@
 namespace glm_fused {
 
 namespace metal {
+
+MoeParams moe_params(
+    const mx::array& x,
+    const mx::array& slots,
+    const MlpWeights& routed) {
+  return {
+      slots.shape(0),
+      slots.shape(1),
+      x.shape(-1),
+      routed.gate->shape(1),
+      routed.gate->shape(0),
+      0,
+      false};
+}
+
+void bind_gate_up(
+    Encoder& encoder,
+    const mx::array& x,
+    const mx::array& slots,
+    const MlpWeights& routed) {
+  encoder.set_input_array(x, 0);
+  encoder.set_input_array(slots, 1);
+  bind_weight(encoder, routed.gate, routed.formats.gate, 2);
+  bind_weight(encoder, routed.up, routed.formats.up, 5);
+}
+
+void bind_down(
+    Encoder& encoder,
+    const mx::array& act,
+    const mx::array& slots,
+    const MlpWeights& routed) {
+  encoder.set_input_array(act, 0);
+  encoder.set_input_array(slots, 1);
+  bind_weight(encoder, routed.down, routed.formats.down, 2);
+}
 
 void experts(
     const mx::Stream& stream,
@@ -23,14 +57,9 @@ void experts(
     const mx::array* shared_act) {
   Encoder encoder(stream);
   const Tiles& tiles = encoder.tiles();
-  const MoeParams params{
-      slots.shape(0),
-      slots.shape(1),
-      x.shape(-1),
-      routed.gate->shape(1),
-      routed.gate->shape(0),
-      shared ? shared->gate->shape(0) : 0,
-      residual != nullptr};
+  MoeParams params = moe_params(x, slots, routed);
+  params.shared_intermediate = shared ? shared->gate->shape(0) : 0;
+  params.adds = residual != nullptr;
   const int pairs = params.tokens * params.top_k;
   const int hidden = params.hidden, intermediate = params.intermediate;
   // Whether the shared experts' gate and up are part of the launch.
@@ -59,10 +88,7 @@ void experts(
   }
   auto* gate_up = encoder.kernel(name);
   encoder.set_compute_pipeline_state(gate_up);
-  encoder.set_input_array(x, 0);
-  encoder.set_input_array(slots, 1);
-  bind_weight(encoder, routed.gate, routed.formats.gate, 2);
-  bind_weight(encoder, routed.up, routed.formats.up, 5);
+  bind_gate_up(encoder, x, slots, routed);
   encoder.set_output_array(act, 8);
   encoder.set_bytes(params, 9);
   bind_weight(encoder, other.gate, other.formats.gate, 10);
@@ -99,9 +125,7 @@ void experts(
   }
   auto* down_sum = encoder.kernel(name);
   encoder.set_compute_pipeline_state(down_sum);
-  encoder.set_input_array(act, 0);
-  encoder.set_input_array(slots, 1);
-  bind_weight(encoder, routed.down, routed.formats.down, 2);
+  bind_down(encoder, act, slots, routed);
   encoder.set_input_array(scores, 5);
   encoder.set_output_array(y, 6);
   encoder.set_bytes(params, 7);
