@@ -104,6 +104,26 @@ def test_matvec_of_rows_that_fill_half_of_the_lanes(fmt, fill, n):
 
 
 @cpu_only
+@each_format
+@pytest.mark.parametrize("fill", ["zeros", "subnormals", "an infinity"])
+@pytest.mark.parametrize(("n", "k"), [(16, 1024), (11, 384)], ids=["fast", "general"])
+def test_matvec_of_values_at_the_ends_of_the_range(fmt, fill, n, k):
+    rng = np.random.default_rng([n, len(fill)])
+    x = rng.choice([-1.0, 1.0], (1, k)).astype(np.float32)
+    if fill == "an infinity":
+        x[0, k // 3] = np.inf
+    else:
+        x *= 0.0 if fill == "zeros" else 2.0**-140
+    w = random_weight(rng, (n, k), fmt)
+    fused, reference = (
+        np.array(ops.quantized_matvec(mx.array(x), w, reference=which)) for which in (False, True)
+    )
+    nan = np.isnan(reference)
+    assert np.array_equal(np.isnan(fused), nan)
+    assert np.array_equal(fused[~nan].view(np.uint32), reference[~nan].view(np.uint32))
+
+
+@cpu_only
 @pytest.mark.parametrize("vectors", [1, 3, 21])
 @pytest.mark.parametrize(("n", "k"), [(40, 1024), (13, 384)], ids=["fast", "general"])
 @pytest.mark.parametrize("plane", [("mxfp8", 8, 32, 0), ("nvfp4", 4, 16, 1)], ids=lambda p: p[0])

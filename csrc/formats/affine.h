@@ -227,10 +227,10 @@ class AffineScales {
               spread_.direct_halves(at + (R - 1) * rows.scale_stride));
   }
 
-  GLM_INLINE void prefetch(const TileRows& rows, ptrdiff_t ahead, int count)
+  GLM_INLINE void prefetch(const uint8_t* const* planes, int row, int count)
       const {
-    spread_.prefetch(rows.scales, ahead, count);
-    spread_.prefetch(rows.biases, ahead, count);
+    spread_.prefetch(planes[1], row, count);
+    spread_.prefetch(planes[2], row, count);
   }
 
   template <class Do>

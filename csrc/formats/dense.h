@@ -67,7 +67,7 @@ struct NoScales {
   template <int R>
   GLM_INLINE void locate(TileRows&, int, int) const {}
 
-  GLM_INLINE void prefetch(const TileRows&, ptrdiff_t, int) const {}
+  GLM_INLINE void prefetch(const uint8_t* const*, int, int) const {}
 
   template <class Do>
   GLM_INLINE void with_reading(const Do& with) const {

@@ -71,7 +71,7 @@ class SquareScales {
     rows.same_scales = stride == 0 ? R : rows_ - at % rows_;
   }
 
-  GLM_INLINE void prefetch(const TileRows&, ptrdiff_t, int) const {}
+  GLM_INLINE void prefetch(const uint8_t* const*, int, int) const {}
 
   template <class Do>
   GLM_INLINE void with_reading(const Do& with) const {

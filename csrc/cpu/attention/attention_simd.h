@@ -21,9 +21,6 @@ GLM_INLINE F16 larger(F16 a, F16 b) {
 GLM_INLINE F16 relu(F16 a) {
   return _mm512_max_ps(_mm512_setzero_ps(), a);
 }
-GLM_INLINE U16 as_words(F16 a) {
-  return _mm512_castps_si512(a);
-}
 GLM_INLINE void store_words(uint32_t* p, U16 a) {
   _mm512_storeu_si512(p, a);
 }
@@ -121,9 +118,6 @@ GLM_INLINE F16 larger(F16 x, F16 y) {
 GLM_INLINE F16 relu(F16 x) {
   const __m256 none = _mm256_setzero_ps();
   return {_mm256_max_ps(none, x.a), _mm256_max_ps(none, x.b)};
-}
-GLM_INLINE U16 as_words(F16 x) {
-  return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)};
 }
 GLM_INLINE void store_words(uint32_t* p, U16 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
@@ -223,9 +217,6 @@ GLM_INLINE F16 larger(F16 a, F16 b) {
 }
 GLM_INLINE F16 relu(F16 a) {
   return pick(a < zero(), zero(), a);
-}
-GLM_INLINE U16 as_words(F16 a) {
-  return bit_cast<U16>(a);
 }
 GLM_INLINE void store_words(uint32_t* p, U16 a) {
   memcpy(p, &a, sizeof(a));

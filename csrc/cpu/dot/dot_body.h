@@ -15,10 +15,16 @@ using glm_fused::cpu::DotArgs;
 using glm_fused::cpu::Kernel;
 
 // Rows of W that share one load of x when there is one vector, where there are
-// registers for them.
+// registers for them. Straddling columns make a lane's sum so long that rows
+// met one by one would wait for it.
 #if defined(GLM_AVX512)
+template <class F>
 constexpr int kRowsAtOnce = 4;
+#elif defined(GLM_AVX2)
+template <class F>
+constexpr int kRowsAtOnce = F::kTerms > F::kValues ? 4 : 1;
 #else
+template <class F>
 constexpr int kRowsAtOnce = 1;
 #endif
 // One vector meets whole rows, so that weights are read in the order of their
@@ -28,6 +34,16 @@ constexpr ptrdiff_t kAhead = 2048;
 // Several vectors meet a few rows chunk by chunk, so that a chunk of them stays
 // in the L1 cache: so many rows, and half-blocks of a chunk.
 constexpr int kRows = 8, kChunk = 2;
+
+// Whether a format decodes terms p and p + 4 together, so that the terms of two
+// quads are met in turn; and whether terms p and p + 4 of the same lane lie
+// side by side (interleave_lanes), those of half of the lanes in either.
+template <class F>
+constexpr bool kDecodesPairs = requires { requires F::kDecodesPairs; };
+template <class F>
+constexpr bool kInterleaves = requires { requires F::kInterleaves; };
+template <class F>
+constexpr int kQuadsAtOnce = kDecodesPairs<F> ? 2 : 1;
 
 // Packed x: per block and half, kTerms terms of 16 lanes, then the lane sums
 // that multiply a bias.
@@ -81,6 +97,13 @@ void pack(const float* x, int k, float* panel, int m, int width) {
     F16 v[F::kValues];
     unroll<F::kValues>(GLM_EACH(i) { v[i] = load(from + i * kHalf); });
     by_value(v);
+    if constexpr (kInterleaves<F>) {
+      unroll<F::kValues>(GLM_EACH(i) {
+        if constexpr (i % 8 < 4) {
+          interleave_lanes(v[i], v[i + 4]);
+        }
+      });
+    }
     for_each_constant<F::kTerms>(GLM_EACH(p) {
       constexpr Term t = F::term(p);
       const F16 scaled = mul(mul(v[t.value], splat(t.scale)), splat(t.carry));
@@ -114,12 +137,13 @@ struct HalfBlock {
   const Width width;
   typename F::Words words[R];
   F16 acc[R][M];
-  F16 quad[R][M];
+  F16 quad[kQuadsAtOnce<F>][R][M];
 
   GLM_INLINE HalfBlock(const F& f, const float* panel, Width w)
       : format(f), x(panel), width(w) {}
 
-  template <int p>
+  // Term p, of the sum of all or of one of the quads at hand.
+  template <int p, int q = 0>
   GLM_INLINE void term() {
     F16 xs[M];
     unroll<M>(GLM_EACH(m) { xs[m] = load(x + (p * width + m) * kHalf); });
@@ -129,9 +153,9 @@ struct HalfBlock {
         if constexpr (!F::kQuads) {
           acc[r][m] = fma(xs[m], d, acc[r][m]);
         } else if constexpr (p % 4 == 1) {
-          quad[r][m] = mul(xs[m], d);
+          quad[q][r][m] = mul(xs[m], d);
         } else {
-          quad[r][m] = fma(xs[m], d, quad[r][m]);
+          quad[q][r][m] = fma(xs[m], d, quad[q][r][m]);
         }
       });
     });
@@ -139,16 +163,33 @@ struct HalfBlock {
 
   // a*b + c*d + e*f + g*h contracts to fma(g,h, fma(e,f, fma(a,b, c*d))).
   template <int p>
+  GLM_INLINE void quads() {
+    constexpr int n = kQuadsAtOnce<F>, order[] = {1, 0, 2, 3};
+    for_each_constant<4>(GLM_EACH(i) {
+      for_each_constant<n>(GLM_EACH(q) { term<p + 4 * q + order[i], q>(); });
+    });
+    if constexpr (kInterleaves<F>) {
+      unroll<R>(GLM_EACH(r) {
+        unroll<M>(
+            GLM_EACH(m) { separate_lanes(quad[0][r][m], quad[1][r][m]); });
+      });
+    }
+    unroll<n>(GLM_EACH(q) {
+      unroll<R>(GLM_EACH(r) {
+        unroll<M>(GLM_EACH(m) {
+          // Whether a sum of zeros is -0 makes no difference to the result.
+          acc[r][m] =
+              p + q == 0 ? quad[q][r][m] : add(acc[r][m], quad[q][r][m]);
+        });
+      });
+    });
+  }
+
+  template <int p>
   GLM_INLINE void terms() {
     if constexpr (F::kQuads && p < F::kTerms) {
-      term<p + 1>();
-      term<p>();
-      term<p + 2>();
-      term<p + 3>();
-      unroll<R>(GLM_EACH(r) {
-        unroll<M>(GLM_EACH(m) { acc[r][m] = add(acc[r][m], quad[r][m]); });
-      });
-      terms<p + 4>();
+      quads<p>();
+      terms<p + 4 * kQuadsAtOnce<F>>();
     } else if constexpr (p < F::kTerms) {
       term<p>();
       terms<p + 1>();
@@ -270,16 +311,21 @@ struct Tile {
       const int first = row + step <= a.rows ? row : a.rows - step;
       const TileRows rows = locate<R>(first, stride);
       const int direct = rows.direct_halves;
-      scales.prefetch(rows, ahead / group * step, step);
+      const int behind = row + static_cast<int>(ahead / group) * step;
+      const uint8_t* const* to =
+          a.next[0] && behind >= a.rows ? a.next : a.planes;
+      const int at = to == a.next ? behind - a.rows : behind;
+      const ptrdiff_t on = to[0] + at * row_bytes - rows.weight;
+      scales.prefetch(to, at, step);
       F16 even[R][1], odd[R][1];  // they stay in registers
       unroll<R>(GLM_EACH(r) { even[r][0] = odd[r][0] = zero(); });
       int hb = 0;
       for (; hb + 1 < direct; hb += 2) {
-        half_block<Reading>(rows, m0, width, hb, ahead, even);
-        half_block<Reading>(rows, m0, width, hb + 1, ahead, odd);
+        half_block<Reading>(rows, m0, width, hb, on, even);
+        half_block<Reading>(rows, m0, width, hb + 1, on, odd);
       }
       if (hb < direct) {
-        half_block<Reading>(rows, m0, width, hb++, ahead, even);
+        half_block<Reading>(rows, m0, width, hb++, on, even);
       }
       if (hb < halves) {
         F16 rest_even[R][1], rest_odd[R][1];
@@ -287,7 +333,7 @@ struct Tile {
           rest_even[r][0] = even[r][0];
           rest_odd[r][0] = odd[r][0];
         });
-        rest(rows, m0, width, hb, ahead, rest_even, rest_odd);
+        rest(rows, m0, width, hb, on, rest_even, rest_odd);
         unroll<R>(GLM_EACH(r) {
           even[r][0] = rest_even[r][0];
           odd[r][0] = rest_odd[r][0];
@@ -300,7 +346,7 @@ struct Tile {
   template <class Width>
   GLM_INLINE void one_vector(int m0, Width width) const {
     scales.with_reading([&]<class Reading>(Reading) GLM_ALWAYS_INLINE {
-      one_vector<kRowsAtOnce, Reading>(m0, width);
+      one_vector<kRowsAtOnce<F>, Reading>(m0, width);
     });
   }
 

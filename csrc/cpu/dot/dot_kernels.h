@@ -28,6 +28,9 @@ struct DotArgs {
   std::span<const float* const> x;
   int width;  // 1, 2, 4 or 8
   float* y;   // [panels, width, rows]
+  // The same of rows of the same shape that are likely to follow, whose first
+  // ones are fetched while the last of these are met; null: those behind them.
+  const uint8_t* next[kMaxPlanes] = {};
 };
 
 struct Kernel {

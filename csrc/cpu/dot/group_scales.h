@@ -105,10 +105,10 @@ class Spread {
     }
     return load(lanes);
   }
-  // Fetches those of `count` rows, `ahead` rows behind one.
-  GLM_INLINE void prefetch(const uint8_t* row, ptrdiff_t ahead, int count)
-      const {
-    ::prefetch(row + ahead * row_bytes_, count * row_bytes_);
+  // Fetches those of `count` rows from `row` on.
+  GLM_INLINE void prefetch(const uint8_t* plane, int row, int count) const {
+    const auto bytes = static_cast<ptrdiff_t>(row_bytes_);
+    ::prefetch(plane + row * bytes, count * bytes);
   }
   GLM_INLINE int row_bytes() const {
     return row_bytes_;

@@ -41,9 +41,15 @@ void Matrix::dot(
     int rows,
     std::span<const float* const> panels,
     int width,
-    float* y) const {
+    float* y,
+    const Rows& next) const {
   DotArgs args{{}, format, k, row, rows, n - row, panels, width, y};
   locate(slot, row, args.planes);
+  const Matrix* other = next.matrix;
+  if (other != nullptr && other->kernel == kernel && other->k == k &&
+      other->format.spec == format.spec) {
+    other->locate(next.slot, next.row, args.next);
+  }
   kernel->dot(args);
 }
 

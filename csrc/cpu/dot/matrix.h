@@ -29,15 +29,21 @@ struct Matrix {
   // Where row `row` of a slot lies in each plane.
   void locate(int slot, int row, const uint8_t** at) const;
 
+  struct Rows {
+    const Matrix* matrix;
+    int slot, row;
+  };
   // Rows [row, row + rows) of a slot times panels of `width` vectors each, at
-  // most kMaxPanels; y is [panels, width, rows].
+  // most kMaxPanels; y is [panels, width, rows]. `next` says which rows are
+  // likely to be met next by this thread.
   void dot(
       int slot,
       int row,
       int rows,
       std::span<const float* const> panels,
       int width,
-      float* y) const;
+      float* y,
+      const Rows& next = {}) const;
 };
 
 // Row `row` of x [rows, k] as fp32.

@@ -154,6 +154,15 @@ class Fused : public Staged {
     return at_hand_.subspan(first, groups_[number + 1] - first);
   }
 
+  // Where a tile's rows of w begin, if there is such a tile.
+  Matrix::Rows tile_rows_at(const Matrix& w, int number) const {
+    if (number >= tiles_ * group_count_) {
+      return {};
+    }
+    const int slot = panels_[group(number / tiles_)[0]].slot;
+    return {&w, slot, number % tiles_ * rows_};
+  }
+
   // Multiplies rows of w of a group's slot by the group's panels, which
   // input(i) finds, into `out` [pair of the group, rows].
   template <class Input>
@@ -163,13 +172,14 @@ class Fused : public Staged {
       int first,
       int rows,
       const Input& input,
-      float* out) const {
+      float* out,
+      const Matrix::Rows& next) const {
     const float* at[kMaxPanels];
     for (size_t i = 0; i < group.size(); i++) {
       at[i] = input(group[i]);
     }
     const auto [slot, pair, width] = panels_[group[0]];
-    w.dot(slot, first, rows, std::span(at, group.size()), width, out);
+    w.dot(slot, first, rows, std::span(at, group.size()), width, out, next);
   }
 
   Batch all_panels() const {
@@ -262,8 +272,10 @@ class Fused : public Staged {
     const auto from = [](std::span<float* const> inputs) {
       return [inputs](int i) { return inputs[i]; };
     };
-    multiply(moe_.gate, panels, first, rows, from(gate_inputs_), gate);
-    multiply(moe_.up, panels, first, rows, from(up_inputs_), up);
+    const Matrix::Rows here{&moe_.up, panels_[panels[0]].slot, first};
+    multiply(moe_.gate, panels, first, rows, from(gate_inputs_), gate, here);
+    const auto then = tile_rows_at(moe_.gate, number + 1);
+    multiply(moe_.up, panels, first, rows, from(up_inputs_), up, then);
     size_t at = 0;
     for (int i : panels) {
       for (int pair : panels_.pairs(i)) {
@@ -306,17 +318,22 @@ class Fused : public Staged {
 
   // Computes rows of y for the pairs of a group, one pair every `stride`
   // values.
-  void down_rows(Batch panels, int first, int rows, float* y, size_t stride)
-      const {
+  void down_rows(
+      Batch panels,
+      int first,
+      int rows,
+      float* y,
+      size_t stride,
+      const Matrix::Rows& next) const {
     const auto from = [this](int i) { return down_input(i); };
     const auto pairs = panels_.pairs(panels[0]);
     if (panels.size() == 1 && pairs.size() == 1) {
       float* to = y + pairs[0] * stride;
-      multiply(moe_.down, panels, first, rows, from, to);
+      multiply(moe_.down, panels, first, rows, from, to, next);
       return;
     }
     Outputs out;
-    multiply(moe_.down, panels, first, rows, from, out);
+    multiply(moe_.down, panels, first, rows, from, out, next);
     const float* values = out;
     for (int i : panels) {
       for (int pair : panels_.pairs(i)) {
@@ -348,7 +365,8 @@ class Fused : public Staged {
   void down(int number) const {
     const int n = moe_.down.n, first = number % tiles_ * rows_;
     const int rows = std::min(rows_, n - first);
-    down_rows(group(number / tiles_), first, rows, y_.data() + first, n);
+    const auto next = tile_rows_at(moe_.down, number + 1);
+    down_rows(group(number / tiles_), first, rows, y_.data() + first, n, next);
   }
 
   Stage begin_sum() {
@@ -374,7 +392,10 @@ class Fused : public Staged {
     const int first = number * rows_;
     const int rows = std::min(rows_, moe_.down.n - first);
     for (int i = 0; i < group_count_; i++) {
-      down_rows(group(i), first, rows, tile_y_[worker], rows);
+      const bool last = i + 1 == group_count_;
+      const int slot = panels_[group(last ? 0 : i + 1)[0]].slot;
+      const Matrix::Rows next{&moe_.down, slot, last ? first + rows : first};
+      down_rows(group(i), first, rows, tile_y_[worker], rows, next);
     }
     sum_rows(first, rows, tile_y_[worker], rows);
   }

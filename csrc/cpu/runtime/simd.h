@@ -5,9 +5,11 @@
 // and the same functions over them. Some are not explained by their names:
 //   half_to_float(a)      the low 16 bits of every word, read as IEEE half
 //   shift_right_signed<n>(a)   with copies of the highest bit
+//   upper_half<0>(a)      the low 16 bits of every word, as those of a float's
+//                         upper half; <1>: the high ones
 //   set_where_equal(a, mask, n, bits)   a | bits where a & mask is n, else a
 //   nan_where(a, mask, v)  NaN where a & mask is not 0, else v
-//   Table16(v)(index)     v[index & 15]
+//   Table16(v)(index)     v[index & 15] (not on AVX2)
 //   splat_word(p)         every word is that at p
 //   Shuffle(c)(p)         byte i is byte c[i] of the 16 at p, or 0 where c[i]
 //                         is 0x80; four bytes make a lane
@@ -22,6 +24,9 @@
 //                         six bytes on
 //   load_quads(p, out)    lane l owns the four floats at p + 16 * l
 //   split_lanes(a, b, …)  the even and the odd of 32 floats
+//   interleave_lanes(a, b)   lanes 0, 1, 4, 5, … of both side by side in a, the
+//                         others in b
+//   separate_lanes(a, b)  undoes that
 //   butterfly_sum(…)      sums a simdgroup by lane distances 16, 8, 4, 2, 1
 //   butterfly_sums(…)     sums several simdgroups so
 //
@@ -89,6 +94,11 @@ GLM_INLINE void unroll(Fn&& fn) {
 #endif
 
 namespace {
+
+template <int half>
+GLM_INLINE F16 upper_half(U16 a) {
+  return as_float(half == 0 ? shift_left<16>(a) : bits_and(a, 0xffff0000u));
+}
 
 // Returns a, in a register where there are many: a compiler would read it from
 // memory again for each use, and reads would bound the loop.

@@ -64,7 +64,9 @@ GLM_INLINE U16 shift_left(U16 v) {
   }
 }
 GLM_INLINE U16 bits_and(U16 v, uint32_t m) {
-  const __m256i k = _mm256_set1_epi32(static_cast<int>(m));
+  // A compiler would read it from memory for either half.
+  __m256i k = _mm256_set1_epi32(static_cast<int>(m));
+  __asm__("" : "+x"(k));
   return {_mm256_and_si256(v.a, k), _mm256_and_si256(v.b, k)};
 }
 GLM_INLINE U16 bits_or(U16 x, U16 y) {
@@ -79,6 +81,9 @@ GLM_INLINE F16 to_float(U16 v) {
 }
 GLM_INLINE F16 as_float(U16 v) {
   return {_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)};
+}
+GLM_INLINE U16 as_words(F16 v) {
+  return {_mm256_castps_si256(v.a), _mm256_castps_si256(v.b)};
 }
 GLM_INLINE U16
 set_where_equal(U16 v, uint32_t mask, uint32_t n, uint32_t bits) {
@@ -107,20 +112,36 @@ GLM_INLINE F16 half_to_float(U16 v) {
   };
   return {narrow(v.a), narrow(v.b)};
 }
-struct Table16 {
-  __m256 low, high;
-  GLM_INLINE explicit Table16(const float* v)
-      : low(_mm256_loadu_ps(v)), high(_mm256_loadu_ps(v + 8)) {}
-  GLM_INLINE __m256 lookup(__m256i i) const {
-    // Bit 3 of the index, moved to the sign, picks the upper half.
-    const __m256 pick = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28));
-    return _mm256_blendv_ps(
-        _mm256_permutevar8x32_ps(low, i),
-        _mm256_permutevar8x32_ps(high, i),
-        pick);
+// The upper halves of sixteen floats, by codes of four bits that are the lower
+// or the upper ones of bytes.
+struct UpperTable {
+  __m256i low, high;  // bytes of the halves
+  GLM_INLINE explicit UpperTable(const float* v)
+      : low(every_fourth_byte(v, 2)), high(every_fourth_byte(v, 3)) {}
+  // Codes of bytes 0 and 1 of every word, or of bytes 2 and 3, become the
+  // halves of one: of `part` 0 (or 1) of four lanes, words 0 and 2 (or 1 and
+  // 3).
+  template <int part>
+  GLM_INLINE U16 spread(U16 codes) const {
+    const U16 i = bits_and(codes, 0x0f0f0f0fu);
+    return {spread<part>(i.a), spread<part>(i.b)};
   }
-  GLM_INLINE F16 operator()(U16 index) const {
-    return {lookup(index.a), lookup(index.b)};
+
+ private:
+  template <int part>
+  GLM_INLINE __m256i spread(__m256i i) const {
+    const __m256i l = _mm256_shuffle_epi8(low, i);
+    const __m256i h = _mm256_shuffle_epi8(high, i);
+    return part == 0 ? _mm256_unpacklo_epi8(l, h) : _mm256_unpackhi_epi8(l, h);
+  }
+  static GLM_INLINE __m256i every_fourth_byte(const float* v, int first) {
+    uint8_t bytes[64], picked[16];
+    memcpy(bytes, v, sizeof(bytes));
+    for (int i = 0; i < 16; i++) {
+      picked[i] = bytes[4 * i + first];
+    }
+    const auto* q = reinterpret_cast<const __m128i*>(picked);
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(q));
   }
 };
 struct Shuffle {
@@ -262,6 +283,20 @@ GLM_INLINE void split_lanes(F16 x, F16 y, F16& even, F16& odd) {
   split(y, e.b, o.b);
   even = e;
   odd = o;
+}
+GLM_INLINE void interleave_lanes(F16& x, F16& y) {
+  const F16 low = {_mm256_unpacklo_ps(x.a, y.a), _mm256_unpacklo_ps(x.b, y.b)};
+  const F16 high = {_mm256_unpackhi_ps(x.a, y.a), _mm256_unpackhi_ps(x.b, y.b)};
+  x = low;
+  y = high;
+}
+GLM_INLINE void separate_lanes(F16& x, F16& y) {
+  const F16 even = {
+      _mm256_shuffle_ps(x.a, y.a, 0x88), _mm256_shuffle_ps(x.b, y.b, 0x88)};
+  const F16 odd = {
+      _mm256_shuffle_ps(x.a, y.a, 0xdd), _mm256_shuffle_ps(x.b, y.b, 0xdd)};
+  x = even;
+  y = odd;
 }
 GLM_INLINE float butterfly_sum(F16 low, F16 high) {
   const F16 s = add(low, high);

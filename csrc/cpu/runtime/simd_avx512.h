@@ -77,6 +77,9 @@ GLM_INLINE F16 to_float(U16 a) {
 GLM_INLINE F16 as_float(U16 a) {
   return _mm512_castsi512_ps(a);
 }
+GLM_INLINE U16 as_words(F16 a) {
+  return _mm512_castps_si512(a);
+}
 GLM_INLINE U16
 set_where_equal(U16 a, uint32_t mask, uint32_t n, uint32_t bits) {
   const __m512i of_n = _mm512_set1_epi32(static_cast<int>(n));
@@ -100,6 +103,16 @@ struct Table16 {
   GLM_INLINE explicit Table16(const float* v) : t(_mm512_loadu_ps(v)) {}
   GLM_INLINE F16 operator()(U16 index) const {
     return _mm512_permutexvar_ps(index, t);
+  }
+};
+// The upper halves of sixteen floats, by the lowest four bits of 16-bit words.
+struct UpperTable {
+  __m512i t;
+  GLM_INLINE explicit UpperTable(const float* v)
+      : t(_mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(
+            _mm512_srli_epi32(_mm512_loadu_si512(v), 16)))) {}
+  GLM_INLINE U16 operator()(U16 index) const {
+    return _mm512_permutexvar_epi16(index, t);
   }
 };
 struct Shuffle {

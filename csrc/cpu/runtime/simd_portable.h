@@ -86,6 +86,9 @@ GLM_INLINE F16 to_float(U16 a) {
 GLM_INLINE F16 as_float(U16 a) {
   return bit_cast<F16>(a);
 }
+GLM_INLINE U16 as_words(F16 a) {
+  return bit_cast<U16>(a);
+}
 GLM_INLINE U16 choose(I16 mask, U16 a, U16 b) {
   const U16 m = bit_cast<U16>(mask);
   return (a & m) | (b & ~m);
