@@ -6,9 +6,11 @@
 It prints, per weight format: the bytes of weights that a call reads, µs, GB/s, the bandwidth of
 plain streaming reads with the same threads, measured between the calls, of memory as the system
 gives it (in small pages, unless it is set to give huge ones always) and in huge pages, the fraction
-of the former that was reached, the fraction of what multiply-adds in registers reach, how many
-times slower the reference path and stock MLX are, and the largest error of ours and of stock MLX
-against float64 arithmetic on the dequantized weights (relative to the largest output). Every call
+of the former that was reached, the fraction of what multiply-adds in registers reach, the µs that
+the kernel's instructions take at the least on Zen 4 (OPERATIONS), how many times slower the
+reference path and stock MLX are, and errors against float64 arithmetic on the dequantized weights:
+the largest of ours and of stock MLX (relative to the largest output), and of ours with the same
+activations in fp32, which is the one before rounding (2-norm relative to the output's). Every call
 picks other experts from a bank that is far larger than the caches, and lies in huge pages as loaded
 weights do. With --ggml llama.cpp computes such experts, too (peers/llama_cpp.py), alternately with
 ours, in its types of as many bits: µs of the fastest, and how many times slower; its threads would
@@ -28,7 +30,7 @@ from common import DTYPES, median, multiply_add_rate, parser, report
 from peers import llama_cpp, llama_experts
 
 import glm_fused
-from glm_fused import ops
+from glm_fused import _ext, ops
 from glm_fused.formats.weights import FORMATS
 from glm_fused.host import to_numpy
 from glm_fused.selftest.benchmark import RoutedExperts, Yardsticks, read_bandwidth, seconds
@@ -43,12 +45,31 @@ COLUMNS = {
     "huge GB/s": ".2f",
     "fraction": ".2f",
     "of peak": ".2f",
+    "bound us": ".0f",
     "x reference": ".1f",
     "x stock": ".1f",
     "error": ".1e",
+    "fp32 error": ".1e",
     "stock error": ".1e",
 }
 GGML_COLUMNS = {"llama.cpp": "", "their us": ".0f", "x llama.cpp": ".2f"}
+
+# What a Zen 4 core has to do on AVX-512 for 16 weights where one vector meets whole rows, in
+# operations of 256 bits, of which an instruction of 512 is two: of all kinds but loads, stores and
+# copies, which its four vector pipes share; and multiply-adds, permutes and shifts, which three of
+# them take. Counted in the inner loops that GCC 12 makes; what a row takes besides is not in it.
+# Floats wait for memory.
+OPERATIONS = {
+    "affine2": (6.41, 3.88),
+    "affine3": (8.03, 4.88),
+    "affine4": (7.00, 3.50),
+    "affine5": (10.44, 6.25),
+    "affine6": (11.06, 6.75),
+    "affine8": (9.56, 5.00),
+    "mxfp4": (7.00, 5.38),
+    "mxfp8": (12.75, 8.75),
+    "nvfp4": (7.50, 5.50),
+}
 
 
 class Layer(RoutedExperts):
@@ -64,6 +85,11 @@ class Layer(RoutedExperts):
             intermediate=intermediate,
             bank=int(min(256, max(2 * options.top_k, options.bank_gb * 1e9 // expert))),
         )
+
+    def unrounded(self, slots: mx.array, scores: mx.array) -> mx.array:
+        """The sum [tokens, hidden] of the same activations in float32, where no step rounds."""
+        x = self.x.astype(mx.float32)
+        return ops.moe_decode(x, self.gate, self.up, self.down, slots, scores)
 
     def exact(self, slots: mx.array, scores: mx.array) -> np.ndarray:
         """The first token's output [hidden], computed in float64."""
@@ -92,6 +118,18 @@ def dequantized(w: ops.Weight, slot: int) -> np.ndarray:
 
 def error(y: mx.array, exact: np.ndarray) -> float:
     return float(np.abs(in_float64(y[0]) - exact).max() / np.abs(exact).max())
+
+
+def bound(name: str, weights: int, peak: float) -> float | None:
+    """The seconds that Zen 4's pipes take for ``weights`` at the least; it peaks at 16 a cycle."""
+    if name not in OPERATIONS or _ext.cpu_kernels() != "avx512":
+        return None
+    shared, of_three = OPERATIONS[name]
+    return weights / peak * max(shared / 4, of_three / 3)
+
+
+def norm_error(y: mx.array, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(in_float64(y[0]) - exact) / np.linalg.norm(exact))
 
 
 def measure_ggml(
@@ -154,11 +192,14 @@ def measure(
         "fraction": median(fractions),
         "of peak": work / median(times) / median(peaks),
     }
+    if options.tokens == 1 and (at_least := bound(name, work, median(peaks))):
+        row["bound us"] = at_least * 1e6
     if ggml is not None:
         row |= measure_ggml(name, layer, ggml, options)
     slots, scores = layer.route()
     exact = layer.exact(slots, scores)
     row["error"] = error(layer.fused(slots, scores), exact)
+    row["fp32 error"] = norm_error(layer.unrounded(slots, scores), exact)
     if not options.only_fused:
         reference = seconds(lambda: layer.fused(slots, scores, reference=True))
         row["x reference"] = reference / median(times)
