@@ -120,20 +120,22 @@ def tokenizer_metadata(folder):
     }
 
 
-def write_gguf(path, config=None, *, types=None, values=None, edit=None, **options):
+def write_gguf(path, config=None, *, types=None, values=None, edit=None, raw=None, **options):
     """Write a model; returns ``path``.
 
     ``types(name)`` may give a tensor's type, ``values`` are further keys (None removes one), and
-    ``edit(tensors)`` may change the arrays before they are written. ``options`` are those of
-    `gguf_tensors` and `metadata`.
+    ``edit(tensors)`` may change the arrays before they are written, or ``raw`` be
+    `{name: (data, type)}` in their place. ``options`` are those of `gguf_tensors` and `metadata`.
     """
     config = dict(config or tiny_config())
     of_metadata = {k: options.pop(k) for k in ("indexer_types",) if k in options}
     dtype = options.get("dtype", "bfloat16")
-    tensors = gguf_tensors(config, **options)
-    tensors = (edit(tensors) if edit else None) or tensors
     keys = metadata(config, mtp=options.get("mtp", False), **of_metadata) | (values or {})
-    return write_file(path, keys, {n: _typed(n, a, dtype, types) for n, a in tensors.items()})
+    if raw is None:
+        tensors = gguf_tensors(config, **options)
+        tensors = (edit(tensors) if edit else None) or tensors
+        raw = {name: _typed(name, array, dtype, types) for name, array in tensors.items()}
+    return write_file(path, keys, raw)
 
 
 def _typed(name, values, dtype, types):

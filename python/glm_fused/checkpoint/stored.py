@@ -65,9 +65,11 @@ class Inventory:
     def formats(self) -> dict[str, Format]:
         """The format of every packed weight, by its module in the checkpoint's and our layout."""
         found: dict[str, Format] = {}
-        for source, fmt, *_ in self.stored:
+        for source, fmt, _, _, method in self.stored:
             if isinstance(fmt, Format) and fmt.mode != "dense":
-                found[source.path] = found[source.module.path] = fmt
+                found[source.path] = fmt
+                if source.kind != "kv_b_proj" or method is None:  # else embed_q becomes dense
+                    found[source.module.path] = fmt
                 if source.kind == "kv_b_proj":
                     head = source.path.removesuffix("kv_b_proj")
                     found[f"{head}unembed_out"] = fmt
