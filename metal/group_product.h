@@ -8,29 +8,69 @@
 GLM_CONST int kGroupSimdgroups = 4;
 GLM_CONST int kGroupThreads = kGroupSimdgroups * kLanes;
 
-// A threadgroup multiplies up to 128 vectors by 64 rows, 32 columns at a time.
-// A simdgroup takes every fourth eight of the vectors, so that few vectors
-// occupy all simdgroups.
-GLM_CONST int kGroupVectors = 128;
+// A threadgroup multiplies some vectors by 64 rows, 32 columns at a time. A
+// simdgroup takes every fourth eight of the vectors, so that few vectors occupy
+// all simdgroups.
 GLM_CONST int kGroupRows = 64;
 GLM_CONST int kGroupColumns = 32;
-GLM_CONST int kTall = kGroupVectors / kSide / kGroupSimdgroups;
 GLM_CONST int kWide = kGroupRows / kSide;
+GLM_CONST int kDeep = kGroupColumns / kSide;
 // So many eights of rows are summed at once over the columns of a step. These
 // sums are added to those of all columns, which keeps their error small.
 GLM_CONST int kWideStep = 2;
-GLM_CONST int kSums = kTall * kWide;
 
 // Rows of threadgroup memory begin in unlike banks.
 GLM_CONST int kRowPitch = kGroupColumns + 4;
+
+// What depends on the type of the vectors. With fp32, whose results show every
+// rounding, sums are compensated and take twice the registers.
 template <typename T>
-METAL_FUNC constexpr int vector_pitch() {
-  return kGroupColumns + 16 / int(sizeof(T));
-}
+struct GroupTile {
+  GLM_CONST bool compensated = sizeof(T) == sizeof(float);
+  GLM_CONST int vectors = compensated ? 64 : 128;
+  GLM_CONST int pitch = kGroupColumns + 16 / int(sizeof(T));
+  GLM_CONST int tall = vectors / kSide / kGroupSimdgroups;
+  GLM_CONST int deep_step = compensated ? 1 : kDeep;
+};
+
+// A simdgroup's sums, [tall, kWide] matrices.
+template <typename T>
+struct GroupSums {
+  typedef GroupTile<T> Tile;
+  GLM_CONST int count = Tile::tall * kWide;
+  float2 sums[count];
+  float2 lost[Tile::compensated ? count : 1];  // by rounding, with its sign
+
+  METAL_FUNC void clear() thread {
+    GLM_UNROLL
+    for (int i = 0; i < count; i++) {
+      sums[i] = float2(0.0f);
+      if (Tile::compensated) {
+        lost[i] = float2(0.0f);
+      }
+    }
+  }
+
+  METAL_FUNC void add(int at, float2 part) thread {
+    if constexpr (Tile::compensated) {
+      const float2 more = part - lost[at];
+      const float2 sum = sums[at] + more;
+      GLM_UNROLL
+      for (int i = 0; i < 2; i++) {
+        const float error = (sum[i] - sums[at][i]) - more[i];
+        lost[at][i] = isnan(error) ? 0.0f : error;  // of an infinite sum
+      }
+      sums[at] = sum;
+    } else {
+      sums[at] += part;
+    }
+  }
+};
 
 template <typename T>
 struct GroupProduct {
-  threadgroup T* vectors;   // [kGroupVectors, vector_pitch]
+  typedef GroupTile<T> Tile;
+  threadgroup T* vectors;   // [Tile::vectors, Tile::pitch]
   threadgroup float* rows;  // [kGroupRows, kRowPitch]
   int count;                // of vectors
   int simdgroup;
@@ -58,7 +98,7 @@ struct GroupProduct {
     for (int i = simdgroup * kLanes + lane; i < whole * fours;
          i += kGroupThreads) {
       const int vector = i / fours, at = i % fours * 4;
-      threadgroup T* to = vectors + vector * vector_pitch<T>() + at;
+      threadgroup T* to = vectors + vector * Tile::pitch + at;
       const int left = vector < count ? k - column - at : 0;
       const device T* from =
           x + size_t(vector < count ? places[vector] : 0) * k + column + at;
@@ -109,47 +149,56 @@ struct GroupProduct {
     }
   }
 
-  // Adds the products of these columns to the sums, [kTall, kWide] matrices.
-  METAL_FUNC void multiply(thread float2* sums) const thread {
-    constexpr int deep = kGroupColumns / kSide;
+  // Adds the products of these columns to the sums.
+  METAL_FUNC void multiply(thread GroupSums<T>& sums) const thread {
     const threadgroup T* a = vectors + matrix_column(lane);
     const threadgroup float* b =
         rows + matrix_column(lane) * kRowPitch + matrix_row(lane);
     GLM_UNROLL
-    for (int j = 0; j < kWide; j += kWideStep) {
-      thread float2 part[kTall * kWideStep];
+    for (int i = 0; i < kWide / kWideStep * kDeep; i += Tile::deep_step) {
+      add_parts(a, b, i / kDeep * kWideStep, i % kDeep, sums);
+    }
+  }
+
+  // Adds those of kWideStep eights of rows and Tile::deep_step of columns.
+  METAL_FUNC void add_parts(
+      const threadgroup T* a,
+      const threadgroup float* b,
+      int wide,
+      int deep,
+      thread GroupSums<T>& sums) const thread {
+    thread float2 part[Tile::tall * kWideStep];
+    GLM_UNROLL
+    for (int i = 0; i < Tile::tall * kWideStep; i++) {
+      part[i] = float2(0.0f);
+    }
+    GLM_UNROLL
+    for (int d = deep; d < deep + Tile::deep_step; d++) {
+      thread float2 right[kWideStep];
       GLM_UNROLL
-      for (int i = 0; i < kTall * kWideStep; i++) {
-        part[i] = float2(0.0f);
+      for (int n = 0; n < kWideStep; n++) {
+        // A row of the weight is a column of the matrix.
+        const threadgroup float* from =
+            b + (wide + n) * kSide * kRowPitch + d * kSide;
+        right[n] = float2(from[0], from[kRowPitch]);
       }
       GLM_UNROLL
-      for (int d = 0; d < deep; d++) {
-        thread float2 right[kWideStep];
-        GLM_UNROLL
-        for (int n = 0; n < kWideStep; n++) {
-          // A row of the weight is a column of the matrix.
-          const threadgroup float* from =
-              b + (j + n) * kSide * kRowPitch + d * kSide;
-          right[n] = float2(from[0], from[kRowPitch]);
-        }
-        GLM_UNROLL
-        for (int i = 0; i < kTall; i++) {
-          if (has(i)) {
-            const threadgroup T* from =
-                a + own_vector(i) * vector_pitch<T>() + d * kSide;
-            const float2 left = float2(
-                static_cast<float>(from[0]), static_cast<float>(from[1]));
-            GLM_UNROLL
-            for (int n = 0; n < kWideStep; n++) {
-              multiply_matrices(left, right[n], part[i * kWideStep + n]);
-            }
+      for (int i = 0; i < Tile::tall; i++) {
+        if (has(i)) {
+          const threadgroup T* from =
+              a + own_vector(i) * Tile::pitch + d * kSide;
+          const float2 left =
+              float2(static_cast<float>(from[0]), static_cast<float>(from[1]));
+          GLM_UNROLL
+          for (int n = 0; n < kWideStep; n++) {
+            multiply_matrices(left, right[n], part[i * kWideStep + n]);
           }
         }
       }
-      GLM_UNROLL
-      for (int i = 0; i < kTall * kWideStep; i++) {
-        sums[i / kWideStep * kWide + j + i % kWideStep] += part[i];
-      }
+    }
+    GLM_UNROLL
+    for (int i = 0; i < Tile::tall * kWideStep; i++) {
+      sums.add(i / kWideStep * kWide + wide + i % kWideStep, part[i]);
     }
   }
 };

@@ -1,6 +1,7 @@
 // The experts of one layer for a prompt: pairs of a token and one of its
 // choices are grouped by slot, so that a threadgroup reads weights once for all
-// pairs of a group, up to 128. The order of the sums is the matrix units'.
+// pairs of a group, up to 128, or 64 of fp32. The order of the sums is the
+// matrix units'.
 #pragma once
 
 #include "group_pairs.h"
@@ -30,17 +31,15 @@ METAL_FUNC void multiply_group(
     int simdgroup,
     int lane) {
   const int thread_id = simdgroup * kLanes + lane;
-  for (int first = 0; first < group.count; first += kGroupVectors) {
-    const int count = min(kGroupVectors, group.count - first);
+  typedef GroupTile<T> Tile;
+  for (int first = 0; first < group.count; first += Tile::vectors) {
+    const int count = min(Tile::vectors, group.count - first);
     const GroupProduct<T> product = {vectors, rows, count, simdgroup, lane};
     if (thread_id < count) {
       places[thread_id] = job.row_of_x(group.first + first + thread_id);
     }
-    thread float2 sums[kSums];
-    GLM_UNROLL
-    for (int i = 0; i < kSums; i++) {
-      sums[i] = float2(0.0f);
-    }
+    thread GroupSums<T> sums;
+    sums.clear();
     for (int column = 0; column < k; column += kGroupColumns) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
       product.template load_vectors<aligned>(x, places, column, k);
@@ -49,12 +48,12 @@ METAL_FUNC void multiply_group(
       product.multiply(sums);
     }
     GLM_UNROLL
-    for (int i = 0; i < kTall * Job::wide * 2; i++) {
+    for (int i = 0; i < Tile::tall * Job::wide * 2; i++) {
       const int eight = i / 2 / Job::wide, block = i / 2 % Job::wide;
       const int vector = product.own_vector(eight);
       const int at = block * kSide + matrix_column(lane) + i % 2;
       if (vector < count && at < job.used) {
-        const thread float2* own = sums + eight * kWide + block;
+        const thread float2* own = sums.sums + eight * kWide + block;
         job.store(group.first + first + vector, at, own, i % 2);
       }
     }
@@ -114,9 +113,10 @@ grouped_gate_up(
     uint simd_gid [[simdgroup_index_in_threadgroup]],
     uint simd_lid [[thread_index_in_simdgroup]]) {
   typedef GateUpJob<T, Gate, Up> Job;
-  threadgroup vec<T, 4> vectors[kGroupVectors * vector_pitch<T>() / 4];
+  typedef GroupTile<T> Tile;
+  threadgroup vec<T, 4> vectors[Tile::vectors * Tile::pitch / 4];
   threadgroup float4 rows[kGroupRows * kRowPitch / 4];
-  threadgroup int places[kGroupVectors];
+  threadgroup int places[Tile::vectors];
   const int k = params.hidden, n = params.intermediate, slot = tid.y;
   const int row = tid.x * Job::most;
   const Job job = {
@@ -179,9 +179,10 @@ template <typename T, typename F, bool aligned>
     uint3 tid [[threadgroup_position_in_grid]],
     uint simd_gid [[simdgroup_index_in_threadgroup]],
     uint simd_lid [[thread_index_in_simdgroup]]) {
-  threadgroup vec<T, 4> vectors[kGroupVectors * vector_pitch<T>() / 4];
+  typedef GroupTile<T> Tile;
+  threadgroup vec<T, 4> vectors[Tile::vectors * Tile::pitch / 4];
   threadgroup float4 rows[kGroupRows * kRowPitch / 4];
-  threadgroup int places[kGroupVectors];
+  threadgroup int places[Tile::vectors];
   const int k = params.intermediate, n = params.hidden, slot = tid.y;
   const int row = tid.x * kGroupRows, used = min(kGroupRows, n - row);
   const PairGroup group = groups[slot];

@@ -88,15 +88,15 @@ def error(y, truth):
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_error_is_the_decode_kernels(case):
-    """In 16 bits it is that of rounding. In float32 a lane of the decode kernels has a short sum of
-    its own, where a matrix unit has none."""
+    """In 16 bits it is that of rounding, which few values show by chance. In float32 sums are
+    compensated, and it is smaller."""
     layer = make_layer(case)
     y, reports = run(layer, compiler=traced.compiler(contract=True, trace=True))
     assert all(report.clean for report in reports), reports
     truth = in_float64(layer)
     ours = error(values(y, case.dtype), truth)
     decode = error(values(run_cpu(layer), case.dtype), truth)
-    assert ours <= decode * (3 if case.dtype == "float32" else 1.01) + 1e-12
+    assert ours <= decode * (1 if case.dtype == "float32" else 1.01)
 
 
 @pytest.mark.parametrize("contract", [True, False])
@@ -137,8 +137,9 @@ def test_a_chunk_reads_every_expert_once(skew):
     assert all(report.clean for report in (sort, gate_up, down, total))
 
 
-def test_more_tokens_of_a_slot_than_are_taken_at_once():
-    case = Case("bfloat16", AFFINE4, AFFINE4, AFFINE4, 300, 1, 64, 64, 2)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_more_tokens_of_a_slot_than_are_taken_at_once(dtype):
+    case = Case(dtype, AFFINE4, AFFINE4, AFFINE4, 300, 1, 64, 64, 2)
     slots = np.where(np.arange(300) < 290, 1, 2).astype(np.int32)[:, None]
     layer = make_layer(case, slots=slots)
     y, reports = run(layer, trace=True)
@@ -147,6 +148,20 @@ def test_more_tokens_of_a_slot_than_are_taken_at_once():
     assert error(values(y, case.dtype), truth) <= 1.01 * error(
         values(run_cpu(layer), case.dtype), truth
     )
+
+
+def test_an_infinite_sum_stays_one():
+    """What rounding took of it is no number."""
+    layer = make_layer(Case("float32", DENSE, DENSE, DENSE, 17, 1, 64, 32, 1))
+    positive = (
+        w._replace(planes=[mx.abs(plane) for plane in w.planes])
+        for w in (layer.gate, layer.up, layer.down)
+    )
+    layer = replace(layer, **dict(zip(("gate", "up", "down"), positive, strict=True)))
+    layer.x[3, 5] = float("inf")
+    y, _ = run(layer)
+    assert np.isposinf(y[3]).all() and np.isposinf(run_cpu(layer)[3]).all()
+    assert np.isfinite(np.delete(y, 3, 0)).all()
 
 
 @pytest.mark.parametrize("slot", [-1, 7])

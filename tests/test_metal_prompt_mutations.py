@@ -3,8 +3,9 @@ Changes that no run can show are listed with the reason."""
 
 import numpy as np
 import pytest
+from expert_layers import Case
 from metal_mutants import Mutants, Mutation
-from test_metal_mutations import experts
+from test_metal_mutations import Experts, experts
 from test_metal_mutations_mla import Attention
 
 DENSE, AFFINE4, MXFP4 = ("dense", 0, 0), ("affine", 4, 32), ("mxfp4", 4, 32)
@@ -25,6 +26,8 @@ FACTORS = experts(
     "factors", NVFP4_GLOBAL, FP8, NVFP4_GLOBAL, tokens=17, top_k=1, hidden=128, intermediate=32,
     used=2,
 )  # fmt: skip
+# What is not compensated, of more vectors than are taken at once.
+HALVES = Experts("halves", Case("bfloat16", DENSE, DENSE, DENSE, 140, 1, 70, 36, 1), ((0,),) * 140)
 # Slots before the first and after the last.
 BAD = experts(
     "bad", DENSE, DENSE, DENSE, tokens=20, hidden=70, intermediate=4, used=2,
@@ -39,7 +42,7 @@ LISTS = Attention("lists", 17, 40, 8, total=120, listed=75, queries=17, gaps=Tru
 WIDE_ROWS = Attention("wide rows", 1, 104, total=20, queries=17)
 # Nothing is listed that a query sees.
 NO_KEYS = Attention("no keys", 2, 8, listed=3, queries=17, empty=(0, 3))
-CASES = [FEW, MANY, FACTORS, BAD, KEYS, LISTS, WIDE_ROWS, NO_KEYS]
+CASES = [FEW, MANY, FACTORS, HALVES, BAD, KEYS, LISTS, WIDE_ROWS, NO_KEYS]
 
 BARRIER = "@threadgroup_barrier(mem_flags::mem_threadgroup);\n@@"
 GROUP_PAIRS = [
@@ -73,8 +76,12 @@ GATE_UP = [
     ("row", FEW, "w.skip(@row@0@, column"),
     ("eights of a simdgroup", FEW, "eight * kGroupSimdgroups) * kSide < count@@ - kSide@"),
     ("eights that are not loaded", FEW, "if (@has(i)@true@)"),
-    ("sums of a step", FEW, "j + i % kWideStep] += @part[i]@part[0]@;"),
-    ("sums of steps", FEW, "j + i % kWideStep] @+@@= part"),
+    ("sums of a step", FEW, "kWide + wide + i % kWideStep, @part[i]@part[0]@);"),
+    ("sums of steps", HALVES, "sums[at] @+@@= part;"),
+    ("columns of a step", HALVES, "compensated ? 1 : kDeep@@ - 1@;"),
+    ("what is lost", MANY, "more = part@ - lost[at]@@;"),
+    ("loss of a step", MANY, "error = (sum[i] - sums[at][i])@ - more[i]@@;"),
+    ("losses begun", MANY, "lost[i] = float2(@0.0f@1.0f@)"),
     ("parts", FEW, "part[i] = float2(@0.0f@1.0f@)"),
     ("neighbouring row", FEW, "float2(from[0], from[@kRowPitch@1@])"),
     ("neighbouring column", FEW, "static_cast<float>(from[@1@0@])"),
@@ -83,7 +90,7 @@ GATE_UP = [
     ("pairs of a pass", MANY, "row_of_x(group.first +@ first +@@ thread_id)"),
     ("pairs' tokens", FEW, "order[place]@ / top_k@@;"),
     ("pairs of the group", FEW, "if (thread_id < count@@ + 99@) {\n      places"),
-    ("passes", MANY, "count = @min(kGroupVectors, group.count - first)@kGroupVectors@;"),
+    ("passes", MANY, "count = @min(Tile::vectors, group.count - first)@Tile::vectors@;"),
     ("sums begun", MANY, "sums[i] = @float2(0.0f)@sums[i]@;"),
     ("columns", FEW, "column < k@@ - 32@; column"),
     ("rows left", FEW, "min(Job::most, n - row@@ + 1@)"),
@@ -95,8 +102,8 @@ GATE_UP = [
     ("place of act", FEW, "act[size_t(place) * n + row@@ + 1@]"),
     ("row of act", FEW, "act@ + row@@,\n"),
     ("pair of act", MANY, "job.store(group.first +@ first +@@ vector"),
-    ("eight stored", MANY, "own = sums + @eight * kWide + @@block"),
-    ("block stored", FEW, "own = sums + eight * kWide@ + block@@;"),
+    ("eight stored", MANY, "own = sums.sums + @eight * kWide + @@block"),
+    ("block stored", FEW, "own = sums.sums + eight * kWide@ + block@@;"),
     ("row stored", FEW, "at = @block * kSide + @@matrix_column(lane) + i % 2"),
 ]
 DOWN = [
@@ -107,7 +114,7 @@ DOWN = [
     ("pairs of slots that are none", BAD, "order[group.first@ + i / used@@]"),
     ("places of a pass", MANY, "row_of_x(group.first +@ first +@@ thread_id)"),
     ("places of the slot", FEW, "row_of_x(@group.first + @@first + thread_id)"),
-    ("passes", MANY, "count = @min(kGroupVectors, group.count - first)@kGroupVectors@;"),
+    ("passes", MANY, "count = @min(Tile::vectors, group.count - first)@Tile::vectors@;"),
     ("sums begun", MANY, "sums[i] = @float2(0.0f)@sums[i]@;"),
     ("rows left", FEW, "min(kGroupRows, n - row@@ + 1@)"),
     ("vectors stored", FEW, "if (@vector < count && @@at < job.used"),
