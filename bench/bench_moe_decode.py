@@ -31,7 +31,7 @@ from peers import llama_cpp, llama_experts
 
 import glm_fused
 from glm_fused import _ext, ops
-from glm_fused.formats.weights import FORMATS
+from glm_fused.formats.weights import FORMATS, dequantize
 from glm_fused.host import to_numpy
 from glm_fused.selftest.benchmark import RoutedExperts, Yardsticks, read_bandwidth, seconds
 
@@ -110,6 +110,8 @@ def dequantized(w: ops.Weight, slot: int) -> np.ndarray:
     one = [plane[slot] for plane in w.planes]
     if w.format.mode == "dense":
         return in_float64(one[0])
+    if not w.format.mode:  # MLX has none
+        return in_float64(dequantize(ops.Weight(one, w.format), mx.float32))
     if w.format.mode == "affine":
         one[1:] = [a.astype(mx.float32) for a in one[1:]]
     values = mx.dequantize(*one, **w.format.parameters, dtype=mx.float32)

@@ -130,13 +130,17 @@ std::pair<mx::array, mx::array> router_topk(
     mx::StreamOrDevice s = {});
 
 // Returns the rows [.., hidden] of `table` that the tokens, int32 or uint32 and
-// below its rows, take: those of mx.dequantize where it is affine, or dense
-// ones. On a CPU only; without gradient.
+// below its rows, take: those of mx.dequantize where it is affine, dense ones,
+// or the float32 values of GGUF's blocks. On a CPU only; without gradient.
 mx::array embed(
     const mx::array& tokens,
     const Weight& table,
     int hidden,
     mx::StreamOrDevice s = {});
+
+// Returns the values float32 [.., n, k] of a weight in one of GGUF's formats,
+// as ggml makes them. On a CPU only; without gradient.
+mx::array gguf_values(const Weight& w);
 
 // Returns x + y, arrays of one shape and dtype, rounded once.
 mx::array

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+import gguf
 import mlx.core as mx
 import numpy as np
 
 from glm_fused import ops
-from glm_fused.formats.weights import Format, named, quantized_format
+from glm_fused.formats.weights import GGUF, Format, named, quantized_format
+from glm_fused.selftest.synthetic import Bits
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -17,6 +19,8 @@ NAN = {mx.uint8: 0xFF, mx.uint32: 0xFFFFFFFF}  # codes that are NaN, in formats 
 FORMATS = [*AFFINE, ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16), ("dense", 0, 0)]
 
 OURS = [("nvfp4-global", 4, 16), ("fp8", 8, 128)]  # MLX's own kernels do not take these
+GGUFS = [(fmt.name, fmt.bits, fmt.group_size) for fmt in GGUF]  # nor these
+SMALL_GGUFS = [fmt for fmt in GGUFS if fmt[2] == 32]
 
 
 def e4m3(code: int) -> float:
@@ -38,7 +42,7 @@ def format_id(fmt: tuple[str, int, int]) -> str:
 
 def found_format(fmt: tuple[str, int, int]) -> Format:
     mode, bits, group = fmt
-    return named(mode) if fmt in OURS else quantized_format(group, bits, mode)
+    return named(mode) if fmt in OURS or fmt in GGUFS else quantized_format(group, bits, mode)
 
 
 def random_weight(
@@ -53,6 +57,8 @@ def random_weight(
     if mode == "dense":
         return ops.Weight.dense(values.astype(float_dtype))
     found = found_format(fmt)
+    if found in GGUF:
+        return Bits(int(rng.integers(1 << 30))).weight(shape, found, float_dtype)
     if mode == "fp8":
         return ops.Weight(random_squares(rng, values, float_dtype), found)
     if mode == "affine":
@@ -77,7 +83,10 @@ def random_squares(
 
 
 def poison(w: ops.Weight, unused: list[int]) -> ops.Weight:
-    """`w` with NaN in the slots `unused`: in the scales, or in the weights of a dense format."""
+    """`w` with NaN in the slots `unused`: in the scales, or in the weights of a dense format.
+
+    All ones are NaN in each of GGUF's halves; its MXFP4 has none, and gets the largest values.
+    """
     if not unused:
         return w
     planes = [mx.array(plane) for plane in w.planes]
@@ -95,11 +104,20 @@ def dequantized(w: ops.Weight) -> np.ndarray:
         codes, scales = (np.array(plane.astype(mx.float32)) for plane in w.planes)
         squares = scales.repeat(128, -1).repeat(128, -2)[..., : codes.shape[-2], :]
         return E4M3[codes.astype(int)] * squares
+    if w.format in GGUF:
+        return gguf_dequantized(w).astype(np.float64)
     how = w.quantization
     if w.format.mode == "affine":
         how |= {name: how[name].astype(mx.float32) for name in ("scales", "biases")}
     values = np.array(mx.dequantize(weight, **how, dtype=mx.float32), dtype=np.float64)
     return values if w.factor is None else values * np.array(w.factor)[..., None, None]
+
+
+def gguf_dequantized(w: ops.Weight) -> np.ndarray:
+    """What the gguf package makes of a weight's blocks, float32 [..., n, k]."""
+    ggml = w.format.name.removeprefix("ggml-").upper()
+    with np.errstate(all="ignore"):
+        return gguf.quants.dequantize(np.array(w.planes[0]), gguf.GGMLQuantizationType[ggml])
 
 
 def bits_of(a: mx.array) -> np.ndarray:

@@ -11,6 +11,7 @@ from formats_under_test import (
     DTYPES,
     FORMATS,
     OURS,
+    SMALL_GGUFS,
     assert_same_bits,
     random_weight,
 )
@@ -25,7 +26,7 @@ from glm_fused.models.config import args_from_config
 from glm_fused.models.decoder import Model
 from glm_fused.ops import blocks
 
-EACH = [*FORMATS, *OURS]
+EACH = [*FORMATS, *OURS, *SMALL_GGUFS]
 ROUTING = dict(top_k=3, n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=2.5)
 EPS = 1e-5
 

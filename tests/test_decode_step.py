@@ -475,7 +475,7 @@ def test_embedded_rows_are_those_of_mlx(bits, dtype):
 
 def test_embedding_refuses_what_it_does_not_take():
     table = Weight(mx.quantize(mx.ones((4, 64)), 32, 4, mode="mxfp4"), FORMATS["mxfp4"])
-    with pytest.raises(ValueError, match="table must be affine or dense but is mxfp4"):
+    with pytest.raises(ValueError, match="table must be affine, dense or GGUF's but is mxfp4"):
         _ext.embed(mx.array([1]), table, 64)
     with pytest.raises(ValueError, match="tokens must be int32 or uint32 but are int64"):
         _ext.embed(mx.array([1], mx.int64), table, 64)

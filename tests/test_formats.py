@@ -6,7 +6,7 @@ import pickle
 import mlx.core as mx
 import pytest
 from conftest import tiny_config, write_checkpoint
-from formats_under_test import AFFINE, FORMATS, OURS
+from formats_under_test import AFFINE, FORMATS, GGUFS, OURS
 
 from glm_fused import _ext, ops
 from glm_fused.formats.weights import FORMATS as KNOWN
@@ -23,7 +23,7 @@ def test_every_format_is_registered_once():
     found = [(fmt.mode, fmt.bits, fmt.group_size) for fmt in QUANTIZED]
     assert sorted(found) == sorted([*AFFINE, *(fmt for fmt in FORMATS[len(AFFINE) :] if fmt[1])])
     packed = {fmt.name for fmt in KNOWN.values() if fmt.mode != "dense"}
-    assert packed == {*map(str, QUANTIZED), *(name for name, *_ in OURS)}
+    assert packed == {*map(str, QUANTIZED), *(name for name, *_ in [*OURS, *GGUFS])}
     assert len(KNOWN) == len(_ext.formats())
     assert {dense_format(dtype).name for dtype in FLOATS} == {"bf16", "fp16", "fp32"}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from test_mlx_lm import CONFIG, PROMPT, TYPES
-from tests.formats_under_test import OURS, dequantized, format_id, random_weight
+from tests.formats_under_test import OURS, SMALL_GGUFS, dequantized, format_id, random_weight
 
 from glm_fused import ops
 from glm_fused.models.config import args_from_config
@@ -15,7 +15,7 @@ from glm_fused.ops import stock
 
 FORMATS = [
     ("affine", 4, 64), ("affine", 3, 32), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16),
-    ("dense", 0, 0), *OURS,
+    ("dense", 0, 0), *OURS, *SMALL_GGUFS[:2],
 ]  # fmt: skip
 
 

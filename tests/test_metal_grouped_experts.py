@@ -15,7 +15,7 @@ from expert_layers import (
     to_mlx,
     to_numpy,
 )
-from formats_under_test import FORMATS, OURS, dequantized, format_id
+from formats_under_test import FORMATS, GGUFS, OURS, dequantized, format_id
 from metal_backend import GPU, Batches, metal, simulated_only
 
 from glm_fused import ops
@@ -46,6 +46,7 @@ CASES = [
         for case in of_format(fmt, dtype, i)
     ),
 ]
+CASES += [Case("bfloat16", *GGUFS[i::6], 17, 2, 512, 256, seed=i) for i in range(6)]
 traced = Batches(lambda case: make_layer(case).moe(), CASES)
 
 

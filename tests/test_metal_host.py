@@ -9,7 +9,15 @@ import warnings
 import mlx.core as mx
 import numpy as np
 import pytest
-from formats_under_test import DTYPES, FORMATS, OURS, assert_same_bits, format_id, random_weight
+from formats_under_test import (
+    DTYPES,
+    FORMATS,
+    GGUFS,
+    OURS,
+    assert_same_bits,
+    format_id,
+    random_weight,
+)
 from metal_backend import GPU, cpu, metal, on_both, simulated_only
 from sim.host import compiled
 
@@ -20,11 +28,12 @@ from glm_fused.ops import metal_sim, paths, stock
 
 
 def layer(fmt, dtype="bfloat16", tokens=3, top_k=2, hidden=256, intermediate=128, bank=4, seed=0):
-    """The arguments of moe_decode."""
+    """The arguments of moe_decode, in one format or, in a list, three."""
+    formats = fmt if isinstance(fmt, list) else [fmt] * 3
     rng = np.random.default_rng([seed, tokens, hidden])
     shape = (bank, intermediate, hidden)
-    gate, up = (random_weight(rng, shape, fmt, DTYPES[dtype]) for _ in range(2))
-    down = random_weight(rng, (bank, hidden, intermediate), fmt, DTYPES[dtype])
+    gate, up = (random_weight(rng, shape, fmt, DTYPES[dtype]) for fmt in formats[:2])
+    down = random_weight(rng, (bank, hidden, intermediate), formats[2], DTYPES[dtype])
     x = mx.array(rng.standard_normal((tokens, hidden), dtype=np.float32)).astype(DTYPES[dtype])
     slots = np.stack([rng.permutation(bank)[:top_k] for _ in range(tokens)]).astype(np.int32)
     scores = mx.array(rng.random(slots.shape, dtype=np.float32))
@@ -50,6 +59,18 @@ def test_moe_decode_equals_cpu_in_every_format(fmt):
 @pytest.mark.parametrize("fmt", OURS, ids=format_id)
 def test_factors_equal_cpu_in_the_fast_order(fmt):
     arguments = layer(fmt, hidden=512, intermediate=512)
+    assert_same_bits(*on_both(lambda: ops.moe_decode(*arguments)))
+
+
+# Three formats a layer, each of them once.
+TRIPLES = [GGUFS[i::6] for i in range(6)]
+
+
+@pytest.mark.parametrize("formats", TRIPLES, ids=lambda formats: "-".join(map(format_id, formats)))
+def test_moe_decode_of_ggufs_blocks_equals_cpu(formats):
+    dtype = list(DTYPES)[TRIPLES.index(formats) % 3]
+    hidden = 512 if TRIPLES.index(formats) % 2 else 768  # whole lanes of all 32, or not
+    arguments = layer(formats, dtype, tokens=2, hidden=hidden, intermediate=256)
     assert_same_bits(*on_both(lambda: ops.moe_decode(*arguments)))
 
 

@@ -13,6 +13,7 @@ from metal_mutants import Mutants, Mutation
 DENSE, AFFINE4, AFFINE3 = ("dense", 0, 0), ("affine", 4, 32), ("affine", 3, 32)
 MXFP4, MXFP8, NVFP4_GLOBAL = ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4-global", 4, 16)
 FP8 = ("fp8", 8, 128)
+Q4_K, IQ3_XXS = ("q4_k", 4, 256), ("iq3_xxs", 3, 256)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,11 @@ SQUARES = experts(
     "squares", FP8, FP8, DENSE, tokens=2, hidden=384, intermediate=133, used=2, rows=2,
     simdgroups=(2, 1), slots=((1, 0), (0, 1)),
 )  # fmt: skip
+# A row of one and a half blocks of 32 lanes; its sums are added with biases, and without.
+BLOCKS = experts(
+    "blocks", Q4_K, IQ3_XXS, DENSE, tokens=1, top_k=1, hidden=768, intermediate=3, used=1, rows=1,
+    simdgroups=(1, 1),
+)  # fmt: skip
 # Slots before the first and after the last.
 BAD = experts(
     "bad", DENSE, DENSE, DENSE, tokens=2, hidden=9, intermediate=3, used=2, rows=2,
@@ -86,7 +92,7 @@ LONG = experts(
     "long", AFFINE4, AFFINE4, DENSE, top_k=1, hidden=576, intermediate=9, used=1, rows=8,
     simdgroups=(1, 1),
 )  # fmt: skip
-CASES = [SHARED, ODD, FAST, MIXED, WIDE, WHOLE, FACTORS, SQUARES, BAD, LONG]
+CASES = [SHARED, ODD, FAST, MIXED, WIDE, WHOLE, FACTORS, SQUARES, BLOCKS, BAD, LONG]
 
 # Each has a name, a case and a change, whose text has @old@new@ where it differs. Where the text
 # occurs several times, a number follows that tells which.
@@ -124,6 +130,17 @@ GATE_UP = [
     ("square of the column", SQUARES, "column / @group_size@(2 * group_size)@", 2),
     ("code", SQUARES, "fma(x_thread[i], mlx_fp::Dequantize<8>{}(cells.w[@i@0@])"),
     ("scale of the square", SQUARES, "result = fma(@cells.scale@1.0f@, accum"),
+    # formats/gguf.h and what it includes
+    ("lane of the block", BLOCKS, "column % Block::columns / @values@(2 * values)@"),
+    ("bytes of a row", BLOCKS, "k / Block::columns * @Block::bytes@(Block::bytes - 1)@"),
+    ("block of the column", BLOCKS, "column / Block::columns * @Block::bytes@0@"),
+    ("sum of the bias", BLOCKS, "offset = glm_fused::product(@sum@0.0f@, cells.bias)"),
+    ("scale of the lane's sum", BLOCKS, "result += fma(accum, @cells.scale@1.0f@, offset)"),
+    ("scale without a bias", BLOCKS, "result = fma(accum, @cells.scale@1.0f@, result)"),
+    ("six bits of a scale", BLOCKS, "@(block[8 + g] & 15)@0@ | (block[g] >> 2 & 48)"),
+    ("six bits of a minimum", BLOCKS, "block[8 + g] >> 4 | (block[4 + g] >> 2 & @48@0@)"),
+    ("the eighth sign", BLOCKS, "return seven@ | ((odd ^ odd >> 1) & 1) << 7@@;"),
+    ("row of the codebook", BLOCKS, "kIq3XxsGrid[block[2 + 4 * lane@ + j@@]]"),
     ("bias of the block", SHARED, "biases + (F::factors ? 0 : @scale@0@)"),
     ("factor of the slot", FACTORS, "F::factors ? @slot@0@ * sizeof(float)"),
     ("factor of the block", FACTORS, "F::factors ? @0@scale@ : scale"),

@@ -13,6 +13,7 @@ from formats_under_test import (
     AFFINE,
     DTYPES,
     FORMATS,
+    GGUFS,
     OURS,
     assert_same_bits,
     dequantized,
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 
 from glm_fused import ops
 
-EACH = [*FORMATS, *OURS]
+EACH = [*FORMATS, *OURS, *GGUFS]
 
 pytestmark = pytest.mark.usefixtures("device")
 # A GPU runs stock MLX for matrices and prompts, which does not promise what these tests check.
@@ -43,6 +44,10 @@ def column_unit(fmt: tuple[str, int, int]) -> int:
     return fmt[2] or 1
 
 
+def whole_groups(fmt: tuple[str, int, int], columns: int) -> int:
+    return -(-columns // column_unit(fmt)) * column_unit(fmt)
+
+
 # These tolerances are against float64 arithmetic on the same dequantized weights; they allow fp32
 # accumulation, then one rounding to the activations' dtype.
 ROUNDING = {mx.float32: 2e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
@@ -52,6 +57,7 @@ ROUNDING = {mx.float32: 2e-6, mx.float16: 1e-3, mx.bfloat16: 8e-3}
 @each_format
 @pytest.mark.parametrize(("n", "k"), [(40, 1024), (13, 384)], ids=["fast", "general"])
 def test_matvec_is_close_to_float64(fmt, dtype, n, k):
+    k = whole_groups(fmt, k)
     rng = np.random.default_rng(n * k + len(fmt[0]))
     w = random_weight(rng, (n, k), fmt)
     x = random_array(rng, (3, k), dtype)
@@ -154,8 +160,9 @@ def test_every_e4m3_code_is_that_of_the_reference(plane, n, k, vectors):
 @each_format
 def test_matvec_rows_do_not_depend_on_their_number(fmt):
     rng = np.random.default_rng(5)
-    w = random_weight(rng, (24, 640), fmt)
-    x = random_array(rng, (70, 640), mx.bfloat16)
+    columns = whole_groups(fmt, 640)
+    w = random_weight(rng, (24, columns), fmt)
+    x = random_array(rng, (70, columns), mx.bfloat16)
     together = ops.quantized_matvec(x, w)
     alone = mx.concatenate([ops.quantized_matvec(x[i : i + 1], w) for i in range(70)])
     assert_same_bits(together, alone)
@@ -198,7 +205,7 @@ def test_moe_equals_the_reference(fmt, dtype, tokens, device):
     rng = np.random.default_rng([tokens, EACH.index(fmt)])
     # 512 columns and whole tiles take MLX's fast order, the others its general one.
     hidden, intermediate = (512, 136) if tokens % 2 else (384, 72)
-    intermediate = -(-intermediate // column_unit(fmt)) * column_unit(fmt)
+    hidden, intermediate = whole_groups(fmt, hidden), whole_groups(fmt, intermediate)
     scales = scales_for(device, dtype, mx.bfloat16)
     args = moe_inputs(rng, tokens, 3, 6, hidden, intermediate, [fmt] * 3, dtype, scales)
     fused = ops.moe_decode(*args, reference=False)
@@ -318,14 +325,14 @@ def test_router_takes_the_lowest_index_among_equals():
 
 BITS_OF_EVERY_FORMAT = """
 import hashlib, mlx.core as mx, numpy as np
-from formats_under_test import OURS, FORMATS, DTYPES, bits_of, random_weight
+from formats_under_test import FORMATS, GGUFS, OURS, DTYPES, bits_of, random_weight
 from glm_fused import _ext, ops
 mx.set_default_device(mx.cpu)
 digest = hashlib.sha256()
 rng = np.random.default_rng(11)
-for fmt in [*FORMATS, *OURS]:
+for fmt in [*FORMATS, *OURS, *GGUFS]:
     for scales in DTYPES.values():
-        for n, k in ((16, 1024), (11, 256 + 128)):
+        for n, k in ((16, 1024), (11, 768 if fmt in GGUFS else 256 + 128)):
             w = random_weight(rng, (n, k), fmt, scales)
             x = mx.array(rng.standard_normal((7, k), dtype=np.float32))
             digest.update(bits_of(ops.quantized_matvec(x, w)).tobytes())

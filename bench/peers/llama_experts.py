@@ -27,14 +27,20 @@ KINDS = {
     "IQ4_NL": Kind(20, 32, 18, 2, True),
     "MXFP4": Kind(39, 32, 17, 0, True),
     "Q8_0": Kind(8, 32, 34, 2, False),
+    "Q6_K": Kind(14, 256, 210, 0, False),
+    "IQ1_M": Kind(29, 256, 56, 0, False),
+    "IQ2_XXS": Kind(16, 256, 66, 2, False),
+    "IQ3_XXS": Kind(18, 256, 98, 2, False),
     "BF16": Kind(30, 1, 2, 2, False),
 }
-# Those with the bits a weight of ours.
+# Those with the bits a weight of ours, and GGUF's own.
 PEERS = {
     "affine4": ("Q4_0", "Q4_K", "IQ4_NL"),
     "mxfp4": ("MXFP4",),
     "affine8": ("Q8_0",),
     "bf16": ("BF16",),
+    "ggml-mxfp4": ("MXFP4",),
+    **{name.lower(): (name,) for name in KINDS if name not in ("MXFP4", "BF16")},
 }
 
 

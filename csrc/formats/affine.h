@@ -40,9 +40,16 @@ class AffineRow {
     return sum;
   }
 
-  // A value as mx.dequantize makes it on a CPU: the product and the sum are
+  // Values as mx.dequantize makes them on a CPU: the product and the sum are
   // rounded to the scales' type.
-  float embedded(int column) const {
+  void embedded(int column, int count, float* to) const {
+    for (int i = 0; i < count; i++) {
+      to[i] = value(column + i);
+    }
+  }
+
+ private:
+  float value(int column) const {
     const int bits = format_.spec->bits, place = column * bits % 8;
     const uint8_t* w = weight_ + static_cast<size_t>(column) * bits / 8;
     const int word = place + bits > 8 ? w[0] | w[1] << 8 : w[0];
@@ -55,7 +62,6 @@ class AffineRow {
     return round_to(scaled + bias, type);
   }
 
- private:
   // MLX's load_vector: the sum that multiplies the bias.
   static float sum_of(const float* x, int values, int bits) {
     const int step = bits == 8 ? 1 : bits % 2 ? 8 : 4;

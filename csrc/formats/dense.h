@@ -28,8 +28,10 @@ class DenseRow {
     return sum;
   }
 
-  float embedded(int column) const {
-    return read_float(weight_, column, type_);
+  void embedded(int column, int count, float* to) const {
+    for (int i = 0; i < count; i++) {
+      to[i] = read_float(weight_, column + i, type_);
+    }
   }
 
  private:

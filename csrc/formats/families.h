@@ -5,6 +5,7 @@
 #include "formats/dense.h"
 #include "formats/fp.h"
 #include "formats/fp8.h"
+#include "formats/gguf.h"
 
 namespace glm_fused {
 
@@ -16,7 +17,11 @@ struct FamilyTag {
 // fn(FamilyTag<family>()).
 template <class Fn>
 decltype(auto) with_family(Family family, Fn&& fn) {
+#define GLM_GGUF_CASE(name, ...) \
+  case Family::name:             \
+    return fn(FamilyTag<Family::name>());
   switch (family) {
+    GLM_GGUF_FORMATS(GLM_GGUF_CASE)
     case Family::affine:
       return fn(FamilyTag<Family::affine>());
     case Family::fp:
@@ -26,6 +31,7 @@ decltype(auto) with_family(Family family, Fn&& fn) {
     default:
       return fn(FamilyTag<Family::dense>());
   }
+#undef GLM_GGUF_CASE
 }
 
 }  // namespace glm_fused

@@ -12,6 +12,8 @@
 #include <span>
 #include <string_view>
 
+#include "formats/gguf_formats.h"
+
 namespace glm_fused {
 
 enum class FloatType : uint8_t { float32, float16, bfloat16 };
@@ -20,8 +22,22 @@ inline size_t size_of(FloatType type) {
   return type == FloatType::float32 ? 4 : 2;
 }
 
-// Formats that share a header, formats/<family>.h, here and in metal/.
-enum class Family : uint8_t { dense, affine, fp, fp8 };
+// Formats that share a header, formats/<family>.h, here and in metal/. GGUF's
+// block formats, all of gguf.h, are a family each.
+#define GLM_FAMILY(family, ...) , family
+enum class Family : uint8_t {
+  dense,
+  affine,
+  fp,
+  fp8 GLM_GGUF_FORMATS(GLM_FAMILY)
+};
+#undef GLM_FAMILY
+
+// Whether it is one of GGUF's block formats: one plane of bytes, in which
+// scales lie among the codes.
+constexpr bool is_gguf(Family family) {
+  return family > Family::fp8;
+}
 
 // `floats` are of any of the three types, the same in all such planes.
 enum class PlaneType : uint8_t {

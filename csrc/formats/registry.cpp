@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "formats/format.h"
+#include "formats/families.h"
 
 namespace glm_fused {
 
@@ -65,7 +65,24 @@ constexpr FormatSpec fp8(std::string_view name, int size) {
       false};
 }
 
+// GGUF's: blocks as they lie in a file.
+template <Family family>
+constexpr FormatSpec gguf(std::string_view name, int bits) {
+  using Block = BlockOf<family>::type;
+  return {
+      name,
+      family,
+      "",
+      bits,
+      Block::columns,
+      {{{"weight", PlaneType::uint8, Block::bytes}}},
+      1,
+      false};
+}
+
 // A group size is part of the name where it is not MLX's default.
+#define GLM_GGUF_ROW(family, block, name, bits) \
+  gguf<Family::family>(name, bits),
 constexpr FormatSpec kFormats[] = {
     dense("bf16", PlaneType::bfloat16),
     dense("fp16", PlaneType::float16),
@@ -93,7 +110,8 @@ constexpr FormatSpec kFormats[] = {
     fp("nvfp4", 4, 16),
     scaled("nvfp4-global", fp("nvfp4", 4, 16)),
     fp8("fp8", 128),
-};
+    GLM_GGUF_FORMATS(GLM_GGUF_ROW)};
+#undef GLM_GGUF_ROW
 
 }  // namespace
 

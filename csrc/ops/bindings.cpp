@@ -31,6 +31,11 @@ void bind_ops(nb::module_& m) {
       "table"_a,
       "hidden"_a);
   m.def(
+      "gguf_values",
+      [](const WeightTuple& w) { return gguf_values(weight(w)); },
+      "w"_a,
+      "The values float32 [..., n, k] of a weight in one of GGUF's formats.");
+  m.def(
       "quantized_matvec",
       [](const mx::array& x,
          const WeightTuple& w,

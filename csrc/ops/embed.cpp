@@ -14,10 +14,12 @@ mx::array embed(
   }
   check_planes(op, "table", table);
   const Format format = check_weight(op, "table", table, 2, hidden);
-  if (format.family() != Family::affine && format.family() != Family::dense) {
+  const Family family = format.family();
+  const bool floats = family == Family::affine || family == Family::dense;
+  if (!floats && !is_gguf(family)) {
     invalid(
         op,
-        "table must be affine or dense but is ",
+        "table must be affine, dense or GGUF's but is ",
         std::string(table.spec->name),
         ".");
   }
@@ -27,9 +29,28 @@ mx::array embed(
   append_arrays(inputs, table, s);
   return mx::array(
       shape,
-      table.planes.back().dtype(),
+      floats ? table.planes.back().dtype() : mx::float32,
       std::make_shared<Embed>(mx::to_stream(s), format),
       std::move(inputs));
+}
+
+mx::array gguf_values(const Weight& w) {
+  const std::string op = "gguf_values";
+  check_planes(op, "w", w);
+  const FormatSpec& spec = *w.spec;
+  if (!is_gguf(spec.family)) {
+    invalid(op, "w must be GGUF's but is ", std::string(spec.name), ".");
+  }
+  mx::Shape shape = w.rows().shape();
+  const int bytes = shape.back(), k = bytes / spec.planes[0].count * spec.block;
+  shape.back() = k;
+  const int rows =
+      static_cast<int>(w.rows().size() / static_cast<size_t>(bytes));
+  const Weight flat{
+      {mx::reshape(w.rows(), {rows, bytes}, mx::Device::cpu)}, w.spec};
+  const mx::array each = mx::arange(rows, mx::int32, mx::Device::cpu);
+  return mx::reshape(
+      embed(each, flat, k, mx::Device::cpu), shape, mx::Device::cpu);
 }
 
 }  // namespace glm_fused

@@ -64,6 +64,9 @@ mx::array as_float32(const mx::array& a, const mx::Stream& s) {
 // The values of a weight in a format that MLX has no ops for, in float32.
 mx::array
 decoded(const mx::array* planes, const FormatSpec& spec, const mx::Stream& s) {
+  if (is_gguf(spec.family)) {
+    return gguf_values({{planes[0]}, &spec});
+  }
   const PlaneSpec& scale = spec.planes[1];
   const mx::array codes = mx::from_fp8(planes[0], mx::float32, s);
   mx::array scales = mx::repeat(as_float32(planes[1], s), spec.block, -1, s);
@@ -85,10 +88,9 @@ mx::array project(
   const FormatSpec& spec = *format.spec;
   const mx::array* const planes = &inputs[next];
   next += spec.plane_count;
-  if (spec.family == Family::dense || spec.family == Family::fp8) {
-    const mx::array rows = spec.family == Family::dense
-        ? as_float32(planes[0], s)
-        : decoded(planes, spec, s);
+  if (spec.mode == "dense" || spec.mode.empty()) {
+    const mx::array rows =
+        spec.mode.empty() ? decoded(planes, spec, s) : as_float32(planes[0], s);
     const mx::array columns = mx::swapaxes(rows, -1, -2, s);
     return slots ? mx::gather_mm(x, columns, std::nullopt, slots, true, s)
                  : mx::matmul(x, columns, s);

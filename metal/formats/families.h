@@ -5,3 +5,4 @@
 #include "formats/dense.h"
 #include "formats/fp.h"
 #include "formats/fp8.h"
+#include "formats/gguf.h"

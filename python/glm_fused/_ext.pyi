@@ -105,6 +105,9 @@ def check_tokens(tokens: mlx.core.array, vocabulary: int) -> mlx.core.array:
 def embed(
     tokens: mlx.core.array, table: tuple[Sequence[mlx.core.array], Format], hidden: int
 ) -> mlx.core.array: ...
+def gguf_values(w: tuple[Sequence[mlx.core.array], Format]) -> mlx.core.array:
+    """The values float32 [..., n, k] of a weight in one of GGUF's formats."""
+
 def quantized_matvec(
     x: mlx.core.array,
     w: tuple[Sequence[mlx.core.array], Format],

@@ -54,7 +54,8 @@ inline int panel_width(int left) {
 
 struct KernelSet {
   const char* name;
-  const Kernel& (*find)(const Format& format, bool fast_order);
+  const Kernel& (*find_stock)(const Format& format, bool fast_order);
+  const Kernel& (*find_gguf)(const Format& format);
   // Computes act = silu(gate) * up; the inputs and each step are rounded to
   // `type`.
   void (*swiglu)(
@@ -76,7 +77,18 @@ struct KernelSet {
   void (*store)(const float* from, size_t count, FloatType type, uint8_t* to);
   // Reads `count` bytes in order and folds them. Benchmarks measure against it.
   uint32_t (*read)(const uint8_t* from, size_t count);
+
+  const Kernel& find(const Format& format, bool fast_order) const {
+    return is_gguf(format.family()) ? find_gguf(format)
+                                    : find_stock(format, fast_order);
+  }
 };
+
+const Kernel& gguf_kernel_portable(const Format& format);
+#if defined(__x86_64__)
+const Kernel& gguf_kernel_avx2(const Format& format);
+const Kernel& gguf_kernel_avx512(const Format& format);
+#endif
 
 const KernelSet& portable_kernels();
 #if defined(__x86_64__)

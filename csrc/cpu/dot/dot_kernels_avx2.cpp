@@ -5,7 +5,14 @@ namespace glm_fused::cpu {
 
 const KernelSet& avx2_kernels() {
   static constexpr KernelSet set{
-      "avx2", find, ::swiglu, add_scored, load_floats, store_floats, ::read};
+      "avx2",
+      find,
+      gguf_kernel_avx2,
+      ::swiglu,
+      add_scored,
+      load_floats,
+      store_floats,
+      ::read};
   return set;
 }
 

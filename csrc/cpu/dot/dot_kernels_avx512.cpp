@@ -5,7 +5,14 @@ namespace glm_fused::cpu {
 
 const KernelSet& avx512_kernels() {
   static constexpr KernelSet set{
-      "avx512", find, ::swiglu, add_scored, load_floats, store_floats, ::read};
+      "avx512",
+      find,
+      gguf_kernel_avx512,
+      ::swiglu,
+      add_scored,
+      load_floats,
+      store_floats,
+      ::read};
   return set;
 }
 

@@ -5,7 +5,10 @@
 
 #include "cpu/runtime/activations.h"
 #define GLM_DOT_KERNELS
-#include "formats/families.h"
+#include "formats/affine.h"
+#include "formats/dense.h"
+#include "formats/fp.h"
+#include "formats/fp8.h"
 #include "swiglu.h"
 
 namespace {
@@ -13,11 +16,19 @@ namespace {
 using glm_fused::FloatType;
 using glm_fused::cpu::KernelSet;
 
+// GGUF's formats have kernels of their own, gguf_kernels_body.h.
 const Kernel& find(const glm_fused::Format& format, bool fast) {
-  return glm_fused::with_family(
-      format.family(), [&]<class Tag>(Tag) -> const Kernel& {
-        return find_kernel<Tag::value>(format, fast);
-      });
+  using glm_fused::Family;
+  switch (format.family()) {
+    case Family::affine:
+      return find_kernel<Family::affine>(format, fast);
+    case Family::fp:
+      return find_kernel<Family::fp>(format, fast);
+    case Family::fp8:
+      return find_kernel<Family::fp8>(format, fast);
+    default:
+      return find_kernel<Family::dense>(format, fast);
+  }
 }
 
 // A loop of constant length with nothing left to call, which compilers turn

@@ -6,6 +6,7 @@ const KernelSet& portable_kernels() {
   static constexpr KernelSet set{
       "portable",
       find,
+      gguf_kernel_portable,
       ::swiglu,
       add_scored,
       load_floats,

@@ -24,30 +24,35 @@ struct EmbedAll {
     const int32_t* ids = tokens.data<int32_t>();
     with_family(table.format.family(), [&]<class Tag>(Tag) {
       using Row = RowOf<Tag::value>::type;
-      if constexpr (requires(const Row row) { row.embedded(0); }) {
+      if constexpr (requires(const Row row, float* to) {
+                      row.embedded(0, 0, to);
+                    }) {
         for (size_t i = 0; i < tokens.size(); i++) {
           if (std::cmp_greater_equal(static_cast<uint32_t>(ids[i]), table.n)) {
-            store(i, [](int) { return NAN; });
+            store(i, [](int, int count, float* to) {
+              std::fill_n(to, count, NAN);
+            });
             continue;
           }
           const uint8_t* planes[kMaxPlanes];
           table.locate(0, ids[i], planes);
           const Row row(table.format, planes);
-          store(i, [&](int column) { return row.embedded(column); });
+          store(i, [&](int column, int count, float* to) {
+            row.embedded(column, count, to);
+          });
         }
       }
     });
   }
 
-  template <class Value>
-  void store(size_t token, const Value& value) {
+  // fill(column, count, to) gives the values from a column on.
+  template <class Fill>
+  void store(size_t token, const Fill& fill) {
     constexpr int kValues = 256;  // so many are stored at once
     float values[kValues];
     for (int at = 0; at < table.k; at += kValues) {
       const int count = std::min(kValues, table.k - at);
-      for (int i = 0; i < count; i++) {
-        values[i] = value(at + i);
-      }
+      fill(at, count, values);
       store_row(y, token * table.k + at, values, count);
     }
   }

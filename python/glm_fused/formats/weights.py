@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from .._ext import Format as Format
-from .._ext import Plane, formats
+from .._ext import Plane, formats, gguf_values
 
 FORMATS = {fmt.name: fmt for fmt in formats()}
 DENSE_FORMATS = {fmt.planes[0].dtypes[0]: fmt for fmt in FORMATS.values() if fmt.mode == "dense"}
@@ -22,6 +22,8 @@ QUANTIZED = tuple(
     for fmt in FORMATS.values()
     if fmt.mode not in ("dense", "") and not fmt.planes[-1].per_matrix
 )
+# GGUF's block formats, as they lie in its files: MLX knows none of them either.
+GGUF = tuple(fmt for fmt in FORMATS.values() if not fmt.mode and fmt != FP8)
 # The last parts of the names of tensors that are planes of some format.
 PLANES = tuple(dict.fromkeys(plane.name for fmt in FORMATS.values() for plane in fmt.planes))
 
@@ -32,7 +34,8 @@ class Weight(NamedTuple):
     Attributes:
         planes: the arrays that `format` names, in its order. A dense weight has one, of floats
             [..., n, k]; FP8 has uint8 [..., n, k] and scales of floats
-            [..., ceil(n / 128), k / 128]. Others have what ``mx.quantize`` returns: uint32
+            [..., ceil(n / 128), k / 128]. GGUF's have uint8 [..., n, bytes], whole blocks as they
+            lie in its files. Others have what ``mx.quantize`` returns: uint32
             [..., n, k * bits / 32], then scales and, if the format is affine, biases
             [..., n, k / group_size]. A plane with one element per matrix is [...].
         format: one of `FORMATS`.
@@ -66,6 +69,8 @@ def dequantize(w: Weight, dtype: mx.Dtype) -> mx.array:
     """The values [..., n, k] of a weight that is not dense, in float32 and rounded once."""
     if w.format == FP8:
         return _decoded_fp8(*w.planes).astype(dtype)
+    if w.format in GGUF:
+        return gguf_values(w).astype(dtype)
     values = mx.dequantize(w.planes[0], **w.quantization, dtype=mx.float32)
     return (values if w.factor is None else values * w.factor[..., None, None]).astype(dtype)
 

@@ -156,8 +156,13 @@ def _unknown_to_mlx(dtypes_each: int) -> list[Case]:
 
 def _unknown_of_odd_sizes() -> list[Case]:
     """The same formats with odd row counts."""
-    up = [MoeDecode("bfloat16", 5, fmt, fmt, DENSE, 384, 45) for fmt in OURS]
-    return [*up, *(MoeDecode("float16", 2, DENSE, DENSE, fmt, 77, 384) for fmt in OURS)]
+    up = [MoeDecode("bfloat16", 5, fmt, fmt, DENSE, _columns(fmt), 45) for fmt in OURS]
+    return [*up, *(MoeDecode("float16", 2, DENSE, DENSE, fmt, 77, _columns(fmt)) for fmt in OURS)]
+
+
+def _columns(fmt: Format) -> int:
+    """Columns that whole blocks of a format fill, and whole lanes of all 32 do not."""
+    return 384 if 384 % fmt.group_size == 0 else 768
 
 
 _ROUTERS: list[Case] = [

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ..formats.weights import FP8, Format, Weight, plane_shape
+from ..formats.weights import FP8, GGUF, Format, Weight, plane_shape
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
@@ -25,6 +25,27 @@ _UNSIGNED: dict[mx.Dtype, type[np.unsignedinteger[Any]]] = {
     mx.float32: np.uint32,
 }
 _MAX_WORDS = 1 << 24  # beyond these the words repeat, from too far back for a cache to hold
+
+
+# Of GGUF's formats, about log2 of the largest value of a block whose half is 1, and where the
+# halves are that are not its first bytes.
+_GGUF_SIZES = {
+    **{"q8_0": 7, "q4_0": 3, "q5_0": 4, "iq4_nl": 7, "ggml-mxfp4": 4},
+    **{"q2_k": 6, "q3_k": 7, "q4_k": 10, "q5_k": 11, "q6_k": 12},
+    **{"iq1_s": 4, "iq1_m": 4, "iq2_xxs": 7, "iq2_xs": 7, "iq2_s": 7},
+    **{"iq3_xxs": 9, "iq3_s": 9, "iq4_xs": 12},
+}
+_HALVES = {
+    **{"q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)},
+}
+
+
+def _half(top: int, random: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint16]:
+    """The bits of halves from 2 ** top on, below twice that."""
+    mantissa = random.astype(np.uint16) << np.uint16(2)
+    if top >= -14:
+        return np.uint16(top + 15 << 10) | mantissa
+    return (np.uint16(1024) | mantissa) >> np.uint16(-14 - top)
 
 
 class Bits:
@@ -62,6 +83,8 @@ class Bits:
         size = -(k.bit_length() // 2)  # log2 of about 1 / sqrt(k)
         if fmt.mode == "dense":
             return Weight((self.floats(shape, fmt.planes[0].dtypes[0], size + 1),), fmt)
+        if fmt in GGUF:
+            return Weight((mx.array(self._blocks(shape, fmt, size)),), fmt)
         packed = self.words(*lead, k * fmt.bits // 32)
         groups = plane_shape(fmt, fmt.planes[1], shape)
         if fmt == FP8:
@@ -78,6 +101,25 @@ class Bits:
         if fmt.planes[-1].per_matrix:
             planes.append(mx.abs(self.floats(tuple(lead[:-1]), mx.float32, spread=1)))
         return Weight(planes, fmt)
+
+    def _blocks(self, shape: tuple[int, ...], fmt: Format, size: int) -> npt.NDArray[np.uint8]:
+        *lead, k = shape
+        count = fmt.planes[0].count
+        rows = self.words(*lead, k // fmt.group_size, -(-count // 4))
+        blocks = rows.astype("<u4").view(np.uint8)[..., :count].copy()
+        top = size - _GGUF_SIZES[fmt.name]  # log2 of the block's scale
+        if fmt.name == "ggml-mxfp4":
+            blocks[..., 0] = 128 + top - (blocks[..., 0] & 3)
+        elif fmt.name == "iq1_m":  # a half's nibbles are the top ones of four words
+            half = _half(top, blocks[..., 49])
+            for i in range(4):
+                nibble = (half >> 4 * i & 15).astype(np.uint8)
+                blocks[..., 49 + 2 * i] = blocks[..., 49 + 2 * i] & 15 | nibble << 4
+        else:
+            for at in _HALVES.get(fmt.name, (0,)):
+                half = _half(top, blocks[..., at])
+                blocks[..., at], blocks[..., at + 1] = half & 255, half >> 8
+        return blocks.reshape(*lead, -1)
 
     def _scale_bytes(self, shape: tuple[int, ...], fmt: Format, size: int) -> npt.NDArray[np.uint8]:
         raw = self.words(*shape)
