@@ -25,8 +25,8 @@ namespace {
 class Surroundings {
  public:
   // `path` is the context variable that overrides an environment variable.
-  Surroundings(nb::object path, std::string variable)
-      : path_(std::move(path)),
+  Surroundings(nb::handle path, std::string variable)
+      : read_path_(path.attr("get")),
         variable_(std::move(variable)),
         text_(text()),
         override_(override()),
@@ -48,14 +48,10 @@ class Surroundings {
   }
 
   nb::object override() const {
-    PyObject* value = nullptr;
-    if (PyContextVar_Get(path_.ptr(), nullptr, &value) < 0) {
-      throw nb::python_error();
-    }
-    return nb::steal(value);
+    return read_path_();
   }
 
-  nb::object path_;
+  nb::object read_path_;
   std::string variable_, text_;
   nb::object override_;
   mx::Device device_;
@@ -346,7 +342,7 @@ void bind_decoding(nb::module_& m) {
              int first,
              const std::optional<mx::array>& start,
              std::pair<int, int> rows,
-             nb::object path,
+             nb::handle path,
              const std::string& variable) {
             new (self) Decoding(
                 step,
@@ -357,7 +353,7 @@ void bind_decoding(nb::module_& m) {
                 first,
                 start,
                 rows,
-                Surroundings(std::move(path), variable));
+                Surroundings(path, variable));
           },
           "step"_a,
           "cache"_a,
