@@ -31,7 +31,7 @@ from peers import llama_cpp, llama_experts
 
 import glm_fused
 from glm_fused import _ext, ops
-from glm_fused.formats.weights import FORMATS, dequantize
+from glm_fused.formats.weights import FORMATS, GGUF, dequantize
 from glm_fused.host import to_numpy
 from glm_fused.selftest.benchmark import RoutedExperts, Yardsticks, read_bandwidth, seconds
 
@@ -205,8 +205,9 @@ def measure(
     if not options.only_fused:
         reference = seconds(lambda: layer.fused(slots, scores, reference=True))
         row["x reference"] = reference / median(times)
-    # MLX's gather_mm on the CPU takes fp32 only.
-    if not options.only_fused and (layer.gate.format.mode != "dense" or options.dtype == "fp32"):
+    # MLX's gather_mm on the CPU takes fp32 only, and of GGUF's blocks MLX has no ops.
+    mode = layer.gate.format.mode
+    if not options.only_fused and mode and (mode != "dense" or options.dtype == "fp32"):
         stock = seconds(lambda: layer.stock(slots, scores))
         row["x stock"] = stock / median(times)
         row["stock error"] = error(layer.stock(slots, scores), exact)
@@ -214,7 +215,7 @@ def measure(
 
 
 def main() -> None:
-    arguments = parser(__doc__ or "")
+    arguments = parser(__doc__ or "", others=[fmt.name for fmt in GGUF])
     arguments.formatter_class = argparse.RawDescriptionHelpFormatter
     arguments.add_argument("--tokens", type=int, default=1)
     arguments.add_argument("--hidden", type=int, default=6144)

@@ -47,10 +47,12 @@ def machine() -> dict[str, Any]:
     }
 
 
-def parser(description: str, formats: Iterable[str] = BENCHED) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has."""
+def parser(
+    description: str, formats: Iterable[str] = BENCHED, others: Iterable[str] = ()
+) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has; `others` run where they are asked for."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("--formats", nargs="+", choices=list(formats), default=list(formats))
+    made.add_argument("--formats", nargs="+", choices=[*formats, *others], default=[*formats])
     made.add_argument("--dtype", choices=DTYPES, default="bf16", help="activations")
     made.add_argument("--repeats", type=int, default=9, help="timed repeats; medians are printed")
     made.add_argument("--threads", type=int, help="default: every processor")
