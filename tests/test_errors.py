@@ -54,7 +54,7 @@ def test_a_bug_is_told_from_what_a_user_can_mend(capsys, monkeypatch, folder, er
     def fail(_):
         raise error
 
-    monkeypatch.setattr("glm_fused.checkpoint.description.describe", fail)
+    monkeypatch.setattr("glm_fused.checkpoint.description.describe_checkpoint", fail)
     monkeypatch.delenv("GLM_FUSED_DEBUG", raising=False)
     found, err = run(capsys, "inspect", folder)
     assert found == code

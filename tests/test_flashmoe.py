@@ -242,3 +242,56 @@ def test_other_manifests_are_not_taken_for_it(dense, tmp_path):
     (tmp_path / "manifest.json").write_text('{"format": "x"}')
     with pytest.raises(ValueError, match="is \\('x', None\\), expected"):
         load_model(dense[1], stream=stream(4, sidecar=tmp_path))
+
+
+def test_inspect_says_what_the_model_with_its_sidecar_is(dense, drawn, tmp_path, capsys):
+    path, whole, _ = dense
+    sidecar = export(tmp_path / "sidecar", drawn)
+    descriptions = []
+    for arguments in ([str(whole)], [str(path), "--sidecar", str(sidecar)]):
+        assert main(["inspect", *arguments, "--json"]) == 0
+        descriptions.append(json.loads(capsys.readouterr().out))
+    files = len(list(sidecar.glob("*.bin")))
+    assert [found.pop("files") for found in descriptions] == [1, 1 + files]
+    for found in descriptions:
+        found.pop("path")
+        found["bytes_on_disk"] -= found["bytes_on_disk"] % 100_000  # headers differ
+    assert descriptions[0] == descriptions[1]
+    assert main(["inspect", str(path), "--sidecar", str(tmp_path)]) == 2
+    assert "holds no manifest of Flash-MoE" in capsys.readouterr().err
+
+
+def test_sidecar_inspect_names_tensors_and_types(drawn, tmp_path, capsys):
+    sidecar = export(tmp_path / "sidecar", drawn)
+    assert main(["sidecar", "inspect", str(sidecar), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["files"]
+    assert [file["file"] for file in found] == sorted(p.name for p in sidecar.glob("*.bin"))
+    assert [file["bytes"] for file in found] == [
+        (sidecar / file["file"]).stat().st_size for file in found
+    ]
+    tensors = {name: text for file in found for name, text in file["tensors"].items()}
+    shapes = {name: list(values.shape) for name, values in drawn.items() if is_expert(name)}
+    assert tensors == {name: f"BF16 {shape}" for name, shape in shapes.items()}
+    assert main(["sidecar", "inspect", str(sidecar)]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in tensors)
+
+
+def test_the_hub_s_cache_is_read_through_its_links(dense, drawn, tmp_path):
+    """Its snapshots are links to files in a folder beside them; other links out are refused."""
+    path, _, expected = dense
+    snapshot, blobs = tmp_path / "snapshots" / "0a1b", tmp_path / "blobs"
+    export(snapshot, drawn)
+    blobs.mkdir()
+    for i, file in enumerate(sorted(snapshot.iterdir())):
+        (blobs / str(i)).write_bytes(file.read_bytes())
+        file.unlink()
+        file.symlink_to(f"../../blobs/{i}")
+    model, _ = load_model(path, stream=stream(4, sidecar=snapshot))
+    assert same(run(model), expected)
+    link = next(snapshot.glob("*.bin"))
+    (tmp_path / "elsewhere").write_bytes(link.read_bytes())
+    link.unlink()
+    link.symlink_to("../../elsewhere")
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        load_model(path, stream=stream(4, sidecar=snapshot))

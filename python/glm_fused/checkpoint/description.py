@@ -25,21 +25,26 @@ PROMPT_TOKENS = 4096  # of the prompt whose memory is told
 
 
 def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A JSON-ready description of the checkpoint that ``path`` names; reads no tensor data.
+    """`describe_checkpoint` of what ``path`` names; malformed headers raise as in loading."""
+    return describe_checkpoint(Checkpoint.open(path))
 
-    Raises what loading raises for malformed headers and tensors that do not fit the config.
+
+def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A JSON-ready description of a checkpoint; reads no tensor data.
+
+    Raises what loading raises for tensors that do not fit the config.
     """
-    checkpoint = Checkpoint.open(path)
     args, inventory = checked(checkpoint)
     kinds = _by_kind(args, inventory)
+    elsewhere = [t for t in checkpoint.tensors.values() if t.file not in checkpoint.files]
     return {
         "path": str(checkpoint.path),
         "model_type": args.model_type,
         "variant": variant(args),
         "parameters": sum(_elements(m) for m in modules(args)),
         "active_parameters": round(sum(_elements(m) * activity(args, m) for m in modules(args))),
-        "files": len(checkpoint.files),
-        "bytes_on_disk": sum(checkpoint.files.values()),
+        "files": len(checkpoint.files) + len({tensor.file for tensor in elsewhere}),
+        "bytes_on_disk": sum(checkpoint.files.values()) + sum(t.nbytes for t in elsewhere),
         "bytes_loaded": sum(kind.loaded for kind in kinds.values()),
         "bytes_read_per_token": round(sum(kind.read for kind in kinds.values())),
         "kv_bytes_per_token": bytes_per_token(args),

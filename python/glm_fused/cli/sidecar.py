@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from . import arguments
 
 if TYPE_CHECKING:
+    from ..streaming.flashmoe import FlashMoeSidecar
     from ..streaming.sidecar import Sidecar
 
 HELP = "pack experts into files made for streaming"
@@ -48,8 +49,11 @@ def _pack(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    from ..streaming.flashmoe import FlashMoeSidecar, is_flashmoe
     from ..streaming.sidecar import Sidecar
 
+    if is_flashmoe(Path(options.path)):
+        return _print_flashmoe(FlashMoeSidecar.open(Path(options.path)), options.json)
     return _print_sidecar(Sidecar.open(Path(options.path)), options.json)
 
 
@@ -99,6 +103,30 @@ def _read_flashmoe(path: Path, model: str | None) -> Iterator[tuple[str, str]]:
 
     sidecar = FlashMoeSidecar.open(path)
     return problems(sidecar, None if model is None else whole_model(model, sidecar))
+
+
+def _print_flashmoe(sidecar: FlashMoeSidecar, as_json: bool) -> int:
+    from ..memory import size
+
+    files: list[dict[str, Any]] = [
+        {
+            "file": file,
+            "bytes": nbytes,
+            "tensors": {
+                e.name: f"{e.type.name} {list(e.shape)}" for e in sidecar.entries if e.file == file
+            },
+        }
+        for file, nbytes in sidecar.files.items()
+    ]
+    if as_json:
+        print(json.dumps({"path": str(sidecar.path), "files": files}))
+        return 0
+    print(f"{sidecar.path}: {size(sum(f['bytes'] for f in files))}, of Flash-MoE")
+    for f in files:
+        print(f"  {f['file']}  {size(f['bytes'])}")
+        for name, text in f["tensors"].items():
+            print(f"    {name:<30}{text}")
+    return 0
 
 
 def _print_sidecar(sidecar: Sidecar, as_json: bool) -> int:

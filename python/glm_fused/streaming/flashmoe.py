@@ -124,11 +124,15 @@ def _layer_experts(entries: list[Entry], index: dict[str, int]) -> LayerExperts:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file, which no link may lead out of the folder."""
-    file = folder / name
-    if not file.resolve().is_relative_to(folder.resolve()):
+    """The file, which no link may lead out of the folder.
+
+    The Hub's cache is the exception: its snapshots are links to files in a folder beside them.
+    """
+    file, allowed = (folder / name).resolve(), [folder.resolve()]
+    allowed += [p.parent / "blobs" for p in allowed[0].parents if p.name == "snapshots"]
+    if not any(file.is_relative_to(place) for place in allowed):
         raise ValueError(f"repacked_file {show(name)} leads out of the folder")
-    return file
+    return folder / name
 
 
 def _check_extents(entries: tuple[Entry, ...], files: dict[str, int]) -> None:
