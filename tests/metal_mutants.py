@@ -29,9 +29,9 @@ typedef bfloat bfloat16_t;
 """
 _OURS = re.compile(
     r"\b((?:moe_gate_up|moe_down_sum|router_logits|router_select|index_scores|index_prompt|index_select|mla_split|mla_prompt|rms_norm"
-    r"|layer_norm|rotate_rows|copy_rows|copy_pair|pack_rows|project|grouped_gate_up|grouped_down|attention_queries|mla_unembed|Affine|Dense|Fp8?"
+    r"|layer_norm|rotate_rows|copy_rows|copy_pair|pack_rows|project|grouped_gate_up|grouped_down|attention_queries|mla_unembed|Affine|Dense|Gguf|Fp8?"
     r"|FloatRows)<"
-    r"|(?:Fp8Rows|Int8Rows|glm_fused::(?:Fp8|Int8)Packing)\b)"
+    r"|(?:Fp8Rows|Int8Rows|glm_fused::(?:Fp8|Int8)Packing|gguf::\w+)\b)"
 )
 # A kernel reads these buffers once, or twice, and a mutant may not read more of them.
 _FRUGAL = {

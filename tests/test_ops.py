@@ -114,6 +114,7 @@ def test_matvec_of_rows_that_fill_half_of_the_lanes(fmt, fill, n):
 @pytest.mark.parametrize("fill", ["zeros", "subnormals", "an infinity"])
 @pytest.mark.parametrize(("n", "k"), [(16, 1024), (11, 384)], ids=["fast", "general"])
 def test_matvec_of_values_at_the_ends_of_the_range(fmt, fill, n, k):
+    k = whole_groups(fmt, k)
     rng = np.random.default_rng([n, len(fill)])
     x = rng.choice([-1.0, 1.0], (1, k)).astype(np.float32)
     if fill == "an infinity":
