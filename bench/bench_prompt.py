@@ -37,6 +37,8 @@ from bench_decode import OURS, Contender, LlamaBench, Worker
 from common import median, report
 from peers.full_layers import write_full_layers
 
+from glm_fused.checkpoint.paths import bundled_folder
+
 WARM_UP = 512  # a longer prompt warms itself up
 COLUMNS = {
     "model": "",
@@ -63,9 +65,11 @@ def start(options: argparse.Namespace, folder: Path) -> dict[str, Contender]:
     script, model = "decode_worker.py", ["--prompts"]
     if options.slice:
         model += ["--slice", *glm52_slice.chosen(options).arguments()]
-    if options.stock:
+    elif options.stock:
         write_full_layers(folder / "full_layers")
         model += ["--model", str(folder / "full_layers")]
+    else:  # other versions know no "demo"
+        model += ["--model", str(bundled_folder())]
     contenders: dict[str, Contender] = {}
     for name, weights in our_names(options).items():
         contenders[name] = Worker(sys.executable, script, *model, "--weights", weights)
