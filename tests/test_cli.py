@@ -285,7 +285,7 @@ def test_what_asks_for_nothing_is_not_refused(capsys, model):
 
 @pytest.mark.parametrize(
     "command",
-    [("generate", "--frobnicate"), ("sidecar", "pack"), ("replay",), ("generate", "--model")],
+    [("generate", "--frobnicate"), ("sidecar", "import"), ("replay",), ("generate", "--model")],
 )
 def test_errors_of_arguments_name_the_help(capsys, command):
     prog = " ".join(["glm-fused", *(word for word in command if not word.startswith("-"))])
@@ -347,7 +347,7 @@ def test_demo_names_the_bundled_model(capsys, monkeypatch, tmp_path):
 def test_folders_that_are_no_checkpoints(capsys, tmp_path):
     def refused(message):
         assert_one_line(
-            run(capsys, "sidecar", "pack", "--model", tmp_path, tmp_path / "s"), message
+            run(capsys, "sidecar", "import", "--model", tmp_path, tmp_path / "s"), message
         )
         with pytest.raises(FileNotFoundError, match=re.escape(message)):
             load(tmp_path)

@@ -90,7 +90,7 @@ def test_packing_goes_on(folders, monkeypatch, finished):
     for i in range(finished + 1, 5):
         (path / f"layer_00{i}.bin").unlink()
     (path / f"layer_00{finished + 1}.bin.tmp").write_bytes(b"torn")
-    with pytest.raises(ValueError, match="is not finished: run `glm-fused sidecar pack` again"):
+    with pytest.raises(ValueError, match="is not finished: run `glm-fused sidecar import` again"):
         Sidecar.open(path)
     kept = {p.name: p.stat().st_mtime_ns for p in path.glob("layer_*.bin")}
     pack(model, path)
@@ -103,7 +103,7 @@ def test_a_killed_packer(folders, original):
     model, path = folders
     whole = contents(path)
     shutil.rmtree(path)
-    command = [sys.executable, "-m", "glm_fused", "sidecar", "pack", "--model", model, path]
+    command = [sys.executable, "-m", "glm_fused", "sidecar", "import", "--model", model, path]
     process = subprocess.Popen(list(map(str, command)))
     deadline = time.monotonic() + 60
     while not list(path.glob("layer_*")) and time.monotonic() < deadline:
@@ -124,7 +124,7 @@ def test_a_disk_that_fills_up(folders):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    command = [sys.executable, "-m", "glm_fused", "sidecar", "pack", "--model", model, path]
+    command = [sys.executable, "-m", "glm_fused", "sidecar", "import", "--model", model, path]
     result = subprocess.run(
         list(map(str, command)), preexec_fn=limit, capture_output=True, text=True
     )
@@ -344,7 +344,7 @@ def test_a_copied_checkpoint_is_compared_once(folders, capsys):
     before = contents(path)
     for file in model.glob("*.safetensors"):
         os.utime(file)
-    with pytest.raises(ValueError, match="`glm-fused sidecar pack` again compares everything"):
+    with pytest.raises(ValueError, match="`glm-fused sidecar import` again compares everything"):
         load_model(model, stream=stream(sidecar=path))
     assert main(["sidecar", "verify", "--model", str(model), str(path)]) == 1
     assert "manifest.json  was packed before" in capsys.readouterr().out
@@ -451,7 +451,7 @@ def test_a_sidecar_of_the_first_version_is_to_be_packed_again(folders, capsys):
     (path / "manifest.json").write_text(json.dumps(manifest))
     for act in (lambda: load_model(model, stream=stream(sidecar=path)), lambda: pack(model, path)):
         with pytest.raises(
-            ValueError, match=r"is of version 1, .* run `glm-fused sidecar pack` ag"
+            ValueError, match=r"is of version 1, .* run `glm-fused sidecar import` ag"
         ):
             act()
 
@@ -475,7 +475,7 @@ def test_packing_over_a_damaged_sidecar_mends_it(folders, fault, unfinished, cap
         unfinish(path, 3)
     DAMAGES[fault](path)
     kept = {p.name: p.stat().st_mtime_ns for p in path.glob("layer_*.bin")}
-    assert main(["sidecar", "pack", "--model", str(model), str(path)]) == 0
+    assert main(["sidecar", "import", "--model", str(model), str(path)]) == 0
     assert "layer_002.bin" in capsys.readouterr().err
     assert contents(path) == whole
     packed = {"layer_002.bin"} | ({"layer_001.bin"} if fault == "swapped" else set())

@@ -151,7 +151,7 @@ def add_streaming(parser: argparse.ArgumentParser, trace: bool = True) -> None:
         help="keep within 24GB, say, reading experts as needed; or auto",
     )
     add("--slots", type=integer(*RANGES["slots"]), metavar="N", help="experts resident per layer")
-    help = "read experts packed by `glm-fused sidecar pack`"
+    help = "read experts from a sidecar that `glm-fused sidecar` or Flash-MoE made"
     add("--sidecar", type=path, metavar="DIR", help=help)
     help = f"tokens to plan the cache for (default: {DEFAULT_CONTEXT} and those to generate)"
     add("--context", type=integer(*RANGES["context"]), metavar="N", help=help)

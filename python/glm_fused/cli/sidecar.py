@@ -1,4 +1,4 @@
-"""``glm-fused sidecar``: pack experts into files made for streaming, and look after them."""
+"""``glm-fused sidecar``: routed experts in files made for streaming, and what is in them."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ if TYPE_CHECKING:
     from ..streaming.flashmoe import FlashMoeSidecar
     from ..streaming.sidecar import Sidecar
 
-HELP = "pack experts into files made for streaming"
+HELP = "put experts into files made for streaming"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    pack = actions.add_parser("pack", help="write a sidecar; goes on where an earlier run ended")
+    help = "write a packed sidecar of a model; goes on where an earlier run ended"
+    add = actions.add_parser("import", help=help)
     model = {"metavar": "PATH", "help": arguments.MODEL}
-    pack.add_argument("--model", required=True, type=arguments.path, **model)
-    verify = actions.add_parser("verify", help="hash every file, or compare it with a checkpoint")
-    verify.add_argument("--model", metavar="PATH", help="compare every byte with this checkpoint's")
+    add.add_argument("--model", required=True, type=arguments.path, **model)
+    verify = actions.add_parser("verify", help="hash every file, or compare it with a model")
+    verify.add_argument("--model", metavar="PATH", help="compare every byte with this model's")
     inspect = actions.add_parser("inspect", help="say what a sidecar holds")
-    export = actions.add_parser("export", help="write a GGUF model's experts for Flash-MoE")
+    export = actions.add_parser("export", help="write a GGUF model as Flash-MoE has it")
     export.add_argument("--model", required=True, type=arguments.path, **model)
-    for action in (pack, verify, inspect, export):
+    for action in (add, verify, inspect, export):
         help = "folder of the sidecar"
         action.add_argument("path", type=arguments.path, metavar="DIR", help=help)
         arguments.add_json(action)
 
 
 def run(options: argparse.Namespace) -> int:
-    actions = {"pack": _pack, "verify": _verify, "inspect": _inspect, "export": _export}
+    actions = {"import": _import, "verify": _verify, "inspect": _inspect, "export": _export}
     return actions[options.action](options)
 
 
-def _pack(options: argparse.Namespace) -> int:
+def _import(options: argparse.Namespace) -> int:
     from ..streaming.pack import pack
 
     def say(line: str) -> None:

@@ -92,7 +92,7 @@ class Sidecar:
         if not (path / MANIFEST).exists():
             if (path / UNFINISHED).exists():
                 raise ValueError(
-                    f"[sidecar] {path} is not finished: run `glm-fused sidecar pack` again."
+                    f"[sidecar] {path} is not finished: run `glm-fused sidecar import` again."
                 )
             raise FileNotFoundError(f"[sidecar] {path} has no {MANIFEST}.")
         sidecar = read_manifest(path / MANIFEST)
@@ -188,7 +188,7 @@ def read_manifest(path: Path) -> Sidecar:
     if type(kind[1]) is int and kind == (FORMAT, 1):
         raise ValueError(
             f"[sidecar] {path} is of version 1, which did not record what its experts are compared"
-            f" with (expected {VERSION}): delete {path.parent} and run `glm-fused sidecar pack`"
+            f" with (expected {VERSION}): delete {path.parent} and run `glm-fused sidecar import`"
             " again."
         )
     if type(kind[1]) is not int or kind != (FORMAT, VERSION):
@@ -198,7 +198,7 @@ def read_manifest(path: Path) -> Sidecar:
         _expect(sidecar.layers or path.name == UNFINISHED, "layers", [], "a list, not empty")
     except ValueError as error:
         raise ValueError(
-            f"[sidecar] {path} is malformed: {error}; delete it and run `glm-fused sidecar pack`"
+            f"[sidecar] {path} is malformed: {error}; delete it and run `glm-fused sidecar import`"
             " again."
         ) from None
     return sidecar

@@ -184,7 +184,7 @@ def changed_shards(sidecar: Sidecar, source: ExpertSource) -> str:
         what = (
             f"was packed before {name!r} was written or copied (at {packed[1]} ns, now {found[1]})"
         )
-    return f"{what}; `glm-fused sidecar pack` again compares everything and keeps what is right"
+    return f"{what}; `glm-fused sidecar import` again compares everything and keeps what is right"
 
 
 def check_sample(path: Path, packed: ExpertSource, source: ExpertSource) -> None:
@@ -203,8 +203,8 @@ def check_sample(path: Path, packed: ExpertSource, source: ExpertSource) -> None
         for wrong in pool.map(check, source.layers):
             if wrong:
                 raise ValueError(
-                    f"[sidecar] {path}: {wrong} is not the checkpoint's (a fine-tune of"
-                    " what was packed, or damaged); `glm-fused sidecar pack` again says which."
+                    f"[sidecar] {path}: {wrong} is not the checkpoint's (a fine-tune of what it"
+                    " was made from, or damaged); `glm-fused sidecar verify --model` says which."
                 )
 
 
