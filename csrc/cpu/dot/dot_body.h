@@ -3,11 +3,10 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 
 #include "cpu/dot/dot_kernels.h"
 #include "cpu/dot/group_scales.h"
-#include "cpu/dot/lanes.h"
+#include "cpu/dot/half_block.h"
 
 namespace {
 
@@ -35,124 +34,6 @@ constexpr ptrdiff_t kAhead = 2048;
 // in the L1 cache: so many rows, and half-blocks of a chunk.
 constexpr int kRows = 8, kChunk = 2;
 
-// Whether a format decodes terms p and p + 4 together, so that the terms of two
-// quads are met in turn; and whether terms p and p + 4 of the same lane lie
-// side by side (interleave_lanes), those of half of the lanes in either.
-template <class F>
-constexpr bool kDecodesPairs = requires { requires F::kDecodesPairs; };
-template <class F>
-constexpr bool kInterleaves = requires { requires F::kInterleaves; };
-template <class F>
-constexpr int kQuadsAtOnce = kDecodesPairs<F> ? 2 : 1;
-
-// Packed x: per block and half, kTerms terms of 16 lanes, then the lane sums
-// that multiply a bias.
-template <class F>
-constexpr int vectors_per_half = F::kTerms + (F::kSumStep ? 1 : 0);
-template <class F>
-constexpr int floats_per_block = 2 * vectors_per_half<F> * kHalf;
-
-// Sets v[i] to value i of every lane; before, the lanes' values follow one
-// another.
-template <int n>
-GLM_INLINE void by_value(F16 (&v)[n]) {
-  if constexpr (n > 1) {
-    F16 even[n / 2], odd[n / 2];
-    unroll<n / 2>(
-        GLM_EACH(i) { split_lanes(v[2 * i], v[2 * i + 1], even[i], odd[i]); });
-    by_value(even);
-    by_value(odd);
-    unroll<n / 2>(GLM_EACH(i) {
-      v[2 * i] = even[i];
-      v[2 * i + 1] = odd[i];
-    });
-  }
-}
-
-template <class F>
-GLM_INLINE F16 lane_sums(const F16 (&x)[F::kValues]) {
-  F16 sum = zero();
-  unroll<F::kValues / F::kSumStep>(GLM_EACH(j) {
-    F16 part = x[j * F::kSumStep];
-    for (int i = 1; i < F::kSumStep; i++) {
-      part = add(part, x[j * F::kSumStep + i]);
-    }
-    sum = add(sum, part);
-  });
-  return sum;
-}
-
-template <class F>
-void pack(const float* x, int k, float* panel, int m, int width) {
-  constexpr int values = kHalf * F::kValues;
-  float* out = panel + m * kHalf;
-  for (int base = 0; base < k; base += values) {
-    float padded[values];
-    const float* from = x + base;
-    if (k - base < values) {
-      memset(padded, 0, sizeof(padded));
-      memcpy(padded, from, (k - base) * sizeof(float));
-      from = padded;
-    }
-    F16 v[F::kValues];
-    unroll<F::kValues>(GLM_EACH(i) { v[i] = load(from + i * kHalf); });
-    by_value(v);
-    if constexpr (kInterleaves<F>) {
-      unroll<F::kValues>(GLM_EACH(i) {
-        if constexpr (i % 8 < 4) {
-          interleave_lanes(v[i], v[i + 4]);
-        }
-      });
-    }
-    for_each_constant<F::kTerms>(GLM_EACH(p) {
-      constexpr Term t = F::term(p);
-      const F16 scaled = mul(mul(v[t.value], splat(t.scale)), splat(t.carry));
-      store(out + p * width * kHalf, scaled);
-    });
-    if constexpr (F::kSumStep > 0) {
-      store(out + F::kTerms * width * kHalf, lane_sums<F>(v));
-    }
-    out += vectors_per_half<F> * width * kHalf;
-  }
-}
-
-// v, or NaN where a code of the lane's words is, if the format's decode of
-// codes leaves that to be told.
-template <class F>
-GLM_INLINE F16
-with_nan(const F& format, const typename F::Words& words, F16 v) {
-  if constexpr (requires { format.with_nan(words, v); }) {
-    return format.with_nan(words, v);
-  } else {
-    return v;
-  }
-}
-
-// Loads a lane's words of which only the first `count` bytes are there.
-template <class F>
-GLM_INLINE void load_first(
-    const F& format,
-    typename F::Words& words,
-    const uint8_t* p,
-    size_t count) {
-  if constexpr (requires { format.load(words, p); }) {
-    uint8_t padded[F::kMostHalfBytes];
-    copy_padded(padded, p, std::min(count, format.half_bytes()));
-    format.load(words, padded);
-  } else {
-    load_first<F::kHalfBytes>(words, p, count);
-  }
-}
-template <class F>
-GLM_INLINE void
-load_whole(const F& format, typename F::Words& words, const uint8_t* p) {
-  if constexpr (requires { format.load(words, p); }) {
-    format.load(words, p);
-  } else {
-    words.load(p);
-  }
-}
-
 template <class F>
 GLM_INLINE F format_of(const DotArgs& a) {
   if constexpr (std::constructible_from<F, const glm_fused::Format&>) {
@@ -161,80 +42,6 @@ GLM_INLINE F format_of(const DotArgs& a) {
     return F();
   }
 }
-
-// One half-block of R rows against M vectors of a panel. `Width` is the
-// panel's width, a Constant where the compiler may fold it into addresses.
-template <class F, int R, int M, class Width>
-struct HalfBlock {
-  const F& format;
-  const float* x;
-  const Width width;
-  typename F::Words words[R];
-  F16 acc[R][M];
-  F16 quad[kQuadsAtOnce<F>][R][M];
-
-  GLM_INLINE HalfBlock(const F& f, const float* panel, Width w)
-      : format(f), x(panel), width(w) {}
-
-  // Term p, of the sum of all or of one of the quads at hand.
-  template <int p, int q = 0>
-  GLM_INLINE void term() {
-    F16 xs[M];
-    unroll<M>(GLM_EACH(m) { xs[m] = load(x + (p * width + m) * kHalf); });
-    unroll<R>(GLM_EACH(r) {
-      const F16 d = format.template decode<p>(words[r]);
-      unroll<M>(GLM_EACH(m) {
-        if constexpr (!F::kQuads) {
-          acc[r][m] = fma(xs[m], d, acc[r][m]);
-        } else if constexpr (p % 4 == 1) {
-          quad[q][r][m] = mul(xs[m], d);
-        } else {
-          quad[q][r][m] = fma(xs[m], d, quad[q][r][m]);
-        }
-      });
-    });
-  }
-
-  // a*b + c*d + e*f + g*h contracts to fma(g,h, fma(e,f, fma(a,b, c*d))).
-  template <int p>
-  GLM_INLINE void quads() {
-    constexpr int n = kQuadsAtOnce<F>, order[] = {1, 0, 2, 3};
-    for_each_constant<4>(GLM_EACH(i) {
-      for_each_constant<n>(GLM_EACH(q) { term<p + 4 * q + order[i], q>(); });
-    });
-    if constexpr (kInterleaves<F>) {
-      unroll<R>(GLM_EACH(r) {
-        unroll<M>(
-            GLM_EACH(m) { separate_lanes(quad[0][r][m], quad[1][r][m]); });
-      });
-    }
-    unroll<n>(GLM_EACH(q) {
-      unroll<R>(GLM_EACH(r) {
-        unroll<M>(GLM_EACH(m) {
-          // Whether a sum of zeros is -0 makes no difference to the result.
-          acc[r][m] =
-              p + q == 0 ? quad[q][r][m] : add(acc[r][m], quad[q][r][m]);
-        });
-      });
-    });
-  }
-
-  template <int p>
-  GLM_INLINE void terms() {
-    if constexpr (F::kQuads && p < F::kTerms) {
-      quads<p>();
-      terms<p + 4 * kQuadsAtOnce<F>>();
-    } else if constexpr (p < F::kTerms) {
-      term<p>();
-      terms<p + 1>();
-    } else {
-      unroll<R>(GLM_EACH(r) {
-        unroll<M>(
-            GLM_EACH(m) { acc[r][m] = with_nan(format, words[r], acc[r][m]); });
-      });
-    }
-  }
-};
 
 template <CpuDecode F>
 struct Tile {

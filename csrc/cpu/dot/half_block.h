@@ -1,0 +1,129 @@
+// The dot product of a half-block, whose terms meet in the order that makes its
+// bits.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/dot/packed_vectors.h"
+
+namespace {
+
+// Whether a format decodes terms p and p + 4 together, so that the terms of two
+// quads are met in turn.
+template <class F>
+constexpr bool kDecodesPairs = requires { requires F::kDecodesPairs; };
+template <class F>
+constexpr int kQuadsAtOnce = kDecodesPairs<F> ? 2 : 1;
+
+// v, or NaN where a code of the lane's words is, if the format's decode of
+// codes leaves that to be told.
+template <class F>
+GLM_INLINE F16
+with_nan(const F& format, const typename F::Words& words, F16 v) {
+  if constexpr (requires { format.with_nan(words, v); }) {
+    return format.with_nan(words, v);
+  } else {
+    return v;
+  }
+}
+
+// Loads a lane's words of which only the first `count` bytes are there.
+template <class F>
+GLM_INLINE void load_first(
+    const F& format,
+    typename F::Words& words,
+    const uint8_t* p,
+    size_t count) {
+  if constexpr (requires { format.load(words, p); }) {
+    uint8_t padded[F::kMostHalfBytes];
+    copy_padded(padded, p, std::min(count, format.half_bytes()));
+    format.load(words, padded);
+  } else {
+    load_first<F::kHalfBytes>(words, p, count);
+  }
+}
+template <class F>
+GLM_INLINE void
+load_whole(const F& format, typename F::Words& words, const uint8_t* p) {
+  if constexpr (requires { format.load(words, p); }) {
+    format.load(words, p);
+  } else {
+    words.load(p);
+  }
+}
+
+// One half-block of R rows against M vectors of a panel. `Width` is the
+// panel's width, a Constant where the compiler may fold it into addresses.
+template <class F, int R, int M, class Width>
+struct HalfBlock {
+  const F& format;
+  const float* x;
+  const Width width;
+  typename F::Words words[R];
+  F16 acc[R][M];
+  F16 quad[kQuadsAtOnce<F>][R][M];
+
+  GLM_INLINE HalfBlock(const F& f, const float* panel, Width w)
+      : format(f), x(panel), width(w) {}
+
+  // Term p, of the sum of all or of one of the quads at hand.
+  template <int p, int q = 0>
+  GLM_INLINE void term() {
+    F16 xs[M];
+    unroll<M>(GLM_EACH(m) { xs[m] = load(x + (p * width + m) * kHalf); });
+    unroll<R>(GLM_EACH(r) {
+      const F16 d = format.template decode<p>(words[r]);
+      unroll<M>(GLM_EACH(m) {
+        if constexpr (!F::kQuads) {
+          acc[r][m] = fma(xs[m], d, acc[r][m]);
+        } else if constexpr (p % 4 == 1) {
+          quad[q][r][m] = mul(xs[m], d);
+        } else {
+          quad[q][r][m] = fma(xs[m], d, quad[q][r][m]);
+        }
+      });
+    });
+  }
+
+  // a*b + c*d + e*f + g*h contracts to fma(g,h, fma(e,f, fma(a,b, c*d))).
+  template <int p>
+  GLM_INLINE void quads() {
+    constexpr int n = kQuadsAtOnce<F>, order[] = {1, 0, 2, 3};
+    for_each_constant<4>(GLM_EACH(i) {
+      for_each_constant<n>(GLM_EACH(q) { term<p + 4 * q + order[i], q>(); });
+    });
+    if constexpr (kInterleaves<F>) {
+      unroll<R>(GLM_EACH(r) {
+        unroll<M>(
+            GLM_EACH(m) { separate_lanes(quad[0][r][m], quad[1][r][m]); });
+      });
+    }
+    unroll<n>(GLM_EACH(q) {
+      unroll<R>(GLM_EACH(r) {
+        unroll<M>(GLM_EACH(m) {
+          // Whether a sum of zeros is -0 makes no difference to the result.
+          acc[r][m] =
+              p + q == 0 ? quad[q][r][m] : add(acc[r][m], quad[q][r][m]);
+        });
+      });
+    });
+  }
+
+  template <int p>
+  GLM_INLINE void terms() {
+    if constexpr (F::kQuads && p < F::kTerms) {
+      quads<p>();
+      terms<p + 4 * kQuadsAtOnce<F>>();
+    } else if constexpr (p < F::kTerms) {
+      term<p>();
+      terms<p + 1>();
+    } else {
+      unroll<R>(GLM_EACH(r) {
+        unroll<M>(
+            GLM_EACH(m) { acc[r][m] = with_nan(format, words[r], acc[r][m]); });
+      });
+    }
+  }
+};
+
+}  // namespace
