@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -19,7 +18,7 @@ from ..models.config import ModelArgs
 from ..models.tensor_names import is_expert, layer_of
 from .flashmoe import FlashMoeSidecar
 from .flashmoe_manifest import KIND, SCHEMA, WHOLE
-from .sidecar import MANIFEST, layer_file, temporary_name
+from .sidecar import MANIFEST, layer_file, write_json
 
 _CHUNK = 1 << 24
 
@@ -175,12 +174,4 @@ def _write_manifest(
         },
         "entries": entries,
     }
-    temporary = temporary_name(path)
-    try:
-        with temporary.open("x") as file:
-            json.dump(document, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(path, document)

@@ -150,20 +150,8 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
 
 
-LAYER_FILE = re.compile(r"layer_[0-9]+\.bin")
-TEMPORARY = re.compile(r"(layer_[0-9]+\.bin|manifest(\.unfinished)?\.json)(\.[0-9a-f]{16})?\.tmp")
-
-
-def write_manifest(sidecar: Sidecar, name: str = MANIFEST) -> None:
-    """Write a manifest in one step: readers see the old file or the new one."""
-    document = {
-        "format": FORMAT,
-        "version": VERSION,
-        "set": sidecar.set_id,
-        "shards": {name: list(state) for name, state in sidecar.shards.items()},
-        "layers": [layer.describe() for layer in sidecar.layers],
-    }
-    path = sidecar.path / name
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write a file in one step: readers see the old one or the new one."""
     temporary = temporary_name(path)
     try:
         with temporary.open("x") as f:
@@ -173,6 +161,22 @@ def write_manifest(sidecar: Sidecar, name: str = MANIFEST) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+LAYER_FILE = re.compile(r"layer_[0-9]+\.bin")
+TEMPORARY = re.compile(r"(layer_[0-9]+\.bin|manifest(\.unfinished)?\.json)(\.[0-9a-f]{16})?\.tmp")
+
+
+def write_manifest(sidecar: Sidecar, name: str = MANIFEST) -> None:
+    """Write a manifest in one step."""
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "set": sidecar.set_id,
+        "shards": {name: list(state) for name, state in sidecar.shards.items()},
+        "layers": [layer.describe() for layer in sidecar.layers],
+    }
+    write_json(sidecar.path / name, document)
 
 
 def read_manifest(path: Path) -> Sidecar:
