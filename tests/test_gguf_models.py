@@ -101,6 +101,8 @@ def test_mixes_of_types_and_joined_tensors(tmp_path, form):
     options = StreamOptions(slots=3, sidecar=tmp_path / "sidecar")
     assert mx.array_equal(found, logits(packed, stream=options)).item()
     export(packed, tmp_path / "flash-moe")
+    with pytest.raises(FileExistsError, match="not empty, expected an empty or new folder"):
+        export(packed, tmp_path / "flash-moe")
     options = StreamOptions(slots=3, sidecar=tmp_path / "flash-moe")
     assert mx.array_equal(found, logits(packed, stream=options)).item()
 

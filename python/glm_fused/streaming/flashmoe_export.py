@@ -38,7 +38,7 @@ def export(model: str | os.PathLike[str], folder: Path) -> FlashMoeSidecar:
         raise ValueError(f"[sidecar] {checkpoint.path} has no routed experts.")
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        raise FileExistsError(f"[sidecar] {folder} is not empty.")
+        raise FileExistsError(f"[sidecar] {folder} is not empty, expected an empty or new folder.")
     entries = [
         entry
         for layer, names in experts.items()
