@@ -12,6 +12,7 @@ from glm_fused import Engine, load_model, reference_path
 from glm_fused.checkpoint.description import describe
 from glm_fused.checkpoint.gguf_formats import format_of
 from glm_fused.checkpoint.gguf_types import GGML_TYPES
+from glm_fused.formats.weights import GGUF
 from glm_fused.selftest.synthetic import Bits
 from glm_fused.streaming.flashmoe_export import export
 from glm_fused.streaming.options import StreamOptions
@@ -25,7 +26,7 @@ KINDS = [
     for kind in GGML_TYPES.values()
     if (fmt := format_of(kind.name)) is not None and fmt.mode != "dense"
 ]
-FORMS = [{}, {"kv_b": "joined"}, {"experts": "joined"}] if KINDS else []
+FORMS = [{}, {"kv_b": "joined"}, {"experts": "joined"}]
 TOKENS = [(i * 37 + 11) % 250 for i in range(40)]
 DENSE = ("_norm.weight", "ffn_gate_inp.weight", "token_embd.weight", "indexer.proj.weight")
 
@@ -69,6 +70,10 @@ def distance(a, b):
     """The relative distance of the median token, whose experts rounding does not change."""
     apart = mx.linalg.norm(a - b, axis=-1) / mx.linalg.norm(b, axis=-1)
     return mx.median(apart).item()
+
+
+def test_each_block_format_is_a_type_of_ggml():
+    assert {format_of(kind) for kind in KINDS} == set(GGUF)
 
 
 @pytest.mark.parametrize("kind", KINDS)
