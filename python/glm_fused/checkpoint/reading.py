@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from tqdm import tqdm
 
 from .. import _ext
 from ..formats.weights import FP8, PLANES, Format
 from ..host import to_numpy
 from .folder import Checkpoint
+from .progress import byte_bar
 from .stored import OTHER_NAMES
 
 SCALES = tuple(name for name in PLANES if name != "weight")
@@ -41,7 +40,7 @@ def read_parameters(model: nn.Module, checkpoint: Checkpoint, sources: list[Scal
     formats = {name: m.format for name, m in model.named_modules() if "scales" in m}
     parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
     total = sum(array.nbytes for _, array in parameters)
-    with _lean_memory(), _progress(total) as bar:
+    with _lean_memory(), byte_bar("Loading", total) as bar:
         while sources:
             _read(sources[-1].name, sources[-1].array, checkpoint)
             _check_scales(sources.pop(), checkpoint)
@@ -109,14 +108,3 @@ def _lean_memory() -> Iterator[None]:
         mx.set_cache_limit(cache)
         if limit is not None:
             mx.set_memory_limit(limit)
-
-
-def _progress(total: int) -> tqdm[Any]:
-    return tqdm(
-        total=total,
-        desc="Loading",
-        unit="B",
-        unit_scale=True,
-        disable=not sys.stderr.isatty(),
-        leave=False,
-    )

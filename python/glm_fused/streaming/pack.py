@@ -10,9 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import shutil
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,9 @@ from typing import Any
 from tqdm import tqdm
 
 from ..checkpoint.folder import Checkpoint
+from ..checkpoint.progress import byte_bar
 from ..checkpoint.safetensors_header import regular_file_size
-from ..memory import size
+from ..checkpoint.writing import check_space, new_file
 from .sidecar import (
     LAYER_FILE,
     MANIFEST,
@@ -34,7 +33,6 @@ from .sidecar import (
     layer_file,
     read_manifest,
     slab_bytes,
-    temporary_name,
     write_manifest,
 )
 from .sidecar_identity import check_identity, checked_source, packed_slabs, set_id, shards
@@ -118,7 +116,7 @@ class _Packer:
         layers = self._source.layers
         finished = (self._path / MANIFEST).exists()
         known = self._known(MANIFEST if finished else UNFINISHED)
-        with _progress(layers) as bar:
+        with byte_bar("Packing", self._source.nbytes) as bar:
             for i in sorted(layers.keys() & known.keys()):
                 self._keep(known[i], bar)
             left = {i: layer for i, layer in layers.items() if i not in self._done}
@@ -178,13 +176,9 @@ class _Packer:
 
     def _pack_layer(self, number: int, bar: tqdm[Any]) -> PackedLayer:
         target = self._path / layer_file(number)
-        temporary = temporary_name(target)
         try:
-            with temporary.open("xb") as out:
+            with new_file(target) as out:
                 layer, _ = self._stream(number, lambda block: out.write(block) == len(block), bar)
-                out.flush()
-                os.fsync(out.fileno())
-            temporary.replace(target)
         except OSError as error:
             if error.filename is not None:  # it is of another file, such as the checkpoint's
                 raise
@@ -192,8 +186,6 @@ class _Packer:
             raise OSError(
                 error.errno, f"{reason}; finished layers are kept", str(target)
             ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
         return layer
 
     def _stream(
@@ -216,17 +208,4 @@ class _Packer:
 
 def _check_space(path: Path, layers: dict[int, LayerExperts]) -> None:
     needed = sum(PAGE + layer.experts * slab_bytes(layer.parts) for layer in layers.values())
-    free = shutil.disk_usage(path).free
-    if needed > free:
-        raise ValueError(f"[sidecar] {path}: {size(needed)} needed, {size(free)} free.")
-
-
-def _progress(layers: Mapping[int, LayerExperts]) -> tqdm[Any]:
-    return tqdm(
-        total=sum(layer.experts * layer.expert_bytes for layer in layers.values()),
-        desc="Packing",
-        unit="B",
-        unit_scale=True,
-        disable=not sys.stderr.isatty(),
-        leave=False,
-    )
+    check_space(path, needed)

@@ -9,9 +9,7 @@ expert, and the checkpoint that they came from; whether that is the one at hand 
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 
 from ..checkpoint.folder import MAX_JSON_BYTES
 from ..checkpoint.safetensors_header import DTYPES, MAX_RANK, parse_json_object, regular_file_size
+from ..checkpoint.writing import new_file
 from ..formats.weights import PLANES
 from ..models.tensors import PROJECTIONS
 from ..validation import MAX_SIZE, show
@@ -27,6 +26,10 @@ from .source import ExpertSource, LayerExperts, Part
 FORMAT, VERSION = "glm-fused-experts", 2
 PAGE = 16384
 MANIFEST, UNFINISHED = "manifest.json", "manifest.unfinished.json"
+
+LAYER_FILE = re.compile(r"layer_[0-9]+\.bin")
+# What `glm_fused.checkpoint.writing` calls such a file before it is whole.
+TEMPORARY = re.compile(r"(layer_[0-9]+\.bin|manifest(\.unfinished)?\.json)(\.[0-9a-f]{16})?\.tmp")
 
 _PART_NAMES = frozenset(f"{p}.{plane}" for p in PROJECTIONS for plane in PLANES)
 _MAX_LAYERS, _MAX_BYTES = 10**6, 2**63 - 1
@@ -145,26 +148,10 @@ def header_page(set_id: str, layer: int) -> bytes:
     return json.dumps(header).encode().ljust(PAGE, b"\0")
 
 
-def temporary_name(path: Path) -> Path:
-    """A name next to ``path`` that no other process uses; ``TEMPORARY`` matches it."""
-    return path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
-
-
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Write a file in one step: readers see the old one or the new one."""
-    temporary = temporary_name(path)
-    try:
-        with temporary.open("x") as f:
-            json.dump(document, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-LAYER_FILE = re.compile(r"layer_[0-9]+\.bin")
-TEMPORARY = re.compile(r"(layer_[0-9]+\.bin|manifest(\.unfinished)?\.json)(\.[0-9a-f]{16})?\.tmp")
+    with new_file(path) as f:
+        f.write(json.dumps(document, indent=1).encode())
 
 
 def write_manifest(sidecar: Sidecar, name: str = MANIFEST) -> None:
