@@ -165,7 +165,9 @@ def write_file(path, keys, tensors):
 
 def _add(writer, key, value):
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
-    if isinstance(value, (list, tuple)):
+    if key == gguf.Keys.General.ALIGNMENT:
+        writer.add_custom_alignment(value)
+    elif isinstance(value, (list, tuple)):
         writer.add_array(key, value)
     else:
         kinds.get(type(value), writer.add_string)(key, value)

@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 
 import gguf
 import pytest
@@ -119,36 +118,6 @@ def test_another_model_s_experts_are_refused(dense, drawn, tmp_path):
 def test_without_its_sidecar_the_file_lacks_experts(dense):
     with pytest.raises(ValueError, match=r"12 missing tensors: blk.1.ffn_gate_exps.weight"):
         load_model(dense[0])
-
-
-def test_what_is_exported_is_the_model_s(dense, tmp_path, capsys):
-    path, whole, expected = dense
-    sidecar = tmp_path / "sidecar"
-    assert main(["sidecar", "export", "--model", str(whole), str(sidecar)]) == 0
-    model, _ = load_model(path, stream=stream(4, sidecar=sidecar))
-    assert same(run(model), expected)
-    verify = ["sidecar", "verify", str(sidecar)]
-    assert main(verify) == 0 and main([*verify, "--model", str(whole)]) == 0
-    file = sidecar / "layer_002.bin"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    capsys.readouterr()
-    for more, problem in ([], "SHA-256"), (["--model", str(whole)], f"is not that of {whole}"):
-        assert main([*verify, *more]) == 1
-        out = capsys.readouterr().out
-        assert len(re.findall(f"blk.2.*{problem}", out)) == 1 and "blk.1.ffn_down_exps" in out
-    assert main(["sidecar", "export", "--model", str(whole), str(sidecar)]) == 2
-    assert main(["sidecar", "export", "--model", str(path), str(tmp_path / "other")]) == 2
-    assert main([*verify, "--model", str(path)]) == 2
-    assert "has no blk.1." in capsys.readouterr().err
-
-
-def test_a_sidecar_without_checksums_has_to_be_compared(dense, drawn, tmp_path, capsys):
-    sidecar = export(tmp_path / "sidecar", drawn, LAYOUTS[2])
-    assert main(["sidecar", "verify", str(sidecar)]) == 2
-    assert "has no checksums, name the GGUF model" in capsys.readouterr().err
-    assert main(["sidecar", "verify", str(sidecar), "--model", str(dense[1])]) == 0
 
 
 def test_generate(dense, drawn, tmp_path, capsys):

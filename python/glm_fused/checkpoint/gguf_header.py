@@ -23,12 +23,12 @@ MAX_NAME_BYTES = 64
 MAX_RANK = 4
 MAX_ALIGNMENT = 1 << 20
 ALIGNMENT = "general.alignment"
-_DEFAULT_ALIGNMENT = 32
+DEFAULT_ALIGNMENT = 32
 _LEAST_ENTRY = 13  # bytes of a key of no characters, its type and a value
 _LEAST_TENSOR = 33
-_BOOL, _STRING, _ARRAY = 7, 8, 9
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", _BOOL: "B", 10: "Q", 11: "q",
-            12: "d"}  # fmt: skip
+BOOL, STRING, ARRAY = 7, 8, 9
+NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", BOOL: "B", 10: "Q", 11: "q",
+           12: "d"}  # fmt: skip
 
 
 class GgufTensor(NamedTuple):
@@ -47,13 +47,15 @@ class GgufTensor(NamedTuple):
 class GgufHeader:
     """What one file says of itself.
 
-    Values of ``metadata`` are int, float, bool, str, lists of str or bool, and NumPy arrays.
+    Values of ``metadata`` are int, float, bool, str, lists of str or bool, and NumPy arrays;
+    ``places`` says from which byte to which the file has a key with its value.
     """
 
     path: Path
     nbytes: int
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
+    places: Mapping[str, tuple[int, int]]
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -68,8 +70,11 @@ def read_gguf_header(path: Path) -> GgufHeader:
         cursor = _Cursor(file, path, size)
         tensor_count, entry_count = _read_start(cursor)
         metadata: dict[str, Any] = {}
+        places: dict[str, tuple[int, int]] = {}
         for _ in range(entry_count):
-            _read_entry(cursor, metadata)
+            first = cursor.position
+            key = _read_entry(cursor, metadata)
+            places[key] = first, cursor.position
         entries: dict[str, tuple[GgmlType, tuple[int, ...], int]] = {}
         for _ in range(tensor_count):
             _read_tensor(cursor, entries)
@@ -80,7 +85,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         for name, (kind, shape, offset) in entries.items()
     }
     _check_extents(path, tensors, begin, alignment, size)
-    return GgufHeader(path, size, metadata, tensors)
+    return GgufHeader(path, size, metadata, tensors, places)
 
 
 class _Cursor:
@@ -141,22 +146,24 @@ def _read_start(cursor: _Cursor) -> tuple[int, int]:
     return tensors, entries
 
 
-def _read_entry(cursor: _Cursor, metadata: dict[str, Any]) -> None:
+def _read_entry(cursor: _Cursor, metadata: dict[str, Any]) -> str:
+    """Read a key and its value; returns the key."""
     key = cursor.text(f"key {len(metadata)} of the metadata", MAX_KEY_BYTES)
     what = f"key {quoted(key)}"
     if key in metadata:
         raise cursor.fail(f"{what} is there twice.")
     kind = cursor.number(f"the type of {what}", "I")
-    metadata[key] = _array(cursor, what) if kind == _ARRAY else _scalar(cursor, what, kind)
+    metadata[key] = _array(cursor, what) if kind == ARRAY else _scalar(cursor, what, kind)
+    return key
 
 
 def _scalar(cursor: _Cursor, what: str, kind: int) -> Any:
-    if kind == _STRING:
+    if kind == STRING:
         return cursor.text(what)
-    if kind not in _NUMBERS:
+    if kind not in NUMBERS:
         raise cursor.fail(f"{what} has type {kind}, expected 0 to 12.")
-    value = cursor.number(what, _NUMBERS[kind])
-    if kind != _BOOL:
+    value = cursor.number(what, NUMBERS[kind])
+    if kind != BOOL:
         return value
     if value > 1:
         raise cursor.fail(f"{what} is the boolean {value}, expected 0 or 1.")
@@ -166,15 +173,15 @@ def _scalar(cursor: _Cursor, what: str, kind: int) -> Any:
 def _array(cursor: _Cursor, what: str) -> Any:
     """A list of str or bool, or a NumPy array of numbers."""
     kind, count = cursor.number(f"the type of {what}", "I"), cursor.number(f"{what}: length", "Q")
-    if kind == _STRING:
+    if kind == STRING:
         cursor.check_room(f"{what}, of {count} strings,", 8 * count)
         return [cursor.text(what) for _ in range(count)]
-    if kind not in _NUMBERS:
-        found = "arrays" if kind == _ARRAY else f"type {kind}"
+    if kind not in NUMBERS:
+        found = "arrays" if kind == ARRAY else f"type {kind}"
         raise cursor.fail(f"{what} is an array of {found}, expected numbers or strings.")
-    dtype = np.dtype(f"<{_NUMBERS[kind]}")
+    dtype = np.dtype(f"<{NUMBERS[kind]}")
     values = np.frombuffer(cursor.take(what, count * dtype.itemsize), dtype)
-    if kind != _BOOL:
+    if kind != BOOL:
         return values
     if (values > 1).any():
         raise cursor.fail(f"{what} has the boolean {values.max()}, expected 0 or 1.")
@@ -209,7 +216,7 @@ def _read_tensor(
 
 
 def _alignment(path: Path, metadata: Mapping[str, Any]) -> int:
-    found = metadata.get(ALIGNMENT, _DEFAULT_ALIGNMENT)
+    found = metadata.get(ALIGNMENT, DEFAULT_ALIGNMENT)
     if type(found) is not int or not 1 <= found <= MAX_ALIGNMENT or found & (found - 1):
         raise ValueError(
             f"[gguf] {path}: key {ALIGNMENT!r} is {show(found)}, expected a power of two up to"

@@ -49,3 +49,4 @@ GGML_TYPES = {
     41: GgmlType("Q1_0", 128, 18),
 }
 TYPES_BY_NAME = {kind.name: kind for kind in GGML_TYPES.values()}
+NUMBERS_BY_NAME = {kind.name: number for number, kind in GGML_TYPES.items()}

@@ -41,7 +41,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"[output] {path} is a file, expected a folder to write.")
     if path.is_dir() and any(path.iterdir()):
-        raise FileExistsError(f"[output] {path} is not empty, expected a new folder.")
+        raise FileExistsError(f"[output] {path} is not empty, expected an empty or new folder.")
     target = path.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(target)

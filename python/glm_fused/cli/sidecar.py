@@ -59,14 +59,17 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from ..streaming.flashmoe_export import export
+    from ..streaming.flashmoe_export import DENSE, export
 
     sidecar = export(options.model, Path(options.path))
+    dense = sidecar.path / DENSE
     found = {"path": str(sidecar.path), "tensors": len(sidecar.entries), "files": sidecar.files}
+    found["model"] = str(dense)
     if options.json:
         print(json.dumps(found))
     else:
         print(f"{sidecar.path}: {len(sidecar.entries)} tensors in {len(sidecar.files)} files")
+        print(f"to run it: glm-fused generate --model {dense} --sidecar {sidecar.path} --prompt …")
     return 0
 
 
@@ -100,10 +103,9 @@ def _read(path: Path, model: str | None) -> Iterator[tuple[str, str]]:
 def _read_flashmoe(path: Path, model: str | None) -> Iterator[tuple[str, str]]:
     """Read a Flash-MoE sidecar; yields what was read and what is wrong with it."""
     from ..streaming.flashmoe import FlashMoeSidecar
-    from ..streaming.flashmoe_export import problems, whole_model
+    from ..streaming.flashmoe_verify import Original, problems
 
-    sidecar = FlashMoeSidecar.open(path)
-    return problems(sidecar, None if model is None else whole_model(model, sidecar))
+    return problems(FlashMoeSidecar.open(path), None if model is None else Original.open(model))
 
 
 def _print_flashmoe(sidecar: FlashMoeSidecar, as_json: bool) -> int:

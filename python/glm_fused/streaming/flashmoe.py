@@ -101,22 +101,26 @@ def with_experts(checkpoint: Checkpoint, path: Path) -> Checkpoint:
     return replace(checkpoint, tensors=tensors | checkpoint.tensors)
 
 
+def parts_of(entry: Entry) -> list[Part]:
+    """What an expert has in a tensor whose type is a format, in the order of the bytes."""
+    fmt = format_of(entry.type.name)
+    assert fmt is not None  # it was checked
+    plane, projections = fmt.planes[0], FAMILIES[entry.family]
+    _, rows, columns = entry.shape
+    shape = plane_shape(fmt, plane, (rows // len(projections), columns))
+    return [Part(f"{p}.weight", NAMES[plane.dtypes[0]], shape) for p in projections]
+
+
 def _layer_experts(entries: list[Entry], index: dict[str, int]) -> LayerExperts:
     parts: dict[str, Part] = {}
     places: dict[str, list[tuple[int, int]]] = {}
     for entry in entries:
-        fmt = format_of(entry.type.name)
-        assert fmt is not None  # it was checked
-        experts, rows, columns = entry.shape
-        projections = FAMILIES[entry.family]
-        rows //= len(projections)
-        plane = fmt.planes[0]
-        shape = plane_shape(fmt, plane, (rows, columns))
-        for i, projection in enumerate(projections):
-            part = parts[projection] = Part(f"{projection}.weight", NAMES[plane.dtypes[0]], shape)
+        for i, part in enumerate(parts_of(entry)):
+            projection = FAMILIES[entry.family][i]
             first = entry.offset + i * part.nbytes
+            parts[projection] = part
             places[projection] = [
-                (index[entry.file], first + e * entry.stride) for e in range(experts)
+                (index[entry.file], first + e * entry.stride) for e in range(entry.shape[0])
             ]
     experts = len(places[PROJECTIONS[0]])
     locations = tuple(places[p][e] for e in range(experts) for p in PROJECTIONS)

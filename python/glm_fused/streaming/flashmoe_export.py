@@ -1,4 +1,4 @@
-"""Writes Flash-MoE sidecars of GGUF models, and compares them with what they were written of."""
+"""Writes a GGUF model as Flash-MoE has it: a sidecar of routed experts, and a file of the rest."""
 
 from __future__ import annotations
 
@@ -9,85 +9,55 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from ..checkpoint.checked import checked
 from ..checkpoint.folder import Checkpoint
+from ..checkpoint.gguf_header import ALIGNMENT, DEFAULT_ALIGNMENT, read_gguf_header
 from ..checkpoint.gguf_names import gguf_name
 from ..checkpoint.gguf_types import TYPES_BY_NAME
+from ..checkpoint.gguf_writer import NewTensor, write_gguf
+from ..checkpoint.progress import byte_bar
 from ..checkpoint.safetensors_header import TensorInfo
+from ..checkpoint.writing import check_space, new_folder
 from ..models.config import ModelArgs
 from ..models.tensor_names import is_expert, layer_of
 from .flashmoe import FlashMoeSidecar
 from .flashmoe_manifest import KIND, SCHEMA, WHOLE
 from .sidecar import MANIFEST, layer_file, write_json
 
+DENSE = "dense/model-dense.gguf"
 _CHUNK = 1 << 24
 
 
 def export(model: str | os.PathLike[str], folder: Path) -> FlashMoeSidecar:
-    """Write the routed experts of a GGUF model to a new folder, whole tensors, with SHA-256.
+    """Write a GGUF model to a new folder: its routed experts, with SHA-256, and `DENSE`.
 
-    Raises ValueError for a model that is not GGUF or has no routed experts, FileExistsError for a
-    folder that holds something, and whatever opening the model and reading it raises.
+    That file has the model's metadata and other tensors, byte for byte. The folder has its name
+    once it is whole. Raises ValueError for a model that is not GGUF or has no routed experts, and
+    where the disk is too small, FileExistsError for a folder that holds something, and whatever
+    opening the model and reading it raises.
     """
     checkpoint = Checkpoint.open(model)
     args, _ = checked(checkpoint)
     if checkpoint.metadata is None:
-        raise ValueError(f"[sidecar] {checkpoint.path} is a folder, expected a GGUF file.")
+        raise ValueError(
+            f"[sidecar] {checkpoint.path} is a folder of safetensors, expected a GGUF file, since"
+            " Flash-MoE's sidecars hold its blocks; `glm-fused convert` makes one."
+        )
     experts = _experts(checkpoint, args)
     if not experts:
         raise ValueError(f"[sidecar] {checkpoint.path} has no routed experts.")
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise FileExistsError(f"[sidecar] {folder} is not empty, expected an empty or new folder.")
-    entries = [
-        entry
-        for layer, names in experts.items()
-        for entry in _write(checkpoint, layer, names, folder)
-    ]
-    _write_manifest(folder / MANIFEST, checkpoint, args, entries)
+    with new_folder(folder) as made, byte_bar("Exporting", checkpoint.nbytes) as bar:
+        check_space(made, sum(checkpoint.files.values()))
+        entries = [
+            entry
+            for layer, names in experts.items()
+            for entry in _write(checkpoint, layer, names, made, bar)
+        ]
+        _write_dense(checkpoint, {name for names in experts.values() for name in names}, made, bar)
+        _write_manifest(made / MANIFEST, checkpoint, args, entries)
     return FlashMoeSidecar.open(folder)
-
-
-def whole_model(model: str | os.PathLike[str], sidecar: FlashMoeSidecar) -> Checkpoint:
-    """The checkpoint that has the sidecar's tensors itself, to compare them with.
-
-    Raises ValueError, naming the tensor, where it lacks one.
-    """
-    checkpoint = Checkpoint.open(model)
-    for entry in sidecar.entries:
-        if entry.model_name not in checkpoint.tensors:
-            raise ValueError(
-                f"[sidecar] {checkpoint.path} has no {entry.name}, expected a model with its"
-                " routed experts to compare them with."
-            )
-    return checkpoint
-
-
-def problems(sidecar: FlashMoeSidecar, checkpoint: Checkpoint | None) -> Iterator[tuple[str, str]]:
-    """Read all of a sidecar: yields each tensor's name and what is wrong with it, or "".
-
-    A tensor is held against its SHA-256, where the manifest has one, and against the checkpoint's.
-    Raises ValueError where there is neither.
-    """
-    if checkpoint is None and any(entry.sha256 is None for entry in sidecar.entries):
-        raise ValueError(
-            f"[sidecar] {sidecar.path} has no checksums, name the GGUF model that its experts are"
-            " of to compare them with (--model)."
-        )
-    for entry in sidecar.entries:
-        wrong = []
-        with (sidecar.path / entry.file).open("rb") as file:
-            ours = hashlib.sha256()
-            for e in range(entry.shape[0]):
-                file.seek(entry.offset + e * entry.stride)
-                ours.update(file.read(entry.expert_bytes))
-        if entry.sha256 is not None and ours.hexdigest() != entry.sha256:
-            wrong.append(f"SHA-256 {ours.hexdigest()}, expected {entry.sha256}")
-        if checkpoint is not None:
-            theirs = _digest(checkpoint, checkpoint.tensors[entry.model_name])
-            if ours.hexdigest() != theirs:
-                wrong.append(f"is not that of {checkpoint.path}")
-        yield entry.name, "; ".join(wrong)
 
 
 def _experts(checkpoint: Checkpoint, args: ModelArgs) -> dict[int, list[str]]:
@@ -101,7 +71,8 @@ def _experts(checkpoint: Checkpoint, args: ModelArgs) -> dict[int, list[str]]:
     return dict(sorted(layers.items()))
 
 
-def _chunks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[bytes]:
+def chunks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[bytes]:
+    """The bytes of a tensor; raises ValueError where its file ends before them."""
     path = checkpoint.folder / info.file
     with path.open("rb") as file:
         file.seek(info.start)
@@ -114,23 +85,17 @@ def _chunks(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[bytes]:
             yield chunk
 
 
-def _digest(checkpoint: Checkpoint, info: TensorInfo) -> str:
-    digest = hashlib.sha256()
-    for chunk in _chunks(checkpoint, info):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _write(
-    checkpoint: Checkpoint, layer: int, names: list[str], folder: Path
+    checkpoint: Checkpoint, layer: int, names: list[str], folder: Path, bar: tqdm[Any]
 ) -> Iterator[dict[str, Any]]:
     """Write a layer's file; yields the entries of its tensors."""
     with (folder / layer_file(layer)).open("xb") as file:
         for name in names:
             info, offset, digest = checkpoint.tensors[name], file.tell(), hashlib.sha256()
-            for chunk in _chunks(checkpoint, info):
+            for chunk in chunks(checkpoint, info):
                 digest.update(chunk)
                 file.write(chunk)
+                bar.update(len(chunk))
             theirs = gguf_name(name)
             yield {
                 "layer": layer,
@@ -154,10 +119,32 @@ def _write(
         os.fsync(file.fileno())
 
 
+def _write_dense(checkpoint: Checkpoint, exported: set[str], folder: Path, bar: tqdm[Any]) -> None:
+    """Write the file of all metadata but those of shards, and of the tensors not ``exported``."""
+    header = read_gguf_header(checkpoint.path)
+    with checkpoint.path.open("rb") as file:
+        entries = []
+        for key, (first, end) in header.places.items():
+            if not key.startswith("split."):
+                file.seek(first)
+                entries.append(file.read(end - first))
+    infos = {gguf_name(n): i for n, i in checkpoint.tensors.items() if n not in exported}
+    tensors = [NewTensor(name, TYPES_BY_NAME[i.dtype], i.shape) for name, i in infos.items()]
+
+    def contents(tensor: NewTensor) -> Iterator[bytes]:
+        for chunk in chunks(checkpoint, infos[tensor.name]):
+            bar.update(len(chunk))
+            yield chunk
+
+    (folder / DENSE).parent.mkdir()
+    alignment = header.metadata.get(ALIGNMENT, DEFAULT_ALIGNMENT)
+    write_gguf(folder / DENSE, entries, tensors, contents, alignment)
+
+
 def _write_manifest(
     path: Path, checkpoint: Checkpoint, args: ModelArgs, entries: list[dict[str, Any]]
 ) -> None:
-    """Write the manifest in one step, last of all."""
+    """Write the manifest, last of all."""
     document = {
         "schema_version": SCHEMA,
         "sidecar_kind": KIND,
