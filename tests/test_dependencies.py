@@ -27,6 +27,7 @@ ORDER = (
     ("engine_options", "loader", "engine"),
     ("",),
     ("mlx_lm", "selftest"),
+    ("conversion",),
     ("profiling",),
     ("measuring",),
     ("cli",),

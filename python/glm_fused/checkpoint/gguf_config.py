@@ -14,11 +14,11 @@ from .safetensors_header import TensorInfo
 
 ARCHITECTURE = "glm-dsa"
 METHOD = "gguf"  # of quantization: each tensor's type is its format
-_SIGMOID = 2
+SIGMOID = 2
 _LONG_CONTEXT = 1_048_576  # of the releases whose layers share selections
-_LOG_MULTIPLIER = 0.1  # yarn_log_multiplier is this times mscale_all_dim
+LOG_MULTIPLIER = 0.1  # yarn_log_multiplier is this times mscale_all_dim
 # Keys of a config and their key in the metadata.
-_SIZES = {
+SIZES = {
     "hidden_size": "embedding_length",
     "max_position_embeddings": "context_length",
     "num_attention_heads": "attention.head_count",
@@ -36,7 +36,7 @@ _SIZES = {
     "n_shared_experts": "expert_shared_count",
     "num_experts_per_tok": "expert_used_count",
 }
-_STOP_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
+STOP_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
 def config_from_gguf(
@@ -64,7 +64,7 @@ class _Reader:
         if not 1 <= layers <= MAX_LAYERS:
             expected = f"1 to {MAX_LAYERS} more than nextn_predict_layers ({mtp})"
             raise self._error(_full("block_count"), layers + mtp, expected)
-        sizes = {key: self._integer(name) for key, name in _SIZES.items()}
+        sizes = {key: self._integer(name) for key, name in SIZES.items()}
         head = self._integer("attention.key_length_mla")
         if head <= sizes["qk_rope_head_dim"]:
             expected = f"more than rope.dimension_count ({sizes['qk_rope_head_dim']})"
@@ -122,9 +122,9 @@ class _Reader:
         return found
 
     def _check_gating(self) -> None:
-        found = self._integer("expert_gating_func", default=_SIGMOID)
-        if found != _SIGMOID:
-            raise self._error(_full("expert_gating_func"), found, f"{_SIGMOID} (sigmoid)")
+        found = self._integer("expert_gating_func", default=SIGMOID)
+        if found != SIGMOID:
+            raise self._error(_full("expert_gating_func"), found, f"{SIGMOID} (sigmoid)")
 
     def _vocabulary(self) -> int:
         """The key or, where it is missing, the rows of the embedding."""
@@ -168,7 +168,7 @@ class _Reader:
         if (all_dim := self._number("rope.scaling.yarn_log_multiplier", 0.0)) != 0:
             # The file has no mscale, which is 1 in all configs that have both. Rounding takes away
             # what dividing a decimal leaves.
-            yarn |= {"mscale": 1.0, "mscale_all_dim": round(all_dim / _LOG_MULTIPLIER, 6)}
+            yarn |= {"mscale": 1.0, "mscale_all_dim": round(all_dim / LOG_MULTIPLIER, 6)}
         if _full("rope.scaling.yarn_attn_factor") in self._metadata:
             yarn["attention_factor"] = self._number("rope.scaling.yarn_attn_factor")
         return yarn
@@ -179,8 +179,8 @@ class _Reader:
             raise self._error(_full(name), found, "1.0")
 
     def _stop_tokens(self) -> list[int] | None:
-        found = [self._metadata.get(f"tokenizer.ggml.{name}") for name in _STOP_TOKENS]
-        for name, token in zip(_STOP_TOKENS, found, strict=True):
+        found = [self._metadata.get(f"tokenizer.ggml.{name}") for name in STOP_TOKENS]
+        for name, token in zip(STOP_TOKENS, found, strict=True):
             if token is not None and (type(token) is not int or token < 0):
                 raise self._error(f"tokenizer.ggml.{name}", token, "a token")
         return list(dict.fromkeys(token for token in found if token is not None)) or None

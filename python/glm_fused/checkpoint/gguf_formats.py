@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from ..formats.weights import FORMATS, Format
-from .gguf_types import GGML_TYPES, TYPES_BY_NAME
+from .gguf_types import GGML_TYPES, TYPES_BY_NAME, GgmlType
 from .safetensors_header import DTYPES, NAMES
 
 
@@ -29,6 +29,11 @@ def format_of(type_name: str) -> Format | None:
         if blocks and (fmt.group_size, plane.count) == (kind.columns, kind.nbytes):
             return fmt
     return None
+
+
+def type_of(fmt: Format) -> GgmlType:
+    """The type of a format that GGUF has, the inverse of `format_of`."""
+    return next(kind for kind in GGML_TYPES.values() if format_of(kind.name) == fmt)
 
 
 def expected_types(quantizable: bool) -> str:

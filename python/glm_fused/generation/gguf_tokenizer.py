@@ -9,15 +9,15 @@ from typing import Any
 
 from ..validation import show
 
-_JSON = "tokenizer.huggingface.json"
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # types of tokens
+WHOLE = "tokenizer.huggingface.json"
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # How `tokenizer.ggml.pre` has text cut into words, and whether a word that is a token needs no
 # merges.
-_PRE = {"glm4": (_WORDS, True), "glm5": (_WORDS, True), "chatglm-bpe": (_WORDS, False)}
+PRE = {"glm4": (_WORDS, True), "glm5": (_WORDS, True), "chatglm-bpe": (_WORDS, False)}
 
 
 def write_tokenizer(path: Path, metadata: Mapping[str, Any], folder: Path) -> None:
@@ -27,7 +27,7 @@ def write_tokenizer(path: Path, metadata: Mapping[str, Any], folder: Path) -> No
     templates of GLM write those. Raises ValueError, naming the file and the key with what was found
     and expected.
     """
-    reader = _Reader(path, metadata)
+    reader = TokenizerReader(path, metadata)
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     (folder / "tokenizer.json").write_text(reader.tokenizer())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | reader.special_tokens()))
@@ -38,7 +38,9 @@ def write_tokenizer(path: Path, metadata: Mapping[str, Any], folder: Path) -> No
         (folder / "chat_template.jinja").write_text(template)
 
 
-class _Reader:
+class TokenizerReader:
+    """Reads the keys of a file; its errors name them, with what was found and expected."""
+
     def __init__(self, path: Path, metadata: Mapping[str, Any]):
         self._path, self._metadata = path, metadata
 
@@ -48,11 +50,11 @@ class _Reader:
 
     def tokenizer(self) -> str:
         """The text of tokenizer.json: that in the file or, where there is none, of its tables."""
-        whole = self._metadata.get(_JSON)
+        whole = self._metadata.get(WHOLE)
         if whole is None:
-            return json.dumps(self._from_tables())
+            return json.dumps(self.tables())
         if not isinstance(whole, str):
-            raise self.error(_JSON, whole, "a text")
+            raise self.error(WHOLE, whole, "a text")
         return whole
 
     def special_tokens(self) -> dict[str, str]:
@@ -67,16 +69,17 @@ class _Reader:
             found[name] = tokens[token]
         return found
 
-    def _from_tables(self) -> dict[str, Any]:
+    def tables(self) -> dict[str, Any]:
+        """What tokenizer.json would have, as the tables say."""
         if (found := self._metadata.get("tokenizer.ggml.model")) != "gpt2":
             raise self.error("tokenizer.ggml.model", found, "'gpt2' (byte-level BPE)")
         pre = self._metadata.get("tokenizer.ggml.pre")
-        if not isinstance(pre, str) or pre not in _PRE:
-            raise self.error("tokenizer.ggml.pre", pre, " or ".join(map(repr, _PRE)))
-        words, ignore_merges = _PRE[pre]
+        if not isinstance(pre, str) or pre not in PRE:
+            raise self.error("tokenizer.ggml.pre", pre, " or ".join(map(repr, PRE)))
+        words, ignore_merges = PRE[pre]
         tokens, types = self._texts("tokens"), self._types()
-        vocabulary = {t: i for i, t in enumerate(tokens) if types[i] != _UNUSED}
-        if len(vocabulary) != sum(kind != _UNUSED for kind in types):
+        vocabulary = {t: i for i, t in enumerate(tokens) if types[i] != UNUSED}
+        if len(vocabulary) != sum(kind != UNUSED for kind in types):
             raise self.error("tokenizer.ggml.tokens", tokens, "no token twice")
         by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
         split = {"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated"}
@@ -121,7 +124,7 @@ class _Reader:
 def _added_tokens(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return [
-        {"id": i, "content": token, "special": kind == _CONTROL} | plain
+        {"id": i, "content": token, "special": kind == CONTROL} | plain
         for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (_CONTROL, _USER_DEFINED)
+        if kind in (CONTROL, USER_DEFINED)
     ]

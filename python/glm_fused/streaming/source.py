@@ -193,7 +193,7 @@ def _check_streamable(tensors: Mapping[str, TensorInfo], form: Form, module: Mod
         raise ValueError(
             f"[slots] {layer} has experts of compressed-tensors, which cannot be streamed: the"
             " biases that kernels read are not in its files; convert the checkpoint with"
-            " python -m glm_fused.mlx_lm convert."
+            " `glm-fused convert`."
         )
     dtype, columns = tensors[first + form.suffix].dtype, module.shape[-1]
     fp8 = f"{first}.weight_scale_inv" in tensors
@@ -206,7 +206,7 @@ def _check_streamable(tensors: Mapping[str, TensorInfo], form: Form, module: Mod
     if not blocks and dtype not in DTYPES and not fp8 and f"{first}.weight_scale_2" not in tensors:
         raise ValueError(
             f"[slots] {layer} has {dtype} experts, which cannot be streamed; convert the"
-            " checkpoint with mlx_lm.convert."
+            " checkpoint with `glm-fused convert`."
         )
 
 

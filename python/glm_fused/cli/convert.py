@@ -1,0 +1,72 @@
+"""``glm-fused convert``: a checkpoint as a GGUF file or in MLX's formats."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import arguments
+from .arguments import UsageError
+
+if TYPE_CHECKING:
+    from ..formats.weights import Format
+
+HELP = "write a checkpoint as a GGUF file or in MLX's formats"
+EXAMPLES = """\
+examples:
+  glm-fused convert --model PATH model.gguf --experts q4_0 --dense q8_0
+  glm-fused convert --model PATH FOLDER --experts mxfp4 --dense affine8
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    help = 'folder of a checkpoint, or "demo", the bundled one'
+    parser.add_argument("--model", required=True, type=arguments.path, metavar="PATH", help=help)
+    help = "what to write: a file NAME.gguf, or a new folder for MLX"
+    parser.add_argument("out", type=arguments.path, metavar="OUT", help=help)
+    help = "of routed experts (default: as they are; what OUT cannot hold becomes bfloat16)"
+    parser.add_argument("--experts", type=arguments.words, metavar="TYPE", help=help)
+    help = "of other matrices, without routers and indexers (default: the same)"
+    parser.add_argument("--dense", type=arguments.words, metavar="TYPE", help=help)
+    parser.add_argument("--overwrite", action="store_true", help="replace a GGUF file")
+    arguments.add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    from ..checkpoint.paths import GGUF
+    from ..conversion import gguf, mlx
+    from ..conversion.target import Types
+    from ..memory import size
+    from .output import print_json
+
+    def say(line: str) -> None:
+        print(f"glm-fused: {line}", file=sys.stderr)
+
+    out = Path(options.out).expanduser()
+    of_gguf = out.suffix.lower() == GGUF
+    known = gguf.TYPES if of_gguf else mlx.TYPES
+    types = Types(
+        _format("--experts", options.experts, known), _format("--dense", options.dense, known)
+    )
+    if of_gguf:
+        nbytes = gguf.to_gguf(options.model, out, types, options.overwrite, say)
+    elif options.overwrite:
+        raise UsageError(f"--overwrite is for a {GGUF} file, and {options.out} is none.")
+    else:
+        nbytes = mlx.to_mlx(options.model, out, types)
+    if options.json:
+        print_json({"path": str(out), "bytes": nbytes})
+    else:
+        print(f"{out}: {size(nbytes)}")
+    return 0
+
+
+def _format(flag: str, name: str | None, known: tuple[str, ...]) -> Format | None:
+    from ..formats.weights import FORMATS
+    from ..validation import show
+
+    if name is not None and name not in known:
+        raise UsageError(f"{flag}: {show(name)}, expected one of {', '.join(known)}.")
+    return None if name is None else FORMATS[name]

@@ -1,0 +1,1 @@
+"""Converts checkpoints: to GGUF files, and to folders in MLX's formats."""
