@@ -222,12 +222,13 @@ def test_inspect_says_what_the_model_with_its_sidecar_is(dense, drawn, tmp_path,
         descriptions.append(json.loads(capsys.readouterr().out))
     files = len(list(sidecar.glob("*.bin")))
     assert [found.pop("files") for found in descriptions] == [1, 1 + files]
-    for found in descriptions:
+    for found, source in zip(descriptions, ("memory", "flash-moe sidecar"), strict=True):
         found.pop("path")
         found["bytes_on_disk"] -= found["bytes_on_disk"] % 100_000  # headers differ
+        assert {layer.pop("experts_from") for layer in found["each_layer"]} == {None, source}
     assert descriptions[0] == descriptions[1]
     assert main(["inspect", str(path), "--sidecar", str(tmp_path)]) == 2
-    assert "holds no manifest of Flash-MoE" in capsys.readouterr().err
+    assert f"{tmp_path} has no manifest.json" in capsys.readouterr().err
 
 
 def test_sidecar_inspect_names_tensors_and_types(drawn, tmp_path, capsys):

@@ -1,7 +1,7 @@
 """What a checkpoint is and what a decoded token costs, from its headers alone."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 from textwrap import wrap
@@ -17,6 +17,7 @@ from ..models.tensors import Module, modules
 from .checked import checked
 from .folder import Checkpoint
 from .layer_contents import mtp_layers
+from .layer_description import IN_MEMORY, activity, decimal, describe_layers, format_layers, ranges
 from .stored import Inventory, Stored
 
 WIDTH = 100
@@ -29,9 +30,12 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     return describe_checkpoint(Checkpoint.open(path))
 
 
-def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+def describe_checkpoint(
+    checkpoint: Checkpoint, source: str = IN_MEMORY, slots: int | None = None
+) -> dict[str, Any]:
     """A JSON-ready description of a checkpoint; reads no tensor data.
 
+    ``source`` and ``slots`` are of routed experts, as `describe_layers` takes them.
     Raises what loading raises for tensors that do not fit the config.
     """
     args, inventory = checked(checkpoint)
@@ -51,9 +55,9 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "prompt_memory": _prompt_plan(args, inventory).describe(),
         "formats": {name: kind.describe() for name, kind in kinds.items()},
         "layers": len(args.layers),
-        "full_layers": _ranges(layer.index for layer in args.layers if layer.is_full),
-        "shared_layers": _ranges(layer.index for layer in args.layers if not layer.is_full),
-        "expert_layers": _ranges(layer.index for layer in args.layers if layer.is_sparse),
+        "full_layers": ranges(layer.index for layer in args.layers if layer.is_full),
+        "shared_layers": ranges(layer.index for layer in args.layers if not layer.is_full),
+        "expert_layers": ranges(layer.index for layer in args.layers if layer.is_sparse),
         "experts": args.n_routed_experts,
         "experts_by_layer": [layer.experts for layer in args.layers],
         "experts_per_token": args.num_experts_per_tok,
@@ -63,6 +67,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "ignored_tensors": inventory.ignored,
         "mtp_layers": [asdict(layer) for layer in mtp_layers(args, checkpoint.tensors)],
         "warnings": list(_warnings(inventory)),
+        "each_layer": describe_layers(args, inventory, source, slots),
     }
 
 
@@ -91,15 +96,6 @@ def variant(args: ModelArgs) -> str:
     if not pruned:
         return name
     return f"{name}, REAP-pruned to {_span(counts)} of {RELEASED_EXPERTS} experts"
-
-
-def activity(args: ModelArgs, module: Module) -> float:
-    """The share of a module's weights that one token uses."""
-    if module.experts:
-        return args.num_experts_per_tok / module.experts
-    if module.kind == "embedding" and not args.tie_word_embeddings:
-        return 1 / args.vocab_size
-    return 1.0
 
 
 @dataclass
@@ -164,17 +160,6 @@ def _elements(module: Module) -> int:
     return prod(module.shape) + (module.bias[1] if module.bias else 0)
 
 
-def _ranges(indices: Iterable[int]) -> str:
-    """ "0-2, 6, 10": consecutive numbers joined."""
-    runs: list[list[int]] = []
-    for i in indices:
-        if runs and runs[-1][1] == i - 1:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
 def format_description(description: dict[str, Any]) -> str:
     """The description as text for a terminal."""
     d = description
@@ -182,9 +167,9 @@ def format_description(description: dict[str, Any]) -> str:
         f"{d['variant']} ({d['model_type']})",
         f"  path        {d['path']}",
         f"  parameters  {_count(d['parameters'])}, {_count(d['active_parameters'])} active a token",
-        f"  on disk     {_bytes(d['bytes_on_disk'])} in {_plural(d['files'], 'file')},"
-        f" {_bytes(d['bytes_loaded'])} loaded",
-        f"  per token   {_bytes(d['bytes_read_per_token'])} of weights read,"
+        f"  on disk     {decimal(d['bytes_on_disk'])} in {_plural(d['files'], 'file')},"
+        f" {decimal(d['bytes_loaded'])} loaded",
+        f"  per token   {decimal(d['bytes_read_per_token'])} of weights read,"
         f" {d['kv_bytes_per_token']:,} B of cache (bfloat16)",
         _memory_line(d["prompt_memory"]),
         f"  layers      {d['layers']}",
@@ -206,10 +191,10 @@ def format_description(description: dict[str, Any]) -> str:
     lines += ["", f"  {'weights':<18}{'bits':>6}{'on disk':>11}{'a token':>11}  format"]
     for name, kind in d["formats"].items():
         lines.append(
-            f"  {name:<18}{kind['bits_per_weight']:>6.2f}{_bytes(kind['bytes']):>11}"
-            f"{_bytes(kind['bytes_read_per_token']):>11}  {', '.join(kind['formats'])}"
+            f"  {name:<18}{kind['bits_per_weight']:>6.2f}{decimal(kind['bytes']):>11}"
+            f"{decimal(kind['bytes_read_per_token']):>11}  {', '.join(kind['formats'])}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *format_layers(d["each_layer"], WIDTH)])
 
 
 def _experts(d: dict[str, Any]) -> str:
@@ -219,15 +204,15 @@ def _experts(d: dict[str, Any]) -> str:
 
 def _memory_line(plan: dict[str, int]) -> str:
     return (
-        f"  memory      {_bytes(plan['total'])} for a prompt of {plan['context']:,} tokens:"
-        f" {_bytes(plan['cache'])} of cache, {_bytes(plan['temporaries'])} of temporaries"
+        f"  memory      {decimal(plan['total'])} for a prompt of {plan['context']:,} tokens:"
+        f" {decimal(plan['cache'])} of cache, {decimal(plan['temporaries'])} of temporaries"
     )
 
 
 def _mtp_line(layer: dict[str, Any]) -> str:
     lacking = layer["missing"]
     lacks = f", lacks {_plural(len(lacking), 'weight')}" if lacking else ""
-    size = f"{_plural(layer['tensors'], 'tensor')}, {_bytes(layer['nbytes'])}"
+    size = f"{_plural(layer['tensors'], 'tensor')}, {decimal(layer['nbytes'])}"
     return f"  MTP layer   {layer['layer']}: {size}{lacks}; not used"
 
 
@@ -246,10 +231,3 @@ def _count(n: int) -> str:
         if n >= size:
             return f"{n / size:.1f} {unit}"
     return str(n)
-
-
-def _bytes(n: int) -> str:
-    for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if n >= size:
-            return f"{n / size:.2f} {unit}"
-    return f"{n} B"

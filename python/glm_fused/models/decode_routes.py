@@ -42,13 +42,16 @@ def _matvec_route(stock_ops: bool = True) -> Route:
     return choose("quantized_matvec", stock_ops=stock_ops)
 
 
-def path_taken(args: ModelArgs) -> str:
-    """Name the path taken: "reference", "fused", or "fused, but …" with what falls back and why."""
+def path_taken(args: ModelArgs, layers: Iterable[LayerSpec] | None = None) -> str:
+    """Name the path taken: "reference", "fused", or "fused, but …" with what falls back and why.
+
+    It is that of ``layers``, or of all that the model has.
+    """
     if paths.use_reference():
         return "reference"
     routes = [
         route
-        for layer in args.layers
+        for layer in (args.layers if layers is None else layers)
         for route in (*attention_routes(args, layer), *mlp_routes(args, layer))
     ]
     fallen = dict.fromkeys(str(route) for route in routes if route.fell_back)

@@ -17,7 +17,7 @@ from ..models.config import ModelArgs
 from ..models.tensors import PROJECTIONS
 from ..validation import show
 from .flashmoe_manifest import FAMILIES, Entry, read_entries
-from .sidecar import MANIFEST
+from .sidecar import MANIFEST, check_finished
 from .source import ExpertSource, LayerExperts, Part
 
 
@@ -81,8 +81,9 @@ def with_experts(checkpoint: Checkpoint, path: Path) -> Checkpoint:
     """The checkpoint with the tensors of a Flash-MoE sidecar in ``path``; else as it is.
 
     Raises ValueError, naming the tensor, where the checkpoint has one of another type or shape, and
-    for a checkpoint that is not GGUF.
+    for a checkpoint that is not GGUF; FileNotFoundError for a folder that is no sidecar.
     """
+    check_finished(path)
     if not is_flashmoe(path):
         return checkpoint
     if checkpoint.metadata is None:

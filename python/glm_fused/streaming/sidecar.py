@@ -92,12 +92,7 @@ class Sidecar:
         Raises FileNotFoundError for a missing file, and ValueError, naming the file, for one that
         is malformed, truncated, or another layer's or sidecar's.
         """
-        if not (path / MANIFEST).exists():
-            if (path / UNFINISHED).exists():
-                raise ValueError(
-                    f"[sidecar] {path} is not finished: run `glm-fused sidecar import` again."
-                )
-            raise FileNotFoundError(f"[sidecar] {path} has no {MANIFEST}.")
+        check_finished(path)
         sidecar = read_manifest(path / MANIFEST)
         for layer in sidecar.layers:
             sidecar.check_file(layer)
@@ -130,6 +125,15 @@ class Sidecar:
             layers[layer.layer] = LayerExperts(layer.parts, tuple(locations), layer.checksums)
         files = {self.path / layer.file: layer.size for layer in self.layers}
         return ExpertSource("sidecar", files, layers)
+
+
+def check_finished(path: Path) -> None:
+    """Raise an error, which says what is missing, for a folder without a manifest."""
+    if (path / MANIFEST).exists():
+        return
+    if (path / UNFINISHED).exists():
+        raise ValueError(f"[sidecar] {path} is not finished: run `glm-fused sidecar import` again.")
+    raise FileNotFoundError(f"[sidecar] {path} has no {MANIFEST}.")
 
 
 def layer_file(layer: int) -> str:
