@@ -65,7 +65,7 @@ void pack(const float* x, int k, float* panel, int m, int width) {
     unroll<F::kValues>(GLM_EACH(i) { v[i] = load(from + i * kHalf); });
     by_value(v);
     if constexpr (kInterleaves<F>) {
-      unroll<F::kValues>(GLM_EACH(i) {
+      for_each_constant<F::kValues>(GLM_EACH(i) {
         if constexpr (i % 8 < 4) {
           interleave_lanes(v[i], v[i + 4]);
         }
