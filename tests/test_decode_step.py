@@ -336,7 +336,7 @@ def test_what_is_replaced_is_noticed(model, recorded):
     assert step() == (3, 4)
     del attention["q_a_layernorm"]
     attention.q_a_norm = attention.q_b_proj
-    assert not fresh._steps._parts.are_in_place()
+    assert not fresh._steps._parts.are_in_place(fresh)
     del attention["q_a_norm"]
     attention.q_a_layernorm = fresh.layers[1].self_attn.q_a_layernorm
     assert step() == (4, 5)
@@ -444,7 +444,7 @@ def test_what_does_not_fit_is_refused(model):
     fresh = copy.deepcopy(model)
     cache = fresh.make_cache()
     mx.eval(fresh(mx.array([[1, 2, 3]]), cache), fresh(mx.array([[1]]), cache))
-    (step,) = fresh._steps._steps.values()
+    (step,) = fresh._steps._parts.steps.values()
     x, tokens = mx.zeros((1, 2, 1, 128), mx.bfloat16), mx.array([[1]])
 
     def decode(start):

@@ -67,6 +67,28 @@ bool same_items(const ObjectList& containers, const ListList& items) {
   return true;
 }
 
+// What arrays are: an operator that works in place gives an array's object
+// another value.
+class ArrayValues {
+ public:
+  explicit ArrayValues(const ArraySequence& all) : values_(arrays(all)) {}
+
+  bool are_of(const nb::typed<nb::list, mx::array>& all) const {
+    if (all.size() != values_.size()) {
+      return false;
+    }
+    for (size_t i = 0; i < values_.size(); i++) {
+      if (nb::cast<const mx::array&>(all[i]).id() != values_[i].id()) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+ private:
+  const Arrays values_;  // held, so that no other may have its id
+};
+
 }  // namespace
 
 void bind_decode_step(nb::module_& m) {
@@ -78,6 +100,14 @@ void bind_decode_step(nb::module_& m) {
       "Whether containers[i], a dict or a list, has just items[i], in "
       "order.\n\n"
       "Of a dict that is keys and values in turn.");
+  nb::class_<ArrayValues>(
+      m, "ArrayValues", "What arrays are, whatever their objects become.")
+      .def(nb::init<const ArraySequence&>(), "arrays"_a)
+      .def(
+          "are_of",
+          &ArrayValues::are_of,
+          "arrays"_a,
+          "Whether the same objects, in their order, still are these.");
   nb::class_<LateCheck>(
       m, "LateCheck", "A check of tokens that MLX computes already.");
   nb::class_<DecodeStep>(

@@ -396,6 +396,13 @@ def same_items(containers: list[object], items: list[list[object]]) -> bool:
     Of a dict that is keys and values in turn.
     """
 
+class ArrayValues:
+    """What arrays are, whatever their objects become."""
+
+    def __init__(self, arrays: Sequence[mlx.core.array]) -> None: ...
+    def are_of(self, arrays: list[mlx.core.array]) -> bool:
+        """Whether the same objects, in their order, still are these."""
+
 class LateCheck:
     """A check of tokens that MLX computes already."""
 

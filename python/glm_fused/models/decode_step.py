@@ -65,13 +65,13 @@ class Model(Protocol):
 class DecodeSteps:
     """The recorded steps of a model, for each number of tokens and kind of cache.
 
-    They hold the model's weights. A weight or layer that is replaced is noticed at the next step,
-    which is recorded anew. A copy of the model records its own.
+    They hold the model's weights. A weight or layer that is replaced or changed in place is noticed
+    at the next step, which is recorded anew. A copy of the model records its own, unless it is a
+    shallow one: then they take turns.
     """
 
     def __init__(self) -> None:
         self._parts: _Parts | None = None
-        self._steps: dict[tuple[Any, ...], _ext.DecodeStep | None] = {}
         self._last: _Last | None = None
 
     def __reduce__(self) -> tuple[type[DecodeSteps], tuple[()]]:
@@ -83,7 +83,9 @@ class DecodeSteps:
         None, with nothing done, where it is not. Tokens and cache need not be checked.
         """
         last = self._last
-        if last is None or model.training or metal_sim.active() or not last.parts.are_in_place():
+        if last is None or model.training or metal_sim.active():
+            return None
+        if not last.parts.are_in_place(model):
             return None
         return last.decoding(tokens, cache)
 
@@ -100,8 +102,8 @@ class DecodeSteps:
         if keys is None:
             return None
         parts = self._parts
-        if parts is None or not parts.are_in_place():
-            self._steps = {}  # not cleared: another thread may be at it
+        if parts is None or not parts.are_in_place(model):
+            self._last = None  # lets go of weights before others are taken
             self._parts = parts = _Parts(model)
         if not parts.plain or not _ext.DecodeStep.takes([tokens, keys]):
             return None
@@ -150,10 +152,10 @@ class DecodeSteps:
     ) -> _ext.DecodeStep | None:
         """The step for such inputs and caches; None where a norm widens what it is given."""
         key = (str(mx.default_stream(mx.cpu)), _ext.num_threads(), selects, dtype, *inputs)
-        if key in (steps := self._steps):
+        if key in (steps := parts.steps):
             return steps[key]
         if len(steps) >= _MOST:
-            self._steps = {}
+            parts.steps = steps = {}  # not cleared: another thread may be at it
         stand_ins = [_stand_in(*each) for each in inputs]
         x = stand_ins[0]
         if parts.table is not None:
@@ -162,7 +164,7 @@ class DecodeSteps:
         step = _record(model, stand_ins, x, dtype, selects) if keeps_dtype else None
         how = "layer by layer: a norm widens its input" if step is None else "as one recorded node"
         debug("decode steps of %d x %d tokens run %s", *x.shape[:2], how)
-        self._steps[key] = step
+        steps[key] = step
         return step
 
 
@@ -185,12 +187,15 @@ class _Last(NamedTuple):
 
 
 class _Parts:
-    """What a model is made of: every layer and array, and where it is."""
+    """What a model is made of, every layer and array, where it is, and the steps of just that."""
 
     def __init__(self, model: Model):
+        self.steps: dict[tuple[Any, ...], _ext.DecodeStep | None] = {}
         self._containers = list(_containers(model))
         self._items = list(map(_items, self._containers))
-        arrays = [part for items in self._items for part in items if isinstance(part, mx.array)]
+        parts = [part for items in self._items for part in items]
+        self._arrays = arrays = [part for part in parts if isinstance(part, mx.array)]
+        self._values = _ext.ArrayValues(arrays)
         self.table = _table(model.model.embed_tokens)
         self.plain = _ext.DecodeStep.takes(arrays) and model.is_plain()
         if self.plain:
@@ -198,9 +203,13 @@ class _Parts:
         else:
             debug("decode steps run layer by layer: weights are streamed, adapted or traced")
 
-    def are_in_place(self) -> bool:
-        """Whether the model still has these parts, and no others."""
-        return _ext.same_items(self._containers, self._items)
+    def are_in_place(self, model: Model) -> bool:
+        """Whether the model still has these parts, as they were, and no others."""
+        return (
+            self._containers[0] is model
+            and _ext.same_items(self._containers, self._items)
+            and self._values.are_of(self._arrays)
+        )
 
     def embedded(self, model: Model, tokens: mx.array) -> mx.array | None:
         """The rows of tokens, unless a step takes them itself."""
