@@ -5,7 +5,6 @@ import json
 import mlx.core as mx
 import pytest
 from conftest import tiny_config, write_checkpoint
-from gguf_files import write_gguf
 from test_generate import write_tokenizer
 from test_streaming import AFFINE, run, same
 
@@ -73,8 +72,6 @@ def test_what_does_not_fit_is_refused(source, tmp_path, capsys):
     out = tmp_path / "out"
     assert "expected one of affine2-g32," in refused(capsys, source, out, "--experts", "q4_0")
     assert "--overwrite is for a .gguf file" in refused(capsys, source, out, "--overwrite")
-    file = write_gguf(tmp_path / "m.gguf")
-    assert f"{file} is a GGUF file, expected a folder" in refused(capsys, file, out)
     assert "lie in one another" in refused(capsys, source, source / "out")
     assert "lie in one another" in refused(capsys, source, source.parent)
     packed = write_checkpoint(tmp_path / "packed", quantization=AFFINE)

@@ -22,8 +22,8 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    help = 'folder of a checkpoint, or "demo", the bundled one'
-    parser.add_argument("--model", required=True, type=arguments.path, metavar="PATH", help=help)
+    model = {"metavar": "PATH", "help": arguments.MODEL}
+    parser.add_argument("--model", required=True, type=arguments.path, **model)
     help = "what to write: a file NAME.gguf, or a new folder for MLX"
     parser.add_argument("out", type=arguments.path, metavar="OUT", help=help)
     help = "of routed experts (default: as they are; what OUT cannot hold becomes bfloat16)"

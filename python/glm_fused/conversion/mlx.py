@@ -30,12 +30,10 @@ def to_mlx(model: str | os.PathLike[str], out: Path, types: Types) -> int:
 
     What ``types`` leave stays as it is, or becomes bfloat16 where MLX has no such format. The
     folder has its name once it is whole. Raises FileExistsError for a folder that holds something,
-    ValueError for a model that is GGUF, for one that is quantized already where types are given,
-    and for rows that their groups do not divide, and whatever loading raises.
+    ValueError for a model in MLX's formats already where types are given, and for rows that their
+    groups do not divide, and whatever loading raises.
     """
     checkpoint = Checkpoint.open(model)
-    if checkpoint.metadata is not None:
-        raise ValueError(f"[convert] {checkpoint.path} is a GGUF file, expected a folder.")
     check_place(out, checkpoint.path)
     args, inventory = checked(checkpoint)
     packed = sorted({str(fmt) for fmt in inventory.formats.values() if fmt in QUANTIZED})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -14,25 +15,32 @@ from ..foreign import foreign
 from .gguf_tokenizer import write_tokenizer
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> TokenizerWrapper:
+def load_tokenizer(
+    checkpoint: Checkpoint, options: Mapping[str, Any] | None = None
+) -> TokenizerWrapper:
     """The tokenizer in the checkpoint's folder or GGUF file, with its stop tokens.
+
+    ``options`` are transformers' own, as mlx-lm's ``tokenizer_config``.
 
     Raises ValueError, naming the folder or file and what is wrong, for one that does not load. The
     tokenizer raises it later for a token that it has no text for.
     """
     if checkpoint.metadata is None:
-        return _load(checkpoint, checkpoint.path)
+        return _load(checkpoint, checkpoint.path, options)
     with TemporaryDirectory() as name:
         write_tokenizer(checkpoint.path, checkpoint.metadata, Path(name))
-        tokenizer = _load(checkpoint, Path(name))
+        tokenizer = _load(checkpoint, Path(name), options)
     tokenizer._tokenizer.name_or_path = str(checkpoint.path)
     return tokenizer
 
 
-def _load(checkpoint: Checkpoint, folder: Path) -> TokenizerWrapper:
+def _load(
+    checkpoint: Checkpoint, folder: Path, options: Mapping[str, Any] | None
+) -> TokenizerWrapper:
     eos = checkpoint.config.get("eos_token_id")
     with foreign(f"[tokenizer] the tokenizer in {checkpoint.path} does not load"):
-        tokenizer = cast(TokenizerWrapper, utils.load_tokenizer(folder, eos_token_ids=eos))
+        found = utils.load_tokenizer(folder, dict(options or {}), eos_token_ids=eos)
+        tokenizer = cast(TokenizerWrapper, found)
         _guard(tokenizer._detokenizer, checkpoint.path)
     return tokenizer
 

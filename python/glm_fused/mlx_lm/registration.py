@@ -17,9 +17,12 @@ import mlx_lm.generate  # the module: its name in the package is a function
 import mlx_lm.models
 import mlx_lm.utils
 
+from ..checkpoint.folder import Checkpoint
+from ..checkpoint.paths import GGUF
 from ..checkpoint.safetensors_header import read_header
 from ..engine import Engine
 from ..engine_options import EngineOptions
+from ..generation.tokenizer import load_tokenizer
 from ..models.config import ARGS_CLASSES
 from ..models.decoder import Model
 from ..streaming.model import StreamedModel
@@ -55,6 +58,7 @@ class Loading:
 _loading = Loading()
 _streamed: weakref.ref[Model] | None = None
 _stock_load_model, _stock_load_adapters = mlx_lm.utils.load_model, mlx_lm.utils.load_adapters
+_stock_load_tokenizer = mlx_lm.utils.load_tokenizer
 _generate = sys.modules["mlx_lm.generate"]
 _convert = sys.modules["mlx_lm.convert"]
 _stock_recipe = _convert.mixed_quant_predicate_builder
@@ -66,6 +70,7 @@ _stock_steps = {
 def register(loading: Loading | None = None) -> None:
     """Have ``mlx_lm`` load ``glm_moe_dsa`` and ``deepseek_v32`` as this package's models.
 
+    A GGUF file, or a folder that holds one and no config.json, is one of them.
     Other model types go on through stock code. Loading follows ``loading`` and is strict: it
     raises what `glm_fused.Engine` raises. Options that caches of these models do not take
     (``kv_bits``, ``max_kv_size``) raise ValueError instead of being ignored.
@@ -80,6 +85,7 @@ def register(loading: Loading | None = None) -> None:
         setattr(mlx_lm.models, model_type, module)
     setattr(mlx_lm.utils, "load_model", _load_model)  # noqa: B010  mypy knows its exact type
     setattr(mlx_lm.utils, "load_adapters", _load_adapters)  # noqa: B010
+    setattr(mlx_lm.utils, "load_tokenizer", _load_tokenizer)  # noqa: B010
     setattr(_convert, "mixed_quant_predicate_builder", _recipe)  # noqa: B010
     for name, stock in _stock_steps.items():
         setattr(_generate, name, _refusing(stock))
@@ -120,6 +126,24 @@ def _load_model(
     return engine.model, engine.config | (model_config or {})
 
 
+def _load_tokenizer(
+    model_path: Any,
+    tokenizer_config_extra: Mapping[str, Any] | None = None,
+    eos_token_ids: Any = None,
+) -> Any:
+    """``mlx_lm.utils.load_tokenizer``, or the tokenizer in a GGUF file."""
+    if not _is_gguf(Path(model_path)):
+        return _stock_load_tokenizer(model_path, tokenizer_config_extra, eos_token_ids)
+    return load_tokenizer(Checkpoint.open(model_path), tokenizer_config_extra)
+
+
+def _is_gguf(path: Path) -> bool:
+    """Whether a path is that of a GGUF file or of a folder that stands for one."""
+    if path.is_dir():
+        return not (path / "config.json").exists() and any(path.glob(f"*{GGUF}"))
+    return path.is_file()
+
+
 def _load_adapters(model: Any, adapter_path: str) -> Any:
     """``mlx_lm.utils.load_adapters``, except that adapters of streamed experts are one error."""
     if isinstance(model, StreamedModel):
@@ -133,6 +157,8 @@ def _load_adapters(model: Any, adapter_path: str) -> Any:
 
 
 def _model_type(path: Path) -> str:
+    if _is_gguf(path):
+        return str(Checkpoint.open(path).config["model_type"])
     file = path / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"[mlx_lm] {path} has no config.json; is it a model's folder?")
