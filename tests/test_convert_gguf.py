@@ -305,6 +305,41 @@ def test_nothing_is_overwritten_unasked(tmp_path, capsys):
     assert describe(out)["layers"] == 5
 
 
+def test_shards(tmp_path, capsys, monkeypatch):
+    folder, out = write_checkpoint(tmp_path / "model"), tmp_path / "m.gguf"
+    more = ["--shard-size", "1MB", "--json"]
+    convert(folder, out, *more)
+    paths = sorted(tmp_path.glob("*.gguf"))
+    told = json.loads(capsys.readouterr().out)
+    assert told == {
+        "path": str(paths[0]),
+        "files": len(paths),
+        "bytes": sum(path.stat().st_size for path in paths),
+    }
+    count = len(paths)
+    assert [path.name for path in paths] == [
+        f"m-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)
+    ]
+    assert count > 2 and all(path.stat().st_size < 1_030_000 for path in paths)
+    assert same(run(load_model(paths[0])[0]), run(load_model(folder)[0]))
+    whole = contents(convert(folder, tmp_path / "whole.gguf"))[1]
+    assert whole == {n: t for path in paths for n, t in contents(path)[1].items()}
+    for field in ("split.no", "split.count"):  # llama.cpp reads no other types
+        assert gguf.GGUFReader(paths[1]).fields[field].types == [gguf.GGUFValueType.UINT16]
+    paths[0].unlink()
+    assert f"{paths[1]} exists; --overwrite" in refused(capsys, folder, out, *more)
+    for path in paths[1:]:
+        path.unlink()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("glm_fused.checkpoint.gguf_writer.encode_entry", fail)
+    assert "No space left" in refused(capsys, folder, out, *more)
+    assert not list(tmp_path.glob("m-*"))
+    assert "expected a size with its unit" in refused(capsys, folder, out, "--shard-size", "7")
+
+
 def test_a_full_disk_and_a_missing_package(tmp_path, capsys, monkeypatch):
     folder, out = write_checkpoint(tmp_path / "model"), tmp_path / "m.gguf"
     usage = shutil.disk_usage("/")._replace(free=1000)

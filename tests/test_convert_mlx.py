@@ -40,7 +40,8 @@ def test_types(source, tmp_path, experts, dense, capsys):
     more = [word for flag, name in given.items() if name for word in (flag, name)]
     assert main(["convert", "--model", str(source), str(out), *more, "--json"]) == 0
     nbytes = sum(file.stat().st_size for file in out.iterdir())
-    assert json.loads(capsys.readouterr().out) == {"path": str(out), "bytes": nbytes}
+    told = {"path": str(out), "files": len(list(out.iterdir())), "bytes": nbytes}
+    assert json.loads(capsys.readouterr().out) == told
     found = formats(out)
     for name, kinds in found.items():
         wanted = None if name in KEPT else experts if name in EXPERTS else dense
@@ -72,6 +73,8 @@ def test_what_does_not_fit_is_refused(source, tmp_path, capsys):
     out = tmp_path / "out"
     assert "expected one of affine2-g32," in refused(capsys, source, out, "--experts", "q4_0")
     assert "--overwrite is for a .gguf file" in refused(capsys, source, out, "--overwrite")
+    error = refused(capsys, source, out, "--shard-size", "1GB")
+    assert "--shard-size is for a .gguf file" in error
     assert "lie in one another" in refused(capsys, source, source / "out")
     assert "lie in one another" in refused(capsys, source, source.parent)
     packed = write_checkpoint(tmp_path / "packed", quantization=AFFINE)

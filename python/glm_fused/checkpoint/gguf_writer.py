@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -45,29 +46,58 @@ def encode_entry(key: str, value: Any) -> bytes:
 
 
 def write_gguf(
-    path: Path,
+    file: BinaryIO,
     entries: Sequence[bytes],
     tensors: Sequence[NewTensor],
     contents: Contents,
     alignment: int = DEFAULT_ALIGNMENT,
 ) -> None:
-    """Write a file of metadata ``entries``, as `encode_entry` gives them, and ``tensors``.
+    """Write metadata ``entries``, as `encode_entry` gives them, and ``tensors``.
 
-    ``contents`` gives a tensor's bytes, in pieces. The file replaces ``path`` once it is whole;
-    where something fails, nothing is left of it. ``alignment`` is what the metadata say of it.
+    ``contents`` gives a tensor's bytes, in pieces. ``alignment`` is what the metadata say of it.
     """
-    with new_file(path) as file:
-        header = [MAGIC, struct.pack("<IQQ", _VERSION, len(tensors), len(entries)), *entries]
-        offset = 0
-        for tensor in tensors:
-            header.append(_info(tensor, offset))
-            offset += -(-tensor.nbytes // alignment) * alignment
-        written = sum(file.write(part) for part in header)
-        file.write(bytes(-written % alignment))
-        for tensor in tensors:
-            nbytes = sum(file.write(piece) for piece in contents(tensor))
-            assert nbytes == tensor.nbytes, tensor
-            file.write(bytes(-nbytes % alignment))
+    header = [MAGIC, struct.pack("<IQQ", _VERSION, len(tensors), len(entries)), *entries]
+    offset = 0
+    for tensor in tensors:
+        header.append(_info(tensor, offset))
+        offset += -(-tensor.nbytes // alignment) * alignment
+    written = sum(file.write(part) for part in header)
+    file.write(bytes(-written % alignment))
+    for tensor in tensors:
+        nbytes = sum(file.write(piece) for piece in contents(tensor))
+        assert nbytes == tensor.nbytes, tensor
+        file.write(bytes(-nbytes % alignment))
+
+
+def shard_path(path: Path, number: int, count: int) -> Path:
+    """What the shard ``number``, from 0 on, of ``count`` is called; of one, ``path`` itself."""
+    if count == 1:
+        return path
+    return path.with_name(f"{path.stem}-{number + 1:05d}-of-{count:05d}{path.suffix}")
+
+
+def write_shards(
+    path: Path,
+    keys: Mapping[str, Any],
+    shards: Sequence[Sequence[NewTensor]],
+    contents: Contents,
+) -> list[Path]:
+    """Write a model with metadata ``keys`` to a file or its shards; returns their paths.
+
+    They have their names once all are whole, the first one last.
+    """
+    count = len(shards)
+    paths = [shard_path(path, i, count) for i in range(count)]
+    total = sum(map(len, shards))
+    with ExitStack() as stack:
+        files = [stack.enter_context(new_file(path)) for path in paths]
+        for i, (file, tensors) in enumerate(zip(files, shards, strict=True)):
+            own: dict[str, Any] = dict(keys) if i == 0 else {}
+            if count > 1:
+                own |= {"split.no": np.uint16(i), "split.count": np.uint16(count)}
+                own["split.tensors.count"] = np.int32(total)
+            write_gguf(file, [encode_entry(*item) for item in own.items()], tensors, contents)
+    return paths
 
 
 def _info(tensor: NewTensor, offset: int) -> bytes:

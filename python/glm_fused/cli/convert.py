@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import arguments
-from .arguments import UsageError
+from .arguments import UsageError, flags, parsed_size
 
 if TYPE_CHECKING:
     from ..formats.weights import Format
@@ -30,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--experts", type=arguments.words, metavar="TYPE", help=help)
     help = "of other matrices, without routers and indexers (default: the same)"
     parser.add_argument("--dense", type=arguments.words, metavar="TYPE", help=help)
+    help = "write a GGUF in shards NAME-00001-of-0000N.gguf of about so many bytes, such as 48GB"
+    parser.add_argument("--shard-size", metavar="SIZE", help=help)
     parser.add_argument("--overwrite", action="store_true", help="replace a GGUF file")
     arguments.add_json(parser)
 
@@ -51,15 +53,21 @@ def run(options: argparse.Namespace) -> int:
         _format("--experts", options.experts, known), _format("--dense", options.dense, known)
     )
     if of_gguf:
-        nbytes = gguf.to_gguf(options.model, out, types, options.overwrite, say)
-    elif options.overwrite:
-        raise UsageError(f"--overwrite is for a {GGUF} file, and {options.out} is none.")
+        text = options.shard_size
+        shard = None if text is None else parsed_size("--shard-size", text)
+        paths = gguf.to_gguf(options.model, out, types, options.overwrite, shard, say)
+        out = paths[0]
     else:
-        nbytes = mlx.to_mlx(options.model, out, types)
+        for name in ("overwrite", "shard_size"):
+            if getattr(options, name):
+                flag = flags([name])
+                raise UsageError(f"{flag} is for a {GGUF} file, and {options.out} is none.")
+        paths = mlx.to_mlx(options.model, out, types)
+    nbytes = sum(path.stat().st_size for path in paths)
     if options.json:
-        print_json({"path": str(out), "bytes": nbytes})
+        print_json({"path": str(out), "files": len(paths), "bytes": nbytes})
     else:
-        print(f"{out}: {size(nbytes)}")
+        print(f"{out}: {size(nbytes)} in {len(paths)} files")
     return 0
 
 

@@ -19,7 +19,7 @@ from ..checkpoint.gguf_config import config_from_gguf
 from ..checkpoint.gguf_formats import type_of
 from ..checkpoint.gguf_metadata import metadata_of
 from ..checkpoint.gguf_names import gguf_name, model_name
-from ..checkpoint.gguf_writer import NewTensor, encode_entry, write_gguf
+from ..checkpoint.gguf_writer import NewTensor, shard_path, write_shards
 from ..checkpoint.layer_contents import mtp_layers
 from ..checkpoint.progress import byte_bar
 from ..checkpoint.safetensors_header import TensorInfo
@@ -69,15 +69,18 @@ def to_gguf(
     out: Path,
     types: Types,
     overwrite: bool = False,
+    shard_size: int | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> int:
-    """Write the model that ``model`` names to the file ``out``; returns its size.
+) -> list[Path]:
+    """Write the model that ``model`` names to the file ``out``; returns the files.
+
+    With ``shard_size`` they are shards of about so many bytes, named after it.
 
     Routers and norms are float32, indexers floats as they are, and so is all that ``types`` leave;
-    what is packed is made floats first. MTP layers are left out. The file has its name once it is
-    whole. ``say`` is told what the file lacks.
+    what is packed is made floats first. MTP layers are left out. Files have their names once all
+    are whole. ``say`` is told what they lack.
 
-    Raises FileExistsError where ``out`` exists, unless ``overwrite``, ValueError for a model that
+    Raises FileExistsError where a file exists, unless ``overwrite``, ValueError for a model that
     is GGUF already, for what GGUF cannot say, for rows that blocks do not divide and for values
     that are no finite numbers of a type, ImportError without the package gguf where types need it,
     and whatever loading raises.
@@ -86,8 +89,6 @@ def to_gguf(
     if checkpoint.metadata is not None:
         raise ValueError(f"[convert] {checkpoint.path} is a GGUF file, expected a folder.")
     check_place(out, checkpoint.path)
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"[convert] {out} exists; --overwrite replaces it.")
     loaded = open_model(checkpoint.path, "auto", None).model
     args = loaded.args
     planned = dict(_plan(loaded, types))
@@ -95,16 +96,28 @@ def to_gguf(
     if any(p.format.mode != "dense" for p in planned.values()):
         quantize = _quantizer()
     tensors = [NewTensor(name, type_of(p.format), _shape(p)) for name, p in planned.items()]
+    shards = list(_shards(tensors, shard_size))
+    for path in (shard_path(out, i, len(shards)) for i in range(len(shards))):
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"[convert] {path} exists; --overwrite replaces it.")
     keys = _keys(checkpoint, args, tensors, say)
     for layer in mtp_layers(args, checkpoint.tensors):
         say(f"layer {layer.layer}, which is for MTP, is left out")
     needed = sum(tensor.nbytes for tensor in tensors)
     check_space(out.parent, needed)
     with byte_bar("Converting", needed) as bar:
-        contents = _Contents(loaded, planned, quantize, bar)
-        entries = [encode_entry(key, value) for key, value in keys.items()]
-        write_gguf(out, entries, tensors, contents)
-    return out.stat().st_size
+        return write_shards(out, keys, shards, _Contents(loaded, planned, quantize, bar))
+
+
+def _shards(tensors: list[NewTensor], size: int | None) -> Iterator[list[NewTensor]]:
+    """The tensors of each shard: those that fit in ``size`` bytes, or a larger one alone."""
+    shard: list[NewTensor] = []
+    for tensor in tensors:
+        if shard and size is not None and sum(t.nbytes for t in (*shard, tensor)) > size:
+            yield shard
+            shard = []
+        shard.append(tensor)
+    yield shard
 
 
 def _plan(model: Model, types: Types) -> Iterator[tuple[str, _Planned]]:

@@ -25,8 +25,8 @@ from .target import Types, check_place, check_rows
 TYPES = tuple(fmt.name for fmt in QUANTIZED)
 
 
-def to_mlx(model: str | os.PathLike[str], out: Path, types: Types) -> int:
-    """Write the model that ``model`` names to the new folder ``out``; returns its bytes.
+def to_mlx(model: str | os.PathLike[str], out: Path, types: Types) -> list[Path]:
+    """Write the model that ``model`` names to the new folder ``out``; returns the files.
 
     What ``types`` leave stays as it is, or becomes bfloat16 where MLX has no such format. The
     folder has its name once it is whole. Raises FileExistsError for a folder that holds something,
@@ -50,7 +50,7 @@ def to_mlx(model: str | os.PathLike[str], out: Path, types: Types) -> int:
     with new_folder(out) as made:
         made.rmdir()  # mlx-lm makes it
         _convert(checkpoint.path, made, args, types)
-    return sum(file.stat().st_size for file in out.iterdir())
+    return sorted(out.iterdir())
 
 
 def _convert(source: Path, folder: Path, args: ModelArgs, types: Types) -> None:

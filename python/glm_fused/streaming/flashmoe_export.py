@@ -19,7 +19,7 @@ from ..checkpoint.gguf_types import TYPES_BY_NAME
 from ..checkpoint.gguf_writer import NewTensor, write_gguf
 from ..checkpoint.progress import byte_bar
 from ..checkpoint.safetensors_header import TensorInfo
-from ..checkpoint.writing import check_space, new_folder
+from ..checkpoint.writing import check_space, new_file, new_folder
 from ..models.config import ModelArgs
 from ..models.tensor_names import is_expert, layer_of
 from .flashmoe import FlashMoeSidecar
@@ -122,12 +122,12 @@ def _write(
 def _write_dense(checkpoint: Checkpoint, exported: set[str], folder: Path, bar: tqdm[Any]) -> None:
     """Write the file of all metadata but those of shards, and of the tensors not ``exported``."""
     header = read_gguf_header(checkpoint.path)
-    with checkpoint.path.open("rb") as file:
+    with checkpoint.path.open("rb") as source:
         entries = []
         for key, (first, end) in header.places.items():
             if not key.startswith("split."):
-                file.seek(first)
-                entries.append(file.read(end - first))
+                source.seek(first)
+                entries.append(source.read(end - first))
     infos = {gguf_name(n): i for n, i in checkpoint.tensors.items() if n not in exported}
     tensors = [NewTensor(name, TYPES_BY_NAME[i.dtype], i.shape) for name, i in infos.items()]
 
@@ -138,7 +138,8 @@ def _write_dense(checkpoint: Checkpoint, exported: set[str], folder: Path, bar: 
 
     (folder / DENSE).parent.mkdir()
     alignment = header.metadata.get(ALIGNMENT, DEFAULT_ALIGNMENT)
-    write_gguf(folder / DENSE, entries, tensors, contents, alignment)
+    with new_file(folder / DENSE) as file:
+        write_gguf(file, entries, tensors, contents, alignment)
 
 
 def _write_manifest(
