@@ -57,7 +57,7 @@ def test_every_format_has_the_same_values(slices):
 def test_llama_cpp_gets_every_module_under_a_name_of_its_own(slices):
     ours, llama = slices
     size = ours.Slice(layers=3, experts=8, vocabulary=256)
-    kinds = {tensor.name: tensor.kind for tensor in llama.tensors(size, "Q4_0")}
+    kinds = {tensor.name: tensor.type.name for _, tensor in llama.tensors(size, "Q4_0")}
     assert len(kinds) == len(list(llama.tensors(size, "Q4_0")))
     assert kinds["blk.1.ffn_gate_exps.weight"] == "Q4_0"
     assert kinds["blk.1.ffn_gate_inp.weight"] == kinds["blk.1.exp_probs_b.bias"] == "F32"
