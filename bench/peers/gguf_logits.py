@@ -23,7 +23,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from llama_gguf import convert
+from llama_gguf import convert, llama_parser
 from mlx.utils import tree_map
 from numpy.typing import NDArray
 from release import write_release
@@ -97,13 +97,7 @@ def compare(build: Path, folder: Path, tokens: list[int], args: ModelArgs) -> No
 
 
 def main() -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
-    add = parser.add_argument
-    add("--source", type=Path, required=True, metavar="FOLDER", help="llama.cpp's sources")
-    add("--build", type=Path, required=True, metavar="FOLDER", help="in which it was built")
-    add("--python", required=True, help="that runs the converter")
-    options = parser.parse_args()
+    options = llama_parser(__doc__).parse_args()
     mx.set_default_device(mx.cpu)
     model, tokenizer = load("demo")
     stretch = model.args.index_topk

@@ -16,7 +16,6 @@ experts that are streamed, through banks of few and of many slots, and from a Fl
 
 from __future__ import annotations
 
-import argparse
 import math
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from pathlib import Path
 import gguf
 import mlx.core as mx
 import numpy as np
-from llama_gguf import EXPERTS, convert
+from llama_gguf import EXPERTS, convert, llama_parser
 from release import write_release
 
 sys.path.append(str(Path(__file__).parents[1] / "demo_model"))
@@ -119,12 +118,8 @@ def row(name: str, path: Path, windows: list[Window], nbytes: int) -> str:
 
 
 def main() -> None:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = llama_parser(__doc__)
     add = parser.add_argument
-    add("--source", type=Path, required=True, metavar="FOLDER", help="llama.cpp's sources")
-    add("--build", type=Path, required=True, metavar="FOLDER", help="in which it was built")
-    add("--python", required=True, help="that runs the converter")
     add("--mixes", nargs="+", choices=MIXES, default=list(MIXES))
     add("--limit", type=float, help="KiB of held-out text (default: all of it)")
     options = parser.parse_args()

@@ -51,14 +51,20 @@ def convert(source: Path, python: str, folder: Path, outtype: str, gguf: Path) -
     subprocess.run([*command, "--outtype", outtype, "--outfile", str(gguf)], check=True)
 
 
-def main() -> None:
+def llama_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of where llama.cpp and its converter are."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(description=description, formatter_class=form)
     add = parser.add_argument
     add("--source", type=Path, required=True, metavar="FOLDER", help="llama.cpp's sources")
     add("--build", type=Path, required=True, metavar="FOLDER", help="in which it was built")
     add("--python", required=True, help="that runs the converter")
-    add("gguf", type=Path, metavar="FILE", help="to write")
+    return parser
+
+
+def main() -> None:
+    parser = llama_parser(__doc__)
+    parser.add_argument("gguf", type=Path, metavar="FILE", help="to write")
     options = parser.parse_args()
     quantize = next(
         (path for path in options.build.rglob("llama-quantize") if path.is_file()), None
