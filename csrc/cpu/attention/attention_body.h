@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <iterator>
+#include <numeric>
 
 #include "cpu/attention/attention_kernels.h"
 #include "cpu/attention/attention_rows.h"
@@ -316,18 +318,23 @@ void combine(const CombineArgs& a) {
 }
 
 int multiply_adds(int64_t count, float* result) {
+#if defined(GLM_AVX512)
   constexpr int chains = 12;
+#else
+  constexpr int chains = 6;  // of two registers each, or four
+#endif
+  // No two lanes begin alike, and all are summed, so that the compiler has to
+  // keep every one.
+  float lanes[chains * kHalf];
+  std::iota(std::begin(lanes), std::end(lanes), 1.0f);
   const F16 x = splat(*result), y = splat(0.5f);
   F16 sum[chains];
-  unroll<chains>(GLM_EACH(i) { sum[i] = splat(1.0f + i); });
+  unroll<chains>(GLM_EACH(i) { sum[i] = load(lanes + i * kHalf); });
   for (int64_t n = 0; n < count; n++) {
     unroll<chains>(GLM_EACH(i) { sum[i] = fma(sum[i], y, x); });
   }
-  F16 all = zero();
-  unroll<chains>(GLM_EACH(i) { all = add(all, sum[i]); });
-  float lanes[kHalf];
-  store(lanes, all);
-  *result = lanes[0];
+  unroll<chains>(GLM_EACH(i) { store(lanes + i * kHalf, sum[i]); });
+  *result = std::accumulate(std::begin(lanes), std::end(lanes), 0.0f);
   return chains * kHalf;
 }
 
