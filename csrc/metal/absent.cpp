@@ -1,9 +1,9 @@
 // This takes the place of the launchers where MLX has no Metal.
+#include "cache_primitives.h"
 #include "metal/compile.h"
 #include "metal/kernel_list.h"
 #include "metal/limits.h"
 #include "ops/metal_blocks.h"
-#include "primitives.h"
 
 namespace glm_fused {
 

@@ -1,10 +1,10 @@
 #include <algorithm>
 
 #include "appended_rows.h"
+#include "cache_primitives.h"
 #include "metal/params.h"
 #include "metal/pipelines.h"
 #include "metal/source.h"
-#include "primitives.h"
 #include "view.h"
 
 namespace glm_fused {

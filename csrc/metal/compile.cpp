@@ -2,10 +2,10 @@
 
 #include <unordered_set>
 
+#include "cache_primitives.h"
 #include "metal/pipelines.h"
 #include "ops/metal_blocks.h"
 #include "ops/placement.h"
-#include "primitives.h"
 
 namespace glm_fused::metal {
 

@@ -1,9 +1,9 @@
 #include <algorithm>
 
+#include "cache_primitives.h"
 #include "metal/cached_rows.h"
 #include "metal/limits.h"
 #include "metal/source.h"
-#include "primitives.h"
 
 namespace glm_fused {
 

@@ -1,10 +1,10 @@
 #include <algorithm>
 
 #include "attention.h"
+#include "cache_primitives.h"
 #include "metal/attend.h"
 #include "metal/cached_rows.h"
 #include "metal/source.h"
-#include "primitives.h"
 
 namespace glm_fused {
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "appended_rows.h"
-#include "primitives.h"
+#include "cache_primitives.h"
 
 namespace glm_fused {
 

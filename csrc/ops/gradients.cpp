@@ -3,8 +3,8 @@
 #include <functional>
 #include <limits>
 
+#include "cache_primitives.h"
 #include "checks.h"
-#include "primitives.h"
 
 namespace glm_fused {
 

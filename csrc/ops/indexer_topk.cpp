@@ -1,6 +1,6 @@
+#include "cache_primitives.h"
 #include "ops/check_rows.h"
 #include "ops/placement.h"
-#include "primitives.h"
 
 namespace glm_fused {
 

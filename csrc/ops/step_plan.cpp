@@ -5,7 +5,7 @@
 #include <string>
 #include <utility>
 
-#include "primitives.h"
+#include "cache_primitives.h"
 
 namespace glm_fused {
 

@@ -1,7 +1,7 @@
 #include "appended_rows.h"
+#include "cache_primitives.h"
 #include "cpu/attention/pack_rows.h"
 #include "cpu/runtime/copy.h"
-#include "primitives.h"
 
 namespace glm_fused {
 

@@ -2,10 +2,10 @@
 
 #include <algorithm>
 
+#include "cache_primitives.h"
 #include "cpu/attention/attention_kernels.h"
 #include "cpu/dot/matrix.h"
 #include "cpu/runtime/dispatch.h"
-#include "primitives.h"
 #include "reference/reference.h"
 
 namespace glm_fused {
