@@ -114,9 +114,10 @@ def test_pools_run_on_the_threads_that_there_are(room):
 
 @linux
 def test_what_a_task_throws_reaches_the_caller(tmp_path):
-    source = ROOT / "csrc" / "cpu" / "runtime" / "thread_pool.cpp"
+    runtime = ROOT / "csrc" / "cpu" / "runtime"
+    sources = [runtime / f"{name}.cpp" for name in ("pool", "thread_pool")]
     stress = ROOT / "tests" / "cpp" / "pool_stress.cpp"
-    pool = build(tmp_path, "pool", "-I", ROOT / "csrc", "-pthread", stress, source)
+    pool = build(tmp_path, "pool", "-I", ROOT / "csrc", "-pthread", stress, *sources)
     result = subprocess.run([pool], capture_output=True, text=True, timeout=60)
     assert result.stdout == "fine\n", result.stderr
 

@@ -141,7 +141,8 @@ def programs_are_clean(kind: Kind, compiler: str, folder: Path) -> bool:
     cpp, csrc = ROOT / "tests" / "cpp", ROOT / "csrc"
     slots = ("learned_policy", "policy", "table", "files", "reader", "bank")
     bank = [csrc / "slots" / f"{name}.cpp" for name in slots]
-    sources = {"pool_stress": [csrc / "cpu" / "runtime" / "thread_pool.cpp"], "slots_stress": bank}
+    pool = [csrc / "cpu" / "runtime" / f"{name}.cpp" for name in ("pool", "thread_pool")]
+    sources = {"pool_stress": pool, "slots_stress": bank}
     flags = ["-std=c++20", "-O1", "-g", "-pthread", f"-fsanitize={kind.flags}", "-I", csrc]
     for name, files in sources.items():
         command = [compiler, *flags, "-fno-sanitize-recover=all", cpp / f"{name}.cpp", *files]
