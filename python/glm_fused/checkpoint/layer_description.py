@@ -107,9 +107,9 @@ def _experts(layer: dict[str, Any]) -> str:
         return "dense"
     if source == IN_MEMORY:
         return f"{count} experts in memory"
-    if slots is None:
-        return f"{count} experts streamed from {source}"
-    return f"{count} experts streamed from {source} into {slots} slots"
+    most = f"up to {decimal(layer['expert_bytes_per_token'])} a token"
+    into = "" if slots is None else f" into {slots} slots"
+    return f"{count} experts streamed from {source}{into}, {most}"
 
 
 def ranges(indices: Iterable[int]) -> str:
