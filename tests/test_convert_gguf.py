@@ -296,6 +296,16 @@ def test_values_that_are_no_numbers_leave_no_file(tmp_path, capsys, value, name)
     assert not out.exists()
 
 
+def test_an_interrupt_leaves_no_file(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    folder, out = write_checkpoint(tmp_path / "model"), tmp_path / "m.gguf"
+    monkeypatch.setattr(gguf.quants, "quantize", interrupt)
+    assert main(["convert", "--model", str(folder), str(out), "--experts", "q4_0"]) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_nothing_is_overwritten_unasked(tmp_path, capsys):
     folder, out = write_checkpoint(tmp_path / "model"), tmp_path / "m.gguf"
     out.write_text("mine")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from .. import _ext
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.gguf_config import config_from_gguf
 from ..checkpoint.gguf_formats import type_of
@@ -53,7 +55,7 @@ _NOT_COMPARED = (
 )  # fmt: skip
 
 
-Quantize = Callable[[NDArray[np.float32], Format], NDArray[np.uint8]]
+Quantize = Callable[[NDArray[np.float32], Format], bytes]
 
 
 class _Planned(NamedTuple):
@@ -186,9 +188,12 @@ def _quantizer() -> Quantize:
             "blocks need the package gguf: pip install 'glm-fused[convert]'."
         ) from None
 
-    def quantize(values: NDArray[np.float32], fmt: Format) -> NDArray[np.uint8]:
+    def quantize(values: NDArray[np.float32], fmt: Format) -> bytes:
         kind = GGMLQuantizationType[type_of(fmt).name]
-        return quants.quantize(values, kind)
+        rows = np.array_split(values, min(_ext.num_threads(), len(values)))
+        with ThreadPoolExecutor(len(rows)) as pool:  # NumPy lets other threads run meanwhile
+            parts = pool.map(lambda part: quants.quantize(part, kind).tobytes(), rows)
+            return b"".join(parts)
 
     return quantize
 
@@ -237,4 +242,4 @@ class _Contents:
             bits = {2: mx.uint16, 4: mx.uint32}[values.dtype.size]
             return to_numpy(mx.contiguous(values).view(bits)).tobytes()
         assert self._quantize is not None  # some tensor is quantized
-        return self._quantize(to_numpy(values.astype(mx.float32)), fmt).tobytes()
+        return self._quantize(to_numpy(values.astype(mx.float32)), fmt)
