@@ -271,10 +271,13 @@ def test_other_models_and_files_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{}", "is no tokenizer: .*'model'"),
-        ('{"model": {"type": "Unigram"}}', "model 'Unigram', expected BPE"),
-        ('{"model": {"type": "BPE", "vocab": 3, "merges": ["a"]}}', "is no tokenizer"),
-        ('{"model": {"type": "BPE", "vocab": {"a": 999}, "merges": ["a"]}}', "tokens 999 to 999"),
+        ("{}", "does not load: "),
+        ('{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}', "expected 'BPE'"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 999}, "merges": ["a"]}}', "does not load: "),
+        (
+            '{"model": {"type": "BPE", "vocab": {"a": 999, "b": 1, "ab": 0}, "merges": ["a b"]}}',
+            "token 999, expected 0 to 255",
+        ),
         ("{", "not valid JSON"),
     ],
 )

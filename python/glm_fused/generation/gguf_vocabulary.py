@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from ..checkpoint.folder import read_json
+from ..foreign import foreign
 from ..validation import show
 from .gguf_tokenizer import (
     CONTROL,
@@ -36,8 +38,10 @@ def vocabulary_of(folder: Path, size: int, say: Callable[[str], None]) -> dict[s
         say(f"{folder} has no tokenizer.json: the file has no vocabulary")
         return {"tokenizer.ggml.model": "none"}
     content = read_json(file)
-    keys = _tables(file, content, size)
-    if not _is_told(file, content, keys):
+    with foreign(f"[convert] the tokenizer in {file} does not load"):
+        tokenizer = Tokenizer.from_file(str(file))
+    keys = _tables(file, content, tokenizer, size)
+    if not _is_told(file, content, tokenizer, keys):
         keys["tokenizer.ggml.pre"] = "default"
         keys[WHOLE] = file.read_text(encoding="utf-8")
         say(f"{file} is not GLM's kind: glm-fused reads it whole, llama.cpp its tokens alone")
@@ -51,43 +55,44 @@ def vocabulary_of(folder: Path, size: int, say: Callable[[str], None]) -> dict[s
     return keys | _template(folder, config)
 
 
-def _tables(file: Path, content: dict[str, Any], size: int) -> dict[str, Any]:
+def _tables(file: Path, content: dict[str, Any], tokenizer: Tokenizer, size: int) -> dict[str, Any]:
     """The tokens, their types and the merges; tokens that are missing are unused ones."""
-    added = content.get("added_tokens") or []
-    try:
-        model = content["model"]
-        if model["type"] != "BPE" or not model["merges"]:
-            raise ValueError(f"model {show(model['type'])}, expected BPE with merges")
-        known = {i: token for token, i in model["vocab"].items()}
-        kinds = {token["id"]: CONTROL if token["special"] else USER_DEFINED for token in added}
-        known |= {token["id"]: token["content"] for token in added}
-        pairs = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-        if not 0 <= min(known) <= max(known) < size:
-            raise ValueError(f"tokens {min(known)} to {max(known)}, expected 0 to {size - 1}")
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"[convert] {file} is no tokenizer: {show(error)}.") from None
-    except ValueError as error:
-        raise ValueError(f"[convert] {file}: {error}.") from None
-    kind_of = [kinds.get(i, NORMAL if i in known else UNUSED) for i in range(size)]
+    model = content["model"]
+    if model.get("type") != "BPE" or not model.get("merges"):
+        raise ValueError(
+            f"[convert] {file}: model {show(model.get('type'))}, expected 'BPE' with merges."
+        )
+    known = {i: token for token, i in tokenizer.get_vocab(with_added_tokens=True).items()}
+    if max(known) >= size:
+        raise ValueError(f"[convert] {file}: token {max(known)}, expected 0 to {size - 1}.")
+    kinds = dict.fromkeys(known, NORMAL)
+    for i, token in tokenizer.get_added_tokens_decoder().items():
+        kinds[i] = CONTROL if token.special else USER_DEFINED
+    pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     words = model.get("ignore_merges") is True
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": next(name for name, (_, ignore) in PRE.items() if ignore is words),
         "tokenizer.ggml.tokens": [known.get(i, f"[PAD{i}]") for i in range(size)],
-        "tokenizer.ggml.token_type": np.array(kind_of, np.int32),
+        "tokenizer.ggml.token_type": np.array(
+            [kinds.get(i, UNUSED) for i in range(size)], np.int32
+        ),
         "tokenizer.ggml.merges": pairs,
     }
 
 
-def _is_told(file: Path, content: dict[str, Any], keys: dict[str, Any]) -> bool:
+def _is_told(
+    file: Path, content: dict[str, Any], tokenizer: Tokenizer, keys: dict[str, Any]
+) -> bool:
     """Whether what the tables say gives the ids that the tokenizer gives."""
     read, model = TokenizerReader(file, keys).tables(), content["model"]
-    added = content.get("added_tokens") or []
-    mine = [{key: token[key] for key in ("id", "content", "special")} for token in added]
-    theirs = [{key: t[key] for key in ("id", "content", "special")} for t in read["added_tokens"]]
     return (
-        sorted(mine, key=lambda token: int(token["id"])) == theirs
-        and not any(token.get(flag) for token in added for flag in _FLAGS)
+        read["model"]["vocab"] == tokenizer.get_vocab(with_added_tokens=True)
+        and not any(
+            getattr(token, flag)
+            for token in tokenizer.get_added_tokens_decoder().values()
+            for flag in _FLAGS
+        )
         and not any(model.get(key) for key in _OPTIONS)
         and not content.get("normalizer")
         and _cut(content) == _cut(read)
