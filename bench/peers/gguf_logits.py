@@ -9,8 +9,9 @@ For each type and each stretch of `index_topk` tokens of a prompt of five times 
 logits are from llama.cpp's on the same file, as they are and with float32 activations, which it
 has, too; and how far llama.cpp's own are from those that it has on the float32 file, which is what
 the type costs there (weights, and activations where it rounds those). All are root mean squares,
-relative to the logits'. From the second stretch on selections count too: scores that are equal, of
-which an indexer's ReLU makes many, go to the lowest index here and to any there.
+relative to the logits'. From the second stretch on selections count too: of scores that are equal,
+of which an indexer's ReLU makes many, those of the lowest keys are selected here and any there. So
+the float32 activations come a second time, with the keys that llama.cpp's own top-k selects.
 """
 
 from __future__ import annotations
@@ -18,11 +19,15 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from llama_cpp import Library, TopK
 from llama_gguf import convert, llama_parser
 from mlx.utils import tree_map
 from numpy.typing import NDArray
@@ -32,7 +37,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from logit_errors import TOKENS, llama, logits
 
-from glm_fused import load, load_model
+from glm_fused import load, load_model, ops
 from glm_fused.formats.weights import dequantize
 from glm_fused.host import to_numpy
 from glm_fused.models.config import ModelArgs
@@ -70,6 +75,36 @@ def widen(model: Model) -> None:
     model.model.embed_tokens.weight = values.astype(mx.float32)
 
 
+@contextmanager
+def its_ties(ggml: Library) -> Iterator[None]:
+    """Have llama.cpp's own top-k select the keys: it decides which of equal scores go in."""
+
+    def select(
+        q: mx.array,
+        keys: mx.array,
+        weights: mx.array,
+        k: int,
+        *,
+        scale: float,
+        weight_scale: float,
+        start: mx.array | None,
+    ) -> mx.array:
+        assert len(q) == 1 and start is None  # one sequence
+        products = np.maximum(np.einsum("qhd,td->qht", to_numpy(q[0]), to_numpy(keys[0])), 0)
+        factors = to_numpy(weights[0]) * np.float32(scale * weight_scale)
+        scores = np.einsum("qh,qht->qt", factors, products)
+        count, total = scores.shape
+        masked = np.arange(total) > np.arange(total - count, total)[:, None]
+        scores[masked] = -np.inf
+        best = TopK(ggml, scores, k).selected()
+        best[np.take_along_axis(masked, best, axis=-1)] = total
+        best.sort(axis=-1)
+        return mx.array(np.where(best < total, best, -1))[None]
+
+    with patch.object(ops, "indexer_topk", select):
+        yield
+
+
 def apart(a: Logits, b: Logits, stretch: int) -> list[float]:
     """The relative distance of each stretch's logits."""
     parts = zip(np.split(a, STRETCHES), np.split(b, STRETCHES), strict=True)
@@ -78,7 +113,8 @@ def apart(a: Logits, b: Logits, stretch: int) -> list[float]:
 
 
 def compare(build: Path, folder: Path, tokens: list[int], args: ModelArgs) -> None:
-    """Print three lines for each type, of the files in a folder."""
+    """Print four lines for each type, of the files in a folder."""
+    ggml = Library(build, threads=1)
     to_numpy(mx.array(tokens, mx.int32)).tofile(folder / TOKENS)
     stretch, vocabulary = args.index_topk, args.vocab_size
     exact = theirs(build, folder / "f32.gguf", vocabulary)
@@ -86,9 +122,12 @@ def compare(build: Path, folder: Path, tokens: list[int], args: ModelArgs) -> No
     for kind in TYPES:
         gguf = folder / f"{kind}.gguf"
         its = theirs(build, gguf, vocabulary)
+        with its_ties(ggml):
+            tied = ours(gguf, tokens, True)
         for name, mine, against in (
             ("ours from llama.cpp's", ours(gguf, tokens, False), its),
             ("ours with float32 activations", ours(gguf, tokens, True), its),
+            ("ours so, and with its ties", tied, its),
             ("llama.cpp's from f32", its, exact),
         ):
             same = float(np.mean(mine.argmax(-1) == against.argmax(-1)))

@@ -119,6 +119,24 @@ def causal_mask(tokens: int, context: int) -> NDArray[np.float16]:
     return mask
 
 
+class TopK(Graph):
+    """A graph of the indices of the ``topk`` largest of each row of scores [rows, count]."""
+
+    def __init__(self, ggml: Library, scores: NDArray[np.float32], topk: int) -> None:
+        super().__init__(ggml)
+        rows, count = scores.shape
+        self.shape = (rows, topk)
+        given = self.tensor(F32, count, rows)
+        self.best = self.node("ggml_cont", self.node("ggml_top_k", given, ctypes.c_int(topk)))
+        self.finish(self.best)
+        self.write(given, scores)
+
+    def selected(self) -> NDArray[np.int32]:
+        """The places [rows, topk] of the largest, in no order."""
+        self.run()
+        return self.read(self.best, np.empty(self.shape, np.int32))
+
+
 class Indexer(Graph):
     """A graph of the scores of all keys and the indices of the ``topk`` largest, in no order."""
 
