@@ -23,7 +23,8 @@ class HeadedFile : public mx::io::Reader {
         head_(std::move(head)),
         fd_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
     if (fd_ < 0) {
-      throw std::runtime_error("[load] cannot open " + path);
+      throw std::runtime_error(
+          "[load] cannot open " + path + ": " + std::strerror(errno));
     }
   }
 
@@ -76,10 +77,15 @@ class HeadedFile : public mx::io::Reader {
       if (read < 0 && errno == EINTR) {
         continue;
       }
-      if (read <= 0) {
+      if (read < 0) {
         throw std::runtime_error(
-            "[load] " + path_ +
-            (read < 0 ? " cannot be read at byte " : " ends before byte ") +
+            "[load] " + path_ + " cannot be read at byte " +
+            std::to_string(offset - head_.size()) + ": " +
+            std::strerror(errno));
+      }
+      if (read == 0) {
+        throw std::runtime_error(
+            "[load] " + path_ + " ends before byte " +
             std::to_string(offset - head_.size() + n));
       }
       data += read;

@@ -130,3 +130,30 @@ def test_a_packed_embedding_makes_bfloat16_activations(tmp_path, kind):
 
     model, _ = load_model(write_gguf(tmp_path / "m.gguf", types=types))
     assert model(mx.array([TOKENS])).dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_that_are_no_numbers_are_refused(tmp_path, kind):
+    """Wherever a block has one; of all bits set every scale is NaN."""
+    name = "blk.2.ffn_up_exps.weight"
+    packed, _ = packed_and_dense(tmp_path, CONFIG, lambda name: Q[kind])
+    (tensor,) = (t for t in gguf.GGUFReader(packed).tensors if t.name == name)
+    size = gguf.GGML_QUANT_SIZES[Q[kind]][1]
+    expected = r"layers.2.mlp.switch_mlp.up_proj.weight has a block's scale (nan|255) at \[0, 3, 0"
+    first = tensor.data_offset + 3 * tensor.data[0][0].nbytes
+    content = bytearray(packed.read_bytes())
+    content[first : first + size] = b"\xff" * size
+    packed.write_bytes(content)
+    with pytest.raises(ValueError, match=expected):
+        load_model(packed)
+
+
+@pytest.mark.parametrize("only_mlx_formats", [False, True])
+def test_scales_of_a_joined_kv_b_proj_are_looked_at(tmp_path, only_mlx_formats):
+    packed, _ = packed_and_dense(tmp_path, CONFIG, lambda name: Q.Q8_0, kv_b="joined")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(packed, "r+").tensors}
+    last = tensors["blk.1.attn_kv_b.weight"].data[-1, -34:]
+    last[:2] = 0x00, 0x7C  # infinity
+    last.flush()
+    with pytest.raises(ValueError, match=r"1.self_attn.kv_b_proj.weight has a block's scale inf"):
+        Engine(packed, tokenizer=False, only_mlx_formats=only_mlx_formats)

@@ -17,8 +17,9 @@ from .checkpoint.folder import Checkpoint
 from .checkpoint.lazy_tensors import allow_open_files, read_lazily
 from .checkpoint.reading import Scales, read_parameters
 from .checkpoint.stored import Inventory
+from .formats.gguf_scales import block_scales
 from .formats.kv_rows import check_kv_format
-from .formats.weights import FP8, Format, plane_names
+from .formats.weights import FP8, GGUF, Format, plane_names
 from .generation.options import Options, checkpoint_options, set_defaults
 from .generation.tokenizer import load_tokenizer
 from .models import kernels
@@ -225,12 +226,18 @@ def _hidden_scales(
 ) -> list[Scales]:
     """Scales of tensors that become parameters of another form."""
     suffixes = _SCALE_SUFFIXES + (_MODELOPT_SUFFIXES if only_mlx_formats else ())
-    return [
-        Scales(name, array, formats.get(name.rpartition(".")[0]))
-        for name, array in weights.items()
-        if name.endswith(suffixes) and unused(name, args) is None
-        if only_mlx_formats or formats.get(name.rpartition(".")[0]) != FP8
-    ]
+    scales = []
+    for name, array in weights.items():
+        module, _, leaf = name.rpartition(".")
+        fmt = formats.get(module)
+        if unused(name, args) is not None:
+            continue
+        if name.endswith(suffixes) and (only_mlx_formats or fmt != FP8):
+            scales.append(Scales(name, array, fmt))
+        hidden = only_mlx_formats or module.endswith(".kv_b_proj")
+        if hidden and fmt in GGUF and leaf == "weight":
+            scales.append(Scales(name, block_scales(array, fmt), fmt))
+    return scales
 
 
 def _config_as_loaded(

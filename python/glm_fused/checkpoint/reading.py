@@ -12,7 +12,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from .. import _ext
-from ..formats.weights import FP8, PLANES, Format
+from ..formats.gguf_scales import block_scales
+from ..formats.weights import FP8, GGUF, PLANES, Format
 from ..host import to_numpy
 from .folder import Checkpoint
 from .progress import byte_bar
@@ -37,7 +38,7 @@ def read_parameters(model: nn.Module, checkpoint: Checkpoint, sources: list[Scal
     Raises RuntimeError, naming the parameter, for one that cannot be read, and ValueError, naming
     the tensor and the place in it, for a scale that is none.
     """
-    formats = {name: m.format for name, m in model.named_modules() if "scales" in m}
+    formats = {name: m.format for name, m in model.named_modules() if hasattr(m, "format")}
     parameters = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
     total = sum(array.nbytes for _, array in parameters)
     with _lean_memory(), byte_bar("Loading", total) as bar:
@@ -49,8 +50,11 @@ def read_parameters(model: nn.Module, checkpoint: Checkpoint, sources: list[Scal
             if mx.default_device() == mx.cpu:
                 _ext.move_to_huge_pages(array)
             module, _, leaf = name.rpartition(".")
+            fmt = formats.get(module)
             if leaf in SCALES:
-                _check_scales(Scales(name, array, formats[module]), checkpoint)
+                _check_scales(Scales(name, array, fmt), checkpoint)
+            elif fmt in GGUF and leaf == "weight":
+                _check_scales(Scales(name, block_scales(array, fmt), fmt), checkpoint)
             bar.update(array.nbytes)
 
 
@@ -79,7 +83,8 @@ def _check_scales(scales: Scales, checkpoint: Checkpoint) -> None:
     value = array[tuple(index)].item()
     if name not in checkpoint.tensors:
         name, index = _stored_name(name, index, checkpoint)
-    raise ValueError(f"[loader] {name} has {value} at {index}, expected {expected}.")
+    of_block = "a block's scale " if fmt in GGUF else ""
+    raise ValueError(f"[loader] {name} has {of_block}{value} at {index}, expected {expected}.")
 
 
 def _stored_name(name: str, index: list[int], checkpoint: Checkpoint) -> tuple[str, list[int]]:

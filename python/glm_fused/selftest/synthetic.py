@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from ..formats.gguf_scales import IQ1_M, MXFP4, NIBBLES, places_of_halves
 from ..formats.weights import FP8, GGUF, Format, Weight, plane_shape
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
@@ -27,16 +28,12 @@ _UNSIGNED: dict[mx.Dtype, type[np.unsignedinteger[Any]]] = {
 _MAX_WORDS = 1 << 24  # beyond these the words repeat, from too far back for a cache to hold
 
 
-# Of GGUF's formats, about log2 of the largest value of a block whose half is 1, and where the
-# halves are that are not its first bytes.
+# Of GGUF's formats, about log2 of the largest value of a block whose half is 1.
 _GGUF_SIZES = {
     **{"q8_0": 7, "q4_0": 3, "q5_0": 4, "iq4_nl": 7, "ggml-mxfp4": 4},
     **{"q2_k": 6, "q3_k": 7, "q4_k": 10, "q5_k": 11, "q6_k": 12},
     **{"iq1_s": 4, "iq1_m": 4, "iq2_xxs": 7, "iq2_xs": 7, "iq2_s": 7},
     **{"iq3_xxs": 9, "iq3_s": 9, "iq4_xs": 12},
-}
-_HALVES = {
-    **{"q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,)},
 }
 
 
@@ -108,15 +105,15 @@ class Bits:
         rows = self.words(*lead, k // fmt.group_size, -(-count // 4))
         blocks = rows.astype("<u4").view(np.uint8)[..., :count].copy()
         top = size - _GGUF_SIZES[fmt.name]  # log2 of the block's scale
-        if fmt.name == "ggml-mxfp4":
+        if fmt.name == MXFP4:
             blocks[..., 0] = 128 + top - (blocks[..., 0] & 3)
-        elif fmt.name == "iq1_m":  # a half's nibbles are the top ones of four words
-            half = _half(top, blocks[..., 49])
-            for i in range(4):
+        elif fmt.name == IQ1_M:
+            half = _half(top, blocks[..., NIBBLES + 1])
+            for i, at in enumerate(range(NIBBLES + 1, NIBBLES + 8, 2)):
                 nibble = (half >> 4 * i & 15).astype(np.uint8)
-                blocks[..., 49 + 2 * i] = blocks[..., 49 + 2 * i] & 15 | nibble << 4
+                blocks[..., at] = blocks[..., at] & 15 | nibble << 4
         else:
-            for at in _HALVES.get(fmt.name, (0,)):
+            for at in places_of_halves(fmt):
                 half = _half(top, blocks[..., at])
                 blocks[..., at], blocks[..., at + 1] = half & 255, half >> 8
         return blocks.reshape(*lead, -1)
