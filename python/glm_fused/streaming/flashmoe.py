@@ -61,13 +61,22 @@ class FlashMoeSidecar:
         }
 
     def source(self, args: ModelArgs) -> ExpertSource:
-        """Where the experts lie; the tensors have to have passed the checks of a checkpoint's."""
+        """Where the experts lie; the tensors have to have passed the checks of a checkpoint's.
+
+        Raises ValueError, naming the manifest, for a layer that lacks some.
+        """
         files = {self.path / name: size for name, size in self.files.items()}
         index = {name: i for i, name in enumerate(self.files)}
         layers = {}
         for spec in args.layers:
             if spec.is_sparse:
                 mine = [entry for entry in self.entries if entry.layer == spec.index]
+                found = {p for entry in mine for p in FAMILIES[entry.family]}
+                if missing := [p for p in PROJECTIONS if p not in found]:
+                    raise ValueError(
+                        f"[sidecar] {self.path / MANIFEST}: layer {spec.index} has no entry of"
+                        f" {', '.join(missing)}."
+                    )
                 layers[spec.index] = _layer_experts(mine, index)
         return ExpertSource("flash-moe sidecar", files, layers)
 

@@ -148,5 +148,5 @@ def _expect(entry: dict[str, Any], key: str, right: object, expected: str) -> No
 
 def _is_plain(file: str) -> bool:
     path = PurePosixPath(file)
-    parts = path.parts
-    return bool(parts) and not path.is_absolute() and ".." not in parts and "\\" not in file
+    inside = bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+    return inside and "\\" not in file and file.isprintable() and len(file) <= 255

@@ -24,7 +24,7 @@ class Sidecars(Fixture):
     def __init__(self, folder):
         super().__init__(folder, prompts=4, steps=STEPS)
         self.sound, self.path = self.folder / "sidecar", folder / "case"
-        self.checkpoint = Checkpoint.open(self.folder)
+        self.opened = Checkpoint.open(self.folder)
         self.bytes = {name: (self.sound / name).read_bytes() for name in FILES}
 
     def lay_out(self, **changed):
@@ -44,7 +44,7 @@ class Sidecars(Fixture):
         if noticed and by_verify is None:
             raise Wrong("verify finds nothing")
         try:
-            source = sidecar_source(self.path, self.checkpoint, self._args)
+            source = sidecar_source(self.path, self.opened, self._args)
             self._use(source, rng)
         except Wrong:
             raise
@@ -60,7 +60,7 @@ class Sidecars(Fixture):
         """What verify says; None if all is well."""
         try:
             sidecar = Sidecar.open(self.path)
-            check_described(sidecar, self.checkpoint, self._sources[False])
+            check_described(sidecar, self.opened, self._sources[False])
             problems = [p for _, p in verify(sidecar, self._sources[False]) if p]
         except Exception as error:
             message = clear_error(error)

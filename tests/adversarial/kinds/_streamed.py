@@ -10,12 +10,10 @@ from conftest import tiny_config, write_checkpoint
 from mlx_lm.generate import generate_step
 from tests.adversarial.harness import Wrong
 
-from glm_fused.checkpoint.declaration import quantization_from_config
+from glm_fused.checkpoint import checked as headers
 from glm_fused.checkpoint.folder import Checkpoint
-from glm_fused.checkpoint.inventory import check_tensors
 from glm_fused.host import to_numpy
 from glm_fused.loader import load_model
-from glm_fused.models.config import args_from_config
 from glm_fused.streaming.banks import attach_banks, find_source, plan_streaming
 from glm_fused.streaming.options import StreamOptions
 from glm_fused.streaming.pack import pack
@@ -136,25 +134,30 @@ def _compare(tokens, logits, prompt, fault):
 
 
 class Fixture:
-    """A checkpoint with its sidecar, and two models.
+    """A checkpoint, whose experts are also in a sidecar with checksums, and two models.
 
-    One is `resident`, the other is `shared`, into which `model` puts new banks.
+    One is `resident`, the other is `shared`, into which `model` puts new banks. ``checkpoint`` is
+    what is loaded, ``unpacked`` the sidecar of experts that are not packed, None for its own files.
     """
 
     def __init__(self, folder, prompts=8, steps=STEPS):
         self.folder = folder / "model"
-        write_checkpoint(self.folder, CONFIG, quantization={"group_size": 32, "bits": 4}, shards=2)
-        pack(self.folder, self.folder / "sidecar")
-        self.resident, _ = load_model(self.folder)
+        self.checkpoint, self.unpacked = self.write()
+        pack(self.checkpoint, self.folder / "sidecar")
+        self.resident, _ = load_model(self.checkpoint)
         self.prompts = [self._prompt(self.resident, i, steps) for i in range(prompts)]
         drain()
-        checkpoint = Checkpoint.open(self.folder)
-        self._args = args_from_config(checkpoint.config)
-        quantization = quantization_from_config(checkpoint.config)
-        self._manifest = check_tensors(self._args, quantization, checkpoint.tensors)
-        sidecars = {False: None, True: self.folder / "sidecar"}
-        self._sources = {p: find_source(checkpoint, self._args, s) for p, s in sidecars.items()}
-        self.shared, _ = load_model(self.folder, stream=StreamOptions(budget=8 << 30, slots=4))
+        opened = Checkpoint.open(self.checkpoint)
+        self._args, self._manifest = headers.checked(opened)
+        sidecars = {False: self.unpacked, True: self.folder / "sidecar"}
+        self._sources = {p: find_source(opened, self._args, s) for p, s in sidecars.items()}
+        stream = StreamOptions(budget=8 << 30, slots=4)
+        self.shared, _ = load_model(self.checkpoint, stream=stream)
+
+    def write(self):
+        """Write the checkpoint; returns it, and the sidecar of unpacked experts."""
+        write_checkpoint(self.folder, CONFIG, quantization={"group_size": 32, "bits": 4}, shards=2)
+        return self.folder, None
 
     @staticmethod
     def _prompt(model, number, steps):

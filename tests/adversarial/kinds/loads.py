@@ -31,13 +31,14 @@ def case(seed, folder):
     rng = random.Random(seed)
     fault = rng.choice([*reads.HARMLESS, "error", "end"])
     lazy, streamed = rng.random() < 0.4, rng.random() < 0.4
-    stream = StreamOptions(budget=8 << 30, slots=4) if streamed else None
+    sidecar = fixture.unpacked
+    stream = StreamOptions(budget=8 << 30, slots=4, sidecar=sidecar) if streamed else None
     prompt = rng.choice(fixture.prompts)
     what = f"{fault}, lazy {lazy}, streamed {streamed}"
     reads.arm(rng, failing, fault)
     model, outcome = None, "right"
     try:
-        model, _ = loader.load_model(fixture.folder, lazy=lazy, stream=stream)
+        model, _ = loader.load_model(fixture.checkpoint, lazy=lazy, stream=stream)
         check(model, prompt, 2)
     except Wrong as error:
         raise Wrong(f"{what}, {failing.hits} hits: {error}") from None
