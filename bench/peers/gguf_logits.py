@@ -1,9 +1,8 @@
 """Compares our logits with llama.cpp's on the same GGUF files: the bundled model in each type.
 
-llama.cpp and its converter are set up as in llama_gguf.py. Then:
+llama.cpp is set up as in llama_gguf.py, and `glm-fused convert` writes the files. Then:
 
-    python bench/peers/gguf_logits.py --source llama.cpp --build build \\
-        --python OTHER_VENV/bin/python
+    python bench/peers/gguf_logits.py --build build
 
 For each type and each stretch of `index_topk` tokens of a prompt of five times as many: how far our
 logits are from llama.cpp's on the same file, as they are and with float32 activations, which it
@@ -28,7 +27,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from llama_cpp import Library, TopK
-from llama_gguf import convert, llama_parser
+from llama_gguf import llama_parser
 from mlx.utils import tree_map
 from numpy.typing import NDArray
 from release import write_release
@@ -38,13 +37,15 @@ sys.path.append(str(Path(__file__).parents[1]))
 from logit_errors import TOKENS, llama, logits
 
 from glm_fused import load, load_model, ops
-from glm_fused.formats.weights import dequantize
+from glm_fused.conversion.gguf import to_gguf
+from glm_fused.conversion.target import Types
+from glm_fused.formats.weights import FORMATS, dequantize
 from glm_fused.host import to_numpy
 from glm_fused.models.config import ModelArgs
 from glm_fused.models.decoder import Model
 from glm_fused.models.layers import Embedding
 
-TYPES = ("f32", "f16", "bf16", "q8_0")
+TYPES = ("fp32", "fp16", "bf16", "q8_0")
 STRETCHES = 5
 Logits = NDArray[np.float32]
 
@@ -117,7 +118,7 @@ def compare(build: Path, folder: Path, tokens: list[int], args: ModelArgs) -> No
     ggml = Library(build, threads=1)
     to_numpy(mx.array(tokens, mx.int32)).tofile(folder / TOKENS)
     stretch, vocabulary = args.index_topk, args.vocab_size
-    exact = theirs(build, folder / "f32.gguf", vocabulary)
+    exact = theirs(build, folder / "fp32.gguf", vocabulary)
     print(f"type   same token  {'':30}relative distance of stretches of {stretch} tokens")
     for kind in TYPES:
         gguf = folder / f"{kind}.gguf"
@@ -128,7 +129,7 @@ def compare(build: Path, folder: Path, tokens: list[int], args: ModelArgs) -> No
             ("ours from llama.cpp's", ours(gguf, tokens, False), its),
             ("ours with float32 activations", ours(gguf, tokens, True), its),
             ("ours so, and with its ties", tied, its),
-            ("llama.cpp's from f32", its, exact),
+            ("llama.cpp's from fp32", its, exact),
         ):
             same = float(np.mean(mine.argmax(-1) == against.argmax(-1)))
             distances = "".join(f"{d:>10.1e}" for d in apart(mine, against, stretch))
@@ -143,11 +144,12 @@ def main() -> None:
     text = Path(argparse.__file__).read_text()
     tokens = tokenizer.encode(text[:10_000])[: STRETCHES * stretch]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_release(folder)
+        folder, release = Path(name), Path(name) / "release"
+        release.mkdir()
+        write_release(release)  # bfloat16, so that all types but the last have the same values
         for kind in TYPES:
-            gguf = folder / f"{kind}.gguf"
-            convert(options.source, options.python, folder, kind, gguf)
+            fmt = FORMATS[kind]
+            to_gguf(release, folder / f"{kind}.gguf", Types(fmt, fmt))
         compare(options.build, folder, tokens, model.args)
 
 

@@ -1,8 +1,8 @@
 """The bundled model as GGUF with its experts in several types: what each costs in bits per byte.
 
-llama.cpp and its converter are set up as in llama_gguf.py. Then, in bench/peers:
+llama.cpp is set up as in llama_gguf.py. Then, in bench/peers:
 
-    python gguf_mixes.py --source llama.cpp --build build --python OTHER_VENV/bin/python --limit 24
+    python gguf_mixes.py --build build --limit 24
 
 llama-quantize makes the files: gate and up of the experts in the type that a line names; down,
 whose 64 columns no block of 256 divides, in a type of blocks of 32; and the rest in Q6_K, or Q8_0
@@ -26,8 +26,7 @@ from pathlib import Path
 import gguf
 import mlx.core as mx
 import numpy as np
-from llama_gguf import EXPERTS, convert, llama_parser
-from release import write_release
+from llama_gguf import EXPERTS, llama_parser
 
 sys.path.append(str(Path(__file__).parents[1] / "demo_model"))
 
@@ -36,6 +35,8 @@ from corpus import held_out_texts
 
 import glm_fused
 from glm_fused.checkpoint.paths import bundled_folder
+from glm_fused.conversion.gguf import to_gguf
+from glm_fused.conversion.target import Types
 from glm_fused.formats.weights import FORMATS
 from glm_fused.models.config import ModelArgs
 from glm_fused.models.decoder import Model
@@ -135,10 +136,8 @@ def main() -> None:
         f"gate, up down       MB  bits/weight   bits/byte  the same bits ({nbytes} bytes of text)"
     )
     with tempfile.TemporaryDirectory() as folder:
-        whole, release = Path(folder) / "bf16.gguf", Path(folder) / "release"
-        release.mkdir()
-        write_release(release)
-        convert(options.source, options.python, release, "bf16", whole)
+        whole = Path(folder) / "bf16.gguf"
+        to_gguf("demo", whole, Types())
         importance = Path(folder) / "importance.gguf"
         write_importance(importance, glm_fused.load_model(whole, lazy=True)[0].args)
         for name in options.mixes:

@@ -10,55 +10,36 @@ llama.cpp's sources come with those of llama-cpp-python (0.3.36 was used), in ve
         -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
     cmake --build build --target llama-bench llama-quantize
 
-The converter there needs an environment with torch, transformers and sentencepiece:
+Then:
 
-    python bench/peers/llama_gguf.py --source llama.cpp --build build \\
-        --python OTHER_VENV/bin/python model.gguf
+    python bench/peers/llama_gguf.py --build build model.gguf
 
-The weights, as bfloat16 in the release's layout, go through that converter, then through
-llama-quantize: Q6_K with experts in Q4_0, which is nearest to the affine 6 and 4 bits that are
-bundled. Where Q6_K's blocks of 256 do not divide the columns, llama-quantize takes Q8_0. The
-file has no vocabulary, because the converter knows the tokenizers of released models alone;
-llama-bench needs none, as its tokens are random numbers.
+`glm-fused convert` writes the weights as bfloat16, and llama-quantize makes them Q6_K with experts
+in Q4_0, which is nearest to the affine 6 and 4 bits that are bundled. Where Q6_K's blocks of 256 do
+not divide the columns, llama-quantize takes Q8_0.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
 import mlx.core as mx
-from release import write_release
+
+from glm_fused.conversion.gguf import to_gguf
+from glm_fused.conversion.target import Types
 
 EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
-CONVERT = """\
-import sys
-source = sys.argv.pop(1)
-sys.path[:0] = [source, f"{source}/gguf-py"]
-import convert_hf_to_gguf
-from conversion.glm import GlmMoeDsaModel
-GlmMoeDsaModel.set_vocab = GlmMoeDsaModel._set_vocab_none
-convert_hf_to_gguf.main()
-"""
-
-
-def convert(source: Path, python: str, folder: Path, outtype: str, gguf: Path) -> None:
-    """Run the converter of llama.cpp's ``source`` on a released checkpoint's folder."""
-    command = [python, "-c", CONVERT, str(source), str(folder)]
-    subprocess.run([*command, "--outtype", outtype, "--outfile", str(gguf)], check=True)
 
 
 def llama_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser of where llama.cpp and its converter are."""
+    """A parser of where llama.cpp is."""
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=form)
-    add = parser.add_argument
-    add("--source", type=Path, required=True, metavar="FOLDER", help="llama.cpp's sources")
-    add("--build", type=Path, required=True, metavar="FOLDER", help="in which it was built")
-    add("--python", required=True, help="that runs the converter")
+    help = "in which llama.cpp was built"
+    parser.add_argument("--build", type=Path, required=True, metavar="FOLDER", help=help)
     return parser
 
 
@@ -69,13 +50,12 @@ def main() -> None:
     quantize = next(
         (path for path in options.build.rglob("llama-quantize") if path.is_file()), None
     )
-    if quantize is None or shutil.which(options.python) is None:
-        parser.error("--build has to hold llama-quantize, and --python to be a program.")
+    if quantize is None:
+        parser.error("--build has to hold llama-quantize.")
     mx.set_default_device(mx.cpu)
     with tempfile.TemporaryDirectory() as name:
-        folder, whole = Path(name), Path(name) / "bf16.gguf"
-        write_release(folder)
-        convert(options.source, options.python, folder, "bf16", whole)
+        whole = Path(name) / "bf16.gguf"
+        to_gguf("demo", whole, Types())
         types = [part for name in EXPERTS for part in ("--tensor-type", f"{name}=q4_0")]
         subprocess.run([str(quantize), *types, str(whole), str(options.gguf), "Q6_K"], check=True)
     print(f"{options.gguf}: {options.gguf.stat().st_size / 1e6:.2f} MB")
