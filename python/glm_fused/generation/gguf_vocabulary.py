@@ -68,15 +68,16 @@ def _tables(file: Path, content: dict[str, Any], tokenizer: Tokenizer, size: int
     kinds = dict.fromkeys(known, NORMAL)
     for i, token in tokenizer.get_added_tokens_decoder().items():
         kinds[i] = CONTROL if token.special else USER_DEFINED
+    types = np.full(size, UNUSED, np.int32)
+    for i, kind in kinds.items():
+        types[i] = kind
     pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     words = model.get("ignore_merges") is True
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": next(name for name, (_, ignore) in PRE.items() if ignore is words),
         "tokenizer.ggml.tokens": [known.get(i, f"[PAD{i}]") for i in range(size)],
-        "tokenizer.ggml.token_type": np.array(
-            [kinds.get(i, UNUSED) for i in range(size)], np.int32
-        ),
+        "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.merges": pairs,
     }
 
