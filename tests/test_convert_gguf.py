@@ -81,6 +81,16 @@ def test_types(tmp_path, name):
     assert all(np.isfinite(logits.view(np.float16)).any() for logits in run(model, 1))
 
 
+@pytest.mark.parametrize("name", TYPES[:3])
+def test_indexers_take_floats(tmp_path, name):
+    folder = write_checkpoint(tmp_path / "model", dtype="float16")
+    path = convert(folder, tmp_path / "m.gguf", "--dense", name)
+    found = {kind: each["formats"] for kind, each in describe(path)["formats"].items()}
+    assert set(found["indexer"]) - {"fp32"} == {name} - {"fp32"}
+    assert found["head"] == [name] and found["experts up"] == ["fp16"]
+    assert found["router"] == found["norms"] == ["fp32"]
+
+
 @pytest.mark.parametrize(
     "quantization",
     [AFFINE, {"group_size": 16, "bits": 4, "mode": "nvfp4"}],

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=arguments.path, metavar="OUT", help=help)
     help = "of routed experts (default: as they are; what OUT cannot hold becomes bfloat16)"
     parser.add_argument("--experts", type=arguments.words, metavar="TYPE", help=help)
-    help = "of other matrices, without routers and indexers (default: the same)"
+    help = "of other matrices; indexers take floats alone, routers none (default: the same)"
     parser.add_argument("--dense", type=arguments.words, metavar="TYPE", help=help)
     help = "write a GGUF in shards NAME-00001-of-0000N.gguf of about so many bytes, such as 48GB"
     parser.add_argument("--shard-size", metavar="SIZE", help=help)

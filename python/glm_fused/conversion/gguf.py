@@ -78,8 +78,8 @@ def to_gguf(
 
     With ``shard_size`` they are shards of about so many bytes, named after it.
 
-    Routers and norms are float32, indexers floats as they are, and so is all that ``types`` leave;
-    what is packed is made floats first. MTP layers are left out. Files have their names once all
+    Routers and norms are float32, and what ``types`` leave is floats as it is; what is packed is
+    made floats first. MTP layers are left out. Files have their names once all
     are whole. ``say`` is told what they lack.
 
     Raises FileExistsError where a file exists, unless ``overwrite``, ValueError for a model that

@@ -12,7 +12,8 @@ from ..models.tensors import Module
 class Types(NamedTuple):
     """The formats for weights of routed experts and for the others; None leaves them as they are.
 
-    Routers, norms and indexers have none: quantized ones cost more than they save.
+    Routers and norms have none, and indexers those that are floats: quantized ones cost more than
+    they save.
     """
 
     experts: Format | None = None
@@ -20,9 +21,9 @@ class Types(NamedTuple):
 
     def of(self, module: Module) -> Format | None:
         """The format asked for a module's weight."""
-        if not module.quantizable or module.sensitive:
-            return None
-        return self.experts if module.experts else self.dense
+        fmt = self.experts if module.experts else self.dense
+        floats = fmt is None or fmt.mode == "dense"
+        return fmt if module.quantizable and (floats or not module.sensitive) else None
 
 
 def check_place(out: Path, source: Path) -> None:
