@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"path": str(out), "files": len(paths), "bytes": nbytes})
     else:
-        print(f"{out}: {size(nbytes)} in {len(paths)} files")
+        print(f"{out}: {size(nbytes)}" + (f" in {len(paths)} files" if len(paths) > 1 else ""))
     return 0
 
 
