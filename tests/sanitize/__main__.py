@@ -60,7 +60,9 @@ KINDS = {
         },
         ["test_ops.py", "test_weights.py", "test_topk.py", "test_slots.py", "test_crashes.py",
          "test_indexer_topk.py", "test_sparse_mla_decode.py", "test_streaming.py",
-         "test_task_errors.py", "test_append_rows.py", "test_decode_step.py"],
+         "test_task_errors.py", "test_append_rows.py", "test_decode_step.py",
+         "test_decode_step_changes.py", "test_decode_step_ends.py", "test_gguf_models.py",
+         "test_flashmoe.py"],
         {"scratch": "use-after-poison"},
     ),
     "thread": Kind(
@@ -68,9 +70,11 @@ KINDS = {
         "thread",
         "tsan",
         {"race": "data race"},
+        # With less history it forgets the stack that a suppression names.
         {"TSAN_OPTIONS": f"suppressions={HERE / 'thread.supp'}"
-         ":halt_on_error=1:exitcode=66"},
-        ["test_slots.py", "sanitize/test_two_threads.py"],
+         ":halt_on_error=1:exitcode=66:history_size=7"},
+        ["test_slots.py", "sanitize/test_two_threads.py",
+         "test_decode_step_ends.py::test_threads_that_come_and_go"],
     ),
 }  # fmt: skip
 

@@ -3,19 +3,21 @@
 from functools import partial
 
 import pytest
+from tests.adversarial.kinds._gguf import FlashMoeFixture, GgufFixture
 from tests.adversarial.kinds._streamed import Fixture, check
 from tests.adversarial.kinds.threads import together
 
 
-@pytest.fixture(scope="module")
-def fixture(tmp_path_factory):
-    return Fixture(tmp_path_factory.mktemp("threads"), prompts=4)
+@pytest.fixture(scope="module", params=[Fixture, GgufFixture, FlashMoeFixture])
+def fixture(request, tmp_path_factory):
+    return request.param(tmp_path_factory.mktemp("threads"), prompts=4)
 
 
 @pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("spares", [0, 1])
 def test_two_threads_decode_on_one_model(fixture, spares, direct):
-    model = fixture.model(packed=True, slots=5, spares=spares, direct=direct)
+    packed = type(fixture) is Fixture  # GGUF's blocks are read as they lie
+    model = fixture.model(packed=packed, slots=5, spares=spares, direct=direct)
     together([partial(check, model, prompt) for prompt in fixture.prompts[:2]])
 
 

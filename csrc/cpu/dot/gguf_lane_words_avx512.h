@@ -193,7 +193,7 @@ struct ByteWords<Family::q5_0> {
     const U16 bits = _mm512_srlv_epi32(
         each_twice(_mm256_loadu_si256(reinterpret_cast<__m256i*>(tops))),
         load_numbers(kOddHalves));
-    unroll<4>(GLM_EACH(i) {
+    for_each_constant<4>(GLM_EACH(i) {
       // Four bits, and each of them as the fifth of a byte.
       const U16 four = bits_and(shift_right<4 * i>(bits), 15);
       const U16 spread =
