@@ -189,7 +189,7 @@ METAL_FUNC void dot_rows(
   dot_whole_blocks<V, F, matrices, rows, width, depth>(
       w, k, used, x, own, end, result);
 
-  if constexpr (!F::whole_tiles) {
+  if constexpr (F::partial_lanes) {
     const int left = min(k - end - own, F::values);
     GLM_UNROLL
     for (int i = 0; i < matrices * rows && left > 0; i++) {
@@ -202,9 +202,16 @@ METAL_FUNC void dot_rows(
         for (int m = 0; m < width; m++) {
           const float sum =
               x.template load_safe<F>(m, end + own, left, x_thread);
-          F::dot_safe(tail, x_thread, sum, left, result[i * width + m]);
+          F::dot(tail, x_thread, sum, result[i * width + m]);
         }
       }
+    }
+  } else if constexpr (!F::whole_tiles) {
+    if (end + own < k) {
+      thread typename F::Cells tail[matrices * rows];
+      load_blocks<F, matrices, rows, 1, true>(w, k, used, own, end, k, tail);
+      dot_blocks<V, F, matrices, rows, width, 1, true>(
+          tail, used, x, own, end, k, result);
     }
   }
 

@@ -24,9 +24,9 @@ _INCLUDE = re.compile(r'^#include "([^"]+)"\n', re.MULTILINE)
 _TAKEN = {
     "mlx_affine": (
         "quantized.h",
-        ["get_pack_factor", "get_bytes_per_pack", "load_vector", "load_vector_safe"],
-        ["qdot", "qdot_safe", "dequantize"],
-        ["load_vector", "load_vector_safe"],
+        ["get_pack_factor", "get_bytes_per_pack", "load_vector"],
+        ["qdot", "dequantize"],
+        ["load_vector"],
     ),
     "mlx_fp": (
         "fp_quantized.h",
@@ -36,10 +36,9 @@ _TAKEN = {
             "dequantize_scale",
             "struct Dequantize",
             "load_vector",
-            "load_vector_safe",
         ],
-        ["qdot", "qdot_safe"],
-        ["load_vector", "load_vector_safe"],
+        ["qdot"],
+        ["load_vector"],
     ),
 }
 

@@ -131,9 +131,9 @@ struct GroupProduct {
       if (left > 0) {
         const Matrix<F> from = w.skip(row, column + at, k);
         thread typename F::Cells cells;
-        if (left >= F::values) {
+        if (!F::partial_lanes || left >= F::values) {
           F::load(from.weight, from.scales, from.biases, column + at, cells);
-        } else {
+        } else if constexpr (F::partial_lanes) {
           F::load_safe(
               from.weight, from.scales, from.biases, column + at, left, cells);
         }

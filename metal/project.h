@@ -46,7 +46,7 @@ struct Activations {
     for (int i = 0; i < F::values; i++) {
       values[i] = i < left ? value(m, column + i) : T(0);
     }
-    return F::load_own_safe((const thread T*)values, left, x_thread);
+    return F::load_own((const thread T*)values, x_thread);
   }
 };
 

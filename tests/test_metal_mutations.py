@@ -50,6 +50,10 @@ SHARED = experts(
 ODD = experts(
     "odd", DENSE, DENSE, AFFINE4, tokens=2, hidden=77, intermediate=64, used=2, simdgroups=(2, 2)
 )
+# Rows of a block and three lanes more, the last of which has one value; a tile that is not whole.
+TAIL = experts(
+    "tail", DENSE, DENSE, DENSE, tokens=2, hidden=137, intermediate=5, used=2, simdgroups=(2, 2)
+)
 # It is in MLX's fast order, with more simdgroups than rows need, and one token.
 FAST = experts(
     "fast", AFFINE4, AFFINE4, DENSE, top_k=1, hidden=1024, intermediate=8, used=1, rows=2,
@@ -92,7 +96,7 @@ LONG = experts(
     "long", AFFINE4, AFFINE4, DENSE, top_k=1, hidden=576, intermediate=9, used=1, rows=8,
     simdgroups=(1, 1),
 )  # fmt: skip
-CASES = [SHARED, ODD, FAST, MIXED, WIDE, WHOLE, FACTORS, SQUARES, BLOCKS, BAD, LONG]
+CASES = [SHARED, ODD, TAIL, FAST, MIXED, WIDE, WHOLE, FACTORS, SQUARES, BLOCKS, BAD, LONG]
 
 # Each has a name, a case and a change, whose text has @old@new@ where it differs. Where the text
 # occurs several times, a number follows that tells which.
@@ -170,19 +174,22 @@ GATE_UP = [
     ("rows multiplied, one less", SHARED, "i < all@@ - 1@; i++"),
     ("tail", ODD, "k - end - own@@ + 1@"),
     ("tail, one less", ODD, "k - end - own@@ - 1@"),
-    ("tail of a lane", SHARED, "left = @min(k - end - own, F::values)@k - end@"),
-    ("tail lanes", SHARED, "left >@@=@ 0; i++"),
+    ("tail of a lane", ODD, "left = @min(k - end - own, F::values)@k - end@"),
     ("tail lanes, one less", ODD, "left > @0@1@; i++"),
-    ("tail rows", SHARED, "rows@@ + 1@ && left > 0"),
-    ("tail rows, one less", SHARED, "rows@@ - 1@ && left > 0"),
-    ("tail rows mask", SHARED, "if (@i % rows < used@true@) {\n        thread"),
-    ("tail rows mask, one more", SHARED, "if (i % rows < used@@ + 1@) {\n        thread"),
-    ("tail vectors", SHARED, "m < width@@ + 1@; m++) {\n          const"),
-    ("tail vectors, one less", SHARED, "m < width@@ - 1@; m++) {\n          const"),
-    ("vector of the tail", SHARED, "load_safe<F>(m, @end + @@own"),
+    ("tail rows", ODD, "rows@@ + 1@ && left > 0"),
+    ("tail rows, one less", ODD, "rows@@ - 1@ && left > 0"),
+    ("tail rows mask", TAIL, "if (@i % rows < used@true@) {\n        thread"),
+    ("tail rows mask, one more", TAIL, "if (i % rows < used@@ + 1@) {\n        thread"),
+    ("tail vectors", ODD, "m < width@@ + 1@; m++) {\n          const"),
+    ("tail vectors, one less", ODD, "m < width@@ - 1@; m++) {\n          const"),
+    ("vector of the tail", TAIL, "load_safe<F>(m, @end + @@own"),
     ("vector of the tail's lane", ODD, "load_safe<F>(m, end@ + own@@"),
     ("column of a tail", ODD, "load_x_safe(x + offsets[m]@ + column@@"),
-    ("vector of a tail", SHARED, "load_x_safe(x@ + offsets[m]@@ + column"),
+    ("vector of a tail", ODD, "load_x_safe(x@ + offsets[m]@@ + column"),
+    ("whole lanes of a tail", SHARED, "if (end + own < k@@ + F::values@) {"),
+    ("whole lanes of a tail, one less", SHARED, "if (end + own < k@@ - F::values@) {"),
+    ("weights of whole lanes", SHARED, "used, own, @end@0@, k, tail"),
+    ("vector of whole lanes", SHARED, "x, own, @end@0@, k, result"),
     ("sums reduced", SHARED, "width@@ + 1@; i++) {\n    result[i] = F::"),
     ("sums reduced, one less", SHARED, "width@@ - 1@; i++) {\n    result[i] = F::"),
     ("sums of the second format", MIXED, "lane, result@ + rows * width@@"),
@@ -283,6 +290,8 @@ EQUIVALENT = [
     ("members stored", SHARED, "i / width < used@ && i % width < count@@"),
     # A wider run of the same members gives the same sums.
     ("two by four", WIDE, "count > @2@1@) {", 0),
+    # A lane without values adds zeros.
+    ("tail lanes", ODD, "left >@@=@ 0; i++"),
     # One cell more is where the scale comes to lie afterwards.
     ("cells", SHARED, "j < cells_per_unit@@ + 1@;"),
     # MLX's safe functions add in the same order as the others.

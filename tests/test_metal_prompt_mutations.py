@@ -69,7 +69,7 @@ GATE_UP = [
     ("end of a vector", MANY, "to[j] = @j < left@true@ ? from"),
     ("columns left", MANY, "vector < count ? k@@ + 1@ - column - at"),
     ("rows loaded", FEW, "left = @row < used@true@ ? k"),
-    ("whole cells", MANY, "if (left >= @F::values@1@) {"),
+    ("whole cells", MANY, "partial_lanes || left >= @F::values@1@) {"),
     ("cells beyond the last", MANY, "+ j) = @left > 0@true@"),
     ("gate or up", FEW, "rows + (@first + @@row) * kRowPitch"),
     ("columns of a row", FEW, "w.skip(row, column@ + at@@, k)"),

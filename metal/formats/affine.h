@@ -14,9 +14,10 @@ struct Affine {
   GLM_CONST int values = mlx_affine::get_pack_factor<bits, 32>() * packs;
   GLM_CONST int bytes = mlx_affine::get_bytes_per_pack<bits, 32>() * packs;
   GLM_CONST int block = values * kLanes;
-  GLM_CONST int scale_rows = 1;       // that share their scales
-  GLM_CONST bool whole_tiles = fast;  // n % 8 == 0, k % 512 == 0
-  GLM_CONST bool factors = false;     // `biases` is one factor a matrix
+  GLM_CONST int scale_rows = 1;          // that share their scales
+  GLM_CONST bool whole_tiles = fast;     // n % 8 == 0, k % 512 == 0
+  GLM_CONST bool factors = false;        // `biases` is one factor a matrix
+  GLM_CONST bool partial_lanes = false;  // a row ends between lanes
 
   struct Cells {
     Cell w[bytes / sizeof(Cell)];
@@ -51,38 +52,16 @@ struct Affine {
     cells.scale = scales[0];
     cells.bias = biases[0];
   }
-  // A lane's values lie in one group, so a row ends between lanes.
-  static METAL_FUNC void load_safe(
-      const device uint8_t* w,
-      const device S* scales,
-      const device S* biases,
-      int column,
-      int,
-      thread Cells& cells) {
-    load(w, scales, biases, column, cells);
-  }
 
   template <typename T>
   static METAL_FUNC float load_x(const device T* x, thread float* x_thread) {
     return mlx_affine::load_vector<T, float, values, bits>(x, x_thread);
-  }
-  template <typename T>
-  static METAL_FUNC float
-  load_x_safe(const device T* x, int used, thread float* x_thread) {
-    return mlx_affine::load_vector_safe<T, float, values, bits>(
-        x, x_thread, used);
   }
 
   // The same for values that are the lane's own.
   template <typename T>
   static METAL_FUNC float load_own(const thread T* x, thread float* x_thread) {
     return mlx_affine::own_load_vector<T, float, values, bits>(x, x_thread);
-  }
-  template <typename T>
-  static METAL_FUNC float
-  load_own_safe(const thread T* x, int used, thread float* x_thread) {
-    return mlx_affine::own_load_vector_safe<T, float, values, bits>(
-        x, x_thread, used);
   }
 
   static METAL_FUNC void dot(
@@ -92,20 +71,6 @@ struct Affine {
       thread float& result) {
     result += mlx_affine::qdot<float, values, bits>(
         (const thread uint8_t*)cells.w, x_thread, cells.scale, cells.bias, sum);
-  }
-  static METAL_FUNC void dot_safe(
-      const thread Cells& cells,
-      const thread float* x_thread,
-      float sum,
-      int used,
-      thread float& result) {
-    result += mlx_affine::qdot_safe<float, values, bits>(
-        (const thread uint8_t*)cells.w,
-        x_thread,
-        cells.scale,
-        cells.bias,
-        sum,
-        used);
   }
 
   // Gives the weights themselves.

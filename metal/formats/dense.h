@@ -13,7 +13,8 @@ struct Dense {
   GLM_CONST int block = values * kLanes;
   GLM_CONST int scale_rows = 1;  // that share their scales
   GLM_CONST bool whole_tiles = false;
-  GLM_CONST bool factors = false;  // `biases` is one factor a matrix
+  GLM_CONST bool factors = false;       // `biases` is one factor a matrix
+  GLM_CONST bool partial_lanes = true;  // a row may end within a lane's values
 
   struct Cells {
     W w[values];
@@ -92,11 +93,6 @@ struct Dense {
     }
     return 0;
   }
-  template <typename T>
-  static METAL_FUNC float
-  load_own_safe(const thread T* x, int, thread float* x_thread) {
-    return load_own(x, x_thread);
-  }
 
   static METAL_FUNC void dot(
       const thread Cells& cells,
@@ -106,14 +102,6 @@ struct Dense {
     for (int i = 0; i < values; i++) {
       result += static_cast<float>(cells.w[i]) * x_thread[i];
     }
-  }
-  static METAL_FUNC void dot_safe(
-      const thread Cells& cells,
-      const thread float* x_thread,
-      float sum,
-      int,
-      thread float& result) {
-    dot(cells, x_thread, sum, result);
   }
 
   // Gives the weights themselves.

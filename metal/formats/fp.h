@@ -17,6 +17,7 @@ struct Fp {
   GLM_CONST int scale_rows = 1;           // that share their scales
   GLM_CONST bool whole_tiles = fast;      // n % 8 == 0, k % 512 == 0
   GLM_CONST bool factors = global_scale;  // `biases` is one factor a matrix
+  GLM_CONST bool partial_lanes = false;   // a row ends between lanes
 
   struct Cells {
     Cell w[bytes / sizeof(Cell)];
@@ -50,26 +51,10 @@ struct Fp {
     load_cells<Cell, bytes>(w, cells.w);
     cells.scale = mlx_fp::dequantize_scale<float, group_size>(scales[0]);
   }
-  // A lane's values lie in one group, so a row ends between lanes.
-  static METAL_FUNC void load_safe(
-      const device uint8_t* w,
-      const device uint8_t* scales,
-      const device uint8_t* biases,
-      int column,
-      int,
-      thread Cells& cells) {
-    load(w, scales, biases, column, cells);
-  }
 
   template <typename T>
   static METAL_FUNC float load_x(const device T* x, thread float* x_thread) {
     mlx_fp::load_vector<T, float, values>(x, x_thread);
-    return 0;
-  }
-  template <typename T>
-  static METAL_FUNC float
-  load_x_safe(const device T* x, int used, thread float* x_thread) {
-    mlx_fp::load_vector_safe<T, float, values>(x, x_thread, used);
     return 0;
   }
 
@@ -77,12 +62,6 @@ struct Fp {
   template <typename T>
   static METAL_FUNC float load_own(const thread T* x, thread float* x_thread) {
     mlx_fp::own_load_vector<T, float, values>(x, x_thread);
-    return 0;
-  }
-  template <typename T>
-  static METAL_FUNC float
-  load_own_safe(const thread T* x, int used, thread float* x_thread) {
-    mlx_fp::own_load_vector_safe<T, float, values>(x, x_thread, used);
     return 0;
   }
 
@@ -93,15 +72,6 @@ struct Fp {
       thread float& result) {
     result += mlx_fp::qdot<float, values, bits>(
         (const thread uint8_t*)cells.w, x_thread, cells.scale);
-  }
-  static METAL_FUNC void dot_safe(
-      const thread Cells& cells,
-      const thread float* x_thread,
-      float,
-      int used,
-      thread float& result) {
-    result += mlx_fp::qdot_safe<float, values, bits>(
-        (const thread uint8_t*)cells.w, x_thread, cells.scale, used);
   }
 
   // Gives the weights themselves, but for the matrix's factor.

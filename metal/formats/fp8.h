@@ -12,9 +12,10 @@ struct Fp8 {
   GLM_CONST int values = 8;
   GLM_CONST int block = values * kLanes;
   GLM_CONST int group_size = 128;
-  GLM_CONST int scale_rows = 128;      // that share their scales
-  GLM_CONST bool whole_tiles = whole;  // n % 8 == 0, k % 512 == 0
-  GLM_CONST bool factors = false;      // `biases` is one factor a matrix
+  GLM_CONST int scale_rows = 128;        // that share their scales
+  GLM_CONST bool whole_tiles = whole;    // n % 8 == 0, k % 512 == 0
+  GLM_CONST bool factors = false;        // `biases` is one factor a matrix
+  GLM_CONST bool partial_lanes = false;  // a row ends between lanes
 
   struct Cells {
     uint8_t w[values];
@@ -46,26 +47,11 @@ struct Fp8 {
     load_cells<uint8_t, values>(w, cells.w);
     cells.scale = static_cast<float>(scales[0]);
   }
-  // A lane's values lie in one group, so a row ends between lanes.
-  static METAL_FUNC void load_safe(
-      const device uint8_t* w,
-      const device S* scales,
-      const device S* biases,
-      int column,
-      int,
-      thread Cells& cells) {
-    load(w, scales, biases, column, cells);
-  }
 
   template <typename T>
   static METAL_FUNC float load_x(const device T* x, thread float* x_thread) {
     mlx_fp::load_vector<T, float, values>(x, x_thread);
     return 0;
-  }
-  template <typename T>
-  static METAL_FUNC float
-  load_x_safe(const device T* x, int, thread float* x_thread) {
-    return load_x(x, x_thread);
   }
 
   // The same for values that are the lane's own.
@@ -73,11 +59,6 @@ struct Fp8 {
   static METAL_FUNC float load_own(const thread T* x, thread float* x_thread) {
     mlx_fp::own_load_vector<T, float, values>(x, x_thread);
     return 0;
-  }
-  template <typename T>
-  static METAL_FUNC float
-  load_own_safe(const thread T* x, int, thread float* x_thread) {
-    return load_own(x, x_thread);
   }
 
   static METAL_FUNC void dot(
@@ -90,14 +71,6 @@ struct Fp8 {
       accum = fma(x_thread[i], mlx_fp::Dequantize<8>{}(cells.w[i]), accum);
     }
     result = fma(cells.scale, accum, result);
-  }
-  static METAL_FUNC void dot_safe(
-      const thread Cells& cells,
-      const thread float* x_thread,
-      float sum,
-      int,
-      thread float& result) {
-    dot(cells, x_thread, sum, result);
   }
 
   // Gives the weights themselves.

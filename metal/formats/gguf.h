@@ -27,9 +27,10 @@ struct Gguf {
 
   GLM_CONST int values = gguf::kLaneColumns;
   GLM_CONST int block = values * kLanes;
-  GLM_CONST int scale_rows = 1;        // that share their scales
-  GLM_CONST bool whole_tiles = whole;  // n % 8 == 0, k % 512 == 0
-  GLM_CONST bool factors = false;      // `biases` is one factor a matrix
+  GLM_CONST int scale_rows = 1;          // that share their scales
+  GLM_CONST bool whole_tiles = whole;    // n % 8 == 0, k % 512 == 0
+  GLM_CONST bool factors = false;        // `biases` is one factor a matrix
+  GLM_CONST bool partial_lanes = false;  // a row ends between lanes
 
   struct Cells {
     int8_t q[values];
@@ -65,16 +66,6 @@ struct Gguf {
     cells.scale = Block::scale(w, lane);
     cells.bias = Block::bias(w, lane);
   }
-  // A lane's values lie in one block, so a row ends between lanes.
-  static METAL_FUNC void load_safe(
-      const device uint8_t* w,
-      const device uint8_t* scales,
-      const device uint8_t* biases,
-      int column,
-      int,
-      thread Cells& cells) {
-    load(w, scales, biases, column, cells);
-  }
 
   // Returns the sum that multiplies the bias.
   template <typename X>
@@ -94,20 +85,10 @@ struct Gguf {
   static METAL_FUNC float load_x(const device T* x, thread float* x_thread) {
     return take(x, x_thread);
   }
-  template <typename T>
-  static METAL_FUNC float
-  load_x_safe(const device T* x, int, thread float* x_thread) {
-    return take(x, x_thread);
-  }
 
   // The same for values that are the lane's own.
   template <typename T>
   static METAL_FUNC float load_own(const thread T* x, thread float* x_thread) {
-    return take(x, x_thread);
-  }
-  template <typename T>
-  static METAL_FUNC float
-  load_own_safe(const thread T* x, int, thread float* x_thread) {
     return take(x, x_thread);
   }
 
@@ -126,14 +107,6 @@ struct Gguf {
     } else {
       result = fma(accum, cells.scale, result);
     }
-  }
-  static METAL_FUNC void dot_safe(
-      const thread Cells& cells,
-      const thread float* x_thread,
-      float sum,
-      int,
-      thread float& result) {
-    dot(cells, x_thread, sum, result);
   }
 
   // Gives the weights themselves.
