@@ -176,11 +176,12 @@ void sparse_mla_decode(const cpu::Mla& a) {
     for (int i = 0; i < a.queries(); i++) {
       cpu::load_row(a.q, a.row(b, i), static_cast<int>(q.size()), q.data());
       std::vector<std::vector<Split>> heads(a.heads());
+      const cpu::Mla::List list = a.list(b, i);
       for (int first = 0; first < a.list_size(); first += kSplit) {
         std::vector<std::vector<float>> keys;
         const int last = std::min(first + kSplit, a.list_size());
         for (int j = first; j < last; j++) {
-          const int key = a.entry(b, i, j);
+          const int key = list[j];
           if (key >= 0) {
             keys.push_back(values(rows, key));
           }

@@ -11,6 +11,7 @@
 #include "cpu/attention/attention_select.h"
 #include "cpu/attention/attention_simd.h"
 #include "cpu/attention/indexer_body.h"
+#include "cpu/attention/row_fetch.h"
 
 namespace {
 
@@ -23,14 +24,27 @@ constexpr int kWide = 4, kDeep = 4;  // vectors by keys, or heads, in registers
 constexpr int kWide = 1, kDeep = 4;
 #endif
 
+// Of how many parts n are, which are taken `unit` at a time, the last ones
+// alone.
+int parts_of(int n, int unit) {
+  return n / unit + n % unit;
+}
+
 // Adds the sum over d of q[d][lane] k[key][d] to s[key][lane], with `vectors`
-// vectors of lanes by `keys` keys in registers.
+// vectors of lanes by `keys` keys in registers. Sums that are `fresh` begin at
+// zero.
 template <int vectors, int keys>
-GLM_INLINE void
-multiply(const float* q, int lanes, const float* k, int depth, float* s) {
+GLM_INLINE void multiply(
+    const float* q,
+    int lanes,
+    const float* k,
+    int depth,
+    bool fresh,
+    float* s) {
   F16 sum[vectors * keys];
   unroll<vectors * keys>(GLM_EACH(i) {
-    sum[i] = load(s + i / vectors * lanes + i % vectors * kHalf);
+    const float* from = s + i / vectors * lanes + i % vectors * kHalf;
+    sum[i] = fresh ? zero() : load(from);
   });
   for (int d = 0; d < depth; d++) {
     F16 query[vectors];
@@ -56,14 +70,19 @@ void multiply_lanes(
     const float* k,
     int depth,
     int count,
-    float* s) {
+    bool fresh,
+    float* s,
+    RowFetch& fetch) {
   int key = 0;
   for (; key + kDeep <= count; key += kDeep) {
+    fetch.step();
     multiply<vectors, kDeep>(
-        q, lanes, k + key * kSplit, depth, s + key * lanes);
+        q, lanes, k + key * kSplit, depth, fresh, s + key * lanes);
   }
   for (; key < count; key++) {
-    multiply<vectors, 1>(q, lanes, k + key * kSplit, depth, s + key * lanes);
+    fetch.step();
+    multiply<vectors, 1>(
+        q, lanes, k + key * kSplit, depth, fresh, s + key * lanes);
   }
 }
 
@@ -75,13 +94,16 @@ void multiply_block(
     const float* k,
     int depth,
     int count,
-    float* s) {
+    bool fresh,
+    float* s,
+    RowFetch& fetch) {
   int lane = 0;
   for (; lane + kWide * kHalf <= lanes; lane += kWide * kHalf) {
-    multiply_lanes<kWide>(q + lane, lanes, k, depth, count, s + lane);
+    multiply_lanes<kWide>(
+        q + lane, lanes, k, depth, count, fresh, s + lane, fetch);
   }
   for (; lane < lanes; lane += kHalf) {
-    multiply_lanes<1>(q + lane, lanes, k, depth, count, s + lane);
+    multiply_lanes<1>(q + lane, lanes, k, depth, count, fresh, s + lane, fetch);
   }
 }
 
@@ -148,6 +170,7 @@ class FewHeads {
   }
 
   void store_all() const {
+    std::fill_n(a_.p, static_cast<size_t>(a_.count) * a_.lanes, 0.0f);
     for (int keys = 0; keys < a_.count; keys += kHalf) {
       const int count = std::min(kHalf, a_.count - keys);
       for (int h = 0; h < a_.heads; h++) {
@@ -188,21 +211,28 @@ class FewHeads {
 
 void split(const SplitArgs& a) {
   const Rows& rows = *a.rows;
-  std::fill_n(a.p, static_cast<size_t>(a.count) * a.lanes, 0.0f);
   alignas(64) float block[kSplit * kSplit];
   const bool few = a.heads <= kFewHeads;
   const int whole = round_up(a.count, kHalf);
   std::fill(block + a.count * kSplit, block + whole * kSplit, 0.0f);
   FewHeads heads(a);
+  const int blocks = round_up(rows.rank, kSplit) / kSplit +
+      round_up(rows.rope_dim, kSplit) / kSplit;
+  const int steps =
+      few ? 1 : parts_of(a.lanes / kHalf, kWide) * parts_of(a.count, kDeep);
+  RowFetch fetch(
+      rows, a.keys + a.count, a.next_count, 0, rows.rank, true, blocks * steps);
   const auto part = [&](int dims, int first, auto load_part) {
     for (int d = 0; d < dims; d += kSplit) {
       const int depth = std::min(kSplit, dims - d);
-      load_part({rows, a.keys, a.count, a.next_count, d, depth, block});
+      load_part({rows, a.keys, a.count, d, depth, block});
       if (few) {
+        fetch.step();
         heads.add(first + d, block, depth);
       } else {
         const float* q = a.q + static_cast<size_t>(first + d) * a.lanes;
-        multiply_block(q, a.lanes, block, depth, a.count, a.p);
+        const bool fresh = first + d == 0;
+        multiply_block(q, a.lanes, block, depth, a.count, fresh, a.p, fetch);
       }
     }
   };
@@ -269,16 +299,19 @@ void accumulate_heads(
     const float* p,
     const float* v,
     float* out,
-    int stride) {
+    int stride,
+    RowFetch& fetch) {
   const float* e = a.e + static_cast<size_t>(s) * a.lanes;
   const int count = a.counts[s];
   int h = 0;
   for (; h + kDeep <= a.heads; h += kDeep) {
     float* to = out + h * stride;
+    fetch.step();
     accumulate<vectors, kDeep>(p + h, a.lanes, v, count, e + h, to, stride);
   }
   for (; h < a.heads; h++) {
     float* to = out + h * stride;
+    fetch.step();
     accumulate<vectors, 1>(p + h, a.lanes, v, count, e + h, to, stride);
   }
 }
@@ -292,16 +325,24 @@ void combine(const CombineArgs& a) {
   for (int s = 0; s < a.splits; s++) {
     const int count = a.counts[s];
     const int next = s + 1 < a.splits ? a.counts[s + 1] : 0;
+    RowFetch fetch(
+        *a.rows,
+        keys + count,
+        next,
+        a.column,
+        a.columns,
+        false,
+        parts_of(stride / kHalf, kWide) * parts_of(a.heads, kDeep));
     for (int first = 0; first < a.columns; first += kSplit) {
       const int columns = std::min(kSplit, a.columns - first);
-      load_latents({*a.rows, keys, count, next, a.column + first, columns, v});
+      load_latents({*a.rows, keys, count, a.column + first, columns, v});
       float* to = a.sums + first;
       int c = 0;
       for (; c + kWide * kHalf <= columns; c += kWide * kHalf) {
-        accumulate_heads<kWide>(a, s, p, v + c, to + c, stride);
+        accumulate_heads<kWide>(a, s, p, v + c, to + c, stride, fetch);
       }
       for (; c < columns; c += kHalf) {
-        accumulate_heads<1>(a, s, p, v + c, to + c, stride);
+        accumulate_heads<1>(a, s, p, v + c, to + c, stride, fetch);
       }
     }
     keys += count;

@@ -9,14 +9,15 @@
 
 namespace glm_fused::cpu {
 
-// What index_scores takes: keys [begin, end) and a few queries of one sequence.
+// What index_scores takes: keys [begin, end) of `count` and a few queries of
+// one sequence.
 struct IndexArgs {
   const float* q;        // queries, each as index_pack lays it out
   const float* weights;  // [queries, heads]
   int queries, heads, dim;
   float scale;
   Rows keys;
-  int begin, end;
+  int begin, end, count;
   const int* low;  // query i sees the keys [low[i], high[i])
   const int* high;
   uint32_t* scores;  // [queries, stride], as ordered words; key t is column t

@@ -25,26 +25,29 @@ inline void prefetch(const uint8_t* from, size_t bytes) {
   }
 }
 
-// Returns the value of the e4m3 code in the low byte of every word. The NaN
-// code, 0x7f, reads as 480.
-GLM_INLINE F16 e4m3(U16 v) {
-  const U16 sign = shift_left<8>(bits_and(v, 0x80u));
-  const U16 half = bits_or(sign, shift_left<7>(bits_and(v, 0x7fu)));
-  return mul(half_to_float(half), splat(256.0f));
+// Returns IEEE halves, each a 256th of the value of the e4m3 code in its low
+// byte. The NaN code, 0x7f, reads as 480.
+GLM_INLINE U16 e4m3_halves(U16 v) {
+  const U16 sign = shift_left<8>(bits_and(v, 0x00800080u));
+  return bits_or(sign, shift_left<7>(bits_and(v, 0x007f007fu)));
+}
+GLM_INLINE F16 from_256th(F16 v) {
+  return mul(v, splat(256.0f));
 }
 
-// Returns the value of the int8 code in the low byte of every word.
+// Returns the value of the int8 code in byte `at` of every word.
+template <int at>
 GLM_INLINE F16 signed_byte(U16 v) {
-  return sub(to_float(bits_and(add_words(v, 128u), 0xffu)), splat(128.0f));
+  return to_float(shift_right_signed<24>(shift_left<24 - 8 * at>(v)));
 }
 
 // A block of rows: columns [begin, begin + columns) of the rows `keys` are
 // loaded as fp32, kSplit floats per row, and the last vector of a row is filled
-// up with zeros. Meanwhile the same columns of `next` further rows are fetched.
+// up with zeros.
 struct BlockArgs {
   const Rows& rows;
   const int32_t* keys;
-  int count, next;
+  int count;
   int begin, columns;
   float* to;
 };
@@ -71,10 +74,6 @@ GLM_INLINE void load_block(
       memcpy(tail, from + whole * size, (a.columns - whole) * size);
       store(to + whole, load16(tail, by));
     }
-    if (i < a.next) {
-      const uint8_t* next = address(a.rows[a.keys[a.count + i]]) + begin;
-      prefetch(next, a.columns * size);
-    }
   }
 }
 
@@ -88,7 +87,7 @@ load_floats(const BlockArgs& a, FloatType type, Address&& address) {
     });
   } else if (type == FloatType::float16) {
     load_block<2>(a, address, unscaled, [](const uint8_t* p, F16) {
-      return half_to_float(load_shorts(p));
+      return load_halves(p);
     });
   } else {
     load_block<4>(a, address, unscaled, [](const uint8_t* p, F16) {
@@ -109,11 +108,12 @@ void load_latents(const BlockArgs& a) {
     load_floats(a, a.rows.latent_type, latent);
   } else if (fp8) {
     load_block<1>(a, latent, scale, [](const uint8_t* p, F16 by) {
-      return mul(e4m3(load_bytes(p)), by);
+      const F16 value = half_to_float(e4m3_halves(load_bytes(p)));
+      return mul(from_256th(value), by);
     });
   } else {
     load_block<1>(a, latent, scale, [](const uint8_t* p, F16 by) {
-      return mul(signed_byte(load_bytes(p)), by);
+      return mul(signed_byte<0>(load_bytes(p)), by);
     });
   }
 }
@@ -124,7 +124,7 @@ void load_ropes(const BlockArgs& a) {
 
 // Stores value d of `count` rows, at most 16, which lie `row_bytes` apart, at
 // to[d * stride], for d in [0, depth). A word holds 4 / size values, of which
-// convert(words, j, by) makes value j of each word.
+// convert(words, values) makes as many vectors.
 template <int size, int stride, class Convert>
 GLM_INLINE void load_columns(
     const uint8_t* rows,
@@ -132,7 +132,6 @@ GLM_INLINE void load_columns(
     int count,
     int depth,
     float* to,
-    F16 by,
     Convert&& convert) {
   constexpr int per_word = 4 / size, block = 4 * kHalf;
   for (int at = 0; at < depth * size; at += block) {
@@ -149,8 +148,10 @@ GLM_INLINE void load_columns(
     }
     float* column = to + at / size * stride;
     unroll<kHalf>(GLM_EACH(w) {
-      for_each_constant<per_word>(GLM_EACH(j) {
-        store(column + (w * per_word + j) * stride, convert(words[w], j, by));
+      F16 values[per_word];
+      convert(words[w], values);
+      unroll<per_word>(GLM_EACH(j) {
+        store(column + (w * per_word + j) * stride, values[j]);
       });
     });
   }
@@ -177,33 +178,37 @@ void load_transposed(
     int begin,
     int depth,
     float* to) {
-  const auto columns = [&](auto size, F16 by, auto convert) {
+  const auto columns = [&](auto size, auto convert) {
     const size_t step = rows.latent_stride;
     const uint8_t* from = rows.latents + first * step + begin * size;
-    load_columns<size, stride>(from, step, count, depth, to, by, convert);
+    load_columns<size, stride>(from, step, count, depth, to, convert);
   };
   if (rows.format != RowFormat::floating) {
     const F16 by = load_scales(rows, first, count, begin);
     if (rows.format == RowFormat::fp8) {
-      columns(Constant<1>(), by, [](U16 words, auto j, F16 scale) {
-        return mul(e4m3(shift_right<8 * j>(words)), scale);
+      columns(Constant<1>(), [by](U16 words, F16* to) GLM_ALWAYS_INLINE {
+        split_halves(e4m3_halves(words), to[0], to[2]);
+        split_halves(e4m3_halves(shift_right<8>(words)), to[1], to[3]);
+        unroll<4>(GLM_EACH(j) { to[j] = mul(from_256th(to[j]), by); });
       });
     } else {
-      columns(Constant<1>(), by, [](U16 words, auto j, F16 scale) {
-        return mul(signed_byte(shift_right<8 * j>(words)), scale);
+      columns(Constant<1>(), [by](U16 words, F16* to) GLM_ALWAYS_INLINE {
+        for_each_constant<4>(
+            GLM_EACH(j) { to[j] = mul(signed_byte<j>(words), by); });
       });
     }
   } else if (rows.latent_type == FloatType::float32) {
-    columns(Constant<4>(), zero(), [](U16 words, auto, F16) {
-      return as_float(words);
+    columns(Constant<4>(), [](U16 words, F16* to) GLM_ALWAYS_INLINE {
+      to[0] = as_float(words);
     });
   } else if (rows.latent_type == FloatType::bfloat16) {
-    columns(Constant<2>(), zero(), [](U16 words, auto j, F16) {
-      return as_float(j ? bits_and(words, 0xffff0000u) : shift_left<16>(words));
+    columns(Constant<2>(), [](U16 words, F16* to) GLM_ALWAYS_INLINE {
+      to[0] = upper_half<0>(words);
+      to[1] = upper_half<1>(words);
     });
   } else {
-    columns(Constant<2>(), zero(), [](U16 words, auto j, F16) {
-      return half_to_float(shift_right<16 * j>(words));
+    columns(Constant<2>(), [](U16 words, F16* to) GLM_ALWAYS_INLINE {
+      split_halves(words, to[0], to[1]);
     });
   }
 }

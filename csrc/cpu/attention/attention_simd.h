@@ -52,6 +52,33 @@ GLM_INLINE U16 load_shorts(const uint8_t* p) {
   return _mm512_cvtepu16_epi32(
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+GLM_INLINE F16 load_halves(const uint8_t* p) {
+  return _mm512_cvtph_ps(
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+// Converts the IEEE half in the lower and that in the upper part of each word.
+GLM_INLINE void split_halves(U16 words, F16& low, F16& high) {
+  const __m512i order = _mm512_set_epi32(
+      0x1f001d,
+      0x1b0019,
+      0x170015,
+      0x130011,
+      0xf000d,
+      0xb0009,
+      0x70005,
+      0x30001,
+      0x1e001c,
+      0x1a0018,
+      0x160014,
+      0x120010,
+      0xe000c,
+      0xa0008,
+      0x60004,
+      0x20000);
+  const __m512i v = _mm512_permutexvar_epi16(order, words);
+  low = _mm512_cvtph_ps(_mm512_castsi512_si256(v));
+  high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(v, 1));
+}
 // Sets to[c] to word c of each of 16 rows, which lie `stride` bytes apart.
 GLM_INLINE void
 transpose_words(const uint8_t* rows, size_t stride, U16 to[16]) {
@@ -156,6 +183,23 @@ GLM_INLINE U16 load_shorts(const uint8_t* p) {
       _mm256_cvtepu16_epi32(_mm_loadu_si128(q)),
       _mm256_cvtepu16_epi32(_mm_loadu_si128(q + 1))};
 }
+GLM_INLINE F16 load_halves(const uint8_t* p) {
+  const auto* q = reinterpret_cast<const __m128i*>(p);
+  return {
+      _mm256_cvtph_ps(_mm_loadu_si128(q)),
+      _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+}
+GLM_INLINE void split_halves(U16 words, F16& low, F16& high) {
+  const auto half = [](__m256i v, __m256& even, __m256& odd) {
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_set_epi32(0x0f0e0b0a, 0x07060302, 0x0d0c0908, 0x05040100));
+    v = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(v, order), 0xd8);
+    even = _mm256_cvtph_ps(_mm256_castsi256_si128(v));
+    odd = _mm256_cvtph_ps(_mm256_extracti128_si256(v, 1));
+  };
+  half(words.a, low.a, high.a);
+  half(words.b, low.b, high.b);
+}
 GLM_INLINE void
 transpose_words(const uint8_t* rows, size_t stride, U16 to[16]) {
   for (int c = 0; c < 16; c += 4) {  // four columns
@@ -248,6 +292,13 @@ GLM_INLINE U16 load_shorts(const uint8_t* p) {
     out[i] = v[i];
   }
   return out;
+}
+GLM_INLINE F16 load_halves(const uint8_t* p) {
+  return half_to_float(load_shorts(p));
+}
+GLM_INLINE void split_halves(U16 words, F16& low, F16& high) {
+  low = half_to_float(words);
+  high = half_to_float(shift_right<16>(words));
 }
 GLM_INLINE void
 transpose_words(const uint8_t* rows, size_t stride, U16 to[16]) {

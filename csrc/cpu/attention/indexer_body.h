@@ -163,8 +163,9 @@ void index_scores(const IndexArgs& a) {
   float *keys = a.spare, *dots = a.spare + kDepth * kKeys;
   for (int begin = a.begin; begin < a.end; begin += kKeys) {
     const int end = std::min(begin + kKeys, a.end);
-    // For a single query the next keys are fetched while these are scored.
-    const int more = a.queries == 1 ? std::min(kKeys, a.end - end) : 0;
+    // For a single query the next keys are fetched while these are scored, also
+    // those of the next task, which is mostly this thread's.
+    const int more = a.queries == 1 ? std::min(kKeys, a.count - end) : 0;
     const uint8_t* next = a.keys.latents + end * a.keys.latent_stride;
     const IndexTile tile{
         begin, end, next, more * a.keys.latent_stride / shares};

@@ -128,7 +128,7 @@ class Topk : public Staged {
   }
 
   void score(int number, int worker) const {
-    const int begin = number * task_;
+    const int begin = number * task_, keys = a_.keys.keys();
     attention_kernels().index_scores(
         {q_.data(),
          a_.weights.data<float>() + a_.row(b_, first_) * a_.heads(),
@@ -138,7 +138,8 @@ class Topk : public Staged {
          a_.scale,
          a_.rows(b_),
          begin,
-         std::min(begin + task_, a_.keys.keys()),
+         std::min(begin + task_, keys),
+         keys,
          low_.data(),
          high_.data(),
          scores_.data(),

@@ -172,11 +172,12 @@ class Attention : public Staged {
   // Lists the visible keys of a query, back to back, and its splits that have
   // any.
   void list_keys(int i, int place) const {
+    const Mla::List list = a_.list(b_, first_ + i);
     int keys = 0, splits = 0;
     for (int s = 0; s < list_; s += kSplit) {
       const int begin = keys;
       for (int j = s; j < std::min(s + kSplit, list_); j++) {
-        const int key = a_.entry(b_, first_ + i, j);
+        const int key = list[j];
         if (key >= 0) {
           keys_[place][keys++] = key;
         }
@@ -189,8 +190,8 @@ class Attention : public Staged {
     filled_[place] = splits;
   }
 
-  // Divides a query's splits among tiles; a tile takes several, so that it can
-  // fetch one's keys during another.
+  // Divides a query's splits among tiles; a tile takes several, one after the
+  // other, as one's keys are fetched during that before it.
   Stage begin_split() {
     constexpr int most = 16;
     const int share = splits_ * count_ / (2 * workers_);
@@ -214,7 +215,7 @@ class Attention : public Staged {
            &*rows_,
            keys_[place] + begins_[place][s],
            counts_[place][s],
-           s + 1 < end ? counts_[place][s + 1] : 0,
+           s + 1 < filled_[place] ? counts_[place][s + 1] : 0,
            p_[place] + lanes(begins_[place][s]),
            m_[place] + lanes(s),
            l_[place] + lanes(s)});

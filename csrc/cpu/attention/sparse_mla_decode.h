@@ -43,13 +43,22 @@ struct Mla {
   int most_listed() const {
     return selected ? selected->shape(2) : latents.most_keys();
   }
-  // Returns entry j of a query's list, -1 where it is no visible key.
-  int entry(int b, int i, int j) const {
+  // A query's list of keys. Entry j is -1 where it is no visible key.
+  struct List {
+    const int32_t* selected;  // null: every visible key
+    int low, high;
+
+    int operator[](int j) const {
+      const int key = selected ? selected[j] : low + j;
+      return key >= low && key < high ? key : -1;
+    }
+  };
+  List list(int b, int i) const {
     const Visible v = visible(b);
-    const int key = selected
-        ? selected->data<int32_t>()[row(b, i) * list_size() + j]
-        : v.low + j;
-    return key >= v.low && key < v.high(i) ? key : -1;
+    const int32_t* entries = selected
+        ? selected->data<int32_t>() + row(b, i) * list_size()
+        : nullptr;
+    return {entries, v.low, v.high(i)};
   }
 };
 
