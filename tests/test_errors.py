@@ -51,7 +51,7 @@ def run(capsys, *args):
     ],
 )
 def test_a_bug_is_told_from_what_a_user_can_mend(capsys, monkeypatch, folder, error, code, text):
-    def fail(_):
+    def fail(*_):
         raise error
 
     monkeypatch.setattr("glm_fused.checkpoint.description.describe_checkpoint", fail)
