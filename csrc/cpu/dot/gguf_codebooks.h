@@ -40,7 +40,7 @@ constexpr Table table_of(Value value) {
 
 template <int rows, class Word = uint32_t>
 struct Codebook {
-  Word of[rows];
+  alignas(64) Word of[rows];
 };
 
 // Rows of `columns` codes of `bits` bits, a nibble for each.

@@ -1,6 +1,6 @@
-// The kernels of GGUF's block formats on one instruction set. The formats share
-// them, since they differ by how half a block of lanes becomes signed bytes and
-// scales alone. Only gguf_kernels_<isa>.cpp include this.
+// The kernels of GGUF's block formats on one instruction set. They differ by
+// how half a block of lanes becomes signed bytes and scales alone. Only
+// gguf_kernels_<isa>.cpp include this.
 #pragma once
 
 #include "cpu/dot/dot_body.h"
@@ -26,17 +26,18 @@ GLM_INLINE void quads_of(const U16 (&rows)[4], U16 (&w)[4]) {
 
 namespace {
 
-// What formats have of their own, where the generic way is too slow.
+// What formats have of their own, where the generic way is too slow: how half a
+// block becomes the words of its lanes, with a table where they hold the places
+// of values, and its scales.
 template <Family family>
-struct TableWords;
-template <Family family>
-struct ByteWords;
+struct LaneCodes;
 template <Family family>
 struct LaneScales;
 
 }  // namespace
 
 #if defined(GLM_AVX512)
+#include "cpu/dot/gguf_codewords_avx512.h"
 #include "cpu/dot/gguf_lane_words_avx512.h"
 #include "cpu/dot/gguf_scales_avx512.h"
 #endif
@@ -46,17 +47,6 @@ namespace {
 // What the words of a lane's 16 columns hold: signed bytes, or bytes or nibbles
 // that are the places of values in a table.
 enum class Words : uint8_t { bytes, table, nibbles };
-
-// What a format does with half a block, 256 columns: a super-block, or eight
-// blocks of 32.
-struct HalfDecode {
-  size_t bytes;
-  const Kernel* kernel;
-  const Table* table;
-  void (*words)(const uint8_t* half, U16* words);
-  // Of the first `lanes`; zeros of the others.
-  void (*scales)(const uint8_t* half, int lanes, F16& scale, F16& bias);
-};
 
 // Calls fn(block, lane of the block, lane of the half) for the first `count`
 // lanes.
@@ -70,7 +60,7 @@ GLM_INLINE void each_lane(const uint8_t* half, int count, const Fn& fn) {
 
 // Where nothing faster is known: lane by lane.
 template <class Block>
-void bytes_by_lane(const uint8_t* half, U16* words) {
+GLM_INLINE void bytes_by_lane(const uint8_t* half, U16 (&words)[4]) {
   alignas(64) int8_t codes[kHalfColumns];
   each_lane<Block>(half, kHalf, [&](const uint8_t* block, int lane, int at) {
     Block::codes(block, lane, codes + at * kLaneColumns);
@@ -92,21 +82,10 @@ scales_by_lane(const uint8_t* half, int lanes, F16& scale, F16& bias) {
 }
 
 template <Family family>
-void scales_of(const uint8_t* half, int lanes, F16& scale, F16& bias) {
-  if constexpr (requires { LaneScales<family>::load(half, scale, bias); }) {
-    if (lanes == kHalf) {
-      return LaneScales<family>::load(half, scale, bias);
-    }
-  }
-  scales_by_lane<typename glm_fused::BlockOf<family>::type>(
-      half, lanes, scale, bias);
-}
-
-template <Family family>
 constexpr Words words_kind() {
   if constexpr (requires { Codewords<family>::table; }) {
     return Words::nibbles;
-  } else if constexpr (requires { TableWords<family>::table; }) {
+  } else if constexpr (requires { LaneCodes<family>::table; }) {
     return Words::table;
   } else {
     return Words::bytes;
@@ -114,71 +93,28 @@ constexpr Words words_kind() {
 }
 
 template <Family family>
-void words_of(const uint8_t* half, U16* words) {
+constexpr Table table_for() {
   if constexpr (words_kind<family>() == Words::nibbles) {
-    alignas(64) HalfWords each;
-    Codewords<family>::load(half, each);
-    load_pairs(reinterpret_cast<const uint8_t*>(each), words[0], words[1]);
+    return Codewords<family>::table;
   } else if constexpr (words_kind<family>() == Words::table) {
-    U16 four[4];
-    TableWords<family>::load(half, four);
-    memcpy(words, four, sizeof(four));
-  } else if constexpr (requires(U16(&w)[4]) {
-                         ByteWords<family>::load(half, w);
-                       }) {
-    U16 four[4];
-    ByteWords<family>::load(half, four);
-    memcpy(words, four, sizeof(four));
+    return LaneCodes<family>::table;
   } else {
-    bytes_by_lane<typename glm_fused::BlockOf<family>::type>(half, words);
+    return {};
   }
 }
 
-template <Family family>
-constexpr const Table* table_for() {
-  if constexpr (words_kind<family>() == Words::nibbles) {
-    return &Codewords<family>::table;
-  } else if constexpr (words_kind<family>() == Words::table) {
-    return &TableWords<family>::table;
-  } else {
-    return nullptr;
-  }
-}
-
-template <Words kind, bool biased>
-class GgufBlocks;
-
-template <Family family>
-const HalfDecode& decode_of() {
-  using Block = glm_fused::BlockOf<family>::type;
-  static constexpr HalfDecode decode{
-      static_cast<size_t>(kHalfColumns / Block::columns * Block::bytes),
-      &kernel<GgufBlocks<words_kind<family>(), Block::biased>>,
-      table_for<family>(),
-      words_of<family>,
-      scales_of<family>};
-  return decode;
-}
-
-const HalfDecode& decode_of(Family family) {
-#define GLM_GGUF_CASE(name, ...) \
-  case Family::name:             \
-    return decode_of<Family::name>();
-  switch (family) {
-    GLM_GGUF_FORMATS(GLM_GGUF_CASE)
-    default:
-      __builtin_unreachable();
-  }
-#undef GLM_GGUF_CASE
-}
+// Half a block, 256 columns: a super-block, or eight blocks of 32.
+template <class Block>
+constexpr int kHalfBytes = kHalfColumns / Block::columns * Block::bytes;
 
 // result += scale * accum, or the sum of that and bias * sum of x, for lanes
 // whose scales lie among the codes.
-template <bool biased>
+template <Family family>
 class BlockScales {
  public:
-  GLM_INLINE BlockScales(const DotArgs& a, int)
-      : decode_(decode_of(a.format.family())), lanes_(a.k / kLaneColumns) {}
+  using Block = glm_fused::BlockOf<family>::type;
+
+  GLM_INLINE BlockScales(const DotArgs& a, int) : lanes_(a.k / kLaneColumns) {}
 
   template <int R>
   GLM_INLINE void locate(TileRows&, int, int) const {}
@@ -196,20 +132,21 @@ class BlockScales {
       const float* sums,
       const F16 (&acc)[R][M],
       F16 (&result)[R][M]) const {
-    const int lanes =
-        Reading::kInPlace ? kHalf : std::min(lanes_ - hb * kHalf, kHalf);
-    const uint8_t* half = rows.weight + hb * decode_.bytes;
-    F16 scale[R], bias[R];
-    for (int r = 0; r < R; r++) {
-      decode_.scales(half + r * rows.weight_stride, lanes, scale[r], bias[r]);
-    }
+    const uint8_t* half = rows.weight + hb * kHalfBytes<Block>;
     unroll<R>(GLM_EACH(r) {
+      F16 scale, bias;
+      if (Reading::kInPlace || (hb + 1) * kHalf <= lanes_) {
+        whole(half + r * rows.weight_stride, scale, bias);
+      } else {
+        scales_by_lane<Block>(
+            half + r * rows.weight_stride, lanes_ - hb * kHalf, scale, bias);
+      }
       unroll<M>(GLM_EACH(m) {
-        if constexpr (biased) {
-          const F16 offset = mul(load(sums + m * kHalf), bias[r]);
-          result[r][m] = add(result[r][m], fma(scale[r], acc[r][m], offset));
+        if constexpr (Block::biased) {
+          const F16 offset = mul(load(sums + m * kHalf), bias);
+          result[r][m] = add(result[r][m], fma(scale, acc[r][m], offset));
         } else {
-          result[r][m] = fma(scale[r], acc[r][m], result[r][m]);
+          result[r][m] = fma(scale, acc[r][m], result[r][m]);
         }
       });
     });
@@ -220,48 +157,59 @@ class BlockScales {
   }
 
  private:
-  const HalfDecode& decode_;
+  static GLM_INLINE void whole(const uint8_t* half, F16& scale, F16& bias) {
+    if constexpr (requires { LaneScales<family>::load(half, scale, bias); }) {
+      LaneScales<family>::load(half, scale, bias);
+    } else {
+      scales_by_lane<Block>(half, kHalf, scale, bias);
+    }
+  }
+
   const int lanes_;  // of a row
 };
 
-template <int count>
+template <Family family>
 struct BlockWords {
   static constexpr size_t kOverread = 0;
-  U16 w[count];
+  U16 w[words_kind<family>() == Words::nibbles ? 2 : 4];
+
+  GLM_INLINE void load(const uint8_t* half) {
+    using Codes = LaneCodes<family>;
+    if constexpr (requires { Codes::grid; }) {
+      Codes::finish(half, look_up(Codes::grid, Codes::index(half)), w);
+    } else if constexpr (requires { Codes::load(half, w); }) {
+      Codes::load(half, w);
+    } else if constexpr (words_kind<family>() == Words::nibbles) {
+      alignas(64) HalfWords each;
+      Codewords<family>::load(half, each);
+      load_pairs(reinterpret_cast<const uint8_t*>(each), w[0], w[1]);
+    } else {
+      bytes_by_lane<typename glm_fused::BlockOf<family>::type>(half, w);
+    }
+  }
 };
 
-template <::Words kind, bool biased>
+template <Family family>
 class GgufBlocks {
  public:
+  using Block = glm_fused::BlockOf<family>::type;
   static constexpr int kValues = kLaneColumns;
-  static constexpr size_t kMostHalfBytes = 8 * 34;  // q8_0's
+  static constexpr size_t kHalfBytes = ::kHalfBytes<Block>;
   static constexpr int kTerms = kValues;
   static constexpr bool kQuads = false;
   static constexpr bool kCarriesAccumulator = false;
-  static constexpr int kSumStep = biased ? 4 : 0;
-  using Words = BlockWords<kind == ::Words::nibbles ? 2 : 4>;
-  using Scales = BlockScales<biased>;
-
-  GLM_INLINE explicit GgufBlocks(const glm_fused::Format& format)
-      : decode_(decode_of(format.family())),
-        table_(kind == ::Words::bytes ? kNone.of : decode_.table->of) {}
-
-  GLM_INLINE size_t half_bytes() const {
-    return decode_.bytes;
-  }
-
-  GLM_INLINE void load(Words& words, const uint8_t* half) const {
-    decode_.words(half, words.w);
-  }
+  static constexpr int kSumStep = Block::biased ? 4 : 0;
+  using Words = BlockWords<family>;
+  using Scales = BlockScales<family>;
 
   static constexpr Term term(int p) {
     return {p, p, 0xff, 1.0f, 1.0f};
   }
   template <int p>
   GLM_INLINE F16 decode(const Words& words) const {
-    if constexpr (kind == ::Words::nibbles) {
+    if constexpr (kKind == ::Words::nibbles) {
       return table_(shift_right<4 * (p % 8)>(words.w[p / 8]));
-    } else if constexpr (kind == ::Words::table) {
+    } else if constexpr (kKind == ::Words::table) {
       return table_(shift_right<8 * (p % 4)>(words.w[p / 4]));
     } else {
       const U16 top = shift_left<24 - 8 * (p % 4)>(words.w[p / 4]);
@@ -270,14 +218,49 @@ class GgufBlocks {
   }
 
  private:
-  static constexpr Table kNone{};
+  static constexpr auto kKind = words_kind<family>();
+  static constexpr Table kTable = table_for<family>();
 
-  const HalfDecode& decode_;
-  const Table16 table_;
+  const Table16 table_{kTable.of};
 };
 
+}  // namespace
+
+#if defined(GLM_AVX512)
+#include "cpu/dot/gguf_looked_up_rows.h"
+#endif
+
+namespace {
+
+template <Family family>
+void dot_blocks(const DotArgs& args) {
+#if defined(GLM_AVX512)
+  if constexpr (requires { LaneCodes<family>::grid; }) {
+    if (LookedUpRows<family>::takes(args)) {
+      return LookedUpRows<family>(args).all();
+    }
+  }
+#endif
+  dot<GgufBlocks<family>>(args);
+}
+
+template <Family family>
+constexpr Kernel block_kernel{
+    dot_blocks<family>,
+    pack<GgufBlocks<family>>,
+    GgufBlocks<family>::kValues,
+    floats_per_block<GgufBlocks<family>>};
+
 const Kernel& kernel_of(const glm_fused::Format& format) {
-  return *decode_of(format.family()).kernel;
+#define GLM_GGUF_CASE(name, ...) \
+  case Family::name:             \
+    return block_kernel<Family::name>;
+  switch (format.family()) {
+    GLM_GGUF_FORMATS(GLM_GGUF_CASE)
+    default:
+      __builtin_unreachable();
+  }
+#undef GLM_GGUF_CASE
 }
 
 }  // namespace

@@ -26,7 +26,7 @@ GLM_INLINE U16 load_parts(const uint8_t* p) {
 
 // A number for each lane: fn(lane).
 struct Numbers {
-  int32_t of[kHalf];
+  alignas(64) int32_t of[kHalf];
 };
 template <class Fn>
 constexpr Numbers numbers(Fn fn) {
@@ -106,8 +106,8 @@ GLM_INLINE U16 load32(const uint8_t* p) {
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
-// TableWords: bytes of which the low four bits are the place of a value in a
-// table. ByteWords: signed bytes.
+// LaneCodes: signed bytes, or with a table bytes of which the low four bits are
+// the place of a value in it.
 
 template <int stride, int head>
 struct SplitBlocks {
@@ -119,29 +119,29 @@ struct SplitBlocks {
 };
 
 template <>
-struct TableWords<Family::q4_0> : SplitBlocks<18, 2> {
+struct LaneCodes<Family::q4_0> : SplitBlocks<18, 2> {
   static constexpr Table table = table_of([](int i) { return i - 8; });
 };
 template <>
-struct TableWords<Family::iq4_nl> : SplitBlocks<18, 2> {
+struct LaneCodes<Family::iq4_nl> : SplitBlocks<18, 2> {
   static constexpr Table table =
       table_of([](int i) { return ::gguf::kIq4Values[i]; });
 };
 template <>
-struct TableWords<Family::ggml_mxfp4> : SplitBlocks<17, 1> {
+struct LaneCodes<Family::ggml_mxfp4> : SplitBlocks<17, 1> {
   static constexpr Table table =
       table_of([](int i) { return ::gguf::kMxfp4Values[i]; });
 };
 template <>
-struct TableWords<Family::iq4_xs> {
-  static constexpr Table table = TableWords<Family::iq4_nl>::table;
+struct LaneCodes<Family::iq4_xs> {
+  static constexpr Table table = LaneCodes<Family::iq4_nl>::table;
   static GLM_INLINE void load(const uint8_t* half, U16 (&w)[4]) {
     const U16 a = load_words(half + 8), b = load_words(half + 72);
     unroll<4>(GLM_EACH(i) { w[i] = word_of_lanes(kSplitNibbles, i, a, b); });
   }
 };
 template <>
-struct TableWords<Family::q4_k> {
+struct LaneCodes<Family::q4_k> {
   static constexpr Table table = table_of([](int i) { return i; });
   static GLM_INLINE void load(const uint8_t* half, U16 (&w)[4]) {
     const U16 a = load_words(half + 16), b = load_words(half + 80);
@@ -149,7 +149,7 @@ struct TableWords<Family::q4_k> {
   }
 };
 template <>
-struct TableWords<Family::q2_k> {
+struct LaneCodes<Family::q2_k> {
   static constexpr Table table = table_of([](int i) { return i & 3; });
   static GLM_INLINE void load(const uint8_t* half, U16 (&w)[4]) {
     const U16 a = load_words(half + 16);
@@ -157,7 +157,7 @@ struct TableWords<Family::q2_k> {
   }
 };
 template <>
-struct TableWords<Family::q3_k> {
+struct LaneCodes<Family::q3_k> {
   static constexpr Table table = table_of([](int i) { return (i & 7) - 4; });
   static GLM_INLINE void load(const uint8_t* half, U16 (&w)[4]) {
     const U16 high = load32(half), low = load_words(half + 32);
@@ -172,7 +172,7 @@ struct TableWords<Family::q3_k> {
 };
 
 template <>
-struct ByteWords<Family::q8_0> {
+struct LaneCodes<Family::q8_0> {
   static GLM_INLINE void load(const uint8_t* half, U16 (&w)[4]) {
     U16 rows[4];
     unroll<4>(GLM_EACH(i) {
@@ -184,7 +184,7 @@ struct ByteWords<Family::q8_0> {
   }
 };
 template <>
-struct ByteWords<Family::q5_0> {
+struct LaneCodes<Family::q5_0> {
   static GLM_INLINE void load(const uint8_t* half, U16 (&w)[4]) {
     U16 low[4];
     SplitBlocks<22, 6>::load(half, low);
@@ -204,7 +204,7 @@ struct ByteWords<Family::q5_0> {
   }
 };
 template <>
-struct ByteWords<Family::q5_k> {
+struct LaneCodes<Family::q5_k> {
   static GLM_INLINE void load(const uint8_t* half, U16 (&w)[4]) {
     const U16 high = load32(half + 16);
     const U16 a = load_words(half + 48), b = load_words(half + 112);
@@ -218,7 +218,7 @@ struct ByteWords<Family::q5_k> {
   }
 };
 template <>
-struct ByteWords<Family::q6_k> {
+struct LaneCodes<Family::q6_k> {
   static GLM_INLINE void load(const uint8_t* half, U16 (&w)[4]) {
     const U16 a = load_words(half), b = load_words(half + 64);
     const U16 high = load_words(half + 128);
