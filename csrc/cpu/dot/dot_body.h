@@ -26,6 +26,15 @@ constexpr int kRowsAtOnce = F::kTerms > F::kValues ? 4 : 1;
 template <class F>
 constexpr int kRowsAtOnce = 1;
 #endif
+// Long rows of floats, which take hardly a step but the product, are met one by
+// one: they come from memory faster as one stream than as four.
+#if defined(GLM_AVX512)
+template <class F>
+constexpr bool kStreamsRows = F::kCarriesAccumulator;
+#else
+template <class F>
+constexpr bool kStreamsRows = false;
+#endif
 // One vector meets whole rows, so that weights are read in the order of their
 // addresses. Those to come are fetched to the L2 cache a group of rows ahead,
 // or at least so many bytes, in which time the L3 cache answers.
@@ -189,6 +198,11 @@ struct Tile {
   template <class Width>
   GLM_INLINE void one_vector(int m0, Width width) const {
     scales.with_reading([&]<class Reading>(Reading) GLM_ALWAYS_INLINE {
+      if constexpr (kStreamsRows<F>) {
+        if (static_cast<ptrdiff_t>(row_bytes) >= kAhead) {
+          return one_vector<1, Reading>(m0, width);
+        }
+      }
       one_vector<kRowsAtOnce<F>, Reading>(m0, width);
     });
   }
