@@ -369,6 +369,7 @@ struct Affine {
                                           : kValues;
   static constexpr bool kQuads = bits == 2 || bits == 4;
   static constexpr bool kCarriesAccumulator = false;
+  static constexpr bool kHalvesApart = kTerms > kValues;
   static constexpr bool kJoinsRows = !fast;  // rows and groups have no gaps
   static constexpr int kSumStep = bits == 8 ? 1 : bits % 2 ? 8 : 4;
   using Words = LaneWords<kBytes>;
@@ -378,8 +379,8 @@ struct Affine {
     return affine_term<bits>(p);
   }
 
-  template <int p>
-  GLM_INLINE F16 decode(const Words& words) const {
+  template <int p, class Lanes>
+  GLM_INLINE auto decode(const Lanes& words) const {
     constexpr Term t = term(p);
 #if defined(GLM_AVX512)
     if constexpr (t.mask < 16) {

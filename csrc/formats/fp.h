@@ -258,10 +258,11 @@ struct Fp4 {
   }
 #elif defined(GLM_AVX2)
   static constexpr bool kInterleaves = true;
-  template <int p>
-  GLM_INLINE F16 decode(const Words& words) const {
-    const U16 codes = shift_right<4 * (p % 2)>(words.w[p / 8]);
-    const U16 both = table.template spread<p % 8 / 4>(codes);
+  static constexpr bool kHalvesApart = true;
+  template <int p, class Lanes>
+  GLM_INLINE auto decode(const Lanes& words) const {
+    const auto codes = shift_right<4 * (p % 2)>(words.w[p / 8]);
+    const auto both = table.template spread<p % 8 / 4>(codes);
     return upper_half<p % 4 / 2>(both);
   }
 #else

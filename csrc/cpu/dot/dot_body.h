@@ -129,7 +129,7 @@ struct Tile {
         block.acc[r][m] = F::kCarriesAccumulator ? result[r][m] : zero();
       });
     });
-    block.template terms<0>();
+    block.sum();
     const float* sums = from + F::kTerms * width * kHalf;
     scales.template finish<Reading>(rows, hb, sums, block.acc, result);
   }
@@ -282,6 +282,9 @@ struct Tile {
         return several_vectors<4>(0, Constant<4>());
     }
 #elif defined(GLM_AVX2)
+    if (a.width == 1) {
+      return one_vector(0, Constant<1>());
+    }
     for (int m = 0; m < a.width;) {
       if (a.width >= 4) {
         several_vectors<4>(m, a.width);

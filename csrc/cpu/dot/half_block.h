@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 
 #include "cpu/dot/packed_vectors.h"
 
@@ -14,6 +15,11 @@ template <class F>
 constexpr bool kDecodesPairs = requires { requires F::kDecodesPairs; };
 template <class F>
 constexpr int kQuadsAtOnce = kDecodesPairs<F> ? 2 : 1;
+
+// Whether, on AVX2, half of a half-block's lanes meet one vector before the
+// others do, because registers do not hold what decode makes for all.
+template <class F>
+constexpr bool kHalvesApart = requires { requires F::kHalvesApart; };
 
 // v, or NaN where a code of the lane's words is, if the format's decode of
 // codes leaves that to be told.
@@ -53,26 +59,60 @@ load_whole(const F& format, typename F::Words& words, const uint8_t* p) {
 }
 
 // One half-block of R rows against M vectors of a panel. `Width` is the
-// panel's width, a Constant where the compiler may fold it into addresses.
-template <class F, int R, int M, class Width>
+// panel's width, a Constant where the compiler may fold it into addresses. Of
+// half of the words (HalfOf) it computes half of the lanes.
+template <class F, int R, int M, class Width, class Words = typename F::Words>
 struct HalfBlock {
+  using V = typename LanesOf<Words>::type;
   const F& format;
   const float* x;
   const Width width;
-  typename F::Words words[R];
-  F16 acc[R][M];
-  F16 quad[kQuadsAtOnce<F>][R][M];
+  Words words[R];
+  V acc[R][M];
+  V quad[kQuadsAtOnce<F>][R][M];
 
   GLM_INLINE HalfBlock(const F& f, const float* panel, Width w)
       : format(f), x(panel), width(w) {}
 
+  // Adds all terms.
+  GLM_INLINE void sum() {
+#if defined(GLM_AVX2)
+    if constexpr (kHalvesApart<F> && M == 1) {
+      sum_half<0>();
+      sum_half<1>();
+    } else
+#endif
+    {
+      terms<0>();
+    }
+    unroll<R>(GLM_EACH(r) {
+      unroll<M>(
+          GLM_EACH(m) { acc[r][m] = with_nan(format, words[r], acc[r][m]); });
+    });
+  }
+#if defined(GLM_AVX2)
+  template <int half>
+  GLM_INLINE void sum_half() {
+    HalfBlock<F, R, 1, Width, HalfOf<Words, half>> part(
+        format, x + half * kHalf / 2, width);
+    unroll<R>(GLM_EACH(r) {
+      part.words[r] = HalfOf<Words, half>(words[r]);
+      part.acc[r][0] = half == 0 ? acc[r][0].a : acc[r][0].b;
+    });
+    part.template terms<0>();
+    unroll<R>(GLM_EACH(r) {
+      (half == 0 ? acc[r][0].a : acc[r][0].b) = part.acc[r][0];
+    });
+  }
+#endif
+
   // Term p, of the sum of all or of one of the quads at hand.
   template <int p, int q = 0>
   GLM_INLINE void term() {
-    F16 xs[M];
-    unroll<M>(GLM_EACH(m) { xs[m] = load(x + (p * width + m) * kHalf); });
+    V xs[M];
+    unroll<M>(GLM_EACH(m) { load(x + (p * width + m) * kHalf, xs[m]); });
     unroll<R>(GLM_EACH(r) {
-      const F16 d = format.template decode<p>(words[r]);
+      const V d = format.template decode<p>(words[r]);
       unroll<M>(GLM_EACH(m) {
         if constexpr (!F::kQuads) {
           acc[r][m] = fma(xs[m], d, acc[r][m]);
@@ -117,11 +157,6 @@ struct HalfBlock {
     } else if constexpr (p < F::kTerms) {
       term<p>();
       terms<p + 1>();
-    } else {
-      unroll<R>(GLM_EACH(r) {
-        unroll<M>(
-            GLM_EACH(m) { acc[r][m] = with_nan(format, words[r], acc[r][m]); });
-      });
     }
   }
 };

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <concepts>
+#include <iterator>
 
 #include "cpu/dot/dot_kernels.h"
 #include "cpu/runtime/simd.h"
@@ -167,8 +168,31 @@ constexpr int word_of(int byte) {
   return word;
 }
 
+// The floats of the lanes whose words they are.
+template <class Words>
+struct LanesOf {
+  using type = F16;
+};
+#if defined(GLM_AVX2)
+// The words of the first half of the lanes, or of the second.
+template <class Words, int half>
+struct HalfOf {
+  static constexpr const auto& kStart = Words::kStart;
+  U8 w[std::size(Words::kStart)];
+  HalfOf() = default;
+  GLM_INLINE explicit HalfOf(const Words& all) {
+    unroll<std::size(Words::kStart)>(
+        GLM_EACH(i) { w[i] = half == 0 ? all.w[i].a : all.w[i].b; });
+  }
+};
+template <class Words, int half>
+struct LanesOf<HalfOf<Words, half>> {
+  using type = F8;
+};
+#endif
+
 template <int byte, class Words>
-GLM_INLINE U16 from_byte(const Words& words) {
+GLM_INLINE auto from_byte(const Words& words) {
   constexpr int word = word_of<Words>(byte);
   return shift_right<8 * (byte - Words::kStart[word])>(words.w[word]);
 }

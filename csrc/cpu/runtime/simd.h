@@ -2,7 +2,8 @@
 // including file selects with GLM_AVX512, GLM_AVX2 or neither (portable).
 //
 // simd_<isa>.h defines F16 and U16, sixteen floats and sixteen 32-bit words,
-// and the same functions over them. Some are not explained by their names:
+// and the same functions over them; on AVX2 some take F8 and U8, half of the
+// lanes, too. Some are not explained by their names:
 //   half_to_float(a)      the low 16 bits of every word, read as IEEE half
 //   shift_right_signed<n>(a)   with copies of the highest bit
 //   upper_half<0>(a)      the low 16 bits of every word, as those of a float's
@@ -95,9 +96,13 @@ GLM_INLINE void unroll(Fn&& fn) {
 
 namespace {
 
-template <int half>
-GLM_INLINE F16 upper_half(U16 a) {
+template <int half, class U>
+GLM_INLINE auto upper_half(U a) {
   return as_float(half == 0 ? shift_left<16>(a) : bits_and(a, 0xffff0000u));
+}
+
+GLM_INLINE void load(const float* p, F16& v) {
+  v = load(p);
 }
 
 // Returns a, in a register where there are many: a compiler would read it from

@@ -11,12 +11,18 @@ struct F16 {
 struct U16 {
   __m256i a, b;
 };
+// Half of the lanes.
+using F8 = __m256;
+using U8 = __m256i;
 
 GLM_INLINE F16 zero() {
   return {_mm256_setzero_ps(), _mm256_setzero_ps()};
 }
 GLM_INLINE F16 load(const float* p) {
   return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)};
+}
+GLM_INLINE void load(const float* p, F8& v) {
+  v = _mm256_loadu_ps(p);
 }
 GLM_INLINE void store(float* p, F16 v) {
   _mm256_storeu_ps(p, v.a);
@@ -25,14 +31,23 @@ GLM_INLINE void store(float* p, F16 v) {
 GLM_INLINE F16 splat(float v) {
   return {_mm256_set1_ps(v), _mm256_set1_ps(v)};
 }
+GLM_INLINE F8 add(F8 x, F8 y) {
+  return _mm256_add_ps(x, y);
+}
 GLM_INLINE F16 add(F16 x, F16 y) {
-  return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)};
+  return {add(x.a, y.a), add(x.b, y.b)};
+}
+GLM_INLINE F8 mul(F8 x, F8 y) {
+  return _mm256_mul_ps(x, y);
 }
 GLM_INLINE F16 mul(F16 x, F16 y) {
-  return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)};
+  return {mul(x.a, y.a), mul(x.b, y.b)};
+}
+GLM_INLINE F8 fma(F8 x, F8 y, F8 z) {
+  return _mm256_fmadd_ps(x, y, z);
 }
 GLM_INLINE F16 fma(F16 x, F16 y, F16 z) {
-  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+  return {fma(x.a, y.a, z.a), fma(x.b, y.b, z.b)};
 }
 GLM_INLINE U16 load_words(const void* p) {
   const auto* q = static_cast<const __m256i*>(p);
@@ -44,24 +59,27 @@ GLM_INLINE U16 splat_word(const uint8_t* p) {
   return {_mm256_set1_epi32(word), _mm256_set1_epi32(word)};
 }
 template <int n>
+GLM_INLINE U8 shift_right(U8 v) {
+  return n == 0 ? v : _mm256_srli_epi32(v, n);
+}
+template <int n>
 GLM_INLINE U16 shift_right(U16 v) {
-  if constexpr (n == 0) {
-    return v;
-  } else {
-    return {_mm256_srli_epi32(v.a, n), _mm256_srli_epi32(v.b, n)};
-  }
+  return {shift_right<n>(v.a), shift_right<n>(v.b)};
 }
 template <int n>
 GLM_INLINE U16 shift_right_signed(U16 v) {
   return {_mm256_srai_epi32(v.a, n), _mm256_srai_epi32(v.b, n)};
 }
 template <int n>
+GLM_INLINE U8 shift_left(U8 v) {
+  return n == 0 ? v : _mm256_slli_epi32(v, n);
+}
+template <int n>
 GLM_INLINE U16 shift_left(U16 v) {
-  if constexpr (n == 0) {
-    return v;
-  } else {
-    return {_mm256_slli_epi32(v.a, n), _mm256_slli_epi32(v.b, n)};
-  }
+  return {shift_left<n>(v.a), shift_left<n>(v.b)};
+}
+GLM_INLINE U8 bits_and(U8 v, uint32_t m) {
+  return _mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(m)));
 }
 GLM_INLINE U16 bits_and(U16 v, uint32_t m) {
   // A compiler would read it from memory for either half.
@@ -76,11 +94,17 @@ GLM_INLINE U16 add_words(U16 v, uint32_t n) {
   const __m256i k = _mm256_set1_epi32(static_cast<int>(n));
   return {_mm256_add_epi32(v.a, k), _mm256_add_epi32(v.b, k)};
 }
+GLM_INLINE F8 to_float(U8 v) {
+  return _mm256_cvtepi32_ps(v);
+}
 GLM_INLINE F16 to_float(U16 v) {
-  return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)};
+  return {to_float(v.a), to_float(v.b)};
+}
+GLM_INLINE F8 as_float(U8 v) {
+  return _mm256_castsi256_ps(v);
 }
 GLM_INLINE F16 as_float(U16 v) {
-  return {_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)};
+  return {as_float(v.a), as_float(v.b)};
 }
 GLM_INLINE U16 as_words(F16 v) {
   return {_mm256_castps_si256(v.a), _mm256_castps_si256(v.b)};
@@ -122,18 +146,18 @@ struct UpperTable {
   // halves of one: of `part` 0 (or 1) of four lanes, words 0 and 2 (or 1 and
   // 3).
   template <int part>
-  GLM_INLINE U16 spread(U16 codes) const {
-    const U16 i = bits_and(codes, 0x0f0f0f0fu);
-    return {spread<part>(i.a), spread<part>(i.b)};
-  }
-
- private:
-  template <int part>
-  GLM_INLINE __m256i spread(__m256i i) const {
+  GLM_INLINE U8 spread(U8 codes) const {
+    const U8 i = bits_and(codes, 0x0f0f0f0fu);
     const __m256i l = _mm256_shuffle_epi8(low, i);
     const __m256i h = _mm256_shuffle_epi8(high, i);
     return part == 0 ? _mm256_unpacklo_epi8(l, h) : _mm256_unpackhi_epi8(l, h);
   }
+  template <int part>
+  GLM_INLINE U16 spread(U16 codes) const {
+    return {spread<part>(codes.a), spread<part>(codes.b)};
+  }
+
+ private:
   static GLM_INLINE __m256i every_fourth_byte(const float* v, int first) {
     uint8_t bytes[64], picked[16];
     memcpy(bytes, v, sizeof(bytes));
@@ -290,13 +314,14 @@ GLM_INLINE void interleave_lanes(F16& x, F16& y) {
   x = low;
   y = high;
 }
-GLM_INLINE void separate_lanes(F16& x, F16& y) {
-  const F16 even = {
-      _mm256_shuffle_ps(x.a, y.a, 0x88), _mm256_shuffle_ps(x.b, y.b, 0x88)};
-  const F16 odd = {
-      _mm256_shuffle_ps(x.a, y.a, 0xdd), _mm256_shuffle_ps(x.b, y.b, 0xdd)};
+GLM_INLINE void separate_lanes(F8& x, F8& y) {
+  const F8 even = _mm256_shuffle_ps(x, y, 0x88);
+  y = _mm256_shuffle_ps(x, y, 0xdd);
   x = even;
-  y = odd;
+}
+GLM_INLINE void separate_lanes(F16& x, F16& y) {
+  separate_lanes(x.a, y.a);
+  separate_lanes(x.b, y.b);
 }
 GLM_INLINE float butterfly_sum(F16 low, F16 high) {
   const F16 s = add(low, high);
