@@ -6,8 +6,9 @@
 It prints, per weight format: the bytes of weights that a call reads, µs, GB/s, the bandwidth of
 plain streaming reads with the same threads, measured between the calls, of memory as the system
 gives it (in small pages, unless it is set to give huge ones always) and in huge pages, the fraction
-of the former that was reached, the fraction of what multiply-adds in registers reach, the µs that
-the kernel's instructions take at the least on Zen 4 (OPERATIONS), how many times slower the
+of the former that was reached, the fraction of what multiply-adds in registers reach, on Zen 4 and
+Zen 5 the µs that the kernel's instructions take at the least (CYCLES) and the fraction of the
+bandwidth that these leave, which nothing above it can reach, how many times slower the
 reference path and stock MLX are, and errors against float64 arithmetic on the dequantized weights:
 the largest of ours and of stock MLX (relative to the largest output), and of ours with the same
 activations in fp32, which is the one before rounding (2-norm relative to the output's). Every call
@@ -20,6 +21,7 @@ spin between the calls, but for that policy.
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ COLUMNS = {
     "fraction": ".2f",
     "of peak": ".2f",
     "bound us": ".0f",
+    "bound": ".2f",
     "x reference": ".1f",
     "x stock": ".1f",
     "error": ".1e",
@@ -54,21 +57,32 @@ COLUMNS = {
 }
 GGML_COLUMNS = {"llama.cpp": "", "their us": ".0f", "x llama.cpp": ".2f"}
 
-# What a Zen 4 core has to do on AVX-512 for 16 weights where one vector meets whole rows, in
-# operations of 256 bits, of which an instruction of 512 is two: of all kinds but loads, stores and
-# copies, which its four vector pipes share; and multiply-adds, permutes and shifts, which three of
-# them take. Counted in the inner loops that GCC 12 makes; what a row takes besides is not in it.
-# Floats wait for memory.
-OPERATIONS = {
-    "affine2": (6.41, 3.88),
-    "affine3": (8.03, 4.88),
-    "affine4": (7.00, 3.50),
-    "affine5": (10.44, 6.25),
-    "affine6": (11.06, 6.75),
-    "affine8": (9.56, 5.00),
-    "mxfp4": (7.00, 5.38),
-    "mxfp8": (12.75, 8.75),
-    "nvfp4": (7.50, 5.50),
+# The cycles that the vector pipes of a Zen 4 and of a Zen 5 core take at the least for 16 weights
+# where one vector meets whole rows: kernel_cycles.py counts them in the inner loops that GCC 12
+# makes, and says what takes which pipe. Floats wait for memory.
+CYCLES = {
+    "avx512": {
+        "affine2": (1.59, 0.80),
+        "affine3": (2.00, 1.00),
+        "affine4": (1.75, 0.88),
+        "affine5": (2.60, 1.30),
+        "affine6": (2.75, 1.38),
+        "affine8": (2.31, 1.16),
+        "mxfp4": (1.79, 0.88),
+        "mxfp8": (3.19, 1.59),
+        "nvfp4": (1.88, 0.94),
+    },
+    "avx2": {
+        "affine2": (1.84, 1.84),
+        "affine3": (2.38, 2.38),
+        "affine4": (1.94, 1.94),
+        "affine5": (3.15, 3.15),
+        "affine6": (3.28, 3.28),
+        "affine8": (2.44, 2.44),
+        "mxfp4": (2.21, 2.19),
+        "mxfp8": (3.44, 3.44),
+        "nvfp4": (2.34, 2.34),
+    },
 }
 
 
@@ -122,12 +136,28 @@ def error(y: mx.array, exact: np.ndarray) -> float:
     return float(np.abs(in_float64(y[0]) - exact).max() / np.abs(exact).max())
 
 
-def bound(name: str, weights: int, peak: float) -> float | None:
-    """The seconds that Zen 4's pipes take for ``weights`` at the least; it peaks at 16 a cycle."""
-    if name not in OPERATIONS or _ext.cpu_kernels() != "avx512":
+def zen() -> int | None:
+    """Which of the processors that CYCLES knows this is, 4 or 5."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
         return None
-    shared, of_three = OPERATIONS[name]
-    return weights / peak * max(shared / 4, of_three / 3)
+    family = re.search(r"^vendor_id\s*: AuthenticAMD\ncpu family\s*: (25|26)$", text, re.MULTILINE)
+    if not family or "avx512f" not in text:  # Zen 3 is of family 25, too
+        return None
+    return {"25": 4, "26": 5}[family[1]]
+
+
+def bound(name: str, weights: int, peak: float) -> float | None:
+    """The seconds that the pipes take for ``weights`` at the least.
+
+    The clock is that of ``peak``: two vectors of multiply-adds a cycle and core.
+    """
+    kernels, core = _ext.cpu_kernels(), zen()
+    if core is None or name not in CYCLES.get(kernels, {}):
+        return None
+    per_cycle = 32 if core == 5 and kernels == "avx512" else 16
+    return weights / 16 * CYCLES[kernels][name][core - 4] * per_cycle / peak
 
 
 def norm_error(y: mx.array, exact: np.ndarray) -> float:
@@ -196,6 +226,7 @@ def measure(
     }
     if options.tokens == 1 and (at_least := bound(name, work, median(peaks))):
         row["bound us"] = at_least * 1e6
+        row["bound"] = row["MB"] / 1e3 / at_least / row["read GB/s"]
     if ggml is not None:
         row |= measure_ggml(name, layer, ggml, options)
     slots, scores = layer.route()
