@@ -43,27 +43,17 @@ constexpr ptrdiff_t kAhead = 2048;
 // in the L1 cache: so many rows, and half-blocks of a chunk.
 constexpr int kRows = 8, kChunk = 2;
 
-template <class F>
-GLM_INLINE F format_of(const DotArgs& a) {
-  if constexpr (std::constructible_from<F, const glm_fused::Format&>) {
-    return F(a.format);
-  } else {
-    return F();
-  }
-}
-
 template <CpuDecode F>
 struct Tile {
   const DotArgs& a;
   const float* x = nullptr;  // the panel at hand, and where its results go
   float* y = nullptr;
-  const F format;
+  const F format{};
   const typename F::Scales scales;
   const size_t row_bytes;
 
   GLM_INLINE explicit Tile(const DotArgs& args)
       : a(args),
-        format(format_of<F>(args)),
         scales(args, F::kValues),
         row_bytes(args.format.row_bytes(0, args.k)) {}
 
@@ -83,7 +73,7 @@ struct Tile {
     const size_t readable =
         left < F::Words::kOverread ? 0 : left - F::Words::kOverread;
     rows.whole_halves = rows.direct_halves =
-        static_cast<int>(std::min(readable, row_bytes) / half_bytes(format));
+        static_cast<int>(std::min(readable, row_bytes) / F::kHalfBytes);
     scales.template locate<R>(rows, row, stride);
     return rows;
   }
@@ -96,17 +86,16 @@ struct Tile {
       int hb,
       ptrdiff_t ahead,
       typename F::Words (&words)[R]) const {
-    const size_t whole = half_bytes(format);
+    constexpr size_t whole = F::kHalfBytes;
     const ptrdiff_t stride = rows.weight_stride;
     const uint8_t* half = rows.weight + hb * whole;
     unroll<R>(GLM_EACH(r) { prefetch(half + r * stride + ahead, whole); });
     if (Reading::kInPlace || hb < rows.whole_halves) {
-      unroll<R>(
-          GLM_EACH(r) { load_whole(format, words[r], half + r * stride); });
+      unroll<R>(GLM_EACH(r) { words[r].load(half + r * stride); });
     } else {
       const size_t left = row_bytes - hb * whole;
       unroll<R>(GLM_EACH(r) {
-        load_first(format, words[r], half + r * stride, left);
+        load_first<whole>(words[r], half + r * stride, left);
       });
     }
   }
@@ -212,7 +201,6 @@ struct Tile {
   __attribute__((noinline)) void several_vectors(int m0, Width width) const {
     const int halves = half_blocks();
     const auto next_row = static_cast<ptrdiff_t>(row_bytes);
-    const auto half = static_cast<ptrdiff_t>(half_bytes(format));
     for (int row = 0; row < a.rows; row += kRows) {
       const int count = a.rows - row < kRows ? a.rows - row : kRows;
       F16 sums[kRows][2][1][M];
@@ -225,8 +213,8 @@ struct Tile {
         const int end = begin + kChunk < halves ? begin + kChunk : halves;
         // After the last row: the first one's next chunk, or the next rows.
         const ptrdiff_t next_chunk = end < halves
-            ? kChunk * half - (count - 1) * next_row
-            : next_row - begin * half;
+            ? kChunk * F::kHalfBytes - (count - 1) * next_row
+            : next_row - begin * F::kHalfBytes;
         for (int r = 0; r < count; r++) {
           const ptrdiff_t ahead = r + 1 < count ? next_row : next_chunk;
           const TileRows rows = locate<1>(row + r, 1);

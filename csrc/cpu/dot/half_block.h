@@ -33,31 +33,6 @@ with_nan(const F& format, const typename F::Words& words, F16 v) {
   }
 }
 
-// Loads a lane's words of which only the first `count` bytes are there.
-template <class F>
-GLM_INLINE void load_first(
-    const F& format,
-    typename F::Words& words,
-    const uint8_t* p,
-    size_t count) {
-  if constexpr (requires { format.load(words, p); }) {
-    uint8_t padded[F::kMostHalfBytes];
-    copy_padded(padded, p, std::min(count, format.half_bytes()));
-    format.load(words, padded);
-  } else {
-    load_first<F::kHalfBytes>(words, p, count);
-  }
-}
-template <class F>
-GLM_INLINE void
-load_whole(const F& format, typename F::Words& words, const uint8_t* p) {
-  if constexpr (requires { format.load(words, p); }) {
-    format.load(words, p);
-  } else {
-    words.load(p);
-  }
-}
-
 // One half-block of R rows against M vectors of a panel. `Width` is the
 // panel's width, a Constant where the compiler may fold it into addresses. Of
 // half of the words (HalfOf) it computes half of the lanes.

@@ -23,17 +23,6 @@ struct Term {
   float carry;  // … * carry, for the second byte of a straddling column
 };
 
-// Half a block's bytes in plane 0; known as the program runs where formats
-// share their kernels.
-template <class F>
-GLM_INLINE size_t half_bytes(const F& format) {
-  if constexpr (requires { format.half_bytes(); }) {
-    return format.half_bytes();
-  } else {
-    return F::kHalfBytes;
-  }
-}
-
 // What a format's header offers the CPU kernels of one instruction set: a type
 // for each lane order. Half a block is the bytes of 16 lanes; they follow one
 // another in plane 0, and `Words` takes a lane's words from them. `decode<p>`
@@ -45,7 +34,7 @@ GLM_INLINE size_t half_bytes(const F& format) {
 template <class F>
 concept CpuDecode = requires(const F f, const typename F::Words words) {
   { F::kValues } -> std::convertible_to<int>;        // columns of a lane
-  { half_bytes(f) } -> std::convertible_to<size_t>;  // of 16 lanes, plane 0
+  { F::kHalfBytes } -> std::convertible_to<size_t>;  // of 16 lanes, plane 0
   { F::Words::kOverread } -> std::convertible_to<size_t>;  // loaded past them
   { F::kTerms } -> std::convertible_to<int>;
   // Terms are summed in fours, each sum added to the accumulator.
