@@ -15,6 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .checkpoint.paths import checkpoint_path
 from .checkpoint.prompt_cache import load_prompt_cache
 from .engine_options import EngineOptions
+from .generation.drafts.options import DraftOptions
 from .generation.generate import Completion, OnProgress, Piece, generate, stream_generate
 from .generation.options import Options, defaults_of
 from .generation.prompts import Prompt, encode
@@ -132,6 +133,11 @@ class Engine:
         """How the checkpoint asks for text to be generated."""
         return defaults_of(self.model)
 
+    @property
+    def drafts(self) -> DraftOptions | None:
+        """Which tokens `generate` and `stream` guess ahead; None where they do not."""
+        return self.options.draft_options()
+
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """The prompt's tokens, checked; prompt, ``raw`` and errors are `glm_fused.generate`'s."""
         return encode(self.model, self.tokenizer, prompt, raw)
@@ -155,6 +161,7 @@ class Engine:
             on_text,
             raw=raw,
             on_progress=on_progress,
+            drafts=self.drafts,
             **changes,
         )
 
@@ -175,6 +182,7 @@ class Engine:
             options,
             raw=raw,
             on_progress=on_progress,
+            drafts=self.drafts,
             **changes,
         )
 

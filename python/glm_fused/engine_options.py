@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .formats.kv_rows import check_kv_format
+from .generation.drafts.options import DraftOptions
+from .generation.limits import LOOKUP, OFF
 from .memory import parse_size
 from .streaming.options import DEFAULT_CONTEXT, POLICIES, RANGES, StreamOptions
 from .validation import show
@@ -50,6 +52,9 @@ class EngineOptions:
         default_context: tokens to plan for where ``context`` does not say.
         prefill_step_size: how many tokens of a prompt the model takes at a time; None: as many as
             fit in ``memory_budget``, or in the machine's memory, up to 2,048.
+        draft: how many tokens to guess ahead, 1 to 8, or "auto": as many as pay; "off" for none.
+            Whatever it is, the text does not change.
+        draft_from: what guesses: "lookup", what followed the last tokens earlier in the text.
 
     Raises ValueError, naming the option, for a value that it cannot have and for one that would do
     nothing.
@@ -68,6 +73,8 @@ class EngineOptions:
     read_split: int | str | None = None
     default_context: int = DEFAULT_CONTEXT
     prefill_step_size: int | None = None
+    draft: int | str = OFF
+    draft_from: str | None = None
 
     def __post_init__(self) -> None:
         check_kv_format(self.kv_format)
@@ -86,6 +93,9 @@ class EngineOptions:
             raise ValueError(f"[engine] {', '.join(idle)}: needs {needed}.")
         if (self.pins is not None) != (self.policy == "pinned"):
             raise ValueError("[engine] pins and policy 'pinned' need one another.")
+        if self.draft == OFF and self.draft_from is not None:
+            raise ValueError("[engine] draft_from: needs draft.")
+        self.draft_options()
 
     def _given(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in _STREAMING}
@@ -101,6 +111,12 @@ class EngineOptions:
                 given[name] = _bytes(name, given[name])
         options = {_NAMES.get(name, name): value for name, value in given.items()}
         return StreamOptions(default_context=self.default_context, **options)
+
+    def draft_options(self) -> DraftOptions | None:
+        """Which drafts to make; None where no option asks for any."""
+        if self.draft == OFF:
+            return None
+        return DraftOptions(self.draft, self.draft_from or LOOKUP)
 
 
 def idle_options(given: Collection[str]) -> list[str]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, cast
 
 import mlx.core as mx
-from mlx_lm.generate import generate_step, generation_stream, wired_limit
+from mlx_lm.generate import generation_stream, wired_limit
 
+from ..generation.decoding import Decoding, Drafting
+from ..generation.drafts.options import DraftOptions
 from ..generation.generate import OnProgress, debug_paths, ratio, settled
 from ..generation.options import Options
 from ..generation.planning import plan_prompt
@@ -26,13 +29,17 @@ _BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
 @dataclass(frozen=True)
 class Run:
-    """What one path computed: per step the token and the logits [1, vocab] it was chosen from."""
+    """What one path computed: the tokens, and the logits [vocab] that each was chosen from.
+
+    With drafts, several tokens come at once.
+    """
 
     prompt_tokens: int
     tokens: list[int]
     logits: list[mx.array]
     prefill_seconds: float
     step_seconds: list[float]
+    drafts: bool
 
     @property
     def prefill_tps(self) -> float | None:
@@ -43,8 +50,14 @@ class Run:
 
     @property
     def decode_tps(self) -> float | None:
-        """Tokens per second of the median step; None where there is only the first token."""
-        return ratio(1, statistics.median(self.step_seconds)) if self.step_seconds else None
+        """Tokens per second of the median step; None where there is only the first token.
+
+        With drafts it is that of all steps together.
+        """
+        if not self.step_seconds:
+            return None
+        average = statistics.mean if self.drafts else statistics.median
+        return ratio(1, average(self.step_seconds))
 
 
 @dataclass(frozen=True)
@@ -84,20 +97,22 @@ def compare(
     prompt: Sequence[int],
     options: Options,
     on_progress: OnProgress = lambda what, done, total: None,
+    drafts: DraftOptions | None = None,
 ) -> Comparison:
     """Run both paths from fresh caches for ``max_tokens`` steps; nothing ends them earlier.
 
-    Step 0's logits are those after the prompt, so they depend on all that the prefill computed.
-    ``on_progress`` gets what is being done, the tokens done and their total. Raises ValueError
-    where prompt and steps exceed the context.
+    The fused one makes ``drafts``, if there are to be any. Step 0's logits are those after the
+    prompt, so they depend on all that the prefill computed. ``on_progress`` gets what is being
+    done, the tokens done and their total. Raises ValueError where prompt and steps exceed the
+    context.
     """
     debug_paths(model)
     steps = room(model, len(prompt), options.max_tokens)
+    options = replace(options, max_tokens=steps, seed=options.seed or 0)
     for reference in (False, True):  # the first touch of the weights is not to be timed
-        _run(model, prompt[-1:], 1, Options(), reference, lambda what, done, total: None)
-    fused, reference_run = (
-        _run(model, prompt, steps, options, which, on_progress) for which in (False, True)
-    )
+        _run(model, prompt[-1:], Options(1), reference, lambda what, done, total: None)
+    fused = _run(model, prompt, options, False, on_progress, drafts)
+    reference_run = _run(model, prompt, options, True, on_progress)
     return Comparison(fused, reference_run, _first_difference(fused, reference_run))
 
 
@@ -125,37 +140,29 @@ def format_comparison(comparison: Comparison) -> str:
 def _run(
     model: Model,
     prompt: Sequence[int],
-    steps: int,
     options: Options,
     reference: bool,
     on_progress: OnProgress,
+    drafts: DraftOptions | None = None,
 ) -> Run:
-    logits: list[mx.array] = []
+    steps = options.max_tokens or 0
     path = "reference" if reference else "fused"
-
-    def record(_: mx.array, step_logits: mx.array) -> mx.array:
-        logits.append(step_logits)
-        return step_logits
-
-    mx.random.seed(options.seed or 0)
-    tokens, ticks = [], [time.perf_counter()]
+    if options.seed is not None:
+        mx.random.seed(options.seed)
+    drafting = Drafting.of(drafts, model)
+    prefill_step_size = plan_prompt(model, len(prompt) + steps).prefill_step_size
+    decoding = Decoding(model, prompt, options, model.make_cache(), prefill_step_size, drafting)
+    found, ticks = [], [time.perf_counter()]
     streams = cast(list[mx.Stream], [generation_stream])
-    with paths.reference_path(reference), wired_limit(model, streams):
-        for token, _ in generate_step(
-            mx.array(list(prompt)),
-            model,
-            max_tokens=steps,
-            sampler=options.sampler(model.args.vocab_size),
-            logits_processors=[*options.processors(), record],
-            prompt_cache=model.make_cache(),
-            prefill_step_size=plan_prompt(model, len(prompt) + steps).prefill_step_size,
-            prompt_progress_callback=lambda done, n: on_progress(f"{path}, prompt", done, n),
-        ):
+    run = decoding.steps(lambda done, n: on_progress(f"{path}, prompt", done, n))
+    with paths.reference_path(reference), wired_limit(model, streams), closing(run):
+        for step in run:
             ticks.append(time.perf_counter())
-            tokens.append(int(token))
-            on_progress(f"{path}, generation", len(tokens), steps)
+            found.append(step)
+            on_progress(f"{path}, generation", len(found), steps)
+    tokens, logits = [step.token for step in found], [step.logits[step.row] for step in found]
     seconds = [after - before for before, after in pairwise(ticks)]
-    return Run(len(prompt), tokens, logits[: len(tokens)], seconds[0], seconds[1:])
+    return Run(len(prompt), tokens, logits, seconds[0], seconds[1:], drafting is not None)
 
 
 def _first_difference(fused: Run, reference: Run) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.kv_rows import KV_FORMATS
-from ..generation.limits import Range
+from ..generation.limits import AUTO, LOOKUP, MOST_DRAFTS, OFF, Range
 from ..memory import parse_size
 from ..streaming.options import DEFAULT_CONTEXT, POLICIES, RANGES
 from ..validation import show
@@ -130,6 +130,20 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
     """Add --threads."""
     threads = integer(1, MAX_THREADS)
     parser.add_argument("--threads", type=threads, metavar="N", help="of the CPU kernels")
+
+
+def add_drafts(parser: argparse.ArgumentParser) -> None:
+    """Add --draft and --draft-from."""
+    text = "guess tokens ahead, which the model then takes together; the text stays the same"
+    add = parser.add_argument_group("drafts", text).add_argument
+    help = f"guess N tokens at a time, 1 to {MOST_DRAFTS}; auto: as many as pay; off (usual): none"
+    add("--draft", type=_draft, default=OFF, metavar="N|auto|off", help=help)
+    help = f"what guesses: {LOOKUP}, what followed the last tokens earlier in the text"
+    add("--draft-from", choices=(LOOKUP,), metavar="NAME", help=help)
+
+
+def _draft(text: str) -> int | str:
+    return text if text in (AUTO, OFF) else integer(1, MOST_DRAFTS)(text)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -27,6 +27,7 @@ examples:
   glm-fused generate --model PATH --prompt "What is a monad?"
   glm-fused generate --model PATH --prompt - --temp 0.7 --top-p 0.95 --stop "###" < prompt.txt
   glm-fused generate --model PATH --prompt "..." --ab --max-tokens 32
+  glm-fused generate --model PATH --prompt "..." --draft auto
   glm-fused generate --model PATH --prompt "..." --memory-budget 24GB --sidecar DIR
 """
 
@@ -42,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ab", action="store_true", help="run the fused and the reference path and compare bits")
     add("--verbose", action="store_true", help="speeds on stderr, in a pipe too")
     _add_sampling(parser)
+    arguments.add_drafts(parser)
     arguments.add_streaming(parser)
     arguments.add_kv_format(parser)
     arguments.add_prefill_step(parser)
@@ -119,7 +121,7 @@ def _compare(
 ) -> int:
     from .ab import compare, format_comparison
 
-    comparison = compare(engine.model, tokens, how, progress)
+    comparison = compare(engine.model, tokens, how, progress, engine.drafts)
     if options.json:
         text = engine.tokenizer.decode(comparison.fused.tokens)
         sampling = _sampling(options, engine, how)

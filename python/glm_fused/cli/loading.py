@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..generation.limits import OFF
 from .arguments import UsageError, flags, parsed_size
 from .progress import steps
 
@@ -23,8 +24,8 @@ STREAMING = (
 def engine_options(options: argparse.Namespace, context: int) -> EngineOptions:
     """The engine's options, from what `add_kv_format`, `add_prefill_step` and `add_streaming` add.
 
-    Memory is planned for ``context`` tokens unless ``--context`` says otherwise. Raises UsageError
-    for options that do not fit together.
+    `add_drafts` may have added its own. Memory is planned for ``context`` tokens unless
+    ``--context`` says otherwise. Raises UsageError for options that do not fit together.
     """
     from ..engine_options import EngineOptions, idle_options
     from ..streaming.pins import read_pins
@@ -42,12 +43,21 @@ def engine_options(options: argparse.Namespace, context: int) -> EngineOptions:
         given["read_split"] = parsed_size("--read-split", options.read_split)
     if "pins" in given:
         given["pins"] = read_pins(Path(options.pins))
+    given |= _drafts(options)
     return EngineOptions(
         kv_format=options.kv_format,
         default_context=context,
         prefill_step_size=options.prefill_step_size,
         **given,
     )
+
+
+def _drafts(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("draft", "draft_from")
+    given = {name: found for name in names if (found := getattr(options, name, None)) is not None}
+    if given.get("draft") == OFF and "draft_from" in given:
+        raise UsageError("--draft-from: needs --draft.")
+    return given
 
 
 def open_engine(

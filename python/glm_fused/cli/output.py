@@ -44,6 +44,8 @@ def print_summary(
         f" {c.prefill_step_size:,} tokens at a time; {size(c.peak_resident_bytes)} resident in all",
         f"cache       {size(c.kv_bytes)} in {c.kv_format} for {c.kv_tokens} tokens",
     ]
+    if c.drafts is not None:
+        lines.append(f"drafts      {_drafts(c.drafts)}")
     if streaming is not None:
         stats = streaming.stats()
         lines.append(
@@ -51,6 +53,18 @@ def print_summary(
             f" {stats['wait_us'] / 1e6:.2f} s waited for"
         )
     print("\n".join(lines), file=sys.stderr)
+
+
+def _drafts(drafts: dict[str, Any]) -> str:
+    """A text such as "auto from lookup, 12 of 20 accepted (0.75 0.50), 1.60 tokens a step"."""
+    rates = " ".join(f"{rate:.2f}" for rate in drafts["acceptance"])
+    lines = [f"{drafts['depth']} from {drafts['source']}"]
+    lines.append(f"{drafts['accepted']} of {drafts['proposed']} accepted{rates and f' ({rates})'}")
+    if drafts["tokens_per_step"]:
+        lines.append(f"{drafts['tokens_per_step']:.2f} tokens a step")
+    if drafts["gain"]:
+        lines.append(f"{drafts['gain']:.2f} times as fast as plain steps")
+    return ", ".join(lines)
 
 
 def _speed(tokens_per_second: float | None) -> str:

@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
-from mlx_lm.generate import generation_stream
-from mlx_lm.generate import stream_generate as mlx_stream_generate
+from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .. import _ext
@@ -22,10 +21,12 @@ from ..models.decode_routes import attention_routes, explain, mlp_routes, path_t
 from ..models.decoder import Model
 from ..models.moe import MoE
 from ..streaming.experts import check_reads
+from .decoding import Decoding, Drafting
+from .drafts.options import DraftOptions
+from .ending import Text
 from .options import Options, defaults_of
 from .planning import plan_prompt
 from .prompts import Prompt, encode, room
-from .stops import StopTexts
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -55,7 +56,8 @@ class Completion:
     ``planned_memory_bytes`` what both together were planned to be, for a prompt of which the model
     takes ``prefill_step_size`` tokens at a time; ``peak_resident_bytes`` is the most that the
     process held. ``kv_bytes`` is what the cache of
-    ``kv_tokens`` tokens has allocated, with room to grow.
+    ``kv_tokens`` tokens has allocated, with room to grow. ``drafts`` says how many there were and
+    what became of them; see `glm_fused.generation.drafts.statistics`.
     """
 
     text: str
@@ -74,6 +76,7 @@ class Completion:
     kv_format: str
     kv_bytes: int
     kv_tokens: int
+    drafts: dict[str, Any] | None = None
 
     def describe(self) -> dict[str, Any]:
         """All of it, JSON-ready, with the number of tokens."""
@@ -89,6 +92,7 @@ def generate(
     *,
     raw: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
+    drafts: DraftOptions | None = None,
     **changes: Any,
 ) -> Completion:
     """Continue a prompt, on the current path.
@@ -102,6 +106,7 @@ def generate(
         on_text: gets each piece of text as it is ready.
         raw: do not apply the chat template to a text.
         on_progress: gets "prompt" or "generation", the tokens done and their total.
+        drafts: which tokens to guess ahead, which changes how fast it is; None: none.
         changes: options by name in place of those in ``options``: ``max_tokens``, ``temp``,
             ``top_p``, ``top_k``, ``min_p``, ``repetition_penalty``, ``repetition_context_size``,
             ``stop``, ``seed``.
@@ -115,7 +120,7 @@ def generate(
             exceed the context.
         RuntimeError: an expert cannot be read.
     """
-    run = _Run.of(model, tokenizer, prompt, raw, options, changes, on_progress)
+    run = _Run.of(model, tokenizer, prompt, raw, options, changes, on_progress, drafts)
     for piece in run.pieces():
         on_text(piece.text)
     return run.completion()
@@ -129,6 +134,7 @@ def stream_generate(
     *,
     raw: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
+    drafts: DraftOptions | None = None,
     **changes: Any,
 ) -> Iterator[Piece]:
     """Continue a prompt piece by piece, as the pieces are taken; arguments are `generate`'s.
@@ -140,7 +146,7 @@ def stream_generate(
         ValueError: `generate` would refuse an argument; the call itself raises it.
         RuntimeError: an expert cannot be read, which is raised as pieces are taken.
     """
-    return _Run.of(model, tokenizer, prompt, raw, options, changes, on_progress).pieces()
+    return _Run.of(model, tokenizer, prompt, raw, options, changes, on_progress, drafts).pieces()
 
 
 @contextmanager
@@ -165,12 +171,18 @@ class _Run:
         prompt: Sequence[int],
         options: Options,
         on_progress: OnProgress,
+        drafts: DraftOptions | None,
     ):
-        self._model, self._tokenizer, self._options = model, tokenizer, options
-        self._prompt, self._on_progress = list(prompt), on_progress
-        self._max_tokens = room(model, len(prompt), options.max_tokens)
-        self._plan = plan_prompt(model, len(prompt) + self._max_tokens)
-        self._kv = model.make_cache()
+        self._model, self._prompt, self._on_progress = model, list(prompt), on_progress
+        max_tokens = room(model, len(prompt), options.max_tokens)
+        self._options = options = replace(options, max_tokens=max_tokens)
+        self._ending = Text(tokenizer, options.stop, max_tokens)
+        self._plan = plan_prompt(model, len(prompt) + max_tokens)
+        self._kv, self._drafts = model.make_cache(), drafts
+        self._drafting = Drafting.of(drafts, model)
+        self._decoding = Decoding(
+            model, prompt, options, self._kv, self._plan.prefill_step_size, self._drafting
+        )
         self._text, self._finish_reason, self._prompt_seconds = "", "length", 0.0
         self._tokens: list[int] = []
         self._ticks: list[float] = []
@@ -185,6 +197,7 @@ class _Run:
         options: Options | None,
         changes: dict[str, Any],
         on_progress: OnProgress,
+        drafts: DraftOptions | None,
     ) -> _Run:
         """The run that a caller asks for; raises ValueError where there can be none."""
         options = defaults_of(model) if options is None else options
@@ -195,7 +208,7 @@ class _Run:
                 f" {', '.join(asdict(options))}."
             )
         tokens = encode(model, tokenizer, prompt, raw)
-        return cls(model, tokenizer, tokens, replace(options, **changes), on_progress)
+        return cls(model, tokenizer, tokens, replace(options, **changes), on_progress, drafts)
 
     def pieces(self) -> Iterator[Piece]:
         debug_paths(self._model)
@@ -203,42 +216,25 @@ class _Run:
             mx.random.seed(self._options.seed)
         mx.reset_peak_memory()
         _ext.reset_peak_scratch()
-        stops = StopTexts(self._options.stop)
-        with settled(), closing(self._responses()) as responses:
-            for response in responses:
+        began = time.perf_counter()
+        streams = cast(list[mx.Stream], [generation_stream])
+        steps = self._decoding.steps(lambda done, n: self._on_progress("prompt", done, n))
+        with settled(), wired_limit(self._model, streams), closing(steps):
+            for step in steps:
                 check_reads(self._kv)
-                self._count(response)
-                reason = response.finish_reason
-                text, stopped = stops.feed(response.text)
-                if stopped:
-                    reason = "stop"
-                elif reason is not None:
-                    text += stops.rest()
+                self._count(step.token, began)
+                text, reason = self._ending.feed(step.token)
                 self._text += text
                 self._finish_reason = reason or self._finish_reason
-                yield Piece(text, self._tokens[-1], reason)
-                if stopped:
+                yield Piece(text, step.token, reason)
+                if reason is not None:
                     return
 
-    def _responses(self) -> Any:
-        return mlx_stream_generate(
-            self._model,
-            self._tokenizer,
-            self._prompt,
-            self._max_tokens,
-            sampler=self._options.sampler(self._model.args.vocab_size),
-            logits_processors=self._options.processors(),
-            prompt_cache=self._kv,
-            prefill_step_size=self._plan.prefill_step_size,
-            prompt_progress_callback=lambda done, total: self._on_progress("prompt", done, total),
-        )
-
-    def _count(self, response: Any) -> None:
-        if not self._tokens:
-            self._prompt_seconds = len(self._prompt) / response.prompt_tps
+    def _count(self, token: int, began: float) -> None:
         self._ticks.append(time.perf_counter())
-        self._tokens.append(int(response.token))
-        self._on_progress("generation", len(self._tokens), self._max_tokens)
+        self._prompt_seconds = self._prompt_seconds or self._ticks[0] - began
+        self._tokens.append(token)
+        self._on_progress("generation", len(self._tokens), self._options.max_tokens or 0)
 
     def completion(self) -> Completion:
         kv, ticks = self._kv, self._ticks
@@ -259,7 +255,14 @@ class _Run:
             kv_format=format_of(kv[0][0].keys.dtype),
             kv_bytes=sum(layer.nbytes for layer in kv),
             kv_tokens=kv[0].size(),
+            drafts=self._draft_statistics(),
         )
+
+    def _draft_statistics(self) -> dict[str, Any] | None:
+        if self._drafts is None or self._drafting is None:
+            return None
+        counted = self._decoding.statistics.describe(self._drafting.depth.plain_seconds)
+        return asdict(self._drafts) | counted
 
 
 def debug_paths(model: Model) -> None:

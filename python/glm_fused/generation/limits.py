@@ -10,6 +10,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 DEFAULT_TOKENS = 256  # how many tokens to generate, where the context has room for them
+MOST_DRAFTS = 8  # tokens that are guessed at a time
+AUTO, OFF = "auto", "off"  # instead of their number
+LOOKUP = "lookup"  # what guesses them: what followed the last tokens earlier in the text
 
 
 class Range(NamedTuple):

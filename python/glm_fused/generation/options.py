@@ -14,7 +14,7 @@ from mlx_lm.sample_utils import make_logits_processors
 from ..checkpoint.folder import read_json
 from ..validation import show
 from .limits import SAMPLING
-from .sampling import Sampler, sampler
+from .sampling import Shaper, shaper
 
 GENERATION_CONFIG = "generation_config.json"
 _KEYS = {"temperature": "temp"} | {  # keys of generation_config.json: what they are called here
@@ -67,11 +67,14 @@ class Options:
         """Whether the likeliest token is always taken."""
         return self.temp == 0
 
-    def sampler(self, vocabulary: int) -> Sampler:
-        """A function that takes log-probabilities [b, vocabulary] and returns tokens [b]."""
+    def shaper(self, vocabulary: int) -> Shaper:
+        """A function that takes log-probabilities [b, vocabulary] to the logits drawn from.
+
+        Greedy decoding has none.
+        """
         # mlx-lm refuses a top_k that keeps every token.
         top_k = self.top_k if self.top_k < vocabulary else 0
-        return sampler(self.temp, self.top_p, min_p=self.min_p, top_k=top_k)
+        return shaper(self.temp, self.top_p, self.min_p, top_k)
 
     def processors(self) -> list[Callable[[mx.array, mx.array], mx.array]]:
         """Functions that take all tokens so far and logits [1, vocabulary] and return logits."""

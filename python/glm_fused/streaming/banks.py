@@ -51,6 +51,16 @@ class Streaming:
         used = total["hits"] + total["misses"]
         return total | {"hit_rate": total["hits"] / used if used else None}
 
+    def tokens_at_once(self, top_k: int) -> int | None:
+        """How many tokens have slots for all their experts in every layer; None: any number."""
+        layers = self.source.layers
+        fit = [
+            bank.capacity // top_k
+            for i, bank in self.banks.items()
+            if bank.capacity < layers[i].experts
+        ]
+        return min(fit, default=None)
+
 
 def find_source(
     checkpoint: Checkpoint, args: ModelArgs, sidecar: str | os.PathLike[str] | None

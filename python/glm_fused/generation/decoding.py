@@ -1,0 +1,199 @@
+"""Decodes: from a prompt to one token after the other, with or without drafts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple, cast
+
+import mlx.core as mx
+from mlx_lm.generate import generation_stream
+
+from ..models.decoder import Model
+from .choice import Choice
+from .drafts.depth import Depth
+from .drafts.drafter import Drafter
+from .drafts.options import DraftOptions
+from .drafts.statistics import Statistics
+from .options import Options
+
+OnPrompt = Callable[[int, int], None]
+_TIDY = 256  # tokens after which MLX lets go of memory that it keeps
+
+
+class Step(NamedTuple):
+    """A token, and the logits [l, vocabulary] it was chosen from, of which it has one row."""
+
+    token: int
+    logits: mx.array
+    row: int
+
+
+class Drafting(NamedTuple):
+    """What makes drafts, and what decides how many."""
+
+    drafter: Drafter
+    depth: Depth
+
+    @classmethod
+    def of(cls, options: DraftOptions | None, model: Model) -> Drafting | None:
+        """What ``options`` ask for; None where they ask for none."""
+        return None if options is None else cls(options.drafter(model), options.chooser(model))
+
+    def next(self, left: int) -> int:
+        """How many to make now, where ``left`` tokens are wanted."""
+        return self.depth.next(self.drafter.kind(), left - 1)
+
+
+class _Ahead(NamedTuple):
+    """A plain step on its way."""
+
+    token: mx.array
+    logits: mx.array
+    hidden: mx.array | None
+
+
+class Decoding:
+    """The tokens that follow a prompt: as many as there may be, whatever they are.
+
+    While a plain step's token is awaited the next step is on its way already. A step with drafts
+    gives several tokens at once; the drafts that are not kept are cut off the cache, so it is as if
+    they had never been there.
+
+    Attributes:
+        statistics: what became of drafts.
+
+    Args:
+        model: takes the tokens.
+        prompt: its tokens.
+        options: how tokens are chosen, and how many there are (``max_tokens``, which is given).
+        cache: the model's, empty; it is filled.
+        prefill_step_size: tokens of the prompt that the model takes at a time.
+        drafting: what makes drafts; None for none.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        prompt: Sequence[int],
+        options: Options,
+        cache: Sequence[Any],
+        prefill_step_size: int,
+        drafting: Drafting | None = None,
+    ):
+        assert options.max_tokens is not None
+        self._model, self._cache, self._drafting = model, cache, drafting
+        self._known, self._prefill_step = list(prompt), prefill_step_size
+        self._left = options.max_tokens
+        self._choice = Choice(options, model.args.vocab_size, self._known)
+        self._ahead: _Ahead | None = None
+        self.statistics = Statistics()
+
+    def steps(self, on_prompt: OnPrompt = lambda done, total: None) -> Generator[Step]:
+        """Take the prompt, of which ``on_prompt`` gets the tokens done and all, then decode."""
+        size = len(self._known)
+        self._take_prompt(on_prompt)
+        first = self._plain(1)
+        on_prompt(size, size)
+        given = 1
+        try:
+            yield from first
+            while self._left:
+                began = time.perf_counter()
+                steps = self._some()
+                self.statistics.count(len(steps), time.perf_counter() - began)
+                for step in steps:
+                    given += 1
+                    yield step
+                    if given % _TIDY == 0:
+                        mx.clear_cache()
+        finally:
+            self._trim(self._cache[0].size() - size - given)
+
+    def _take_prompt(self, on_prompt: OnPrompt) -> None:
+        """All tokens of the prompt but the last, which is the first to be decoded."""
+        total, done = len(self._known), 0
+        drafter = None if self._drafting is None else self._drafting.drafter
+        if drafter is not None:
+            drafter.start(self._known)
+        on_prompt(0, total)
+        while done < total - 1:
+            chunk = self._known[done : min(done + self._prefill_step, total - 1)]
+            with mx.stream(generation_stream):
+                _, hidden = self._forward(mx.array(chunk)[None])
+                primed = [] if drafter is None or hidden is None else drafter.prime(hidden)
+                mx.eval([layer.state for layer in self._cache], primed)
+            done += len(chunk)
+            on_prompt(done, total)
+            mx.clear_cache()
+
+    def _some(self) -> list[Step]:
+        """One plain step, or one with drafts."""
+        drafting = self._drafting
+        depth = 0 if drafting is None else drafting.next(self._left)
+        if depth and self._ahead is None:
+            return self._drafted(depth)
+        return self._plain(0 if depth else 1)
+
+    def _plain(self, ahead: int) -> list[Step]:
+        """The next token; with ``ahead`` the step after it is on its way then."""
+        began, steady = time.perf_counter(), self._ahead is not None and ahead
+        now = self._ahead or self._launch(mx.array(self._known[-1:], mx.uint32), ())
+        self._ahead = None
+        if ahead and self._left > 1:
+            self._ahead = self._launch(now.token, (now.token,))
+        token = cast(int, now.token.item())
+        self._extend([token], now.hidden)
+        if self._drafting is not None:
+            seconds = time.perf_counter() - began
+            self._drafting.depth.count_plain(seconds if steady else None)
+        return [Step(token, now.logits, 0)]
+
+    def _launch(self, token: mx.array, ahead: Sequence[mx.array]) -> _Ahead:
+        """A plain step that takes a token [1], of those ``ahead`` of the known ones the last."""
+        with mx.stream(generation_stream):
+            logits, hidden = self._forward(token[None])
+            step = _Ahead(self._choice.next(logits[0], ahead), logits[0], hidden)
+            mx.async_eval(*(array for array in step if array is not None))
+        return step
+
+    def _drafted(self, depth: int) -> list[Step]:
+        """The tokens of a step with so many drafts: those that are kept, and one more."""
+        assert self._drafting is not None
+        drafter, began = self._drafting.drafter, time.perf_counter()
+        kind = drafter.kind()
+        assert kind is not None
+        with mx.stream(generation_stream):
+            draft = drafter.propose(depth, self._choice.draw)
+            known = mx.array(self._known[-1:], mx.uint32)
+            logits, hidden = self._forward(mx.concatenate([known, draft.tokens])[None])
+            verdict = self._choice.judge(logits[0], draft)
+            mx.eval(draft.tokens, *verdict)
+        drafted, accepted, others = map(_listed, (draft.tokens, *verdict))
+        kept = [*accepted, False].index(False)
+        tokens = [*drafted[:kept], others[kept]]
+        self._trim(depth - kept)
+        self._extend(tokens, None if hidden is None else hidden[:, : kept + 1])
+        self.statistics.count_drafts(depth, kept)
+        self._drafting.depth.count(kind, depth, kept, time.perf_counter() - began)
+        return [Step(token, logits[0], row) for row, token in enumerate(tokens)]
+
+    def _forward(self, tokens: mx.array) -> tuple[mx.array, mx.array | None]:
+        """The logits [1, l, vocabulary] of tokens [1, l], and what a drafter needs besides."""
+        return self._model(tokens, self._cache), None
+
+    def _extend(self, tokens: list[int], hidden: mx.array | None) -> None:
+        """The text goes on with these tokens."""
+        self._known.extend(tokens)
+        self._left -= len(tokens)
+        if self._drafting is not None:
+            self._drafting.drafter.extend(tokens, hidden)
+
+    def _trim(self, columns: int) -> None:
+        """Have the cache forget its last columns, if any."""
+        for layer in self._cache if columns > 0 else ():
+            layer.trim(columns)
+
+
+def _listed(array: mx.array) -> list[int]:
+    return cast(list[int], array.tolist())

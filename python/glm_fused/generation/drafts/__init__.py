@@ -1,0 +1,1 @@
+"""Drafts: tokens that are guessed ahead, which the model then takes together."""

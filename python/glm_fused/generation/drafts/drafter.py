@@ -1,0 +1,64 @@
+"""What makes drafts: one interface for look-up, MTP layers and small models."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import mlx.core as mx
+
+# Takes logits [1, vocabulary] and the drafts before them, uint32 [n] (besides all known tokens);
+# returns a token, uint32 [1], and the probabilities [1, vocabulary] it was drawn with, or None
+# where it is the likeliest.
+Draw = Callable[[mx.array, Sequence[mx.array]], tuple[mx.array, mx.array | None]]
+
+
+class Draft(NamedTuple):
+    """Tokens [d], uint32, that may follow the known ones; they need not be evaluated yet.
+
+    ``probs`` [d, vocabulary], float32, are what each was drawn from; None where none was drawn.
+    """
+
+    tokens: mx.array
+    probs: mx.array | None = None
+
+
+class Drafter(ABC):
+    """Guesses the tokens that follow the known ones of one text.
+
+    It is told of all tokens: first the prompt (`start`), then what follows it (`extend`). One that
+    `needs_hidden` gets the model's normed hidden states, too: for each token that of the position
+    before it, from which the model chose it.
+    """
+
+    needs_hidden: ClassVar[bool] = False
+
+    @abstractmethod
+    def start(self, prompt: Sequence[int]) -> None:
+        """Begin a text with the tokens of its prompt."""
+
+    def prime(self, hidden: mx.array) -> list[Any]:
+        """Take the hidden states [1, l, hidden] of the next l tokens of the prompt.
+
+        Returns the arrays to evaluate before the next ones are given.
+        """
+        return []
+
+    @abstractmethod
+    def kind(self) -> int | None:
+        """Which kind of draft there would be now, whose acceptance is counted by itself.
+
+        None where there would be none.
+        """
+
+    @abstractmethod
+    def propose(self, depth: int, draw: Draw) -> Draft:
+        """Guess ``depth`` tokens; there is a `kind`."""
+
+    @abstractmethod
+    def extend(self, tokens: Sequence[int], hidden: mx.array | None) -> None:
+        """The text goes on with ``tokens``, whatever was guessed.
+
+        ``hidden`` [1, l, hidden] is for those that need it.
+        """

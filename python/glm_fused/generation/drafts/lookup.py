@@ -1,0 +1,57 @@
+"""Drafts from the text itself: what followed the last tokens when they appeared before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from .drafter import Draft, Drafter, Draw
+
+LONGEST, SHORTEST = 4, 2  # tokens that have to be the same
+
+
+class LookupDrafter(Drafter):
+    """Guesses that the text goes on as it did after the last place with the same tokens.
+
+    Of the places with the most tokens in common, up to `LONGEST`, it takes the latest.
+    """
+
+    def __init__(self) -> None:
+        self._text: list[int] = []
+        self._places: list[dict[tuple[int, ...], int]] = []
+
+    def start(self, prompt: Sequence[int]) -> None:
+        self._text, self._places = [], [{} for _ in range(SHORTEST, LONGEST + 1)]
+        self.extend(prompt, None)
+
+    def extend(self, tokens: Sequence[int], hidden: mx.array | None) -> None:
+        text = self._text
+        for token in tokens:
+            # What ends here is a place to look up once it is known how it goes on.
+            for length, places in enumerate(self._places, SHORTEST):
+                if len(text) >= length:
+                    places[tuple(text[-length:])] = len(text)
+            text.append(token)
+
+    def kind(self) -> int | None:
+        found = self._found()
+        return None if found is None else found[0]
+
+    def propose(self, depth: int, draw: Draw) -> Draft:
+        found = self._found()
+        assert found is not None
+        text, at = self._text, found[1]
+        guess = text[at : at + depth]
+        while len(guess) < depth:  # it goes on with what is guessed: a text that repeats itself
+            guess.append(guess[at + len(guess) - len(text)])
+        return Draft(mx.array(guess, mx.uint32))
+
+    def _found(self) -> tuple[int, int] | None:
+        """How many tokens are the same, and where the text went on after them."""
+        for length in range(LONGEST, SHORTEST - 1, -1):
+            if len(self._text) >= length:
+                at = self._places[length - SHORTEST].get(tuple(self._text[-length:]))
+                if at is not None:
+                    return length, at
+        return None
