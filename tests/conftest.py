@@ -38,6 +38,7 @@ TINY = {
     "indexer_types": ["full", "full", "shared", "full", "shared"],
     "index_topk_freq": 2,
     "index_skip_topk_offset": 2,
+    "index_share_for_mtp_iteration": True,
     "indexer_rope_interleave": True,
     "n_routed_experts": 8,
     "n_shared_experts": 1,
@@ -69,7 +70,9 @@ _NAMES = {
     mx.int32: "I32",
 }
 _FP8_DENSE = ("embed_tokens", "lm_head", "norm", "mlp.gate.", "weights_proj", "eh_proj")
-_INDEX_SCHEDULE = ("indexer_types", "index_topk_freq", "index_skip_topk_offset")
+_INDEX_SCHEDULE = (
+    "indexer_types", "index_topk_freq", "index_skip_topk_offset", "index_share_for_mtp_iteration",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=DEVICES)

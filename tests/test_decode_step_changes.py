@@ -46,7 +46,7 @@ def loaded_again(it, tmp_path):
 
 
 def another_layer(it, tmp_path):
-    it.model.layers[2] = layer = copy.deepcopy(it.model.layers[2])
+    it.model.model.layers[2] = layer = copy.deepcopy(it.model.layers[2])
     layer.input_layernorm.weight = layer.input_layernorm.weight * 2
 
 

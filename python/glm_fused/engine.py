@@ -223,7 +223,7 @@ class Engine:
     def _check_room(self, tokens: mx.array, cache: Sequence[Any] | None) -> None:
         check_tokens(tokens)
         if cache is not None:
-            check_cache(cache, self.model.args, tokens.shape[0])
+            check_cache(cache, self.model.args, tokens.shape[0], self.model.args.layers)
         span = Span.of(cache, tokens.shape[1])
         if span.total > self.context:
             raise ValueError(

@@ -93,6 +93,7 @@ def load_model(
     stream: StreamOptions | None = None,
     compile_kernels: bool = True,
     prefill_step_size: int | None = None,
+    mtp: bool = False,
 ) -> tuple[Model, dict[str, Any]]:
     """Load the model that ``path`` names; returns it and its config.
 
@@ -111,6 +112,7 @@ def load_model(
             first do.
         prefill_step_size: how many tokens of a prompt the model takes at a time; None: as many as
             fit in memory, up to 2,048.
+        mtp: load the layer that predicts one token more, too, with which the model drafts.
 
     Returns:
         The model, which takes integer tokens [batch, length] and gives logits [batch, length,
@@ -123,7 +125,7 @@ def load_model(
             and expected, or the budget with what would fit.
         RuntimeError: a parameter, which the message names, cannot be read.
     """
-    opened = open_model(path, kv_format, stream, prefill_step_size)
+    opened = open_model(path, kv_format, stream, prefill_step_size, mtp=mtp)
     if not lazy:
         opened.read()
     if compile_kernels:
@@ -137,19 +139,17 @@ def load(
     stream: StreamOptions | None = None,
     compile_kernels: bool = True,
     prefill_step_size: int | None = None,
+    mtp: bool = False,
 ) -> tuple[Model, TokenizerWrapper]:
     """Load the model that ``path`` names and its tokenizer.
 
     Arguments are those of `glm_fused.load_model`.
 
-    Returns:
-        The model and the tokenizer, as `glm_fused.generate` takes them.
-
-    Raises:
-        FileNotFoundError, ValueError, RuntimeError: as `glm_fused.load_model` does; ValueError too
-            for a tokenizer that does not load, before any weights are read.
+    Returns the model and the tokenizer, as `glm_fused.generate` takes them. Raises what
+    `glm_fused.load_model` does, and ValueError for a tokenizer that does not load, before any
+    weights are read.
     """
-    opened = open_model(path, kv_format, stream, prefill_step_size)
+    opened = open_model(path, kv_format, stream, prefill_step_size, mtp=mtp)
     tokenizer = load_tokenizer(opened.checkpoint)
     opened.read()
     if compile_kernels:
@@ -163,6 +163,7 @@ def open_model(
     stream: StreamOptions | None,
     prefill_step_size: int | None = None,
     only_mlx_formats: bool = False,
+    mtp: bool = False,
 ) -> Opened:
     """Check a checkpoint and make its model; no data is read. Errors are those of `load_model`.
 
@@ -173,7 +174,7 @@ def open_model(
     checkpoint = Checkpoint.open(path)
     if stream is not None and stream.sidecar is not None:
         checkpoint = with_experts(checkpoint, Path(stream.sidecar))
-    args, inventory = checked(checkpoint)
+    args, inventory = checked(checkpoint, mtp)
     _check_stop_tokens(checkpoint, args)
     formats = inventory.formats
     if stream is not None:

@@ -9,8 +9,10 @@ from .inventory import check_tensors
 from .stored import Inventory
 
 
-def checked(checkpoint: Checkpoint) -> tuple[ModelArgs, Inventory]:
+def checked(checkpoint: Checkpoint, mtp: bool = False) -> tuple[ModelArgs, Inventory]:
     """The model's args, and every weight of it and where that is; no data is read.
+
+    With ``mtp`` the layer that predicts one token more is a part of the model.
 
     Raises ValueError, naming the key of the config or the tensors, for a config that is none and
     for tensors that do not fit it. The config of a GGUF file is made of its metadata, so errors
@@ -18,6 +20,7 @@ def checked(checkpoint: Checkpoint) -> tuple[ModelArgs, Inventory]:
     """
     try:
         args = args_from_config(checkpoint.config)
+        args = args.with_mtp() if mtp else args
         quantization = quantization_from_config(checkpoint.config)
         return args, check_tensors(args, quantization, checkpoint.tensors)
     except ValueError as error:

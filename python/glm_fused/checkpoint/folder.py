@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..models.tensor_names import release_name
 from ..validation import show
 from .gguf_file import open_gguf
 from .paths import INDEX_FILE, SINGLE_FILE, checkpoint_path
@@ -29,7 +30,8 @@ class Checkpoint:
     ``config`` is config.json, with ``eos_token_id`` of generation_config.json when that has one and
     ``hf_quant_config`` of the file of that name where it applies: config.json declares no
     quantization, and there are tensors that modelopt would have scaled.
-    ``files`` gives each shard's size in bytes, ``tensors`` every tensor by name.
+    ``files`` gives each shard's size in bytes, ``tensors`` every tensor by the name that it has in
+    the release.
 
     ``path`` is a folder or the first file of a GGUF model, which has ``metadata``: then ``config``
     is made of that, and ``tensors`` have the model's names (`glm_fused.checkpoint.gguf_names`).
@@ -66,6 +68,7 @@ class Checkpoint:
             raise ValueError(f"[checkpoint] {path} has no tensors.")
         if any(name.endswith(".weight_scale") for name in tensors):
             _read_declaration(path, config)
+        tensors = _with_release_names(path, config, tensors)
         names = dict.fromkeys(info.file for info in tensors.values())
         files = {name: (path / name).stat().st_size for name in names}
         return cls(path, config, files, tensors)
@@ -79,6 +82,26 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
+
+
+def _with_release_names(
+    path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]
+) -> dict[str, TensorInfo]:
+    """The tensors, and the config's entries of modules, under the names of the release.
+
+    Raises ValueError, naming the tensor, for two of one name.
+    """
+    layers = config.get("num_hidden_layers")
+    if type(layers) is not int:
+        return tensors
+    renamed: dict[str, TensorInfo] = {}
+    for name, info in tensors.items():
+        if (ours := release_name(name, layers)) in renamed:
+            raise ValueError(f"[checkpoint] {path}: two tensors are {quoted(ours)}.")
+        renamed[ours] = info
+    if isinstance(entries := config.get("quantization"), dict):
+        config["quantization"] = {release_name(k, layers): v for k, v in entries.items()}
+    return renamed
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -70,6 +70,7 @@ class _Reader:
             expected = f"more than rope.dimension_count ({sizes['qk_rope_head_dim']})"
             raise self._error(_full("attention.key_length_mla"), head, expected)
         self._check_gating()
+        indexers = self._indexer_types(layers, sizes["max_position_embeddings"])
         return sizes | {
             "model_type": "glm_moe_dsa",
             "architectures": ["GlmMoeDsaForCausalLM"],
@@ -85,7 +86,9 @@ class _Reader:
             "norm_topk_prob": self._flag("expert_weights_norm"),
             "n_group": self._integer("expert_group_count", default=1),
             "topk_group": self._integer("expert_group_used_count", default=1),
-            "indexer_types": self._indexer_types(layers, sizes["max_position_embeddings"]),
+            "indexer_types": indexers,
+            # No key says so, but releases whose layers share selections have drafts share them.
+            "index_share_for_mtp_iteration": "shared" in indexers,
             "rope_parameters": self._rope(sizes["max_position_embeddings"]),
             "eos_token_id": self._stop_tokens(),
             "quantization_config": {"quant_method": METHOD},

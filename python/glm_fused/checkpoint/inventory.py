@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 
 from ..models.config import ModelArgs
-from ..models.tensor_names import MTP_REASON, layer_of, release_name, unused
+from ..models.tensor_names import MTP_REASON, layer_of, unused
 from ..models.tensors import modules
 from .gguf_formats import TypedTensors
 from .gguf_names import gguf_name
@@ -25,6 +25,7 @@ def check_tensors(
     Raises ValueError, naming the first few tensors of each kind and their number, if tensors are
     missing, unexpected, of another shape or type, or not packed as the config declares.
     """
+    _check_mtp(args, tensors)
     check_expert_counts(args, tensors)
     typed = isinstance(quantization, TypedTensors)
     inventory, shown = Inventory(converts_norms=typed), gguf_name if typed else str
@@ -50,13 +51,22 @@ def check_tensors(
     return inventory
 
 
+def _check_mtp(args: ModelArgs, tensors: Mapping[str, TensorInfo]) -> None:
+    """Raise ValueError where the MTP layer is wanted and the checkpoint has nothing of it."""
+    for spec in args.model_layers[len(args.layers) :]:
+        prefix = f"model.layers.{spec.index}."
+        if not any(name.startswith(prefix) for name in tensors):
+            raise ValueError(
+                f"[checkpoint] no tensor begins with {prefix} (or mtp.0.), expected an MTP layer,"
+                " as drafts need one."
+            )
+
+
 def _set_aside(
     args: ModelArgs, tensors: Mapping[str, TensorInfo], inventory: Inventory
 ) -> dict[str, None]:
     """Count the tensors that the model has no use for; returns the names of the others."""
-    mtp_layers = {
-        layer_of(release_name(name, args)) for name in tensors if ".eh_proj.weight" in name
-    }
+    mtp_layers = {layer_of(name) for name in tensors if ".eh_proj.weight" in name}
     used: dict[str, None] = {}
     for name in tensors:
         reason = unused(name, args)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ..models.config import ModelArgs
 from ..models.layer_spec import LayerSpec
-from ..models.tensor_names import MTP_REASON, layer_of, release_name, unused
+from ..models.tensor_names import MTP_REASON, layer_of, unused
 from ..models.tensors import layer_modules
 from .safetensors_header import TensorInfo
 
@@ -35,7 +35,7 @@ def check_expert_counts(args: ModelArgs, tensors: Mapping[str, TensorInfo]) -> N
     listed = args.num_routed_experts_per_layer
     if listed is None:
         return
-    counts = dict(_expert_counts(args, tensors))
+    counts = dict(_expert_counts(tensors))
     for layer in (*args.layers, *args.mtp_layers)[: len(listed)]:
         found = counts.get(layer.index, layer.experts)
         if found != layer.experts:
@@ -45,11 +45,10 @@ def check_expert_counts(args: ModelArgs, tensors: Mapping[str, TensorInfo]) -> N
             )
 
 
-def _expert_counts(args: ModelArgs, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[int, int]]:
+def _expert_counts(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[int, int]]:
     """Each layer with experts and how many there are, numbered from 0 or stacked."""
     single: dict[int, set[int]] = {}
     for name, info in tensors.items():
-        name = release_name(name, args)
         if match := _EXPERT.match(name):
             single.setdefault(int(match[1]), set()).add(int(match[2]))
         elif (match := _STACKED.match(name)) and info.shape:
@@ -58,14 +57,14 @@ def _expert_counts(args: ModelArgs, tensors: Mapping[str, TensorInfo]) -> Iterat
 
 
 def mtp_layers(args: ModelArgs, tensors: Mapping[str, TensorInfo]) -> list[MtpLayer]:
-    """The MTP layers that a checkpoint has, under either of their names."""
+    """The MTP layers that a checkpoint has and the model does not use."""
     found: dict[int, MtpLayer] = {}
     names = set()
     for name, info in tensors.items():
         if unused(name, args) != MTP_REASON:
             continue
-        names.add(release_name(name, args))
-        index = layer_of(release_name(name, args))
+        names.add(name)
+        index = layer_of(name)
         assert index is not None  # such is its name
         layer = found.setdefault(index, MtpLayer(index))
         layer.tensors += 1

@@ -9,7 +9,7 @@ import mlx.core as mx
 from .. import _ext
 from ..formats.weights import plane_shape
 from ..models.config import ModelArgs
-from ..models.tensor_names import unused
+from ..models.tensor_names import release_name, unused
 from ..models.tensors import modules
 from .folder import Checkpoint
 from .gguf_formats import format_of
@@ -31,7 +31,8 @@ def read_lazily(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, mx.array]:
             found = mx.load(path) if headers is None else _load(path, headers[file])
         except RuntimeError as error:
             raise ValueError(f"[loader] {path}: {error}") from None
-        weights |= cast(dict[str, mx.array], found)
+        for name, array in cast(dict[str, mx.array], found).items():
+            weights[release_name(name, args.num_hidden_layers)] = array
     if checkpoint.metadata is not None:
         _convert_norms(weights, args)
     return weights

@@ -33,5 +33,5 @@ def load_prompt_cache(path: str | os.PathLike[str], args: ModelArgs) -> list[Cac
             f"[cache] {path} is no prompt cache that mlx-lm wrote:"
             f" reading it ends with {type(error).__name__}."
         ) from error
-    check_cache(cache, args)
+    check_cache(cache, args, None, args.layers)
     return cast(list[CacheList], cache)

@@ -52,7 +52,8 @@ def layer_rows(subject: Subject) -> list[dict[str, Any]]:
 
         def build(layer: Any = layer, entry: Any = entry) -> list[mx.array]:
             # The cache grows by a token, as a row that is written again would be in another copy.
-            out, _ = layer(x, Span.of([entry], 1), angles, entry, chosen)
+            selection = None if "indexer" in layer.self_attn else chosen
+            out, _ = layer(x, Span.of([entry], 1), angles, entry, selection)
             return [out, *[one.keys for one in entry.caches]]
 
         rows.append({"layer": kind, "context": context} | measured(build))

@@ -47,17 +47,18 @@ class Attention(nn.Module):
     ) -> tuple[mx.array, mx.array | None]:
         """The half of a layer: x [b, l, hidden] + attention(norm(x)), and the selection used.
 
-        ``selection`` int32 [b, l, k] is the last full layer's, None where every visible key is
-        selected; a full layer replaces it by its own.
+        ``selection`` int32 [b, l, k] is another layer's or an earlier step's. Without one a full
+        layer makes its own, unless every visible key is selected, and a shared layer attends to
+        these.
         """
+        scores = "indexer" in self and selection is None and self.indexer.scores(span)
         in_block = ops.blocks.takes(x) and self.is_plain() and self.keeps_dtype(norm, x)
         project = self._project_in_block if in_block else self._project
-        queries, latents, k_pe, *index = project(x, norm, span, angles)
+        queries, latents, k_pe, *index = project(x, norm, angles, scores)
         latents, ropes = append(None if cache is None else cache[0], latents, k_pe, self.kv_format)
         if "indexer" in self:
             keys = self.indexer.append(index[0], None if cache is None else cache[1])
-            selection = None
-            if len(index) == 3:
+            if scores:
                 selection = self.indexer.select(index[1], index[2], keys, span)
             # Keys that are not scored would otherwise pile up as a chain of unevaluated updates.
             latents = mx.depends(latents, keys)
@@ -98,7 +99,7 @@ class Attention(nn.Module):
         return all(keeps_dtype(norm, x) for norm in norms)
 
     def _project(
-        self, x: mx.array, norm: RMSNorm, span: Span, angles: Angles
+        self, x: mx.array, norm: RMSNorm, angles: Angles, scores: bool
     ) -> tuple[mx.array, ...]:
         """What `glm_fused.ops.blocks.attention_project` gives, by one op after the other."""
         b, length, _ = x.shape
@@ -112,10 +113,10 @@ class Attention(nn.Module):
         projected = (queries.swapaxes(1, 2), latents, k_pe)
         if "indexer" not in self:
             return projected
-        return *projected, *self.indexer.project(h, q_latent, span, angles)
+        return *projected, *self.indexer.project(h, q_latent, angles, scores)
 
     def _project_in_block(
-        self, x: mx.array, norm: RMSNorm, span: Span, angles: Angles
+        self, x: mx.array, norm: RMSNorm, angles: Angles, scores: bool
     ) -> tuple[mx.array, ...]:
         """The same in one node of the graph."""
         return ops.blocks.attention_project(
@@ -129,5 +130,5 @@ class Attention(nn.Module):
             (self.kv_a_layernorm.weight, self.kv_a_layernorm.eps),
             self.embed_q.as_weight(),
             self.nope_dim,
-            self.indexer.in_block(span) if "indexer" in self else None,
+            self.indexer.in_block(scores) if "indexer" in self else None,
         )

@@ -16,12 +16,29 @@ from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache
 from .. import ops
 from ..formats.kv_rows import FLOATS, PACKED, format_of, pack, row_bytes, row_widths
 from .config import ModelArgs
-from .layer_spec import INDEX_KEY, LATENT
+from .layer_spec import INDEX_KEY, LATENT, LayerSpec
 
 
 def make_cache(args: ModelArgs) -> list[CacheList]:
-    """An empty cache of the whole model: one entry per decoder layer, in the form above."""
-    return [CacheList(*(KVCache() for _ in spec.cache)) for spec in args.layers]
+    """An empty cache of the decoder: one entry per layer, in the form above."""
+    return [empty_cache(spec) for spec in args.layers]
+
+
+def empty_cache(layer: LayerSpec) -> CacheList:
+    """An empty cache of one layer."""
+    return CacheList(*(KVCache() for _ in layer.cache))
+
+
+def trim(cache: Sequence[CacheList] | CacheList, n: int) -> None:
+    """Forget the last ``n`` columns of a layer's cache, or of those of all layers.
+
+    Batches count columns, padding among them. Raises ValueError for more than there are.
+    """
+    for layer in [cache] if isinstance(cache, CacheList) else cache:
+        for entry in layer.caches:
+            if not 0 <= n <= (filled := size_of(entry)):
+                raise ValueError(f"[cache] cannot forget {n} columns, expected 0 to {filled}.")
+            entry.trim(n)
 
 
 def bytes_per_token(args: ModelArgs, kv_format: str = "bf16") -> int:
@@ -30,7 +47,7 @@ def bytes_per_token(args: ModelArgs, kv_format: str = "bf16") -> int:
         LATENT: row_bytes(kv_format, args.kv_lora_rank, args.qk_rope_head_dim),
         INDEX_KEY: row_bytes(kv_format, args.index_head_dim, 0),
     }
-    return sum(entries[name] for spec in args.layers for name in spec.cache)
+    return sum(entries[name] for spec in args.model_layers for name in spec.cache)
 
 
 def append(

@@ -47,25 +47,27 @@ class _Passed(NamedTuple):
 _passed: weakref.WeakKeyDictionary[Any, _Passed] = weakref.WeakKeyDictionary()
 
 
-def check_cache(cache: Sequence[Any], args: ModelArgs, batch: int | None = None) -> None:
-    """Raise ValueError, naming the layer, for a cache that is not this model's or not whole.
+def check_cache(
+    cache: Sequence[Any], args: ModelArgs, batch: int | None, layers: Sequence[LayerSpec]
+) -> None:
+    """Raise ValueError, naming the layer, for a cache that is not of these layers or not whole.
 
-    For every layer it checks the number and type of the caches, how many tokens they hold, their
-    shapes and types, and the padding of batches; ``batch`` is how many rows the tokens have. It is
-    called at every step, so of arrays that passed before it checks the lengths alone.
+    For every one of ``layers`` it checks the number and type of the caches, how many tokens they
+    hold, their shapes and types, and the padding of batches; ``batch`` is how many rows the tokens
+    have. It is called at every step, so of arrays that passed before it checks the lengths alone.
     """
-    if not isinstance(cache, Sequence) or len(cache) != len(args.layers):
+    if not isinstance(cache, Sequence) or len(cache) != len(layers):
         found = len(cache) if isinstance(cache, Sequence) else f"a {type(cache).__name__}"
-        raise ValueError(f"[cache] expected one entry per layer ({len(args.layers)}), got {found}.")
+        raise ValueError(f"[cache] expected one entry per layer ({len(layers)}), got {found}.")
     if _passed_before(cache, args, batch):
         return
     shared: _Shared | None = None
-    for i, layer in enumerate(cache):
+    for layer, spec in zip(cache, layers, strict=True):
         caches = layer.caches if type(layer) is CacheList else ()
-        if len(caches) != len(args.layers[i].cache):
-            _refuse_layer(layer, args.layers[i])
+        if len(caches) != len(spec.cache):
+            _refuse_layer(layer, spec)
         for j, entry in enumerate(caches):
-            shared = _check(entry, i, j, args, shared, batch)
+            shared = _check(entry, spec.index, j, args, shared, batch)
     if shared is not None and shared.dtype is not None:
         arrays, empty = _arrays(cache, shared)
         room, known = min(array.shape[2] for array in arrays), list(map(weakref.ref, arrays))
@@ -138,7 +140,7 @@ def _check(
     for name in ("kind", "length", "batch", "dtype", "padding"):
         a, b = getattr(found, name), getattr(shared, name)
         if a != b and not (name == "batch" and a is None):
-            _refuse(i, j, f"{name} {_text(a)}", f"{_text(b)} as layer 0 or the tokens have")
+            _refuse(i, j, f"{name} {_text(a)}", f"{_text(b)} as the first cache or the tokens have")
     return shared
 
 

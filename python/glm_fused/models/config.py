@@ -1,5 +1,6 @@
 """Model configuration of ``glm_moe_dsa`` and ``deepseek_v32``, resolved per layer and checked."""
 
+from copy import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -33,7 +34,13 @@ SIZES = (
     "moe_layer_freq",
     "max_position_embeddings",
 )
-FLAGS = ("norm_topk_prob", "attention_bias", "tie_word_embeddings", "indexer_rope_interleave")
+FLAGS = (
+    "norm_topk_prob",
+    "attention_bias",
+    "tie_word_embeddings",
+    "indexer_rope_interleave",
+    "index_share_for_mtp_iteration",
+)
 
 
 @dataclass
@@ -42,7 +49,8 @@ class ModelArgs(BaseModelArgs):
 
     After construction ``layers`` describes every layer of the decoder and ``mtp_layers`` those that
     predict further tokens, whichever keys they came from; ``indexer_types`` and ``mlp_layer_types``
-    name every decoder layer, and ``rope`` holds the rope parameters of either spelling.
+    name every decoder layer, and ``rope`` holds the rope parameters of either spelling. A model has
+    ``model_layers``: those of the decoder and, of args that `with_mtp` made, the first of MTP.
     ``num_key_value_heads`` is accepted and unused: MLA caches one latent for all heads.
     """
 
@@ -89,6 +97,8 @@ class ModelArgs(BaseModelArgs):
     attention_bias: bool = False
     tie_word_embeddings: bool = False
     num_nextn_predict_layers: int = 0
+    index_share_for_mtp_iteration: bool = False
+    has_mtp: bool = field(init=False, repr=False, default=False)
     rope: RopeParameters = field(init=False, repr=False)
     layers: tuple[LayerSpec, ...] = field(init=False, repr=False)
     mtp_layers: tuple[LayerSpec, ...] = field(init=False, repr=False)
@@ -117,11 +127,28 @@ class ModelArgs(BaseModelArgs):
             check.fail("n_routed_experts", "an integer where mlp_layer_types has 'sparse'", None)
         self.indexer_types = indexer_types(self)
         self.layers, self.mtp_layers = layer_specs(self)
-        for experts in sorted({spec.experts for spec in self.layers if spec.is_sparse}):
-            self._check_experts(experts)
+        self._check_layers(self.layers)
         self.rope = RopeParameters.from_config(
             self.rope_parameters, self.rope_theta, self.rope_scaling, self.max_position_embeddings
         )
+
+    def with_mtp(self) -> "ModelArgs":
+        """The args of the same model with the layer that predicts one token more.
+
+        Raises ValueError where the config has no such layer.
+        """
+        if not self.mtp_layers:
+            expected = "at least 1, as drafts need an MTP layer"
+            check.fail("num_nextn_predict_layers", expected, self.num_nextn_predict_layers)
+        args = copy(self)
+        args.has_mtp = True
+        args._check_layers(args.model_layers)
+        return args
+
+    @property
+    def model_layers(self) -> tuple[LayerSpec, ...]:
+        """All layers that a model of these args has."""
+        return self.layers + self.mtp_layers[: int(self.has_mtp)]
 
     @property
     def qk_head_dim(self) -> int:
@@ -157,6 +184,10 @@ class ModelArgs(BaseModelArgs):
         per_head = max(self.qk_head_dim, self.qk_nope_head_dim + self.v_head_dim)
         check.product("num_attention_heads * head size", a=self.num_attention_heads, b=per_head)
         check.product("index_n_heads * index_head_dim", a=self.index_n_heads, b=self.index_head_dim)
+
+    def _check_layers(self, layers: tuple[LayerSpec, ...]) -> None:
+        for experts in sorted({spec.experts for spec in layers if spec.is_sparse}):
+            self._check_experts(experts)
 
     def _check_experts(self, experts: int) -> None:
         """Check that a layer of so many experts can be routed to."""

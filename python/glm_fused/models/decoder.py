@@ -15,68 +15,30 @@ from ..formats.kv_rows import check_kv_format
 from ..formats.weights import Format
 from ..ops import routes
 from ..ops.stock import visible_columns
-from .attention import Attention
-from .cache import Span, make_cache
+from .cache import Span, empty_cache, make_cache
 from .cache_check import check_cache
 from .config import ModelArgs
 from .decode_step import DecodeSteps
-from .layer_spec import LayerSpec
-from .layers import (
-    MLP,
-    Embedding,
-    Linear,
-    QuantizedEmbedding,
-    RMSNorm,
-    is_plain,
-    keeps_dtype,
-)
-from .moe import MoE
+from .layer import DecoderLayer
+from .layer_spec import DECODER
+from .layers import Embedding, Linear, QuantizedEmbedding, RMSNorm, is_plain
+from .mtp import MtpLayer, check_draft
 from .rope import Angles, Page, Rope
 from .tensors import modules
 from .tokens import check_length, check_tokens, embed
 
 
-class DecoderLayer(nn.Module):
-    """Attention, then a dense MLP or experts, each with its norm and residual."""
-
-    def __init__(self, args: ModelArgs, layer: LayerSpec):
-        super().__init__()
-        hidden, eps = args.hidden_size, args.rms_norm_eps
-        self.self_attn = Attention(args, layer)
-        self.mlp = MoE(args, layer) if layer.is_sparse else MLP(hidden, args.intermediate_size)
-        self.input_layernorm = RMSNorm(hidden, eps=eps)
-        self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
-
-    def __call__(
-        self,
-        x: mx.array,
-        span: Span,
-        angles: Angles,
-        cache: Any | None,
-        selection: mx.array | None,
-    ) -> tuple[mx.array, mx.array | None]:
-        """Map x [b, l, hidden] to the same shape; also returns the selection for the next layer."""
-        x, selection = self.self_attn(x, self.input_layernorm, span, angles, cache, selection)
-        return self.mlp(x, self.post_attention_layernorm), selection
-
-    def is_plain(self) -> bool:
-        """Whether its weights are all there is, in memory: no biases, no adapters in training."""
-        return self.self_attn.is_plain() and self.mlp.is_plain()
-
-    def keeps_dtype(self, x: mx.array) -> bool:
-        """Whether no norm widens x [b, l, hidden]."""
-        return self.self_attn.keeps_dtype(self.input_layernorm, x) and keeps_dtype(
-            self.post_attention_layernorm, x
-        )
-
-
 class Decoder(nn.Module):
-    """Embedding, layers and final norm."""
+    """Embedding, layers and final norm; after the layers comes that of MTP, if there is one."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.embed_tokens = Embedding(args.vocab_size, args.hidden_size)
-        self.layers = [DecoderLayer(args, layer) for layer in args.layers]
+        self.layers = [
+            DecoderLayer(args, layer) if layer.role == DECODER else MtpLayer(args, layer)
+            for layer in args.model_layers
+        ]
+        self._depth = len(args.layers)
         self.norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self._rope = Rope(args.rope, args.qk_rope_head_dim)
         self._vocabulary, self._context = args.vocab_size, args.max_position_embeddings
@@ -88,6 +50,18 @@ class Decoder(nn.Module):
         span = Span.of(cache, tokens.shape[1])
         angles = self.angles(span)
         return self.run(self.embed(tokens), span, angles, cache, trace)
+
+    @property
+    def decoder_layers(self) -> list[DecoderLayer]:
+        """The layers that a token goes through."""
+        return self.layers[: self._depth]
+
+    @property
+    def mtp(self) -> MtpLayer:
+        """The layer that predicts one token more, of a model that has it."""
+        layer = self.layers[self._depth]
+        assert isinstance(layer, MtpLayer)
+        return layer
 
     def angles(self, span: Span) -> Angles:
         """The angles of a span, whose length is checked."""
@@ -101,6 +75,14 @@ class Decoder(nn.Module):
         if span.start is None:
             return self._rope.page_of_span(span.first, span.length)
         return Page(span.first, self._rope.angles(span.positions()))
+
+    def draft(
+        self, tokens: mx.array, hidden: mx.array, cache: CacheList, selection: mx.array | None
+    ) -> tuple[mx.array, mx.array | None]:
+        """What `MtpLayer.rows` gives of tokens [b, l] and hidden states [b, l, hidden]."""
+        span = Span.of([cache], tokens.shape[1])
+        angles = self.angles(span)
+        return self.mtp.rows(self.embed(tokens), hidden, span, angles, cache, selection)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """The rows [b, l, hidden] of tokens [b, l], which are checked."""
@@ -116,10 +98,11 @@ class Decoder(nn.Module):
     ) -> mx.array:
         """The normed hidden states [b, l, hidden] of embedded tokens of the same shape."""
         selection = None
-        for i, layer in enumerate(self.layers):
-            layer_cache = None if cache is None else cache[i]
+        for i, layer in enumerate(self.decoder_layers):
+            layer_cache, full = None if cache is None else cache[i], "indexer" in layer.self_attn
+            selection = None if full else selection
             x, selection = layer(x, span, angles, layer_cache, selection)
-            if trace is not None and "indexer" in layer.self_attn:
+            if trace is not None and full:
                 trace.append(_every_key(x.shape, span) if selection is None else selection)
         hidden: mx.array = self.norm(x)
         return hidden
@@ -164,10 +147,54 @@ class Model(nn.Module):
         """
         if trace is None and (logits := self._steps.again(self, tokens, cache)) is not None:
             return logits
+        self._check(tokens, cache)
+        return self.forward(tokens, cache, trace)
+
+    def states(
+        self, tokens: mx.array, cache: Sequence[Any] | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """The logits that a call gives, and the normed hidden states [b, l, hidden] behind them."""
+        self._check(tokens, cache)
+        return self.forward_states(tokens, cache, None)
+
+    def draft(
+        self,
+        tokens: mx.array,
+        hidden: mx.array,
+        cache: CacheList,
+        selection: mx.array | None = None,
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        """What the MTP layer predicts to follow integer tokens [b, l]; ``cache`` is updated.
+
+        Row i takes tokens[:, i] and hidden[:, i], which is the normed hidden state of the position
+        before that token: of `states`, or for a draft of a draft what this gave for the last one.
+
+        Args:
+            tokens: as a call takes them.
+            hidden: floats [b, l, hidden].
+            cache: what `make_mtp_cache` made; `glm_fused.models.cache.trim` forgets its last rows.
+            selection: int32 [b, l, k], what the first of several drafts gave; None: the layer's
+                own, or every key.
+
+        Returns:
+            Logits [b, l, vocab], hidden states [b, l, hidden], and the last row's selection
+            [b, 1, k] for the drafts that go on from it: None where the config does not share it
+            (``index_share_for_mtp_iteration``) or every key is selected.
+
+        Raises ValueError as a call does, and for a model without the layer.
+        """
+        check_tokens(tokens)
+        check_draft(self.args, tokens, hidden, selection)
+        check_cache([cache], self.args, tokens.shape[0], self.args.mtp_layers[:1])
+        logits, hidden, selection = self.forward_draft(tokens, hidden, cache, selection)
+        if selection is None or not self.args.index_share_for_mtp_iteration:
+            return logits, hidden, None
+        return logits, hidden, selection[:, -1:]
+
+    def _check(self, tokens: mx.array, cache: Sequence[Any] | None) -> None:
         check_tokens(tokens)
         if cache is not None:
-            check_cache(cache, self.args, tokens.shape[0])
-        return self.forward(tokens, cache, trace)
+            check_cache(cache, self.args, tokens.shape[0], self.args.layers)
 
     def forward(
         self, tokens: mx.array, cache: Sequence[Any] | None, trace: list[mx.array] | None
@@ -175,7 +202,21 @@ class Model(nn.Module):
         """What a call does once its arguments are checked; a subclass may wrap it."""
         if trace is None and (logits := self._steps.run(self, tokens, cache)) is not None:
             return logits
-        return self.head(self.model(tokens, cache, trace))
+        return self.forward_states(tokens, cache, trace)[0]
+
+    def forward_states(
+        self, tokens: mx.array, cache: Sequence[Any] | None, trace: list[mx.array] | None
+    ) -> tuple[mx.array, mx.array]:
+        """What `states` does once its arguments are checked; a subclass may wrap it."""
+        hidden = self.model(tokens, cache, trace)
+        return self.head(hidden), hidden
+
+    def forward_draft(
+        self, tokens: mx.array, hidden: mx.array, cache: CacheList, selection: mx.array | None
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        """What `draft` does once its arguments are checked; a subclass may wrap it."""
+        hidden, selection = self.model.draft(tokens, hidden, cache, selection)
+        return self.head(hidden), hidden, selection
 
     def head(self, x: mx.array) -> mx.array:
         """The logits [b, l, vocab] of normed hidden states [b, l, hidden]."""
@@ -209,7 +250,7 @@ class Model(nn.Module):
     @property
     def layers(self) -> list[DecoderLayer]:
         """The decoder's layers, where mlx-lm looks for them."""
-        return self.model.layers
+        return self.model.decoder_layers
 
     @property
     def cast_predicate(self) -> Callable[[str], bool]:
@@ -233,10 +274,14 @@ class Model(nn.Module):
     @kv_format.setter
     def kv_format(self, name: str) -> None:
         check_kv_format(name)
-        for layer in self.layers:
+        for layer in self.model.layers:
             layer.self_attn.kv_format = name
             if "indexer" in layer.self_attn:
                 layer.self_attn.indexer.kv_format = name
+
+    def make_mtp_cache(self) -> CacheList:
+        """The cache of the MTP layer, whose rows are those of its drafts, in ``kv_format``."""
+        return empty_cache(self.args.mtp_layers[0])
 
     def make_cache(self) -> list[CacheList]:
         """One ``CacheList`` per layer: two ``KVCache`` on full layers, one on shared ones."""

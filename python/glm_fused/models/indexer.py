@@ -28,15 +28,15 @@ class Indexer(nn.Module):
         self.weights_proj = Linear(args.hidden_size, self.heads)
 
     def project(
-        self, x: mx.array, q_latent: mx.array, span: Span, angles: Angles
+        self, x: mx.array, q_latent: mx.array, angles: Angles, scores: bool
     ) -> tuple[mx.array, ...]:
         """What scoring needs of x [b, l, hidden] and q_latent [b, l, q_lora_rank].
 
-        Returns the keys [b, 1, l, dim], and where some keys will be left out the queries
-        [b, l, heads, dim] and the weights of their heads, float32 [b, l, heads].
+        Returns the keys [b, 1, l, dim], and if it ``scores`` the queries [b, l, heads, dim] and
+        the weights of their heads, float32 [b, l, heads].
         """
         k = ops.rotate(self.k_norm(self.wk(x))[:, None], *angles, self.interleaved)
-        if not self.scores(span):
+        if not scores:
             return (k,)
         b, length, _ = x.shape
         q = self.wq_b(q_latent).reshape(b, length, self.heads, self.head_dim)
@@ -47,7 +47,7 @@ class Indexer(nn.Module):
         """Whether its matrices are all there is: no adapters in training."""
         return is_plain(self.wk) and is_plain(self.wq_b) and is_plain(self.weights_proj)
 
-    def in_block(self, span: Span) -> ops.blocks.IndexerArguments:
+    def in_block(self, scores: bool) -> ops.blocks.IndexerArguments:
         """What `glm_fused.ops.blocks.attention_project` needs for the same."""
         return ops.blocks.IndexerArguments(
             self.wk.as_weight(),
@@ -57,7 +57,7 @@ class Indexer(nn.Module):
             self.weights_proj.as_weight(),
             self.heads,
             self.interleaved,
-            self.scores(span),
+            scores,
         )
 
     def scores(self, span: Span) -> bool:

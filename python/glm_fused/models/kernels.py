@@ -14,9 +14,11 @@ import mlx.core as mx
 
 from .. import _ext, ops
 from ..ops.routes import Kernel, choose
-from .cache import Span, append
-from .decoder import DecoderLayer, Model
+from .cache import Span, append, empty_cache
+from .decoder import Model
+from .layer import DecoderLayer
 from .layers import MLP
+from .mtp import MtpLayer
 from .rope import Angles
 
 OnCompile = Callable[[int, int], None]
@@ -65,18 +67,23 @@ def _step(model: Model, cached: int, tokens: int) -> list[mx.array]:
     angles = Angles(*[mx.zeros((1, 1, tokens, args.qk_rope_head_dim // 2))] * 2)
     cache = _cache(model, cached, x.dtype)
     span, selection, outputs = Span(cached, tokens), None, []
-    for layer, entry in zip(model.layers, cache, strict=True):
+    for layer, entry in zip(decoder.layers, cache, strict=True):
+        if isinstance(layer, MtpLayer):
+            outputs.append(model.head(hidden := decoder.norm(x)))
+            x = layer.join(x, hidden)
+        selection = None if "indexer" in layer.self_attn else selection
         x, selection = layer.self_attn(x, layer.input_layernorm, span, angles, entry, selection)
         outputs += [array for rows in entry.caches for array in (rows.keys, rows.values)]
         made = _mlp(layer, x)
         x = made[0]
         outputs += made
-    return [*outputs, model.head(decoder.norm(x))]
+    norm = decoder.mtp.shared_head.norm if model.args.has_mtp else decoder.norm
+    return [*outputs, model.head(norm(x))]
 
 
 def _cache(model: Model, cached: int, dtype: mx.Dtype) -> Sequence[Any]:
     """The caches of ``cached`` tokens, unevaluated."""
-    args, cache = model.args, model.make_cache()
+    args, cache = model.args, [empty_cache(layer) for layer in model.args.model_layers]
     widths = (args.kv_lora_rank, args.qk_rope_head_dim), (args.index_head_dim, None)
     for layer in cache if cached else []:
         for entry, (rank, rope) in zip(layer.caches, widths, strict=False):

@@ -68,7 +68,7 @@ def cache_bytes(args: ModelArgs, context: int, kv_format: str) -> int:
     # It grows in steps of 256 tokens or an eighth, by copying one layer at a time.
     tokens = context + max(256, context // 8)
     cached = bytes_per_token(args, kv_format) * tokens
-    return cached + cached // len(args.layers)
+    return cached + cached // len(args.model_layers)
 
 
 def chunk_bytes(args: ModelArgs, step: int, context: int, float_bytes: int, streamed: bool) -> int:

@@ -3,10 +3,12 @@
 import re
 
 from .config import ModelArgs
+from .layer_spec import MTP
 
 _LAYER = re.compile(r"model\.layers\.([0-9]{1,6})\.")
 _MTP = re.compile(r"(?:model\.)?mtp\.([0-9]{1,3})\.(?:block\.)?")
 _MTP_NORM = re.compile(r"(?:model\.)?mtp\.[0-9]{1,3}\.norm\.")
+_COPY = re.compile(r"model\.layers\.[0-9]+\.(?:embed_tokens|shared_head\.head)\.")
 MTP_REASON = "MTP layer"
 
 
@@ -16,8 +18,8 @@ def layer_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def release_name(name: str, args: ModelArgs) -> str:
-    """The name that the release has for a tensor.
+def release_name(name: str, layers: int) -> str:
+    """The name that the release has for a tensor or module of a model with so many ``layers``.
 
     Some checkpoints keep MTP layers as ``mtp.0`` and so on, with the tensors of a decoder layer in
     ``block``; in the release they follow the decoder's layers.
@@ -28,7 +30,7 @@ def release_name(name: str, args: ModelArgs) -> str:
     rest = name[match.end() :]
     if _MTP_NORM.match(name):
         rest = f"shared_head.{rest}"
-    return f"model.layers.{args.num_hidden_layers + int(match[1])}.{rest}"
+    return f"model.layers.{layers + int(match[1])}.{rest}"
 
 
 def is_expert(name: str) -> bool:
@@ -42,13 +44,15 @@ def unused(name: str, args: ModelArgs) -> str | None:
         return "rotary tables"
     if name.startswith("lm_head.") and args.tie_word_embeddings:
         return "tied head"
-    layer = layer_of(release_name(name, args))
+    layer = layer_of(name)
     if layer is None:
         return None
-    if layer >= args.num_hidden_layers:
+    if layer >= len(args.model_layers):
         return MTP_REASON
+    if args.model_layers[layer].role == MTP and _COPY.match(name):
+        return "MTP layer's copies of embedding and head"
     if ".self_attn." in name and name.endswith((".k_scale", ".v_scale")):
         return "scales of a quantized cache"
-    if ".self_attn.indexer." in name and not args.layers[layer].is_full:
+    if ".self_attn.indexer." in name and not args.model_layers[layer].is_full:
         return "indexer of a shared layer"
     return None

@@ -101,7 +101,7 @@ def modules(args: ModelArgs) -> Iterator[Module]:
     """The modules of the model in execution order."""
     vocab, hidden = args.vocab_size, args.hidden_size
     yield Module("model.embed_tokens", (vocab, hidden), "embedding")
-    for layer in args.layers:
+    for layer in args.model_layers:
         yield from layer_modules(args, layer)
     yield _norm("model.norm", hidden)
     if not args.tie_word_embeddings:

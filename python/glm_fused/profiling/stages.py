@@ -20,7 +20,8 @@ from ..formats.kv_rows import format_of, row_bytes
 from ..host import to_numpy
 from ..models.attention import Attention
 from ..models.cache import Span
-from ..models.decoder import DecoderLayer, Model
+from ..models.decoder import Model
+from ..models.layer import DecoderLayer
 from ..models.layers import is_plain, keeps_dtype
 from ..models.moe import MoE, SwitchMLP
 from ..models.rope import Angles, Rope
@@ -152,8 +153,15 @@ class _Forward:
             (attention.kv_a_layernorm.weight, attention.kv_a_layernorm.eps),
             attention.embed_q.as_weight(),
             attention.nope_dim,
-            attention.indexer.in_block(self.span) if "indexer" in attention else None,
+            self._indexer_in_block(attention),
         )
+
+    def _indexer_in_block(self, attention: Attention) -> ops.blocks.IndexerArguments | None:
+        """What the block of projections needs of a full layer's indexer."""
+        if "indexer" not in attention:
+            return None
+        indexer = attention.indexer
+        return indexer.in_block(indexer.scores(self.span))
 
     def _in_block(self, attention: Attention, *norms: Any) -> bool:
         """Whether a layer's attention runs as blocks: few tokens, and matrices are all it has."""
@@ -190,7 +198,8 @@ class _Forward:
         )
         if "indexer" not in attention:
             return projected
-        return *projected, *attention.indexer.project(h, q_latent, self.span, self.angles)
+        scores = attention.indexer.scores(self.span)
+        return *projected, *attention.indexer.project(h, q_latent, self.angles, scores)
 
     def _indexer(self, attention: Attention, cache: Any) -> tuple[Stage, mx.array]:
         """The stage of a full layer that scores keys, and what it selects."""

@@ -12,9 +12,9 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models.cache import CacheList, KVCache
 
 from ..formats.weights import FORMATS, Format, dense_format
-from ..models import decoder
 from ..models.cache import Span, append
 from ..models.config import ModelArgs
+from ..models.layer import DecoderLayer as Layer
 from ..models.layers import LayerNorm, RMSNorm
 from ..models.moe import Router
 from ..ops import paths
@@ -64,7 +64,7 @@ class DecoderLayer(Case):
         bits, dtype, n = self.bits(), DTYPES[self.dtype], self.tokens
         kinds = ["sparse" if self.sparse else "dense"] * 2
         args = ModelArgs.from_dict(SIZES | {"mlp_layer_types": kinds})
-        layer = decoder.DecoderLayer(args, args.layers[0 if self.full else 1])
+        layer = Layer(args, args.layers[0 if self.full else 1])
         _fill(layer, bits, self.fmt, dtype)
         widths = args.kv_lora_rank, args.qk_rope_head_dim, args.index_head_dim
         angles = (1, 1, n, args.qk_rope_head_dim // 2)

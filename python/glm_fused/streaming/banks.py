@@ -17,6 +17,7 @@ from ..formats.weights import Format, plane_names
 from ..memory import resident_bytes
 from ..models.config import ModelArgs
 from ..models.decoder import Model
+from ..models.layer_spec import DECODER
 from ..models.moe import MoE
 from ..models.prompt_memory import cache_bytes, chunk_bytes
 from ..models.tensors import PROJECTIONS
@@ -157,10 +158,11 @@ def attach_banks(
                 f" {len(options.pins.get(i, ()))} pinned ones leave {bank.capacity}, a token needs"
                 f" {top_k}."
             )
-        moe = model.layers[i].mlp
+        moe = model.model.layers[i].mlp
         assert isinstance(moe, MoE)
         moe.switch_mlp = StreamedExperts(bank, layer.experts, _weights(i, bank, layer, formats))
-        if last is not None and options.spares:
+        # What a decoder layer is given says nothing of what the MTP layer's router will choose.
+        if last is not None and options.spares and args.model_layers[i].role == DECODER:
             last.look_ahead(moe.gate, moe.switch_mlp)
         last = moe.switch_mlp
     return Streaming(plan, source, banks)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import CacheList
 
 from .. import _ext
 from ..models.config import ModelArgs
@@ -37,15 +38,24 @@ class StreamedModel(Model):
         slots = 0 if self.streaming is None else self.streaming.plan.slot_bytes
         return super().weight_bytes + slots
 
-    def forward(
+    def forward_states(
         self, tokens: mx.array, cache: Sequence[Any] | None, trace: list[mx.array] | None
-    ) -> mx.array:
-        """The logits [b, l, vocab], whose evaluation raises RuntimeError after a failed read.
+    ) -> tuple[mx.array, mx.array]:
+        """Logits and hidden states, whose evaluation raises RuntimeError after a failed read.
 
         Raises RuntimeError at once for a ``cache`` that an earlier read failed for.
         """
         with reads_for(cache) as reads:
-            return _ext.slots_verify(reads, super().forward(tokens, cache, trace))
+            logits, hidden = super().forward_states(tokens, cache, trace)
+            return _ext.slots_verify(reads, logits), _ext.slots_verify(reads, hidden)
+
+    def forward_draft(
+        self, tokens: mx.array, hidden: mx.array, cache: CacheList, selection: mx.array | None
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        """A draft, whose evaluation raises RuntimeError after a failed read, as above."""
+        with reads_for([cache]) as reads:
+            logits, hidden, selection = super().forward_draft(tokens, hidden, cache, selection)
+            return _ext.slots_verify(reads, logits), _ext.slots_verify(reads, hidden), selection
 
 
 def streaming_of(model: Model) -> Streaming | None:

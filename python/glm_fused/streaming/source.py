@@ -135,7 +135,7 @@ def checkpoint_source(checkpoint: Checkpoint, args: ModelArgs) -> ExpertSource:
     index = {name: i for i, name in enumerate(checkpoint.files)}
     layers = {
         layer.index: _layer(checkpoint.tensors, expert_modules(args, layer), index)
-        for layer in args.layers
+        for layer in args.model_layers
         if layer.is_sparse
     }
     kind = "safetensors" if checkpoint.metadata is None else "gguf"
