@@ -238,7 +238,7 @@ def simulated(rates, costs, tokens=4000, seed=0):
     return done * costs[0] * 1.05 / seconds
 
 
-@pytest.mark.parametrize("slope", [0.1, 0.3, 0.9])
+@pytest.mark.parametrize("slope", [0.1, 0.3, 0.9, 3.0])
 @pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.8, 0.95])
 def test_auto_comes_close_to_the_best_depth(rate, slope):
     costs = [1 + slope * (depth > 0) + slope * depth / 4 for depth in range(9)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import accumulate
 from operator import mul
 
+import mlx.nn as nn
+
 from ..limits import AUTO, MOST_DRAFTS
 
 DEPTHS = (1, 2, 3, 4, 6, 8)  # that `AUTO` chooses among: each is a step of its own to record
@@ -14,7 +16,7 @@ _EXPLORE = 16  # drafts of a kind after which one is a little deeper
 _LOSS = (
     0.015  # of the time, that drafts which do not pay may take to find out that they still do not
 )
-_WAIT, _LONGEST_WAIT = 16, 1024  # tokens until the next such draft, at first and at most
+_WAIT, _LONGEST_WAIT = 32, 1024  # tokens until the next such draft, at first and at most
 _USUAL_COST, _USUAL_ACCEPTANCE = 0.3, 0.7  # a draft's, in plain steps, until it is measured
 
 
@@ -33,37 +35,46 @@ class Average:
 
 
 class Costs:
-    """Seconds of a step with each number of drafts, all that it takes to draft them included."""
+    """What steps with each number of drafts cost, drafting included, as a multiple of plain steps.
+
+    It serves one text after the other: costs are the model's and the machine's.
+    """
 
     def __init__(self) -> None:
-        self._seen: dict[int, Average | None] = {}
+        self.plain: Average | None = None  # seconds
+        self._ratios: dict[int, Average | None] = {}
+
+    def add_plain(self, seconds: float) -> None:
+        """Count a plain step; what interrupts it counts as twice the average at most."""
+        if self.plain is None:
+            self.plain = Average(0.2, seconds)
+        else:
+            self.plain.add(min(seconds, 2 * self.plain.value))
 
     def add(self, depth: int, seconds: float) -> None:
-        """Count a step. The first with so many drafts prepares others, and is left out.
+        """Count a step with drafts, after a plain one.
 
-        What interrupts a step from outside counts as twice the average at most.
+        The first with so many prepares others, and is left out.
         """
-        average = self._seen.get(depth)
+        assert self.plain is not None
+        ratio = seconds / self.plain.value
+        average = self._ratios.get(depth)
         if average is not None:
-            average.add(min(seconds, 2 * average.value))
-        elif depth and depth not in self._seen:
-            self._seen[depth] = None
+            average.add(min(ratio, 2 * average.value))
         else:
-            self._seen[depth] = Average(0.2, seconds)
+            self._ratios[depth] = Average(0.2, ratio) if depth in self._ratios else None
 
-    def of(self, depth: int) -> float | None:
-        """What a step costs; None before any plain one. What was not seen is on a line."""
-        known = {d: average.value for d, average in self._seen.items() if average is not None}
-        if depth in known or 0 not in known:
-            return known.get(depth)
+    def of(self, depth: int) -> float:
+        """What a step costs; what was not seen is on a line with what was."""
+        known = {0: 1.0} | {d: average.value for d, average in self._ratios.items() if average}
+        if depth in known:
+            return known[depth]
         below = max(d for d in known if d < depth)
         above = min((d for d in known if d > depth), default=None)
         if above is not None:
             slope = (known[above] - known[below]) / (above - below)
-        elif below:
-            slope = max(known[below] - known[0], 0) / below
         else:
-            slope = _USUAL_COST * known[0]
+            slope = max(known[below] - 1, 0) / below if below else _USUAL_COST
         return known[below] + slope * (depth - below)
 
 
@@ -72,7 +83,7 @@ class Acceptance:
 
     def __init__(self) -> None:
         self._rates = [Average(1 / 32, _USUAL_ACCEPTANCE) for _ in range(MOST_DRAFTS)]
-        self.rounds, self.wait, self._pause = 0, 0, _WAIT
+        self.rounds = 0
 
     def add(self, depth: int, kept: int) -> None:
         """Count a step with ``depth`` drafts that kept some of them."""
@@ -87,54 +98,50 @@ class Acceptance:
         rates = [rate.value for rate in self._rates[:depth]]
         return sum(accumulate(rates, mul), 1.0)
 
-    def rest(self, tokens: int) -> None:
-        """Have no drafts made for so many tokens, or longer after each such time."""
-        self._pause = min(2 * self._pause, _LONGEST_WAIT)
-        self.wait = max(self._pause, tokens)
-
-    def go_on(self) -> None:
-        """Drafts may pay (again)."""
-        self.wait, self._pause = 0, _WAIT
-
 
 class Depth:
     """Decides how many tokens to draft, one step after the other.
 
-    With a number for ``wanted`` it is always that one. With `AUTO` it is the one with the most
-    expected tokens a second, 0 where plain steps have; then a draft is made from time to time, so
-    seldom that those take little time in all, since a text may begin to suit.
+    With a number for ``wanted`` it is always that one, after some plain steps that are measured.
+    With `AUTO` it is the one with the most expected tokens a second, 0 where plain steps have; then
+    a draft is made from time to time, so seldom that those take little time in all, since a text
+    may begin to suit.
 
     Args:
         wanted: a number up to `MOST_DRAFTS`, or `AUTO`.
         most: how many may be drafted at most.
+        costs: those of the texts before.
     """
 
-    def __init__(self, wanted: int | str, most: int = MOST_DRAFTS):
+    def __init__(
+        self, wanted: int | str, most: int = MOST_DRAFTS, costs: Costs | None = None
+    ) -> None:
         self._auto = wanted == AUTO
         self._depths = [d for d in DEPTHS if d <= most] if self._auto else [min(int(wanted), most)]
         self._kinds: dict[int, Acceptance] = {}
-        self._plain, self._since = BURST, 0
-        self._costs = Costs()
+        self._costs = costs or Costs()
+        self._plain, self._since = BURST if self._costs.plain is None else AGAIN, 0
+        self._wait, self._pause = _WAIT, _WAIT
 
     @property
     def plain_seconds(self) -> float | None:
         """What a plain step costs; None where there was none like others."""
-        return self._costs.of(0)
+        return None if self._costs.plain is None else self._costs.plain.value
 
     def next(self, kind: int | None, most: int) -> int:
         """How many tokens to draft of a ``kind``, up to ``most``; 0 for a plain step.
 
         Drafts of kind None cannot be made.
         """
-        depths = [depth for depth in self._depths if depth <= most]
         if kind is None or most < 1 or self._plain:
             return 0
         if not self._auto:
             return min(self._depths[0], most)
+        depths = [depth for depth in self._depths if depth <= most]
         seen = self._kinds.setdefault(kind, Acceptance())
         best = self._best(seen, depths)
         if not best:
-            return 0 if seen.wait > 0 else self._informative(depths)
+            return 0 if self._wait > 0 else self._informative(depths)
         explore = seen.rounds % _EXPLORE == _EXPLORE - 1
         deeper = [depth for depth in depths if depth > best]
         return deeper[0] if explore and deeper else best
@@ -142,7 +149,7 @@ class Depth:
     def count_plain(self, seconds: float | None) -> None:
         """A plain step took so long; None where it was not like others."""
         if seconds is not None:
-            self._costs.add(0, seconds)
+            self._costs.add_plain(seconds)
             self._plain, self._since = max(self._plain - 1, 0), 0
         self._pass(1)
 
@@ -154,27 +161,30 @@ class Depth:
         seen.add(depth, kept)
         if not self._auto:
             return
-        if kept == depth or self._best(seen, self._depths):
-            seen.go_on()
+        pays = kept == depth and 1 + depth > self._costs.of(depth)
+        if pays or self._best(seen, self._depths):
+            self._wait, self._pause = 0, _WAIT
         else:
-            seen.rest(int((self._cost(depth) - seen.tokens(depth) + 1) / _LOSS))
+            lost = seconds / (self.plain_seconds or seconds) - 1 - kept
+            self._pause = min(2 * self._pause, _LONGEST_WAIT)
+            self._wait = max(self._pause, int(lost / _LOSS))
         if self._since >= BETWEEN:
             self._plain = AGAIN
 
     def _pass(self, tokens: int) -> None:
         self._since += tokens
-        for seen in self._kinds.values():
-            seen.wait -= tokens
-
-    def _cost(self, depth: int) -> float:
-        """What a step costs, in plain ones."""
-        plain, cost = self._costs.of(0), self._costs.of(depth)
-        assert plain and cost  # it began with plain steps
-        return cost / plain
+        self._wait -= tokens
 
     def _best(self, seen: Acceptance, depths: list[int]) -> int:
-        return max((0, *depths), key=lambda depth: seen.tokens(depth) / self._cost(depth))
+        return max((0, *depths), key=lambda depth: seen.tokens(depth) / self._costs.of(depth))
 
     def _informative(self, depths: list[int]) -> int:
         """The depth that would pay most if all drafts stayed."""
-        return max(depths, key=lambda depth: (1 + depth) / self._cost(depth), default=0)
+        return max(depths, key=lambda depth: (1 + depth) / self._costs.of(depth), default=0)
+
+
+def costs_of(model: nn.Module) -> Costs:
+    """The costs of a model's steps, which it keeps."""
+    costs = model.__dict__.setdefault("_draft_costs", Costs())
+    assert isinstance(costs, Costs)
+    return costs

@@ -8,7 +8,7 @@ from ...models.decoder import Model
 from ...streaming.model import streaming_of
 from ...validation import show
 from ..limits import AUTO, LOOKUP, MOST_DRAFTS
-from .depth import Depth
+from .depth import Depth, costs_of
 from .drafter import Drafter
 from .lookup import LookupDrafter
 
@@ -45,8 +45,8 @@ class DraftOptions:
         Where experts are streamed, no more with "auto" than every layer's slots have room for the
         experts of, all tokens' choices together.
         """
-        streaming = streaming_of(model)
+        streaming, costs = streaming_of(model), costs_of(model)
         if self.depth != AUTO or streaming is None:
-            return Depth(self.depth)
+            return Depth(self.depth, costs=costs)
         tokens = streaming.tokens_at_once(model.args.num_experts_per_tok)
-        return Depth(AUTO) if tokens is None else Depth(AUTO, tokens - 1)
+        return Depth(AUTO, MOST_DRAFTS if tokens is None else tokens - 1, costs)
