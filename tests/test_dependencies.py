@@ -24,7 +24,7 @@ ORDER = (
     ("checkpoint",),
     ("streaming",),
     ("generation",),
-    ("engine_options", "loader", "engine"),
+    ("engine_options", "loader", "drafting", "engine"),
     ("",),
     ("mlx_lm", "selftest"),
     ("conversion",),

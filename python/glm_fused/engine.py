@@ -14,9 +14,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .checkpoint.paths import checkpoint_path
 from .checkpoint.prompt_cache import load_prompt_cache
+from .drafting import draft_options, draft_source
 from .engine_options import EngineOptions
 from .generation.drafts.options import DraftOptions
 from .generation.generate import Completion, OnProgress, Piece, generate, stream_generate
+from .generation.limits import MTP
 from .generation.options import Options, defaults_of
 from .generation.prompts import Prompt, encode
 from .generation.tokenizer import load_tokenizer
@@ -81,22 +83,28 @@ class Engine:
         found = checkpoint_path(path)
         if tokenizer and found.is_dir() and not (found / "tokenizer_config.json").exists():
             raise FileNotFoundError(f"{found} has no tokenizer_config.json.")
+        source = draft_source(self.options, found)
         opened = open_model(
             found,
             self.options.kv_format,
             self.options.stream_options(),
             self.options.prefill_step_size,
             only_mlx_formats,
+            mtp=source == MTP,
         )
         self.path: Path = opened.checkpoint.path
         self.config: dict[str, Any] = opened.config
         self._opened: Opened | None = opened
         self._tokenizer: TokenizerWrapper | None = None
+        self._drafts: DraftOptions | None = None
         try:
             if tokenizer:
                 self._tokenizer = load_tokenizer(opened.checkpoint)
             if not lazy:
                 opened.read()
+            if source is not None:
+                depth = self.options.draft
+                self._drafts = draft_options(depth, source, opened.model, self._tokenizer)
             if compile_kernels:
                 opened.compile(on_compile)
         except BaseException:
@@ -136,7 +144,7 @@ class Engine:
     @property
     def drafts(self) -> DraftOptions | None:
         """Which tokens `generate` and `stream` guess ahead; None where they do not."""
-        return self.options.draft_options()
+        return self._drafts
 
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """The prompt's tokens, checked; prompt, ``raw`` and errors are `glm_fused.generate`'s."""
@@ -238,7 +246,7 @@ class Engine:
         """
         if self._opened is not None:
             self._opened.restore_limit()
-        self._opened = self._tokenizer = None
+        self._opened = self._tokenizer = self._drafts = None
 
     def __enter__(self) -> Self:
         return self

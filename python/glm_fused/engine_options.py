@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .formats.kv_rows import check_kv_format
-from .generation.drafts.options import DraftOptions
-from .generation.limits import LOOKUP, OFF
+from .generation.drafts.options import check_depth
+from .generation.limits import OFF
 from .memory import parse_size
 from .streaming.options import DEFAULT_CONTEXT, POLICIES, RANGES, StreamOptions
 from .validation import show
@@ -54,7 +54,10 @@ class EngineOptions:
             fit in ``memory_budget``, or in the machine's memory, up to 2,048.
         draft: how many tokens to guess ahead, 1 to 8, or "auto": as many as pay; "off" for none.
             Whatever it is, the text does not change.
-        draft_from: what guesses: "lookup", what followed the last tokens earlier in the text.
+        draft_from: what guesses: "mtp", the checkpoint's layer for it, which is loaded then;
+            "lookup", what followed the last tokens earlier in the text; or the folder of a small
+            model of the same vocabulary, any that mlx-lm loads. None: "mtp" where the checkpoint
+            has the layer, else "lookup".
 
     Raises ValueError, naming the option, for a value that it cannot have and for one that would do
     nothing.
@@ -74,7 +77,7 @@ class EngineOptions:
     default_context: int = DEFAULT_CONTEXT
     prefill_step_size: int | None = None
     draft: int | str = OFF
-    draft_from: str | None = None
+    draft_from: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         check_kv_format(self.kv_format)
@@ -95,7 +98,8 @@ class EngineOptions:
             raise ValueError("[engine] pins and policy 'pinned' need one another.")
         if self.draft == OFF and self.draft_from is not None:
             raise ValueError("[engine] draft_from: needs draft.")
-        self.draft_options()
+        if self.draft != OFF:
+            check_depth(self.draft)
 
     def _given(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in _STREAMING}
@@ -111,12 +115,6 @@ class EngineOptions:
                 given[name] = _bytes(name, given[name])
         options = {_NAMES.get(name, name): value for name, value in given.items()}
         return StreamOptions(default_context=self.default_context, **options)
-
-    def draft_options(self) -> DraftOptions | None:
-        """Which drafts to make; None where no option asks for any."""
-        if self.draft == OFF:
-            return None
-        return DraftOptions(self.draft, self.draft_from or LOOKUP)
 
 
 def idle_options(given: Collection[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..models.config import ModelArgs, args_from_config
 from .declaration import quantization_from_config
 from .folder import Checkpoint
-from .inventory import check_tensors
+from .inventory import check_tensors, holds_layer
 from .stored import Inventory
 
 
@@ -27,3 +27,12 @@ def checked(checkpoint: Checkpoint, mtp: bool = False) -> tuple[ModelArgs, Inven
         if checkpoint.metadata is None:
             raise
         raise ValueError(f"[gguf] {checkpoint.path}: {error}") from None
+
+
+def holds_mtp(checkpoint: Checkpoint) -> bool:
+    """Whether there is anything of a layer that predicts one token more.
+
+    Raises ValueError for a config that is none.
+    """
+    specs = args_from_config(checkpoint.config).mtp_layers
+    return bool(specs) and holds_layer(checkpoint.tensors, specs[0].index)

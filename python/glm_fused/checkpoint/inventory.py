@@ -54,12 +54,17 @@ def check_tensors(
 def _check_mtp(args: ModelArgs, tensors: Mapping[str, TensorInfo]) -> None:
     """Raise ValueError where the MTP layer is wanted and the checkpoint has nothing of it."""
     for spec in args.model_layers[len(args.layers) :]:
-        prefix = f"model.layers.{spec.index}."
-        if not any(name.startswith(prefix) for name in tensors):
+        if not holds_layer(tensors, spec.index):
             raise ValueError(
-                f"[checkpoint] no tensor begins with {prefix} (or mtp.0.), expected an MTP layer,"
-                " as drafts need one."
+                f"[checkpoint] no tensor begins with model.layers.{spec.index}. (or mtp.0.),"
+                " expected an MTP layer, as drafts need one."
             )
+
+
+def holds_layer(tensors: Mapping[str, TensorInfo], index: int) -> bool:
+    """Whether any tensor is of this layer."""
+    prefix = f"model.layers.{index}."
+    return any(name.startswith(prefix) for name in tensors)
 
 
 def _set_aside(

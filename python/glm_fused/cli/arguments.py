@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.kv_rows import KV_FORMATS
-from ..generation.limits import AUTO, LOOKUP, MOST_DRAFTS, OFF, Range
+from ..generation.limits import AUTO, LOOKUP, MOST_DRAFTS, MTP, OFF, Range
 from ..memory import parse_size
 from ..streaming.options import DEFAULT_CONTEXT, POLICIES, RANGES
 from ..validation import show
@@ -134,12 +134,15 @@ def add_threads(parser: argparse.ArgumentParser) -> None:
 
 def add_drafts(parser: argparse.ArgumentParser) -> None:
     """Add --draft and --draft-from."""
-    text = "guess tokens ahead, which the model then takes together; the text stays the same"
+    text = "guess tokens ahead, which the model takes together; texts stay the same, or as likely"
     add = parser.add_argument_group("drafts", text).add_argument
     help = f"guess N tokens at a time, 1 to {MOST_DRAFTS}; auto: as many as pay; off (usual): none"
     add("--draft", type=_draft, default=OFF, metavar="N|auto|off", help=help)
-    help = f"what guesses: {LOOKUP}, what followed the last tokens earlier in the text"
-    add("--draft-from", choices=(LOOKUP,), metavar="NAME", help=help)
+    help = (
+        f"what guesses: {MTP}, the model's layer for it; {LOOKUP}, the text so far; or the folder"
+        f" of a\nsmall model (default: {MTP} where the checkpoint has the layer, else {LOOKUP})"
+    )
+    add("--draft-from", type=path, metavar=f"{MTP}|{LOOKUP}|PATH", help=help)
 
 
 def _draft(text: str) -> int | str:

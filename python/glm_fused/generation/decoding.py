@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
+from ..models.cache import trim
 from ..models.decoder import Model
 from .choice import Choice
 from .drafts.depth import Depth
@@ -180,6 +181,8 @@ class Decoding:
 
     def _forward(self, tokens: mx.array) -> tuple[mx.array, mx.array | None]:
         """The logits [1, l, vocabulary] of tokens [1, l], and what a drafter needs besides."""
+        if self._drafting is not None and self._drafting.drafter.needs_hidden:
+            return self._model.states(tokens, self._cache)
         return self._model(tokens, self._cache), None
 
     def _extend(self, tokens: list[int], hidden: mx.array | None) -> None:
@@ -191,8 +194,8 @@ class Decoding:
 
     def _trim(self, columns: int) -> None:
         """Have the cache forget its last columns, if any."""
-        for layer in self._cache if columns > 0 else ():
-            layer.trim(columns)
+        if columns > 0:
+            trim(self._cache, columns)
 
 
 def _listed(array: mx.array) -> list[int]:

@@ -262,7 +262,7 @@ class _Run:
         if self._drafts is None or self._drafting is None:
             return None
         counted = self._decoding.statistics.describe(self._drafting.depth.plain_seconds)
-        return asdict(self._drafts) | counted
+        return self._drafts.describe() | counted
 
 
 def debug_paths(model: Model) -> None:

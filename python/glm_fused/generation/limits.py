@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 DEFAULT_TOKENS = 256  # how many tokens to generate, where the context has room for them
 MOST_DRAFTS = 8  # tokens that are guessed at a time
 AUTO, OFF = "auto", "off"  # instead of their number
-LOOKUP = "lookup"  # what guesses them: what followed the last tokens earlier in the text
+MTP, LOOKUP = "mtp", "lookup"  # what guesses them: the model's layer for it, or the text so far
 
 
 class Range(NamedTuple):

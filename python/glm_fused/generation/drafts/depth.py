@@ -16,7 +16,7 @@ _EXPLORE = 16  # drafts of a kind after which one is a little deeper
 _LOSS = (
     0.015  # of the time, that drafts which do not pay may take to find out that they still do not
 )
-_WAIT, _LONGEST_WAIT = 32, 1024  # tokens until the next such draft, at first and at most
+_WAIT = 32  # tokens at least until the next such draft
 _USUAL_COST, _USUAL_ACCEPTANCE = 0.3, 0.7  # a draft's, in plain steps, until it is measured
 
 
@@ -121,7 +121,7 @@ class Depth:
         self._kinds: dict[int, Acceptance] = {}
         self._costs = costs or Costs()
         self._plain, self._since = BURST if self._costs.plain is None else AGAIN, 0
-        self._wait, self._pause = _WAIT, _WAIT
+        self._wait = _WAIT
 
     @property
     def plain_seconds(self) -> float | None:
@@ -161,13 +161,12 @@ class Depth:
         seen.add(depth, kept)
         if not self._auto:
             return
-        pays = kept == depth and 1 + depth > self._costs.of(depth)
+        cost = self._costs.of(depth)
+        pays = kept == depth and 1 + depth > cost
         if pays or self._best(seen, self._depths):
-            self._wait, self._pause = 0, _WAIT
+            self._wait = 0
         else:
-            lost = seconds / (self.plain_seconds or seconds) - 1 - kept
-            self._pause = min(2 * self._pause, _LONGEST_WAIT)
-            self._wait = max(self._pause, int(lost / _LOSS))
+            self._wait = max(_WAIT, int((cost - seen.tokens(depth)) / _LOSS))
         if self._since >= BETWEEN:
             self._plain = AGAIN
 
@@ -183,8 +182,7 @@ class Depth:
         return max(depths, key=lambda depth: (1 + depth) / self._costs.of(depth), default=0)
 
 
-def costs_of(model: nn.Module) -> Costs:
-    """The costs of a model's steps, which it keeps."""
-    costs = model.__dict__.setdefault("_draft_costs", Costs())
-    assert isinstance(costs, Costs)
-    return costs
+def costs_of(model: nn.Module, source: str) -> Costs:
+    """The costs of a model's steps with drafts from a ``source``, which it keeps."""
+    kept: dict[str, Costs] = model.__dict__.setdefault("_draft_costs", {})
+    return kept.setdefault(source, Costs())

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.nn as nn
 
 from ...models.decoder import Model
 from ...streaming.model import streaming_of
 from ...validation import show
-from ..limits import AUTO, LOOKUP, MOST_DRAFTS
+from ..limits import AUTO, LOOKUP, MOST_DRAFTS, MTP
 from .depth import Depth, costs_of
 from .drafter import Drafter
 from .lookup import LookupDrafter
+from .mtp import MtpDrafter
+from .small_model import ModelDrafter
 
 
 @dataclass(frozen=True)
@@ -19,25 +24,31 @@ class DraftOptions:
 
     Attributes:
         depth: how many tokens in a step, 1 to 8, or "auto": as many as pay.
-        source: what makes them: "lookup", what followed the last tokens earlier in the text.
+        source: what makes them: "mtp", the model's own layer for it; "lookup", what followed the
+            last tokens earlier in the text; or the path of the small ``model``.
+        model: a model of the same vocabulary, as mlx-lm loads it.
 
     Raises ValueError, naming the option, for a value that it cannot have.
     """
 
     depth: int | str = AUTO
     source: str = LOOKUP
+    model: nn.Module | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        depth, most = self.depth, MOST_DRAFTS
-        if depth != AUTO and (type(depth) is not int or not 1 <= depth <= most):
-            expected = f"an integer from 1 to {most} or {AUTO!r}"
-            raise ValueError(f"[drafts] depth is {show(depth)}, expected {expected}.")
-        if self.source != LOOKUP:
-            raise ValueError(f"[drafts] source is {show(self.source)}, expected {LOOKUP!r}.")
+        check_depth(self.depth)
+        if (self.model is None) != (self.source in (MTP, LOOKUP)):
+            expected = f"{MTP!r}, {LOOKUP!r} or the path of a model that is given"
+            raise ValueError(f"[drafts] source is {show(self.source)}, expected {expected}.")
 
     def drafter(self, model: Model) -> Drafter:
-        """What makes the drafts for one text of ``model``."""
-        return LookupDrafter()
+        """What makes the drafts for one text of ``model``.
+
+        Raises ValueError for a model without the layer, and a small one that cannot draft.
+        """
+        if self.model is not None:
+            return ModelDrafter(self.model, model.args.vocab_size)
+        return MtpDrafter(model) if self.source == MTP else LookupDrafter()
 
     def chooser(self, model: Model) -> Depth:
         """What decides how many a step has.
@@ -45,8 +56,19 @@ class DraftOptions:
         Where experts are streamed, no more with "auto" than every layer's slots have room for the
         experts of, all tokens' choices together.
         """
-        streaming, costs = streaming_of(model), costs_of(model)
+        streaming, costs = streaming_of(model), costs_of(model, self.source)
         if self.depth != AUTO or streaming is None:
             return Depth(self.depth, costs=costs)
         tokens = streaming.tokens_at_once(model.args.num_experts_per_tok)
         return Depth(AUTO, MOST_DRAFTS if tokens is None else tokens - 1, costs)
+
+    def describe(self) -> dict[str, Any]:
+        """The options, JSON-ready."""
+        return {"depth": self.depth, "source": self.source}
+
+
+def check_depth(depth: object) -> None:
+    """Raise ValueError for a number of drafts that there cannot be."""
+    if depth != AUTO and (type(depth) is not int or not 1 <= depth <= MOST_DRAFTS):
+        expected = f"an integer from 1 to {MOST_DRAFTS} or {AUTO!r}"
+        raise ValueError(f"[drafts] depth is {show(depth)}, expected {expected}.")
