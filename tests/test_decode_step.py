@@ -23,6 +23,7 @@ from glm_fused import _ext, reference_path
 from glm_fused.formats.weights import FORMATS, Weight
 from glm_fused.loader import load_model
 from glm_fused.models import decode_step
+from glm_fused.models.chains import Drafting
 from glm_fused.models.config import args_from_config
 from glm_fused.models.decoder import Model
 from glm_fused.ops import paths
@@ -155,11 +156,11 @@ def test_an_index_that_is_off_is_caught(model, monkeypatch):
         def __init__(self, *args):
             self.decoding = Decoding(*args)
 
-        def __call__(self, tokens, cache, embedded=None):
+        def __call__(self, tokens, cache, given, embedded=None):
             for layer in cache:
                 for entry in layer.caches:
                     entry.offset += 1
-            return self.decoding(tokens, cache, embedded)
+            return self.decoding(tokens, cache, given, embedded)
 
     fresh = copy.deepcopy(model)
     cache, tokens = fresh.make_cache(), mx.array([[1, 2, 3, 4, 5, 6]])
@@ -436,7 +437,7 @@ def test_a_number_of_threads_changes_nothing(model):
 
 
 def test_steps_are_no_part_of_a_copy():
-    steps = decode_step.DecodeSteps()
+    steps = decode_step.DecodeSteps(Drafting())
     assert type(pickle.loads(pickle.dumps(steps))) is decode_step.DecodeSteps
 
 
@@ -449,8 +450,8 @@ def test_what_does_not_fit_is_refused(model):
 
     def decode(start):
         reference = paths.override, paths.VARIABLE
-        decoding = Decoding(step, cache, tokens, 256, (x, x), 0, start, (0, 9), *reference)
-        return decoding(tokens, cache)
+        decoding = Decoding(step, cache, tokens, 256, (x, x), 0, start, (), (0, 9), *reference)
+        return decoding(tokens, cache, ())
 
     with pytest.raises(ValueError, match=r"\[decode_step\] expected \d+ arrays but got"):
         decode(x)

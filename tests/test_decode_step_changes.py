@@ -166,7 +166,7 @@ def test_a_change_between_steps(loaded, tmp_path, change, kv_format, pending):
 @pytest.mark.parametrize("change", WEIGHTS)
 def test_weights_that_nobody_compares_are_caught(loaded, tmp_path, monkeypatch, change):
     """The control of the test above, for what steps hold."""
-    monkeypatch.setattr(decode_step._Parts, "are_in_place", lambda *_: True)
+    monkeypatch.setattr(decode_step.Parts, "are_in_place", lambda *_: True)
     with pytest.raises(AssertionError):
         test_a_change_between_steps(loaded, tmp_path, change, "auto", False)
 
@@ -180,12 +180,12 @@ def test_stale_counts_of_rows_are_caught(loaded, tmp_path, monkeypatch, change):
         def __init__(self, *args):
             self.decoding = Decoding(*args)
 
-        def __call__(self, tokens, cache, embedded=None):
+        def __call__(self, tokens, cache, given, embedded=None):
             entries = [entry for layer in cache for entry in layer.caches]
             for entry in entries if filled else ():
                 entry.offset = filled[-1]
             filled.append(entries[0].offset + tokens.shape[1])
-            return self.decoding(tokens, cache, embedded)
+            return self.decoding(tokens, cache, given, embedded)
 
     monkeypatch.setattr(_ext, "Decoding", Stale)
     with pytest.raises((AssertionError, ValueError)):

@@ -138,12 +138,13 @@ def test_a_comparison_finds_one_perturbed_value(loaded, monkeypatch):
 
     def perturbed(original):
         def step(self, *args):
-            logits = original(self, *args)
-            if logits is None:
+            found = original(self, *args)
+            if found is None:
                 return None
             calls.append(1)
+            logits, hidden = found
             change = (mx.arange(logits.shape[-1]) == 5).astype(logits.dtype)
-            return logits + change if len(calls) == 4 else logits
+            return [logits + change if len(calls) == 4 else logits, hidden]
 
         return step
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from mtp_oracle import Oracle
 
 from glm_fused import reference_path
 from glm_fused.loader import load_model
+from glm_fused.models import decode_step
 from glm_fused.models.cache import trim
 
 TOPK = 16
@@ -166,6 +169,29 @@ def test_drafts_after_a_trim_are_those_of_a_fresh_cache(of_format, padding):
             expected = chain(of_format, token, whole[1][:, -1:], fresh, 3)
         for ours, theirs in zip(found, expected, strict=True):
             assert_same_bits(ours, theirs)
+
+
+def test_drafts_are_recorded_once_for_each_kind(model, monkeypatch):
+    """Of few keys, of many with a selection of their own, and with one that is given."""
+    fresh, record, recorded = copy.deepcopy(model), decode_step._record, []
+
+    def counted(*args):
+        recorded.append(args)
+        return record(*args)
+
+    monkeypatch.setattr(decode_step, "_record", counted)
+    tokens = some_tokens(1, 60)
+    cache, drafts = caches(fresh)
+    logits, hidden = fresh.states(tokens[:, :4], cache)
+    mx.eval(fresh.draft(tokens[:, 1:5], hidden, drafts))
+    recorded.clear()
+    for at in range(4, 40):
+        logits, hidden = fresh.states(tokens[:, at : at + 1], cache)
+        mx.eval(logits, chain(fresh, tokens[:, at + 1 : at + 2], hidden, drafts, 3))
+        trim(drafts, 2)
+        assert fresh._drafts._last
+    kinds = [(len(made.given), selects) for _, _, made, _, _, selects in recorded]
+    assert sorted(kinds) == [(0, False), (0, True), (1, False), (1, True), (2, True)]
 
 
 def test_a_selection_that_is_given_is_taken(model):

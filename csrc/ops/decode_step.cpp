@@ -83,7 +83,7 @@ const mx::array& awaited_by(const mx::array& cache) {
 }
 
 // inputs: those of the step, then what is awaited by its caches, which it does
-// not take: it holds their memory. outputs: the logits, and nothing.
+// not take: it holds their memory. outputs: the step's, and nothing.
 class DecodeStepNode : public mx::Primitive {
  public:
   DecodeStepNode(
@@ -154,7 +154,8 @@ class DecodeStepNode : public mx::Primitive {
     }
     cpu::Tasks before = together.take();
     cpu::Tasks logits = logits_task(outputs[0], together);
-    outputs[1].set_data(mx::allocator::malloc(0));
+    cpu::Tasks others = tasks_of_others(outputs, together);
+    outputs.back().set_data(mx::allocator::malloc(0));
     cpu::enqueue(
         stream(),
         [plan = plan_,
@@ -162,6 +163,7 @@ class DecodeStepNode : public mx::Primitive {
          rows = at_ + plan_->step.length,
          before = std::move(before),
          logits = std::move(logits),
+         others = std::move(others),
          memory = memory_]() noexcept {
           for (const auto& task : before) {
             task->run();
@@ -171,6 +173,9 @@ class DecodeStepNode : public mx::Primitive {
           calls->run(rows, logits);
           run_nanoseconds +=
               std::chrono::nanoseconds(Clock::now() - start).count();
+          for (const auto& task : others) {
+            task->run();
+          }
         });
   }
 
@@ -187,6 +192,19 @@ class DecodeStepNode : public mx::Primitive {
     out[output] = logits;
     together.use_slot(step.unit_of[number] % cpu::Schedule::kSlots);
     call.primitive->eval_cpu(in, out);
+    return together.take();
+  }
+
+  // Returns what copies the outputs besides the logits, which are small, from
+  // where the step's calls make them.
+  cpu::Tasks tasks_of_others(Arrays& outputs, cpu::Together& together) {
+    const StepPlan& step = plan_->step;
+    for (int i = 0; i < step.others; i++) {
+      const Value& made = step.other(i);
+      Arrays other = {outputs[1 + i]};
+      cpu::allocate(*this, other);
+      cpu::copy(*this, step.made[made.call][made.output], outputs[1 + i]);
+    }
     return together.take();
   }
 
@@ -216,12 +234,13 @@ void give_memory(const std::vector<mx::array*>& caches) {
 DecodeStep::DecodeStep(
     const Arrays& inputs,
     const Arrays& caches,
-    const mx::array& logits,
+    const Arrays& outputs,
     const Arrays& appended,
     mx::StreamOrDevice s) {
-  Arrays in = inputs, out = {logits};
+  Arrays in = inputs, out = {outputs.at(0)};
   in.insert(in.end(), caches.begin(), caches.end());
   out.insert(out.end(), appended.begin(), appended.end());
+  out.insert(out.end(), outputs.begin() + 1, outputs.end());
   plan_ = std::make_shared<Plan>(
       mx::to_stream(s), record(in, out), in, static_cast<int>(caches.size()));
   DecodeStepNode node(plan_, 0, std::nullopt);
@@ -272,7 +291,7 @@ void DecodeStep::check(
   }
 }
 
-mx::array DecodeStep::operator()(
+Arrays DecodeStep::operator()(
     const Arrays& inputs,
     const std::vector<mx::array*>& caches,
     int at,
@@ -289,20 +308,27 @@ mx::array DecodeStep::operator()(
     }
   }
   const StepPlan& plan = plan_->step;
-  const Value& last = plan.program.outputs[0];
-  const Call& call = plan.program.calls[last.call];
-  const Arrays made = mx::array::make_arrays(
-      {call.shapes[last.output], {0}},
-      {call.dtypes[last.output], mx::bool_},
-      node,
-      all);
+  std::vector<mx::Shape> shapes;
+  std::vector<mx::Dtype> dtypes;
+  const auto add = [&](const Value& v) {
+    shapes.push_back(plan.program.calls[v.call].shapes[v.output]);
+    dtypes.push_back(plan.program.calls[v.call].dtypes[v.output]);
+  };
+  add(plan.program.outputs[0]);
+  for (int i = 0; i < plan.others; i++) {
+    add(plan.other(i));
+  }
+  shapes.push_back({0});
+  dtypes.push_back(mx::bool_);
+  Arrays made = mx::array::make_arrays(shapes, dtypes, node, all);
   const auto after = std::make_shared<CacheAfterStep>(plan.stream);
   for (size_t i = 0; i < caches.size(); i++) {
-    mx::array cache(placed[i].shape(), placed[i].dtype(), after, {made[1]});
+    mx::array cache(placed[i].shape(), placed[i].dtype(), after, {made.back()});
     cache.copy_shared_buffer(placed[i]);
     caches[i]->overwrite_descriptor(cache);
   }
-  return made[0];
+  made.pop_back();
+  return made;
 }
 
 }  // namespace glm_fused

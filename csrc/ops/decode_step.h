@@ -16,15 +16,16 @@ using Arrays = std::vector<mx::array>;
 // them are made anew where the caches have moved or become much longer.
 class DecodeStep {
  public:
-  // Takes how `logits` and `appended` were made of `inputs` and `caches` by ops
-  // of this package on a CPU stream: `inputs` begin with one [b, l, …], and
-  // `appended` are what append_rows or append_packed made of `caches`, of l
-  // rows each. All other arrays that were used are the weights; they have to be
+  // Takes how `outputs` and `appended` were made of `inputs` and `caches` by
+  // ops of this package on a CPU stream: `inputs` begin with one [b, l, …],
+  // `outputs` with the logits, which no other op takes, and `appended` are what
+  // append_rows or append_packed made of `caches`, of l rows each. All other
+  // arrays that were used are the weights; they have to be
   // evaluated. Throws std::runtime_error where there are other ops.
   DecodeStep(
       const Arrays& inputs,
       const Arrays& caches,
-      const mx::array& logits,
+      const Arrays& outputs,
       const Arrays& appended,
       mx::StreamOrDevice s);
 
@@ -34,12 +35,12 @@ class DecodeStep {
   // Returns how long all steps of this process have run their kernels.
   static double run_seconds();
 
-  // Returns the logits of inputs of the same shapes and types, and makes of
+  // Returns the outputs of inputs of the same shapes and types, and makes of
   // each of `caches` what it is with the new rows, which begin at `at`. Throws
   // std::invalid_argument for inputs or caches that do not fit; evaluation
   // throws what `late` does. Caches are written where they lie, whose memory
   // must be there: those that have none yet are evaluated.
-  mx::array operator()(
+  Arrays operator()(
       const Arrays& inputs,
       const std::vector<mx::array*>& caches,
       int at,

@@ -117,20 +117,21 @@ void bind_decode_step(nb::module_& m) {
           [](DecodeStep* self,
              const ArraySequence& inputs,
              const ArraySequence& caches,
-             const mx::array& logits,
+             const ArraySequence& outputs,
              const ArraySequence& appended) {
             new (self) DecodeStep(
                 arrays(inputs),
                 arrays(caches),
-                logits,
+                arrays(outputs),
                 arrays(appended),
                 mx::default_stream(mx::Device::cpu));
           },
           "inputs"_a,
           "caches"_a,
-          "logits"_a,
+          "outputs"_a,
           "appended"_a,
-          "Take how `logits` and `appended` were made of the others.")
+          "Take how `outputs`, logits first, and `appended` were made of the "
+          "others.")
       .def_static(
           "takes",
           [](const ArraySequence& all) {

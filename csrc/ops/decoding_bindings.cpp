@@ -11,7 +11,9 @@
 #include "nanobind/stl/optional.h"
 #include "nanobind/stl/pair.h"
 #include "nanobind/stl/string.h"
+#include "nanobind/stl/vector.h"
 #include "ops/bindings.h"
+#include "ops/cache_objects.h"
 #include "ops/decode_step.h"
 
 namespace nb = nanobind;
@@ -59,88 +61,6 @@ class Surroundings {
   int threads_;
 };
 
-// Where Python keeps arrays; an array is that of before if it is the object.
-class SameArray {
- public:
-  explicit SameArray(nb::handle array)
-      : reference_(nb::steal(PyWeakref_NewRef(array.ptr(), nullptr))) {}
-
-  bool is(nb::handle array) const {
-    return !array.is_none() && reference_().is(array);  // None: it is gone
-  }
-
- private:
-  nb::object reference_;
-};
-
-// An array of a cache, [b, 1, capacity, width]: those without width may become
-// others of the same shape.
-class KnownRows {
- public:
-  explicit KnownRows(nb::handle array)
-      : shape_(nb::cast<const mx::array&>(array).shape()), array_(array) {}
-
-  bool is(nb::handle array) const {
-    return has_width() ? array_.is(array)
-                       : nb::isinstance<mx::array>(array) &&
-            nb::cast<const mx::array&>(array).shape() == shape_;
-  }
-  bool has_width() const {
-    return shape_.back() != 0;
-  }
-
- private:
-  mx::Shape shape_;
-  SameArray array_;
-};
-
-// One of the caches of a layer, mlx-lm's own object.
-struct Entry {
-  nb::object cache, keys, values;
-};
-
-nb::object attribute(nb::handle object, PyObject* name) {
-  PyObject* found = PyObject_GetAttr(object.ptr(), name);
-  if (found == nullptr) {
-    throw nb::python_error();
-  }
-  return nb::steal(found);
-}
-
-void set_attribute(nb::handle object, PyObject* name, nb::handle value) {
-  if (PyObject_SetAttr(object.ptr(), name, value.ptr()) < 0) {
-    throw nb::python_error();
-  }
-}
-
-// The names of attributes, which are never destroyed.
-struct Names {
-  PyObject* caches = PyUnicode_InternFromString("caches");
-  PyObject* keys = PyUnicode_InternFromString("keys");
-  PyObject* values = PyUnicode_InternFromString("values");
-  PyObject* offset = PyUnicode_InternFromString("offset");
-  PyObject* index = PyUnicode_InternFromString("_idx");
-};
-
-const Names& names() {
-  static const Names names;
-  return names;
-}
-
-// Returns the caches of all layers. Throws nb::python_error for other objects.
-std::vector<Entry> entries_of(nb::handle cache) {
-  std::vector<Entry> entries;
-  for (nb::handle layer : cache) {
-    for (nb::handle each : attribute(layer, names().caches)) {
-      entries.push_back(
-          {nb::borrow(each),
-           attribute(each, names().keys),
-           attribute(each, names().values)});
-    }
-  }
-  return entries;
-}
-
 // A recorded step, and all that decides that it is the one for some tokens and
 // a cache: steps that follow one another differ only in how many rows the cache
 // has.
@@ -148,7 +68,8 @@ class Decoding {
  public:
   // Takes what was checked: the cache, tokens like those of the steps, of which
   // without `vocabulary` the embedded rows are given, too; angles of positions
-  // from `first` on; the least and most rows that there may be after a step.
+  // from `first` on; what else steps are given; the least and most rows that
+  // there may be after a step.
   Decoding(
       const DecodeStep& step,
       nb::handle cache,
@@ -157,11 +78,11 @@ class Decoding {
       const std::pair<mx::array, mx::array>& angles,
       int first,
       std::optional<mx::array> start,
+      const ArraySequence& given,
       std::pair<int, int> rows,
       Surroundings surroundings)
       : step_(step),
-        token_shape_(tokens.shape()),
-        token_type_(tokens.dtype()),
+        tokens_{tokens.shape(), tokens.dtype()},
         vocabulary_(vocabulary),
         angles_(angles),
         first_(first),
@@ -174,15 +95,20 @@ class Decoding {
     for (const Entry& entry : entries) {
       known_.emplace_back(entry.keys, entry.values);
     }
+    for (nb::handle array : given) {
+      const auto& a = nb::cast<const mx::array&>(array);
+      given_.push_back({a.shape(), a.dtype()});
+    }
   }
 
-  // Returns the logits of a step, which appends to the cache, or nothing where
+  // Returns the outputs of a step, which appends to the cache, or nothing where
   // this is not the one to make it.
-  std::optional<mx::array> operator()(
+  std::optional<Arrays> operator()(
       nb::handle tokens,
       nb::handle cache,
+      const ArraySequence& given,
       const std::optional<mx::array>& embedded) const {
-    if (!surroundings_.are_same() || !takes(tokens)) {
+    if (!surroundings_.are_same() || !tokens_.is_of(tokens) || !takes(given)) {
       return std::nullopt;
     }
     std::vector<Entry> entries;
@@ -199,21 +125,22 @@ class Decoding {
       return std::nullopt;
     }
     const auto& ids = nb::cast<const mx::array&>(tokens);
-    return run(ids, entries, static_cast<int>(at), embedded);
+    return run(ids, entries, given, static_cast<int>(at), embedded);
   }
 
  private:
   int length() const {
-    return token_shape_[1];
+    return tokens_.shape[1];
   }
 
-  bool takes(nb::handle object) const {
-    if (!nb::isinstance<mx::array>(object)) {
-      return false;
+  bool takes(const ArraySequence& given) const {
+    size_t i = 0;
+    for (nb::handle array : given) {
+      if (i == given_.size() || !given_[i++].is_of(array)) {
+        return false;
+      }
     }
-    const auto& tokens = nb::cast<const mx::array&>(object);
-    return tokens.shape() == token_shape_ && tokens.dtype() == token_type_ &&
-        !tokens.is_tracer();
+    return i == given_.size();
   }
 
   // Returns how many rows the caches have, or -1 unless they are those that
@@ -248,9 +175,10 @@ class Decoding {
     return filled;
   }
 
-  mx::array run(
+  Arrays run(
       const mx::array& tokens,
       const std::vector<Entry>& entries,
+      const ArraySequence& given,
       int at,
       const std::optional<mx::array>& embedded) const {
     TokensOfStep first{tokens, std::nullopt};
@@ -267,7 +195,10 @@ class Decoding {
     if (start_) {
       inputs.push_back(*start_);
     }
-    mx::array logits = step_(inputs, rows_in(entries), at, first.late);
+    for (nb::handle array : given) {
+      inputs.push_back(nb::cast<const mx::array&>(array));
+    }
+    Arrays outputs = step_(inputs, rows_in(entries), at, first.late);
     const nb::int_ count(length());
     for (const Entry& entry : entries) {
       advance(entry.cache, names().offset, count);
@@ -275,7 +206,7 @@ class Decoding {
         advance(entry.cache, names().index, count);
       }
     }
-    return logits;
+    return outputs;
   }
 
   // Returns the angles of a step's positions: views of those that are there, or
@@ -314,8 +245,7 @@ class Decoding {
   }
 
   const DecodeStep step_;
-  const mx::Shape token_shape_;
-  const mx::Dtype token_type_;
+  const Kind tokens_;
   const std::optional<int> vocabulary_;
   const std::pair<mx::array, mx::array> angles_;
   const int first_;
@@ -324,6 +254,7 @@ class Decoding {
   const Surroundings surroundings_;
   const size_t layers_;
   std::vector<std::pair<KnownRows, KnownRows>> known_;  // keys and values
+  std::vector<Kind> given_;
   bool batched_ = false;  // whether they are of a batch with padding
 };
 }  // namespace
@@ -341,6 +272,7 @@ void bind_decoding(nb::module_& m) {
              const std::pair<mx::array, mx::array>& angles,
              int first,
              const std::optional<mx::array>& start,
+             const ArraySequence& given,
              std::pair<int, int> rows,
              nb::handle path,
              const std::string& variable) {
@@ -352,6 +284,7 @@ void bind_decoding(nb::module_& m) {
                 angles,
                 first,
                 start,
+                given,
                 rows,
                 Surroundings(path, variable));
           },
@@ -362,24 +295,27 @@ void bind_decoding(nb::module_& m) {
           "angles"_a,
           "first"_a,
           "start"_a.none(),
+          "given"_a,
           "rows"_a,
           "path"_a,
           "variable"_a,
           "Take what was checked, and is not to change.\n\n"
           "Tokens [b, l] of which without `vocabulary` the embedded rows are "
           "given, too;\n"
-          "cosines and sines of the positions from `first` on; the least and "
-          "most rows\n"
-          "that the caches may have after a step; the context variable that, "
-          "if set, goes\n"
-          "before the environment variable.")
+          "cosines and sines of the positions from `first` on; what else the "
+          "step takes; the\n"
+          "least and most rows that the caches may have after a step; the "
+          "context variable\n"
+          "that, if set, goes before the environment variable.")
       .def(
           "__call__",
           &Decoding::operator(),
           "tokens"_a.none(),
           "cache"_a.none(),
+          "given"_a,
           "embedded"_a = nb::none(),
-          "The logits of tokens, which the caches then hold.\n\n"
+          "The logits of tokens, which the caches then hold, and what else "
+          "the step gives.\n\n"
           "None, with nothing done, where anything is not as it was.");
 }
 

@@ -22,6 +22,7 @@ StepPlan::StepPlan(mx::Stream s, Program p, const Arrays& in, int cache_count)
     : stream(s),
       program(std::move(p)),
       caches(cache_count),
+      others(static_cast<int>(program.outputs.size()) - 1 - cache_count),
       length(in[0].shape(1)) {
   for (size_t i = 0; i < in.size() - caches; i++) {
     mx::array own(in[i].shape(), in[i].dtype(), nullptr, {});
@@ -34,6 +35,9 @@ StepPlan::StepPlan(mx::Stream s, Program p, const Arrays& in, int cache_count)
   }
   for (int i = 0; i < caches; i++) {
     check_cache(i);
+  }
+  for (int i = 0; i < others; i++) {
+    check_other(i);
   }
 }
 
@@ -152,6 +156,16 @@ void StepPlan::check_cache(int cache) const {
   throw std::runtime_error(
       "[decode_step] cache " + std::to_string(cache) +
       " must be appended to, once, but is not.");
+}
+
+// What a step gives away besides the logits has to be made in its memory.
+void StepPlan::check_other(int number) const {
+  const auto [call, output] = other(number);
+  if (call < 0 || (kinds[call] != Kind::alike && kinds[call] != Kind::read)) {
+    throw std::runtime_error(
+        "[decode_step] output " + std::to_string(1 + number) +
+        " must be made by the step, but is not.");
+  }
 }
 
 }  // namespace glm_fused

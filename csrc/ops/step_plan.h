@@ -17,9 +17,9 @@ struct StepPlan {
   enum class Kind { alike, append, first_rows, read, last };
 
   // `in` are the inputs of the program, of which the last `cache_count` stand
-  // for caches; its outputs are the logits, then each cache with the rows that
-  // were appended. Throws std::runtime_error where other ops than those made
-  // for it take cached rows.
+  // for caches; its outputs are the logits, each cache with the rows that were
+  // appended, then what else a step gives away. Throws std::runtime_error where
+  // other ops than those made for it take cached rows.
   StepPlan(mx::Stream s, Program p, const Arrays& in, int cache_count);
 
   // Evaluates the calls that are alike, for the node `owner`.
@@ -27,12 +27,17 @@ struct StepPlan {
 
   // Returns which cache an output of a call is, with its new rows, or -1.
   int cache_of(int call, int output) const;
+  // Returns the number `i` of what else a step gives away.
+  const Value& other(int i) const {
+    return program.outputs[1 + caches + i];
+  }
   // Returns an input of the program, or a constant.
   const mx::array& input(int number) const;
 
   mx::Stream stream;
   Program program;
   int caches;
+  int others;               // how many outputs there are besides the logits
   int length;               // how many rows a step appends
   Arrays inputs;            // its own ones, to which those of a step are copied
   std::vector<Kind> kinds;  // of the calls
@@ -47,6 +52,7 @@ struct StepPlan {
   Kind kind_of(int number) const;
   bool is_cached(const Value& v) const;
   void check_cache(int cache) const;
+  void check_other(int number) const;
   void add(int number, mx::Primitive& owner, cpu::Together& together, int unit);
 };
 

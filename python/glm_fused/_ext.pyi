@@ -413,10 +413,12 @@ class DecodeStep:
         self,
         inputs: Sequence[mlx.core.array],
         caches: Sequence[mlx.core.array],
-        logits: mlx.core.array,
+        outputs: Sequence[mlx.core.array],
         appended: Sequence[mlx.core.array],
     ) -> None:
-        """Take how `logits` and `appended` were made of the others."""
+        """
+        Take how `outputs`, logits first, and `appended` were made of the others.
+        """
 
     @staticmethod
     def takes(arrays: Sequence[mlx.core.array]) -> bool:
@@ -447,6 +449,7 @@ class Decoding:
         angles: tuple[mlx.core.array, mlx.core.array],
         first: int,
         start: mlx.core.array | None,
+        given: Sequence[mlx.core.array],
         rows: tuple[int, int],
         path: object,
         variable: str,
@@ -455,16 +458,20 @@ class Decoding:
         Take what was checked, and is not to change.
 
         Tokens [b, l] of which without `vocabulary` the embedded rows are given, too;
-        cosines and sines of the positions from `first` on; the least and most rows
-        that the caches may have after a step; the context variable that, if set, goes
-        before the environment variable.
+        cosines and sines of the positions from `first` on; what else the step takes; the
+        least and most rows that the caches may have after a step; the context variable
+        that, if set, goes before the environment variable.
         """
 
     def __call__(
-        self, tokens: object | None, cache: object | None, embedded: mlx.core.array | None = None
-    ) -> mlx.core.array | None:
+        self,
+        tokens: object | None,
+        cache: object | None,
+        given: Sequence[mlx.core.array],
+        embedded: mlx.core.array | None = None,
+    ) -> list[mlx.core.array] | None:
         """
-        The logits of tokens, which the caches then hold.
+        The logits of tokens, which the caches then hold, and what else the step gives.
 
         None, with nothing done, where anything is not as it was.
         """

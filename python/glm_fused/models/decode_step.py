@@ -1,4 +1,4 @@
-"""A decode step on a CPU as one node of the graph.
+"""A decode step on a CPU, or a draft, as one node of the graph.
 
 The node is recorded from the model itself: its layers run once on arrays that stand for the real
 ones, and what they did with the ops is kept, ready to run. A step then costs neither Python nor a
@@ -11,19 +11,21 @@ follows another on the same cache only makes sure that nothing has changed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import CacheList, KVCache
+from mlx_lm.models.cache import CacheList
 
 from .. import _ext, ops
 from ..environment import debug
 from ..formats.kv_rows import format_of, row_widths
 from ..ops import Weight, metal_sim, paths
-from .cache import Span, make_room
+from .cache import Span, empty_cache, make_room
+from .chains import Chain
 from .config import ModelArgs
+from .decode_parts import Parts
 from .layers import Embedding, QuantizedEmbedding
 from .rope import Angles, Page
 
@@ -38,13 +40,9 @@ class _Decoder(Protocol):
 
     def embed(self, tokens: mx.array) -> mx.array: ...
 
-    def run(
-        self, x: mx.array, span: Span, angles: Angles, cache: Sequence[Any] | None
-    ) -> mx.array: ...
-
 
 class Model(Protocol):
-    """What is recorded: a `glm_fused.models.decoder.Model`."""
+    """What steps are recorded of: a `glm_fused.models.decoder.Model`."""
 
     args: ModelArgs
 
@@ -52,45 +50,52 @@ class Model(Protocol):
     def model(self) -> _Decoder: ...
 
     @property
-    def layers(self) -> Sequence[Any]: ...
-
-    @property
     def training(self) -> bool: ...
-
-    def is_plain(self) -> bool: ...
-
-    def head(self, x: mx.array) -> mx.array: ...
 
 
 class DecodeSteps:
-    """The recorded steps of a model, for each number of tokens and kind of cache.
+    """The recorded steps of a model's chain, for each number of tokens and kind of cache.
 
     They hold the model's weights. A weight or layer that is replaced or changed in place is noticed
     at the next step, which is recorded anew. A copy of the model records its own, unless it is a
     shallow one: then they take turns.
     """
 
-    def __init__(self) -> None:
-        self._parts: _Parts | None = None
-        self._last: _Last | None = None
+    def __init__(self, chain: Chain) -> None:
+        self._chain = chain
+        self._parts: Parts | None = None
+        # The last steps of each kind, by the shape of tokens and how much else they are given.
+        self._last: dict[tuple[Any, int], _Last] = {}
 
-    def __reduce__(self) -> tuple[type[DecodeSteps], tuple[()]]:
-        return DecodeSteps, ()
+    def __reduce__(self) -> tuple[type[DecodeSteps], tuple[Chain]]:
+        return DecodeSteps, (self._chain,)
 
-    def again(self, model: Model, tokens: mx.array, cache: Sequence[Any] | None) -> mx.array | None:
-        """What `run` gives where all is as it was in the last step, but for what that appended.
+    def again(
+        self,
+        model: Model,
+        tokens: mx.array,
+        cache: Sequence[Any] | None,
+        given: Sequence[mx.array] = (),
+    ) -> list[mx.array] | None:
+        """What `run` gives where all is as it was in the last such step, but for more rows.
 
         None, with nothing done, where it is not. Tokens and cache need not be checked.
         """
-        last = self._last
+        last = self._last.get((getattr(tokens, "shape", None), len(given)))
         if last is None or model.training or metal_sim.active():
             return None
-        if not last.parts.are_in_place(model):
+        if not last.parts.are_in_place(self._chain.roots(model)):
             return None
-        return last.decoding(tokens, cache)
+        return last.decoding(tokens, cache, given)
 
-    def run(self, model: Model, tokens: mx.array, cache: Sequence[Any] | None) -> mx.array | None:
-        """The logits [b, l, vocab] of checked tokens [b, l], which are appended to ``cache``.
+    def run(
+        self,
+        model: Model,
+        tokens: mx.array,
+        cache: Sequence[Any] | None,
+        given: Sequence[mx.array] = (),
+    ) -> list[mx.array] | None:
+        """What the chain gives for checked tokens [b, l], which are appended to ``cache``.
 
         None, with nothing done, where the layers have to run one by one: on a GPU or the reference
         path, for a prompt, without cached keys, in training, while a function is transformed, or
@@ -101,34 +106,39 @@ class DecodeSteps:
         keys = cache[0][0].keys
         if keys is None:
             return None
-        parts = self._parts
-        if parts is None or not parts.are_in_place(model):
-            self._last = None  # lets go of weights before others are taken
-            self._parts = parts = _Parts(model)
-        if not parts.plain or not _ext.DecodeStep.takes([tokens, keys]):
+        parts, roots = self._parts, self._chain.roots(model)
+        if parts is None or not parts.are_in_place(roots):
+            self._last = {}  # lets go of weights before others are taken
+            table = _table(model.model.embed_tokens)
+            self._parts = parts = Parts(roots, table, self._chain.is_plain(model))
+        if not parts.plain or not _ext.DecodeStep.takes([tokens, keys, *given]):
             return None
-        embedded = parts.embedded(model, tokens)
-        decoding = self._decoding(model, parts, tokens, embedded, cache)
+        embedded = model.model.embed(tokens) if parts.table is None else None
+        decoding = self._decoding(model, parts, tokens, embedded, cache, given)
         if decoding is None:
             return None
         # The angles of rows with padding are of this step alone.
         follows = embedded is None and not hasattr(cache[0][0], "left_padding")
-        self._last = _Last(parts, decoding) if follows else None
-        return decoding(tokens, cache, embedded)
+        if follows:
+            if len(self._last) >= _MOST:
+                self._last = {}
+            self._last[tokens.shape, len(given)] = _Last(parts, decoding)
+        return decoding(tokens, cache, given, embedded)
 
     def _decoding(
         self,
         model: Model,
-        parts: _Parts,
+        parts: Parts,
         tokens: mx.array,
         embedded: mx.array | None,
         cache: Sequence[Any],
+        given: Sequence[mx.array],
     ) -> _ext.Decoding | None:
         """The step for such tokens and this cache, which gets room for them."""
         entries = [entry for layer in cache for entry in layer.caches]
         span, topk = Span.of(cache, tokens.shape[1]), model.args.index_topk
         page, selects = model.model.page(span), span.total > topk
-        inputs = _inputs(tokens, embedded, page, span)
+        inputs = _inputs(tokens, embedded, page, span, given)
         step = self._step(model, parts, inputs, entries[0].keys.dtype, selects)
         if step is None:
             return None
@@ -139,29 +149,30 @@ class DecodeSteps:
         least = max(page.first + span.length, topk + 1 if selects else 0)
         return _ext.Decoding(
             step, cache, tokens, None if parts.table is None else model.args.vocab_size,
-            page.angles, page.first, span.start, (least, min(most)), paths.override, paths.VARIABLE,
+            page.angles, page.first, span.start, given, (least, min(most)),
+            paths.override, paths.VARIABLE,
         )  # fmt: skip
 
     def _step(
         self,
         model: Model,
-        parts: _Parts,
-        inputs: list[_Input],
+        parts: Parts,
+        inputs: _Inputs,
         dtype: mx.Dtype,
         selects: bool,
     ) -> _ext.DecodeStep | None:
         """The step for such inputs and caches; None where a norm widens what it is given."""
-        key = (str(mx.default_stream(mx.cpu)), _ext.num_threads(), selects, dtype, *inputs)
+        key = (str(mx.default_stream(mx.cpu)), _ext.num_threads(), selects, dtype, inputs)
         if key in (steps := parts.steps):
             return steps[key]
         if len(steps) >= _MOST:
             parts.steps = steps = {}  # not cleared: another thread may be at it
-        stand_ins = [_stand_in(*each) for each in inputs]
-        x = stand_ins[0]
+        made = _StandIns.of(inputs)
+        x = made.rows
         if parts.table is not None:
             x = _ext.embed(x, parts.table, model.args.hidden_size)
-        keeps_dtype = all(layer.keeps_dtype(x) for layer in model.layers)
-        step = _record(model, stand_ins, x, dtype, selects) if keeps_dtype else None
+        keeps_dtype = self._chain.keeps_dtype(model, x, made.given)
+        step = _record(self._chain, model, made, x, dtype, selects) if keeps_dtype else None
         how = "layer by layer: a norm widens its input" if step is None else "as one recorded node"
         debug("decode steps of %d x %d tokens run %s", *x.shape[:2], how)
         steps[key] = step
@@ -179,56 +190,43 @@ class _Input(NamedTuple):
         return cls(array.shape, array.dtype)
 
 
+class _Inputs(NamedTuple):
+    """What all of them are like: tokens or their rows, angles, starts of rows, what else."""
+
+    rows: _Input
+    angle: _Input
+    start: _Input | None
+    given: tuple[_Input, ...]
+
+
+class _StandIns(NamedTuple):
+    """Arrays that stand for the inputs of a step."""
+
+    rows: mx.array
+    angles: Angles
+    start: mx.array | None
+    given: list[mx.array]
+
+    @classmethod
+    def of(cls, inputs: _Inputs) -> _StandIns:
+        rows, angle, start, given = inputs
+        return cls(
+            _stand_in(*rows),
+            Angles(_stand_in(*angle), _stand_in(*angle)),
+            None if start is None else _stand_in(*start),
+            [_stand_in(*each) for each in given],
+        )
+
+    def arrays(self) -> list[mx.array]:
+        """All of them, in the order in which a step takes them."""
+        return [self.rows, *self.angles, *([] if self.start is None else [self.start]), *self.given]
+
+
 class _Last(NamedTuple):
     """The last step: what it was made of, and how it is made again."""
 
-    parts: _Parts
+    parts: Parts
     decoding: _ext.Decoding
-
-
-class _Parts:
-    """What a model is made of, every layer and array, where it is, and the steps of just that."""
-
-    def __init__(self, model: Model):
-        self.steps: dict[tuple[Any, ...], _ext.DecodeStep | None] = {}
-        self._containers = list(_containers(model))
-        self._items = list(map(_items, self._containers))
-        parts = [part for items in self._items for part in items]
-        self._arrays = arrays = [part for part in parts if isinstance(part, mx.array)]
-        self._values = _ext.ArrayValues(arrays)
-        self.table = _table(model.model.embed_tokens)
-        self.plain = _ext.DecodeStep.takes(arrays) and model.is_plain()
-        if self.plain:
-            mx.eval(arrays)
-        else:
-            debug("decode steps run layer by layer: weights are streamed, adapted or traced")
-
-    def are_in_place(self, model: Model) -> bool:
-        """Whether the model still has these parts, as they were, and no others."""
-        return (
-            self._containers[0] is model
-            and _ext.same_items(self._containers, self._items)
-            and self._values.are_of(self._arrays)
-        )
-
-    def embedded(self, model: Model, tokens: mx.array) -> mx.array | None:
-        """The rows of tokens, unless a step takes them itself."""
-        return model.model.embed(tokens) if self.table is None else None
-
-
-def _containers(part: Any) -> Iterator[Any]:
-    """The modules, lists and dicts of a module, and itself."""
-    if isinstance(part, dict | list):  # a module is a dict
-        yield part
-        for inner in part.values() if isinstance(part, dict) else part:
-            yield from _containers(inner)
-
-
-def _items(container: dict[Any, Any] | list[Any]) -> list[Any]:
-    """What `_ext.same_items` compares a container with."""
-    if isinstance(container, dict):
-        return [part for item in container.items() for part in item]
-    return list(container)
 
 
 def _table(embedding: nn.Module) -> Weight | None:
@@ -239,21 +237,27 @@ def _table(embedding: nn.Module) -> Weight | None:
     return table if table.format.mode in ("affine", "dense") else None
 
 
-def _inputs(tokens: mx.array, embedded: mx.array | None, page: Page, span: Span) -> list[_Input]:
-    """The inputs of a step: tokens or their rows, angles and starts of rows."""
+def _inputs(
+    tokens: mx.array,
+    embedded: mx.array | None,
+    page: Page,
+    span: Span,
+    given: Sequence[mx.array],
+) -> _Inputs:
     first = _Input(tokens.shape, mx.int32) if embedded is None else _Input.of(embedded)
     batch, heads, _, pairs = page.angles.cos.shape
     angle = _Input((batch, heads, span.length, pairs), page.angles.cos.dtype)
-    return [first, angle, angle, *([] if span.start is None else [_Input.of(span.start)])]
+    start = None if span.start is None else _Input.of(span.start)
+    return _Inputs(first, angle, start, tuple(map(_Input.of, given)))
 
 
 def _record(
-    model: Model, inputs: list[mx.array], x: mx.array, dtype: mx.Dtype, selects: bool
+    chain: Chain, model: Model, made: _StandIns, x: mx.array, dtype: mx.Dtype, selects: bool
 ) -> _ext.DecodeStep:
-    """The step that ``model`` makes of ``inputs``, the rows ``x`` of its tokens, and caches."""
+    """The step that ``model`` makes of stand-ins, the rows ``x`` of its tokens, and caches."""
     args, (batch, length, _) = model.args, x.shape
     total = length + (args.index_topk if selects else 0)
-    cache = [CacheList(*(KVCache() for _ in spec.cache)) for spec in args.layers]
+    cache: list[CacheList] = [empty_cache(spec) for spec in chain.specs(args)]
     widths = (args.kv_lora_rank, args.qk_rope_head_dim), (args.index_head_dim, 0)
     for layer in cache:
         for entry, (rank, rope) in zip(layer.caches, widths, strict=False):
@@ -264,10 +268,9 @@ def _record(
             )
     entries = [entry for layer in cache for entry in layer.caches]
     caches = [copy.copy(rows) for rows in _rows(entries)]  # appending changes the others
-    _, cos, sin, *start = inputs
-    span = Span(total - length, length, *start)
-    logits = model.head(model.model.run(x, span, Angles(cos, sin), cache))
-    return _ext.DecodeStep(inputs, caches, logits, _rows(entries))
+    span = Span(total - length, length, made.start)
+    outputs = chain.run(model, x, made.given, span, made.angles, cache)
+    return _ext.DecodeStep(made.arrays(), caches, outputs, _rows(entries))
 
 
 def _rows(entries: Sequence[Any]) -> list[mx.array]:

@@ -17,6 +17,7 @@ from ..ops import routes
 from ..ops.stock import visible_columns
 from .cache import Span, empty_cache, make_cache
 from .cache_check import check_cache
+from .chains import Decoding, Drafting
 from .config import ModelArgs
 from .decode_step import DecodeSteps
 from .layer import DecoderLayer
@@ -76,14 +77,6 @@ class Decoder(nn.Module):
             return self._rope.page_of_span(span.first, span.length)
         return Page(span.first, self._rope.angles(span.positions()))
 
-    def draft(
-        self, tokens: mx.array, hidden: mx.array, cache: CacheList, selection: mx.array | None
-    ) -> tuple[mx.array, mx.array | None]:
-        """What `MtpLayer.rows` gives of tokens [b, l] and hidden states [b, l, hidden]."""
-        span = Span.of([cache], tokens.shape[1])
-        angles = self.angles(span)
-        return self.mtp.rows(self.embed(tokens), hidden, span, angles, cache, selection)
-
     def embed(self, tokens: mx.array) -> mx.array:
         """The rows [b, l, hidden] of tokens [b, l], which are checked."""
         return embed(self.embed_tokens, tokens, self._vocabulary)
@@ -124,7 +117,7 @@ class Model(nn.Module):
         self.model = Decoder(args)
         if not args.tie_word_embeddings:
             self.lm_head = Linear(args.hidden_size, args.vocab_size)
-        self._steps = DecodeSteps()
+        self._steps, self._drafts = DecodeSteps(Decoding()), DecodeSteps(Drafting())
         self.prefill_step_size: int | None = None  # tokens of a prompt at a time; None: as fits
 
     def __call__(
@@ -145,17 +138,23 @@ class Model(nn.Module):
         tokens are not evaluated yet, one outside the vocabulary raises when the logits are
         evaluated on the CPU; on a GPU its logits are NaN.
         """
-        if trace is None and (logits := self._steps.again(self, tokens, cache)) is not None:
-            return logits
-        self._check(tokens, cache)
-        return self.forward(tokens, cache, trace)
+        logits, _ = self.states(tokens, cache, trace=trace)
+        return logits
 
     def states(
-        self, tokens: mx.array, cache: Sequence[Any] | None = None
-    ) -> tuple[mx.array, mx.array]:
+        self,
+        tokens: mx.array,
+        cache: Sequence[Any] | None = None,
+        *,
+        trace: list[mx.array] | None = None,
+    ) -> list[mx.array]:
         """The logits that a call gives, and the normed hidden states [b, l, hidden] behind them."""
-        self._check(tokens, cache)
-        return self.forward_states(tokens, cache, None)
+        if trace is None and (found := self._steps.again(self, tokens, cache)) is not None:
+            return found
+        check_tokens(tokens)
+        if cache is not None:
+            check_cache(cache, self.args, tokens.shape[0], self.args.layers)
+        return self.forward(tokens, cache, trace)
 
     def draft(
         self,
@@ -183,40 +182,37 @@ class Model(nn.Module):
 
         Raises ValueError as a call does, and for a model without the layer.
         """
-        check_tokens(tokens)
-        check_draft(self.args, tokens, hidden, selection)
-        check_cache([cache], self.args, tokens.shape[0], self.args.mtp_layers[:1])
-        logits, hidden, selection = self.forward_draft(tokens, hidden, cache, selection)
+        given = (hidden,) if selection is None else (hidden, selection)
+        found = self._drafts.again(self, tokens, [cache], given)
+        if found is None:
+            check_tokens(tokens)
+            check_draft(self.args, tokens, hidden, selection)
+            check_cache([cache], self.args, tokens.shape[0], self.args.mtp_layers[:1])
+            found = self.forward_draft(tokens, given, cache)
+        logits, hidden, *own = found
+        selection = own[0] if own else selection
         if selection is None or not self.args.index_share_for_mtp_iteration:
             return logits, hidden, None
-        return logits, hidden, selection[:, -1:]
-
-    def _check(self, tokens: mx.array, cache: Sequence[Any] | None) -> None:
-        check_tokens(tokens)
-        if cache is not None:
-            check_cache(cache, self.args, tokens.shape[0], self.args.layers)
+        return logits, hidden, selection if tokens.shape[1] == 1 else selection[:, -1:]
 
     def forward(
         self, tokens: mx.array, cache: Sequence[Any] | None, trace: list[mx.array] | None
-    ) -> mx.array:
-        """What a call does once its arguments are checked; a subclass may wrap it."""
-        if trace is None and (logits := self._steps.run(self, tokens, cache)) is not None:
-            return logits
-        return self.forward_states(tokens, cache, trace)[0]
-
-    def forward_states(
-        self, tokens: mx.array, cache: Sequence[Any] | None, trace: list[mx.array] | None
-    ) -> tuple[mx.array, mx.array]:
+    ) -> list[mx.array]:
         """What `states` does once its arguments are checked; a subclass may wrap it."""
+        if trace is None and (found := self._steps.run(self, tokens, cache)) is not None:
+            return found
         hidden = self.model(tokens, cache, trace)
-        return self.head(hidden), hidden
+        return [self.head(hidden), hidden]
 
     def forward_draft(
-        self, tokens: mx.array, hidden: mx.array, cache: CacheList, selection: mx.array | None
-    ) -> tuple[mx.array, mx.array, mx.array | None]:
-        """What `draft` does once its arguments are checked; a subclass may wrap it."""
-        hidden, selection = self.model.draft(tokens, hidden, cache, selection)
-        return self.head(hidden), hidden, selection
+        self, tokens: mx.array, given: Sequence[mx.array], cache: CacheList
+    ) -> list[mx.array]:
+        """What `Drafting.run` gives for checked arguments; a subclass may wrap it."""
+        if (found := self._drafts.run(self, tokens, [cache], given)) is not None:
+            return found
+        decoder, span = self.model, Span.of([cache], tokens.shape[1])
+        angles = decoder.angles(span)
+        return Drafting().run(self, decoder.embed(tokens), given, span, angles, [cache])
 
     def head(self, x: mx.array) -> mx.array:
         """The logits [b, l, vocab] of normed hidden states [b, l, hidden]."""
@@ -228,13 +224,11 @@ class Model(nn.Module):
             return adapted
         return ops.quantized_matvec(x, embedding.as_weight())
 
-    def is_plain(self) -> bool:
-        """Whether all layers and the head are, whose weights then are arrays in memory."""
+    def has_plain_head(self) -> bool:
+        """Whether the head's weights are all there is: no adapter in training."""
         if "lm_head" in self:
-            head = is_plain(self.lm_head)
-        else:
-            head = isinstance(self.model.embed_tokens, Embedding | QuantizedEmbedding)
-        return head and all(layer.is_plain() for layer in self.layers)
+            return is_plain(self.lm_head)
+        return isinstance(self.model.embed_tokens, Embedding | QuantizedEmbedding)
 
     @property
     def context(self) -> int:

@@ -38,24 +38,23 @@ class StreamedModel(Model):
         slots = 0 if self.streaming is None else self.streaming.plan.slot_bytes
         return super().weight_bytes + slots
 
-    def forward_states(
+    def forward(
         self, tokens: mx.array, cache: Sequence[Any] | None, trace: list[mx.array] | None
-    ) -> tuple[mx.array, mx.array]:
+    ) -> list[mx.array]:
         """Logits and hidden states, whose evaluation raises RuntimeError after a failed read.
 
         Raises RuntimeError at once for a ``cache`` that an earlier read failed for.
         """
         with reads_for(cache) as reads:
-            logits, hidden = super().forward_states(tokens, cache, trace)
-            return _ext.slots_verify(reads, logits), _ext.slots_verify(reads, hidden)
+            return [_ext.slots_verify(reads, a) for a in super().forward(tokens, cache, trace)]
 
     def forward_draft(
-        self, tokens: mx.array, hidden: mx.array, cache: CacheList, selection: mx.array | None
-    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        self, tokens: mx.array, given: Sequence[mx.array], cache: CacheList
+    ) -> list[mx.array]:
         """A draft, whose evaluation raises RuntimeError after a failed read, as above."""
         with reads_for([cache]) as reads:
-            logits, hidden, selection = super().forward_draft(tokens, hidden, cache, selection)
-            return _ext.slots_verify(reads, logits), _ext.slots_verify(reads, hidden), selection
+            found = super().forward_draft(tokens, given, cache)
+            return [_ext.slots_verify(reads, array) for array in found]
 
 
 def streaming_of(model: Model) -> Streaming | None:
