@@ -34,7 +34,7 @@ from common import median, multiply_add_rate, parser, report
 from peers import llama_cpp
 
 import glm_fused
-from glm_fused import ops
+from glm_fused import _ext, ops
 from glm_fused.formats import kv_rows
 from glm_fused.host import to_numpy
 from glm_fused.ops import stock
@@ -96,6 +96,10 @@ class Layer:
         self.q = random(1, tokens, HEADS, RANK + ROPE)
         self.selected = self.indexer()
         mx.eval(self.keys, self.latents, self.ropes, self.selected, self.q)
+        if mx.default_device() == mx.cpu:
+            for rows in (self.keys, self.latents, self.ropes):
+                if rows is not None:
+                    _ext.move_to_huge_pages(rows)
 
     def in_ggml(self, ggml: llama_cpp.Library) -> tuple[llama_cpp.Indexer, llama_cpp.Attention]:
         """The same step in llama.cpp; raises SystemExit if it has another result."""

@@ -6,6 +6,18 @@
 
 namespace glm_fused {
 
+// No inputs. output: zeros [b, 1, capacity, width].
+class CacheBuffer : public FusedPrimitive {
+ public:
+  explicit CacheBuffer(mx::Stream stream) : FusedPrimitive(stream, false) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "CacheBuffer";
+  }
+};
+
 // Writes rows to caches, from row `at` on. Output i is what becomes of input
 // 2 i, a cache's buffer, and after each buffer comes what is written to it.
 class Append : public FusedPrimitive {

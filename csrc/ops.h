@@ -146,6 +146,15 @@ mx::array gguf_values(const Weight& w);
 mx::array
 residual_add(const mx::array& x, const mx::array& y, mx::StreamOrDevice s = {});
 
+// Returns zeros [batch, 1, capacity, width] for a cache, in huge pages where
+// the system lets. On a CPU only.
+mx::array cache_buffer(
+    int batch,
+    int capacity,
+    int width,
+    mx::Dtype dtype,
+    mx::StreamOrDevice s = {});
+
 // Writes `rows` [b, 1, l, width] to `buffer` [b, 1, capacity, width] from row
 // `at` on. Returns the buffer and its first rows [b, at + l, width].
 //

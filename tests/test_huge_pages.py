@@ -1,13 +1,17 @@
-"""Weights in the system's huge pages: values stay, and memory does not grow."""
+"""Weights and caches in the system's huge pages: values stay, and memory does not grow."""
 
+import re
 import sys
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from mlx_lm.models.cache import KVCache
 
 from glm_fused import _ext
 from glm_fused.memory import resident_bytes
+from glm_fused.models.cache import append
 
 FOLDER = Path("/sys/kernel/mm/transparent_hugepage")
 ALLOWED = _ext.huge_page_setting() in ("always", "madvise")
@@ -17,6 +21,18 @@ def huge_bytes() -> int:
     """The bytes of this process that lie in huge pages."""
     text = Path("/proc/self/smaps_rollup").read_text()
     return int(text.split("AnonHugePages:")[1].split()[0]) * 1024
+
+
+def huge_bytes_around(a: mx.array) -> int:
+    """The bytes in huge pages of the mappings that the array lies in."""
+    first = np.asarray(memoryview(a)).ctypes.data
+    found, here = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if at := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            here = int(at[1], 16) < first + a.nbytes and first < int(at[2], 16)
+        elif here and line.startswith("AnonHugePages:"):
+            found += int(line.split()[1]) * 1024
+    return found
 
 
 def test_the_setting_is_the_system_s():
@@ -48,3 +64,28 @@ def test_only_whole_pages_are_moved():
     assert _ext.move_to_huge_pages(b) % page == 0
     part = mx.zeros((8 * page,), mx.uint8)[page + 1 : 2 * page]
     assert _ext.move_to_huge_pages(part) == 0
+
+
+@pytest.mark.skipif(mx.default_device() != mx.cpu, reason="caches of a CPU")
+def test_a_cache_lies_in_huge_pages_from_the_first_and_when_it_has_grown():
+    if _ext.move_to_huge_pages(mx.zeros((64 << 20,), mx.uint8)) == 0:
+        pytest.skip("the system has none left")
+    cache = KVCache()
+    rows = mx.random.normal((1, 1, 40_000, 256)).astype(mx.float16)
+    ropes = mx.zeros((1, 1, 40_000, 0), mx.float16)
+    for first, last in ((0, 20_000), (20_000, 40_000)):
+        append(cache, rows[:, :, first:last], ropes[:, :, first:last], "fp16")
+        # However it lies, it ends in two pages that others share.
+        assert huge_bytes_around(cache.keys) >= cache.keys.nbytes - (4 << 20)
+    assert mx.array_equal(cache.keys[..., :40_000, :], rows)
+
+
+def test_a_cache_begins_with_zeros_of_any_size():
+    for capacity, width in ((0, 3), (5, 0), (7, 3), (9_000, 300)):
+        made = _ext.cache_buffer(2, capacity, width, mx.float16)
+        assert made.shape == (2, 1, capacity, width) and made.dtype == mx.float16
+        assert not made.any().item()
+    with pytest.raises(ValueError, match="cannot be given memory"):
+        _ext.cache_buffer(2**31 - 1, 2**31 - 1, 2**31 - 1, mx.float32)
+    with pytest.raises(ValueError, match="cannot be given memory"):
+        _ext.cache_buffer(1, -1, 4, mx.float32)

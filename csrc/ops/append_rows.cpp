@@ -106,6 +106,29 @@ mx::array first_rows(const mx::array& whole, int count, mx::Stream stream) {
 
 }  // namespace
 
+mx::array cache_buffer(
+    int batch,
+    int capacity,
+    int width,
+    mx::Dtype dtype,
+    mx::StreamOrDevice s) {
+  const mx::Shape shape = {batch, 1, capacity, width};
+  constexpr int64_t kMostBytes = 1ll << 46;
+  int64_t bytes = dtype.size();
+  for (const int64_t size : shape) {
+    if (size < 0 || (size > 0 && bytes > kMostBytes / size)) {
+      invalid(
+          "cache_buffer",
+          "a buffer of shape ",
+          shape,
+          " cannot be given memory.");
+    }
+    bytes *= size;
+  }
+  return mx::array(
+      shape, dtype, std::make_shared<CacheBuffer>(mx::to_stream(s)), {});
+}
+
 std::pair<mx::array, mx::array> append_rows(
     const mx::array& buffer,
     const mx::array& rows,

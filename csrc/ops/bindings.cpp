@@ -189,6 +189,17 @@ void bind_ops(nb::module_& m) {
       "kernel"_a,
       "stream"_a.none());
   m.def(
+      "cache_buffer",
+      [](int batch, int capacity, int width, mx::Dtype dtype) {
+        return cache_buffer(batch, capacity, width, dtype);
+      },
+      "batch"_a,
+      "capacity"_a,
+      "width"_a,
+      "dtype"_a,
+      "Zeros [batch, 1, capacity, width] for a cache that the default device, "
+      "a CPU, is\nto read, in huge pages where the system lets.");
+  m.def(
       "append_rows",
       [](mx::array& buffer,
          const mx::array& rows,

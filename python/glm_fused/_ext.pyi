@@ -204,6 +204,12 @@ def router_topk(
     | mlx.core.DeviceType
     | None,
 ) -> tuple[mlx.core.array, mlx.core.array]: ...
+def cache_buffer(batch: int, capacity: int, width: int, dtype: mlx.core.Dtype) -> mlx.core.array:
+    """
+    Zeros [batch, 1, capacity, width] for a cache that the default device, a CPU, is
+    to read, in huge pages where the system lets.
+    """
+
 def append_rows(
     buffer: mlx.core.array,
     rows: mlx.core.array,

@@ -1,11 +1,28 @@
+#include <algorithm>
+
 #include "appended_rows.h"
 #include "cache_primitives.h"
 #include "cpu/attention/pack_rows.h"
 #include "cpu/runtime/copy.h"
+#include "huge_pages.h"
 
 namespace glm_fused {
 
 namespace {
+
+// Rows that a query selects lie anywhere in a cache: in small pages, a core
+// would wait for the look-up of most of them.
+struct Zeros {
+  mx::array& out;
+
+  void run() const {
+    auto* at = out.data<uint8_t>();
+    const size_t bytes = out.nbytes();
+    ask_for_huge_pages(at, bytes);
+    std::fill_n(at, bytes, 0);
+    move_to_huge_pages(at, bytes);  // what was in use before
+  }
+};
 
 // Gives `whole` memory with the first `at` rows of `buffer` and place up to
 // `end`: the buffer's own or, if others hold those rows, memory to which they
@@ -26,6 +43,16 @@ void keep_rows(
 }
 
 }  // namespace
+
+void CacheBuffer::eval_cpu(
+    const std::vector<mx::array>& inputs,
+    std::vector<mx::array>& outputs) {
+  const auto make = [](auto&, auto& out, cpu::Scratch&, int) {
+    return Zeros{out[0]};
+  };
+  cpu::dispatch(*this, inputs, outputs, make);
+  take_new_rows(outputs[0], 0);
+}
 
 void Append::eval_cpu(
     const std::vector<mx::array>& inputs,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, CacheList, KVCache
 
-from .. import ops
+from .. import _ext, ops
 from ..formats.kv_rows import FLOATS, PACKED, format_of, pack, row_bytes, row_widths
 from .config import ModelArgs
 from .layer_spec import INDEX_KEY, LATENT, LayerSpec
@@ -75,7 +75,7 @@ def append(
         if packed:
             widths = row_widths(kv_format, *widths)
         dtype = PACKED.get(kv_format, values.dtype)
-        cache.keys, cache.values = (mx.zeros((batch, 1, capacity, w), dtype) for w in widths)
+        cache.keys, cache.values = (_zeros(batch, capacity, w, dtype) for w in widths)
     make_room(cache, length)
     if packed:
         rows, rope = ops.append_packed(cache.keys, values, rope, at), None
@@ -118,10 +118,17 @@ def make_room(cache: Any, length: int) -> None:
 def _with_room(array: mx.array, at: int, capacity: int) -> mx.array:
     """A larger array [b, 1, capacity, w] with the first ``at`` columns of another."""
     batch, _, _, width = array.shape
-    larger = mx.zeros((batch, 1, capacity, width), array.dtype)
+    larger = _zeros(batch, capacity, width, array.dtype)
     if width:
         ops.append_rows(larger, array[..., :at, :], 0)
     return larger
+
+
+def _zeros(batch: int, capacity: int, width: int, dtype: mx.Dtype) -> mx.array:
+    """Zeros [b, 1, capacity, w], for a CPU in huge pages."""
+    if mx.default_device() == mx.cpu:
+        return _ext.cache_buffer(batch, capacity, width, dtype)
+    return mx.zeros((batch, 1, capacity, width), dtype)
 
 
 def _multiple(n: int, unit: int) -> int:
