@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from conftest import tiny_config, tiny_config_51, write_checkpoint
 from expert_counts import unlike_experts
+from formats_under_test import assert_same_bits
 from gguf_files import Q, gguf_tensors, metadata, write_gguf
 from test_flashmoe_export import contents
 from test_gguf_tokenizer import TEXTS, original  # noqa: F401  a fixture
+from test_mtp_models import drafts_of
 from test_streaming import AFFINE, run, same
 
 from glm_fused.checkpoint.description import describe
@@ -153,12 +155,35 @@ def plain(value):
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def test_mtp_layers_are_left_out(tmp_path, capsys):
-    folder = write_checkpoint(tmp_path / "model", mtp=True, shared_indexers=True)
+@pytest.mark.parametrize("layout", ["hf", "mlx"])
+def test_the_mtp_layer_is_kept(tmp_path, layout):
+    folder = write_checkpoint(tmp_path / "model", layout=layout, mtp=True, shared_indexers=True)
+    path = convert(folder, tmp_path / "m.gguf")
+    assert describe(path)["mtp_layers"][0]["missing"] == []
+    (found, expected) = (load_model(p, mtp=True)[0] for p in (path, folder))
+    assert same(run(found), run(expected))
+    for ours, theirs in zip(drafts_of(found), drafts_of(expected), strict=True):
+        assert_same_bits(ours, theirs)
+    names = {tensor.name for tensor in gguf.GGUFReader(path).tensors}
+    assert {f"blk.5.nextn.{n}.weight" for n in ("eh_proj", "enorm", "shared_head_norm")} <= names
+
+
+def test_a_part_of_an_mtp_layer_is_left_out(tmp_path, capsys):
+    def without_a_norm(tensors):
+        return {name: array for name, array in tensors.items() if ".5.hnorm" not in name}
+
+    folder = write_checkpoint(tmp_path / "model", mtp=True, edit=without_a_norm)
     path = convert(folder, tmp_path / "m.gguf")
     assert "layer 5, which is for MTP, is left out" in capsys.readouterr().err
     assert describe(path)["mtp_layers"] == []
     assert same(run(load_model(path)[0]), run(load_model(folder)[0]))
+
+
+def test_what_drafts_share_is_not_asked_of_a_file(tmp_path):
+    """GGUF has no key for it."""
+    config = tiny_config(index_share_for_mtp_iteration=False)
+    path = convert(write_checkpoint(tmp_path / "model", config), tmp_path / "m.gguf")
+    assert load_model(path)[0].args.index_share_for_mtp_iteration
 
 
 def with_tokenizer(folder, source, **config):

@@ -9,10 +9,12 @@ import time
 import pytest
 from conftest import tiny_config, tiny_config_51
 from expert_counts import unlike_experts
+from mlx.utils import tree_flatten
 
 from glm_fused.checkpoint.description import describe, format_description, variant
 from glm_fused.checkpoint.folder import Checkpoint
 from glm_fused.checkpoint.quantization import parse_format
+from glm_fused.loader import load_model
 from glm_fused.models.cache import bytes_per_token
 from glm_fused.models.config import DeepseekV32Args, ModelArgs, args_from_config
 from glm_fused.models.tensors import modules
@@ -195,7 +197,16 @@ def test_mtp_layers_are_listed(checkpoint, layout, edit):
     stored = Checkpoint.open(path).tensors.items()
     mtp = [t.nbytes for name, t in stored if name.startswith(("mtp.0.", "model.layers.5."))]
     assert (layer["tensors"], layer["nbytes"]) == (len(mtp), sum(mtp))
-    assert f"MTP layer   5: {layer['tensors']} tensors" in format_description(found)
+    text = format_description(found)
+    assert f"MTP layer   5: {layer['tensors']} tensors" in text
+    drafts, model = found["drafts"], load_model(path, mtp=True)[0]
+    assert drafts["kv_bytes_per_token"] == 2 * (128 + 32 + 64)
+    assert drafts["bytes_loaded"] == model.weight_bytes
+    held = dict(tree_flatten(model.model.mtp.parameters())).items()
+    unread = sum(array.nbytes for name, array in held if "switch_mlp" in name) * 6 // 8
+    read = sum(array.nbytes for _, array in held) - unread + model.lm_head.weight.nbytes
+    assert drafts["bytes_read_per_draft"] == read
+    assert "drafts      " in text and "fused, full, 8 experts in memory: bf16/bf16/bf16" in text
 
 
 def test_mtp_layer_that_lacks_a_weight(checkpoint):
@@ -205,7 +216,8 @@ def test_mtp_layer_that_lacks_a_weight(checkpoint):
     )
     found = describe(path)
     assert found["mtp_layers"][0]["missing"] == [lost]
-    assert "lacks 1 weight; not used" in format_description(found)
+    assert found["drafts"] is None
+    assert "lacks 1 weight; for drafts alone" in format_description(found)
 
 
 def test_quantized_indexers_are_warned_of(checkpoint):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import mlx.core as mx
 import pytest
 from conftest import tiny_config, write_checkpoint
@@ -13,6 +16,7 @@ from test_streaming import stream
 
 from glm_fused.generation.planning import plan_prompt
 from glm_fused.loader import load_model
+from glm_fused.streaming.pack import pack
 
 
 def drafts_of(model):
@@ -121,14 +125,41 @@ def expected(folder):
         return rounds(load_model(folder, mtp=True)[0])
 
 
+@pytest.fixture(scope="module")
+def sidecar(folder):
+    pack(folder, folder / "sidecar")
+    return folder / "sidecar"
+
+
 @pytest.mark.parametrize("options", [{}, {"spares": 1}, {"direct": True}], ids=str)
-@pytest.mark.parametrize("slots", [3, 8])
-def test_streamed_experts_give_the_same_bits(folder, expected, slots, options):
-    """Those of the MTP layer are streamed like all others."""
+@pytest.mark.parametrize(("slots", "packed"), [(3, True), (8, False)])
+def test_streamed_experts_give_the_same_bits(folder, sidecar, expected, slots, packed, options):
+    """Those of the MTP layer are streamed like all others, from the checkpoint itself."""
+    options = options | {"sidecar": sidecar if packed else None}
     model, _ = load_model(folder, stream=stream(slots, **options), mtp=True)
     assert_same(rounds(model), expected)
     assert model.streaming.banks.keys() == {1, 2, 3, 4, 5}
     assert model.streaming.banks[5].stats()["misses"] > 0
+
+
+def test_a_failed_read_of_a_draft_raises(folder, tmp_path):
+    """It raises where the draft is evaluated, and its cache is of no use afterwards."""
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    model, _ = load_model(broken, stream=stream(3), mtp=True)
+    tokens = some_tokens(1, 9)
+    _, hidden = model.states(tokens[:, :-1], model.make_cache())
+    mx.eval(hidden)
+    for file in broken.glob("*.safetensors"):
+        os.truncate(file, 1000)
+    cache = model.make_mtp_cache()
+    with pytest.raises(RuntimeError, match=r"ends before|layer 5"):
+        mx.eval(model.draft(tokens[:, 1:], hidden, cache)[:2])
+    with pytest.raises(RuntimeError, match="this cache is of no use"):
+        model.draft(tokens[:, :1], hidden[:, :1], cache)
+    cache = model.make_cache()
+    with pytest.raises(RuntimeError):
+        mx.eval(model.states(tokens, cache))
 
 
 def test_metal_gives_the_same_bits(folder, expected):

@@ -6,6 +6,7 @@ from ..models.config import ModelArgs, args_from_config
 from .declaration import quantization_from_config
 from .folder import Checkpoint
 from .inventory import check_tensors, holds_layer
+from .layer_contents import mtp_layers
 from .stored import Inventory
 
 
@@ -27,6 +28,16 @@ def checked(checkpoint: Checkpoint, mtp: bool = False) -> tuple[ModelArgs, Inven
         if checkpoint.metadata is None:
             raise
         raise ValueError(f"[gguf] {checkpoint.path}: {error}") from None
+
+
+def has_whole_mtp(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint has every weight of the layer that predicts one token more.
+
+    Raises ValueError for a config that is none.
+    """
+    args = args_from_config(checkpoint.config)
+    whole = {found.layer for found in mtp_layers(args, checkpoint.tensors) if not found.missing}
+    return any(spec.index in whole for spec in args.mtp_layers[:1])
 
 
 def holds_mtp(checkpoint: Checkpoint) -> bool:

@@ -14,10 +14,18 @@ from ..models.config import DeepseekV32Args, ModelArgs
 from ..models.prompt_memory import STEPS, PromptPlan, cache_bytes, chunk_bytes
 from ..models.tensor_names import MTP_REASON
 from ..models.tensors import Module, modules
-from .checked import checked
+from .checked import checked, has_whole_mtp
 from .folder import Checkpoint
 from .layer_contents import mtp_layers
-from .layer_description import IN_MEMORY, activity, decimal, describe_layers, format_layers, ranges
+from .layer_description import (
+    IN_MEMORY,
+    activity,
+    decimal,
+    describe_layers,
+    format_layers,
+    ranges,
+    what_runs,
+)
 from .stored import Inventory, Stored
 
 WIDTH = 100
@@ -66,8 +74,27 @@ def describe_checkpoint(
         "eos_token_id": checkpoint.config.get("eos_token_id"),
         "ignored_tensors": inventory.ignored,
         "mtp_layers": [asdict(layer) for layer in mtp_layers(args, checkpoint.tensors)],
+        "drafts": _drafts(checkpoint, args, source, slots),
         "warnings": list(_warnings(inventory)),
         "each_layer": describe_layers(args, inventory, source, slots),
+    }
+
+
+def _drafts(
+    checkpoint: Checkpoint, args: ModelArgs, source: str, slots: int | None
+) -> dict[str, Any] | None:
+    """What drafts of the MTP layer cost, where the checkpoint has all of it."""
+    if not has_whole_mtp(checkpoint):
+        return None
+    with_it, inventory = checked(checkpoint, mtp=True)
+    layer = describe_layers(with_it, inventory, source, slots)[-1]
+    kinds = _by_kind(with_it, inventory)
+    head = kinds["embedding" if args.tie_word_embeddings else "head"].read
+    return layer | {
+        "bytes_loaded": sum(kind.loaded for kind in kinds.values()),
+        "bytes_read_per_draft": layer["bytes_read_per_token"] + round(head),
+        "kv_bytes_per_token": bytes_per_token(with_it) - bytes_per_token(args),
+        "prompt_memory": _prompt_plan(with_it, inventory).describe(),
     }
 
 
@@ -186,6 +213,7 @@ def format_description(description: dict[str, Any]) -> str:
         if reason != MTP_REASON
     ]
     lines += [_mtp_line(layer) for layer in d["mtp_layers"]]
+    lines += _draft_lines(d["drafts"]) if d["drafts"] else []
     for text in d["warnings"]:
         lines += wrap(text, WIDTH, initial_indent="  warning     ", subsequent_indent=" " * 14)
     lines += ["", f"  {'weights':<18}{'bits':>6}{'on disk':>11}{'a token':>11}  format"]
@@ -213,7 +241,16 @@ def _mtp_line(layer: dict[str, Any]) -> str:
     lacking = layer["missing"]
     lacks = f", lacks {_plural(len(lacking), 'weight')}" if lacking else ""
     size = f"{_plural(layer['tensors'], 'tensor')}, {decimal(layer['nbytes'])}"
-    return f"  MTP layer   {layer['layer']}: {size}{lacks}; not used"
+    return f"  MTP layer   {layer['layer']}: {size}{lacks}; for drafts alone"
+
+
+def _draft_lines(drafts: dict[str, Any]) -> list[str]:
+    plan = drafts["prompt_memory"]
+    return [
+        f"  drafts      {decimal(drafts['bytes_read_per_draft'])} of weights read,"
+        f" {drafts['kv_bytes_per_token']:,} B of cache a token (bfloat16)",
+        f"              {decimal(plan['total'])} for that prompt then; {what_runs(drafts)}",
+    ]
 
 
 def _wrapped(label: str, text: str) -> list[str]:

@@ -13,7 +13,7 @@ _QUANTIZATION_VERSION = 2  # of ggml's blocks
 
 
 def metadata_of(args: ModelArgs, name: str, stop_tokens: list[int]) -> dict[str, Any]:
-    """The keys that llama.cpp's converter writes for a model without MTP layers.
+    """The keys that llama.cpp's converter writes for a model.
 
     Raises ValueError for more stop tokens than there are keys for.
     """
@@ -26,14 +26,14 @@ def metadata_of(args: ModelArgs, name: str, stop_tokens: list[int]) -> dict[str,
     dense = takewhile(lambda layer: not layer.is_sparse, args.layers)
     sizes = {theirs: getattr(args, ours) or 0 for ours, theirs in SIZES.items()}
     values = sizes | {
-        "block_count": len(args.layers),
+        "block_count": len(args.model_layers),
         "vocab_size": args.vocab_size,
         "attention.head_count_kv": 1,  # MLA is one head of latent keys
         "attention.key_length": rank + rope,
         "attention.value_length": rank,
         "attention.key_length_mla": args.qk_head_dim,
         "attention.layer_norm_rms_epsilon": args.rms_norm_eps,
-        "attention.indexer.types": [layer.is_full for layer in args.layers],
+        "attention.indexer.types": [layer.is_full for layer in args.model_layers],
         "leading_dense_block_count": sum(1 for _ in dense),
         "expert_group_count": args.n_group,
         "expert_group_used_count": args.topk_group,
@@ -42,6 +42,8 @@ def metadata_of(args: ModelArgs, name: str, stop_tokens: list[int]) -> dict[str,
         "expert_weights_norm": args.norm_topk_prob,
         "rope.freq_base": args.rope.theta,
     }
+    if args.has_mtp:
+        values["nextn_predict_layers"] = 1
     if args.rope.rope_type != "default":
         values |= _yarn(args.rope)
     keys: dict[str, Any] = {

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..models.config import ModelArgs
 from ..models.decode_routes import path_taken
+from ..models.layer_spec import LayerSpec
 from ..models.tensor_names import layer_of
 from ..models.tensors import PROJECTIONS, Module
 from .stored import FP8_AS_BF16, Inventory, Stored
@@ -35,7 +36,7 @@ def describe_layers(
     place in memory, None where that is not planned. What a token reads of streamed experts is in
     slots by then; of the disk it reads as much at most.
     """
-    layers = [_layer(args, layer.index, source, slots) for layer in args.layers]
+    layers = [_layer(args, layer, source, slots) for layer in args.model_layers]
     for stored in inventory.stored:
         module = stored.source.module
         index = layer_of(module.path)
@@ -55,11 +56,10 @@ def describe_layers(
     return layers
 
 
-def _layer(args: ModelArgs, index: int, source: str, slots: int | None) -> dict[str, Any]:
-    spec = args.layers[index]
+def _layer(args: ModelArgs, spec: LayerSpec, source: str, slots: int | None) -> dict[str, Any]:
     streamed = spec.is_sparse and source != IN_MEMORY
     return {
-        "layer": index,
+        "layer": spec.index,
         "attention": spec.attention,
         "path": path_taken(args, [spec]),
         "experts": spec.experts,
@@ -78,27 +78,25 @@ def _loaded(stored: Stored) -> str:
 def format_layers(layers: list[dict[str, Any]], width: int) -> list[str]:
     """The layers as lines for a terminal, those that are alike in one."""
 
-    def alike(layer: dict[str, Any]) -> tuple[str, str, str, str, int]:
-        return (
-            layer["attention"],
-            layer["path"],
-            _experts(layer),
-            "/".join(layer["formats"][name] for name in ("gate", "up", "down")),
-            layer["bytes_read_per_token"],
-        )
-
-    first: dict[tuple[str, str, str, str, int], list[int]] = {}
+    first: dict[tuple[str, int], list[int]] = {}
     for layer in layers:
-        first.setdefault(alike(layer), []).append(layer["layer"])
+        alike = what_runs(layer), layer["bytes_read_per_token"]
+        first.setdefault(alike, []).append(layer["layer"])
     lines = [f"  {'layers':<14}{'a token':>11}  path, attention, MLP: gate/up/down"]
-    for (attention, path, experts, formats, nbytes), numbers in first.items():
-        lines.append(f"  {'':<14}{decimal(nbytes):>11}  {path}, {attention}, {experts}: {formats}")
+    for (text, nbytes), numbers in first.items():
+        lines.append(f"  {'':<14}{decimal(nbytes):>11}  {text}")
         names = wrap(ranges(numbers), width - 4)
         if len(names[0]) < 14 and len(names) == 1:
             lines[-1] = f"  {names[0]:<14}" + lines[-1][16:]
         else:
             lines[-1:-1] = [f"  {name}" for name in names]
     return lines
+
+
+def what_runs(layer: dict[str, Any]) -> str:
+    """Which code runs a layer that `describe_layers` gave, its attention, experts and formats."""
+    formats = "/".join(layer["formats"][name] for name in ("gate", "up", "down"))
+    return f"{layer['path']}, {layer['attention']}, {_experts(layer)}: {formats}"
 
 
 def _experts(layer: dict[str, Any]) -> str:

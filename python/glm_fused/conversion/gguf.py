@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from .. import _ext
+from ..checkpoint.checked import has_whole_mtp
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.gguf_config import config_from_gguf
 from ..checkpoint.gguf_formats import type_of
@@ -51,7 +52,8 @@ _FP32, _BF16 = FORMATS["fp32"], FORMATS["bf16"]
 _NOT_COMPARED = (
     "first_k_dense_replace", "moe_layer_freq", "index_topk_pattern", "index_topk_freq",
     "index_skip_topk_offset", "rope_parameters", "rope_theta", "rope_scaling",
-    "num_key_value_heads", "num_nextn_predict_layers", "mtp_layers",
+    "num_key_value_heads", "num_nextn_predict_layers", "mtp_layers", "has_mtp",
+    "index_share_for_mtp_iteration",  # it changes which drafts are made, and no token
 )  # fmt: skip
 
 
@@ -79,8 +81,8 @@ def to_gguf(
     With ``shard_size`` they are shards of about so many bytes, named after it.
 
     Routers and norms are float32, and what ``types`` leave is floats as it is; what is packed is
-    made floats first. MTP layers are left out. Files have their names once all
-    are whole. ``say`` is told what they lack.
+    made floats first. The MTP layer is kept if it is whole. Files have their names once all are
+    whole. ``say`` is told what they lack.
 
     Raises FileExistsError where a file exists, unless ``overwrite``, ValueError for a model that
     is GGUF already, for what GGUF cannot say, for rows that blocks do not divide and for values
@@ -91,7 +93,7 @@ def to_gguf(
     if checkpoint.metadata is not None:
         raise ValueError(f"[convert] {checkpoint.path} is a GGUF file, expected a folder.")
     check_place(out, checkpoint.path)
-    loaded = open_model(checkpoint.path, "auto", None).model
+    loaded = open_model(checkpoint.path, "auto", None, mtp=has_whole_mtp(checkpoint)).model
     args = loaded.args
     planned = dict(_plan(loaded, types))
     quantize = None

@@ -12,9 +12,10 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm import convert
 
-from ..checkpoint.checked import checked
+from ..checkpoint.checked import checked, has_whole_mtp
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.writing import new_folder
+from ..engine_options import EngineOptions
 from ..formats.weights import QUANTIZED, Format
 from ..generation.tokenizer import load_tokenizer
 from ..mlx_lm.registration import Loading, register
@@ -35,7 +36,7 @@ def to_mlx(model: str | os.PathLike[str], out: Path, types: Types) -> list[Path]
     """
     checkpoint = Checkpoint.open(model)
     check_place(out, checkpoint.path)
-    args, inventory = checked(checkpoint)
+    args, inventory = checked(checkpoint, has_whole_mtp(checkpoint))
     packed = sorted({str(fmt) for fmt in inventory.formats.values() if fmt in QUANTIZED})
     wanted = [fmt for fmt in types if fmt is not None]
     if wanted and packed:
@@ -61,7 +62,8 @@ def _convert(source: Path, folder: Path, args: ModelArgs, types: Types) -> None:
         usual = min(wanted, key=lambda fmt: fmt.group_size)
         how = {f"q_{key}": value for key, value in usual.parameters.items()}
         how |= {"quantize": True, "quant_predicate": _predicate(args, types, usual)}
-    register(Loading(only_mlx_formats=True))
+    options = EngineOptions(draft=1, draft_from="mtp") if args.has_mtp else EngineOptions()
+    register(Loading(options, only_mlx_formats=True))
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where mlx-lm says what it does
             convert(str(source), str(folder), **how)

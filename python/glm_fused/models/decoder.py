@@ -147,14 +147,16 @@ class Model(nn.Module):
         cache: Sequence[Any] | None = None,
         *,
         trace: list[mx.array] | None = None,
-    ) -> list[mx.array]:
+    ) -> tuple[mx.array, mx.array]:
         """The logits that a call gives, and the normed hidden states [b, l, hidden] behind them."""
-        if trace is None and (found := self._steps.again(self, tokens, cache)) is not None:
-            return found
-        check_tokens(tokens)
-        if cache is not None:
-            check_cache(cache, self.args, tokens.shape[0], self.args.layers)
-        return self.forward(tokens, cache, trace)
+        found = None if trace is not None else self._steps.again(self, tokens, cache)
+        if found is None:
+            check_tokens(tokens)
+            if cache is not None:
+                check_cache(cache, self.args, tokens.shape[0], self.args.layers)
+            found = self.forward(tokens, cache, trace)
+        logits, hidden = found
+        return logits, hidden
 
     def draft(
         self,

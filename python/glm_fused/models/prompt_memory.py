@@ -21,6 +21,7 @@ from .config import ModelArgs
 STEPS = (2048, 1024, 512, 256, 128, 64, 32)  # prefill steps; the first is mlx-lm's
 # What kernels of the CPU take, for the queries or tokens that they take together (csrc/cpu).
 SCORES, ATTENTION, MOE_TOKENS, MATVEC_ROWS = 64 << 20, 32 << 20, 512, 64
+MOST_DRAFTS = 8  # tokens that are guessed at a time
 SMALL_ARRAYS = 1 << 20  # masks, positions
 SIDE_BY_SIDE = 4  # kernels of a recorded decode step that have scratch memory at a time
 LAYERS_AHEAD = 2  # MLX makes nodes' outputs, until some 100 tasks wait, while others run
@@ -94,9 +95,11 @@ def chunk_bytes(args: ModelArgs, step: int, context: int, float_bytes: int, stre
     # of a prompt, and, of a token and of short chunks, one each for few cached keys and for many.
     few = min(tokens, blocks.MAX_TOKENS)
     recorded = 2 + (1 if tokens > few else 3) * few
+    if args.has_mtp:  # of each number of drafts that are verified, for few keys and for many
+        recorded += 2 * sum(range(2, 2 + MOST_DRAFTS))
     layer = _layer_bytes(args, context, float_bytes, streamed)
     together = SIDE_BY_SIDE * _scratch_bytes(args, few, context)
-    return total + recorded * layer * len(args.layers) + together
+    return total + recorded * layer * len(args.model_layers) + together
 
 
 def _layer_bytes(args: ModelArgs, context: int, float_bytes: int, streamed: bool) -> int:

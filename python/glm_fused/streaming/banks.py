@@ -68,16 +68,20 @@ def find_source(
 ) -> ExpertSource:
     """The sidecar's experts, checked to be this checkpoint's, or the checkpoint's own files.
 
+    An MTP layer that the sidecar does not have is read from the checkpoint.
+
     Raises ValueError for a model without routed experts, and whatever either source raises.
     """
     if not any(layer.is_sparse for layer in args.layers):
         raise ValueError(f"[slots] {checkpoint.path} has no routed experts to stream.")
     if sidecar is None:
-        return checkpoint_source(checkpoint, args)
+        return checkpoint_source(checkpoint, args, args.model_layers)
     from .sidecar_identity import flashmoe_source, sidecar_source
 
     of_kind = flashmoe_source if is_flashmoe(Path(sidecar)) else sidecar_source
-    return of_kind(Path(sidecar), checkpoint, args)
+    packed = of_kind(Path(sidecar), checkpoint, args)
+    others = [layer for layer in args.model_layers if layer.index not in packed.layers]
+    return packed.joined(checkpoint_source(checkpoint, args, others))
 
 
 def plan_streaming(

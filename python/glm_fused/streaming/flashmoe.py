@@ -14,6 +14,7 @@ from ..checkpoint.gguf_formats import format_of
 from ..checkpoint.safetensors_header import NAMES, TensorInfo, regular_file_size
 from ..formats.weights import plane_shape
 from ..models.config import ModelArgs
+from ..models.layer_spec import DECODER
 from ..models.tensors import PROJECTIONS
 from ..validation import show
 from .flashmoe_manifest import FAMILIES, Entry, read_entries
@@ -63,14 +64,14 @@ class FlashMoeSidecar:
     def source(self, args: ModelArgs) -> ExpertSource:
         """Where the experts lie; the tensors have to have passed the checks of a checkpoint's.
 
-        Raises ValueError, naming the manifest, for a layer that lacks some.
+        Raises ValueError, naming the manifest, for a layer of the decoder that lacks some.
         """
         files = {self.path / name: size for name, size in self.files.items()}
         index = {name: i for i, name in enumerate(self.files)}
         layers = {}
-        for spec in args.layers:
-            if spec.is_sparse:
-                mine = [entry for entry in self.entries if entry.layer == spec.index]
+        for spec in args.model_layers:
+            mine = [entry for entry in self.entries if entry.layer == spec.index]
+            if spec.is_sparse and (mine or spec.role == DECODER):
                 found = {p for entry in mine for p in FAMILIES[entry.family]}
                 if missing := [p for p in PROJECTIONS if p not in found]:
                     raise ValueError(

@@ -52,7 +52,7 @@ def sidecar_source(path: Path, checkpoint: Checkpoint, args: ModelArgs) -> Exper
     differs, and OSError, naming the file, where reading fails.
     """
     sidecar = Sidecar.open(path)
-    source = checkpoint_source(checkpoint, args)
+    source = checkpoint_source(checkpoint, args, args.layers)
     check_described(sidecar, checkpoint, source)
     changed = changed_shards(sidecar, source)
     if changed:
@@ -72,7 +72,8 @@ def flashmoe_source(path: Path, checkpoint: Checkpoint, args: ModelArgs) -> Expe
     source = sidecar.source(args)
     infos = [checkpoint.tensors[name] for name in sidecar.tensors()]
     if all(info.file in checkpoint.files for info in infos):
-        check_sample(path, source, checkpoint_source(checkpoint, args))
+        layers = [layer for layer in args.model_layers if layer.index in source.layers]
+        check_sample(path, source, checkpoint_source(checkpoint, args, layers))
     return source
 
 
@@ -83,7 +84,7 @@ def checked_source(path: str | os.PathLike[str]) -> tuple[Checkpoint, ExpertSour
     """
     checkpoint = Checkpoint.open(path)
     args, _ = checked(checkpoint)
-    source = checkpoint_source(checkpoint, args)
+    source = checkpoint_source(checkpoint, args, args.layers)
     if not source.layers:
         raise ValueError(f"[sidecar] {checkpoint.path} has no routed experts.")
     return checkpoint, source

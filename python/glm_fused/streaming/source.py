@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from ..checkpoint.safetensors_header import DTYPES, ITEM_BYTES, NAMES, TensorInf
 from ..checkpoint.stored import OTHER_NAMES
 from ..formats.weights import FORMATS, FP8, FP8_BLOCK, PLANES, Format, plane_shape
 from ..models.config import ModelArgs
+from ..models.layer_spec import LayerSpec
 from ..models.tensors import Form, Module, expert_modules
 
 # The formats whose planes have other names on disk, by a tensor that no other has.
@@ -75,6 +76,17 @@ class ExpertSource:
     def nbytes(self) -> int:
         return sum(layer.experts * layer.expert_bytes for layer in self.layers.values())
 
+    def joined(self, other: ExpertSource) -> ExpertSource:
+        """This source with the layers of another, which stay in that one's files."""
+        files = {**self.files, **other.files}
+        places = {path: i for i, path in enumerate(files)}
+        moved = [places[path] for path in other.files]
+        layers = {
+            i: replace(layer, locations=tuple((moved[file], at) for file, at in layer.locations))
+            for i, layer in other.layers.items()
+        }
+        return ExpertSource(self.kind, files, {**self.layers, **layers})
+
 
 class ExpertReader:
     """Reads experts of a source with ordinary reads; a context manager that closes its files.
@@ -126,20 +138,22 @@ class ExpertReader:
         ]
 
 
-def checkpoint_source(checkpoint: Checkpoint, args: ModelArgs) -> ExpertSource:
-    """The experts in a checkpoint's own files, in any layout that needs no conversion.
+def checkpoint_source(
+    checkpoint: Checkpoint, args: ModelArgs, layers: Sequence[LayerSpec]
+) -> ExpertSource:
+    """The experts of ``layers`` in a checkpoint's own files, in layouts that need no conversion.
 
     Raises ValueError for experts in a form that kernels do not read as it lies on disk.
     """
     files = {checkpoint.folder / name: size for name, size in checkpoint.files.items()}
     index = {name: i for i, name in enumerate(checkpoint.files)}
-    layers = {
+    found = {
         layer.index: _layer(checkpoint.tensors, expert_modules(args, layer), index)
-        for layer in args.model_layers
+        for layer in layers
         if layer.is_sparse
     }
     kind = "safetensors" if checkpoint.metadata is None else "gguf"
-    return ExpertSource(kind, files, layers)
+    return ExpertSource(kind, files, found)
 
 
 def _layer(
