@@ -16,10 +16,11 @@ from .checkpoint.paths import checkpoint_path
 from .checkpoint.prompt_cache import load_prompt_cache
 from .drafting import draft_options, draft_source
 from .engine_options import EngineOptions
+from .generation.batch import BatchCompletion, generate_batch
 from .generation.drafts.options import DraftOptions
 from .generation.generate import Completion, OnProgress, Piece, generate, stream_generate
 from .generation.limits import MTP
-from .generation.options import Options, defaults_of
+from .generation.options import Options, changed_options, defaults_of
 from .generation.prompts import Prompt, encode
 from .generation.tokenizer import load_tokenizer
 from .loader import Opened, open_model
@@ -193,6 +194,23 @@ class Engine:
             drafts=self.drafts,
             **changes,
         )
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        options: Options | None = None,
+        *,
+        raw: bool = False,
+        **changes: Any,
+    ) -> BatchCompletion:
+        """Continue several prompts at once; each text has the tokens that it has alone.
+
+        Arguments and errors are those of `generate`, for each prompt. Together the longest prompt
+        and ``max_tokens`` must fit in the context.
+        """
+        tokens = [self.encode(prompt, raw=raw) for prompt in prompts]
+        chosen = changed_options(self.defaults if options is None else options, changes)
+        return generate_batch(self.model, self.tokenizer, tokens, chosen, self.drafts)
 
     def make_cache(self) -> list[CacheList]:
         """An empty cache for `step`, with one entry per layer, in the engine's ``kv_format``."""

@@ -13,9 +13,9 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx_lm.generate import generation_stream, wired_limit
 
-from ..generation.decoding import Decoding, Drafting
+from ..generation.decoding import Decoding, Drafting, settled
 from ..generation.drafts.options import DraftOptions
-from ..generation.generate import OnProgress, debug_paths, ratio, settled
+from ..generation.generate import OnProgress, debug_paths, ratio
 from ..generation.options import Options
 from ..generation.planning import plan_prompt
 from ..generation.prompts import room

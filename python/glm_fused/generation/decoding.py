@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
+from ..host import settle
 from ..models.cache import trim
 from ..models.decoder import Model
 from .choice import Choice
@@ -20,6 +22,18 @@ from .options import Options
 
 OnPrompt = Callable[[int, int], None]
 _TIDY = 256  # tokens after which MLX lets go of memory that it keeps
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """Wait, at the end of a block that decodes, for what was evaluated ahead.
+
+    That is a step which nobody asks for, so a failure in it must not reach a later generation.
+    """
+    try:
+        yield
+    finally:
+        settle(generation_stream)
 
 
 class Step(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -15,16 +15,15 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .. import _ext
 from ..environment import debug, flag
 from ..formats.kv_rows import format_of
-from ..host import settle
 from ..memory import peak_resident_bytes
 from ..models.decode_routes import attention_routes, explain, mlp_routes, path_taken
 from ..models.decoder import Model
 from ..models.moe import MoE
 from ..streaming.experts import check_reads
-from .decoding import Decoding, Drafting
+from .decoding import Decoding, Drafting, settled
 from .drafts.options import DraftOptions
 from .ending import Text
-from .options import Options, defaults_of
+from .options import Options, changed_options, defaults_of
 from .planning import plan_prompt
 from .prompts import Prompt, encode, room
 
@@ -149,18 +148,6 @@ def stream_generate(
     return _Run.of(model, tokenizer, prompt, raw, options, changes, on_progress, drafts).pieces()
 
 
-@contextmanager
-def settled() -> Iterator[None]:
-    """Wait, at the end of a block in which mlx-lm generates, for what it evaluated ahead.
-
-    That is a step which nobody asks for, so a failure in it must not reach a later generation.
-    """
-    try:
-        yield
-    finally:
-        settle(generation_stream)
-
-
 class _Run:
     """One generation and what was measured of it."""
 
@@ -201,14 +188,9 @@ class _Run:
     ) -> _Run:
         """The run that a caller asks for; raises ValueError where there can be none."""
         options = defaults_of(model) if options is None else options
-        unknown = changes.keys() - asdict(options).keys()
-        if unknown:
-            raise ValueError(
-                f"[generate] {', '.join(sorted(unknown))}: no such option; there are"
-                f" {', '.join(asdict(options))}."
-            )
+        options = changed_options(options, changes)
         tokens = encode(model, tokenizer, prompt, raw)
-        return cls(model, tokenizer, tokens, replace(options, **changes), on_progress, drafts)
+        return cls(model, tokenizer, tokens, options, on_progress, drafts)
 
     def pieces(self) -> Iterator[Piece]:
         debug_paths(self._model)

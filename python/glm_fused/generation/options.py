@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +127,17 @@ def defaults_of(model: nn.Module) -> Options:
     """The options that `set_defaults` gave the model, or greedy decoding without limits."""
     options = getattr(model, "options", None)
     return options if isinstance(options, Options) else Options()
+
+
+def changed_options(options: Options, changes: Mapping[str, Any]) -> Options:
+    """The options with others in place of some, by name; raises ValueError for an unknown name."""
+    unknown = changes.keys() - asdict(options).keys()
+    if unknown:
+        raise ValueError(
+            f"[generate] {', '.join(sorted(unknown))}: no such option; there are"
+            f" {', '.join(asdict(options))}."
+        )
+    return replace(options, **changes)
 
 
 def changed(options: Options) -> list[str]:

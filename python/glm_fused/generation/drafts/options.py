@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from .depth import Depth, costs_of
 from .drafter import Drafter
 from .lookup import LookupDrafter
 from .mtp import MtpDrafter
+from .rows import EachRow, MtpRows, RowDrafts
 from .small_model import ModelDrafter
 
 
@@ -49,6 +51,12 @@ class DraftOptions:
         if self.model is not None:
             return ModelDrafter(self.model, model.args.vocab_size)
         return MtpDrafter(model) if self.source == MTP else LookupDrafter()
+
+    def row_drafts(self, model: Model, padding: Sequence[int]) -> RowDrafts:
+        """As `drafter`, for texts that are padded on the left with so many columns."""
+        if self.source == MTP:
+            return MtpRows(model, padding)
+        return EachRow([self.drafter(model) for _ in padding])
 
     def chooser(self, model: Model) -> Depth:
         """What decides how many a step has.

@@ -1,0 +1,187 @@
+"""Drafts for several texts at once, whose steps take equally many tokens of each."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import mlx.core as mx
+from mlx_lm.models.cache import BatchKVCache, CacheList
+
+from ...models.cache import trim
+from ...models.decoder import Model
+from .drafter import Drafter, Draw
+
+
+class RowDraft(NamedTuple):
+    """What a step takes after the first token of each text.
+
+    ``tokens`` [b, d] are known ones, then drafts; ``probs`` has for each text those [1, vocabulary]
+    that its drafts were drawn from, none where none was drawn.
+    """
+
+    tokens: mx.array
+    probs: list[list[mx.array]]
+
+
+class RowDrafts(ABC):
+    """A `Drafter` for several texts: some may have known tokens where others have drafts."""
+
+    needs_hidden: ClassVar[bool] = False
+
+    @abstractmethod
+    def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Begin the texts with the tokens of their prompts."""
+
+    def prime(self, following: mx.array, hidden: mx.array) -> list[Any]:
+        """Take the hidden states [b, l, hidden] of columns of the prompts.
+
+        ``following`` [b, l] are the tokens after those. Returns what to evaluate.
+        """
+        return []
+
+    @abstractmethod
+    def kind(self) -> int | None:
+        """As a `Drafter` has it, of any of the texts."""
+
+    @abstractmethod
+    def propose(self, ahead: Sequence[list[int]], depth: int, draws: Sequence[Draw]) -> RowDraft:
+        """Complete what is known ``ahead`` of a step's first tokens to ``depth`` tokens."""
+
+    @abstractmethod
+    def extend(
+        self,
+        new: Sequence[list[int]],
+        following: Sequence[list[int]],
+        hidden: mx.array | None,
+    ) -> None:
+        """The texts go on with ``new`` tokens, each with its own number of them.
+
+        A step was made whose first columns stay, as many as each text has ``following`` tokens,
+        those after the columns; ``hidden`` [b, l, hidden] are the states of all that it made, which
+        are right as far as the text's known tokens go.
+        """
+
+    @abstractmethod
+    def filter(self, stay: Sequence[int]) -> None:
+        """Only these texts go on."""
+
+
+class EachRow(RowDrafts):
+    """A drafter of its own for each text."""
+
+    def __init__(self, drafters: Sequence[Drafter]):
+        self._drafters = list(drafters)
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        for drafter, prompt in zip(self._drafters, prompts, strict=True):
+            drafter.start(prompt)
+
+    def kind(self) -> int | None:
+        kinds = [drafter.kind() for drafter in self._drafters]
+        return None if all(kind is None for kind in kinds) else 0
+
+    def propose(self, ahead: Sequence[list[int]], depth: int, draws: Sequence[Draw]) -> RowDraft:
+        rows, probs = [], []
+        for drafter, known, draw in zip(self._drafters, ahead, draws, strict=True):
+            parts, drawn_from = [mx.array(known, mx.uint32)], []
+            missing = depth - len(known)
+            if missing and drafter.kind() is None:
+                parts.append(mx.zeros((missing,), mx.uint32))
+            elif missing:
+                draft = drafter.propose(missing, draw)
+                parts.append(draft.tokens)
+                drawn_from = [] if draft.probs is None else [draft.probs]
+            rows.append(mx.concatenate(parts))
+            probs.append(drawn_from)
+        return RowDraft(mx.stack(rows), probs)
+
+    def extend(
+        self,
+        new: Sequence[list[int]],
+        following: Sequence[list[int]],
+        hidden: mx.array | None,
+    ) -> None:
+        for drafter, tokens in zip(self._drafters, new, strict=True):
+            drafter.extend(tokens, None)
+
+    def filter(self, stay: Sequence[int]) -> None:
+        self._drafters = [self._drafters[i] for i in stay]
+
+
+class MtpRows(RowDrafts):
+    """Drafts of the MTP layer, as `MtpDrafter` makes them, with one cache for all texts.
+
+    Where a text knows the token that others draft, it takes that and the hidden state behind it.
+    """
+
+    needs_hidden = True
+
+    def __init__(self, model: Model, padding: Sequence[int]):
+        entries = model.make_mtp_cache().caches
+        self._model = model
+        self._cache = CacheList(*(BatchKVCache(list(padding)) for _ in entries))
+        self._following: list[list[int]] = [[] for _ in padding]  # tokens without a row
+        self._hidden: list[mx.array] = []  # and the states that belong to them, [b, l, hidden]
+        self._ahead: mx.array | None = None  # the states of known tokens beyond those
+
+    def start(self, prompts: Sequence[Sequence[int]]) -> None:
+        """The prompts' tokens come with their hidden states."""
+
+    def prime(self, following: mx.array, hidden: mx.array) -> list[Any]:
+        self._model.draft(following, hidden, self._cache)
+        return [self._cache.state]
+
+    def kind(self) -> int | None:
+        return 0 if self._hidden else None
+
+    def propose(self, ahead: Sequence[list[int]], depth: int, draws: Sequence[Draw]) -> RowDraft:
+        tokens, hidden = mx.array(self._following, mx.uint32), mx.concatenate(self._hidden, axis=1)
+        self._following, self._hidden = [[] for _ in ahead], []
+        selection = None
+        rows: list[list[mx.array]] = [[] for _ in ahead]
+        probs: list[list[mx.array]] = [[] for _ in ahead]
+        for place in range(depth):
+            logits, hidden, selection = self._model.draft(tokens, hidden, self._cache, selection)
+            for i, known in enumerate(ahead):
+                if place < len(known):
+                    rows[i].append(mx.array(known[place : place + 1], mx.uint32))
+                    continue
+                token, drawn_from = draws[i](logits[i, -1:], rows[i][len(known) :])
+                rows[i].append(token)
+                probs[i] += [] if drawn_from is None else [drawn_from]
+            tokens = mx.stack([row[-1] for row in rows])
+            hidden = self._behind(place, [len(known) for known in ahead], hidden[:, -1:])
+        trim(self._cache, depth - 1)
+        return RowDraft(mx.stack([mx.concatenate(row) for row in rows]), probs)
+
+    def _behind(self, place: int, known: Sequence[int], own: mx.array) -> mx.array:
+        """The states [b, 1, hidden] behind the tokens at a place: the model's for known ones."""
+        if self._ahead is None or not any(place < count for count in known):
+            return own
+        chosen = mx.array([place < count for count in known])[:, None, None]
+        at = min(place, self._ahead.shape[1] - 1)
+        return mx.where(chosen, self._ahead[:, at : at + 1], own)
+
+    def extend(
+        self,
+        new: Sequence[list[int]],
+        following: Sequence[list[int]],
+        hidden: mx.array | None,
+    ) -> None:
+        assert hidden is not None
+        columns = len(following[0])
+        self._following = [a + b for a, b in zip(self._following, following, strict=True)]
+        self._hidden.append(hidden[:, :columns])
+        rest = hidden[:, columns:]
+        if self._ahead is not None and self._ahead.shape[1] - columns > rest.shape[1]:
+            rest = self._ahead[:, columns:]  # a step that took fewer tokens
+        self._ahead = rest if rest.shape[1] else None
+
+    def filter(self, stay: Sequence[int]) -> None:
+        rows = mx.array(list(stay))
+        self._cache.filter(rows)
+        self._following = [self._following[i] for i in stay]
+        self._hidden = [hidden[rows] for hidden in self._hidden]
+        self._ahead = None if self._ahead is None else self._ahead[rows]

@@ -1,0 +1,205 @@
+"""Several texts at once have the tokens and logits that each has alone, with drafts and without."""
+
+from collections import defaultdict
+
+import mlx.core as mx
+import pytest
+from conftest import tiny_config, write_checkpoint
+from test_drafts import BITS, CODE, Planted, decode
+from test_generate import write_tokenizer
+
+from glm_fused import Engine, EngineOptions
+from glm_fused.generation.batch import Batch, generate_batch
+from glm_fused.generation.choice import Choice
+from glm_fused.generation.drafts.options import DraftOptions
+from glm_fused.generation.drafts.rows import EachRow, MtpRows
+from glm_fused.generation.options import Options
+
+TOKENS = 24
+TEXTS = [CODE, "def add(a, b):\n    return", CODE * 3, "class Tree:\n    def __init__(self, "]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with Engine("demo") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mtp")
+    write_checkpoint(folder, tiny_config(), quantization={"group_size": 32, "bits": 4}, mtp=True)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The bits of the logits that tokens were chosen from, by the first tokens of their texts."""
+    found, judge, following = defaultdict(list), Choice.judge, Choice.next
+
+    def record(choice, rows):
+        found[id(choice)] += [row.view(BITS[row.dtype.size]) for row in rows]
+
+    def judging(self, logits, draft):
+        verdict = judge(self, logits, draft)
+        kept = [*verdict.accepted.tolist(), False].index(False)
+        record(self, logits[: kept + 1])
+        return verdict
+
+    def next_one(self, logits, ahead=()):
+        record(self, logits)
+        return following(self, logits, ahead)
+
+    monkeypatch.setattr(Choice, "judge", judging)
+    monkeypatch.setattr(Choice, "next", next_one)
+    return found
+
+
+def check(engine, prompts, drafts, recorded, **options):
+    alone = [decode(engine.model, prompt, tokens=TOKENS, **options) for prompt in prompts]
+    recorded.clear()
+    options = Options(max_tokens=TOKENS, **options)
+    found = generate_batch(engine.model, engine.tokenizer, prompts, options, drafts)
+    for answer, rows, (tokens, logits, _) in zip(
+        found.answers, recorded.values(), alone, strict=True
+    ):
+        assert answer.tokens == up_to_its_end(engine, tokens)
+        assert len(rows) >= len(answer.tokens)
+        for a, b in zip(rows, logits[: len(answer.tokens)], strict=False):
+            assert mx.array_equal(a, b)
+    return found
+
+
+def up_to_its_end(engine, tokens):
+    ends = [i for i, token in enumerate(tokens) if token in engine.tokenizer.eos_token_ids]
+    return tokens[: ends[0] + 1] if ends else tokens
+
+
+def planted(monkeypatch, prompts, texts, rates):
+    """Have drafts be right so often, for each text another rate."""
+    drafters = [
+        Planted(prompt + text, rate, seed)
+        for seed, (prompt, text, rate) in enumerate(zip(prompts, texts, rates, strict=True))
+    ]
+    monkeypatch.setattr(DraftOptions, "row_drafts", lambda *_: EachRow(drafters))
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2, 3, "auto"])
+def test_batches_of_the_bundled_model(engine, monkeypatch, recorded, depth):
+    prompts = [engine.encode(text, raw=True) for text in TEXTS]
+    if not depth:
+        check(engine, prompts, None, recorded)
+        return
+    texts = [decode(engine.model, prompt, tokens=TOKENS)[0] for prompt in prompts]
+    with monkeypatch.context() as patch:
+        planted(patch, prompts, texts, (0.6, 0.8, 0.9, 1.0))
+        found = check(engine, prompts, DraftOptions(depth), recorded)
+        assert depth == "auto" or found.drafts["accepted"] > 0
+    check(engine, prompts, DraftOptions(depth), recorded, repetition_penalty=1.3)
+
+
+def test_a_single_text_and_none(engine, recorded):
+    check(engine, [engine.encode(CODE, raw=True)], DraftOptions(8), recorded)
+    with pytest.raises(ValueError, match="no prompts"):
+        engine.generate_batch([])
+    with pytest.raises(ValueError, match="no such option"):
+        engine.generate_batch([CODE], luck=1)
+
+
+@pytest.mark.parametrize("options", [{}, {"slots": 3}, {"kv_format": "fp8"}], ids=str)
+def test_batches_with_the_mtp_layer(folder, monkeypatch, recorded, options):
+    prompts = [list(range(3, 3 + n)) for n in (21, 5, 40)]
+    with Engine(folder, EngineOptions(draft=3, **options)) as engine:
+        texts = [decode(engine.model, prompt, tokens=TOKENS)[0] for prompt in prompts]
+        check(engine, prompts, engine.drafts, recorded)
+        check_rows(engine, monkeypatch, recorded, prompts, texts)
+
+
+def check_rows(engine, monkeypatch, recorded, prompts, texts):
+    """Drafts are planted, and the layer's cache has to hold what each text alone puts into it."""
+    made = []
+
+    class PlantedRows(MtpRows):
+        def __init__(self, padding):
+            super().__init__(engine.model, padding)
+            pairs = zip(prompts, texts, (0.3, 0.6, 1.0), strict=True)
+            self.planted = EachRow([Planted(a + b, rate) for a, b, rate in pairs])
+            made.append(self)
+
+        def start(self, texts):
+            self.planted.start(texts)
+
+        def propose(self, ahead, depth, draws):
+            own = super().propose(ahead, depth, draws).tokens
+            draft = self.planted.propose(ahead, depth, draws)
+            return draft._replace(tokens=mx.depends(draft.tokens % 256, own))
+
+        def extend(self, new, following, hidden):
+            super().extend(new, following, hidden)
+            self.planted.extend(new, following, hidden)
+
+        def filter(self, stay):
+            """Nothing: the test looks at all rows."""
+
+    monkeypatch.setattr(DraftOptions, "row_drafts", lambda *given: PlantedRows(given[2]))
+    monkeypatch.setattr(Batch, "_drop_ended", drop_all)
+    found = check(engine, prompts, engine.drafts, recorded)
+    assert found.drafts["accepted"] > 0
+    (rows,) = made
+    padding = rows._cache[0].left_padding.tolist()
+    for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        tokens = mx.array([prompt + text])
+        _, hidden = engine.model.states(tokens[:, :-1], engine.model.make_cache())
+        alone = engine.model.make_mtp_cache()
+        engine.model.draft(tokens[:, 1:], hidden, alone)
+        for a, b in zip(rows._cache.caches, alone.caches, strict=True):
+            count = min(a._idx - padding[i], b.offset)
+            assert count > len(prompt)
+            found = a.keys[i : i + 1, :, padding[i] : padding[i] + count]
+            bits = BITS[found.dtype.size]
+            assert mx.array_equal(found.view(bits), b.keys[:, :, :count].view(bits))
+
+
+def drop_all(batch):
+    """Texts stay until all have ended."""
+    if all(row.reason for row in batch._rows):
+        batch._rows = []
+
+
+def test_texts_that_end_leave_the_batch(engine, monkeypatch):
+    prompts = [engine.encode(text, raw=True) for text in TEXTS]
+    alone = [engine.generate(prompt, max_tokens=TOKENS).tokens for prompt in prompts]
+    ends = {alone[0][3], alone[1][9]}
+    monkeypatch.setattr(engine.tokenizer, "_eos_token_ids", ends)
+    expected = [engine.generate(prompt, max_tokens=TOKENS) for prompt in prompts]
+    assert len({len(completion.tokens) for completion in expected}) > 1
+    planted(monkeypatch, prompts, alone, (0.9, 0.2, 0.9, 0.9))
+    found = generate_batch(
+        engine.model, engine.tokenizer, prompts, Options(max_tokens=TOKENS), DraftOptions(3)
+    )
+    for answer, completion in zip(found.answers, expected, strict=True):
+        assert (answer.tokens, answer.text) == (completion.tokens, completion.text)
+        assert answer.finish_reason == completion.finish_reason
+
+
+@pytest.mark.parametrize("fault", [1, -1])
+def test_a_planted_fault_is_found(engine, monkeypatch, recorded, fault):
+    from glm_fused.generation import batch
+
+    prompts = [engine.encode(text, raw=True) for text in TEXTS]
+    texts = [decode(engine.model, prompt, tokens=TOKENS)[0] for prompt in prompts]
+    planted(monkeypatch, prompts, texts, (0.5, 0.5, 0.8, 1.0))
+    trim = batch.trim
+    monkeypatch.setattr(batch, "trim", lambda cache, n: trim(cache, max(n + fault, 0)))
+    with pytest.raises(AssertionError):
+        check(engine, prompts, DraftOptions(3), recorded)
+
+
+def test_sampled_texts(engine):
+    """They draw from one generator, in an order that a seed makes the same again."""
+    with Engine("demo", EngineOptions(draft=3)) as drafting:
+        options = {"max_tokens": 12, "temp": 0.8, "top_p": 0.9, "raw": True, "seed": 5}
+        found = [drafting.generate_batch(TEXTS[:2], **options).answers for _ in range(2)]
+    assert found[0] == found[1]
+    assert len(found[0][0].tokens) == 12
