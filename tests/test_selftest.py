@@ -15,9 +15,10 @@ import pytest
 
 from glm_fused import _ext, ops
 from glm_fused.cli import main
-from glm_fused.formats.weights import FORMATS
+from glm_fused.formats.weights import FORMATS, dequantize
+from glm_fused.host import to_numpy
 from glm_fused.ops import metal_sim
-from glm_fused.selftest import backends, compare, machine, microbench, report, synthetic
+from glm_fused.selftest import backends, benchmark, compare, machine, microbench, report, synthetic
 from glm_fused.selftest.cases import cases
 from glm_fused.selftest.expert_cases import MoeDecode, QuantizedMatvec, RouterTopk
 from glm_fused.selftest.run import run_backend
@@ -353,6 +354,16 @@ def test_benchmarks(monkeypatch):
         assert row["gb_per_s"] > 0
         assert row["fraction"] > 0
         assert (row["times_faster_than_stock"] is None) == (row["format"] == "bf16")
+
+
+def test_mxfp8_is_measured_with_codes_of_quantized_weights():
+    layer = benchmark.RoutedExperts(FORMATS["mxfp8"], hidden=512, intermediate=256, bank=4, top_k=2)
+    for w in (layer.gate, layer.up, layer.down):
+        magnitudes = to_numpy(w.planes[0]).view(np.uint8) & 0x7F
+        assert (magnitudes < 8).mean() < 1e-3  # subnormal
+        assert (magnitudes >= 0x70).mean() > 0.2  # near the largest code, 0x7e
+        values = dequantize(w, mx.float32)
+        assert 0.1 < mx.std(values).item() * values.shape[-1] ** 0.5 < 10
 
 
 def test_bits_are_the_same_everywhere():

@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from .. import _ext, ops
 from ..formats.weights import Format, Weight
+from ..host import to_numpy
 from ..ops import stock
 from .synthetic import Bits
 
@@ -56,6 +58,21 @@ def read_bandwidth(a: mx.array) -> float:
     return times * a.nbytes / (time.perf_counter() - start) / 1e9
 
 
+def _weight(bits: Bits, shape: tuple[int, ...], fmt: Format) -> Weight:
+    """`Bits.weight` [..., n, k], whose mxfp8 codes are those of weights that have been quantized.
+
+    One in eight of the random ones would be subnormal, of these one in ten thousand, and products
+    with subnormal floats take a processor longer.
+    """
+    made = bits.weight(shape, fmt, mx.bfloat16)
+    if fmt.mode != "mxfp8":
+        return made
+    normal = mx.random.normal((1024, 1024), key=mx.random.key(0))
+    codes = to_numpy(mx.quantize(normal, mode="mxfp8")[0])
+    # They are some 2 ** 7 times as large.
+    return Weight((mx.array(np.resize(codes, made.planes[0].shape)), made.planes[1] - 7), fmt)
+
+
 class RoutedExperts:
     """A bank of experts of one format, and the routing of successive calls.
 
@@ -76,9 +93,9 @@ class RoutedExperts:
     ) -> None:
         bits = Bits(0)
         self.bank, self.top_k, self.bits = bank, top_k, bits
-        self.gate = bits.weight((bank, intermediate, hidden), fmt, mx.bfloat16)
-        self.up = bits.weight((bank, intermediate, hidden), fmt, mx.bfloat16)
-        self.down = bits.weight((bank, hidden, intermediate), fmt, mx.bfloat16)
+        self.gate = _weight(bits, (bank, intermediate, hidden), fmt)
+        self.up = _weight(bits, (bank, intermediate, hidden), fmt)
+        self.down = _weight(bits, (bank, hidden, intermediate), fmt)
         self.x = bits.floats((tokens, hidden), dtype)
         mx.eval(self.x, self.gate, self.up, self.down)
         if mx.default_device() == mx.cpu:
