@@ -89,6 +89,16 @@ def test_json(capsys, model):
             assert row["fraction"] == pytest.approx(row["gb_per_s"] / forward["read_gb_per_s"])
 
 
+def test_a_step_that_checks_drafts(capsys, model):
+    found = document(capsys, model, "--verify", 3)
+    assert list(found) == ["prompt", "decode", "verify"]
+    assert (found["verify"]["tokens"], found["verify"]["cached"]) == (4, 21)
+    assert names(found["verify"]) == list(ORDER)
+    assert total(found["verify"], "read_bytes") > total(found["decode"], "read_bytes")
+    _, out, _ = run(capsys, *profile(model, "--verify", 3))
+    assert "4 tokens after 21:" in out
+
+
 @pytest.mark.parametrize(
     "config",
     [tiny_config(), tiny_config(tie_word_embeddings=True), tiny_config_51()],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..generation.limits import MOST_DRAFTS
 from . import arguments
 from .arguments import MODEL
 from .loading import engine_options, open_engine
@@ -16,6 +17,7 @@ EXAMPLES = """\
 examples:
   glm-fused profile --model demo
   glm-fused profile --model PATH --prompt-tokens 8192 --threads 8 --plot step.png
+  glm-fused profile --model PATH --verify 3
   glm-fused profile --model PATH --memory-budget 24GB --json
 """
 
@@ -30,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=arguments.integer(1, 1000), default=REPEATS, metavar="N", help=help)
     help = "draw the step, stage by stage (needs matplotlib)"
     add("--plot", type=arguments.path, metavar="FILE", help=help)
+    kind = arguments.integer(1, MOST_DRAFTS)
+    help = "measure the step that checks N drafts, too"
+    add("--verify", type=kind, default=0, metavar="N", help=help)
     arguments.add_streaming(parser, trace=False)
     arguments.add_kv_format(parser)
     arguments.add_prefill_step(parser)
@@ -44,9 +49,9 @@ def run(options: argparse.Namespace) -> int:
 
     target = None if options.plot is None else arguments.new_file(options.plot)
     figure = None if target is None else drawing.new_figure(9, 7)
-    loading = engine_options(options, options.prompt_tokens + 1)
+    loading = engine_options(options, options.prompt_tokens + 2 + options.verify)
     with open_engine(options.model, options.threads, loading) as engine, steps() as step:
-        result = profile(engine, options.prompt_tokens, options.repeats, step)
+        result = profile(engine, options.prompt_tokens, options.repeats, step, options.verify)
     if figure is not None and target is not None:
         report.draw(result, figure)
         drawing.save(figure, target)

@@ -22,7 +22,11 @@ OnStep = Callable[[str], None]
 
 
 def profile(
-    engine: Engine, prompt_tokens: int, repeats: int, step: OnStep = lambda what: None
+    engine: Engine,
+    prompt_tokens: int,
+    repeats: int,
+    step: OnStep = lambda what: None,
+    drafts: int = 0,
 ) -> dict[str, Any]:
     """Measure an engine's model, on random tokens; the result is JSON-ready.
 
@@ -32,27 +36,30 @@ def profile(
             them, or all, are the chunk that is measured.
         repeats: how often each time is taken, at most, for the medians.
         step: gets what is done next.
+        drafts: measure a step with so many drafts, too.
 
     Returns:
-        ``prompt``, of which only the caches are kept, and ``decode``, each with its number of
-        ``tokens`` and of those ``cached`` before them; in seconds ``whole_seconds``, of these
-        ``graph_seconds`` in which Python builds the graph, and ``other_seconds`` that are neither
-        that nor a stage's (dispatch, cache updates, choosing a token, a prompt's last layer; below
-        0 where stages take longer alone); ``read_gb_per_s``, the plain streaming read bandwidth;
-        and ``stages``, a row for each that the forward has: ``stage``, ``layers`` that have it,
-        ``seconds`` in all of them, ``share`` of the whole, ``weight_bytes`` held, ``read_bytes``
-        of weights and ``cache_bytes`` of cached rows that the forward reads, at least once,
-        ``gb_per_s`` of both, and ``fraction`` of that bandwidth.
+        ``prompt``, of which only the caches are kept, ``decode``, and with drafts ``verify``, a
+        step of them and one token; each with its number of ``tokens`` and of those ``cached``
+        before them; in seconds ``whole_seconds``, of these ``graph_seconds`` in which Python builds
+        the graph, and ``other_seconds`` that are neither that nor a stage's (dispatch, cache
+        updates, choosing a token, a prompt's last layer; below 0 where stages take longer alone);
+        ``read_gb_per_s``, the plain streaming read bandwidth; and ``stages``, a row for each that
+        the forward has: ``stage``, ``layers`` that have it, ``seconds`` in all of them, ``share``
+        of the whole, ``weight_bytes`` held, ``read_bytes`` of weights and ``cache_bytes`` of cached
+        rows that the forward reads, at least once, ``gb_per_s`` of both, and ``fraction`` of that
+        bandwidth.
 
     Raises:
         ValueError: the model has no room for so many tokens.
     """
-    if prompt_tokens >= engine.context:
+    steps = 1 + (drafts and 1 + drafts)
+    if prompt_tokens + steps > engine.context:
         raise ValueError(
             f"[profile] {prompt_tokens} tokens before a step, expected at most"
-            f" {engine.context - 1}, as there is room for {engine.context}."
+            f" {engine.context - steps}, as there is room for {engine.context}."
         )
-    shape = (1, prompt_tokens + 1)
+    shape = (1, prompt_tokens + steps)
     tokens = mx.random.randint(0, engine.model.args.vocab_size, shape, mx.int32)
     yardstick = mx.zeros((YARDSTICK_BYTES // 4,), mx.uint32)
     mx.eval(tokens, yardstick)
@@ -64,7 +71,12 @@ def profile(
         meter.run(tokens[:, start : min(start + chunk, measured)], decode=False)
     prompt = meter.measure(tokens[:, measured:prompt_tokens], decode=False)
     step("decode")
-    return {"prompt": prompt, "decode": meter.measure(tokens[:, prompt_tokens:], decode=True)}
+    ends = prompt_tokens, prompt_tokens + 1
+    found = {"prompt": prompt, "decode": meter.measure(tokens[:, slice(*ends)], decode=True)}
+    if drafts:
+        step("verify")
+        found["verify"] = meter.measure(tokens[:, ends[1] :], decode=True)
+    return found
 
 
 class _Meter:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.table import Table
 
-FORWARDS = ("decode", "prompt")
+FORWARDS = ("decode", "verify", "prompt")
 BAR = 12  # characters of a stage that is all of the step
 WIDE, WIDTH = 90, 100  # columns from which on there are bars, and columns in a pipe
 GRAPH, OTHER = "graph, in Python", "other"
@@ -29,7 +29,7 @@ def print_profile(result: dict[str, Any]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
     mark = "█" if console.encoding.startswith("utf") else "#"
-    for name in FORWARDS:
+    for name in filter(result.__contains__, FORWARDS):
         console.print(table(result[name], mark if console.width >= WIDE else ""))
     console.print(NOTE, style="dim")
 
@@ -81,9 +81,9 @@ def title(forward: dict[str, Any]) -> str:
 
 def draw(result: dict[str, Any], figure: Figure) -> None:
     """Draw each forward as a bar from left to right, one stage below where the last one ended."""
-    for i, name in enumerate(FORWARDS, 1):
+    for i, name in enumerate(filter(result.__contains__, FORWARDS), 1):
         forward = result[name]
-        axis = figure.add_subplot(len(FORWARDS), 1, i)
+        axis = figure.add_subplot(len(result), 1, i)
         parts = [(row["stage"], row["seconds"], row["fraction"]) for row in forward["stages"]]
         parts += [(GRAPH, forward["graph_seconds"], None), (OTHER, forward["other_seconds"], None)]
         at, furthest = 0.0, forward["whole_seconds"]
