@@ -61,13 +61,13 @@ def demo():
         yield engine
 
 
-def check_rows(model, depth, **options):
+def check_rows(model, depth, drafts=True):
     """Decode with drafts; the MTP cache has to hold what the whole text at once puts into it."""
     plain = decode(model, PROMPT)
     drafter = PlantedMtp(model, PROMPT + plain[0])
-    drafted = decode(model, PROMPT, Drafting(drafter, Depth(depth)), **options)
+    drafted = decode(model, PROMPT, Drafting(drafter, Depth(depth)))
     assert same(drafted, plain)
-    assert kept(drafted[2]) > 0
+    assert (kept(drafted[2]) > 0) == drafts
     drafter.propose(1, lambda logits, _: (mx.argmax(logits, -1), None))
     text = mx.array([PROMPT + plain[0]])
     _, hidden = model.states(text[:, :-1], model.make_cache())
@@ -84,6 +84,23 @@ def check_rows(model, depth, **options):
 @pytest.mark.parametrize("depth", [1, 3, 8, "auto"])
 def test_its_rows_are_those_of_the_text(engine, depth):
     check_rows(engine.model, depth)
+
+
+def test_its_rows_where_nothing_is_drafted(engine, monkeypatch):
+    """They are appended now and then; few hidden states wait."""
+    from glm_fused.generation.drafts import mtp
+
+    model, waiting, extend = engine.model, [], MtpDrafter.extend
+
+    def counted(self, tokens, hidden):
+        extend(self, tokens, hidden)
+        waiting.append(sum(each.shape[1] for each in self._hidden))
+
+    monkeypatch.setattr(mtp, "MOST_WAITING", 8)
+    monkeypatch.setattr(MtpDrafter, "kind", lambda self: None)
+    monkeypatch.setattr(MtpDrafter, "extend", counted)
+    check_rows(model, 3, drafts=False)
+    assert max(waiting) == 8
 
 
 @pytest.mark.parametrize("kv_format", ["fp8", "int8"])

@@ -182,7 +182,8 @@ class Batch:
         for row in self._rows:
             row.cached += columns
         if self._drafts is not None:
-            self._drafts.extend(new, [known[1 : columns + 1] for known in whole], hidden)
+            with mx.stream(generation_stream):
+                self._drafts.extend(new, [known[1 : columns + 1] for known in whole], hidden)
         return columns
 
     def _inputs(self, sure: list[list[int]], depth: int) -> tuple[mx.array, list[list[mx.array]]]:

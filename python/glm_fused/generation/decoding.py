@@ -204,7 +204,8 @@ class Decoding:
         self._known.extend(tokens)
         self._left -= len(tokens)
         if self._drafting is not None:
-            self._drafting.drafter.extend(tokens, hidden)
+            with mx.stream(generation_stream):
+                self._drafting.drafter.extend(tokens, hidden)
 
     def _trim(self, columns: int) -> None:
         """Have the cache forget its last columns, if any."""

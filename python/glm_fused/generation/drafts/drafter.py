@@ -13,6 +13,8 @@ import mlx.core as mx
 # where it is the likeliest.
 Draw = Callable[[mx.array, Sequence[mx.array]], tuple[mx.array, mx.array | None]]
 
+MOST_WAITING = 256  # tokens whose hidden states are kept until there is a draft
+
 
 class Draft(NamedTuple):
     """Tokens [d], uint32, that may follow the known ones; they need not be evaluated yet.

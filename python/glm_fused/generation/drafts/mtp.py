@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from ...models.cache import trim
 from ...models.decoder import Model
-from .drafter import Draft, Drafter, Draw
+from .drafter import MOST_WAITING, Draft, Drafter, Draw
 
 
 class MtpDrafter(Drafter):
@@ -17,7 +17,8 @@ class MtpDrafter(Drafter):
 
     The layer's cache has a row for each known token but the first, made of the model's own hidden
     states: what was missing is appended before a draft. Drafts after the first go on from the
-    layer's hidden states; the rows that this makes are forgotten at once.
+    layer's hidden states; the rows that this makes are forgotten at once. Where there are no drafts
+    for long, rows are appended all the same, so that few hidden states are kept.
     """
 
     needs_hidden = True
@@ -43,22 +44,30 @@ class MtpDrafter(Drafter):
         assert hidden is not None
         self._tokens.extend(tokens)
         self._hidden.append(hidden)
+        if len(self._tokens) > MOST_WAITING:
+            self._append()
+            mx.async_eval([entry.keys for entry in self._cache.caches])
 
     def kind(self) -> int | None:
         return 0 if self._tokens else None
 
     def propose(self, depth: int, draw: Draw) -> Draft:
-        tokens, hidden = mx.array([self._tokens], mx.uint32), mx.concatenate(self._hidden, axis=1)
-        self._tokens, self._hidden = [], []
-        selection = None
+        logits, hidden, selection = self._append()
         drafts: list[mx.array] = []
         probs: list[mx.array] = []
-        while len(drafts) < depth:
-            step = self._model.draft(tokens, hidden[:, -tokens.shape[1] :], self._cache, selection)
-            logits, hidden, selection = step
+        while True:
             token, drawn_from = draw(logits[:, -1], drafts)
             drafts.append(token)
             probs += [] if drawn_from is None else [drawn_from]
-            tokens = token[None]
+            if len(drafts) == depth:
+                break
+            last = hidden[:, -1:]
+            logits, hidden, selection = self._model.draft(token[None], last, self._cache, selection)
         trim(self._cache, depth - 1)
         return Draft(mx.concatenate(drafts), mx.concatenate(probs) if probs else None)
+
+    def _append(self) -> tuple[mx.array, mx.array, mx.array | None]:
+        """What the layer gives for the tokens that had no row."""
+        tokens, hidden = mx.array([self._tokens], mx.uint32), mx.concatenate(self._hidden, axis=1)
+        self._tokens, self._hidden = [], []
+        return self._model.draft(tokens, hidden, self._cache)

@@ -11,7 +11,7 @@ from mlx_lm.models.cache import BatchKVCache, CacheList
 
 from ...models.cache import trim
 from ...models.decoder import Model
-from .drafter import Drafter, Draw
+from .drafter import MOST_WAITING, Drafter, Draw
 
 
 class RowDraft(NamedTuple):
@@ -137,13 +137,14 @@ class MtpRows(RowDrafts):
         return 0 if self._hidden else None
 
     def propose(self, ahead: Sequence[list[int]], depth: int, draws: Sequence[Draw]) -> RowDraft:
-        tokens, hidden = mx.array(self._following, mx.uint32), mx.concatenate(self._hidden, axis=1)
-        self._following, self._hidden = [[] for _ in ahead], []
-        selection = None
+        logits, hidden, selection = self._append()
         rows: list[list[mx.array]] = [[] for _ in ahead]
         probs: list[list[mx.array]] = [[] for _ in ahead]
         for place in range(depth):
-            logits, hidden, selection = self._model.draft(tokens, hidden, self._cache, selection)
+            if place:
+                last = self._behind(place - 1, list(map(len, ahead)), hidden[:, -1:])
+                tokens = mx.stack([row[-1] for row in rows])
+                logits, hidden, selection = self._model.draft(tokens, last, self._cache, selection)
             for i, known in enumerate(ahead):
                 if place < len(known):
                     rows[i].append(mx.array(known[place : place + 1], mx.uint32))
@@ -151,10 +152,14 @@ class MtpRows(RowDrafts):
                 token, drawn_from = draws[i](logits[i, -1:], rows[i][len(known) :])
                 rows[i].append(token)
                 probs[i] += [] if drawn_from is None else [drawn_from]
-            tokens = mx.stack([row[-1] for row in rows])
-            hidden = self._behind(place, [len(known) for known in ahead], hidden[:, -1:])
         trim(self._cache, depth - 1)
         return RowDraft(mx.stack([mx.concatenate(row) for row in rows]), probs)
+
+    def _append(self) -> tuple[mx.array, mx.array, mx.array | None]:
+        """What the layer gives for the tokens that had no row."""
+        tokens, hidden = mx.array(self._following, mx.uint32), mx.concatenate(self._hidden, axis=1)
+        self._following, self._hidden = [[] for _ in self._following], []
+        return self._model.draft(tokens, hidden, self._cache)
 
     def _behind(self, place: int, known: Sequence[int], own: mx.array) -> mx.array:
         """The states [b, 1, hidden] behind the tokens at a place: the model's for known ones."""
@@ -178,6 +183,9 @@ class MtpRows(RowDrafts):
         if self._ahead is not None and self._ahead.shape[1] - columns > rest.shape[1]:
             rest = self._ahead[:, columns:]  # a step that took fewer tokens
         self._ahead = rest if rest.shape[1] else None
+        if len(self._following[0]) > MOST_WAITING:
+            self._append()
+            mx.async_eval([entry.keys for entry in self._cache.caches])
 
     def filter(self, stay: Sequence[int]) -> None:
         rows = mx.array(list(stay))
