@@ -140,6 +140,7 @@ def test_streamed_experts_give_the_same_bits(folder, sidecar, expected, slots, p
     assert_same(rounds(model), expected)
     assert model.streaming.banks.keys() == {1, 2, 3, 4, 5}
     assert model.streaming.banks[5].stats()["misses"] > 0
+    assert len(model.streaming.plan.layers) == 5
 
 
 def test_a_failed_read_of_a_draft_raises(folder, tmp_path):
@@ -163,8 +164,8 @@ def test_a_failed_read_of_a_draft_raises(folder, tmp_path):
 
 
 def test_metal_gives_the_same_bits(folder, expected):
-    model, _ = load_model(folder, mtp=True)
     with metal():
+        model, _ = load_model(folder, mtp=True)
         assert_same(rounds(model), expected)
 
 

@@ -76,6 +76,16 @@ def test_a_prefill_step_rules(folders, name, step):
     assert peak <= plan.total, plan
 
 
+def test_a_prompt_with_drafts_keeps_to_its_plan(tmp_path):
+    """The MTP layer, its cache, and the steps that are recorded to verify so many drafts."""
+    config = tiny_config(max_position_embeddings=4096, eos_token_id=None)
+    write_checkpoint(tmp_path, config, dtype="bfloat16", mtp=True)
+    write_tokenizer(tmp_path)
+    plain, _ = taken(tmp_path, 20)
+    peak, plan = taken(tmp_path, 20, draft=8, draft_from="mtp")
+    assert plain < peak <= plan.total, plan
+
+
 def test_a_longer_step_than_planned_takes_more(folders):
     """The plan is no number that everything fits in."""
     peak, _ = taken(folders["wide"], 1500)
