@@ -119,6 +119,7 @@ class Depth:
         self._auto = wanted == AUTO
         self._depths = [d for d in DEPTHS if d <= most] if self._auto else [min(int(wanted), most)]
         self._kinds: dict[int, Acceptance] = {}
+        self._bests: dict[int, int] = {}  # by kind, until there is another draft
         self._costs = costs or Costs()
         self._plain, self._since = BURST if self._costs.plain is None else AGAIN, 0
         self._wait = _WAIT
@@ -137,9 +138,13 @@ class Depth:
             return 0
         if not self._auto:
             return min(self._depths[0], most)
-        depths = [depth for depth in self._depths if depth <= most]
+        best = self._bests.get(kind)
+        if best == 0 and self._wait > 0:  # most steps of a text that does not suit
+            return 0
         seen = self._kinds.setdefault(kind, Acceptance())
-        best = self._best(seen, depths)
+        depths = [depth for depth in self._depths if depth <= most]
+        if best is None or best > most:
+            best = self._bests[kind] = self._best(seen, depths)
         if not best:
             return 0 if self._wait > 0 else self._informative(depths)
         explore = seen.rounds % _EXPLORE == _EXPLORE - 1
@@ -156,6 +161,7 @@ class Depth:
     def count(self, kind: int, depth: int, kept: int, seconds: float) -> None:
         """A step with ``depth`` drafts of a ``kind``, of which it kept some, took so long."""
         self._costs.add(depth, seconds)
+        self._bests.clear()
         self._pass(1 + kept)
         seen = self._kinds.setdefault(kind, Acceptance())
         seen.add(depth, kept)
