@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+TEST_DIRS = {"idle_test", "test", "tests"}
 SKIPPED_DIRS = {
     "__pycache__",
     "config",
     "dist-packages",
     "ensurepip",
-    "idle_test",
     "pgen2",
     "pydoc_data",
     "site-packages",
-    "test",
-    "tests",
-}
+} | TEST_DIRS
 SKIPPED_FILES = {"html/entities.py", "stringprep.py"}
 HELD_OUT_PERCENT = 4
 
@@ -52,11 +51,30 @@ def _is_data_table(path: str, text: str) -> bool:
 
 def load_corpus(root: Path | None = None) -> list[SourceFile]:
     """Read every usable source file under ``root`` (default: this Python's standard library)."""
+    return _read(root, lambda folders: not any(map(_is_skipped, folders)))
+
+
+def unseen_files(root: Path | None = None) -> list[SourceFile]:
+    """The library's own tests, which no part of the model has been trained or measured on."""
+
+    def wanted(folders: tuple[str, ...]) -> bool:
+        others = set(folders) - TEST_DIRS
+        return len(others) < len(folders) and not any(map(_is_skipped, others))
+
+    return _read(root, wanted)
+
+
+def _is_skipped(folder: str) -> bool:
+    return folder in SKIPPED_DIRS or folder.startswith("config-")
+
+
+def _read(root: Path | None, wanted: Callable[[tuple[str, ...]], bool]) -> list[SourceFile]:
+    """The usable source files in folders that are ``wanted``."""
     root = Path(root or sysconfig.get_paths()["stdlib"])
     files: list[SourceFile] = []
     for file in sorted(root.rglob("*.py")):
         relative = file.relative_to(root)
-        if any(part in SKIPPED_DIRS or part.startswith("config-") for part in relative.parts[:-1]):
+        if not wanted(relative.parts[:-1]):
             continue
         try:
             text = file.read_text(encoding="utf-8")

@@ -61,30 +61,40 @@ def mlp_forward(mlp: nn.Module, x: Tensor) -> Tensor:
 
 
 def moe_forward(moe: nn.Module, x: Tensor, load: Tensor | None) -> Tensor:
-    """Apply a mixture of experts: sort tokens by expert, then one matrix product per expert."""
+    """Apply a mixture of experts to ``x[N, D]``, shared experts included."""
     gate, experts = moe.gate, moe.experts
-    k = gate.top_k
     scores = F.linear(x, gate.weight).sigmoid()
-    chosen = (scores.detach() + gate.e_score_correction_bias).topk(k, dim=-1, sorted=False)[1]
+    biased = scores.detach() + gate.e_score_correction_bias
+    chosen = biased.topk(gate.top_k, dim=-1, sorted=False)[1]
     weights = scores.gather(1, chosen)
     weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * gate.routed_scaling_factor
+    if load is not None:
+        load += torch.bincount(chosen.flatten(), minlength=gate.num_experts)
+    mixed = mix_experts(x, chosen, weights, experts.gate_up_proj, experts.down_proj)
+    return mixed + mlp_forward(moe.shared_experts, x)
+
+
+def mix_experts(
+    x: Tensor, chosen: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """Sum each row's experts: sort rows by expert, then one matrix product per expert.
+
+    ``chosen`` and ``weights`` are ``[N, k]``, ``gate_up`` ``[E, 2 I, D]`` and ``down``
+    ``[E, D, I]``.
+    """
+    k = chosen.shape[1]
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(order.numel())
-    counts = torch.bincount(flat, minlength=gate.num_experts)
-    if load is not None:
-        load += counts
+    counts = torch.bincount(flat, minlength=len(down))
     rows = _Dispatch.apply(x, order, inverse, k).split(counts.tolist())
     outputs = [
-        F.linear(swiglu(F.linear(part, gate_up)), down)
-        for part, gate_up, down in zip(
-            rows, experts.gate_up_proj.unbind(0), experts.down_proj.unbind(0), strict=True
-        )
+        F.linear(swiglu(F.linear(part, first)), second)
+        for part, first, second in zip(rows, gate_up.unbind(0), down.unbind(0), strict=True)
     ]
     routed = _Permute.apply(torch.cat(outputs), inverse, order).view(-1, k, x.shape[-1])
-    mixed = torch.bmm(weights.unsqueeze(1), routed).squeeze(1)
-    return mixed + mlp_forward(moe.shared_experts, x)
+    return torch.bmm(weights.unsqueeze(1), routed).squeeze(1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -14,10 +14,14 @@ class Logger:
     def __init__(self) -> None:
         self.start = time.monotonic()
 
+    @property
+    def seconds(self) -> float:
+        """The time since the start."""
+        return time.monotonic() - self.start
+
     def __call__(self, text: str) -> None:
         """Print one line."""
-        minutes = (time.monotonic() - self.start) / 60
-        print(f"[{minutes:6.2f}m] {text}", flush=True)
+        print(f"[{self.seconds / 60:6.2f}m] {text}", flush=True)
 
 
 class Average:
