@@ -164,10 +164,11 @@ def test_drafts_end_with_the_context(engine, monkeypatch):
         decode(model, prompt)
 
 
-def test_generate_with_drafts(engine):
+@pytest.mark.parametrize("source", ["mtp", "lookup"])
+def test_generate_with_drafts(engine, source):
     prompt = engine.encode(CODE * 2, raw=True)
     plain = engine.generate(prompt, max_tokens=60)
-    with Engine("demo", EngineOptions(draft=3)) as drafting:
+    with Engine("demo", EngineOptions(draft=3, draft_from=source)) as drafting:
         pieces = list(drafting.stream(prompt, max_tokens=60))
         drafted = drafting.generate(prompt, max_tokens=60)
     assert plain.drafts is None
@@ -175,7 +176,7 @@ def test_generate_with_drafts(engine):
     assert [piece.token for piece in pieces] == plain.tokens
     assert drafted.drafts is not None
     found = drafted.drafts
-    assert (found["depth"], found["source"]) == (3, "lookup")
+    assert (found["depth"], found["source"]) == (3, source)
     assert 0 < found["accepted"] <= found["proposed"] <= 3 * found["rounds"]
     assert found["tokens_per_step"] > 1
     assert found["gain"] > 0

@@ -8,6 +8,7 @@ import pydoc
 import re
 import subprocess
 import sys
+import zlib
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,6 +16,9 @@ import pytest
 
 import glm_fused
 from glm_fused import _abi, _ext
+from glm_fused.checkpoint.folder import Checkpoint
+from glm_fused.checkpoint.layer_contents import mtp_layers
+from glm_fused.models.config import args_from_config
 
 
 def test_the_stub_matches_the_extension(tmp_path):
@@ -60,9 +64,12 @@ def test_typed_and_with_its_demo_model():
     package = files("glm_fused")
     assert (package / "py.typed").is_file()
     demo = package / "demo_model"
-    sizes = {f.name: len(f.read_bytes()) for f in demo.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(sizes)
-    assert sum(sizes.values()) <= 6_000_000
+    in_wheel = {f.name: len(zlib.compress(f.read_bytes())) for f in demo.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(in_wheel)
+    assert sum(in_wheel.values()) <= 6_000_000
+    checkpoint = Checkpoint.open("demo")
+    (layer,) = mtp_layers(args_from_config(checkpoint.config), checkpoint.tensors)
+    assert not layer.missing
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1025])

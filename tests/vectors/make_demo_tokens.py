@@ -19,6 +19,7 @@ from weights import Tensors
 
 DEMO = Path(__file__).parents[2] / "python" / "glm_fused" / "demo_model"
 TARGET = Path(__file__).parent / "demo_tokens.json"
+MTP_LAYER = "model.layers.7."  # which transformers does not have
 SEED, TOPKS, CONTINUED = 1, 20, 48
 MIN_MARGIN = 1e-4  # the least gap between the two best logits, which is far above fp32 noise
 
@@ -26,7 +27,8 @@ MIN_MARGIN = 1e-4  # the least gap between the two best logits, which is far abo
 def read_demo() -> Tensors:
     """The bundled checkpoint's tensors, dequantized, under transformers' names."""
     with safe_open(DEMO / "model.safetensors", "pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names = [name for name in file.keys() if not name.startswith(MTP_LAYER)]  # noqa: SIM118
+        stored = {name: file.get_tensor(name) for name in names}
     tensors: Tensors = {}
     for name, tensor in stored.items():
         module, _, leaf = name.rpartition(".")
