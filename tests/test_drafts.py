@@ -1,10 +1,12 @@
 """Drafts change no token and no logit, whatever was guessed and however much of it stays."""
 
+import json
 import random
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from test_cli import run as run_command
 
 import glm_fused
 from glm_fused import Engine, EngineOptions
@@ -194,6 +196,29 @@ def test_generate_with_drafts(engine, source):
 def test_options_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         EngineOptions(**options)
+
+
+def test_the_command_line(capsys):
+    def run(*args):
+        prompt = ("--prompt", CODE * 2, "--raw", "--max-tokens", "40")
+        return run_command(capsys, "generate", "--model", "demo", *prompt, *args)
+
+    plain = json.loads(run("--json")[1])
+    code, out, _ = run("--draft", "2", "--json")
+    found = json.loads(out)
+    assert (code, plain["drafts"]) == (0, None)
+    assert found["tokens"] == plain["tokens"]
+    assert 0 < found["drafts"]["accepted"] <= found["drafts"]["proposed"]
+    code, out, err = run("--draft", "auto", "--draft-from", "lookup", "--verbose")
+    assert out == plain["text"] + "\n"
+    assert "drafts      auto from lookup, " in err
+    code, out, _ = run("--draft", "3", "--ab")
+    assert code == 0
+    assert "bit-identical: yes" in out
+    for wrong, message in ((("--draft", "0"), "1 to 8"), (("--draft-from", "x"), "needs --draft")):
+        code, _, err = run(*wrong)
+        assert code == 2
+        assert message in err
 
 
 @pytest.mark.parametrize("seed", range(5))
