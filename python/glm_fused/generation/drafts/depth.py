@@ -121,7 +121,9 @@ class Depth:
         self._kinds: dict[int, Acceptance] = {}
         self._bests: dict[int, int] = {}  # by kind, until there is another draft
         self._costs = costs or Costs()
-        self._plain, self._since = BURST if self._costs.plain is None else AGAIN, 0
+        # A fixed number makes the same steps of every text, so that a seed draws the same tokens.
+        unknown = self._auto and self._costs.plain is None
+        self._plain, self._since = BURST if unknown else AGAIN, 0
         self._wait = _WAIT
 
     @property
