@@ -81,8 +81,8 @@ def of_a_layer(tokens, kv_format="auto"):
     mx.eval(x, selection, *angles, [entry.state for entry in cache])
     for spec, layer, entry in zip(model().args.layers, net.layers, cache, strict=True):
 
-        def step(layer=layer, entry=entry):
-            out, _ = layer(x, span, angles, entry, selection)
+        def step(layer=layer, entry=entry, given=None if spec.is_full else selection):
+            out, _ = layer(x, span, angles, entry, given)
             return [out, *[one.keys for one in entry], entry[0].values]
 
         counts[kind(spec)] = launches(step)
