@@ -11,8 +11,10 @@ from test_generate import VOCAB, write_tokenizer
 
 from glm_fused import Engine, EngineOptions
 from glm_fused.generation.decoding import Drafting
-from glm_fused.generation.drafts.depth import Depth
+from glm_fused.generation.drafts.depth import Depth, Plan
 from glm_fused.generation.drafts.drafter import Draft
+from glm_fused.generation.drafts.lookup import LookupDrafter
+from glm_fused.generation.drafts.mixed import MixedDrafter
 from glm_fused.generation.drafts.mtp import MtpDrafter
 from glm_fused.generation.drafts.options import DraftOptions
 from glm_fused.generation.drafts.small_model import ModelDrafter
@@ -35,9 +37,9 @@ class PlantedMtp(MtpDrafter):
         super().extend(tokens, hidden)
         self._planted.extend(tokens, hidden)
 
-    def propose(self, depth, draw):
-        own = super().propose(depth, draw)
-        planted = self._planted.propose(depth, draw).tokens % VOCAB
+    def propose(self, kind, depth, draw):
+        own = super().propose(kind, depth, draw)
+        planted = self._planted.propose(kind, depth, draw).tokens % VOCAB
         return Draft(mx.depends(planted, own.tokens))
 
 
@@ -61,6 +63,12 @@ def demo():
         yield engine
 
 
+@pytest.fixture(scope="module")
+def demo_mtp():
+    with Engine("demo", EngineOptions(draft=3)) as engine:
+        yield engine
+
+
 def check_rows(model, depth, drafts=True):
     """Decode with drafts; the MTP cache has to hold what the whole text at once puts into it."""
     plain = decode(model, PROMPT)
@@ -68,8 +76,12 @@ def check_rows(model, depth, drafts=True):
     drafted = decode(model, PROMPT, Drafting(drafter, Depth(depth)))
     assert same(drafted, plain)
     assert (kept(drafted[2]) > 0) == drafts
-    drafter.propose(1, lambda logits, _: (mx.argmax(logits, -1), None))
-    text = mx.array([PROMPT + plain[0]])
+    check_cached(model, drafter, PROMPT + plain[0])
+
+
+def check_cached(model, drafter, text):
+    drafter.propose(drafter.kinds()[0], 1, lambda logits, _: (mx.argmax(logits, -1), None))
+    text = mx.array([text])
     _, hidden = model.states(text[:, :-1], model.make_cache())
     cache = model.make_mtp_cache()
     model.draft(text[:, 1:], hidden, cache)
@@ -97,7 +109,7 @@ def test_its_rows_where_nothing_is_drafted(engine, monkeypatch):
         waiting.append(sum(each.shape[1] for each in self._hidden))
 
     monkeypatch.setattr(mtp, "MOST_WAITING", 8)
-    monkeypatch.setattr(MtpDrafter, "kind", lambda self: None)
+    monkeypatch.setattr(Depth, "next", lambda self, kinds, most: None)
     monkeypatch.setattr(MtpDrafter, "extend", counted)
     check_rows(model, 3, drafts=False)
     assert max(waiting) == 8
@@ -134,14 +146,38 @@ def test_planted_faults_in_its_rows_are_found(engine, monkeypatch, fault):
 
 
 def test_the_checkpoint_says_what_drafts(engine, folder):
-    assert engine.drafts == DraftOptions(3, "mtp")
+    assert engine.drafts == DraftOptions(3, "mtp+lookup")
     drafted = engine.generate(PROMPT, max_tokens=20)
-    assert drafted.drafts["source"] == "mtp"
+    assert drafted.drafts["source"] == "mtp+lookup"
     with Engine(folder, EngineOptions(draft=3, draft_from="lookup")) as other:
         assert not other.model.args.has_mtp
         assert other.generate(PROMPT, max_tokens=20).tokens == drafted.tokens
     sampled = [engine.generate(PROMPT, max_tokens=20, temp=1.0, seed=4).tokens for _ in range(2)]
     assert sampled[0] == sampled[1]
+
+
+class Turns(Depth):
+    """Each kind of draft in turn, and plain steps between."""
+
+    def next(self, kinds, most):
+        self.count_of_steps = getattr(self, "count_of_steps", 0) + 1
+        at = self.count_of_steps % 4
+        return Plan(kinds[at % len(kinds)], min(3, most)) if at and most > 0 else None
+
+    def count(self, plan, kept, seconds, before):
+        pass
+
+
+def test_the_layer_and_the_text_take_turns(demo_mtp):
+    """Rows that the layer lacks after drafts from the text are made before it drafts again."""
+    model, prompt = demo_mtp.model, demo_mtp.encode(CODE * 3, raw=True)
+    plain = decode(model, prompt)
+    layer = MtpDrafter(model)
+    drafted = decode(model, prompt, Drafting(MixedDrafter([LookupDrafter(), layer]), Turns(3)))
+    assert same(drafted, plain)
+    sources = drafted[2].statistics.describe(None)["sources"]
+    assert all(sources[name]["rounds"] and sources[name]["accepted"] for name in ("mtp", "lookup"))
+    check_cached(model, layer, prompt + plain[0])
 
 
 def test_a_small_model_of_this_package(demo):
@@ -173,7 +209,7 @@ def test_a_small_model_of_mlx_lm(demo):
     drafter = ModelDrafter(small, demo.model.args.vocab_size)
     plain = decode(demo.model, prompt)
     assert same(decode(demo.model, prompt, Drafting(drafter, Depth(3))), plain)
-    drafter.propose(1, lambda logits, _: (mx.argmax(logits, -1), None))
+    drafter.propose(drafter.kinds()[0], 1, lambda logits, _: (mx.argmax(logits, -1), None))
     assert drafter._cache[0].offset == len(prompt + plain[0])
 
 

@@ -12,13 +12,14 @@ import glm_fused
 from glm_fused import Engine, EngineOptions
 from glm_fused.generation.decoding import Decoding, Drafting
 from glm_fused.generation.drafts.depth import BURST, Depth
-from glm_fused.generation.drafts.drafter import Draft, Drafter
+from glm_fused.generation.drafts.drafter import Draft, Drafter, Kind
 from glm_fused.generation.drafts.lookup import LONGEST, SHORTEST, LookupDrafter
 from glm_fused.generation.drafts.options import DraftOptions
 from glm_fused.generation.options import Options
 
 CODE = "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()\n"
 TOKENS = 40
+KIND = Kind("planted")
 BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
 
@@ -34,10 +35,10 @@ class Planted(Drafter):
     def extend(self, tokens, hidden):
         self._at += len(tokens)
 
-    def kind(self):
-        return 0
+    def kinds(self):
+        return [KIND]
 
-    def propose(self, depth, draw):
+    def propose(self, kind, depth, draw):
         guess = (self._text + [0] * depth)[self._at : self._at + depth]
         wrong = [(token + 1) % 2048 for token in guess]
         pairs = zip(guess, wrong, strict=True)
@@ -228,9 +229,10 @@ def test_lookup_finds_the_latest_longest_match(seed):
     drafter.start(text[:20])
     for at in range(20, len(text)):
         found = searched(text[:at])
-        assert (drafter.kind() is None) == (found is None)
+        kinds = drafter.kinds()
+        assert len(kinds) == (found is not None)
         if found is not None:
-            guess = drafter.propose(6, None).tokens.tolist()
+            guess = drafter.propose(kinds[0], 6, None).tokens.tolist()
             assert guess == goes_on(text[:at], found, 6)
         drafter.extend([text[at]], None)
 
@@ -253,11 +255,12 @@ def simulated(rates, costs, tokens=4000, seed=0):
     """How many times as fast as plain steps `auto` is, where each draft stays with such a rate."""
     depth, rng, done, seconds = Depth("auto"), random.Random(seed), 0, 0.0
     while done < tokens:
-        count = depth.next(0, 8)
+        plan = depth.next([KIND], 8)
+        count = plan.depth if plan else 0
         cost = costs[count] * rng.uniform(0.9, 1.2)
-        if count:
+        if plan:
             kept = next((i for i in range(count) if rng.random() >= rates[i]), count)
-            depth.count(0, count, kept, cost)
+            depth.count(plan, kept, cost)
             done += kept
         else:
             depth.count_plain(cost)
@@ -275,15 +278,33 @@ def test_auto_comes_close_to_the_best_depth(rate, slope):
     assert simulated(rates, costs) > max(expected) * (0.97 if max(expected) == 1 else 0.8)
 
 
+def test_auto_takes_the_kind_that_pays():
+    """Look-up costs less here, but hardly any of it stays where little is the same."""
+    kinds = [Kind("lookup", 2), Kind("lookup", 4), Kind("mtp")]
+    rates, free = {kinds[0]: 0.1, kinds[1]: 0.95, kinds[2]: 0.8}, {"lookup": 0.0, "mtp": 0.15}
+    depth, rng, made = Depth("auto"), random.Random(0), []
+    for i in range(1200):
+        plan = depth.next(kinds[:1] + kinds[2:] if i % 2 else kinds, 8)
+        if plan is None:
+            depth.count_plain(1.0)
+            continue
+        rate, made = rates[plan.kind], [*made, plan.kind]
+        kept = next((i for i in range(plan.depth) if rng.random() >= rate), plan.depth)
+        depth.count(plan, kept, 1 + (0.2 + free[plan.kind.source]) * plan.depth)
+    counts = [made[-600:].count(kind) / 600 for kind in kinds]
+    assert counts[0] < 0.03 and counts[1] > 0.4 and counts[2] > 0.4
+
+
 def test_auto_notices_that_a_text_begins_to_suit():
     depth = Depth("auto")
     costs = [1, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0]
     made = []
     for i in range(1500):
-        count = depth.next(0, 8)
-        if count:
+        plan = depth.next([KIND], 8)
+        count = plan.depth if plan else 0
+        if plan:
             kept = count if i > 1000 else 0
-            depth.count(0, count, kept, costs[count])
+            depth.count(plan, kept, costs[count])
         else:
             depth.count_plain(costs[0])
         made.append(count)

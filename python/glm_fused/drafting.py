@@ -17,7 +17,7 @@ from .checkpoint.paths import checkpoint_path
 from .engine_options import EngineOptions
 from .foreign import foreign
 from .generation.drafts.options import DraftOptions
-from .generation.limits import LOOKUP, MTP, OFF
+from .generation.limits import LOOKUP, MIXED, MTP, OFF
 from .loader import load
 from .models.config import ARGS_CLASSES
 from .models.decoder import Model
@@ -29,7 +29,7 @@ def draft_source(options: EngineOptions, path: Path) -> str | None:
         return None
     if options.draft_from is not None:
         return os.fspath(options.draft_from)
-    return MTP if holds_mtp(Checkpoint.open(path)) else LOOKUP
+    return MIXED if holds_mtp(Checkpoint.open(path)) else LOOKUP
 
 
 def draft_options(
@@ -40,7 +40,7 @@ def draft_options(
     Raises FileNotFoundError for a path of nothing, and ValueError, naming the path, for a model
     that does not load or has another vocabulary.
     """
-    if source in (MTP, LOOKUP):
+    if source in (MTP, LOOKUP, MIXED):
         return DraftOptions(depth, source)
     path = checkpoint_path(source)
     small, its_tokenizer = _load(path)

@@ -19,7 +19,7 @@ from .engine_options import EngineOptions
 from .generation.batch import BatchCompletion, generate_batch
 from .generation.drafts.options import DraftOptions
 from .generation.generate import Completion, OnProgress, Piece, generate, stream_generate
-from .generation.limits import MTP
+from .generation.limits import MIXED, MTP
 from .generation.options import Options, changed_options, defaults_of
 from .generation.prompts import Prompt, encode
 from .generation.tokenizer import load_tokenizer
@@ -91,7 +91,7 @@ class Engine:
             self.options.stream_options(),
             self.options.prefill_step_size,
             only_mlx_formats,
-            mtp=source == MTP,
+            mtp=source in (MTP, MIXED),
         )
         self.path: Path = opened.checkpoint.path
         self.config: dict[str, Any] = opened.config

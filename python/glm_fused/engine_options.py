@@ -53,11 +53,12 @@ class EngineOptions:
         prefill_step_size: how many tokens of a prompt the model takes at a time; None: as many as
             fit in ``memory_budget``, or in the machine's memory, up to 2,048.
         draft: how many tokens to guess ahead, 1 to 8, or "auto": as many as pay; "off" for none.
-            Whatever it is, the text does not change.
+            Whatever it is, a greedy text does not change, and a sampled one is as likely as it was;
+            with a seed it is the same every time for a number, not for "auto", which goes by time.
         draft_from: what guesses: "mtp", the checkpoint's layer for it, which is loaded then;
-            "lookup", what followed the last tokens earlier in the text; or the folder of a small
-            model of the same vocabulary, any that mlx-lm loads. None: "mtp" where the checkpoint
-            has the layer, else "lookup".
+            "lookup", what followed the last tokens earlier in the text; "mtp+lookup", each time
+            the one that pays; or the folder of a small model of the same vocabulary, any that
+            mlx-lm loads. None: "mtp+lookup" where the checkpoint has the layer, else "lookup".
 
     Raises ValueError, naming the option, for a value that it cannot have and for one that would do
     nothing.

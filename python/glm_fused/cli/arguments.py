@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..formats.kv_rows import KV_FORMATS
-from ..generation.limits import AUTO, LOOKUP, MOST_DRAFTS, MTP, OFF, Range
+from ..generation.limits import AUTO, LOOKUP, MIXED, MOST_DRAFTS, MTP, OFF, Range
 from ..memory import parse_size
 from ..streaming.options import DEFAULT_CONTEXT, POLICIES, RANGES
 from ..validation import show
@@ -139,10 +139,11 @@ def add_drafts(parser: argparse.ArgumentParser) -> None:
     help = f"guess N tokens at a time, 1 to {MOST_DRAFTS}; auto: as many as pay; off (usual): none"
     add("--draft", type=_draft, default=OFF, metavar="N|auto|off", help=help)
     help = (
-        f"what guesses: {MTP}, the model's layer for it; {LOOKUP}, the text so far; or the folder"
-        f" of a\nsmall model (default: {MTP} where the checkpoint has the layer, else {LOOKUP})"
+        f"what guesses: {MTP}, the model's layer for it; {LOOKUP}, the text so far; {MIXED}; or the"
+        f"\nfolder of a small model (default: {MIXED} where the checkpoint has the layer, else"
+        f" {LOOKUP})"
     )
-    add("--draft-from", type=path, metavar=f"{MTP}|{LOOKUP}|PATH", help=help)
+    add("--draft-from", type=path, metavar=f"{MTP}|{LOOKUP}|{MIXED}|PATH", help=help)
 
 
 def _draft(text: str) -> int | str:

@@ -18,6 +18,7 @@ from ..ops.blocks import MAX_TOKENS
 from ..streaming.experts import check_reads
 from .choice import Choice, Verdict
 from .decoding import settled
+from .drafts.depth import Plan
 from .drafts.drafter import Draft
 from .drafts.options import DraftOptions
 from .drafts.statistics import Statistics
@@ -132,15 +133,14 @@ class Batch:
         """Decode until every text is at its end."""
         while self._rows:
             began = time.perf_counter()
-            drafts, depth = self._drafts, self._next_depth()
-            kind = None if drafts is None else drafts.kind()
-            advanced = self._round(depth)
+            plan = self._next_drafts()
+            advanced = self._round(plan.depth if plan else 0)
             check_reads(self._cache)
             seconds = time.perf_counter() - began
             self.statistics.count(advanced, seconds)
-            if depth and kind is not None and self._depth is not None:
-                self.statistics.count_drafts(depth, advanced - 1)
-                self._depth.count(kind, depth, advanced - 1, seconds)
+            if plan is not None and self._depth is not None:
+                self.statistics.count_drafts(plan.kind.source, plan.depth, advanced - 1)
+                self._depth.count(plan, advanced - 1, seconds)
             elif self._depth is not None:
                 self._depth.count_plain(seconds)
             self._drop_ended()
@@ -152,13 +152,13 @@ class Batch:
             return None
         return drafts.describe() | self.statistics.describe(self._depth.plain_seconds)
 
-    def _next_depth(self) -> int:
+    def _next_drafts(self) -> Plan | None:
         if self._drafts is None or self._depth is None:
-            return 0
+            return None
         left = max(self._left + row.prompt_tokens - len(row.known) for row in self._rows)
         columns = self._model.context - self._cache[0].size()
         most = min(left, columns, MAX_TOKENS // len(self._rows)) - 1
-        return self._depth.next(self._drafts.kind(), most)
+        return self._depth.next(self._drafts.kinds(), most)
 
     def _round(self, depth: int) -> int:
         """One step with so many drafts; returns by how many columns the cache has grown."""

@@ -14,7 +14,7 @@ from ..host import settle
 from ..models.cache import trim
 from ..models.decoder import Model
 from .choice import Choice
-from .drafts.depth import Depth
+from .drafts.depth import Depth, Plan
 from .drafts.drafter import Drafter
 from .drafts.options import DraftOptions
 from .drafts.statistics import Statistics
@@ -55,9 +55,9 @@ class Drafting(NamedTuple):
         """What ``options`` ask for; None where they ask for none."""
         return None if options is None else cls(options.drafter(model), options.chooser(model))
 
-    def next(self, left: int) -> int:
-        """How many to make now, where ``left`` tokens are wanted."""
-        return self.depth.next(self.drafter.kind(), left - 1)
+    def next(self, left: int) -> Plan | None:
+        """Which drafts to make now, where ``left`` tokens are wanted; None for a plain step."""
+        return self.depth.next(self.drafter.kinds(), left - 1)
 
 
 class _Ahead(NamedTuple):
@@ -145,10 +145,10 @@ class Decoding:
     def _some(self) -> list[Step]:
         """One plain step, or one with drafts."""
         drafting = self._drafting
-        depth = 0 if drafting is None else drafting.next(self._left)
-        if depth and self._ahead is None:
-            return self._drafted(depth)
-        return self._plain(0 if depth else 1)
+        plan = None if drafting is None else drafting.next(self._left)
+        if plan is None:
+            return self._plain(1)
+        return self._plain(0) if self._ahead else self._drafted(plan)
 
     def _plain(self, ahead: int) -> list[Step]:
         """The next token; with ``ahead`` the step after it is on its way then."""
@@ -172,14 +172,14 @@ class Decoding:
             mx.async_eval(*(array for array in step if array is not None))
         return step
 
-    def _drafted(self, depth: int) -> list[Step]:
-        """The tokens of a step with so many drafts: those that are kept, and one more."""
+    def _drafted(self, plan: Plan) -> list[Step]:
+        """The tokens of a step with such drafts: those that are kept, and one more."""
         assert self._drafting is not None
-        drafter, began = self._drafting.drafter, time.perf_counter()
-        kind = drafter.kind()
-        assert kind is not None
+        (kind, depth), drafter, start = plan, self._drafting.drafter, time.perf_counter()
         with mx.stream(generation_stream):
-            draft = drafter.propose(depth, self._choice.draw)
+            mx.eval(drafter.catch_up(kind))
+            began = time.perf_counter()
+            draft = drafter.propose(kind, depth, self._choice.draw)
             known = mx.array(self._known[-1:], mx.uint32)
             logits, hidden = self._forward(mx.concatenate([known, draft.tokens])[None])
             verdict = self._choice.judge(logits[0], draft)
@@ -189,8 +189,8 @@ class Decoding:
         tokens = [*drafted[:kept], others[kept]]
         self._trim(depth - kept)
         self._extend(tokens, None if hidden is None else hidden[:, : kept + 1])
-        self.statistics.count_drafts(depth, kept)
-        self._drafting.depth.count(kind, depth, kept, time.perf_counter() - began)
+        self.statistics.count_drafts(kind.source, depth, kept)
+        self._drafting.depth.count(plan, kept, time.perf_counter() - began, began - start)
         return [Step(token, logits[0], row) for row, token in enumerate(tokens)]
 
     def _forward(self, tokens: mx.array) -> tuple[mx.array, mx.array | None]:

@@ -13,6 +13,7 @@ DEFAULT_TOKENS = 256  # how many tokens to generate, where the context has room 
 MOST_DRAFTS = 8  # tokens that are guessed at a time
 AUTO, OFF = "auto", "off"  # instead of their number
 MTP, LOOKUP = "mtp", "lookup"  # what guesses them: the model's layer for it, or the text so far
+MIXED = f"{MTP}+{LOOKUP}"  # both, of which each time the one that pays
 
 
 class Range(NamedTuple):

@@ -1,13 +1,16 @@
-"""How many tokens to draft: a fixed number, or what pays by the costs and acceptance so far."""
+"""Which tokens to draft: so many, or what pays by the costs and acceptance so far."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 from operator import mul
+from typing import NamedTuple
 
 import mlx.nn as nn
 
 from ..limits import AUTO, MOST_DRAFTS
+from .drafter import Kind
 
 DEPTHS = (1, 2, 3, 4, 6, 8)  # that `AUTO` chooses among: each is a step of its own to record
 BURST = 6  # plain steps in a row that are measured first
@@ -18,6 +21,13 @@ _LOSS = (
 )
 _WAIT = 32  # tokens at least until the next such draft
 _USUAL_COST, _USUAL_ACCEPTANCE = 0.3, 0.7  # a draft's, in plain steps, until it is measured
+
+
+class Plan(NamedTuple):
+    """Drafts to make: of which kind, and how many tokens."""
+
+    kind: Kind
+    depth: int
 
 
 class Average:
@@ -35,14 +45,15 @@ class Average:
 
 
 class Costs:
-    """What steps with each number of drafts cost, drafting included, as a multiple of plain steps.
+    """What steps with so many drafts cost, drafting included, as a multiple of plain steps.
 
-    It serves one text after the other: costs are the model's and the machine's.
+    Each source of drafts has costs of its own. They serve one text after the other: costs are the
+    model's and the machine's.
     """
 
     def __init__(self) -> None:
         self.plain: Average | None = None  # seconds
-        self._ratios: dict[int, Average | None] = {}
+        self._ratios: dict[str, dict[int, Average | None]] = {}
 
     def add_plain(self, seconds: float) -> None:
         """Count a plain step; what interrupts it counts as twice the average at most."""
@@ -51,22 +62,24 @@ class Costs:
         else:
             self.plain.add(min(seconds, 2 * self.plain.value))
 
-    def add(self, depth: int, seconds: float) -> None:
+    def add(self, source: str, depth: int, seconds: float) -> None:
         """Count a step with drafts, after a plain one.
 
         The first with so many prepares others, and is left out.
         """
         assert self.plain is not None
         ratio = seconds / self.plain.value
-        average = self._ratios.get(depth)
+        ratios = self._ratios.setdefault(source, {})
+        average = ratios.get(depth)
         if average is not None:
             average.add(min(ratio, 2 * average.value))
         else:
-            self._ratios[depth] = Average(0.2, ratio) if depth in self._ratios else None
+            ratios[depth] = Average(0.2, ratio) if depth in ratios else None
 
-    def of(self, depth: int) -> float:
+    def of(self, source: str, depth: int) -> float:
         """What a step costs; what was not seen is on a line with what was."""
-        known = {0: 1.0} | {d: average.value for d, average in self._ratios.items() if average}
+        ratios = self._ratios.get(source, {})
+        known = {0: 1.0} | {d: average.value for d, average in ratios.items() if average}
         if depth in known:
             return known[depth]
         below = max(d for d in known if d < depth)
@@ -100,12 +113,12 @@ class Acceptance:
 
 
 class Depth:
-    """Decides how many tokens to draft, one step after the other.
+    """Decides how many tokens to draft, and of which kind, one step after the other.
 
-    With a number for ``wanted`` it is always that one, after some plain steps that are measured.
-    With `AUTO` it is the one with the most expected tokens a second, 0 where plain steps have; then
-    a draft is made from time to time, so seldom that those take little time in all, since a text
-    may begin to suit.
+    With a number for ``wanted`` it is always that one, after some plain steps that are measured,
+    and the kind of which most are expected to stay. With `AUTO` number and kind are those with the
+    most expected tokens a second; none where plain steps have more. Then a draft is made from time
+    to time, so seldom that those take little time in all, since a text may begin to suit.
 
     Args:
         wanted: a number up to `MOST_DRAFTS`, or `AUTO`.
@@ -118,8 +131,8 @@ class Depth:
     ) -> None:
         self._auto = wanted == AUTO
         self._depths = [d for d in DEPTHS if d <= most] if self._auto else [min(int(wanted), most)]
-        self._kinds: dict[int, Acceptance] = {}
-        self._bests: dict[int, int] = {}  # by kind, until there is another draft
+        self._kinds: dict[Kind, Acceptance] = {}
+        self._bests: dict[Kind, tuple[float, int]] = {}  # gains and numbers, until the next draft
         self._costs = costs or Costs()
         # A fixed number makes the same steps of every text, so that a seed draws the same tokens.
         unknown = self._auto and self._costs.plain is None
@@ -131,27 +144,19 @@ class Depth:
         """What a plain step costs; None where there was none like others."""
         return None if self._costs.plain is None else self._costs.plain.value
 
-    def next(self, kind: int | None, most: int) -> int:
-        """How many tokens to draft of a ``kind``, up to ``most``; 0 for a plain step.
-
-        Drafts of kind None cannot be made.
-        """
-        if kind is None or most < 1 or self._plain:
-            return 0
+    def next(self, kinds: Sequence[Kind], most: int) -> Plan | None:
+        """Which drafts to make, up to ``most`` of one of these kinds; None for a plain step."""
+        if not kinds or most < 1 or self._plain:
+            return None
         if not self._auto:
-            return min(self._depths[0], most)
-        best = self._bests.get(kind)
-        if best == 0 and self._wait > 0:  # most steps of a text that does not suit
-            return 0
-        seen = self._kinds.setdefault(kind, Acceptance())
-        depths = [depth for depth in self._depths if depth <= most]
-        if best is None or best > most:
-            best = self._bests[kind] = self._best(seen, depths)
-        if not best:
-            return 0 if self._wait > 0 else self._informative(depths)
-        explore = seen.rounds % _EXPLORE == _EXPLORE - 1
-        deeper = [depth for depth in depths if depth > best]
-        return deeper[0] if explore and deeper else best
+            depth = min(self._depths[0], most)
+            return Plan(max(kinds, key=lambda kind: self._seen(kind).tokens(depth)), depth)
+        (gain, depth), kind = max((self._best(kind, most), kind) for kind in kinds)
+        if gain <= 1:  # most steps of a text that does not suit
+            return None if self._wait > 0 else self._informative(kinds, most)
+        explore = self._seen(kind).rounds % _EXPLORE == _EXPLORE - 1
+        deeper = [each for each in self._depths if depth < each <= most]
+        return Plan(kind, deeper[0] if explore and deeper else depth)
 
     def count_plain(self, seconds: float | None) -> None:
         """A plain step took so long; None where it was not like others."""
@@ -160,21 +165,25 @@ class Depth:
             self._plain, self._since = max(self._plain - 1, 0), 0
         self._pass(1)
 
-    def count(self, kind: int, depth: int, kept: int, seconds: float) -> None:
-        """A step with ``depth`` drafts of a ``kind``, of which it kept some, took so long."""
-        self._costs.add(depth, seconds)
+    def count(self, plan: Plan, kept: int, seconds: float, before: float = 0.0) -> None:
+        """A step with such drafts, of which it kept some, took so long.
+
+        ``before`` it, what former plain steps had left to do took seconds besides.
+        """
+        (kind, depth), seen = plan, self._seen(plan.kind)
+        self._costs.add(kind.source, depth, seconds)
         self._bests.clear()
         self._pass(1 + kept)
-        seen = self._kinds.setdefault(kind, Acceptance())
         seen.add(depth, kept)
         if not self._auto:
             return
-        cost = self._costs.of(depth)
+        cost = self._costs.of(kind.source, depth)
         pays = kept == depth and 1 + depth > cost
-        if pays or self._best(seen, self._depths):
+        if pays or self._best(kind, MOST_DRAFTS)[0] > 1:
             self._wait = 0
         else:
-            self._wait = max(_WAIT, int((cost - seen.tokens(depth)) / _LOSS))
+            left = before / (self.plain_seconds or before or 1)
+            self._wait = max(_WAIT, int((cost + left - seen.tokens(depth)) / _LOSS))
         if self._since >= BETWEEN:
             self._plain = AGAIN
 
@@ -182,15 +191,31 @@ class Depth:
         self._since += tokens
         self._wait -= tokens
 
-    def _best(self, seen: Acceptance, depths: list[int]) -> int:
-        return max((0, *depths), key=lambda depth: seen.tokens(depth) / self._costs.of(depth))
+    def _seen(self, kind: Kind) -> Acceptance:
+        return self._kinds.setdefault(kind, Acceptance())
 
-    def _informative(self, depths: list[int]) -> int:
-        """The depth that would pay most if all drafts stayed."""
-        return max(depths, key=lambda depth: (1 + depth) / self._costs.of(depth), default=0)
+    def _best(self, kind: Kind, most: int) -> tuple[float, int]:
+        """How many times as fast as plain steps those with the best number are, and the number."""
+        best = self._bests.get(kind)
+        if best is None or best[1] > most:
+            depths = [depth for depth in self._depths if depth <= most]
+            best = max(((self._gain(kind, depth), depth) for depth in depths), default=(0.0, 0))
+            self._bests[kind] = best
+        return best
+
+    def _gain(self, kind: Kind, depth: int) -> float:
+        return self._seen(kind).tokens(depth) / self._costs.of(kind.source, depth)
+
+    def _informative(self, kinds: Sequence[Kind], most: int) -> Plan | None:
+        """What would pay most if all drafts stayed, of the kind of which least is known."""
+        kind = min(kinds, key=lambda kind: self._seen(kind).rounds)
+        depths = [depth for depth in self._depths if depth <= most]
+        if not depths:
+            return None
+        return Plan(kind, max(depths, key=lambda d: (1 + d) / self._costs.of(kind.source, d)))
 
 
-def costs_of(model: nn.Module, source: str) -> Costs:
-    """The costs of a model's steps with drafts from a ``source``, which it keeps."""
-    kept: dict[str, Costs] = model.__dict__.setdefault("_draft_costs", {})
-    return kept.setdefault(source, Costs())
+def costs_of(model: nn.Module) -> Costs:
+    """The costs of a model's steps, which it keeps."""
+    kept: Costs = model.__dict__.setdefault("_draft_costs", Costs())
+    return kept

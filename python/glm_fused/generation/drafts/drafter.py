@@ -13,7 +13,8 @@ import mlx.core as mx
 # where it is the likeliest.
 Draw = Callable[[mx.array, Sequence[mx.array]], tuple[mx.array, mx.array | None]]
 
-MOST_WAITING = 256  # tokens whose hidden states are kept until there is a draft
+MOST_WAITING = 4096  # tokens whose hidden states are kept until there is a draft
+FEW_WAITING = 16  # of which a draft takes at a time; more are a matter of their own
 
 
 class Draft(NamedTuple):
@@ -24,6 +25,18 @@ class Draft(NamedTuple):
 
     tokens: mx.array
     probs: mx.array | None = None
+
+
+class Kind(NamedTuple):
+    """A kind of draft: those of one kind are counted together.
+
+    Attributes:
+        source: what makes it, on which it depends what a step with such drafts costs.
+        match: how much speaks for it, on which it depends how many stay.
+    """
+
+    source: str
+    match: int = 0
 
 
 class Drafter(ABC):
@@ -48,15 +61,19 @@ class Drafter(ABC):
         return []
 
     @abstractmethod
-    def kind(self) -> int | None:
-        """Which kind of draft there would be now, whose acceptance is counted by itself.
+    def kinds(self) -> list[Kind]:
+        """Which kinds of draft there can be now, the likeliest to stay first; maybe none."""
 
-        None where there would be none.
+    def catch_up(self, kind: Kind) -> list[Any]:
+        """Take what tokens since the last draft of a kind have left to do, if it is much.
+
+        Returns the arrays to evaluate before the next draft.
         """
+        return []
 
     @abstractmethod
-    def propose(self, depth: int, draw: Draw) -> Draft:
-        """Guess ``depth`` tokens; there is a `kind`."""
+    def propose(self, kind: Kind, depth: int, draw: Draw) -> Draft:
+        """Guess ``depth`` tokens, which is one of the `kinds` of draft that there can be."""
 
     @abstractmethod
     def extend(self, tokens: Sequence[int], hidden: mx.array | None) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from .drafter import Draft, Drafter, Draw
+from ..limits import LOOKUP
+from .drafter import Draft, Drafter, Draw, Kind
 
 LONGEST, SHORTEST = 4, 2  # tokens that have to be the same
 
@@ -34,11 +35,11 @@ class LookupDrafter(Drafter):
                     places[tuple(text[-length:])] = len(text)
             text.append(token)
 
-    def kind(self) -> int | None:
+    def kinds(self) -> list[Kind]:
         found = self._found()
-        return None if found is None else found[0]
+        return [] if found is None else [Kind(LOOKUP, found[0])]
 
-    def propose(self, depth: int, draw: Draw) -> Draft:
+    def propose(self, kind: Kind, depth: int, draw: Draw) -> Draft:
         found = self._found()
         assert found is not None
         text, at = self._text, found[1]

@@ -9,7 +9,8 @@ import mlx.core as mx
 
 from ...models.cache import trim
 from ...models.decoder import Model
-from .drafter import MOST_WAITING, Draft, Drafter, Draw
+from ..limits import MTP
+from .drafter import FEW_WAITING, MOST_WAITING, Draft, Drafter, Draw, Kind
 
 
 class MtpDrafter(Drafter):
@@ -45,14 +46,20 @@ class MtpDrafter(Drafter):
         self._tokens.extend(tokens)
         self._hidden.append(hidden)
         if len(self._tokens) > MOST_WAITING:
-            self._append()
+            self._append(len(self._tokens))
             mx.async_eval([entry.keys for entry in self._cache.caches])
 
-    def kind(self) -> int | None:
-        return 0 if self._tokens else None
+    def kinds(self) -> list[Kind]:
+        return [Kind(MTP)] if self._tokens else []
 
-    def propose(self, depth: int, draw: Draw) -> Draft:
-        logits, hidden, selection = self._append()
+    def catch_up(self, kind: Kind) -> list[Any]:
+        if len(self._tokens) <= FEW_WAITING:
+            return []
+        self._append(len(self._tokens) - 1)
+        return [self._cache.state]
+
+    def propose(self, kind: Kind, depth: int, draw: Draw) -> Draft:
+        logits, hidden, selection = self._append(len(self._tokens))
         drafts: list[mx.array] = []
         probs: list[mx.array] = []
         while True:
@@ -66,8 +73,9 @@ class MtpDrafter(Drafter):
         trim(self._cache, depth - 1)
         return Draft(mx.concatenate(drafts), mx.concatenate(probs) if probs else None)
 
-    def _append(self) -> tuple[mx.array, mx.array, mx.array | None]:
-        """What the layer gives for the tokens that had no row."""
-        tokens, hidden = mx.array([self._tokens], mx.uint32), mx.concatenate(self._hidden, axis=1)
-        self._tokens, self._hidden = [], []
-        return self._model.draft(tokens, hidden, self._cache)
+    def _append(self, count: int) -> tuple[mx.array, mx.array, mx.array | None]:
+        """What the layer gives for the first so many of the tokens that had no row."""
+        hidden = mx.concatenate(self._hidden, axis=1)
+        tokens, self._tokens = mx.array([self._tokens[:count]], mx.uint32), self._tokens[count:]
+        self._hidden = [hidden[:, count:]] if self._tokens else []
+        return self._model.draft(tokens, hidden[:, :count], self._cache)

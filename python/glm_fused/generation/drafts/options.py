@@ -11,10 +11,11 @@ import mlx.nn as nn
 from ...models.decoder import Model
 from ...streaming.model import streaming_of
 from ...validation import show
-from ..limits import AUTO, LOOKUP, MOST_DRAFTS, MTP
+from ..limits import AUTO, LOOKUP, MIXED, MOST_DRAFTS, MTP
 from .depth import Depth, costs_of
 from .drafter import Drafter
 from .lookup import LookupDrafter
+from .mixed import MixedDrafter
 from .mtp import MtpDrafter
 from .rows import EachRow, MtpRows, RowDrafts
 from .small_model import ModelDrafter
@@ -27,7 +28,8 @@ class DraftOptions:
     Attributes:
         depth: how many tokens in a step, 1 to 8, or "auto": as many as pay.
         source: what makes them: "mtp", the model's own layer for it; "lookup", what followed the
-            last tokens earlier in the text; or the path of the small ``model``.
+            last tokens earlier in the text; "mtp+lookup", whichever of the two pays; or the path of
+            the small ``model``.
         model: a model of the same vocabulary, as mlx-lm loads it.
 
     Raises ValueError, naming the option, for a value that it cannot have.
@@ -39,8 +41,8 @@ class DraftOptions:
 
     def __post_init__(self) -> None:
         check_depth(self.depth)
-        if (self.model is None) != (self.source in (MTP, LOOKUP)):
-            expected = f"{MTP!r}, {LOOKUP!r} or the path of a model that is given"
+        if (self.model is None) != (self.source in (MTP, LOOKUP, MIXED)):
+            expected = f"{MTP!r}, {LOOKUP!r}, {MIXED!r} or the path of a model that is given"
             raise ValueError(f"[drafts] source is {show(self.source)}, expected {expected}.")
 
     def drafter(self, model: Model) -> Drafter:
@@ -50,11 +52,17 @@ class DraftOptions:
         """
         if self.model is not None:
             return ModelDrafter(self.model, model.args.vocab_size)
-        return MtpDrafter(model) if self.source == MTP else LookupDrafter()
+        if self.source == LOOKUP:
+            return LookupDrafter()
+        layer = MtpDrafter(model)
+        return layer if self.source == MTP else MixedDrafter([LookupDrafter(), layer])
 
     def row_drafts(self, model: Model, padding: Sequence[int]) -> RowDrafts:
-        """As `drafter`, for texts that are padded on the left with so many columns."""
-        if self.source == MTP:
+        """As `drafter`, for texts that are padded on the left with so many columns.
+
+        Of both, the layer makes them: it drafts for all texts at once.
+        """
+        if self.source in (MTP, MIXED):
             return MtpRows(model, padding)
         return EachRow([self.drafter(model) for _ in padding])
 
@@ -64,7 +72,7 @@ class DraftOptions:
         Where experts are streamed, no more with "auto" than every layer's slots have room for the
         experts of, all tokens' choices together.
         """
-        streaming, costs = streaming_of(model), costs_of(model, self.source)
+        streaming, costs = streaming_of(model), costs_of(model)
         if self.depth != AUTO or streaming is None:
             return Depth(self.depth, costs=costs)
         tokens = streaming.tokens_at_once(model.args.num_experts_per_tok)

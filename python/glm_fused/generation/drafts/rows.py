@@ -11,7 +11,8 @@ from mlx_lm.models.cache import BatchKVCache, CacheList
 
 from ...models.cache import trim
 from ...models.decoder import Model
-from .drafter import MOST_WAITING, Drafter, Draw
+from ..limits import MTP
+from .drafter import MOST_WAITING, Drafter, Draw, Kind
 
 
 class RowDraft(NamedTuple):
@@ -42,8 +43,8 @@ class RowDrafts(ABC):
         return []
 
     @abstractmethod
-    def kind(self) -> int | None:
-        """As a `Drafter` has it, of any of the texts."""
+    def kinds(self) -> list[Kind]:
+        """As a `Drafter` has them; those of any of the texts count together."""
 
     @abstractmethod
     def propose(self, ahead: Sequence[list[int]], depth: int, draws: Sequence[Draw]) -> RowDraft:
@@ -78,19 +79,20 @@ class EachRow(RowDrafts):
         for drafter, prompt in zip(self._drafters, prompts, strict=True):
             drafter.start(prompt)
 
-    def kind(self) -> int | None:
-        kinds = [drafter.kind() for drafter in self._drafters]
-        return None if all(kind is None for kind in kinds) else 0
+    def kinds(self) -> list[Kind]:
+        kinds = [kind for drafter in self._drafters for kind in drafter.kinds()]
+        return [Kind(kinds[0].source)] if kinds else []
 
     def propose(self, ahead: Sequence[list[int]], depth: int, draws: Sequence[Draw]) -> RowDraft:
         rows, probs = [], []
         for drafter, known, draw in zip(self._drafters, ahead, draws, strict=True):
             parts, drawn_from = [mx.array(known, mx.uint32)], []
             missing = depth - len(known)
-            if missing and drafter.kind() is None:
+            kinds = drafter.kinds()
+            if missing and not kinds:
                 parts.append(mx.zeros((missing,), mx.uint32))
             elif missing:
-                draft = drafter.propose(missing, draw)
+                draft = drafter.propose(kinds[0], missing, draw)
                 parts.append(draft.tokens)
                 drawn_from = [] if draft.probs is None else [draft.probs]
             rows.append(mx.concatenate(parts))
@@ -133,8 +135,8 @@ class MtpRows(RowDrafts):
         self._model.draft(following, hidden, self._cache)
         return [self._cache.state]
 
-    def kind(self) -> int | None:
-        return 0 if self._hidden else None
+    def kinds(self) -> list[Kind]:
+        return [Kind(MTP)] if self._hidden else []
 
     def propose(self, ahead: Sequence[list[int]], depth: int, draws: Sequence[Draw]) -> RowDraft:
         logits, hidden, selection = self._append()

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-from .drafter import Draft, Drafter, Draw
+from .drafter import Draft, Drafter, Draw, Kind
 
 _CHUNK = 512  # tokens of a prompt at a time
 
@@ -36,10 +36,10 @@ class ModelDrafter(Drafter):
     def extend(self, tokens: Sequence[int], hidden: mx.array | None) -> None:
         self._tokens.extend(tokens)
 
-    def kind(self) -> int | None:
-        return 0
+    def kinds(self) -> list[Kind]:
+        return [Kind("model")]
 
-    def propose(self, depth: int, draw: Draw) -> Draft:
+    def propose(self, kind: Kind, depth: int, draw: Draw) -> Draft:
         while len(self._tokens) > _CHUNK:
             self._model(mx.array([self._tokens[:_CHUNK]]), cache=self._cache)
             mx.eval([layer.state for layer in self._cache])

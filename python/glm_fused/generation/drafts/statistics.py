@@ -7,17 +7,41 @@ from typing import Any
 from ..limits import MOST_DRAFTS
 
 
+class Counts:
+    """Counts the drafts of one source."""
+
+    def __init__(self) -> None:
+        self.rounds, self.proposed = 0, 0
+        self.reached, self.kept = [0] * MOST_DRAFTS, [0] * MOST_DRAFTS
+
+    def add(self, proposed: int, kept: int) -> None:
+        self.rounds += 1
+        self.proposed += proposed
+        for i in range(proposed):
+            self.reached[i] += i <= kept
+            self.kept[i] += i < kept
+
+    def describe(self) -> dict[str, Any]:
+        """All of it, JSON-ready, without places that no draft reached."""
+        places = MOST_DRAFTS - self.reached.count(0)
+        reached, kept = self.reached[:places], self.kept[:places]
+        return {
+            "rounds": self.rounds,
+            "proposed": self.proposed,
+            "accepted": sum(kept),
+            "reached": reached,
+            "kept": kept,
+            "acceptance": [a / b for a, b in zip(kept, reached, strict=True)],
+        }
+
+
 class Statistics:
     """Counts steps and drafts; the first token, which ends the prompt, is left out."""
 
     def __init__(self) -> None:
-        self._steps = self._rounds = self._tokens = 0
+        self._steps = self._tokens = 0
         self._seconds = 0.0
-        self._proposed, self._reached, self._kept = (
-            [0] * MOST_DRAFTS,
-            [0] * MOST_DRAFTS,
-            [0] * MOST_DRAFTS,
-        )
+        self._all, self._sources = Counts(), dict[str, Counts]()
 
     def count(self, tokens: int, seconds: float) -> None:
         """A step gave so many tokens and took so long."""
@@ -25,27 +49,21 @@ class Statistics:
         self._tokens += tokens
         self._seconds += seconds
 
-    def count_drafts(self, proposed: int, kept: int) -> None:
-        """A step had so many drafts and kept the first of them."""
-        self._rounds += 1
-        for i in range(proposed):
-            self._proposed[i] += 1
-            self._reached[i] += i <= kept
-            self._kept[i] += i < kept
+    def count_drafts(self, source: str, proposed: int, kept: int) -> None:
+        """A step had so many drafts from a source and kept the first of them."""
+        for counts in (self._all, self._sources.setdefault(source, Counts())):
+            counts.add(proposed, kept)
 
     def describe(self, plain_seconds: float | None) -> dict[str, Any]:
         """All of it, JSON-ready.
 
-        ``acceptance`` has for each position in a draft the share that stayed, of all drafts that
-        reached it; ``gain`` is how many times as fast all was as plain steps of ``plain_seconds``.
+        For each place in a draft, ``reached`` has how many drafts were made there and had all those
+        before them stay, ``kept`` how many of these stayed themselves, and ``acceptance`` their
+        share; ``gain`` is how many times as fast all was as plain steps of ``plain_seconds``.
         """
         gain = plain_seconds and self._seconds and self._tokens * plain_seconds / self._seconds
-        pairs = zip(self._kept, self._reached, strict=True)
-        return {
-            "rounds": self._rounds,
-            "proposed": sum(self._proposed),
-            "accepted": sum(self._kept),
-            "acceptance": [kept / reached for kept, reached in pairs if reached],
+        return self._all.describe() | {
+            "sources": {name: counts.describe() for name, counts in self._sources.items()},
             "tokens_per_step": self._tokens / self._steps if self._steps else None,
             "gain": gain or None,
         }
