@@ -62,14 +62,14 @@ constexpr auto kIq2SRows = nibbles_of<uint32_t, 8, 2>(::gguf::kIq2SGrid);
 constexpr auto kIq3XxsRows = nibbles_of<uint16_t, 4, 3>(::gguf::kIq3XxsGrid);
 constexpr auto kIq3SRows = nibbles_of<uint16_t, 4, 3>(::gguf::kIq3SGrid);
 
-// Twice the rows: the second half has the values that are moved down, which the
-// third bit of a nibble says.
+// Twice the rows, of nibbles 4 c + 1 for code c; the second half has the values
+// that are moved down by one step of two.
 constexpr Codebook<4096> kIq1Rows = [] {
   constexpr auto rows = nibbles_of<uint32_t, 8, 2>(::gguf::kIq1Grid);
   Codebook<4096> made{};
   for (int row = 0; row < 2048; row++) {
-    made.of[row] = rows.of[row];
-    made.of[row + 2048] = rows.of[row] | 0x44444444u;
+    made.of[row] = rows.of[row] << 2 | 0x11111111u;
+    made.of[row + 2048] = rows.of[row] << 2;
   }
   return made;
 }();
@@ -106,8 +106,7 @@ constexpr Table signed_table(Magnitude magnitude) {
 }
 
 struct Iq1Words {
-  static constexpr Table table =
-      table_of([](int i) { return 8 * ((i & 3) - 1) + (i & 4 ? -1 : 1); });
+  static constexpr Table table = table_of([](int i) { return 2 * i - 9; });
 };
 struct Iq2Words {
   static constexpr Table table = signed_table([](int i) {

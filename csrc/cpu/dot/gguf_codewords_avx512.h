@@ -115,15 +115,6 @@ GLM_INLINE U16 words_of_signs(U16 four) {
   return alternate_words(two, shift_left<9>(two));
 }
 
-// Bits of a lane's word under `mask`, and those `second` bits on, above the
-// bytes in its two words.
-template <int second>
-GLM_INLINE U16 above_bytes(U16 bytes, U16 bits, uint32_t mask) {
-  const U16 both =
-      alternate_words(shift_left<8>(bits), shift_left<24 - second>(bits));
-  return merged(both, mask << 8 | mask << 24, bytes, ~0u);
-}
-
 // LaneCodes: the columns of a lane in two words of nibbles.
 
 template <>
@@ -172,56 +163,93 @@ struct LaneCodes<Family::iq3_s> {
   }
 };
 
-// Those of a large grid: which of its rows the words of a lane are, and what
-// becomes of these.
+// Those of a large grid: which of its rows the lanes' first and second eight
+// columns are, and what becomes of the rows' words where they are looked up in
+// memory. `load` looks them up in registers: it is for a few rows.
+
+// Which of 16 bytes each word has as its upper one, and by how many bits it is
+// shifted then.
+struct UpperBytes {
+  Controls control;
+  WordTable<32> shift;
+};
+template <class Byte, class Shift>
+constexpr UpperBytes upper_bytes(Byte byte, Shift shift) {
+  return {
+      controls([=](int i) { return i % 2 == 1 ? byte(i / 2) : kNoByte; }),
+      words_for<32>(shift)};
+}
+// Bytes of an index, with what `mask` leaves of those upper ones above them.
+GLM_INLINE U16 below_upper(
+    const uint8_t* bytes,
+    const uint8_t* upper,
+    const UpperBytes& picks,
+    uint32_t mask) {
+  const U16 each = _mm512_srlv_epi16(
+      in_parts(upper, picks.control), load_words(picks.shift.of));
+  return merged(each, mask, bytes_as_words(bytes), ~0u);
+}
 
 template <>
 struct LaneCodes<Family::iq2_s> {
-  static constexpr const auto& grid = kIq2SPairs;
+  static constexpr const auto& grid = kIq2SRows;
   static GLM_INLINE U16 index(const uint8_t* half) {
-    return above_bytes<2>(bytes_as_words(half + 2), lane_nibbles(half + 66), 3);
+    static constexpr UpperBytes picks = upper_bytes(
+        [](int g) { return g / 4; }, [](int g) { return g % 4 * 2; });
+    return below_upper(half + 2, half + 66, picks, 0x03000300);
   }
-  static GLM_INLINE void finish(const uint8_t* half, U16 pairs, U16 (&w)[2]) {
-    (quads_of(pairs) | eight_signs(bytes_as_words(half + 34))).join(w);
+  static GLM_INLINE void finish(const uint8_t* half, U16 (&w)[2]) {
+    U16 signs[2];
+    eight_signs(bytes_as_words(half + 34)).join(signs);
+    unroll<2>(GLM_EACH(i) { w[i] = bits_or(w[i], signs[i]); });
+  }
+  static GLM_INLINE void load(const uint8_t* half, U16 (&w)[2]) {
+    const Quads codes = quads_of(look_up(kIq2SPairs, index(half)));
+    (codes | eight_signs(bytes_as_words(half + 34))).join(w);
   }
 };
 
-// Codes that are moved down where a bit of the lane is set.
-GLM_INLINE U16 moved_down(U16 codes, U16 bits, uint32_t mask) {
-  const U16 masked = _mm512_set1_epi32(static_cast<int>(mask));
-  const auto lanes = _mm512_test_epi32_mask(bits, masked);
-  const U16 down = _mm512_set1_epi32(0x44444444);
-  return _mm512_mask_or_epi32(codes, lanes, codes, down);
+// What kIq1Rows has at an index: the bit above those of a grid's row says
+// whether its values are moved down.
+GLM_INLINE void look_iq1_up(U16 index, U16 (&w)[2]) {
+  const auto above = _mm512_testn_epi16_mask(index, _mm512_set1_epi16(2048));
+  const U16 ones = _mm512_maskz_set1_epi16(above, 0x1111);
+  const U16 pairs = look_up(kIq1Pairs, index);
+  const Quads nibbles{
+      merged(shift_left<2>(pairs), 0xccccccccu, ones, ~0u),
+      merged(pairs, 0xccccccccu, ones, ~0u)};
+  nibbles.join(w);
 }
 template <>
 struct LaneCodes<Family::iq1_s> {
-  static constexpr const auto& grid = kIq1Pairs;
-  static GLM_INLINE U16 heads(const uint8_t* half) {
-    return each_twice(_mm256_cvtepu16_epi32(load16(half + 34)));
-  }
+  static constexpr const auto& grid = kIq1Rows;
   static GLM_INLINE U16 index(const uint8_t* half) {
-    static constexpr Numbers shift = numbers([](int l) { return l % 2 * 6; });
-    const U16 tops = _mm512_srlv_epi32(heads(half), load_numbers(shift));
-    return above_bytes<3>(bytes_as_words(half + 2), tops, 7);
+    static constexpr Controls own =
+        controls([](int i) { return i / 8 * 2 + i % 2; });
+    static constexpr auto shift =
+        words_for<32>([](int g) { return g % 4 * 3; });
+    const U16 heads = in_parts(half + 34, own);
+    const U16 rows = _mm512_srlv_epi16(heads, load_words(shift.of));
+    const U16 index =
+        merged(shift_left<8>(rows), 0x07000700, bytes_as_words(half + 2), ~0u);
+    return merged(shift_right<4>(heads), 0x08000800, index, ~0u);
   }
-  static GLM_INLINE void finish(const uint8_t* half, U16 pairs, U16 (&w)[2]) {
-    quads_of(pairs).join(w);
-    unroll<2>(GLM_EACH(i) { w[i] = moved_down(w[i], heads(half), 0x8000); });
+  static GLM_INLINE void finish(const uint8_t*, U16 (&)[2]) {}
+  static GLM_INLINE void load(const uint8_t* half, U16 (&w)[2]) {
+    look_iq1_up(index(half), w);
   }
 };
 template <>
 struct LaneCodes<Family::iq1_m> {
-  static constexpr const auto& grid = kIq1Pairs;
-  static GLM_INLINE U16 heads(const uint8_t* half) {
-    return _mm512_cvtepu8_epi32(load16(half + 32));
-  }
+  static constexpr const auto& grid = kIq1Rows;
   static GLM_INLINE U16 index(const uint8_t* half) {
-    return above_bytes<4>(bytes_as_words(half), heads(half), 7);
+    static constexpr UpperBytes picks = upper_bytes(
+        [](int g) { return g / 2; }, [](int g) { return g % 2 * 4; });
+    return below_upper(half, half + 32, picks, 0x0f000f00);
   }
-  static GLM_INLINE void finish(const uint8_t* half, U16 pairs, U16 (&w)[2]) {
-    quads_of(pairs).join(w);
-    unroll<2>(
-        GLM_EACH(i) { w[i] = moved_down(w[i], heads(half), 8 << 4 * i); });
+  static GLM_INLINE void finish(const uint8_t*, U16 (&)[2]) {}
+  static GLM_INLINE void load(const uint8_t* half, U16 (&w)[2]) {
+    look_iq1_up(index(half), w);
   }
 };
 

@@ -41,12 +41,9 @@ struct LaneScales;
 #include "cpu/dot/gguf_lane_words_avx512.h"
 #include "cpu/dot/gguf_scales_avx512.h"
 #endif
+#include "cpu/dot/gguf_values.h"
 
 namespace {
-
-// What the words of a lane's 16 columns hold: signed bytes, or bytes or nibbles
-// that are the places of values in a table.
-enum class Words : uint8_t { bytes, table, nibbles };
 
 // Calls fn(block, lane of the block, lane of the half) for the first `count`
 // lanes.
@@ -79,28 +76,6 @@ scales_by_lane(const uint8_t* half, int lanes, F16& scale, F16& bias) {
   });
   scale = load(scales);
   bias = load(biases);
-}
-
-template <Family family>
-constexpr Words words_kind() {
-  if constexpr (requires { Codewords<family>::table; }) {
-    return Words::nibbles;
-  } else if constexpr (requires { LaneCodes<family>::table; }) {
-    return Words::table;
-  } else {
-    return Words::bytes;
-  }
-}
-
-template <Family family>
-constexpr Table table_for() {
-  if constexpr (words_kind<family>() == Words::nibbles) {
-    return Codewords<family>::table;
-  } else if constexpr (words_kind<family>() == Words::table) {
-    return LaneCodes<family>::table;
-  } else {
-    return {};
-  }
 }
 
 // Half a block, 256 columns: a super-block, or eight blocks of 32.
@@ -175,9 +150,7 @@ struct BlockWords {
 
   GLM_INLINE void load(const uint8_t* half) {
     using Codes = LaneCodes<family>;
-    if constexpr (requires { Codes::grid; }) {
-      Codes::finish(half, look_up(Codes::grid, Codes::index(half)), w);
-    } else if constexpr (requires { Codes::load(half, w); }) {
+    if constexpr (requires { Codes::load(half, w); }) {
       Codes::load(half, w);
     } else if constexpr (words_kind<family>() == Words::nibbles) {
       alignas(64) HalfWords each;
@@ -207,21 +180,14 @@ class GgufBlocks {
   }
   template <int p>
   GLM_INLINE F16 decode(const Words& words) const {
-    if constexpr (kKind == ::Words::nibbles) {
-      return table_(shift_right<4 * (p % 8)>(words.w[p / 8]));
-    } else if constexpr (kKind == ::Words::table) {
-      return table_(shift_right<8 * (p % 4)>(words.w[p / 4]));
-    } else {
-      const U16 top = shift_left<24 - 8 * (p % 4)>(words.w[p / 4]);
-      return to_float(shift_right_signed<24>(top));
-    }
+    constexpr int bits = kKind == ::Words::nibbles ? 4 : 8, each = 32 / bits;
+    return values_.template at<bits*(p % each)>(words.w[p / each]);
   }
 
  private:
   static constexpr auto kKind = words_kind<family>();
-  static constexpr Table kTable = table_for<family>();
 
-  const Table16 table_{kTable.of};
+  const Values<family> values_{};
 };
 
 }  // namespace

@@ -40,6 +40,24 @@ GLM_INLINE U16 load_numbers(const Numbers& n) {
   return _mm512_loadu_si512(n.of);
 }
 
+// Which of 16 bytes each byte of a register is, or none.
+struct Controls {
+  alignas(64) uint8_t of[4 * kHalf];
+};
+constexpr int kNoByte = 0x80;
+template <class Fn>
+constexpr Controls controls(Fn fn) {
+  Controls made{};
+  for (int i = 0; i < 4 * kHalf; i++) {
+    made.of[i] = static_cast<uint8_t>(fn(i));
+  }
+  return made;
+}
+GLM_INLINE U16 in_parts(const uint8_t* sixteen, const Controls& c) {
+  const U16 four = _mm512_broadcast_i32x4(load16(sixteen));
+  return _mm512_shuffle_epi8(four, load_words(c.of));
+}
+
 // Where the 16 bytes of each lane begin, as a word of two registers, and by how
 // many bits its words are rotated.
 struct LanePlaces {
@@ -106,29 +124,58 @@ GLM_INLINE U16 load32(const uint8_t* p) {
       _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
-// LaneCodes: signed bytes, or with a table bytes of which the low four bits are
-// the place of a value in it.
+// Values of codes that count from `least` on, in steps of 2^log2_step; of those
+// that are signed the highest bit is flipped first.
+struct Counts {
+  int bits, least;
+  int log2_step = 0;
+  bool is_signed = false;
+};
 
-template <int stride, int head>
+// LaneCodes: bytes, signed ones where nothing else is said; with `counts` their
+// lowest bits are such codes, with `table` the low four are the place of a
+// value in it.
+
+// The nibbles of four blocks, of which each ends with 16 bytes of them.
+template <int bytes>
+GLM_INLINE U16 four_blocks(const uint8_t* block) {
+  if constexpr (bytes == 18) {  // words of 16 bits, in two registers
+    static constexpr auto places = [] {
+      struct {
+        alignas(64) uint16_t of[2 * kHalf];
+      } made{};
+      for (int i = 0; i < 2 * kHalf; i++) {
+        const int word = i / 8 * 9 + 1 + i % 8;
+        made.of[i] = static_cast<uint16_t>(word < 32 ? word : word + 32 - 4);
+      }
+      return made;
+    }();
+    return _mm512_permutex2var_epi16(
+        load_words(block), load_words(places.of), load_words(block + 8));
+  } else {
+    return load_parts<bytes>(block + bytes - 16);
+  }
+}
+template <int bytes>
 struct SplitBlocks {
   static GLM_INLINE void load(const uint8_t* half, U16 (&w)[4]) {
-    const U16 a = load_parts<stride>(half + head);
-    const U16 b = load_parts<stride>(half + head + 4 * stride);
+    const U16 a = four_blocks<bytes>(half);
+    const U16 b = four_blocks<bytes>(half + 4 * bytes);
     unroll<4>(GLM_EACH(i) { w[i] = word_of_lanes(kSplitNibbles, i, a, b); });
   }
 };
 
 template <>
-struct LaneCodes<Family::q4_0> : SplitBlocks<18, 2> {
+struct LaneCodes<Family::q4_0> : SplitBlocks<18> {
   static constexpr Table table = table_of([](int i) { return i - 8; });
 };
 template <>
-struct LaneCodes<Family::iq4_nl> : SplitBlocks<18, 2> {
+struct LaneCodes<Family::iq4_nl> : SplitBlocks<18> {
   static constexpr Table table =
       table_of([](int i) { return ::gguf::kIq4Values[i]; });
 };
 template <>
-struct LaneCodes<Family::ggml_mxfp4> : SplitBlocks<17, 1> {
+struct LaneCodes<Family::ggml_mxfp4> : SplitBlocks<17> {
   static constexpr Table table =
       table_of([](int i) { return ::gguf::kMxfp4Values[i]; });
 };
@@ -173,21 +220,23 @@ struct LaneCodes<Family::q3_k> {
 
 template <>
 struct LaneCodes<Family::q8_0> {
+  static constexpr Counts counts{8, -128, 0, true};
   static GLM_INLINE void load(const uint8_t* half, U16 (&w)[4]) {
     U16 rows[4];
     unroll<4>(GLM_EACH(i) {
       const uint8_t* p = half + 68 * i + 2;
-      rows[i] =
-          parts(load16(p), load16(p + 16), load16(p + 34), load16(p + 50));
+      const auto* next = reinterpret_cast<const __m256i*>(p + 34);
+      rows[i] = _mm512_inserti64x4(load32(p), _mm256_loadu_si256(next), 1);
     });
     quads_of(rows, w);
   }
 };
 template <>
 struct LaneCodes<Family::q5_0> {
+  static constexpr Counts counts{5, -16};
   static GLM_INLINE void load(const uint8_t* half, U16 (&w)[4]) {
     U16 low[4];
-    SplitBlocks<22, 6>::load(half, low);
+    SplitBlocks<22>::load(half, low);
     uint32_t tops[8];
     unroll<8>(GLM_EACH(i) { memcpy(&tops[i], half + 22 * i + 2, 4); });
     const U16 bits = _mm512_srlv_epi32(
@@ -198,13 +247,13 @@ struct LaneCodes<Family::q5_0> {
       const U16 four = bits_and(shift_right<4 * i>(bits), 15);
       const U16 spread =
           _mm512_mullo_epi32(four, _mm512_set1_epi32(0x00204081 << 4));
-      const U16 code = merged(low[i], 0x0f0f0f0fu, spread, 0x10101010u);
-      w[i] = _mm512_sub_epi8(code, _mm512_set1_epi8(16));
+      w[i] = merged(low[i], 0x0f0f0f0fu, spread, 0x10101010u);
     });
   }
 };
 template <>
 struct LaneCodes<Family::q5_k> {
+  static constexpr Counts counts{5, 0};
   static GLM_INLINE void load(const uint8_t* half, U16 (&w)[4]) {
     const U16 high = load32(half + 16);
     const U16 a = load_words(half + 48), b = load_words(half + 112);
@@ -219,16 +268,16 @@ struct LaneCodes<Family::q5_k> {
 };
 template <>
 struct LaneCodes<Family::q6_k> {
+  static constexpr Counts counts{6, -32};
   static GLM_INLINE void load(const uint8_t* half, U16 (&w)[4]) {
     const U16 a = load_words(half), b = load_words(half + 64);
     const U16 high = load_words(half + 128);
     unroll<4>(GLM_EACH(i) {
-      const U16 code = merged(
+      w[i] = merged(
           word_of_lanes(kWideNibbles, i, a, b),
           0x0f0f0f0fu,
           word_of_lanes(kTwoBits<4>, i, high),
           0x30303030u);
-      w[i] = _mm512_sub_epi8(code, _mm512_set1_epi8(32));
     });
   }
 };

@@ -30,8 +30,12 @@ class LookedUpRows {
   using Codes = LaneCodes<family>;
   static constexpr int kEach = 4, kFoundAhead = 2;
   static constexpr ptrdiff_t kBytes = Blocks::kHalfBytes;
-  struct alignas(64) Words {
+  struct alignas(64) Indices {
     uint16_t of[kWordsPerHalf];
+  };
+  // Of the first and of the second eight columns of each lane.
+  struct alignas(64) Words {
+    uint32_t of[2][kHalf];
   };
   using Sums = F16[kEach][1];
 
@@ -92,7 +96,9 @@ class LookedUpRows {
     unroll<kEach>(GLM_EACH(r) {
       const uint8_t* half = rows.weight + hb * kBytes + r * rows.weight_stride;
       prefetch(half + ahead, kBytes);
-      Codes::finish(half, load_words(found[r].of), block.words[r].w);
+      U16(&w)[2] = block.words[r].w;
+      unroll<2>(GLM_EACH(i) { w[i] = load_words(found[r].of[i]); });
+      Codes::finish(half, w);
       block.acc[r][0] = zero();
     });
     for_each_constant<Blocks::kTerms>(GLM_EACH(p) {
@@ -109,23 +115,34 @@ class LookedUpRows {
     const auto stride = static_cast<ptrdiff_t>(tile_.row_bytes);
     unroll<kEach>(GLM_EACH(r) {
       _mm512_store_si512(indices_[r].of, Codes::index(half + r * stride));
+      // A compiler would take them from the register, one by one.
+      __asm__("" : "+m"(indices_[r]));
     });
   }
-  // The p-th of the 16 pairs of words of each row.
+  static GLM_INLINE uint32_t row_of_grid(uint32_t index) {
+    uint32_t word = Codes::grid.of[index];
+    // A compiler would gather several in a register.
+    __asm__("" : "+r"(word));
+    return word;
+  }
+  // Both words of a sixteenth of the lanes, whose indices are loaded at once:
+  // a core does three loads and stores a cycle, but six instructions.
   template <int p>
   GLM_INLINE void look_up(Words (&found)[kEach]) {
-    unroll<kEach>(GLM_EACH(r) {
-      unroll<2>(GLM_EACH(i) {
-        uint32_t word = Codes::grid.of[indices_[r].of[2 * p + i]];
-        // A compiler would gather several in a register.
-        __asm__("" : "+r"(word));
-        found[r].of[2 * p + i] = static_cast<uint16_t>(word);
-      });
+    constexpr int row = p / 4, first = p % 4 * 4;
+    unroll<4>(GLM_EACH(i) {
+      const int lane = first + i;
+      uint32_t both;
+      memcpy(&both, indices_[row].of + 2 * lane, sizeof(both));
+      __asm__("" : "+r"(both));
+      found[row].of[0][lane] = row_of_grid(both & 0xffff);
+      found[row].of[1][lane] = row_of_grid(both >> 16);
     });
   }
 
   Tile<Blocks> tile_;
-  Words indices_[kEach], found_[kFoundAhead][kEach];
+  Indices indices_[kEach];
+  Words found_[kFoundAhead][kEach];
   int turn_ = 0;
 };
 

@@ -50,17 +50,14 @@ GLM_INLINE __m128i load4(const uint8_t* p) {
 template <int stride>
 struct EightHalves {
   static GLM_INLINE void load(const uint8_t* half, F16& scale, F16&) {
-    uint16_t each[8];
-    unroll<8>(GLM_EACH(i) { memcpy(&each[i], half + stride * i, 2); });
-    const __m128i all = _mm_setr_epi16(
-        static_cast<int16_t>(each[0]),
-        static_cast<int16_t>(each[1]),
-        static_cast<int16_t>(each[2]),
-        static_cast<int16_t>(each[3]),
-        static_cast<int16_t>(each[4]),
-        static_cast<int16_t>(each[5]),
-        static_cast<int16_t>(each[6]),
-        static_cast<int16_t>(each[7]));
+    // Put together by integer units, which have less to do.
+    uint64_t four[2] = {};
+    for_each_constant<8>(GLM_EACH(i) {
+      const uint64_t one = ::gguf::two_bytes(half + stride * i);
+      four[i / 4] |= one << 16 * (i % 4);
+    });
+    const __m128i all = _mm_set_epi64x(
+        static_cast<int64_t>(four[1]), static_cast<int64_t>(four[0]));
     scale = each_twice(_mm256_cvtph_ps(all));
   }
 };
@@ -75,9 +72,11 @@ struct LaneScales<Family::iq4_nl> : EightHalves<18> {};
 template <>
 struct LaneScales<Family::ggml_mxfp4> {
   static GLM_INLINE void load(const uint8_t* half, F16& scale, F16&) {
-    const auto at = [&](int i) { return static_cast<int>(half[17 * i]); };
-    const __m256i e = _mm256_setr_epi32(
-        at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7));
+    uint64_t eight = 0;
+    for_each_constant<8>(
+        GLM_EACH(i) { eight |= uint64_t{half[17 * i]} << 8 * i; });
+    const __m256i e =
+        _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(eight)));
     const __m256i one = _mm256_set1_epi32(1);
     const __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, one), 23);
     const __m256i tiny = _mm256_sllv_epi32(_mm256_set1_epi32(0x200000), e);
@@ -113,30 +112,36 @@ struct LaneScales<Family::q3_k> {
   }
 };
 
-// Six bits of a scale and of a minimum for a pair of lanes.
+// Six bits of a scale and of a minimum for a pair of lanes: both are made in
+// one register, the minima in its upper half.
 struct PairedScales {
   static GLM_INLINE void load(const uint8_t* half, F16& scale, F16& bias) {
-    static constexpr Picks scales = picks(
-        [](int l) { return l < 8 ? 4 + l / 2 : 8 + l / 2; },
-        [](int) { return 0; },
-        [](int l) { return l < 8 ? 63 : 15; });
-    static constexpr Picks minima = picks(
-        [](int l) { return 8 + l / 2; },
-        [](int l) { return l < 8 ? 0 : 4; },
-        [](int l) { return l < 8 ? 63 : 15; });
-    static constexpr Picks scale_tops = picks(
-        [](int l) { return l / 2; },
-        [](int) { return 2; },
-        [](int l) { return l < 8 ? 0 : 48; });
-    static constexpr Picks minimum_tops = picks(
-        [](int l) { return 4 + l / 2; },
-        [](int) { return 2; },
-        [](int l) { return l < 8 ? 0 : 48; });
-    const __m128i bytes = load16(half);
-    const U16 s = bits_or(picked(bytes, scales), picked(bytes, scale_tops));
-    const U16 m = bits_or(picked(bytes, minima), picked(bytes, minimum_tops));
-    scale = mul(splat_half(half), to_float(s));
-    bias = negative(mul(splat_half(half + 2), to_float(m)));
+    // A byte with the lower bits and, of the last four of eight, one whose
+    // highest two are the upper bits.
+    static constexpr Controls bytes = controls([](int b) {
+      const int l = b / 4, i = l % 8, first = l / 8 * 4;
+      return b % 4 == 0          ? (i < 4 ? 4 + first + i : 8 + i)
+          : b % 4 == 1 && i >= 4 ? first + i
+                                 : kNoByte;
+    });
+    static constexpr Numbers shift =
+        numbers([](int l) { return l < 12 ? 0 : 4; });
+    static constexpr Numbers mask =
+        numbers([](int l) { return l % 8 < 4 ? 63 : 15; });
+    static constexpr Numbers factor = numbers([](int l) { return l / 8; });
+    static constexpr Numbers minima = numbers([](int l) { return 8 + l / 2; });
+    const U16 each = in_parts(half, bytes);
+    const U16 low = _mm512_and_si512(
+        _mm512_srlv_epi32(each, load_numbers(shift)), load_numbers(mask));
+    const U16 bits = merged(shift_right<10>(each), 48, low, ~0u);
+    const __m128 halves = _mm_xor_ps(
+        _mm_cvtph_ps(load4(half)), _mm_setr_ps(0.0f, -0.0f, 0.0f, 0.0f));
+    const F16 both =
+        mul(_mm512_permutexvar_ps(
+                load_numbers(factor), _mm512_castps128_ps512(halves)),
+            to_float(bits));
+    scale = _mm512_permutexvar_ps(load_numbers(kPairs), both);
+    bias = _mm512_permutexvar_ps(load_numbers(minima), both);
   }
 };
 template <>
@@ -151,10 +156,11 @@ struct LaneScales<Family::q6_k> {
   }
 };
 
-// d * (2 bits + 1) / 8.
+// d * (2 bits + 1) / 8 for the lowest three bits; its second product is exact.
 GLM_INLINE F16 iq1_scale(F16 d, U16 bits) {
-  const U16 odd = add_words(shift_left<1>(bits_and(bits, 7)), 1);
-  return mul(mul(d, to_float(odd)), splat(0.125f));
+  static constexpr Table eighths =
+      table_of([](int i) { return static_cast<float>(2 * (i & 7) + 1) / 8; });
+  return mul(d, Table16(eighths.of)(bits));
 }
 template <>
 struct LaneScales<Family::iq1_s> {
@@ -166,15 +172,15 @@ struct LaneScales<Family::iq1_s> {
 template <>
 struct LaneScales<Family::iq1_m> {
   static GLM_INLINE void load(const uint8_t* half, F16& scale, F16&) {
-    static constexpr Numbers word = numbers([](int l) { return l / 4; });
+    static constexpr Controls word = controls(
+        [](int i) { return i % 4 < 2 ? i / 16 * 2 + i % 2 : kNoByte; });
     static constexpr Numbers shift = numbers([](int l) { return l % 4 * 3; });
     uint64_t v;
     memcpy(&v, half + 48, 8);
     const uint64_t d = (v >> 12 & 0xf) | (v >> 24 & 0xf0) | (v >> 36 & 0xf00) |
         (v >> 48 & 0xf000);
-    const U16 words = _mm512_permutexvar_epi32(
-        load_numbers(word),
-        _mm512_cvtepu16_epi32(_mm256_set1_epi64x(static_cast<int64_t>(v))));
+    const U16 words = _mm512_shuffle_epi8(
+        _mm512_set1_epi64(static_cast<int64_t>(v)), load_words(word.of));
     scale = iq1_scale(
         splat_half(static_cast<uint32_t>(d)),
         _mm512_srlv_epi32(words, load_numbers(shift)));
