@@ -57,9 +57,9 @@ COLUMNS = {
 }
 GGML_COLUMNS = {"llama.cpp": "", "their us": ".0f", "x llama.cpp": ".2f"}
 
-# The cycles that the vector pipes of a Zen 4 and of a Zen 5 core take at the least for 16 weights
-# where one vector meets whole rows: kernel_cycles.py counts them in the inner loops that GCC 12
-# makes, and says what takes which pipe. Floats wait for memory.
+# The cycles that a Zen 4 and a Zen 5 core take at the least for 16 weights where one vector meets
+# whole rows: kernel_cycles.py counts them in the inner loops that GCC 12 makes, and says what takes
+# which pipe. Floats wait for memory.
 CYCLES = {
     "avx512": {
         "affine2": (1.59, 0.80),
@@ -68,9 +68,27 @@ CYCLES = {
         "affine5": (2.60, 1.30),
         "affine6": (2.75, 1.38),
         "affine8": (2.31, 1.16),
+        "ggml-mxfp4": (2.15, 0.91),
+        "iq1_m": (2.24, 1.68),
+        "iq1_s": (2.11, 1.59),
+        "iq2_s": (2.21, 1.65),
+        "iq2_xs": (2.48, 1.13),
+        "iq2_xxs": (2.42, 1.07),
+        "iq3_s": (2.81, 1.34),
+        "iq3_xxs": (2.50, 1.11),
+        "iq4_nl": (2.00, 0.79),
+        "iq4_xs": (2.10, 0.88),
         "mxfp4": (1.79, 0.88),
         "mxfp8": (3.19, 1.59),
         "nvfp4": (1.88, 0.94),
+        "q2_k": (2.08, 0.90),
+        "q3_k": (2.50, 1.17),
+        "q4_0": (1.83, 0.85),
+        "q4_k": (2.04, 0.99),
+        "q5_0": (3.37, 1.79),
+        "q5_k": (2.82, 1.43),
+        "q6_k": (2.54, 1.28),
+        "q8_0": (2.10, 1.07),
     },
     "avx2": {
         "affine2": (1.84, 1.84),

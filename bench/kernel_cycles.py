@@ -1,4 +1,4 @@
-"""Counts the cycles that a Zen core's vector pipes take for the kernels of one token's products.
+"""Counts the cycles that a Zen core takes at the least for the kernels of one token's products.
 
     python bench/kernel_cycles.py build/cp311-cp311-linux_x86_64
 
@@ -12,9 +12,9 @@ some of them:
 - Zen 5's are of 512; two take multiply-adds, two conversions, additions and shifts, and two the
   permutes that look bytes or words up (unpacking and `vshufps` take any).
 
-Loads, stores and copies are not counted. A processor chooses pipes without looking ahead, so that
-kernels take 1.1 to 1.3 times as long on Zen 5 even where their weights lie in a cache. It needs
-objdump.
+Besides, a cycle begins six instructions on Zen 4 and eight on Zen 5, and three and four loads and
+stores; copies count as instructions alone. A processor chooses pipes without looking ahead, so that
+kernels take 1.1 to 1.4 times as long even where their weights lie in a cache. It needs objdump.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ VALUES = {  # the columns of a lane, and the decode that has them
     "nvfp4": (16, "Fp4<true, (anonymous namespace)::E4M3, false>"),
 }
 BFLOAT16 = "(glm_fused::FloatType)2"
+# GGUF's formats are families, numbered in this order from 4 on.
+GGUF = Path(__file__).parents[1] / "csrc/formats/gguf_formats.h"
+GGUF_VALUES, LOOKED_UP_ROWS = 16, 4
 MULTIPLY = re.compile(r"vf?n?m(add|ul|sub)\w*p[sd]$")
 SHIFT = re.compile(r"vp(s[rl][la]|ro)")
 LOOK_UP = re.compile(r"vpshufb|vp?perm|vpack|vpmov[sz]x|vinsert|vextract|vp?align")
@@ -75,8 +78,9 @@ def inner_loop(instructions: list[Instruction]) -> list[Instruction]:
 
 def cycles(loop: list[Instruction], weights: int) -> tuple[float, float]:
     """Those of 16 weights at the least, on Zen 4 and on Zen 5."""
-    shared = three = all_five = multiply = late = look_up = 0
+    shared = three = all_five = multiply = late = look_up = memory = 0
     for _, mnemonic, operands in loop:
+        memory += "(" in operands and mnemonic != "lea"
         if not mnemonic.startswith("v") or COPY.match(mnemonic):
             continue
         width = 2 if "%zmm" in operands else 1
@@ -89,25 +93,46 @@ def cycles(loop: list[Instruction], weights: int) -> tuple[float, float]:
         late += bool(shifts or CONVERT_OR_ADD.match(mnemonic))
         look_up += bool(looks_up)
     sixteens = weights / 16
-    zen4 = max(shared / 4, three / 3)
-    zen5 = max(all_five / 4, max(multiply, late, look_up) / 2)
+    zen4 = max(shared / 4, three / 3, len(loop) / 6, memory / 3)
+    zen5 = max(all_five / 4, max(multiply, late, look_up) / 2, len(loop) / 8, memory / 4)
     return zen4 / sixteens, zen5 / sixteens
 
 
+def patterns() -> Iterator[tuple[str, int, str]]:
+    """Formats, the columns of a lane, and what a kernel's name has in it, with its rows."""
+    anonymous = r"\(anonymous namespace\)::"
+
+    def one_vector(decode: str, reading: int) -> str:
+        return (
+            rf"Tile<{anonymous}{decode} >::one_vector<(\d), {anonymous}"
+            rf"InPlace<{reading}, {re.escape(BFLOAT16)}>, {anonymous}Constant<1> >\("
+        )
+
+    for fmt, (values, decode) in VALUES.items():
+        reading = 16 if fmt == "nvfp4" else 4 if fmt == "mxfp8" else 8
+        yield fmt, values, one_vector(re.escape(decode), reading)
+    names = re.findall(r'each\([\s\\]*\w+, \w+, "([\w-]+)"', GGUF.read_text())
+    for number, fmt in enumerate(names, 4):
+        family = rf"\(glm_fused::Family\){number}>"
+        yield fmt, GGUF_VALUES, one_vector(rf"GgufBlocks<{family}", 0)
+        yield fmt, GGUF_VALUES, rf"LookedUpRows<{family}::rows\(\)()"
+
+
 def count(objects: Path, name: str) -> dict[str, tuple[float, float]]:
-    """The cycles of every format with the kernels of one instruction set."""
-    path = next(objects.rglob(f"dot_kernels_{name}.cpp.o"))
-    command = ["objdump", "-dC", "--no-show-raw-insn", path]
+    """The cycles of every format that has vector kernels with one instruction set."""
+    kinds = ("dot", "gguf") if name == "avx512" else ("dot",)
+    paths = [next(objects.rglob(f"{kind}_kernels_{name}.cpp.o")) for kind in kinds]
+    command = ["objdump", "-dC", "--no-show-raw-insn", *paths]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {}
     for function, instructions in functions(listing):
-        for fmt, (values, decode) in VALUES.items():
-            head = re.escape(f"Tile<(anonymous namespace)::{decode} >::one_vector<")
-            reading = 16 if fmt == "nvfp4" else 4 if fmt == "mxfp8" else 8
-            tail = f"InPlace<{reading}, {BFLOAT16}>, (anonymous namespace)::Constant<1> >("
-            pattern = rf"{head}(\d), \(anonymous namespace\)::{re.escape(tail)}"
+        for fmt, values, pattern in patterns():
             if m := re.search(pattern, function):
-                found[fmt] = cycles(inner_loop(instructions), 2 * int(m[1]) * 16 * values)
+                rows = int(m[1] or LOOKED_UP_ROWS)
+                fewest = cycles(inner_loop(instructions), 2 * rows * 16 * values)
+                # A grid's words are looked up where there are rows enough.
+                if m[1] == "" or fmt not in found:
+                    found[fmt] = fewest
     return found
 
 
