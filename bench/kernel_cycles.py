@@ -14,7 +14,8 @@ some of them:
 
 Besides, a cycle begins six instructions on Zen 4 and eight on Zen 5, and three and four loads and
 stores; copies count as instructions alone. A processor chooses pipes without looking ahead, so that
-kernels take 1.1 to 1.4 times as long even where their weights lie in a cache. It needs objdump.
+kernels take 1.1 to 1.3 times as long on Zen 5 even where their weights lie in a cache. It needs
+objdump.
 """
 
 from __future__ import annotations
