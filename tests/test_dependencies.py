@@ -30,6 +30,7 @@ ORDER = (
     ("conversion",),
     ("profiling",),
     ("measuring",),
+    ("serve",),
     ("cli",),
     ("__main__", "mlx_lm.__main__"),
 )

@@ -1,0 +1,86 @@
+"""What a scheduler of generations is asked for, and what it answers with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+from .options import Options
+
+
+class Constraint(Protocol):
+    """Which tokens may follow, such as those that a grammar allows; one for each request."""
+
+    def allowed(self) -> mx.array:
+        """Booleans [vocabulary]: the tokens that may come next; at least one of them is true."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """The text goes on with this token, which was allowed."""
+        ...
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A text to continue.
+
+    Attributes:
+        tokens: the prompt's, checked by `glm_fused.generation.prompts.encode`.
+        options: how to generate. Sampling with a seed draws what it draws alone, whatever else is
+            generated at the same time.
+        top_logprobs: how many of the likeliest tokens each token's event lists with their
+            log-probabilities, before sampling shapes them; None: no log-probabilities at all.
+        constraint: which tokens may follow; None: all.
+    """
+
+    tokens: Sequence[int]
+    options: Options
+    top_logprobs: int | None = None
+    constraint: Constraint | None = None
+
+
+@dataclass(frozen=True)
+class PromptProgress:
+    """How many of the prompt's tokens have been taken, of which ``cached`` needed no work."""
+
+    done: int
+    total: int
+    cached: int
+
+
+@dataclass(frozen=True)
+class GeneratedToken:
+    """One more token.
+
+    ``text`` is what is ready to be shown, possibly none. ``finish_reason`` is "stop" or "length" in
+    the last event of a request and None before. ``logprob`` and ``top`` (tokens with their
+    log-probabilities, the likeliest first) are there where the request asks for them.
+    """
+
+    token: int
+    text: str
+    finish_reason: str | None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The request ended with an error: the last event of a request."""
+
+    error: Exception
+
+
+Event = PromptProgress | GeneratedToken | Failure
+OnEvent = Callable[[Event], None]
+
+
+class Ticket(Protocol):
+    """A request that was taken."""
+
+    def cancel(self) -> None:
+        """End it where it is, and give its memory back; no event follows once this is done."""
+        ...

@@ -1,0 +1,1 @@
+"""Serves a model over HTTP: `glm-fused serve`."""
