@@ -10,6 +10,7 @@ VARIABLES = {
     "GLM_FUSED_DEBUG": "say which path each layer takes, and show tracebacks",
     "GLM_FUSED_NUM_THREADS": "threads of the CPU kernels (default: every processor)",
     "GLM_FUSED_KERNELS": "avx512, avx2 or portable, in place of the best one",
+    "GLM_FUSED_API_KEY": "what clients of glm-fused serve have to know",
     "GLM_FUSED_METAL_TILES": "rows,gate_up,down,router: for tuning",
 }
 FALSY = {"", "0", "false", "off", "no"}

@@ -15,6 +15,11 @@ from ..validation import show
 from . import chat
 from .limits import DEFAULT_TOKENS
 
+
+class ContextExceeded(ValueError):
+    """A prompt, or it and what is to follow, has more tokens than there is room for."""
+
+
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]] | mx.array
 
 
@@ -39,7 +44,7 @@ def encode(
         tokens = _listed(prompt, model.args.vocab_size)
     limit = model.context
     if not 0 < len(tokens) < limit:
-        raise ValueError(
+        raise (ContextExceeded if tokens else ValueError)(
             f"[prompt] the prompt is {len(tokens)} tokens, expected 1 to {limit - 1}"
             f"{_limited_by(model)}."
         )
@@ -61,7 +66,7 @@ def room(model: Model, prompt_tokens: int, max_tokens: int | None) -> int:
     if max_tokens is None:
         return min(DEFAULT_TOKENS, left)
     if max_tokens > left:
-        raise ValueError(
+        raise ContextExceeded(
             f"[prompt] {prompt_tokens} prompt tokens and {max_tokens} more (max_tokens) exceed the"
             f" context of {model.context} tokens{_limited_by(model)}; at most {left} more fit."
         )

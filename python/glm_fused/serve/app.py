@@ -1,0 +1,64 @@
+"""The application that `glm-fused serve` runs: all routes, and what each request passes first."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+
+from ..engine import Engine
+from ..generation.scheduler import Scheduler
+from . import models, openai_chat, openai_completions, status
+from .errors import ApiError, Errors, on_error
+from .log import Log
+from .security import Guard
+from .service import Service
+from .settings import Settings
+
+APIS = (status, models, openai_chat, openai_completions)
+
+
+def create_app(engine: Engine, settings: Settings) -> Starlette:
+    """An application that serves ``engine``, which stays open until the application has ended.
+
+    The application's ``state.service`` is its `Service`. Its scheduler ends with its lifespan.
+    """
+    limits = {"max_batch": settings.max_batch, "max_queue": settings.max_queue}
+    service = Service(engine, settings, Scheduler(engine, **limits))
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(service.close)  # which waits for the step that is running
+
+    handled = (ApiError, HTTPException, ClientDisconnect)
+    app = Starlette(
+        routes=[route for api in APIS for route in api.routes(service)],
+        middleware=_middleware(service, settings),
+        exception_handlers=dict.fromkeys(handled, on_error),
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.service = service
+    return app
+
+
+def _middleware(service: Service, settings: Settings) -> list[Middleware]:
+    """From the outermost in: the log sees every request, CORS lets pages read errors too."""
+    found = [Middleware(Log, metrics=service.metrics)]
+    if settings.cors_origins:
+        origins, every = list(settings.cors_origins), ["*"]
+        found.append(
+            Middleware(
+                CORSMiddleware, allow_origins=origins, allow_methods=every, allow_headers=every
+            )
+        )
+    return [*found, Middleware(Guard, settings=settings), Middleware(Errors)]

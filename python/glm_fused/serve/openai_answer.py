@@ -1,0 +1,118 @@
+"""One answer of chat/completions, made of what the model's tokens turn out to be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..generation.requests import GeneratedToken
+from .conversation import Delta, Parser, Reasoning, Text, ToolArguments, ToolCallStart
+from .logprobs import TokenNames
+from .running import Usage
+
+
+class ChatAnswer:
+    """Turns tokens into pieces of an answer, and puts these together.
+
+    Attributes:
+        ended: whether the answer is at its end, which a second call is where ``parallel`` is false.
+        reasoning_tokens: how many tokens gave reasoning.
+
+    Args:
+        parser: of this answer.
+        parallel: whether an answer may have several calls of tools.
+        names: of tokens, where their log-probabilities are wanted.
+    """
+
+    def __init__(self, parser: Parser, parallel: bool, names: TokenNames | None):
+        self._parser, self._parallel, self._names = parser, parallel, names
+        self._reasoning, self._text = list[str](), list[str]()
+        self._calls: list[dict[str, Any]] = []
+        self._logprobs, self._unsent = list[dict[str, Any]](), list[dict[str, Any]]()
+        self._reason: str | None = None
+        self.ended, self.reasoning_tokens = False, 0
+
+    def feed(self, event: GeneratedToken) -> list[dict[str, Any]]:
+        """The choices of the chunks that a token makes ready, the last with its reason."""
+        if self.ended:
+            return []
+        if self._names is not None and not self._silent(event):
+            self._unsent.append(self._names.chat(event))
+        deltas = self._parser.feed(event)
+        self.reasoning_tokens += any(isinstance(delta, Reasoning) for delta in deltas)
+        if event.finish_reason is not None:
+            deltas = [*deltas, *self._parser.finish()]
+            self._reason, self.ended = event.finish_reason, True
+        pieces = list[dict[str, Any]]()
+        for delta in deltas:
+            if isinstance(delta, ToolCallStart) and self._calls and not self._parallel:
+                self._reason, self.ended = "stop", True
+                break
+            pieces.append({"delta": self._take(delta)})
+        if self.ended:
+            pieces.append({"delta": {}, "finish_reason": self._finish_reason()})
+        return self._with_logprobs(pieces)
+
+    def choice(self) -> dict[str, Any]:
+        """The whole answer, as chat/completions has it in ``choices``."""
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(self._text)}
+        if self._reasoning:
+            message["reasoning_content"] = "".join(self._reasoning)
+        if self._calls:
+            message["tool_calls"] = [_joined(call) for call in self._calls]
+            message["content"] = message["content"] or None
+        listed = {"content": self._logprobs} if self._names is not None else None
+        return {"message": message, "logprobs": listed, "finish_reason": self._finish_reason()}
+
+    def _silent(self, event: GeneratedToken) -> bool:
+        """Whether it is the token that ends a text, and none of it."""
+        assert self._names is not None
+        return event.finish_reason == "stop" and self._names.ends(event.token)
+
+    def _finish_reason(self) -> str | None:
+        return "tool_calls" if self._calls and self._reason == "stop" else self._reason
+
+    def _take(self, delta: Delta) -> dict[str, Any]:
+        """Keep a piece for the whole answer; returns it as a chunk has it."""
+        if isinstance(delta, Reasoning):
+            self._reasoning.append(delta.text)
+            return {"reasoning_content": delta.text}
+        if isinstance(delta, Text):
+            self._text.append(delta.text)
+            return {"content": delta.text}
+        if isinstance(delta, ToolCallStart):
+            self._calls.append({"id": delta.id, "name": delta.name, "arguments": []})
+            function: dict[str, Any] = {"name": delta.name, "arguments": ""}
+            call = {"index": delta.index, "id": delta.id, "type": "function", "function": function}
+            return {"tool_calls": [call]}
+        assert isinstance(delta, ToolArguments)
+        self._calls[delta.index]["arguments"].append(delta.json_piece)
+        function = {"arguments": delta.json_piece}
+        return {"tool_calls": [{"index": delta.index, "function": function}]}
+
+    def _with_logprobs(self, pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Log-probabilities go out with the next piece, whichever token made it ready."""
+        if self._unsent and pieces:
+            pieces[0]["logprobs"] = {"content": self._unsent}
+            self._logprobs += self._unsent
+            self._unsent = []
+        return pieces
+
+
+def usage(counts: Sequence[Usage], reasoning: int | None = None) -> dict[str, Any]:
+    """The tokens of a call, of which a prompt counts once for all its answers."""
+    prompt, generated = counts[0].prompt, sum(count.generated for count in counts)
+    found: dict[str, Any] = {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": counts[0].cached},
+    }
+    if reasoning is not None:
+        found["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+    return found
+
+
+def _joined(call: dict[str, Any]) -> dict[str, Any]:
+    function = {"name": call["name"], "arguments": "".join(call["arguments"])}
+    return {"id": call["id"], "type": "function", "function": function}

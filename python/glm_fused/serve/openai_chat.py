@@ -1,0 +1,123 @@
+"""OpenAI's chat/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ..generation.requests import GeneratedToken, GenerationRequest, PromptProgress
+from .conversation import Parser, Prepared
+from .limits import read_json
+from .logprobs import TokenNames
+from .openai_answer import ChatAnswer, usage
+from .openai_chat_body import ChatBody, check_chat
+from .openai_fields import checked
+from .running import Running
+from .service import Service
+from .streams import EventStream, comment, data, while_waiting
+
+DONE = "data: [DONE]\n\n"
+
+
+def routes(service: Service) -> list[Route]:
+    """``/v1/chat/completions``."""
+    names = TokenNames(service.engine.tokenizer)
+
+    async def chat(request: Request) -> Response:
+        body = checked(ChatBody, await read_json(request, service.settings), check_chat)
+        service.check_model(body.model)
+        asked = body.conversation()
+        prepared = [
+            await service.prepare(lambda: service.conversation.prepare(**asked), "messages")
+            for _ in range(body.choices)
+        ]
+        running = service.start(_requests(service, body, prepared))
+        call = _Chat(service, body, running, [p.parser for p in prepared], names)
+        if body.stream:
+            return EventStream(request.url.path, running, call.events())
+        return JSONResponse(await while_waiting(request, running, call.whole()))
+
+    return [Route("/v1/chat/completions", chat, methods=["POST"])]
+
+
+def _requests(
+    service: Service, body: ChatBody, prepared: list[Prepared]
+) -> list[GenerationRequest]:
+    wanted, field = body.wanted_tokens
+    tokens = prepared[0].tokens
+    most = service.max_tokens(len(tokens), wanted, field if wanted else "messages")
+    return [
+        GenerationRequest(each.tokens, options, body.listed_logprobs, each.constraint)
+        for i, each in enumerate(prepared)
+        for options in [body.options(service, most, i)]
+    ]
+
+
+class _Chat:
+    """One call: its answers, whole or as events."""
+
+    def __init__(
+        self,
+        service: Service,
+        body: ChatBody,
+        running: Running,
+        parsers: list[Parser],
+        names: TokenNames,
+    ):
+        self._body, self._running = body, running
+        parallel = body.parallel_tool_calls is not False
+        listed = names if body.logprobs else None
+        self._answers = [ChatAnswer(parser, parallel, listed) for parser in parsers]
+        self._common = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": body.model,
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        async for index, event in self._running:
+            if isinstance(event, GeneratedToken):
+                self._feed(index, event)
+        choices = [answer.choice() | {"index": i} for i, answer in enumerate(self._answers)]
+        object = {"object": "chat.completion", "choices": choices}
+        return self._common | object | {"usage": self._usage()}
+
+    async def events(self) -> AsyncGenerator[str]:
+        """The answer as server-sent events."""
+        for i in range(len(self._answers)):
+            yield self._chunk(i, {"delta": {"role": "assistant", "content": ""}})
+        async for index, event in self._running:
+            if isinstance(event, PromptProgress):
+                yield comment(f"prompt {event.done}/{event.total}, {event.cached} at hand")
+                continue
+            for piece in self._feed(index, event):
+                yield self._chunk(index, piece)
+        if self._body.includes_usage:
+            yield data(self._with({"choices": [], "usage": self._usage()}))
+        yield DONE
+
+    def _feed(self, index: int, event: GeneratedToken) -> list[dict[str, Any]]:
+        answer = self._answers[index]
+        pieces = answer.feed(event)
+        if answer.ended and event.finish_reason is None:
+            self._running.end(index)
+        return pieces
+
+    def _chunk(self, index: int, choice: dict[str, Any]) -> str:
+        full = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None} | choice
+        rest = {"usage": None} if self._body.includes_usage else {}
+        return data(self._with({"choices": [full]} | rest))
+
+    def _with(self, rest: dict[str, Any]) -> dict[str, Any]:
+        return self._common | {"object": "chat.completion.chunk"} | rest
+
+    def _usage(self) -> dict[str, Any]:
+        reasoning = sum(answer.reasoning_tokens for answer in self._answers)
+        return usage(self._running.usage, reasoning)

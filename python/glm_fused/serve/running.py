@@ -1,0 +1,139 @@
+"""Requests that a scheduler works on, as an asynchronous stream of their events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from ..generation.requests import (
+    Event,
+    Failure,
+    GeneratedToken,
+    GenerationRequest,
+    OnEvent,
+    PromptProgress,
+    Ticket,
+)
+from .errors import ApiError
+from .metrics import Metrics
+
+Submit = Callable[[GenerationRequest, OnEvent], Ticket]
+MOST_EVENTS = 65_536  # that a client has not read yet
+
+
+@dataclass
+class Usage:
+    """Tokens of one request: the prompt's, those of it that were at hand, and generated ones."""
+
+    prompt: int
+    cached: int = 0
+    generated: int = 0
+
+
+class Running:
+    """Requests that run at once, for one client; iterating gives (index, event) until all end.
+
+    It belongs to the event loop that made it. `cancel` ends what still runs, and has to be called
+    by whoever stops iterating early.
+
+    Attributes:
+        usage: the tokens of each request so far.
+
+    Args:
+        requests: what to generate.
+        submit: hands one to the scheduler; what it raises passes through, with nothing left behind.
+        seconds: how long all of it may take.
+        metrics: is told of tokens and times.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[GenerationRequest],
+        submit: Submit,
+        seconds: float,
+        metrics: Metrics,
+    ):
+        self.usage = [Usage(len(request.tokens)) for request in requests]
+        self._loop, self._metrics = asyncio.get_running_loop(), metrics
+        self._events = asyncio.Queue[tuple[int, Event]]()
+        self._seconds, self._deadline = seconds, self._loop.time() + seconds
+        self._open = set(range(len(requests)))
+        self._began = time.perf_counter()
+        self._last: list[float | None] = [None] * len(requests)
+        self._tickets: list[Ticket] = []
+        try:
+            for i, request in enumerate(requests):
+                self._tickets.append(submit(request, self._receiver(i)))
+        except BaseException:
+            self.cancel()
+            raise
+
+    def cancel(self) -> None:
+        """End what still runs; nothing where all has ended."""
+        for i, ticket in enumerate(self._tickets):
+            if i in self._open:
+                ticket.cancel()
+        self._open.clear()
+
+    def end(self, index: int) -> None:
+        """End one request where it is: its answer is complete."""
+        if index in self._open:
+            self._tickets[index].cancel()
+            self._open.discard(index)
+            self._metrics.ended("stop")
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[int, PromptProgress | GeneratedToken]:
+        """The next event; raises ApiError where a request fails or takes too long."""
+        index = -1
+        while index not in self._open:  # events of a request that was ended may be on their way
+            if not self._open:
+                raise StopAsyncIteration
+            index, event = await self._next()
+        if isinstance(event, Failure):
+            self._open.discard(index)
+            self.cancel()
+            raise event.error
+        self._count(index, event)
+        return index, event
+
+    async def _next(self) -> tuple[int, Event]:
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await self._events.get()
+        except TimeoutError:
+            self.cancel()
+            text = f"The request took longer than {self._seconds:g} seconds (--time-limit)."
+            raise ApiError(504, text, code="time_limit") from None
+
+    def _receiver(self, index: int) -> OnEvent:
+        def receive(event: Event) -> None:  # in the scheduler's thread
+            full = self._events.qsize() >= MOST_EVENTS
+            if full:
+                event = Failure(ApiError(503, f"{MOST_EVENTS} tokens were left unread."))
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+            if full:
+                raise BufferError("a client does not read")  # which ends the request
+
+        return receive
+
+    def _count(self, index: int, event: PromptProgress | GeneratedToken) -> None:
+        usage = self.usage[index]
+        if isinstance(event, PromptProgress):
+            usage.cached = event.cached
+            return
+        usage.generated += 1
+        now, last = time.perf_counter(), self._last[index]
+        if last is None:
+            self._metrics.first_token(now - self._began, usage.prompt, usage.cached)
+        else:
+            self._metrics.next_token(now - last)
+        self._last[index] = now
+        if event.finish_reason is not None:
+            self._open.discard(index)
+            self._metrics.ended(event.finish_reason)

@@ -1,0 +1,94 @@
+"""Answers while their client waits: streams of events, and whole ones that end when it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Awaitable
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from .errors import GONE, ApiError, as_api_error, shape_of
+from .running import Running
+
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # of proxies that hold back
+
+
+def data(document: object, event: str | None = None) -> str:
+    """A server-sent event, with its name where the API has names."""
+    named = "" if event is None else f"event: {event}\n"
+    return f"{named}data: {_json(document)}\n\n"
+
+
+def comment(text: str) -> str:
+    """What clients skip, but which keeps a connection alive."""
+    return f": {text}\n\n"
+
+
+def _json(document: object) -> str:
+    return json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+class EventStream(StreamingResponse):
+    """Sends server-sent events as they come, and ends what it runs when the client goes away.
+
+    Args:
+        path: of the request, whose API says how an error looks.
+        running: what the events come from; it is cancelled at the end, whatever the end is.
+        events: the events, made by `data` and `comment`. What it raises becomes one more event.
+        named: whether the API's events have names, an error's being "error".
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, path: str, running: Running, events: AsyncGenerator[str], named: bool = False
+    ):
+        self._events = self._safely(path, events, named)
+        super().__init__(self._events, headers=_HEADERS)
+        self._running = running
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._running.cancel()
+            await self._events.aclose()
+
+    async def _safely(
+        self, path: str, events: AsyncGenerator[str], named: bool
+    ) -> AsyncGenerator[str]:
+        async with aclosing(events):
+            try:
+                async for event in events:
+                    yield event
+            except Exception as error:
+                found = as_api_error(error)
+                yield data(shape_of(path)(found), "error" if named else None)
+
+
+async def while_waiting(request: Request, running: Running, answer: Awaitable[Any]) -> Any:
+    """The answer, unless the client goes away first: then what runs is cancelled.
+
+    Raises ApiError where the client went away, and what ``answer`` raises.
+    """
+    work = asyncio.ensure_future(answer)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ApiError(GONE, "The client went away.")
+        return work.result()
+    finally:
+        running.cancel()
+        gone.cancel()
+        work.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
