@@ -14,14 +14,14 @@ from starlette.requests import ClientDisconnect
 
 from ..engine import Engine
 from ..generation.scheduler import Scheduler
-from . import models, openai_chat, openai_completions, status
+from . import anthropic_messages, models, openai_chat, openai_completions, responses, status
 from .errors import ApiError, Errors, on_error
 from .log import Log
 from .security import Guard
 from .service import Service
 from .settings import Settings
 
-APIS = (status, models, openai_chat, openai_completions)
+APIS = (status, models, openai_chat, openai_completions, responses, anthropic_messages)
 
 
 def create_app(engine: Engine, settings: Settings) -> Starlette:

@@ -29,7 +29,8 @@ def only(*values: Any, because: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def _option(name: str) -> BeforeValidator:
+def option(name: str) -> BeforeValidator:
+    """Refuses what an option of this name cannot have."""
     allowed = SAMPLING[name]
 
     def check(value: Any) -> Any:
@@ -70,12 +71,12 @@ class Sampled(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
 
     model: str
-    temperature: Annotated[float | None, _option("temp")] = None
-    top_p: Annotated[float | None, _option("top_p")] = None
-    top_k: Annotated[int | None, _option("top_k")] = None
-    min_p: Annotated[float | None, _option("min_p")] = None
-    repetition_penalty: Annotated[float | None, _option("repetition_penalty")] = None
-    repetition_context_size: Annotated[int | None, _option("repetition_context_size")] = None
+    temperature: Annotated[float | None, option("temp")] = None
+    top_p: Annotated[float | None, option("top_p")] = None
+    top_k: Annotated[int | None, option("top_k")] = None
+    min_p: Annotated[float | None, option("min_p")] = None
+    repetition_penalty: Annotated[float | None, option("repetition_penalty")] = None
+    repetition_context_size: Annotated[int | None, option("repetition_context_size")] = None
     frequency_penalty: Annotated[float | None, _NO_PENALTY] = None
     presence_penalty: Annotated[float | None, _NO_PENALTY] = None
     logit_bias: Annotated[dict[str, Any] | None, _NO_BIAS] = None
@@ -113,7 +114,9 @@ class Sampled(BaseModel):
         )
 
 
-def checked(kind: type[Body], body: dict[str, Any], also: Callable[[Body], None]) -> Body:
+def checked(
+    kind: type[Body], body: dict[str, Any], also: Callable[[Body], None] = lambda body: None
+) -> Body:
     """The body as ``kind``, after a check of what must fit together.
 
     Raises ApiError (400), naming the field, for a body that does not fit.

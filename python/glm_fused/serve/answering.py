@@ -1,0 +1,132 @@
+"""The next message of a conversation, as it is generated."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..generation.options import Options
+from ..generation.requests import GeneratedToken, GenerationRequest, PromptProgress
+from .conversation import Delta, Prepared, Reasoning, ToolCallStart
+from .running import Running
+from .service import Service
+from .turn import Turn
+
+
+async def prepare(service: Service, turn: Turn, param: str) -> Prepared:
+    """The prompt of a conversation, and what its answer has to be like.
+
+    Raises ApiError (400, about the field ``param``) for what the chat template does not take.
+    """
+
+    def make() -> Prepared:
+        return service.conversation.prepare(
+            turn.messages,
+            turn.tools,
+            turn.tool_choice,
+            turn.template_args,
+            turn.response_format,
+        )
+
+    return await service.prepare(make, param)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What one event of the scheduler adds: nothing to the message while the prompt is taken."""
+
+    deltas: list[Delta]
+    token: GeneratedToken | None = None
+
+
+class Answering:
+    """Generates one message: iterate `progress` to its end, or cancel ``running``.
+
+    Attributes:
+        running: the request.
+        reasoning_tokens: how many tokens gave reasoning.
+        calls: how many calls of tools the message has.
+        reason: why it ended: "stop" or "length", and None before.
+        stop_text: the stop text that it ended before; None where there was none.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        prepared: Prepared,
+        options: Options,
+        parallel: bool = True,
+        top_logprobs: int | None = None,
+    ):
+        """Begin; raises ApiError where the request is not taken."""
+        self._parser, self._parallel = prepared.parser, parallel
+        self._ending = _Ending(service.engine.tokenizer, options.stop)
+        self.calls, self.reasoning_tokens = 0, 0
+        self.reason: str | None = None
+        self.stop_text: str | None = None
+        request = GenerationRequest(prepared.tokens, options, top_logprobs, prepared.constraint)
+        self.running: Running = service.start([request])
+
+    def counts(self) -> dict[str, int]:
+        """Tokens so far: of the prompt, of these at hand, generated, and of these reasoning."""
+        used = self.running.usage[0]
+        return {
+            "prompt": used.prompt,
+            "cached": used.cached,
+            "generated": used.generated,
+            "reasoning": self.reasoning_tokens,
+        }
+
+    async def progress(self) -> AsyncGenerator[Progress]:
+        """What comes, until the message ends; raises ApiError where the request fails."""
+        async for _, event in self.running:
+            if isinstance(event, PromptProgress):
+                yield Progress([])
+                continue
+            deltas = self._deltas(event)
+            kept = self._allowed(deltas)
+            yield Progress(kept, event)
+            if len(kept) < len(deltas):
+                self.reason = "stop"
+                self.running.end(0)
+
+    def _deltas(self, event: GeneratedToken) -> list[Delta]:
+        deltas = list(self._parser.feed(event))
+        self.reasoning_tokens += any(isinstance(delta, Reasoning) for delta in deltas)
+        stop_text = self._ending.feed(event)
+        if event.finish_reason is not None:
+            self.reason, self.stop_text = event.finish_reason, stop_text
+            deltas.extend(self._parser.finish())
+        return deltas
+
+    def _allowed(self, deltas: list[Delta]) -> list[Delta]:
+        """Those before a second call of a tool, where only one is wanted."""
+        for i, delta in enumerate(deltas):
+            if isinstance(delta, ToolCallStart):
+                if self.calls and not self._parallel:
+                    return deltas[:i]
+                self.calls += 1
+        return deltas
+
+
+class _Ending:
+    """Finds out which stop text ended a message: a scheduler says only that one did."""
+
+    def __init__(self, tokenizer: TokenizerWrapper, stops: tuple[str, ...]):
+        self._detokenizer: Any = tokenizer.detokenizer
+        self._ends, self._stops, self._shown = tokenizer.eos_token_ids, stops, 0
+
+    def feed(self, event: GeneratedToken) -> str | None:
+        """The stop text before which the message ends with this event, if it does."""
+        self._shown += len(event.text)
+        if not self._stops or event.token in self._ends:
+            return None
+        self._detokenizer.add_token(event.token)
+        if event.finish_reason != "stop":
+            return None
+        self._detokenizer.finalize()
+        rest = self._detokenizer.text[self._shown :]
+        return next((stop for stop in self._stops if rest.startswith(stop)), None)
