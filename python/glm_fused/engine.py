@@ -12,6 +12,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import CacheList
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .checkpoint.identity import checkpoint_id
 from .checkpoint.paths import checkpoint_path
 from .checkpoint.prompt_cache import load_prompt_cache
 from .drafting import draft_options, draft_source
@@ -21,6 +22,7 @@ from .generation.drafts.options import DraftOptions
 from .generation.generate import Completion, OnProgress, Piece, generate, stream_generate
 from .generation.limits import MIXED, MTP
 from .generation.options import Options, changed_options, defaults_of
+from .generation.prompt_store import DISK_BYTES, PromptStore
 from .generation.prompts import Prompt, encode
 from .generation.tokenizer import load_tokenizer
 from .loader import Opened, open_model
@@ -223,6 +225,23 @@ class Engine:
         one that is no prompt cache, or another model's.
         """
         return load_prompt_cache(path, self.model.args)
+
+    def prompt_store(
+        self,
+        limit_bytes: int,
+        folder: str | os.PathLike[str] | None = None,
+        disk_bytes: int = DISK_BYTES,
+    ) -> PromptStore:
+        """A store of the model's caches that keeps up to ``limit_bytes`` of them in memory.
+
+        With a ``folder`` it also has those that earlier stores kept there, up to ``disk_bytes``.
+        Raises ValueError, naming what differs, for a folder of another model or format, or one that
+        another process has, and OSError where the checkpoint or folder cannot be read.
+        """
+        model, model_id = self.model, None
+        if folder is not None and self._opened is not None:
+            model_id = checkpoint_id(self._opened.checkpoint)
+        return PromptStore(model, limit_bytes, folder, model_id=model_id, disk_bytes=disk_bytes)
 
     def step(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         """Run one forward of the model, on the current path.

@@ -1,0 +1,303 @@
+"""Caches of earlier texts, from which a new one that begins like them goes on.
+
+What is kept are blocks of rows (`prompt_blocks`), found by the tokens themselves. Texts that begin
+alike share blocks. Caches are copied in and out, so a text that goes on changes nothing that is
+kept. A text of which only a part fits in the limit is kept up to there.
+
+With a folder every block is written to a file as well, in the background as soon as it is put, and
+stays there when it has to leave memory; closing writes what is left. So a process that is killed
+loses what was put last, and rows are read again when a text begins like them. What was not used for
+longest goes first, in memory and in the folder.
+
+On the CPU a row has the same bits whether a prompt or a decode step made it, so a text that goes on
+from here is that of its whole prompt, bit for bit. Metal sums prompts in another order than decode
+steps; there rows are those that the first text had.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mlx_lm.models.cache import CacheList, KVCache
+
+from ..formats.kv_rows import format_of
+from ..models.cache import size_of
+from ..models.cache_check import check_cache
+from ..models.decoder import Model
+from .prompt_blocks import Block, Match, add_child, as_tokens, child, find, prefixes, root
+from .prompt_files import Files
+from .prompt_resident import Resident
+from .prompt_rows import Piece, Prefix, Rows, cut, join
+from .prompt_snapshots import Identity, Snapshots
+
+BLOCK_TOKENS = 256
+DISK_BYTES = 32 * 10**9
+
+
+@dataclass
+class _Counts:
+    """How often the store was asked, and what it had."""
+
+    asked: int = 0
+    hits: int = 0
+    asked_tokens: int = 0
+    hit_tokens: int = 0
+    put: int = 0
+    evicted_blocks: int = 0
+
+
+class PromptStore:
+    """Keeps the caches of texts, and gives copies of those that a new text begins with.
+
+    One thread takes and puts; any may ask for `describe` and `nbytes`. It is a context manager, and
+    leaving it closes the store.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        limit_bytes: int,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        model_id: str | None = None,
+        disk_bytes: int = DISK_BYTES,
+        block_tokens: int = BLOCK_TOKENS,
+    ):
+        """An empty store, or that of the files in ``folder``.
+
+        Args:
+            model: whose caches these are.
+            limit_bytes: what rows may take in memory.
+            folder: where blocks are kept in files, too; None: nowhere.
+            model_id: what identifies config and weights, which files need;
+                `glm_fused.checkpoint.identity.checkpoint_id` gives it.
+            disk_bytes: what the files may take.
+            block_tokens: how many tokens share a block.
+
+        Raises ValueError for a folder that another process has, or that has files of another model,
+        format, program or version.
+        """
+        if limit_bytes < 0 or disk_bytes < 0:
+            raise ValueError(f"[prompts] limits {limit_bytes}, {disk_bytes}: expected at least 0.")
+        if folder is not None and model_id is None:
+            raise ValueError("[prompts] a folder needs a model_id.")
+        self._model, self._size = model, block_tokens
+        self._format = None if model.kv_format == "auto" else model.kv_format
+        identity = Identity(model_id or "", model.kv_format, block_tokens)
+        self._tree = root(repr(sorted(identity.describe().items())))
+        self._lock, self._counts = threading.RLock(), _Counts()
+        self._resident = Resident(limit_bytes)
+        self._files: Files | None = None
+        if folder is not None:
+            snapshots = Snapshots(Path(folder), identity)
+            limits, then = (disk_bytes, limit_bytes), (self._lost_file, self._evict)
+            self._files = Files(snapshots, self._tree, self._lock, *limits, *then)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all rows in memory, and of their tokens."""
+        return self._resident.nbytes
+
+    def take(self, tokens: Sequence[int]) -> tuple[list[CacheList], int]:
+        """A cache of the first n of ``tokens``, as many as are known, and n, which may be 0.
+
+        The cache is the caller's. It has no room to grow, so the first token more copies it.
+        """
+        found = self.take_drafted(tokens, draft=False)
+        return found.cache, found.tokens
+
+    def take_drafted(self, tokens: Sequence[int], *, draft: bool = True) -> Prefix:
+        """As `take`, with the MTP layer's cache where the model has that layer."""
+        wanted = as_tokens(tokens)
+        with self._lock:
+            matches = find(self._tree, wanted, self._size)
+        pieces = self._pieces(matches)
+        with self._lock:
+            self._touch([match.block for match in matches[: len(pieces)]])
+        found = join(self._model, pieces, draft)
+        with self._lock:
+            self._counts.asked += 1
+            self._counts.asked_tokens += len(wanted)
+            self._counts.hits += found.tokens > 0
+            self._counts.hit_tokens += found.tokens
+        return found
+
+    def _pieces(self, matches: Sequence[Match]) -> list[Piece]:
+        """The rows of matches, from files where they are not in memory, up to one that is lost."""
+        pieces = []
+        for block, count in matches:
+            rows = block.rows
+            if rows is None:
+                rows = None if self._files is None else self._files.read(block)
+                with self._lock:
+                    if rows is None or block.gone:
+                        self._remove(block)
+                        break
+                    self._resident.keep(block, rows)
+            pieces.append(Piece(rows, count))
+        return pieces
+
+    def put(
+        self, tokens: Sequence[int], cache: Sequence[CacheList], draft: CacheList | None = None
+    ) -> None:
+        """Keep a copy of the rows that ``cache`` has of the first of ``tokens``.
+
+        Args:
+            tokens: a text; there may be more than rows, or fewer.
+            cache: the model's, of this text alone (not of a batch).
+            draft: that of the MTP layer, which may lack rows at its end.
+
+        Raises ValueError for a cache that is not the model's.
+        """
+        known = as_tokens(tokens)[: self._checked(cache, draft)]
+        chain: list[Block] = []
+        parent, nbytes = self._tree, 0
+        for first in range(0, len(known), self._size):
+            part = known[first : first + self._size]
+            rows = None
+            if self._adds(parent, part, _drafted(draft) - first):
+                rows = cut(cache, draft, first, first + len(part))
+                nbytes += rows.nbytes + part.nbytes
+                if nbytes > self._resident.limit - self._waiting():
+                    break  # what comes after it would go first
+            with self._lock:
+                block = self._place(parent, part, rows)
+                if block is None:
+                    break
+                chain.append(block)
+                self._resident.touch(chain)
+                self._evict()
+            parent = block
+        with self._lock:
+            self._counts.put += 1
+            self._touch(chain)
+            if self._files is not None:
+                self._files.save(chain)
+
+    def _checked(self, cache: Sequence[CacheList], draft: CacheList | None) -> int:
+        """How many rows a cache has; ValueError for one that cannot be kept."""
+        args = self._model.args
+        check_cache(cache, args, 1, args.layers)
+        if draft is not None:
+            check_cache([draft], args, 1, args.mtp_layers[:1])
+        for entry in (cache[0][0], *([] if draft is None else [draft[0]])):
+            if type(entry) is not KVCache:
+                raise ValueError(f"[prompts] found a {type(entry).__name__}, expected a KVCache.")
+            if entry.keys is not None:
+                found = format_of(entry.keys.dtype)
+                self._format = self._format or found
+                if found != self._format:
+                    raise ValueError(f"[prompts] a cache in {found}, expected {self._format}.")
+        return size_of(cache[0][0])
+
+    def _waiting(self) -> int:
+        return 0 if self._files is None else self._files.waiting_bytes
+
+    def _adds(self, parent: Block, tokens: np.ndarray, drafted: int) -> bool:
+        """Whether rows of these tokens would add to what is kept, if only some of drafts."""
+        with self._lock:
+            block = child(parent, tokens)
+            if block is None or block.rows is None:
+                return block is None
+            same = len(block.tokens) == len(tokens)
+            return same and block.rows.drafted < min(len(tokens), drafted)
+
+    def _place(self, parent: Block, tokens: np.ndarray, rows: Rows | None) -> Block | None:
+        """The block of these tokens below a parent, with rows where it lacked them.
+
+        None where it, or the parent, went in the meantime.
+        """
+        block = child(parent, tokens)
+        if parent.gone or (block is None and rows is None):
+            return None
+        if block is None:
+            shorter = prefixes(parent, tokens)
+            block = add_child(parent, tokens.copy())
+            for other in shorter:
+                self._remove(other)
+        if rows is not None:
+            self._resident.keep(block, rows)
+            block.stale = block.file_bytes > 0
+        return block
+
+    def _touch(self, chain: Sequence[Block]) -> None:
+        """These blocks, each the parent of the next, are in use."""
+        self._resident.touch(chain)
+        if self._files is not None:
+            self._files.touch(chain)
+        self._evict()
+
+    def _evict(self) -> None:
+        """Let go of rows beyond the limit, and of blocks that have no file besides."""
+        for block in self._resident.excess():
+            self._counts.evicted_blocks += 1
+            if block.file_bytes:
+                self._resident.drop(block)
+            else:
+                self._remove(block)
+
+    def _lost_file(self, block: Block) -> None:
+        if block.rows is None:
+            self._remove(block)
+
+    def _remove(self, block: Block) -> None:
+        """Take a block and all below it out of the tree, with their files."""
+        if block.gone or block.parent is None:
+            return
+        del block.parent.children[block.tokens.tobytes()]
+        for one in block.subtree():
+            one.gone = True
+            self._resident.drop(one)
+            if self._files is not None:
+                self._files.remove(one)
+
+    def _blocks(self) -> list[Block]:
+        """All blocks, parents first."""
+        return list(self._tree.subtree())[1:]
+
+    def flush(self) -> None:
+        """Write what has no file yet, and wait until it is written."""
+        if self._files is not None:
+            with self._lock:
+                self._files.save(self._blocks(), wait=True)
+            self._files.flush()
+
+    def close(self) -> None:
+        """Write what has no file yet, and let other processes have the folder."""
+        self.flush()
+        if self._files is not None:
+            self._files.close()
+            self._files = None
+        with self._lock:
+            for block in list(self._tree.children.values()):
+                self._remove(block)
+
+    def __enter__(self) -> PromptStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def describe(self) -> dict[str, Any]:
+        """How much there is, and how often it served, JSON-ready."""
+        with self._lock:
+            blocks = self._blocks()
+            return asdict(self._counts) | {
+                "prompts": sum(not block.children for block in blocks),
+                "blocks": len(blocks),
+                "tokens": sum(len(block.tokens) for block in blocks),
+                "bytes": self.nbytes,
+                "limit_bytes": self._resident.limit,
+                "disk": None if self._files is None else self._files.describe(),
+            }
+
+
+def _drafted(draft: CacheList | None) -> int:
+    """Of how many tokens a cache of the MTP layer has rows; that of the first is none."""
+    return 0 if draft is None or not (size := size_of(draft[0])) else size + 1
