@@ -10,6 +10,7 @@ from ..limits import LOOKUP
 from .drafter import Draft, Drafter, Draw, Kind
 
 LONGEST, SHORTEST = 4, 2  # tokens that have to be the same
+MATCHES = (2, 3, 4, 8, 16)  # or that many besides: the more, the more drafts stay
 
 
 class LookupDrafter(Drafter):
@@ -37,7 +38,10 @@ class LookupDrafter(Drafter):
 
     def kinds(self) -> list[Kind]:
         found = self._found()
-        return [] if found is None else [Kind(LOOKUP, found[0])]
+        if found is None:
+            return []
+        same = self._same_before(*found)
+        return [Kind(LOOKUP, max(match for match in MATCHES if match <= same))]
 
     def propose(self, kind: Kind, depth: int, draw: Draw) -> Draft:
         found = self._found()
@@ -56,3 +60,10 @@ class LookupDrafter(Drafter):
                 if at is not None:
                     return length, at
         return None
+
+    def _same_before(self, length: int, at: int) -> int:
+        """How many tokens before ``at`` are the last ones, of which ``length`` are known to be."""
+        text, most = self._text, min(MATCHES[-1], at)
+        while length < most and text[at - length - 1] == text[-length - 1]:
+            length += 1
+        return length

@@ -12,7 +12,7 @@ from ...models.decoder import Model
 from ...streaming.model import streaming_of
 from ...validation import show
 from ..limits import AUTO, LOOKUP, MIXED, MOST_DRAFTS, MTP
-from .depth import Depth, costs_of
+from .depth import Depth, experience_of
 from .drafter import Drafter
 from .lookup import LookupDrafter
 from .mixed import MixedDrafter
@@ -72,11 +72,11 @@ class DraftOptions:
         Where experts are streamed, no more with "auto" than every layer's slots have room for the
         experts of, all tokens' choices together.
         """
-        streaming, costs = streaming_of(model), costs_of(model)
+        streaming, experience = streaming_of(model), experience_of(model)
         if self.depth != AUTO or streaming is None:
-            return Depth(self.depth, costs=costs)
+            return Depth(self.depth, experience=experience)
         tokens = streaming.tokens_at_once(model.args.num_experts_per_tok)
-        return Depth(AUTO, MOST_DRAFTS if tokens is None else tokens - 1, costs)
+        return Depth(AUTO, MOST_DRAFTS if tokens is None else tokens - 1, experience)
 
     def describe(self) -> dict[str, Any]:
         """The options, JSON-ready."""
