@@ -27,7 +27,7 @@ from .. import _ext
 from ..checkpoint.writing import new_file
 from ..environment import logger
 from ..validation import show
-from .prompt_blocks import Block, as_tokens, block_id
+from .prompt_blocks import Block, as_tokens, block_id, root
 from .prompt_rows import Rows
 
 VERSION = 1  # of the files; raise it where their form or the meaning of their rows changes
@@ -61,6 +61,10 @@ class Identity:
             "kv_format": self.kv_format,
             "block_tokens": str(self.block_tokens),
         }
+
+    def root(self) -> Block:
+        """The root of a tree of such rows."""
+        return root(repr(sorted(self.describe().items())))
 
 
 class Found(NamedTuple):

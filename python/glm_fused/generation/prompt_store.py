@@ -30,7 +30,7 @@ from ..formats.kv_rows import format_of
 from ..models.cache import size_of
 from ..models.cache_check import check_cache
 from ..models.decoder import Model
-from .prompt_blocks import Block, Match, add_child, as_tokens, child, find, prefixes, root
+from .prompt_blocks import Block, Match, add_child, as_tokens, child, find, prefixes
 from .prompt_files import Files
 from .prompt_resident import Resident
 from .prompt_rows import Piece, Prefix, Rows, cut, join
@@ -90,7 +90,7 @@ class PromptStore:
         self._model, self._size = model, block_tokens
         self._format = None if model.kv_format == "auto" else model.kv_format
         identity = Identity(model_id or "", model.kv_format, block_tokens)
-        self._tree = root(repr(sorted(identity.describe().items())))
+        self._tree = identity.root()
         self._lock, self._counts = threading.RLock(), _Counts()
         self._resident = Resident(limit_bytes)
         self._files: Files | None = None
