@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import threading
+from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 import pytest
+from kept_prompts import (
+    SIZE,
+    feed,
+    goes_on,
+    made_up,
+    put,
+    same_rows,
+    some_tokens,
+    store_of,
+    token_bytes,
+)
 from mlx_lm.models.cache import BatchKVCache, CacheList
 
 import glm_fused
+from glm_fused import Engine, EngineOptions
 from glm_fused.formats.kv_rows import KV_FORMATS
-from glm_fused.generation.prompt_store import PromptStore
-from glm_fused.models.cache import bytes_per_token, empty_cache
-
-SIZE = 16  # tokens a block; so few that texts have several
 
 
 @pytest.fixture(scope="module")
-def model():
+def loaded():
     return glm_fused.load_model("demo", mtp=True)[0]
 
 
-@pytest.fixture(autouse=True)
-def own_format(request):
-    if "model" in request.fixturenames:
-        request.getfixturevalue("model").kv_format = "auto"
+@pytest.fixture
+def model(loaded):
+    loaded.kv_format = "auto"
+    return loaded
 
 
 @pytest.fixture
@@ -35,36 +42,6 @@ def rng():
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     return random.Random(seed)
-
-
-def some_tokens(model, rng, n):
-    return [rng.randrange(model.args.vocab_size) for _ in range(n)]
-
-
-def store_of(model, limit=1 << 30, **options):
-    return PromptStore(model, limit, block_tokens=SIZE, **options)
-
-
-def feed(model, tokens, cache=None, steps=(10**6,)):
-    """The logits [l, vocabulary] of tokens, taken so many at a time; the last number goes on."""
-    cache = model.make_cache() if cache is None else cache
-    parts, done, steps = [], 0, list(steps)
-    while done < len(tokens):
-        step = steps.pop(0) if len(steps) > 1 else steps[0]
-        parts.append(model(mx.array([tokens[done : done + step]]), cache)[0])
-        mx.eval(parts[-1])
-        done += step
-    return cache, np.array(mx.concatenate(parts).astype(mx.float32))
-
-
-def goes_on(model, store, text):
-    """How many tokens of a text the store has, and whether the others' logits have the bits that
-    they have without it."""
-    cache, n = store.take(text[:-1])
-    assert {entry.offset for layer in cache for entry in layer.caches} == {n}
-    _, found = feed(model, text[n:], cache, (3, 1, 40))
-    _, expected = feed(model, text)
-    return n, np.array_equal(found, expected[n:])
 
 
 @pytest.mark.parametrize("kv_format", KV_FORMATS)
@@ -105,38 +82,6 @@ def test_what_goes_on_changes_nothing_that_is_kept(model, rng):
     assert goes_on(model, store, [*text, 7, 8]) == (50, True)
 
 
-def made_up(model, tokens, drafted):
-    """Caches of float32 rows that are digests of the tokens they follow from; and the MTP's."""
-    args = model.args
-    widths = ((args.kv_lora_rank, args.qk_rope_head_dim), (args.index_head_dim, 0))
-
-    def rows(count, ahead, salt, width):
-        known = [np.array(tokens[: i + ahead], np.uint32).tobytes() for i in range(count)]
-        digests = [hashlib.blake2b(text, digest_size=32, salt=salt).digest() for text in known]
-        made = [np.resize(np.frombuffer(digest, np.uint8), width) for digest in digests]
-        return mx.array(np.array(made, np.float32).reshape(1, 1, count, width))
-
-    def filled(spec, count, ahead):
-        cache = empty_cache(spec)
-        for j, entry in enumerate(cache.caches):
-            salt = bytes([spec.index, j])
-            entry.keys, entry.values = (rows(count, ahead, salt, width) for width in widths[j])
-            entry.offset = count
-        return cache
-
-    cache = [filled(spec, len(tokens), 1) for spec in args.layers]
-    return cache, filled(args.mtp_layers[0], drafted, 2)
-
-
-def same_rows(a, b):
-    return all(
-        mx.array_equal(x.keys[..., : x.offset, :], y.keys[..., : y.offset, :]).item()
-        and mx.array_equal(x.values[..., : x.offset, :], y.values[..., : y.offset, :]).item()
-        for i, k in zip(a, b, strict=True)
-        for x, y in zip(i.caches, k.caches, strict=True)
-    )
-
-
 def shared(a, b):
     n = 0
     while n < min(len(a), len(b)) and a[n] == b[n]:
@@ -165,20 +110,6 @@ def test_the_longest_prefix_that_any_text_has_is_found(model, rng, drafts):
     described = store.describe()
     assert described["asked"] == 20 and described["hit_tokens"] > 0
     assert described["tokens"] <= sum(map(len, known))
-
-
-def token_bytes(model):
-    """Of a token's rows in the format of the activations, and of the token itself."""
-    return bytes_per_token(model.args, "fp32") - _mtp_bytes(model) + 4
-
-
-def _mtp_bytes(model):
-    args = model.args
-    return 4 * (args.kv_lora_rank + args.qk_rope_head_dim + args.index_head_dim)
-
-
-def put(store, model, tokens):
-    store.put(tokens, made_up(model, tokens, 0)[0])
 
 
 def test_texts_share_what_they_have_in_common(model, rng):
@@ -336,3 +267,17 @@ def test_others_may_look_while_a_thread_takes_and_puts(model, rng):
 def goes_on_rows(model, store, text):
     cache, n = store.take(text)
     return n and same_rows(cache, made_up(model, text[:n], 0)[0])
+
+
+def test_a_memory_budget_counts_what_prompts_may_take():
+    options = EngineOptions(memory_budget="8GB", slots=8, prompt_cache="64MB")
+    with Engine("demo", options) as engine, engine.prompt_store() as store:
+        plan = engine.streaming.plan
+        assert plan.shares.prompts == 64 * 10**6 == store.describe()["limit_bytes"]
+        assert "prompt cache     64.00 MB  of earlier prompts" in plan.format()
+        without = replace(plan.shares, prompts=0)
+        assert plan.shares.total == without.total + 64 * 10**6
+    with pytest.raises(ValueError, match=r"7\.00 GB for earlier prompts, .* or no prompt cache"):
+        Engine("demo", replace(options, memory_budget="7.05GB", prompt_cache="7GB"))
+    with pytest.raises(ValueError, match=r"prompt_cache is 0, expected a number of bytes"):
+        EngineOptions(prompt_cache=0)

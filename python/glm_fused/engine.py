@@ -228,17 +228,19 @@ class Engine:
 
     def prompt_store(
         self,
-        limit_bytes: int,
+        limit_bytes: int | None = None,
         folder: str | os.PathLike[str] | None = None,
         disk_bytes: int = DISK_BYTES,
     ) -> PromptStore:
-        """A store of the model's caches that keeps up to ``limit_bytes`` of them in memory.
+        """A store of the model's caches, of which up to ``limit_bytes`` are in memory.
 
-        With a ``folder`` it also has those that earlier stores kept there, up to ``disk_bytes``.
-        Raises ValueError, naming what differs, for a folder of another model or format, or one that
+        None stands for ``options.prompt_cache``, which a memory budget counts. With a ``folder``
+        there are those that earlier stores kept there, and up to ``disk_bytes`` are kept. Raises
+        ValueError, naming what differs, for a folder of another model or format, or one that
         another process has, and OSError where the checkpoint or folder cannot be read.
         """
         model, model_id = self.model, None
+        limit_bytes = self.options.prompt_cache_bytes if limit_bytes is None else limit_bytes
         if folder is not None and self._opened is not None:
             model_id = checkpoint_id(self._opened.checkpoint)
         return PromptStore(model, limit_bytes, folder, model_id=model_id, disk_bytes=disk_bytes)

@@ -52,6 +52,8 @@ class EngineOptions:
         default_context: tokens to plan for where ``context`` does not say.
         prefill_step_size: how many tokens of a prompt the model takes at a time; None: as many as
             fit in ``memory_budget``, or in the machine's memory, up to 2,048.
+        prompt_cache: bytes to plan for the caches of earlier prompts (`Engine.prompt_store`), a
+            number or a text with its unit; usually none.
         draft: how many tokens to guess ahead, 1 to 8, or "auto": as many as pay; "off" for none.
             Whatever it is, a greedy text does not change, and a sampled one is as likely as it was;
             with a seed it is the same every time for a number, not for "auto", which goes by time.
@@ -77,6 +79,7 @@ class EngineOptions:
     read_split: int | str | None = None
     default_context: int = DEFAULT_CONTEXT
     prefill_step_size: int | None = None
+    prompt_cache: int | str | None = None
     draft: int | str = OFF
     draft_from: str | os.PathLike[str] | None = None
 
@@ -87,7 +90,7 @@ class EngineOptions:
             if value is not None and (type(value) is not int or not low <= value <= high):
                 expected = f"an integer from {low} to {high}"
                 raise ValueError(f"[engine] {name} is {show(value)}, expected {expected}.")
-        for name in ("memory_budget", "read_split"):
+        for name in ("memory_budget", "read_split", "prompt_cache"):
             _bytes(name, getattr(self, name))
         if self.policy is not None and self.policy not in POLICIES:
             expected = f"one of {', '.join(POLICIES)}"
@@ -115,7 +118,13 @@ class EngineOptions:
             if name in given:
                 given[name] = _bytes(name, given[name])
         options = {_NAMES.get(name, name): value for name, value in given.items()}
-        return StreamOptions(default_context=self.default_context, **options)
+        prompts = self.prompt_cache_bytes
+        return StreamOptions(default_context=self.default_context, prompts=prompts, **options)
+
+    @property
+    def prompt_cache_bytes(self) -> int:
+        """The bytes that ``prompt_cache`` stands for."""
+        return _bytes("prompt_cache", self.prompt_cache) or 0
 
 
 def idle_options(given: Collection[str]) -> list[str]:

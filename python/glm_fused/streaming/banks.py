@@ -108,7 +108,8 @@ def plan_streaming(
 
     def shares(context: int, step: int) -> Shares:
         staging = buffers + chunk_bytes(args, step, context, float_bytes, streamed=True)
-        return Shares(process, dense, cache_bytes(args, context, kv_format), staging)
+        cache = cache_bytes(args, context, kv_format)
+        return Shares(process, dense, cache, staging, options.prompts)
 
     return make_plan(args, shares, layers, options, prefill_step_size)
 

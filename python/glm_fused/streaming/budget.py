@@ -23,18 +23,19 @@ class Shares:
 
     ``process`` is what is resident before loading, and its usual growth; ``dense`` is all weights
     but routed experts; ``kv`` is the cache; ``staging`` is read buffers and the temporaries of a
-    prompt.
+    prompt; ``prompts`` is the caches that are kept of earlier prompts.
     """
 
     process: int
     dense: int
     kv: int
     staging: int
+    prompts: int = 0
 
     @property
     def total(self) -> int:
         """The sum of all shares, in bytes."""
-        return self.process + self.dense + self.kv + self.staging
+        return self.process + self.dense + self.kv + self.staging + self.prompts
 
 
 class LayerSlots(NamedTuple):
@@ -81,6 +82,7 @@ class Plan:
             ("program", s.process, "code, tokenizer, and what is resident already"),
             ("dense weights", s.dense, "all but routed experts"),
             ("KV cache", s.kv, f"{self.context:,} tokens"),
+            *([("prompt cache", s.prompts, "of earlier prompts")] if s.prompts else []),
             (
                 "buffers",
                 s.staging,
@@ -152,15 +154,17 @@ def planned_context(args: ModelArgs, context: int | None, default: int) -> int:
 def _refusal(plan: Plan, budget: int, least: int, shares_for: Callable[[int, int], Shares]) -> str:
     """Why a plan does not fit, and what would."""
     shares, step = plan.shares, plan.prefill_step_size
+    prompts = f"{size(shares.prompts)} for earlier prompts, " if shares.prompts else ""
     reason = (
         f"[budget] {size(budget)} cannot hold {size(plan.total)}: {size(shares.process)} for the"
         f" program, {size(shares.dense)} for all weights but routed experts, {size(shares.kv)} for"
-        f" a KV cache of {plan.context:,} tokens, {size(shares.staging)} for buffers and"
+        f" a KV cache of {plan.context:,} tokens, {prompts}{size(shares.staging)} for buffers and"
         f" {step:,} tokens of a prompt at a time, and {size(plan.slot_bytes)} for {plan.slots}"
         f" experts a layer (a token needs {least})"
     )
     rest = budget - plan.slot_bytes
     ways = [f"a budget of {_upwards(plan.total)}"]
+    ways += ["no prompt cache"] if 0 < plan.total - budget <= shares.prompts else []
     context = _largest(plan.context, lambda n: shares_for(n, step).total <= rest)
     if context >= SHORTEST_CONTEXT:
         ways.append(f"a context of at most {context:,} tokens")

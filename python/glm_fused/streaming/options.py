@@ -39,6 +39,7 @@ class StreamOptions:
         depth: reads in flight.
         split: bytes per read, a multiple of 4096.
         patience: seconds to wait for slots held by work in flight.
+        prompts: bytes that a store of prompts' caches may take.
     """
 
     budget: int | None = None
@@ -53,3 +54,4 @@ class StreamOptions:
     depth: int = 16
     split: int = 1 << 20
     patience: float = 60.0
+    prompts: int = 0
