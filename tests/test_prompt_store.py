@@ -136,6 +136,7 @@ def test_memory_stays_within_the_limit(model, rng, tokens):
     """Whatever comes, and what was put last is there as far as whole blocks of it fit."""
     limit = tokens * token_bytes(model)
     store, known = store_of(model, limit), []
+    assert store.limit_bytes == limit
     for _ in range(30):
         text = some_tokens(model, rng, rng.randrange(1, 60))
         if known and rng.random() < 0.5:

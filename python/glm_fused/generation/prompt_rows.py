@@ -16,6 +16,8 @@ from mlx_lm.models.cache import CacheList, KVCache
 from ..formats.kv_rows import FLOATS, PACKED, format_of
 from ..host import to_numpy
 from ..models.cache import size_of
+from ..models.cache_check import check_cache
+from ..models.config import ModelArgs
 from ..models.decoder import Model
 from ..models.layer_spec import INDEX_KEY, LayerSpec
 
@@ -74,6 +76,31 @@ class Prefix(NamedTuple):
     tokens: int
     draft: CacheList | None
     drafted: int
+
+
+def checked(
+    args: ModelArgs,
+    cache: Sequence[CacheList],
+    draft: CacheList | None,
+    kv_format: str | None,
+) -> tuple[int, str | None]:
+    """How many rows a cache has, and their format: ``kv_format``, or any where that is None.
+
+    Raises ValueError, naming the layer, for a cache that is not of such a model, of a batch, or in
+    another format.
+    """
+    check_cache(cache, args, 1, args.layers)
+    if draft is not None:
+        check_cache([draft], args, 1, args.mtp_layers[:1])
+    for entry in (cache[0][0], *([] if draft is None else [draft[0]])):
+        if type(entry) is not KVCache:
+            raise ValueError(f"[prompts] found a {type(entry).__name__}, expected a KVCache.")
+        if entry.keys is not None:
+            found = format_of(entry.keys.dtype)
+            kv_format = kv_format or found
+            if found != kv_format:
+                raise ValueError(f"[prompts] a cache in {found}, expected {kv_format}.")
+    return size_of(cache[0][0]), kv_format
 
 
 def cut(cache: Sequence[CacheList], draft: CacheList | None, first: int, last: int) -> Rows:

@@ -24,16 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mlx_lm.models.cache import CacheList, KVCache
+from mlx_lm.models.cache import CacheList
 
-from ..formats.kv_rows import format_of
 from ..models.cache import size_of
-from ..models.cache_check import check_cache
 from ..models.decoder import Model
 from .prompt_blocks import Block, Match, add_child, as_tokens, child, find, prefixes
 from .prompt_files import Files
 from .prompt_resident import Resident
-from .prompt_rows import Piece, Prefix, Rows, cut, join
+from .prompt_rows import Piece, Prefix, Rows, checked, cut, join
 from .prompt_snapshots import Identity, Snapshots
 
 BLOCK_TOKENS = 256
@@ -104,6 +102,11 @@ class PromptStore:
         """The bytes of all rows in memory, and of their tokens."""
         return self._resident.nbytes
 
+    @property
+    def limit_bytes(self) -> int:
+        """What they may be at most."""
+        return self._resident.limit
+
     def take(self, tokens: Sequence[int]) -> tuple[list[CacheList], int]:
         """A cache of the first n of ``tokens``, as many as are known, and n, which may be 0.
 
@@ -155,7 +158,8 @@ class PromptStore:
 
         Raises ValueError for a cache that is not the model's.
         """
-        known = as_tokens(tokens)[: self._checked(cache, draft)]
+        size, self._format = checked(self._model.args, cache, draft, self._format)
+        known = as_tokens(tokens)[:size]
         chain: list[Block] = []
         parent, nbytes = self._tree, 0
         for first in range(0, len(known), self._size):
@@ -164,7 +168,7 @@ class PromptStore:
             if self._adds(parent, part, _drafted(draft) - first):
                 rows = cut(cache, draft, first, first + len(part))
                 nbytes += rows.nbytes + part.nbytes
-                if nbytes > self._resident.limit - self._waiting():
+                if nbytes > self.limit_bytes - self._waiting():
                     break  # what comes after it would go first
             with self._lock:
                 block = self._place(parent, part, rows)
@@ -179,22 +183,6 @@ class PromptStore:
             self._touch(chain)
             if self._files is not None:
                 self._files.save(chain)
-
-    def _checked(self, cache: Sequence[CacheList], draft: CacheList | None) -> int:
-        """How many rows a cache has; ValueError for one that cannot be kept."""
-        args = self._model.args
-        check_cache(cache, args, 1, args.layers)
-        if draft is not None:
-            check_cache([draft], args, 1, args.mtp_layers[:1])
-        for entry in (cache[0][0], *([] if draft is None else [draft[0]])):
-            if type(entry) is not KVCache:
-                raise ValueError(f"[prompts] found a {type(entry).__name__}, expected a KVCache.")
-            if entry.keys is not None:
-                found = format_of(entry.keys.dtype)
-                self._format = self._format or found
-                if found != self._format:
-                    raise ValueError(f"[prompts] a cache in {found}, expected {self._format}.")
-        return size_of(cache[0][0])
 
     def _waiting(self) -> int:
         return 0 if self._files is None else self._files.waiting_bytes
@@ -293,7 +281,7 @@ class PromptStore:
                 "blocks": len(blocks),
                 "tokens": sum(len(block.tokens) for block in blocks),
                 "bytes": self.nbytes,
-                "limit_bytes": self._resident.limit,
+                "limit_bytes": self.limit_bytes,
                 "disk": None if self._files is None else self._files.describe(),
             }
 
