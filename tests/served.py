@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
+import time
 from contextlib import contextmanager
 
 from glm_fused.serve.app import create_app
 from glm_fused.serve.server import Server, bind, url
 from glm_fused.serve.settings import Settings
+
+BUSY = ("active", "filling", "queued")
 
 
 class Served:
@@ -33,6 +37,13 @@ class Served:
             found = json.loads(found)
         return response.status, response.headers, found
 
+    def idle(self, seconds=30):
+        """Wait until nothing is generated any more."""
+        end = time.monotonic() + seconds
+        while any(self.service.scheduler.describe().get(n) for n in BUSY):
+            assert time.monotonic() < end, self.service.scheduler.describe()
+            time.sleep(0.01)
+
     def post(self, path, body, **headers):
         """Status and body of a POST."""
         status, _, found = self.request("POST", path, body, headers)
@@ -45,10 +56,12 @@ class Served:
 
 
 @contextmanager
-def served(engine, **settings):
-    """Serve ``engine`` while the block runs."""
+def served(engine, send_buffer=None, **settings):
+    """Serve ``engine`` while the block runs, with as many bytes on the way to each client."""
     settings = Settings(**{"names": ("demo",), "port": 0, "grace": 5} | settings)
     sock = bind(settings)
+    if send_buffer is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     app = create_app(engine, settings)
     started = threading.Event()
     server = Server(app, settings, started.set)

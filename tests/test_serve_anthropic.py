@@ -15,10 +15,10 @@ from served import served
 from typing_extensions import get_type_hints
 
 from glm_fused import Engine
+from glm_fused.serve.answers import Reasoning, Text, ToolArguments, ToolCallStart
 from glm_fused.serve.anthropic_events import MessageEvents, usage
 from glm_fused.serve.anthropic_requests import CountTokensBody, MessagesBody
 from glm_fused.serve.anthropic_turn import options_of, shows_thinking, turn_of
-from glm_fused.serve.conversation import Reasoning, Text, ToolArguments, ToolCallStart
 from glm_fused.serve.errors import ApiError
 from glm_fused.serve.openai_fields import checked
 

@@ -14,7 +14,7 @@ from served import served
 from typing_extensions import get_type_hints
 
 from glm_fused import Engine
-from glm_fused.serve.conversation import Reasoning, Text, ToolArguments, ToolCallStart
+from glm_fused.serve.answers import Reasoning, Text, ToolArguments, ToolCallStart
 from glm_fused.serve.errors import ApiError
 from glm_fused.serve.openai_fields import checked
 from glm_fused.serve.responses_events import ResponseEvents, usage

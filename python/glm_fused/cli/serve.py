@@ -70,7 +70,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("limits").add_argument
     positive = arguments.number(lambda value: 0 < value <= 10**6, "a number of seconds above 0")
     help = "requests to generate for at a time (default: 16)"
-    add("--max-batch", type=arguments.integer(1, 1024), metavar="N", help=help)
+    add("--max-batch", type=arguments.integer(1, 16), metavar="N", help=help)
     help = "requests that may wait (default: 256)"
     add("--max-queue", type=arguments.integer(1, 100_000), metavar="N", help=help)
     add("--max-body", metavar="SIZE", help="the largest body of a request (default: 16MiB)")

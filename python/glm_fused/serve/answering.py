@@ -10,7 +10,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..generation.options import Options
 from ..generation.requests import GeneratedToken, GenerationRequest, PromptProgress
-from .conversation import Delta, Prepared, Reasoning, ToolCallStart
+from .answers import Delta, Reasoning, ToolCallStart
+from .conversation import Prepared
 from .running import Running
 from .service import Service
 from .turn import Turn

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .conversation import Delta, Reasoning, Text, ToolArguments, ToolCallStart
+from .answers import Delta, Reasoning, Text, ToolArguments, ToolCallStart
 
 Event = dict[str, Any]
 SIGNATURE = "unsigned"  # clients hand thinking back with its signature, which nobody checks here

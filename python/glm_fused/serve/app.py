@@ -14,14 +14,16 @@ from starlette.requests import ClientDisconnect
 
 from ..engine import Engine
 from ..generation.scheduler import Scheduler
-from . import anthropic_messages, models, openai_chat, openai_completions, responses, status
+from . import anthropic_messages, models, openai_chat, openai_completions, page, responses, status
 from .errors import ApiError, Errors, on_error
+from .limits import Crowd
 from .log import Log
 from .security import Guard
 from .service import Service
 from .settings import Settings
 
-APIS = (status, models, openai_chat, openai_completions, responses, anthropic_messages)
+APIS = (status, models, openai_chat, openai_completions, responses, anthropic_messages, page)
+SPARE = 64  # requests that may be read or counted while as many as there may be run and wait
 
 
 def create_app(engine: Engine, settings: Settings) -> Starlette:
@@ -61,4 +63,6 @@ def _middleware(service: Service, settings: Settings) -> list[Middleware]:
                 CORSMiddleware, allow_origins=origins, allow_methods=every, allow_headers=every
             )
         )
-    return [*found, Middleware(Guard, settings=settings), Middleware(Errors)]
+    most = settings.max_batch + settings.max_queue + SPARE
+    guard, crowd = Middleware(Guard, settings=settings), Middleware(Crowd, most=most)
+    return [*found, guard, crowd, Middleware(Errors)]

@@ -1,59 +1,17 @@
-"""Conversations become prompts, and what the model writes becomes answers: plain texts so far."""
+"""Conversations become prompts: of plain texts so far."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from ..engine import Engine
-from ..generation.requests import Constraint, GeneratedToken
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-
-@dataclass(frozen=True)
-class Reasoning:
-    """A piece of what the model thinks before it answers."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Text:
-    """A piece of an answer."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class ToolCallStart:
-    """A call of a tool begins."""
-
-    index: int
-    id: str
-    name: str
-
-
-@dataclass(frozen=True)
-class ToolArguments:
-    """A piece of a call's arguments, which are JSON together."""
-
-    index: int
-    json_piece: str
-
-
-Delta = Reasoning | Text | ToolCallStart | ToolArguments
-
-
-class Parser(Protocol):
-    """Tells what the tokens of an answer are."""
-
-    def feed(self, event: GeneratedToken) -> list[Delta]:
-        """What a token makes clear."""
-        ...
-
-    def finish(self) -> list[Delta]:
-        """What is left when the last token has come."""
-        ...
+from ..generation.prompts import encode
+from ..generation.requests import Constraint
+from ..models.decoder import Model
+from .answers import AnswerParser
 
 
 @dataclass(frozen=True)
@@ -62,26 +20,18 @@ class Prepared:
 
     tokens: list[int]
     constraint: Constraint | None
-    parser: Parser
+    parser: AnswerParser
 
-
-class PlainParser:
-    """All of it is text."""
-
-    def feed(self, event: GeneratedToken) -> list[Delta]:
-        """The token's text."""
-        return [Text(event.text)] if event.text else []
-
-    def finish(self) -> list[Delta]:
-        """Nothing."""
-        return []
+    def again(self) -> Prepared:
+        """The same for another answer, with a constraint and a parser of its own."""
+        return Prepared(self.tokens, self.constraint, AnswerParser())
 
 
 class Conversation:
-    """Makes prompts of conversations with the model of ``engine``."""
+    """Prepares the conversations of one model."""
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
+    def __init__(self, model: Model, tokenizer: TokenizerWrapper):
+        self._model, self._tokenizer = model, tokenizer
 
     def prepare(
         self,
@@ -90,6 +40,8 @@ class Conversation:
         tool_choice: str | Mapping[str, Any] = "auto",
         template_args: Mapping[str, Any] | None = None,
         response_format: Mapping[str, Any] | None = None,
+        *,
+        parallel_tool_calls: bool = True,
     ) -> Prepared:
         """The prompt of a conversation. Raises ValueError for what it cannot have."""
         if tools:
@@ -97,7 +49,7 @@ class Conversation:
         if response_format is not None and response_format["type"] != "text":
             raise ValueError("[chat] response_format: there is none but text yet.")
         plain = [{"role": m["role"], "content": _text(m.get("content", ""))} for m in messages]
-        return Prepared(self._engine.encode(plain), None, PlainParser())
+        return Prepared(encode(self._model, self._tokenizer, plain), None, AnswerParser())
 
 
 def _text(content: str | Sequence[Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Reads the body of a request: JSON, of bounded size, in bounded time."""
+"""Bounds what clients may ask for at once, and the size and time of a request's body."""
 
 from __future__ import annotations
 
@@ -7,11 +7,38 @@ from typing import Any
 
 import pydantic_core
 from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..memory import size
 from ..validation import show
-from .errors import ApiError
+from .errors import ApiError, respond
 from .settings import Settings
+
+
+class Crowd:
+    """Lets at most ``most`` requests with a body be in an ASGI application at once.
+
+    Those beyond are told to come again (503) before their bodies are read, which take memory too.
+    """
+
+    def __init__(self, app: ASGIApp, most: int):
+        self._app, self._most, self._inside = app, most, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self._app(scope, receive, send)
+            return
+        if self._inside >= self._most:
+            text = f"{self._most} requests are being answered or wait already."
+            headers = {"Retry-After": "1", "Connection": "close"}
+            error = ApiError(503, text, code="queue_full", headers=headers)
+            await respond(error, scope["path"])(scope, receive, send)
+            return
+        self._inside += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._inside -= 1
 
 
 async def read_json(request: Request, settings: Settings) -> dict[str, Any]:

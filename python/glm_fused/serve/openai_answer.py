@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..generation.requests import GeneratedToken
-from .conversation import Delta, Parser, Reasoning, Text, ToolArguments, ToolCallStart
+from .answers import AnswerParser, Delta, Reasoning, Text, ToolArguments, ToolCallStart
 from .logprobs import TokenNames
 from .running import Usage
 
@@ -16,7 +16,6 @@ class ChatAnswer:
 
     Attributes:
         ended: whether the answer is at its end, which a second call is where ``parallel`` is false.
-        reasoning_tokens: how many tokens gave reasoning.
 
     Args:
         parser: of this answer.
@@ -24,13 +23,18 @@ class ChatAnswer:
         names: of tokens, where their log-probabilities are wanted.
     """
 
-    def __init__(self, parser: Parser, parallel: bool, names: TokenNames | None):
+    def __init__(self, parser: AnswerParser, parallel: bool, names: TokenNames | None):
         self._parser, self._parallel, self._names = parser, parallel, names
         self._reasoning, self._text = list[str](), list[str]()
         self._calls: list[dict[str, Any]] = []
         self._logprobs, self._unsent = list[dict[str, Any]](), list[dict[str, Any]]()
         self._reason: str | None = None
-        self.ended, self.reasoning_tokens = False, 0
+        self.ended = False
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """How many tokens were reasoning."""
+        return self._parser.reasoning_tokens
 
     def feed(self, event: GeneratedToken) -> list[dict[str, Any]]:
         """The choices of the chunks that a token makes ready, the last with its reason."""
@@ -39,7 +43,6 @@ class ChatAnswer:
         if self._names is not None and not self._silent(event):
             self._unsent.append(self._names.chat(event))
         deltas = self._parser.feed(event)
-        self.reasoning_tokens += any(isinstance(delta, Reasoning) for delta in deltas)
         if event.finish_reason is not None:
             deltas = [*deltas, *self._parser.finish()]
             self._reason, self.ended = event.finish_reason, True

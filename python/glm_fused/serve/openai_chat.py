@@ -12,7 +12,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..generation.requests import GeneratedToken, GenerationRequest, PromptProgress
-from .conversation import Parser, Prepared
+from .answers import AnswerParser
+from .conversation import Prepared
 from .limits import read_json
 from .logprobs import TokenNames
 from .openai_answer import ChatAnswer, usage
@@ -33,10 +34,12 @@ def routes(service: Service) -> list[Route]:
         body = checked(ChatBody, await read_json(request, service.settings), check_chat)
         service.check_model(body.model)
         asked = body.conversation()
-        prepared = [
-            await service.prepare(lambda: service.conversation.prepare(**asked), "messages")
-            for _ in range(body.choices)
-        ]
+
+        def prepare() -> list[Prepared]:
+            first = service.conversation.prepare(**asked)
+            return [first, *(first.again() for _ in range(body.choices - 1))]
+
+        prepared = await service.prepare(prepare, "messages")
         running = service.start(_requests(service, body, prepared))
         call = _Chat(service, body, running, [p.parser for p in prepared], names)
         if body.stream:
@@ -67,7 +70,7 @@ class _Chat:
         service: Service,
         body: ChatBody,
         running: Running,
-        parsers: list[Parser],
+        parsers: list[AnswerParser],
         names: TokenNames,
     ):
         self._body, self._running = body, running

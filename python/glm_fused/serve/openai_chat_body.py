@@ -80,6 +80,7 @@ class ChatBody(Sampled):
             "tool_choice": without_nulls(self.tool_choice) or "auto",
             "template_args": self._template_args(),
             "response_format": without_nulls(self.response_format),
+            "parallel_tool_calls": self.parallel_tool_calls is not False,
         }
 
     def _template_args(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from uuid import uuid4
 
-from .conversation import Delta, Reasoning, Text, ToolArguments, ToolCallStart
+from .answers import Delta, Reasoning, Text, ToolArguments, ToolCallStart
 
 Event = dict[str, Any]
 

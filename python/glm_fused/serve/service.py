@@ -42,7 +42,7 @@ class Service:
 
     def __init__(self, engine: Engine, settings: Settings, scheduler: Scheduler):
         self.engine, self.settings, self.scheduler = engine, settings, scheduler
-        self.conversation = Conversation(engine)
+        self.conversation = Conversation(engine.model, engine.tokenizer)
         self.metrics = Metrics(scheduler.describe)
         self.started = int(time.time())
         self._preparers = ThreadPoolExecutor(_PREPARERS, "glm-fused prompts")
