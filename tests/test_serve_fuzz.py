@@ -14,8 +14,20 @@ from glm_fused import Engine
 from glm_fused.serve.openai_answer import ChatAnswer
 
 WORKERS = 6
-PATHS = ["/v1/chat/completions"] * 4 + ["/v1/completions"] * 3
-OTHERS = ["/v1/models", "/v1/models/demo", "/v1/nothing", "/health", "/metrics", "//", "/%00"]
+CHATS = ["/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens"]
+PATHS = [*CHATS, "/v1/chat/completions", "/v1/completions", "/v1/completions", "/v1/responses"]
+OTHERS = [
+    "/",
+    "/page/main.js",
+    "/page/../app.py",
+    "/v1/models",
+    "/v1/models/demo",
+    "/v1/nothing",
+    "/health",
+    "/metrics",
+    "//",
+    "/%00",
+]
 TEXTS = [
     "hi", "", "def f(x):\n", "\0", "é😀" * 9, "\u202e\ufeff", "\ud800", "<|user|>", "x" * 5000,
     "{{ 7 * 7 }}{% for %}", "null", "../../etc/passwd", "a\r\nb: c", "[gMASK]<sop>",
@@ -28,7 +40,9 @@ FIELDS = [
     "model", "messages", "prompt", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "n",
     "max_tokens", "max_completion_tokens", "stream", "stream_options", "logprobs", "top_logprobs",
     "tools", "tool_choice", "response_format", "logit_bias", "presence_penalty", "echo", "best_of",
-    "suffix", "user", "reasoning_effort", "chat_template_kwargs", "parallel_tool_calls", "é", "",
+    "suffix", "user", "system", "thinking", "input", "instructions", "text",
+    "previous_response_id", "reasoning_effort", "chat_template_kwargs", "parallel_tool_calls", "é",
+    "",
 ]  # fmt: skip
 ROLES = ["user", "assistant", "system", "tool", "developer", "function", "", "User", None, 3]
 
@@ -59,9 +73,13 @@ class Draw(random.Random):
 
     def body(self, path):
         """A body, most of which fits."""
-        body = {"model": "demo", "max_tokens": self.choice([1, 2, 9])}
-        if path.endswith("chat/completions"):
+        body = {"model": "demo"}
+        body["max_output_tokens" if "responses" in path else "max_tokens"] = self.choice([1, 2, 9])
+        if path in CHATS:
             body["messages"] = [self.message() for _ in range(self.randrange(1, 4))]
+        elif path == "/v1/responses":
+            text = self.choice(TEXTS)
+            body["input"] = self.choice([text, [self.message()], self.value()])
         else:
             tokens = [self.randrange(-1, 600) for _ in range(self.randrange(4))]
             body["prompt"] = self.choice([self.choice(TEXTS), tokens, [tokens], ["a", "b"]])
@@ -199,7 +217,7 @@ def test_three_hundred_requests_by_chance(engine):
         found = attack(server, range(300))
         check(server, found)
     statuses = list(found.values())
-    assert statuses.count(200) > 60 and statuses.count(400) > 60  # they reach what they attack
+    assert statuses.count(200) > 30 and statuses.count(400) > 60  # they reach what they attack
 
 
 @pytest.mark.slow
