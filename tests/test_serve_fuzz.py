@@ -196,7 +196,7 @@ def attack(server, seeds):
 def check(server, found):
     """No answer was the server's fault, every slot is free again, and it still answers."""
     faults = {s: f for s, f in found.items() if isinstance(f, Exception) or (f or 0) >= 500}
-    assert not faults
+    assert not faults, faults
     server.idle()
     body = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
     status, answer = server.post("/v1/chat/completions", body)
