@@ -300,6 +300,7 @@ TYPED = [
     ({"$ref": "#/$defs/missing"}, TYPES),
     ({"$ref": "http://localhost/x"}, TYPES),
     ({"$ref": "#/$defs/deep"}, TYPES),
+    ({"$ref": "#/$defs/twice"}, TYPES),
     ({}, TYPES),
     (True, TYPES),
     ("odd", TYPES),
@@ -313,6 +314,7 @@ def test_types_of_a_schema(schema, types):
         "a": {"type": "array"},
         "loop": {"$ref": "#/$defs/loop"},
         "deep": {"anyOf": [{"$ref": "#/$defs/deep"}]},
+        "twice": {"anyOf": [{"$ref": "#/$defs/twice"}] * 2},  # 2 to the power of the depth
     }
     assert value_types(schema, {"$defs": definitions}) == types
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -19,17 +19,28 @@ GROWTH_BYTES = 2 << 30
 MAX_ADDED = 1_000_000  # a chat may have so many characters and four times the messages' own
 
 
-def render(tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def render(tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, Any]]) -> list[int]:
     """The tokens of a chat, whose messages are ``{"role", "content"}``, in the chat template.
 
     Raises ValueError, naming the template's file and what it said, for a template that fails, does
     not end, or gives nothing or far more than a prompt.
     """
+    return rendered_tokens(tokenizer, render_text(tokenizer, messages))
+
+
+def render_text(
+    tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, Any]], **arguments: Any
+) -> str:
+    """The text of a chat in the chat template, which gets the ``arguments``, such as ``tools``.
+
+    Raises ValueError as `render` does.
+    """
     where = f"[chat] the chat template in {_file(tokenizer)}"
     apply = cast(Callable[..., str], tokenizer.apply_chat_template)
-    given = sum(len(str(text)) for message in messages for text in message.values())
+    given = sum(len(str(value)) for message in messages for value in message.values())
+    given += sum(len(str(value)) for value in arguments.values())
     with foreign(f"{where} fails"), _limited():
-        text = apply(list(messages), add_generation_prompt=True, tokenize=False)
+        text = apply(list(messages), add_generation_prompt=True, tokenize=False, **arguments)
     if not isinstance(text, str) or not text:
         raise ValueError(f"{where} renders nothing.")
     if len(text) > 4 * given + MAX_ADDED:
@@ -37,6 +48,12 @@ def render(tokenizer: TokenizerWrapper, messages: Sequence[Mapping[str, str]]) -
             f"{where} makes {len(text)} characters of {given}, expected at most"
             f" {4 * given + MAX_ADDED}."
         )
+    return text
+
+
+def rendered_tokens(tokenizer: TokenizerWrapper, text: str) -> list[int]:
+    """The tokens of a text that `render_text` gave; raises ValueError where there are none."""
+    where = f"[chat] the chat template in {_file(tokenizer)}"
     with foreign(f"{where} renders what the tokenizer does not take"):
         return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 TYPES = frozenset({"string", "number", "integer", "boolean", "null", "object", "array"})
-_DEEPEST = 32  # references and unions that are followed one into the other
+_DEEPEST = 32  # references and unions that are followed one into the other,
+_MOST = 1000  # and how many of them in all, because each union may name the next one twice
 
 
 def value_types(schema: Any, root: Any) -> frozenset[str]:
@@ -16,12 +17,12 @@ def value_types(schema: Any, root: Any) -> frozenset[str]:
     ``root`` is the schema whose definitions ``$ref`` names. What an unknown reference or a circle
     of them allows is unknown, too, which is every type.
     """
-    return _types(schema, root, _DEEPEST)
+    return _types(schema, root, _DEEPEST, iter(range(_MOST)))
 
 
-def _types(schema: Any, root: Any, depth: int) -> frozenset[str]:
+def _types(schema: Any, root: Any, depth: int, left: Iterator[int]) -> frozenset[str]:
     schema = resolved(schema, root)
-    if not isinstance(schema, Mapping) or not depth:
+    if not isinstance(schema, Mapping) or not depth or next(left, None) is None:
         return TYPES
     found = TYPES
     if "type" in schema:
@@ -34,10 +35,11 @@ def _types(schema: Any, root: Any, depth: int) -> frozenset[str]:
         found &= frozenset().union(*map(type_of, schema["enum"]))
     for key in ("anyOf", "oneOf"):
         if isinstance(schema.get(key), list):
-            found &= frozenset().union(*(_types(one, root, depth - 1) for one in schema[key]))
+            inner = (_types(one, root, depth - 1, left) for one in schema[key])
+            found &= frozenset().union(*inner)
     if isinstance(schema.get("allOf"), list):
         for one in schema["allOf"]:
-            found &= _types(one, root, depth - 1)
+            found &= _types(one, root, depth - 1, left)
     return found or TYPES
 
 
