@@ -6,6 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import tiny_config, write_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_answers import joined
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -108,6 +110,11 @@ def glm(request, tmp_path_factory):
 def demo():
     with Engine("demo") as engine:
         yield engine
+
+
+@pytest.fixture(scope="module")
+def plain(demo):
+    return Conversation(demo.model, demo.tokenizer)
 
 
 def text_of(conversation, prepared):
@@ -295,6 +302,7 @@ def test_what_is_no_list_of_messages(messages):
         ({"response_format": {"type": "json_schema"}}, "json_schema.schema is missing"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": 1}}}, "schema is 1"),
         ({"template_args": {"chat_template": "x"}}, "'chat_template' is no argument of chat tem"),
+        ({"template_args": ["x"]}, r"template's arguments are \['x'\], expected an object"),
         ({"template_args": {"messages": []}}, "'messages' is no argument"),
         ({"template_args": {"tools": []}}, "'tools' is no argument"),
     ],
@@ -321,3 +329,68 @@ def test_a_mask_is_of_the_logits(demo):
     conversation = Conversation(demo.model, demo.tokenizer)
     mask = conversation.prepare(USER, response_format=form).constraint.allowed()
     assert (mask.shape, mask.dtype) == ((demo.model.args.vocab_size,), mx.bool_)
+
+
+_WORDS = [
+    "",
+    "type",
+    "string",
+    "object",
+    "$ref",
+    "#/$defs/a",
+    "#",
+    "a",
+    "user",
+    "\ud800",
+    "((",
+    "{",
+]
+_KEYS = ["type", "enum", "const", "anyOf", "allOf", "$ref", "$defs", "properties", "required"]
+_KEYS += ["items", "pattern", "minLength", "minimum", "additionalProperties", "role", "content"]
+_KEYS += ["function", "name", "parameters", "strict", "arguments", "enable_thinking", "", "\ud800"]
+_VALUES = st.recursive(
+    st.none() | st.booleans() | st.sampled_from([0, -1, 10**400, 1.5]) | st.sampled_from(_WORDS),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(_KEYS), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+_ASKED = {
+    "messages": CHAT,
+    "tools": [TOOL],
+    "tool_choice": {"type": "function", "function": {"name": "add"}},
+    "template_args": {"enable_thinking": True},
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {"schema": {"type": "object", "properties": {"a": {"enum": ["b", 1]}}}},
+    },
+    "parallel_tool_calls": False,
+}
+
+
+def replaced(draw, value):
+    """The value with one thing in it, or all of it, in place of which comes something else."""
+    if not value or not isinstance(value, (dict, list)) or draw(st.integers(0, 9)) == 0:
+        return draw(_VALUES)
+    key = draw(st.sampled_from(sorted(value) if isinstance(value, dict) else range(len(value))))
+    copy = value.copy()
+    copy[key] = replaced(draw, value[key])
+    return copy
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_whatever_is_asked_is_prepared_or_refused(plain, data):
+    asked = dict(_ASKED)
+    if data.draw(st.booleans()):
+        del asked["tool_choice"]
+    for _ in range(data.draw(st.integers(1, 3))):
+        name = data.draw(st.sampled_from(sorted(asked)))
+        asked[name] = replaced(data.draw, asked[name])
+    try:
+        prepared = plain.prepare(**asked)
+        if prepared.constraint is not None:
+            assert prepared.constraint.allowed().any().item()
+    except ValueError as error:
+        assert str(error).startswith(("[messages]", "[tools]", "[response_format]", "[grammar]",
+                                      "[chat]", "[prompt]"))  # fmt: skip

@@ -94,14 +94,19 @@ class Conversation:
         read, known = read_messages(messages), read_tools(tools)
         choice = _choice(tool_choice, known)
         offered = () if choice == "none" else known
-        prompt = self._prompt(read, offered, dict(template_args or {}))
+        arguments = {} if template_args is None else template_args
+        if not isinstance(arguments, Mapping):
+            raise ValueError(
+                f"[messages] the template's arguments are {show(arguments)}, expected an object."
+            )
+        prompt = self._prompt(read, offered, dict(arguments))
         tokens = encode(
             self._model, self._tokenizer, chat.rendered_tokens(self._tokenizer, prompt.text)
         )
         grammar = answer_grammar(
             offered, choice, _schema(response_format), parallel_tool_calls, self._grammars.mark
         )
-        may_think = dict(template_args or {}).get("enable_thinking") is not False
+        may_think = arguments.get("enable_thinking") is not False
 
         def make() -> tuple[Constraint | None, AnswerParser]:
             constraint = None if grammar is None else self._constraint(grammar, prompt, may_think)
