@@ -2,15 +2,15 @@
 
 import json
 import random
-import time
+from typing import Literal
 
 import anthropic
 import pytest
-from anthropic.types import Message, RawMessageStreamEvent
+from anthropic.types import Message, ModelInfo, RawMessageStreamEvent
 from anthropic.types.beta.message_create_params import MessageCreateParamsBase as BetaParams
 from anthropic.types.message_count_tokens_params import MessageCountTokensParams
 from anthropic.types.message_create_params import MessageCreateParamsBase
-from pydantic import TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 from served import served
 from typing_extensions import get_type_hints
 
@@ -18,7 +18,7 @@ from glm_fused import Engine
 from glm_fused.serve.answers import Reasoning, Text, ToolArguments, ToolCallStart
 from glm_fused.serve.anthropic_events import MessageEvents, usage
 from glm_fused.serve.anthropic_requests import CountTokensBody, MessagesBody
-from glm_fused.serve.anthropic_turn import options_of, shows_thinking, turn_of
+from glm_fused.serve.anthropic_turn import check_messages, options_of, shows_thinking, turn_of
 from glm_fused.serve.errors import ApiError
 from glm_fused.serve.openai_fields import checked
 
@@ -37,9 +37,9 @@ WEATHER = {
 
 def body(kind=MessagesBody, **fields):
     usual = {"model": "demo", "messages": HELLO}
-    if kind is MessagesBody:
-        usual["max_tokens"] = 16
-    return checked(kind, usual | fields)
+    if kind is CountTokensBody:
+        return checked(kind, usual | fields)
+    return checked(kind, usual | {"max_tokens": 16} | fields, check_messages)
 
 
 # What a body asks for
@@ -223,6 +223,7 @@ def user(*blocks):
         ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
         ({"mcp_servers": [{"url": "https://a.example"}]}, "mcp_servers"),
         ({"container": "c"}, "container"),
+        ({"thread": {"type": "create"}}, "thread"),
         ({"temprature": 1}, "temprature"),
     ],
 )
@@ -465,15 +466,14 @@ def test_a_key_and_a_limit_on_the_size_hold_here_too(engine):
 def test_a_client_that_leaves_ends_its_message(client, server):
     with client.messages.stream(**asked(max_tokens=800)) as stream:
         next(iter(stream.text_stream))
-    wait_until_idle(server)
-    assert server.service.scheduler.describe()["active"] == 0
+    server.idle()
 
 
-def wait_until_idle(server, seconds=20):
-    end = time.monotonic() + seconds
-    while server.service.scheduler.describe()["active"]:
-        assert time.monotonic() < end, "the request goes on"
-        time.sleep(0.01)
+def test_the_model_is_listed_in_this_apis_shape_too(client, engine):
+    (listed,) = client.models.list()
+    assert ModelInfo.model_validate(listed.model_dump(), strict=True).id == "demo"
+    assert (listed.type, listed.max_input_tokens) == ("model", engine.context)
+    assert client.models.retrieve("demo") == listed
 
 
 def test_the_beta_client_with_what_claude_code_sends(client):
@@ -488,3 +488,76 @@ def test_the_beta_client_with_what_claude_code_sends(client):
         extra_body={"temperature": 1},
     )
     assert answer.usage.output_tokens == 16
+
+
+LIGHT = {
+    "name": "set_light",
+    "input_schema": {
+        "type": "object",
+        "properties": {
+            "room": {"enum": ["hall", "attic"]},
+            "level": {"type": "integer", "minimum": 0, "maximum": 99},
+            "on": {"type": "boolean"},
+        },
+        "required": ["room", "level"],
+        "additionalProperties": False,
+    },
+}
+STOP = {"name": "stop", "input_schema": {"type": "object", "properties": {}}}
+
+
+def check_light(given):
+    assert given["room"] in ("hall", "attic") and type(given["level"]) is int
+    assert given.keys() <= {"room", "level", "on"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_tool_that_has_to_be_called_is(client, seed):
+    choice = {"type": "tool", "name": "set_light", "disable_parallel_tool_use": True}
+    fields = asked(max_tokens=200, tools=[STOP, LIGHT], tool_choice=choice)
+    fields["system"] = f"# {seed}\n"
+    whole = client.messages.create(**fields)
+    (use,) = whole.content
+    assert (use.type, use.name, whole.stop_reason) == ("tool_use", "set_light", "tool_use")
+    check_light(use.input)
+    with client.messages.stream(**fields) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_message()
+    assert "input_json" in kinds
+    assert final.content[0].input == use.input and final.stop_reason == "tool_use"
+
+
+def test_any_tool_and_what_follows_its_result(client, engine):
+    fields = asked(max_tokens=200, tools=[STOP, LIGHT])
+    forced = {"type": "any", "disable_parallel_tool_use": True}
+    first = client.messages.create(**fields, tool_choice=forced)
+    (use,) = first.content
+    assert use.name in ("stop", "set_light")
+    if use.name == "set_light":
+        check_light(use.input)
+    result = {"type": "tool_result", "tool_use_id": use.id, "content": "# done\n"}
+    messages = [
+        *HELLO,
+        {"role": "assistant", "content": first.content},
+        {"role": "user", "content": [result]},
+    ]
+    answer = client.messages.create(**fields | {"messages": messages, "max_tokens": 20})
+    assert answer.content[0].type == "text" and answer.stop_reason != "tool_use"
+    none = client.messages.create(**fields | {"max_tokens": 20}, tool_choice={"type": "none"})
+    assert none.content[0].text == engine.generate(HELLO, max_tokens=20).text
+
+
+class Box(BaseModel):
+    """What the model has to fill in."""
+
+    width: int = Field(ge=0, le=9)
+    kind: Literal["big", "small"]
+
+
+def test_an_answer_has_the_form_of_its_schema(client):
+    answer = client.messages.parse(**asked(max_tokens=100), output_format=Box)
+    assert isinstance(answer.parsed_output, Box)
+    assert json.loads(answer.content[0].text) == answer.parsed_output.model_dump()
+    plain = client.messages.create(**asked(max_tokens=100))
+    with pytest.raises(ValueError):  # the control: by itself the model does nothing like it
+        Box.model_validate_json(plain.content[0].text)

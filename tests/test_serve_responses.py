@@ -2,14 +2,14 @@
 
 import json
 import random
-import time
+from typing import Literal
 
 import openai
 import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from openai.types.responses.input_token_count_params import InputTokenCountParams
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
-from pydantic import TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 from served import served
 from typing_extensions import get_type_hints
 
@@ -473,7 +473,67 @@ def test_a_client_that_leaves_ends_its_response(client, server):
         for event in stream:
             if event.type == "response.output_text.delta":
                 break
-    end = time.monotonic() + 20
-    while server.service.scheduler.describe()["active"]:
-        assert time.monotonic() < end, "the request goes on"
-        time.sleep(0.01)
+    server.idle()
+
+
+LIGHT = {
+    "type": "function",
+    "name": "set_light",
+    "strict": True,
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "room": {"enum": ["hall", "attic"]},
+            "level": {"type": "integer", "minimum": 0, "maximum": 99},
+        },
+        "required": ["room", "level"],
+        "additionalProperties": False,
+    },
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_function_that_has_to_be_called_is(client, seed):
+    fields = asked(max_output_tokens=200, tools=[OTHER, LIGHT], parallel_tool_calls=False)
+    fields |= {"tool_choice": {"type": "function", "name": "set_light"}}
+    fields |= {"instructions": f"# {seed}\n"}
+    whole = client.responses.create(**fields)
+    (made,) = whole.output
+    assert (made.type, made.name, whole.status) == ("function_call", "set_light", "completed")
+    given = json.loads(made.arguments)
+    assert given.keys() == {"room", "level"}
+    assert given["room"] in ("hall", "attic") and type(given["level"]) is int
+    with client.responses.stream(**fields) as stream:
+        pieces = [e.delta for e in stream if e.type == "response.function_call_arguments.delta"]
+        final = stream.get_final_response()
+    assert "".join(pieces) == made.arguments == final.output[0].arguments
+    output = {"type": "function_call_output", "call_id": made.call_id, "output": "# done\n"}
+    answer = client.responses.create(**asked(input=[output], previous_response_id=whole.id))
+    assert answer.output[0].type == "message"
+    again = client.responses.create(
+        **asked(
+            input=[{"role": "user", "content": CODE}, made.model_dump(), output],
+            max_output_tokens=16,
+        )
+    )
+    assert again.output_text == answer.output_text  # whoever keeps the conversation
+
+
+class Box(BaseModel):
+    """What the model has to fill in."""
+
+    width: int = Field(ge=0, le=9)
+    kind: Literal["big", "small"]
+
+
+def test_an_answer_has_the_form_of_its_schema(client):
+    answer = client.responses.parse(**asked(max_output_tokens=100), text_format=Box)
+    assert isinstance(answer.output_parsed, Box)
+    assert json.loads(answer.output_text) == answer.output_parsed.model_dump()
+    plain = client.responses.create(**asked(max_output_tokens=100))
+    with pytest.raises(ValueError):  # the control: by itself the model does nothing like it
+        Box.model_validate_json(plain.output_text)
+    free = client.responses.create(
+        **asked(max_output_tokens=40, text={"format": {"type": "json_object"}})
+    )
+    assert free.output_text.lstrip().startswith("{")

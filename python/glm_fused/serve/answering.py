@@ -10,7 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..generation.options import Options
 from ..generation.requests import GeneratedToken, GenerationRequest, PromptProgress
-from .answers import Delta, Reasoning, ToolCallStart
+from .answers import Delta, ToolCallStart
 from .conversation import Prepared
 from .running import Running
 from .service import Service
@@ -30,6 +30,7 @@ async def prepare(service: Service, turn: Turn, param: str) -> Prepared:
             turn.tool_choice,
             turn.template_args,
             turn.response_format,
+            parallel_tool_calls=turn.parallel,
         )
 
     return await service.prepare(make, param)
@@ -48,7 +49,6 @@ class Answering:
 
     Attributes:
         running: the request.
-        reasoning_tokens: how many tokens gave reasoning.
         calls: how many calls of tools the message has.
         reason: why it ended: "stop" or "length", and None before.
         stop_text: the stop text that it ended before; None where there was none.
@@ -65,7 +65,7 @@ class Answering:
         """Begin; raises ApiError where the request is not taken."""
         self._parser, self._parallel = prepared.parser, parallel
         self._ending = _Ending(service.engine.tokenizer, options.stop)
-        self.calls, self.reasoning_tokens = 0, 0
+        self.calls = 0
         self.reason: str | None = None
         self.stop_text: str | None = None
         request = GenerationRequest(prepared.tokens, options, top_logprobs, prepared.constraint)
@@ -78,7 +78,7 @@ class Answering:
             "prompt": used.prompt,
             "cached": used.cached,
             "generated": used.generated,
-            "reasoning": self.reasoning_tokens,
+            "reasoning": self._parser.reasoning_tokens,
         }
 
     async def progress(self) -> AsyncGenerator[Progress]:
@@ -96,7 +96,6 @@ class Answering:
 
     def _deltas(self, event: GeneratedToken) -> list[Delta]:
         deltas = list(self._parser.feed(event))
-        self.reasoning_tokens += any(isinstance(delta, Reasoning) for delta in deltas)
         stop_text = self._ending.feed(event)
         if event.finish_reason is not None:
             self.reason, self.stop_text = event.finish_reason, stop_text

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from .answering import Answering, prepare
 from .anthropic_events import MessageEvents, usage
 from .anthropic_requests import CountTokensBody, MessagesBody
-from .anthropic_turn import options_of, shows_thinking, turn_of
+from .anthropic_turn import check_messages, options_of, shows_thinking, turn_of
 from .limits import read_json
 from .openai_fields import checked
 from .service import Service
@@ -26,7 +26,7 @@ def routes(service: Service) -> list[Route]:
     """``/v1/messages`` and ``/v1/messages/count_tokens``."""
 
     async def messages(request: Request) -> Response:
-        body = checked(MessagesBody, await read_json(request, service.settings))
+        body = checked(MessagesBody, await read_json(request, service.settings), check_messages)
         service.check_model(body.model)
         answer = await _begin(service, body)
         if body.stream:

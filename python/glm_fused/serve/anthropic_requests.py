@@ -231,4 +231,4 @@ class MessagesBody(CountTokensBody):
     inference_geo: _Whatever
     metadata: _Whatever
     service_tier: _Whatever
-    thread: _Absent = None
+    thread: Any = None

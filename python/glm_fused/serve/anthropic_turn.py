@@ -19,6 +19,8 @@ from .anthropic_requests import (
     ToolUse,
     UserMessage,
 )
+from .conversation import effort_arguments
+from .errors import ApiError
 from .turn import Message, Turn, unexpected
 
 
@@ -48,6 +50,16 @@ def turn_of(body: CountTokensBody) -> Turn:
         None if format is None else turn.json_schema("answer", format.schema_),
         parallel=not (choice and choice.disable_parallel_tool_use),
     )
+
+
+def check_messages(body: MessagesBody) -> None:
+    """Raise ApiError (400) for a conversation that the server is to keep.
+
+    Anthropic's client knows the error's code, and then sends all of the conversation each time.
+    """
+    if body.thread not in (None, False):
+        text = "thread: there are none on this server, expected all messages each time."
+        raise ApiError(400, text, param="thread", code="thread_unsupported_request")
 
 
 def options_of(body: MessagesBody) -> dict[str, Any]:
@@ -129,7 +141,7 @@ def _template_args(body: CountTokensBody) -> dict[str, Any]:
     if body.thinking is None or body.thinking.type == "disabled":
         return {"enable_thinking": False}
     effort = None if body.output_config is None else body.output_config.effort
-    return {"enable_thinking": True} | turn.effort_arguments(effort)
+    return {"enable_thinking": True} | effort_arguments(effort)
 
 
 def _text(blocks: Sequence[Text | Document]) -> str:

@@ -71,7 +71,10 @@ def anthropic_shape(error: ApiError) -> dict[str, Any]:
     """An error as Anthropic's API says it."""
     usual = "api_error" if error.status >= 500 else "invalid_request_error"
     kind = _ANTHROPIC.get(error.status, usual)
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    detail: dict[str, Any] = {"type": kind, "message": error.message}
+    if error.code is not None:
+        detail["details"] = {"error_code": error.code}
+    return {"type": "error", "error": detail}
 
 
 def shape_of(path: str) -> Shape:

@@ -1,7 +1,8 @@
-"""OpenAI's list of models: the one that is served, under each of its names."""
+"""The list of models, in OpenAI's shape and Anthropic's: one, under each of its names."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request
@@ -16,7 +17,8 @@ def routes(service: Service) -> list[Route]:
 
     async def all_of_them(request: Request) -> Response:
         models = [_model(service, name) for name in service.settings.names]
-        return JSONResponse({"object": "list", "data": models})
+        ends = {"first_id": models[0]["id"], "last_id": models[-1]["id"]}
+        return JSONResponse({"object": "list", "data": models, "has_more": False} | ends)
 
     async def one(request: Request) -> Response:
         name = request.path_params["name"]
@@ -36,4 +38,9 @@ def _model(service: Service, name: str) -> dict[str, Any]:
         "created": service.started,
         "owned_by": "glm-fused",
         "context_window": service.engine.context,
+        "type": "model",
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(service.started, UTC).isoformat(),
+        "lifecycle": "active",
+        "max_input_tokens": service.engine.context,
     }

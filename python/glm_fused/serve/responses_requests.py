@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -16,6 +15,7 @@ from pydantic import (
 )
 
 from .openai_fields import MOST_TOP_LOGPROBS, only, option
+from .schemas import read_json
 
 _Absent = Annotated[Any, only([], False, because="only OpenAI's own service has it")]
 _Whatever = Annotated[Any, Field(default=None)]  # of OpenAI's own service; it changes no answer
@@ -81,8 +81,8 @@ class MessageItem(_Part):
 
 def _json_object(text: str) -> str:
     try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError):
+        found = read_json(text or "{}")
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise ValueError("expected a JSON object")

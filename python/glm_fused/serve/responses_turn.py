@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from . import turn
+from .conversation import effort_arguments
 from .responses_requests import (
     AllowedTools,
     FunctionCall,
@@ -137,7 +138,7 @@ def _tools(body: InputTokensBody) -> tuple[list[FunctionTool], turn.ToolChoice]:
 
 def _template_args(body: InputTokensBody) -> dict[str, Any]:
     effort = None if body.reasoning is None else body.reasoning.effort
-    return turn.effort_arguments(effort) | (body.chat_template_kwargs or {})
+    return effort_arguments(effort) | (body.chat_template_kwargs or {})
 
 
 def _response_format(body: InputTokensBody) -> dict[str, Any] | None:

@@ -63,15 +63,6 @@ def json_schema(name: str, schema: Mapping[str, Any], strict: bool = True) -> di
     return {"type": "json_schema", "json_schema": described}
 
 
-def effort_arguments(effort: str | None) -> dict[str, Any]:
-    """Arguments of the template for how much a model is to think; "none" is not at all."""
-    if effort is None:
-        return {}
-    if effort == "none":
-        return {"enable_thinking": False}
-    return {"enable_thinking": True, "reasoning_effort": effort}
-
-
 def joined(texts: Iterable[str]) -> str:
     """The text of a message that came as several, which are lines of their own."""
     return "\n".join(texts)
