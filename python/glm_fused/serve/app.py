@@ -14,7 +14,16 @@ from starlette.requests import ClientDisconnect
 
 from ..engine import Engine
 from ..generation.scheduler import Scheduler
-from . import anthropic_messages, models, openai_chat, openai_completions, page, responses, status
+from . import (
+    anthropic_messages,
+    models,
+    openai_chat,
+    openai_completions,
+    page,
+    responses,
+    stats,
+    status,
+)
 from .errors import ApiError, Errors, on_error
 from .limits import Crowd
 from .log import Log
@@ -22,7 +31,16 @@ from .security import Guard
 from .service import Service
 from .settings import Settings
 
-APIS = (status, models, openai_chat, openai_completions, responses, anthropic_messages, page)
+APIS = (
+    page,
+    stats,
+    status,
+    models,
+    openai_chat,
+    openai_completions,
+    responses,
+    anthropic_messages,
+)
 SPARE = 64  # requests that may be read or counted while as many as there may be run and wait
 
 

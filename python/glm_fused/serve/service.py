@@ -15,6 +15,7 @@ from ..generation.prompts import ContextExceeded, room
 from ..generation.requests import GenerationRequest
 from ..generation.scheduler import QueueFull, Scheduler
 from ..validation import show
+from .activity import Activity
 from .conversation import Conversation
 from .errors import ApiError
 from .log import entry
@@ -36,12 +37,14 @@ class Service:
 
     Attributes:
         engine, scheduler, settings, metrics: what their names say.
+        activity: the requests that run now, which `start` hands to the scheduler through it.
         conversation: makes prompts of messages, and answers of tokens.
         started: when it was made, in seconds since 1970.
     """
 
     def __init__(self, engine: Engine, settings: Settings, scheduler: Scheduler):
         self.engine, self.settings, self.scheduler = engine, settings, scheduler
+        self.activity = Activity(scheduler.submit)
         self.conversation = Conversation(engine.model, engine.tokenizer)
         self.metrics = Metrics(scheduler.describe)
         self.started = int(time.time())
@@ -95,7 +98,7 @@ class Service:
 
         Raises ApiError: 400 for a prompt that does not fit the model, 429 where too many wait.
         """
-        submit, limit = self.scheduler.submit, self.settings.time_limit
+        submit, limit = self.activity.submit, self.settings.time_limit
         most = self.settings.max_batch + self.settings.max_queue
         if len(requests) > most:
             text = f"n: found {len(requests)} texts to generate, expected at most {most}."
