@@ -434,6 +434,7 @@ def test_the_numbers_are_the_servers(shown, server):
     page.wait_for_selector("#state[data-state=ready]")
     assert page.inner_text("#experts-none").startswith("All experts are in memory")
     assert not page.is_visible("#experts-map") and not page.is_visible("#drafts-panel")
+    assert not page.is_visible("#reuse-panel")
     assert page.inner_text("#memory-total") == "3 B" and page.is_visible("#requests-none")
 
 

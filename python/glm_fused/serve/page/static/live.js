@@ -32,9 +32,8 @@ export class Live {
     this.#requests(stats);
     this.#memory(stats.memory);
     this.#experts(stats.experts);
-    this.#pairs($("reuse"), stats.prompt_cache, "It is off.");
-    show($("drafts-panel"), Boolean(stats.drafts));
-    if (stats.drafts) this.#pairs($("drafts"), stats.drafts, "");
+    showPairs("reuse", stats.prompt_cache);
+    showPairs("drafts", stats.drafts);
   }
 
   #totals({ totals, uptime_seconds: uptime }) {
@@ -80,14 +79,17 @@ export class Live {
     const overall = used ? `${percent(hits / used)} found in memory` : "not used yet";
     write($("experts-rate"), `${overall} · ${experts.slots} slots a layer`);
   }
+}
 
-  #pairs(list, numbers, none) {
-    const rows = Object.entries(numbers ?? {})
-      .filter(([, value]) => ["number", "string", "boolean"].includes(typeof value))
-      .map(([name, value]) => pair(name.replace(/_(bytes|seconds)$/, "").replaceAll("_", " "), shown(name, value)));
-    list.replaceChildren(...rows.flat());
-    if (!rows.length) list.append(make("dt", {}, none || "No numbers yet."));
-  }
+/** Show numbers in the panel of that name, which is hidden where there are none. */
+function showPairs(name, numbers) {
+  show($(`${name}-panel`), Boolean(numbers));
+  const plain = ([, value]) => ["number", "string", "boolean"].includes(typeof value);
+  const rows = Object.entries(numbers ?? {}).filter(plain).map(([key, value]) => {
+    const label = key.replace(/_(bytes|seconds)$/, "").replaceAll("_", " ");
+    return pair(label, shown(key, value));
+  });
+  $(name).replaceChildren(...rows.flat());
 }
 
 /** The share of hits since an earlier count, or since the start where nothing happened since. */

@@ -23,10 +23,10 @@ export function renderMarkdown(node, text) {
   node.sources = blocks.map((block) => block.source);
 }
 
-/** Show `text` as it is. */
+/** Show `text` as it is, each letter as wide as the next. */
 export function renderPlain(node, text) {
   node.sources = undefined;
-  node.replaceChildren(make("p", {}, text));
+  node.replaceChildren(make("p", { class: "plain" }, text));
 }
 
 /** The blocks of lines: {kind, source, …}, in their order. */

@@ -5,7 +5,7 @@ import { codeElement, copyText, renderMarkdown, renderPlain } from "./markdown.j
 import { count, rate, significant } from "./units.js";
 
 const ENDS = {
-  length: "ended at the most tokens it may have",
+  length: "ended at its limit of tokens",
   stopped: "stopped",
   cut: "cut off",
   content_filter: "ended by the server",
