@@ -33,7 +33,7 @@ def keep_busy(server, stop: threading.Event) -> None:
     while not stop.wait(draw.uniform(0.2, 1.5)):
         text = "def f(x):\n    return x\n" * draw.randrange(1, 40)
         message = {"role": "user", "content": text}
-        body = {"model": "demo", "messages": [message], "max_tokens": draw.randrange(60, 600)}
+        body = {"model": "demo", "messages": [message], "max_tokens": draw.randrange(60, 240)}
         server.post("/v1/chat/completions", body | {"temperature": 0.8})
 
 
