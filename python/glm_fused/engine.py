@@ -20,6 +20,7 @@ from .engine_options import EngineOptions
 from .generation.batch import BatchCompletion, generate_batch
 from .generation.drafts.options import DraftOptions
 from .generation.generate import Completion, OnProgress, Piece, generate, stream_generate
+from .generation.kept_cache import Caches
 from .generation.limits import MIXED, MTP
 from .generation.options import Options, changed_options, defaults_of
 from .generation.prompt_store import DISK_BYTES, PromptStore
@@ -183,6 +184,7 @@ class Engine:
         *,
         raw: bool = False,
         on_progress: OnProgress = lambda what, done, total: None,
+        caches: Caches | None = None,
         **changes: Any,
     ) -> Iterator[Piece]:
         """Continue a prompt piece by piece, as `glm_fused.stream_generate` does."""
@@ -194,6 +196,7 @@ class Engine:
             raw=raw,
             on_progress=on_progress,
             drafts=self.drafts,
+            caches=caches,
             **changes,
         )
 

@@ -24,6 +24,10 @@ OnPrompt = Callable[[int, int], None]
 _TIDY = 256  # tokens after which MLX lets go of memory that it keeps
 
 
+class Stopped(Exception):
+    """Raised by whoever is told of progress, to end a generation where its cache is whole."""
+
+
 @contextmanager
 def settled() -> Iterator[None]:
     """Wait, at the end of a block that decodes, for what was evaluated ahead.
@@ -82,9 +86,10 @@ class Decoding:
         model: takes the tokens.
         prompt: its tokens.
         options: how tokens are chosen, and how many there are (``max_tokens``, which is given).
-        cache: the model's, empty; it is filled.
+        cache: the model's, which is filled.
         prefill_step_size: tokens of the prompt that the model takes at a time.
         drafting: what makes drafts; None for none.
+        cached: how many of the prompt's tokens ``cache`` has already, fewer than all.
     """
 
     def __init__(
@@ -95,11 +100,12 @@ class Decoding:
         cache: Sequence[Any],
         prefill_step_size: int,
         drafting: Drafting | None = None,
+        cached: int = 0,
     ):
         assert options.max_tokens is not None
         self._model, self._cache, self._drafting = model, cache, drafting
         self._known, self._prefill_step = list(prompt), prefill_step_size
-        self._left = options.max_tokens
+        self._left, self._cached = options.max_tokens, cached
         self._choice = Choice(options, model.args.vocab_size, self._known)
         self._ahead: _Ahead | None = None
         self.statistics = Statistics()
@@ -109,9 +115,10 @@ class Decoding:
         size = len(self._known)
         self._take_prompt(on_prompt)
         first = self._plain(1)
-        on_prompt(size, size)
-        given = 1
+        given = 0
         try:
+            on_prompt(size, size)
+            given = 1
             yield from first
             while self._left:
                 began = time.perf_counter()
@@ -127,11 +134,11 @@ class Decoding:
 
     def _take_prompt(self, on_prompt: OnPrompt) -> None:
         """All tokens of the prompt but the last, which is the first to be decoded."""
-        total, done = len(self._known), 0
+        total, done = len(self._known), self._cached
         drafter = None if self._drafting is None else self._drafting.drafter
         if drafter is not None:
-            drafter.start(self._known)
-        on_prompt(0, total)
+            drafter.start(self._known, done)
+        on_prompt(done, total)
         while done < total - 1:
             chunk = self._known[done : min(done + self._prefill_step, total - 1)]
             with mx.stream(generation_stream):

@@ -20,9 +20,10 @@ from ..models.decode_routes import attention_routes, explain, mlp_routes, path_t
 from ..models.decoder import Model
 from ..models.moe import MoE
 from ..streaming.experts import check_reads
-from .decoding import Decoding, Drafting, settled
+from .decoding import Decoding, Drafting, Stopped, settled
 from .drafts.options import DraftOptions
 from .ending import Text
+from .kept_cache import Caches, KeptCache
 from .options import Options, changed_options, defaults_of
 from .planning import plan_prompt
 from .prompts import Prompt, encode, room
@@ -134,9 +135,15 @@ def stream_generate(
     raw: bool = False,
     on_progress: OnProgress = lambda what, done, total: None,
     drafts: DraftOptions | None = None,
+    caches: Caches | None = None,
     **changes: Any,
 ) -> Iterator[Piece]:
     """Continue a prompt piece by piece, as the pieces are taken; arguments are `generate`'s.
+
+    ``caches`` has the caches of earlier prompts, which are taken on from where they agree with this
+    one, and gets this one's back; None: there are none. ``on_progress`` may raise
+    `glm_fused.generation.decoding.Stopped`, which goes to the caller, and ``caches`` still get
+    theirs.
 
     Returns:
         An iterator of one piece a token: its text, the token, and in the last piece why it ended.
@@ -145,7 +152,8 @@ def stream_generate(
         ValueError: `generate` would refuse an argument; the call itself raises it.
         RuntimeError: an expert cannot be read, which is raised as pieces are taken.
     """
-    return _Run.of(model, tokenizer, prompt, raw, options, changes, on_progress, drafts).pieces()
+    args = (model, tokenizer, prompt, raw, options, changes, on_progress, drafts, caches)
+    return _Run.of(*args).pieces()
 
 
 class _Run:
@@ -159,16 +167,18 @@ class _Run:
         options: Options,
         on_progress: OnProgress,
         drafts: DraftOptions | None,
+        caches: Caches,
     ):
         self._model, self._prompt, self._on_progress = model, list(prompt), on_progress
         max_tokens = room(model, len(prompt), options.max_tokens)
         self._options = options = replace(options, max_tokens=max_tokens)
         self._ending = Text(tokenizer, options.stop, max_tokens)
         self._plan = plan_prompt(model, len(prompt) + max_tokens)
-        self._kv, self._drafts = model.make_cache(), drafts
+        self._caches, self._drafts = caches, drafts
+        self._kv, cached = caches.take(self._prompt)
         self._drafting = Drafting.of(drafts, model)
         self._decoding = Decoding(
-            model, prompt, options, self._kv, self._plan.prefill_step_size, self._drafting
+            model, prompt, options, self._kv, self._plan.prefill_step_size, self._drafting, cached
         )
         self._text, self._finish_reason, self._prompt_seconds = "", "length", 0.0
         self._tokens: list[int] = []
@@ -185,14 +195,29 @@ class _Run:
         changes: dict[str, Any],
         on_progress: OnProgress,
         drafts: DraftOptions | None,
+        caches: Caches | None = None,
     ) -> _Run:
         """The run that a caller asks for; raises ValueError where there can be none."""
         options = defaults_of(model) if options is None else options
         options = changed_options(options, changes)
         tokens = encode(model, tokenizer, prompt, raw)
-        return cls(model, tokenizer, tokens, options, on_progress, drafts)
+        caches = KeptCache(model) if caches is None else caches
+        return cls(model, tokenizer, tokens, options, on_progress, drafts, caches)
 
     def pieces(self) -> Iterator[Piece]:
+        """Generate, and put the cache back unless it may be wrong."""
+        try:
+            yield from self._pieces()
+        except (GeneratorExit, Stopped):
+            self._put_back()
+            raise
+        self._put_back()
+
+    def _put_back(self) -> None:
+        held = [*self._prompt, *self._tokens][: self._kv[0].size()]
+        self._caches.put(held, self._kv)
+
+    def _pieces(self) -> Iterator[Piece]:
         debug_paths(self._model)
         if self._options.seed is not None:
             mx.random.seed(self._options.seed)

@@ -9,18 +9,22 @@ class StopTexts:
     """Lets text through up to the first of ``stops`` that appears in it.
 
     Text that may be the beginning of a stop text is held back until it is clear that it is none.
+
+    Attributes:
+        after: what came in one piece with the stop text, behind it.
     """
 
     def __init__(self, stops: Sequence[str]):
-        self._stops, self._held = stops, ""
+        self._stops, self._held, self.after = stops, "", ""
 
     def feed(self, text: str) -> tuple[str, bool]:
         """The text that can be shown now, and whether a stop text has ended it."""
         text = self._held + text
-        found = [at for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            self._held = ""
-            return text[: min(found)], True
+            at, stop = min(found)
+            self._held, self.after = "", text[at + len(stop) :]
+            return text[:at], True
         shown = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[shown:]
         return text[:shown], False

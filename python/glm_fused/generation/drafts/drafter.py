@@ -50,8 +50,11 @@ class Drafter(ABC):
     needs_hidden: ClassVar[bool] = False
 
     @abstractmethod
-    def start(self, prompt: Sequence[int]) -> None:
-        """Begin a text with the tokens of its prompt."""
+    def start(self, prompt: Sequence[int], cached: int = 0) -> None:
+        """Begin a text with the tokens of its prompt, of which the model's cache has some.
+
+        The hidden states of those that are ``cached`` are not given any more.
+        """
 
     def prime(self, hidden: mx.array) -> list[Any]:
         """Take the hidden states [1, l, hidden] of the next l tokens of the prompt.

@@ -23,7 +23,7 @@ class LookupDrafter(Drafter):
         self._text: list[int] = []
         self._places: list[dict[tuple[int, ...], int]] = []
 
-    def start(self, prompt: Sequence[int]) -> None:
+    def start(self, prompt: Sequence[int], cached: int = 0) -> None:
         self._text, self._places = [], [{} for _ in range(SHORTEST, LONGEST + 1)]
         self.extend(prompt, None)
 

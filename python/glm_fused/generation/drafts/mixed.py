@@ -18,9 +18,9 @@ class MixedDrafter(Drafter):
     def __init__(self, drafters: Sequence[Drafter]):
         self._drafters = list(drafters)
 
-    def start(self, prompt: Sequence[int]) -> None:
+    def start(self, prompt: Sequence[int], cached: int = 0) -> None:
         for drafter in self._drafters:
-            drafter.start(prompt)
+            drafter.start(prompt, cached)
 
     def prime(self, hidden: mx.array) -> list[Any]:
         return [array for drafter in self._drafters for array in drafter.prime(hidden)]

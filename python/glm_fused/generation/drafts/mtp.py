@@ -32,8 +32,10 @@ class MtpDrafter(Drafter):
         self._tokens: list[int] = []  # those without a row
         self._hidden: list[mx.array] = []  # and the states that belong to them, [1, l, hidden]
 
-    def start(self, prompt: Sequence[int]) -> None:
-        self._prompt = list(prompt[1:])
+    def start(self, prompt: Sequence[int], cached: int = 0) -> None:
+        # The layer sees what the model computes now: rows are relative to one another, so that a
+        # text may begin anywhere.
+        self._prompt = list(prompt[cached + 1 :])
 
     def prime(self, hidden: mx.array) -> list[Any]:
         length = hidden.shape[1]

@@ -30,7 +30,7 @@ class ModelDrafter(Drafter):
             raise ValueError("[drafts] the draft model's cache cannot forget what was not kept.")
         self._tokens: list[int] = []  # those that the cache lacks
 
-    def start(self, prompt: Sequence[int]) -> None:
+    def start(self, prompt: Sequence[int], cached: int = 0) -> None:
         self._tokens = list(prompt)
 
     def extend(self, tokens: Sequence[int], hidden: mx.array | None) -> None:
