@@ -16,7 +16,19 @@ from importlib import metadata
 from typing import Any, NoReturn
 
 from ..environment import VARIABLES, flag
-from . import convert, demo, doctor, generate, inspect, profile, replay, selftest, serve, sidecar
+from . import (
+    chat,
+    convert,
+    demo,
+    doctor,
+    generate,
+    inspect,
+    profile,
+    replay,
+    selftest,
+    serve,
+    sidecar,
+)
 from .arguments import UsageError
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 plus the signal, as a shell reports it
@@ -24,7 +36,9 @@ OUR_FAULT = 70  # EX_SOFTWARE of sysexits.h
 LONGEST = 900  # how many characters of an error are shown
 EXPECTED = (ImportError, OSError, RuntimeError, ValueError)
 UNEXPECTED = (RecursionError, NotImplementedError)  # bugs, although they are RuntimeErrors
-COMMANDS = (generate, serve, demo, doctor, selftest, profile, inspect, convert, sidecar, replay)
+COMMANDS = (
+    generate, chat, serve, demo, doctor, selftest, profile, inspect, convert, sidecar, replay,
+)  # fmt: skip
 EXAMPLES = """\
 examples:
   glm-fused demo                                          # the bundled model, on both paths

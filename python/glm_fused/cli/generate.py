@@ -6,16 +6,16 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..generation.limits import DEFAULT_TOKENS, SAMPLING
+from ..generation.limits import DEFAULT_TOKENS
 from ..streaming.options import DEFAULT_CONTEXT
 from . import arguments
 from .arguments import MODEL, UsageError, flags
 from .loading import engine_options, open_engine
 from .output import discard, print_json, print_summary, write
 from .progress import Progress
+from .sampling import add_sampling, how_to_generate
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -42,33 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stop", type=arguments.words, action="append", metavar="TEXT", help=help)
     add("--ab", action="store_true", help="run the fused and the reference path and compare bits")
     add("--verbose", action="store_true", help="speeds on stderr, in a pipe too")
-    _add_sampling(parser)
+    add_sampling(parser)
     arguments.add_drafts(parser)
     arguments.add_streaming(parser)
     arguments.add_kv_format(parser)
     arguments.add_prefill_step(parser)
     arguments.add_threads(parser)
     arguments.add_json(parser)
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    text = (
-        "as in mlx-lm; defaults are those of the checkpoint's generation_config.json, greedy "
-        "without one or\nwhere its do_sample is not true"
-    )
-    add = parser.add_argument_group("sampling", text).add_argument
-    for name, metavar, help in (
-        ("temp", "T", "temperature; 0: greedy"),
-        ("top_p", "P", "sample from the likeliest tokens of this probability together"),
-        ("top_k", "K", "sample from this many of the likeliest tokens; 0: from all"),
-        ("min_p", "P", "sample from tokens this likely, relative to the likeliest"),
-        ("repetition_penalty", "X", "make repeated tokens less likely; 1: do not"),
-        ("repetition_context_size", "N", "tokens that the penalty looks back (default: 20)"),
-    ):
-        kind = arguments.within(SAMPLING[name])
-        add(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=help)
-    kind = arguments.integer(0, 2**64 - 1)
-    add("--seed", type=kind, metavar="S", help="makes sampling reproducible")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -81,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     with open_engine(options.model, options.threads, loading) as engine:
         if engine.streaming is not None:
             print(engine.streaming.plan.format(), file=sys.stderr)
-        how = _how_to_generate(options, engine.defaults)
+        how = how_to_generate(options, engine.defaults)
         tokens = engine.encode(prompt, raw=options.raw)
         with Progress() as progress:
             act = _compare if options.ab else _generate
@@ -138,37 +118,6 @@ def _check_ab(options: argparse.Namespace) -> None:
         raise UsageError(
             f"{flags(ignored)}: not with --ab, which runs both paths for all of --max-tokens."
         )
-
-
-def _how_to_generate(options: argparse.Namespace, defaults: Options) -> Options:
-    """What the checkpoint asks for, with what the command line says instead."""
-    values = {name: getattr(options, name) for name in SAMPLING}
-    given = {name: value for name, value in values.items() if value is not None}
-    seed = {} if options.seed is None else {"seed": options.seed}
-    how = replace(
-        defaults, max_tokens=options.max_tokens, stop=tuple(options.stop or ()), **seed, **given
-    )
-    _check_sampling(how, given)
-    return how
-
-
-def _check_sampling(how: Options, given: dict[str, Any]) -> None:
-    """Refuse options that would do nothing.
-
-    A seed is not refused, because greedy decoding is as reproducible as a seed asks for. Nor is an
-    option with the value that means "do nothing", such as --top-p 1.
-    """
-    from ..generation.options import changed
-
-    asked = [name for name in given if name in changed(how)]
-    idle = [name for name in ("top_p", "top_k", "min_p") if how.greedy and name in asked]
-    if idle:
-        raise UsageError(
-            f"{flags(idle)}: greedy decoding always takes the likeliest token; give --temp above"
-            " 0 too."
-        )
-    if "repetition_context_size" in given and how.repetition_penalty == 1:
-        raise UsageError("--repetition-context-size needs --repetition-penalty.")
 
 
 def _sampling(options: argparse.Namespace, engine: Engine, how: Options) -> dict[str, Any]:
