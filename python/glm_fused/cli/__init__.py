@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from ..environment import VARIABLES, flag
 from . import (
     chat,
+    completion,
     convert,
     demo,
     doctor,
@@ -38,6 +39,7 @@ EXPECTED = (ImportError, OSError, RuntimeError, ValueError)
 UNEXPECTED = (RecursionError, NotImplementedError)  # bugs, although they are RuntimeErrors
 COMMANDS = (
     generate, chat, serve, demo, doctor, selftest, profile, inspect, convert, sidecar, replay,
+    completion,
 )  # fmt: skip
 EXAMPLES = """\
 examples:
@@ -139,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"{EXAMPLES}\n{EXIT_CODES}\nenvironment variables:\n{variables}",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser.set_defaults(root=parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         name = command.__name__.rpartition(".")[2]
