@@ -418,7 +418,7 @@ def test_no_command(capsys):
 @pytest.mark.parametrize("command", [("generate", "--prompt", "w1", "--model"), ("inspect",)])
 def test_bad_paths(capsys, tmp_path, command):
     assert_one_line(run(capsys, *command, tmp_path / "none"), "does not exist")
-    assert_one_line(run(capsys, *command, "zai-org/GLM-5.2"), "hf download zai-org/GLM-5.2")
+    assert_one_line(run(capsys, *command, "zai-org/GLM-5.2"), "zai-org/GLM-5.2 does not exist here")
     assert_one_line(run(capsys, *command, tmp_path), "config.json")
     (tmp_path / "config.json").write_text('{"model_type": ')
     assert_one_line(run(capsys, *command, tmp_path / "config.json"), "is a file")

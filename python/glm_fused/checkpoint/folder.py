@@ -57,7 +57,7 @@ class Checkpoint:
         config = _read_config(path)
         index = path / INDEX_FILE
         if index.exists():
-            tensors = _read_shards(path, _weight_map(index))
+            tensors = _read_shards(path, weight_map_of(index))
         elif (path / SINGLE_FILE).exists():
             tensors = read_header(path / SINGLE_FILE)
         else:
@@ -143,7 +143,8 @@ def _read_declaration(path: Path, config: dict[str, Any]) -> None:
     config["hf_quant_config"] = {"quant_method": "modelopt"} | entry
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map_of(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an untrusted index has it; raises ValueError, naming it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"[checkpoint] {index}: weight_map must name tensors and their files.")

@@ -12,13 +12,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.hub_names import FORM
 from ..formats.kv_rows import KV_FORMATS
 from ..generation.limits import AUTO, LOOKUP, MIXED, MOST_DRAFTS, MTP, OFF, Range
 from ..memory import parse_size
 from ..streaming.options import DEFAULT_CONTEXT, POLICIES, RANGES
 from ..validation import show
 
-MODEL = 'folder of a checkpoint, a GGUF file (of shards the first), or "demo", the bundled one'
+MODEL = (
+    "folder of a checkpoint, a GGUF file (of shards the first), a model of the Hugging Face Hub,"
+    f'\n{FORM}, or "demo", the bundled one'
+)
 MAX_THREADS = 1024
 
 

@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..checkpoint.hub import local_model
     from ..checkpoint.paths import GGUF
     from ..conversion import gguf, mlx
     from ..conversion.target import Types
@@ -52,17 +53,18 @@ def run(options: argparse.Namespace) -> int:
     types = Types(
         _format("--experts", options.experts, known), _format("--dense", options.dense, known)
     )
+    model = local_model(options.model)
     if of_gguf:
         text = options.shard_size
         shard = None if text is None else parsed_size("--shard-size", text)
-        paths = gguf.to_gguf(options.model, out, types, options.overwrite, shard, say)
+        paths = gguf.to_gguf(model, out, types, options.overwrite, shard, say)
         out = paths[0]
     else:
         for name in ("overwrite", "shard_size"):
             if getattr(options, name):
                 flag = flags([name])
                 raise UsageError(f"{flag} is for a {GGUF} file, and {options.out} is none.")
-        paths = mlx.to_mlx(options.model, out, types)
+        paths = mlx.to_mlx(model, out, types)
     nbytes = sum(path.stat().st_size for path in paths)
     if options.json:
         print_json({"path": str(out), "files": len(paths), "bytes": nbytes})

@@ -29,11 +29,12 @@ def run(options: argparse.Namespace) -> int:
     from ..checkpoint.checked import checked
     from ..checkpoint.description import describe_checkpoint, format_description
     from ..checkpoint.folder import Checkpoint
+    from ..checkpoint.hub import local_model
     from ..checkpoint.layer_description import IN_MEMORY
     from ..streaming.banks import find_source, plan_streaming
     from ..streaming.flashmoe import with_experts
 
-    checkpoint = Checkpoint.open(options.path)
+    checkpoint = Checkpoint.open(local_model(options.path))
     if options.sidecar is not None:
         checkpoint = with_experts(checkpoint, Path(options.sidecar))
     kind, plan = IN_MEMORY, None

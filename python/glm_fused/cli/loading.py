@@ -53,10 +53,14 @@ def engine_options(options: argparse.Namespace, context: int) -> EngineOptions:
 
 
 def _drafts(options: argparse.Namespace) -> dict[str, Any]:
+    from ..checkpoint.hub import local_model
+
     names = ("draft", "draft_from")
     given = {name: found for name in names if (found := getattr(options, name, None)) is not None}
     if given.get("draft") == OFF and "draft_from" in given:
         raise UsageError("--draft-from: needs --draft.")
+    if "draft_from" in given:
+        given["draft_from"] = local_model(given["draft_from"])
     return given
 
 
@@ -65,13 +69,14 @@ def open_engine(
 ) -> Engine:
     """Set the number of ``threads``, if given, and load the checkpoint that ``path`` means.
 
-    A terminal shows how many kernels have been compiled.
+    A model of the Hub is downloaded first. A terminal shows how many kernels have been compiled.
     """
     from .. import set_num_threads
+    from ..checkpoint.hub import local_model
     from ..checkpoint.paths import DEMO, checkpoint_path
     from ..engine import Engine
 
-    found = checkpoint_path(path)
+    found = checkpoint_path(local_model(path))
     if path == DEMO and found == Path(DEMO):
         print(f"{DEMO} is the folder ./{DEMO} here, not the bundled model.", file=sys.stderr)
     if threads is not None:

@@ -36,6 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from ..checkpoint.hub import local_model
+
+    if getattr(options, "model", None) is not None:
+        options.model = local_model(options.model)
     actions = {"import": _import, "verify": _verify, "inspect": _inspect, "export": _export}
     return actions[options.action](options)
 
