@@ -92,7 +92,8 @@ class Worker:
         }
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        path = os.pathsep.join(filter(None, paths))
+        environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
         arguments = ["-X", "faulthandler", "-m", "tests.adversarial.worker", json.dumps(task)]
         self.process = subprocess.Popen(
             [sys.executable, *arguments],
