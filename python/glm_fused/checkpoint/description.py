@@ -193,7 +193,7 @@ def format_description(description: dict[str, Any]) -> str:
     lines = [
         f"{d['variant']} ({d['model_type']})",
         f"  path        {d['path']}",
-        f"  parameters  {_count(d['parameters'])}, {_count(d['active_parameters'])} active a token",
+        f"  parameters  {count(d['parameters'])}, {count(d['active_parameters'])} active a token",
         f"  on disk     {decimal(d['bytes_on_disk'])} in {_plural(d['files'], 'file')},"
         f" {decimal(d['bytes_loaded'])} loaded",
         f"  per token   {decimal(d['bytes_read_per_token'])} of weights read,"
@@ -263,7 +263,8 @@ def _plural(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def _count(n: int) -> str:
+def count(n: int) -> str:
+    """A number such as "744.1 G"."""
     for size, unit in ((10**9, "G"), (10**6, "M")):
         if n >= size:
             return f"{n / size:.1f} {unit}"

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..checkpoint.checked import checked
-from ..checkpoint.description import describe_checkpoint
+from ..checkpoint.description import count, describe_checkpoint
 from ..checkpoint.folder import Checkpoint
 from ..formats.kv_rows import FLOATS
 from ..generation.planning import SHARE
@@ -114,12 +114,12 @@ def format_fit(found: dict[str, Any]) -> list[str]:
     """What `fit` gave, as lines for a terminal."""
     lines = []
     if "variant" in found:
-        parameters = f"{found['parameters'] / 1e9:.1f} G parameters"
-        active = f"{found['active_parameters'] / 1e9:.1f} G active a token"
+        parameters = f"{count(found['parameters'])} parameters"
+        active = f"{count(found['active_parameters'])} active a token"
         memory = found["memory"]
         lines += [
             f"  model       {found['variant']}, {parameters}, {active}",
-            f"  memory      {size(memory['resident'])} with all weights, of"
+            f"  memory      {size(memory['resident'])} with all weights and a prompt, of"
             f" {size(memory['affordable'])} for models here ({size(memory['machine'])} in all)",
         ]
     if "read" in found:
