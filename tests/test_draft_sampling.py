@@ -1,116 +1,21 @@
-"""Sampling with drafts has the distribution of sampling without them, whatever drew the drafts."""
+"""Sampling draws what it draws without drafts, and that has the model's distribution."""
+
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from test_drafts import CODE, Planted, decode, kept, same
 
+from glm_fused import Engine, EngineOptions
 from glm_fused.generation import choice as module
-from glm_fused.generation.choice import Choice, judge_sampled
-from glm_fused.generation.drafts.drafter import Draft
+from glm_fused.generation.choice import Choice, Keys
+from glm_fused.generation.decoding import Drafting
+from glm_fused.generation.drafts.depth import Depth
 from glm_fused.generation.options import Options
 
-DRAWS, DEPTH, VOCABULARY = 100_000, 2, 6
+DRAWS, LENGTH, VOCABULARY = 3000, 2, 8
 LIKELY, UNLIKELY = 4.0, 8.0  # standard deviations; the seeds are fixed
-
-
-def tables(seed):
-    """A model of VOCABULARY tokens: the probabilities after none, one and two tokens."""
-    rng = np.random.default_rng(seed)
-    return [
-        rng.dirichlet(np.full(VOCABULARY, 0.6), VOCABULARY**n).astype(np.float32)
-        for n in range(DEPTH + 1)
-    ]
-
-
-def draw(probs, rng):
-    """A token of each row of probabilities."""
-    sums = probs.cumsum(-1)
-    return (rng.random((len(probs), 1)) * sums[:, -1:] > sums).sum(-1)
-
-
-def drafts(kind, guesses, rng):
-    """DRAWS drafts [DRAWS, DEPTH], and the probabilities each was drawn from."""
-    if kind == "lookup":  # the same tokens every time
-        return np.tile([1, 4], (DRAWS, 1)), None
-    first = np.repeat(guesses[0], DRAWS, 0)
-    x = draw(first, rng)
-    second = guesses[1][x]
-    return np.stack([x, draw(second, rng)], 1), np.stack([first, second], 1)
-
-
-def outcomes(kind, judge, seed):
-    """How often each text of DEPTH + 1 tokens comes out of a step, and its probability.
-
-    A step gives what is kept of a draft and one token more; the model itself draws what is missing.
-    """
-    rng, model, guesses = np.random.default_rng(seed), tables(seed), tables(seed + 100)
-    mx.random.seed(seed)
-    tokens, probs = drafts(kind, guesses, rng)
-    after = tokens[:, 0] * VOCABULARY + tokens[:, 1]
-    rows = np.stack([np.repeat(model[0], DRAWS, 0), model[1][tokens[:, 0]], model[2][after]], 1)
-    draft = Draft(mx.array(tokens), None if probs is None else mx.array(probs))
-    accepted, others = map(np.array, judge(mx.array(rows), draft))
-    kept = np.cumprod(accepted, 1).sum(1)
-    text = np.concatenate([tokens, np.zeros((DRAWS, 1), int)], 1)
-    text[np.arange(DRAWS), kept] = others[np.arange(DRAWS), kept]
-    for at in (1, 2):  # what a step did not give
-        before = text[:, 0] if at == 1 else text[:, 0] * VOCABULARY + text[:, 1]
-        fresh = draw(model[at][before], rng)
-        text[:, at] = np.where(kept < at, fresh, text[:, at])
-    number = (text[:, 0] * VOCABULARY + text[:, 1]) * VOCABULARY + text[:, 2]
-    joint = model[0][0][:, None] * model[1]
-    joint = joint.reshape(-1, 1) * model[2]
-    return np.bincount(number, minlength=VOCABULARY**3), joint.reshape(-1), kept
-
-
-def deviation(counts, expected):
-    """Of chi-square, in standard deviations (Wilson-Hilferty); rare outcomes count as one."""
-    common = expected >= 10
-    found = np.append(counts[common], counts[~common].sum())
-    wanted = np.append(expected[common], expected[~common].sum())
-    freedom, square = len(found) - 1, ((found - wanted) ** 2 / np.maximum(wanted, 1e-9)).sum()
-    spread = 2 / (9 * freedom)
-    return ((square / freedom) ** (1 / 3) - (1 - spread)) / spread**0.5
-
-
-@pytest.mark.parametrize("kind", ["lookup", "mtp"])
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_the_distribution_is_the_models(kind, seed):
-    counts, probs, kept = outcomes(kind, judge_sampled, seed)
-    assert deviation(counts, probs * DRAWS) < LIKELY
-    assert len(set(kept)) == DEPTH + 1
-
-
-def always_from_p(probs, draft):
-    """A rejected draft's place is taken by a token of p, and not of what p has more than q."""
-    accepted, _ = judge_sampled(probs, draft)
-    return accepted, mx.random.categorical(mx.log(probs))
-
-
-def half_as_strict(probs, draft):
-    """A draft that is rejected has another chance."""
-    accepted, tokens = judge_sampled(probs, draft)
-    return accepted | judge_sampled(probs, draft).accepted, tokens
-
-
-@pytest.mark.parametrize("kind", ["lookup", "mtp"])
-@pytest.mark.parametrize("rule", [always_from_p, half_as_strict])
-def test_a_wrong_rule_is_found(kind, rule):
-    counts, probs, _ = outcomes(kind, rule, 1)
-    assert deviation(counts, probs * DRAWS) > UNLIKELY
-
-
-@pytest.mark.parametrize("certain", [False, True])
-def test_a_draft_that_is_as_likely_as_it_was_drawn_stays(certain):
-    """Where p and q are the same nothing is left to draw from, and nothing has to be."""
-    p = mx.softmax(mx.random.normal((VOCABULARY,), key=mx.random.key(3)) * (100 if certain else 1))
-    probs = mx.broadcast_to(p, (1000, DEPTH + 1, VOCABULARY))
-    tokens = mx.random.categorical(mx.log(probs[:, :DEPTH]))
-    accepted, others = judge_sampled(probs, Draft(tokens, probs[:, :DEPTH]))
-    assert mx.all(accepted).item()
-    assert mx.all(others < VOCABULARY).item()
-
-
 OPTIONS = [
     Options(temp=0.7),
     Options(temp=1.3, top_p=0.8),
@@ -120,30 +25,139 @@ OPTIONS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def engine():
+    with Engine("demo") as engine:
+        yield engine
+
+
+def tables(seed):
+    """A model of VOCABULARY tokens: the probabilities after none and after one."""
+    rng = np.random.default_rng(seed)
+    return [
+        rng.dirichlet(np.full(VOCABULARY, 0.6), VOCABULARY**n).astype(np.float32)
+        for n in range(LENGTH)
+    ]
+
+
+def drawn(model, first):
+    """DRAWS texts of LENGTH tokens, each with a seed of its own, as numbers."""
+    logits, texts = [mx.log(mx.array(probs)) for probs in model], []
+    for seed in range(first, first + DRAWS):
+        choice, ahead = Choice(Options(temp=1.0, seed=seed), VOCABULARY, [0]), []
+        number = mx.array([0], mx.uint32)
+        for rows in logits:
+            ahead.append(choice.next(rows[number], ahead))
+            number = number * VOCABULARY + ahead[-1]
+        texts.append(number)
+    return np.array(mx.concatenate(texts))
+
+
+def deviation(numbers, model):
+    """Of chi-square, in standard deviations (Wilson-Hilferty); rare outcomes count as one."""
+    expected = (model[0][0][:, None] * model[1]).reshape(-1) * DRAWS
+    counts, common = np.bincount(numbers, minlength=len(expected)), expected >= 10
+    found = np.append(counts[common], counts[~common].sum())
+    wanted = np.append(expected[common], expected[~common].sum())
+    freedom, square = len(found) - 1, ((found - wanted) ** 2 / np.maximum(wanted, 1e-9)).sum()
+    spread = 2 / (9 * freedom)
+    return ((square / freedom) ** (1 / 3) - (1 - spread)) / spread**0.5
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_distribution_is_the_models(seed):
+    model = tables(seed)
+    assert deviation(drawn(model, seed * DRAWS), model) < LIKELY
+
+
+def test_a_wrong_key_is_found(monkeypatch):
+    """Places that share a key draw alike."""
+    at = Keys.at
+    monkeypatch.setattr(Keys, "at", lambda self, place: at(self, 0))
+    model = tables(1)
+    assert deviation(drawn(model, DRAWS), model) > UNLIKELY
+
+
+def test_keys_are_those_of_mlxs_generator():
+    """However they are asked for, and each once a text has come to its place."""
+    mx.random.seed(2**40 + 7)
+    expected = [mx.random.uniform().item() for _ in range(9)]
+    keys = Keys(2**40 + 7)
+    for place in (0, 3, 1, 8, 8, 5):
+        assert mx.random.uniform(key=keys.at(place)).item() == expected[place]
+    keys.forget(4)
+    assert [mx.random.uniform(key=keys.at(n)).item() for n in range(4, 9)] == expected[4:]
+    assert Keys(None).at(0).tolist() != Keys(None).at(0).tolist()
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
-def test_drafts_are_judged_by_what_plain_sampling_draws_from(options, monkeypatch):
+def test_what_is_drawn_beside_drafts_is_what_is_drawn_without(options):
     """Temperature, nucleus and penalty, which sees the drafts before, are those of plain steps."""
-    seen, draw_from = [], mx.random.categorical
+    for seed in range(20):
+        rng, how = np.random.default_rng(seed), replace(options, seed=seed)
+        logits = mx.array(rng.normal(0, 1.5, (4, VOCABULARY))).astype(mx.float32)
+        draft, known = mx.array(rng.integers(0, VOCABULARY, 3), mx.uint32), [0, 1, 2]
+        judged = Choice(how, VOCABULARY, list(known)).judge(logits, draft).tolist()
+        text = list(known)
+        ahead, plain = Choice(how, VOCABULARY, list(known)), Choice(how, VOCABULARY, text)
+        for row, token in enumerate([*draft.tolist(), 0]):
+            drafts = [draft[:row]] if row else []
+            assert ahead.next(logits[row : row + 1], drafts).item() == judged[row]
+            assert plain.next(logits[row : row + 1]).item() == judged[row]
+            text.append(token)
 
-    def spy(logits):
-        seen.append(mx.softmax(logits.astype(mx.float32), axis=-1))
-        return draw_from(logits)
 
-    rng = np.random.default_rng(5)
-    logits = mx.array(rng.normal(0, 1.5, (3, VOCABULARY)).astype(np.float32))
-    draft = Draft(mx.array([4, 1], mx.uint32), mx.full((2, VOCABULARY), 1 / VOCABULARY))
-    known = [0, 1, 2]
-    plain = Choice(options, VOCABULARY, known)
-    with monkeypatch.context() as patch:
-        patch.setattr(mx.random, "categorical", spy)
-        for row, token in enumerate([*draft.tokens.tolist(), 0]):
-            plain.next(logits[row : row + 1] + 0)
-            known.append(token)
-    expected = mx.concatenate(seen)
-    judging = Choice(options, VOCABULARY, [0, 1, 2])
-    monkeypatch.setattr(module, "judge_sampled", lambda probs, _: probs)
-    assert mx.allclose(judging.judge(logits + 0, draft), expected, 1e-5, 1e-7).item()
-    ahead = [draft.tokens[:1], draft.tokens[1:]]
-    for row in range(3):
-        _, drawn_from = judging.draw(logits[row : row + 1] + 0, ahead[:row])
-        assert mx.allclose(drawn_from[0], expected[row], 1e-5, 1e-7).item()
+def test_how_many_tokens_of_a_draft_stay():
+    for draft, chosen, expected in (
+        ([5, 6, 7], [5, 6, 7, 8], 3),
+        ([5, 6, 7], [5, 9, 7, 8], 1),
+        ([5], [4, 4], 0),
+        ([], [3], 0),
+    ):
+        assert module.kept(draft, chosen) == expected
+
+
+@pytest.mark.parametrize("depth", [1, 3, 8, "auto"])
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+def test_sampled_texts_are_those_without_drafts(engine, depth, penalty):
+    how = {"temp": 0.9, "top_k": 50, "repetition_penalty": penalty}
+    model, prompt = engine.model, engine.encode(CODE, raw=True)
+    plain = decode(model, prompt, seed=11, **how)
+    drafting = Drafting(Planted(prompt + plain[0]), Depth(depth))
+    drafted = decode(model, prompt, drafting, seed=11, **how)
+    assert same(drafted, plain)
+    assert depth == "auto" or kept(drafted[2]) > 0
+    assert plain[0] != decode(model, prompt, seed=12, **how)[0]
+
+
+def test_drafts_of_the_layer_are_drawn_with_the_keys_of_their_places(monkeypatch):
+    """So more of them stay than of drafts that are drawn with others."""
+    sampling = {"max_tokens": 60, "temp": 1.0, "seed": 3, "raw": True}
+    with Engine("demo", EngineOptions(draft=1, draft_from="mtp")) as engine:
+        found = engine.generate(CODE, **sampling)
+        assert found.tokens == engine.generate(CODE, **sampling).tokens
+        following = Choice.next
+        others = Choice(Options(temp=1.0, seed=99), engine.model.args.vocab_size, [])
+
+        def draw(self, logits, ahead=()):
+            """Of drafts, which are drawn first, with other keys."""
+            return following(others, logits) if others.drafting else following(self, logits, ahead)
+
+        from glm_fused.generation.drafts.mtp import MtpDrafter
+
+        propose = MtpDrafter.propose
+
+        def proposing(self, kind, depth, draw):
+            others.drafting = True
+            try:
+                others._known.append(0)
+                return propose(self, kind, depth, draw)
+            finally:
+                others.drafting = False
+
+        others.drafting = False
+        monkeypatch.setattr(Choice, "next", draw)
+        monkeypatch.setattr(MtpDrafter, "propose", proposing)
+        other = engine.generate(CODE, **sampling)
+    assert other.tokens == found.tokens
+    assert found.drafts["acceptance"][0] > other.drafts["acceptance"][0]

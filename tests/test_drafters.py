@@ -12,7 +12,6 @@ from test_generate import VOCAB, write_tokenizer
 from glm_fused import Engine, EngineOptions
 from glm_fused.generation.decoding import Drafting
 from glm_fused.generation.drafts.depth import Depth, Plan
-from glm_fused.generation.drafts.drafter import Draft
 from glm_fused.generation.drafts.lookup import LookupDrafter
 from glm_fused.generation.drafts.mixed import MixedDrafter
 from glm_fused.generation.drafts.mtp import MtpDrafter
@@ -39,8 +38,8 @@ class PlantedMtp(MtpDrafter):
 
     def propose(self, kind, depth, draw):
         own = super().propose(kind, depth, draw)
-        planted = self._planted.propose(kind, depth, draw).tokens % VOCAB
-        return Draft(mx.depends(planted, own.tokens))
+        planted = self._planted.propose(kind, depth, draw) % VOCAB
+        return mx.depends(planted, own)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +79,7 @@ def check_rows(model, depth, drafts=True):
 
 
 def check_cached(model, drafter, text):
-    drafter.propose(drafter.kinds()[0], 1, lambda logits, _: (mx.argmax(logits, -1), None))
+    drafter.propose(drafter.kinds()[0], 1, lambda logits, _: mx.argmax(logits, -1))
     text = mx.array([text])
     _, hidden = model.states(text[:, :-1], model.make_cache())
     cache = model.make_mtp_cache()
@@ -181,7 +180,7 @@ def test_the_layer_and_the_text_take_turns(demo_mtp):
 
 
 def test_a_small_model_of_this_package(demo):
-    """The model itself, whose drafts all stay: sampled ones, too, since p and q are the same."""
+    """The model itself, whose drafts all stay: sampled ones, too, drawn with the same keys."""
     prompt = demo.encode(CODE, raw=True)
     with Engine("demo", EngineOptions(draft=4, draft_from=demo.path)) as engine:
         greedy = engine.generate(prompt, max_tokens=31)
@@ -209,7 +208,7 @@ def test_a_small_model_of_mlx_lm(demo):
     drafter = ModelDrafter(small, demo.model.args.vocab_size)
     plain = decode(demo.model, prompt)
     assert same(decode(demo.model, prompt, Drafting(drafter, Depth(3))), plain)
-    drafter.propose(drafter.kinds()[0], 1, lambda logits, _: (mx.argmax(logits, -1), None))
+    drafter.propose(drafter.kinds()[0], 1, lambda logits, _: mx.argmax(logits, -1))
     assert drafter._cache[0].offset == len(prompt + plain[0])
 
 

@@ -12,7 +12,7 @@ import glm_fused
 from glm_fused import Engine, EngineOptions
 from glm_fused.generation.decoding import Decoding, Drafting
 from glm_fused.generation.drafts.depth import BURST, Depth
-from glm_fused.generation.drafts.drafter import Draft, Drafter, Kind
+from glm_fused.generation.drafts.drafter import Drafter, Kind
 from glm_fused.generation.drafts.lookup import LONGEST, MATCHES, SHORTEST, LookupDrafter
 from glm_fused.generation.drafts.options import DraftOptions
 from glm_fused.generation.options import Options
@@ -42,8 +42,8 @@ class Planted(Drafter):
         guess = (self._text + [0] * depth)[self._at : self._at + depth]
         wrong = [(token + 1) % 2048 for token in guess]
         pairs = zip(guess, wrong, strict=True)
-        return Draft(
-            mx.array([a if self._random.random() < self._right else b for a, b in pairs], mx.uint32)
+        return mx.array(
+            [a if self._random.random() < self._right else b for a, b in pairs], mx.uint32
         )
 
 
@@ -129,8 +129,8 @@ def test_planted_faults_are_found(engine, monkeypatch, fault):
         judge = Choice.judge
 
         def wrong(self, logits, draft):
-            verdict = judge(self, logits, draft)
-            return verdict._replace(accepted=verdict.accepted | (mx.arange(draft.tokens.size) == 0))
+            chosen = judge(self, logits, draft)
+            return mx.concatenate([draft[:1], chosen[1:]])
 
         monkeypatch.setattr(Choice, "judge", wrong)
     drafted = decode(model, prompt, Drafting(Planted(prompt + plain[0]), Depth(4)))
@@ -232,7 +232,7 @@ def test_lookup_finds_the_latest_longest_match(seed):
         kinds = drafter.kinds()
         assert len(kinds) == (found is not None)
         if found is not None:
-            guess = drafter.propose(kinds[0], 6, None).tokens.tolist()
+            guess = drafter.propose(kinds[0], 6, None).tolist()
             assert guess == goes_on(text[:at], found, 6)
             same = same_before(text[:at], found)
             assert kinds[0].match == max(m for m in MATCHES if m <= same)

@@ -55,8 +55,7 @@ class EngineOptions:
         prompt_cache: bytes to plan for the caches of earlier prompts (`Engine.prompt_store`), a
             number or a text with its unit; usually none.
         draft: how many tokens to guess ahead, 1 to 8, or "auto": as many as pay; "off" for none.
-            Whatever it is, a greedy text does not change, and a sampled one is as likely as it was;
-            with a seed it is the same every time for a number, not for "auto", which goes by time.
+            Whatever it is, a text does not change, greedy or sampled with a seed.
         draft_from: what guesses: "mtp", the checkpoint's layer for it, which is loaded then;
             "lookup", what followed the last tokens earlier in the text; "mtp+lookup", each time
             the one that pays; or the folder of a small model of the same vocabulary, any that

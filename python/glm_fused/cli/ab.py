@@ -147,8 +147,6 @@ def _run(
 ) -> Run:
     steps = options.max_tokens or 0
     path = "reference" if reference else "fused"
-    if options.seed is not None:
-        mx.random.seed(options.seed)
     drafting = Drafting.of(drafts, model)
     prefill_step_size = plan_prompt(model, len(prompt) + steps).prefill_step_size
     decoding = Decoding(model, prompt, options, model.make_cache(), prefill_step_size, drafting)

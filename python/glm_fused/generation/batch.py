@@ -16,10 +16,9 @@ from ..models.cache import trim
 from ..models.decoder import Model
 from ..ops.blocks import MAX_TOKENS
 from ..streaming.experts import check_reads
-from .choice import Choice, Verdict
+from .choice import Choice, kept
 from .decoding import settled
 from .drafts.depth import Plan
-from .drafts.drafter import Draft
 from .drafts.options import DraftOptions
 from .drafts.statistics import Statistics
 from .ending import Text
@@ -165,16 +164,16 @@ class Batch:
         width = 1 + depth
         sure = [row.ahead[:width] for row in self._rows]
         with mx.stream(generation_stream):
-            tokens, probs = self._inputs(sure, depth)
+            tokens = self._inputs(sure, depth)
             logits, hidden = self._forward(tokens)
-            verdicts = [
-                self._judged(i, len(sure[i]), tokens, probs, logits) for i in range(len(sure))
-            ]
-            mx.eval(tokens, *(verdict for verdict in verdicts if verdict is not None))
+            chosen = [self._judged(i, len(sure[i]), tokens, logits) for i in range(len(sure))]
+            mx.eval(tokens, chosen)
         given, found, new, whole = cast(list[list[int]], tokens.tolist()), [], [], []
         for i, row in enumerate(self._rows):
-            kept, more = _kept(given[i][len(sure[i]) :], verdicts[i])
-            found.append(len(sure[i]) + kept)
+            more = cast(list[int], chosen[i].tolist())
+            stay = kept(given[i][len(sure[i]) :], more)
+            del more[stay + 1 :]
+            found.append(len(sure[i]) + stay)
             whole.append(row.ahead + more)
             new.append(row.extend(more))
         columns = min(found)
@@ -186,27 +185,22 @@ class Batch:
                 self._drafts.extend(new, [known[1 : columns + 1] for known in whole], hidden)
         return columns
 
-    def _inputs(self, sure: list[list[int]], depth: int) -> tuple[mx.array, list[list[mx.array]]]:
-        """The tokens [b, 1 + depth] of a step, and what drafts were drawn from."""
+    def _inputs(self, sure: list[list[int]], depth: int) -> mx.array:
+        """The tokens [b, 1 + depth] of a step."""
         if not depth or self._drafts is None:
-            return mx.array(sure, mx.uint32), [[] for _ in sure]
+            return mx.array(sure, mx.uint32)
         ahead = [known[1:] for known in sure]
-        draws = [row.choice.draw for row in self._rows]
+        draws = [row.choice.next for row in self._rows]
         draft = self._drafts.propose(ahead, depth, draws)
         first = mx.array([known[:1] for known in sure], mx.uint32)
-        return mx.concatenate([first, draft.tokens], axis=1), draft.probs
+        return mx.concatenate([first, draft], axis=1)
 
-    def _judged(
-        self, i: int, sure: int, tokens: mx.array, probs: list[list[mx.array]], logits: mx.array
-    ) -> Verdict | None:
-        """The verdict on row i's drafts; None where even the token after them is known."""
+    def _judged(self, i: int, sure: int, tokens: mx.array, logits: mx.array) -> mx.array:
+        """What row i goes on with beside its drafts; nothing where more than the step is known."""
         row = self._rows[i]
         if len(row.ahead) > tokens.shape[1]:
-            return None
-        if sure == tokens.shape[1]:
-            return Verdict(mx.zeros((0,), mx.bool_), row.choice.next(logits[i, -1:]))
-        drawn_from = mx.concatenate(probs[i]) if probs[i] else None
-        return row.choice.judge(logits[i, sure - 1 :], Draft(tokens[i, sure:], drawn_from))
+            return mx.zeros((0,), mx.uint32)
+        return row.choice.judge(logits[i, sure - 1 :], tokens[i, sure:])
 
     def _forward(self, tokens: mx.array) -> tuple[mx.array, mx.array | None]:
         if self._drafts is not None and self._drafts.needs_hidden:
@@ -237,7 +231,7 @@ def generate_batch(
 
     Args:
         prompts: the checked tokens of each.
-        options: how to generate, for all; sampled texts share the seed, not what is drawn.
+        options: how to generate, for all; with a seed each text draws what it draws alone.
         drafts: which tokens to guess ahead; None: none.
 
     Raises ValueError where there is no prompt, or the longest and ``max_tokens`` exceed the
@@ -246,8 +240,6 @@ def generate_batch(
     if not prompts:
         raise ValueError("[generate] there are no prompts, expected at least one.")
     max_tokens = room(model, max(map(len, prompts)), options.max_tokens)
-    if options.seed is not None:
-        mx.random.seed(options.seed)
     batch = Batch(model, tokenizer, prompts, options, max_tokens, drafts)
     streams = cast(list[mx.Stream], [generation_stream])
     with settled(), wired_limit(model, streams):
@@ -262,12 +254,3 @@ def generate_batch(
 
 def _padded(layer: CacheList, padding: list[int]) -> CacheList:
     return CacheList(*(BatchKVCache(padding) for _ in layer.caches))
-
-
-def _kept(drafted: list[int], verdict: Verdict | None) -> tuple[int, list[int]]:
-    """How many drafts stay, and the new tokens: those and one more, none without a verdict."""
-    if verdict is None:
-        return 0, []
-    accepted, tokens = cast(list[bool], verdict.accepted.tolist()), verdict.tokens.tolist()
-    kept = [*accepted, False].index(False)
-    return kept, [*drafted[:kept], cast(list[int], tokens)[kept]]

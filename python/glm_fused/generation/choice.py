@@ -1,76 +1,87 @@
-"""Chooses tokens from logits: one after the other, or among drafts, with the same outcome."""
+"""Chooses tokens from logits: one after the other, or beside drafts, with the same outcome."""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import mlx.core as mx
 
-from .drafts.drafter import Draft
 from .options import Options
 
 
-class Verdict(NamedTuple):
-    """What became of a draft of d tokens, not evaluated yet.
+class Keys:
+    """The random key of each token of a text, which depends on the seed and its place alone.
 
-    ``accepted`` [d] says of each draft whether it stays if those before it do; ``tokens`` [d + 1],
-    uint32, are what comes in place of the first that does not, or after the last.
+    They are those of MLX's generator, which a seed begins and each draw advances. None draws a
+    seed.
     """
 
-    accepted: mx.array
-    tokens: mx.array
+    def __init__(self, seed: int | None):
+        self._state = mx.random.key(secrets.randbits(64) if seed is None else seed)
+        self._keys: list[mx.array] = []  # of the places from `_first` on
+        self._first = 0
+
+    def at(self, place: int) -> mx.array:
+        """The key of the token after so many generated ones."""
+        while len(self._keys) <= place - self._first:
+            self._state, key = mx.random.split(self._state)
+            self._keys.append(key)
+        return self._keys[place - self._first]
+
+    def forget(self, place: int) -> None:
+        """Let go of the keys of all tokens before this place."""
+        del self._keys[: place - self._first]
+        self._first = max(place, self._first)
 
 
 class Choice:
     """How tokens are chosen: greedily or sampled, after processors that see the tokens before.
 
+    A token is drawn with the key of its place in the text, whether there are drafts or not. So a
+    draft stays where it is the token that would be drawn anyway, and drafts that are drawn with the
+    same keys from similar logits mostly are.
+
     Args:
-        options: how to sample.
+        options: how to sample, and the seed.
         vocabulary: how many tokens there are.
         known: the tokens of the text so far, which the caller extends.
     """
 
     def __init__(self, options: Options, vocabulary: int, known: Sequence[int]):
-        self._greedy, self._known = options.greedy, known
+        self._greedy, self._known, self._prompt = options.greedy, known, len(known)
         self._shape = options.shaper(vocabulary)
         self._processors = options.processors()
         self._window = options.repetition_context_size
+        self._keys = Keys(options.seed)
 
     def next(self, logits: mx.array, ahead: Sequence[mx.array] = ()) -> mx.array:
-        """The token, uint32 [1], after all known ones and those ``ahead`` of them, each [1]."""
-        logits = self._processed(logits, ahead)
-        if self._greedy:
-            return _likeliest(logits)
-        return mx.random.categorical(self._shape(_normalized(logits)))
+        """The token, uint32 [1], of logits [1, vocabulary].
 
-    def draw(self, logits: mx.array, ahead: Sequence[mx.array]) -> tuple[mx.array, mx.array | None]:
-        """A draft, uint32 [1], and the probabilities [1, vocabulary] it was drawn with.
-
-        It is drawn as `next` would draw from such ``logits`` [1, vocabulary]; without
-        probabilities where it is the likeliest.
+        It follows all known ones and those ``ahead`` of them, of which each array has some.
         """
         logits = self._processed(logits, ahead)
         if self._greedy:
-            return _likeliest(logits), None
-        shaped = self._shape(_normalized(logits)).astype(mx.float32)
-        return mx.random.categorical(shaped), mx.softmax(shaped, axis=-1)
+            return mx.argmax(logits, axis=-1)
+        place = len(self._known) - self._prompt
+        self._keys.forget(place)
+        key = self._keys.at(place + sum(tokens.size for tokens in ahead))
+        return mx.random.categorical(self._shape(_normalized(logits)), key=key)
 
-    def judge(self, logits: mx.array, draft: Draft) -> Verdict:
-        """Which of a draft's tokens stay, given the ``logits`` [d + 1, vocabulary].
+    def judge(self, logits: mx.array, draft: mx.array) -> mx.array:
+        """What `next` gives beside each token of a draft, and after the last: uint32 [d + 1].
 
-        Row i has the logits after the known tokens and i of the draft. The tokens that come out
-        are those, or have the distribution of those, that `next` gives one after the other.
+        Row i of ``logits`` [d + 1, vocabulary] comes after the known tokens and i of the ``draft``,
+        uint32 [d]. Tokens of the draft stay up to the first that differs from what is given here,
+        which takes its place.
         """
-        if self._processors:
-            drafted = [draft.tokens[i : i + 1] for i in range(len(logits) - 1)]
-            rows = [self._processed(logits[i : i + 1], drafted[:i]) for i in range(len(logits))]
-            logits = mx.concatenate(rows)
-        if self._greedy:
-            tokens = _likeliest(logits)
-            return Verdict(tokens[:-1] == draft.tokens, tokens)
-        shaped = self._shape(_normalized(logits)).astype(mx.float32)
-        return judge_sampled(mx.softmax(shaped, axis=-1), draft)
+        if self._greedy and not self._processors:
+            return mx.argmax(logits, axis=-1)
+        # Each row alone, as `next` has it: the bits of a row may depend on the shape.
+        drafted = [draft[i : i + 1] for i in range(len(logits) - 1)]
+        return mx.concatenate(
+            [self.next(logits[i : i + 1], drafted[:i]) for i in range(len(logits))]
+        )
 
     def _processed(self, logits: mx.array, ahead: Sequence[mx.array]) -> mx.array:
         if not self._processors:
@@ -82,32 +93,10 @@ class Choice:
         return logits
 
 
-def judge_sampled(probs: mx.array, draft: Draft) -> Verdict:
-    """Accept drafts so that what comes out has the distribution ``probs`` [..., d + 1, vocabulary].
-
-    A draft x that was drawn with probability q(x) stays with probability min(1, p(x) / q(x)); in
-    its place comes a token drawn from max(0, p - q), and after the last one from p. Where nothing
-    was drawn, q is 1 at x. Leading dimensions are draws of their own.
-    """
-    at = draft.tokens[..., None]
-    p = probs[..., :-1, :]
-    wanted = mx.take_along_axis(p, at, axis=-1)
-    if draft.probs is None:
-        given = mx.ones_like(wanted)
-        rest = mx.put_along_axis(p, at, mx.zeros_like(wanted), axis=-1)
-    else:
-        given = mx.take_along_axis(draft.probs, at, axis=-1)
-        rest = mx.maximum(p - draft.probs, 0)
-    accepted = (mx.random.uniform(shape=wanted.shape) * given < wanted)[..., 0]
-    # Where p equals q but for rounding, nothing is left; then a rejection is a matter of rounding.
-    rest = mx.where(rest.sum(axis=-1, keepdims=True) > 0, rest, p)
-    others = mx.concatenate([rest, probs[..., -1:, :]], axis=-2)
-    return Verdict(accepted, mx.random.categorical(mx.log(others)))
-
-
-def _likeliest(logits: mx.array) -> mx.array:
-    """The tokens, uint32 [l], with the highest of logits [l, vocabulary], the first of equals."""
-    return mx.argmax(logits, axis=-1)
+def kept(draft: Sequence[int], chosen: Sequence[int]) -> int:
+    """How many tokens of a draft stay, beside what `Choice.judge` gave."""
+    pairs = zip(draft, chosen, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(draft))
 
 
 def _normalized(logits: mx.array) -> mx.array:

@@ -13,7 +13,7 @@ from mlx_lm.generate import generation_stream
 from ..host import settle
 from ..models.cache import trim
 from ..models.decoder import Model
-from .choice import Choice
+from .choice import Choice, kept
 from .drafts.depth import Depth, Plan
 from .drafts.drafter import Drafter
 from .drafts.options import DraftOptions
@@ -186,18 +186,18 @@ class Decoding:
         with mx.stream(generation_stream):
             mx.eval(drafter.catch_up(kind))
             began = time.perf_counter()
-            draft = drafter.propose(kind, depth, self._choice.draw)
+            draft = drafter.propose(kind, depth, self._choice.next)
             known = mx.array(self._known[-1:], mx.uint32)
-            logits, hidden = self._forward(mx.concatenate([known, draft.tokens])[None])
-            verdict = self._choice.judge(logits[0], draft)
-            mx.eval(draft.tokens, *verdict)
-        drafted, accepted, others = map(_listed, (draft.tokens, *verdict))
-        kept = [*accepted, False].index(False)
-        tokens = [*drafted[:kept], others[kept]]
-        self._trim(depth - kept)
-        self._extend(tokens, None if hidden is None else hidden[:, : kept + 1])
-        self.statistics.count_drafts(kind.source, depth, kept)
-        self._drafting.depth.count(plan, kept, time.perf_counter() - began, began - start)
+            logits, hidden = self._forward(mx.concatenate([known, draft])[None])
+            chosen = self._choice.judge(logits[0], draft)
+            mx.eval(draft, chosen)
+        tokens = _listed(chosen)
+        count = kept(_listed(draft), tokens)
+        del tokens[count + 1 :]
+        self._trim(depth - count)
+        self._extend(tokens, None if hidden is None else hidden[:, : count + 1])
+        self.statistics.count_drafts(kind.source, depth, count)
+        self._drafting.depth.count(plan, count, time.perf_counter() - began, began - start)
         return [Step(token, logits[0], row) for row, token in enumerate(tokens)]
 
     def _forward(self, tokens: mx.array) -> tuple[mx.array, mx.array | None]:

@@ -219,8 +219,6 @@ class _Run:
 
     def _pieces(self) -> Iterator[Piece]:
         debug_paths(self._model)
-        if self._options.seed is not None:
-            mx.random.seed(self._options.seed)
         mx.reset_peak_memory()
         _ext.reset_peak_scratch()
         began = time.perf_counter()

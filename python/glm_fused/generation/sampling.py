@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
-from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+from mlx_lm.sample_utils import apply_top_k, apply_top_p
 
 Shaper = Callable[[mx.array], mx.array]
 
@@ -30,9 +32,12 @@ def shaper(temp: float, top_p: float = 1.0, min_p: float = 0.0, top_k: int = 0) 
             best = logprobs.max(axis=-1, keepdims=True)
             logprobs = (logprobs - best).astype(mx.float32)
         if 0 < top_p < 1:
-            logprobs = apply_top_p(logprobs, max(top_p, _LEAST))
+            # MLX compiles a function anew for every number, but not for what is in an array.
+            nucleus: Any = mx.array(max(top_p, _LEAST))
+            logprobs = apply_top_p(logprobs, nucleus)
         if min_p:
-            logprobs = apply_min_p(logprobs, min_p)
+            least = logprobs.max(axis=-1, keepdims=True) + math.log(min_p)
+            logprobs = mx.where(logprobs < least, -mx.inf, logprobs)
         if top_k:
             logprobs = apply_top_k(logprobs, top_k)
         return logprobs * scale

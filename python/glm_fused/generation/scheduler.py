@@ -146,8 +146,6 @@ class Scheduler:
         request = job.request
         options, max_tokens = request.options, request.options.max_tokens
         assert max_tokens is not None
-        if options.seed is not None:
-            mx.random.seed(options.seed)
         known = list(request.tokens)
         choice = Choice(options, self._model.args.vocab_size, known)
         ending, constraint = Text(self._tokenizer, options.stop, max_tokens), request.constraint

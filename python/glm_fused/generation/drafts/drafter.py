@@ -9,22 +9,11 @@ from typing import Any, ClassVar, NamedTuple
 import mlx.core as mx
 
 # Takes logits [1, vocabulary] and the drafts before them, uint32 [n] (besides all known tokens);
-# returns a token, uint32 [1], and the probabilities [1, vocabulary] it was drawn with, or None
-# where it is the likeliest.
-Draw = Callable[[mx.array, Sequence[mx.array]], tuple[mx.array, mx.array | None]]
+# returns a token, uint32 [1].
+Draw = Callable[[mx.array, Sequence[mx.array]], mx.array]
 
 MOST_WAITING = 4096  # tokens whose hidden states are kept until there is a draft
 FEW_WAITING = 16  # of which a draft takes at a time; more are a matter of their own
-
-
-class Draft(NamedTuple):
-    """Tokens [d], uint32, that may follow the known ones; they need not be evaluated yet.
-
-    ``probs`` [d, vocabulary], float32, are what each was drawn from; None where none was drawn.
-    """
-
-    tokens: mx.array
-    probs: mx.array | None = None
 
 
 class Kind(NamedTuple):
@@ -75,8 +64,11 @@ class Drafter(ABC):
         return []
 
     @abstractmethod
-    def propose(self, kind: Kind, depth: int, draw: Draw) -> Draft:
-        """Guess ``depth`` tokens, which is one of the `kinds` of draft that there can be."""
+    def propose(self, kind: Kind, depth: int, draw: Draw) -> mx.array:
+        """Guess ``depth`` tokens, uint32 [depth], which need not be evaluated yet.
+
+        ``kind`` is one of the `kinds` of draft that there can be.
+        """
 
     @abstractmethod
     def extend(self, tokens: Sequence[int], hidden: mx.array | None) -> None:

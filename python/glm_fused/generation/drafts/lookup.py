@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from ..limits import LOOKUP
-from .drafter import Draft, Drafter, Draw, Kind
+from .drafter import Drafter, Draw, Kind
 
 LONGEST, SHORTEST = 4, 2  # tokens that have to be the same
 MATCHES = (2, 3, 4, 8, 16)  # or that many besides: the more, the more drafts stay
@@ -43,14 +43,14 @@ class LookupDrafter(Drafter):
         same = self._same_before(*found)
         return [Kind(LOOKUP, max(match for match in MATCHES if match <= same))]
 
-    def propose(self, kind: Kind, depth: int, draw: Draw) -> Draft:
+    def propose(self, kind: Kind, depth: int, draw: Draw) -> mx.array:
         found = self._found()
         assert found is not None
         text, at = self._text, found[1]
         guess = text[at : at + depth]
         while len(guess) < depth:  # it goes on with what is guessed: a text that repeats itself
             guess.append(guess[at + len(guess) - len(text)])
-        return Draft(mx.array(guess, mx.uint32))
+        return mx.array(guess, mx.uint32)
 
     def _found(self) -> tuple[int, int] | None:
         """How many tokens are the same, and where the text went on after them."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .drafter import Draft, Drafter, Draw, Kind
+from .drafter import Drafter, Draw, Kind
 
 
 class MixedDrafter(Drafter):
@@ -31,7 +31,7 @@ class MixedDrafter(Drafter):
     def catch_up(self, kind: Kind) -> list[Any]:
         return self._of(kind).catch_up(kind)
 
-    def propose(self, kind: Kind, depth: int, draw: Draw) -> Draft:
+    def propose(self, kind: Kind, depth: int, draw: Draw) -> mx.array:
         return self._of(kind).propose(kind, depth, draw)
 
     def _of(self, kind: Kind) -> Drafter:

@@ -10,7 +10,7 @@ import mlx.core as mx
 from ...models.cache import trim
 from ...models.decoder import Model
 from ..limits import MTP
-from .drafter import FEW_WAITING, MOST_WAITING, Draft, Drafter, Draw, Kind
+from .drafter import FEW_WAITING, MOST_WAITING, Drafter, Draw, Kind
 
 
 class MtpDrafter(Drafter):
@@ -60,20 +60,18 @@ class MtpDrafter(Drafter):
         self._append(len(self._tokens) - 1)
         return [self._cache.state]
 
-    def propose(self, kind: Kind, depth: int, draw: Draw) -> Draft:
+    def propose(self, kind: Kind, depth: int, draw: Draw) -> mx.array:
         logits, hidden, selection = self._append(len(self._tokens))
         drafts: list[mx.array] = []
-        probs: list[mx.array] = []
         while True:
-            token, drawn_from = draw(logits[:, -1], drafts)
+            token = draw(logits[:, -1], drafts)
             drafts.append(token)
-            probs += [] if drawn_from is None else [drawn_from]
             if len(drafts) == depth:
                 break
             last = hidden[:, -1:]
             logits, hidden, selection = self._model.draft(token[None], last, self._cache, selection)
         trim(self._cache, depth - 1)
-        return Draft(mx.concatenate(drafts), mx.concatenate(probs) if probs else None)
+        return mx.concatenate(drafts)
 
     def _append(self, count: int) -> tuple[mx.array, mx.array, mx.array | None]:
         """What the layer gives for the first so many of the tokens that had no row."""

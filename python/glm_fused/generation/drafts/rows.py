@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, CacheList
@@ -13,17 +13,6 @@ from ...models.cache import trim
 from ...models.decoder import Model
 from ..limits import MTP
 from .drafter import MOST_WAITING, Drafter, Draw, Kind
-
-
-class RowDraft(NamedTuple):
-    """What a step takes after the first token of each text.
-
-    ``tokens`` [b, d] are known ones, then drafts; ``probs`` has for each text those [1, vocabulary]
-    that its drafts were drawn from, none where none was drawn.
-    """
-
-    tokens: mx.array
-    probs: list[list[mx.array]]
 
 
 class RowDrafts(ABC):
@@ -47,8 +36,11 @@ class RowDrafts(ABC):
         """As a `Drafter` has them; those of any of the texts count together."""
 
     @abstractmethod
-    def propose(self, ahead: Sequence[list[int]], depth: int, draws: Sequence[Draw]) -> RowDraft:
-        """Complete what is known ``ahead`` of a step's first tokens to ``depth`` tokens."""
+    def propose(self, ahead: Sequence[list[int]], depth: int, draws: Sequence[Draw]) -> mx.array:
+        """What a step takes after the first token of each text, uint32 [b, depth].
+
+        It is what is known ``ahead`` of that token, then drafts.
+        """
 
     @abstractmethod
     def extend(
@@ -83,21 +75,18 @@ class EachRow(RowDrafts):
         kinds = [kind for drafter in self._drafters for kind in drafter.kinds()]
         return [Kind(kinds[0].source)] if kinds else []
 
-    def propose(self, ahead: Sequence[list[int]], depth: int, draws: Sequence[Draw]) -> RowDraft:
-        rows, probs = [], []
+    def propose(self, ahead: Sequence[list[int]], depth: int, draws: Sequence[Draw]) -> mx.array:
+        rows = []
         for drafter, known, draw in zip(self._drafters, ahead, draws, strict=True):
-            parts, drawn_from = [mx.array(known, mx.uint32)], []
+            parts = [mx.array(known, mx.uint32)]
             missing = depth - len(known)
             kinds = drafter.kinds()
             if missing and not kinds:
                 parts.append(mx.zeros((missing,), mx.uint32))
             elif missing:
-                draft = drafter.propose(kinds[0], missing, draw)
-                parts.append(draft.tokens)
-                drawn_from = [] if draft.probs is None else [draft.probs]
+                parts.append(drafter.propose(kinds[0], missing, draw))
             rows.append(mx.concatenate(parts))
-            probs.append(drawn_from)
-        return RowDraft(mx.stack(rows), probs)
+        return mx.stack(rows)
 
     def extend(
         self,
@@ -138,10 +127,9 @@ class MtpRows(RowDrafts):
     def kinds(self) -> list[Kind]:
         return [Kind(MTP)] if self._hidden else []
 
-    def propose(self, ahead: Sequence[list[int]], depth: int, draws: Sequence[Draw]) -> RowDraft:
+    def propose(self, ahead: Sequence[list[int]], depth: int, draws: Sequence[Draw]) -> mx.array:
         logits, hidden, selection = self._append()
         rows: list[list[mx.array]] = [[] for _ in ahead]
-        probs: list[list[mx.array]] = [[] for _ in ahead]
         for place in range(depth):
             if place:
                 last = self._behind(place - 1, list(map(len, ahead)), hidden[:, -1:])
@@ -151,11 +139,9 @@ class MtpRows(RowDrafts):
                 if place < len(known):
                     rows[i].append(mx.array(known[place : place + 1], mx.uint32))
                     continue
-                token, drawn_from = draws[i](logits[i, -1:], rows[i][len(known) :])
-                rows[i].append(token)
-                probs[i] += [] if drawn_from is None else [drawn_from]
+                rows[i].append(draws[i](logits[i, -1:], rows[i][len(known) :]))
         trim(self._cache, depth - 1)
-        return RowDraft(mx.stack([mx.concatenate(row) for row in rows]), probs)
+        return mx.stack([mx.concatenate(row) for row in rows])
 
     def _append(self) -> tuple[mx.array, mx.array, mx.array | None]:
         """What the layer gives for the tokens that had no row."""

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
-from .drafter import Draft, Drafter, Draw, Kind
+from .drafter import Drafter, Draw, Kind
 
 _CHUNK = 512  # tokens of a prompt at a time
 
@@ -39,19 +39,17 @@ class ModelDrafter(Drafter):
     def kinds(self) -> list[Kind]:
         return [Kind("model")]
 
-    def propose(self, kind: Kind, depth: int, draw: Draw) -> Draft:
+    def propose(self, kind: Kind, depth: int, draw: Draw) -> mx.array:
         while len(self._tokens) > _CHUNK:
             self._model(mx.array([self._tokens[:_CHUNK]]), cache=self._cache)
             mx.eval([layer.state for layer in self._cache])
             del self._tokens[:_CHUNK]
         tokens, self._tokens = mx.array([self._tokens], mx.uint32), []
         drafts: list[mx.array] = []
-        probs: list[mx.array] = []
         while len(drafts) < depth:
             logits = self._model(tokens, cache=self._cache)[:, -1, : self._vocabulary]
-            token, drawn_from = draw(logits, drafts)
+            token = draw(logits, drafts)
             drafts.append(token)
-            probs += [] if drawn_from is None else [drawn_from]
             tokens = token[None]
         trim_prompt_cache(self._cache, depth - 1)
-        return Draft(mx.concatenate(drafts), mx.concatenate(probs) if probs else None)
+        return mx.concatenate(drafts)
