@@ -9,11 +9,12 @@ from test_drafts import BITS, CODE, Planted, decode
 from test_generate import write_tokenizer
 
 from glm_fused import Engine, EngineOptions
-from glm_fused.generation.batch import Batch, generate_batch
-from glm_fused.generation.choice import Choice, kept
+from glm_fused.generation.batch import Batch
+from glm_fused.generation.batches import generate_batch
 from glm_fused.generation.drafts.options import DraftOptions
 from glm_fused.generation.drafts.rows import EachRow, MtpRows
 from glm_fused.generation.options import Options
+from glm_fused.generation.rows import Row
 
 TOKENS = 24
 TEXTS = [CODE, "def add(a, b):\n    return", CODE * 3, "class Tree:\n    def __init__(self, "]
@@ -36,17 +37,13 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def recorded(monkeypatch):
     """The bits of the logits that tokens were chosen from, by the first tokens of their texts."""
-    found, judge = defaultdict(list), Choice.judge
+    found, take = defaultdict(list), Row._take
 
-    def record(choice, rows):
-        found[id(choice)] += [row.view(BITS[row.dtype.size]) for row in rows]
+    def record(self, token, logits):
+        found[id(self)].append(logits.view(BITS[logits.dtype.size]))
+        take(self, token, logits)
 
-    def judging(self, logits, draft):
-        chosen = judge(self, logits, draft)
-        record(self, logits[: kept(draft.tolist(), chosen.tolist()) + 1])
-        return chosen
-
-    monkeypatch.setattr(Choice, "judge", judging)
+    monkeypatch.setattr(Row, "_take", record)
     return found
 
 
@@ -59,8 +56,7 @@ def check(engine, prompts, drafts, recorded, **options):
         found.answers, recorded.values(), alone, strict=True
     ):
         assert answer.tokens == up_to_its_end(engine, tokens)
-        assert len(rows) >= len(answer.tokens)
-        for a, b in zip(rows, logits[: len(answer.tokens)], strict=False):
+        for a, b in zip(rows, logits[: len(answer.tokens)], strict=True):
             assert mx.array_equal(a, b)
     return found
 
@@ -136,7 +132,7 @@ def check_rows(engine, monkeypatch, recorded, prompts, texts):
             """Nothing: the test looks at all rows."""
 
     monkeypatch.setattr(DraftOptions, "row_drafts", lambda *given: PlantedRows(given[2]))
-    monkeypatch.setattr(Batch, "_drop_ended", drop_all)
+    monkeypatch.setattr(Batch, "leave", leave_together)
     found = check(engine, prompts, engine.drafts, recorded)
     assert found.drafts["accepted"] > 0
     (rows,) = made
@@ -154,10 +150,10 @@ def check_rows(engine, monkeypatch, recorded, prompts, texts):
             assert mx.array_equal(found.view(bits), b.keys[:, :, :count].view(bits))
 
 
-def drop_all(batch):
+def leave_together(batch, rows):
     """Texts stay until all have ended."""
-    if all(row.reason for row in batch._rows):
-        batch._rows = []
+    if len(rows) == len(batch.rows):
+        batch.rows = []
 
 
 def test_texts_that_end_leave_the_batch(engine, monkeypatch):

@@ -44,7 +44,7 @@ class Listener:
             self._over.set()
 
     def wait(self):
-        assert self._over.wait(60), "the request did not end"
+        assert self._over.wait(200), "the request did not end"
         return self
 
     @property
@@ -105,6 +105,7 @@ class Only:
     def __init__(self, tokens, vocabulary):
         self._mask = mx.zeros((vocabulary,), mx.bool_)
         self._mask[mx.array(tokens)] = True
+        mx.eval(self._mask)  # in its own thread's stream
         self.accepted = []
 
     def allowed(self):

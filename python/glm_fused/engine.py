@@ -17,7 +17,7 @@ from .checkpoint.paths import checkpoint_path
 from .checkpoint.prompt_cache import load_prompt_cache
 from .drafting import draft_options, draft_source
 from .engine_options import EngineOptions
-from .generation.batch import BatchCompletion, generate_batch
+from .generation.batches import BatchCompletion, generate_batch
 from .generation.drafts.options import DraftOptions
 from .generation.generate import Completion, OnProgress, Piece, generate, stream_generate
 from .generation.kept_cache import Caches

@@ -4,185 +4,241 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
-from mlx_lm.generate import generation_stream, wired_limit
-from mlx_lm.models.cache import BatchKVCache, CacheList
-from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.generate import generation_stream
+from mlx_lm.models.cache import CacheList
 
+from ..host import settle
 from ..models.cache import trim
 from ..models.decoder import Model
+from ..models.row_caches import first_columns, joined, kept
 from ..ops.blocks import MAX_TOKENS
 from ..streaming.experts import check_reads
-from .choice import Choice, kept
-from .decoding import settled
-from .drafts.depth import Plan
+from . import choice
+from .drafts.depth import Depth, Experience, Plan
 from .drafts.options import DraftOptions
+from .drafts.rows import RowDrafts
 from .drafts.statistics import Statistics
-from .ending import Text
-from .options import Options
-from .planning import plan_prompt
-from .prompts import room
+from .filling import Filling
+from .rows import Row
+
+_TIDY = 256  # steps after which MLX lets go of memory that it keeps
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One text of a batch; ``tokens`` and ``finish_reason`` are those of a `Completion`."""
+class _Ahead(NamedTuple):
+    """A plain step on its way: of each text the token and its logits [1, vocabulary]."""
 
-    text: str
-    tokens: list[int]
-    finish_reason: str
-    prompt_tokens: int
-
-
-@dataclass(frozen=True)
-class BatchCompletion:
-    """The texts of a batch in the order of their prompts, and how long they took.
-
-    ``drafts`` is as in a `Completion`; a step's tokens are those that all texts got.
-    """
-
-    answers: list[Answer]
-    prompt_seconds: float
-    generation_seconds: float
-    drafts: dict[str, Any] | None
-
-
-class Row:
-    """A text that is not at its end: its known tokens, of which the cache has the first."""
-
-    def __init__(self, prompt: list[int], options: Options, vocabulary: int, text: Text):
-        self.known, self.prompt_tokens, self.cached = list(prompt), len(prompt), len(prompt) - 1
-        self.choice = Choice(options, vocabulary, self.known)
-        self.text, self.reason, self._ending = "", "", text
-
-    @property
-    def ahead(self) -> list[int]:
-        """The known tokens that the cache does not have, at least one."""
-        return self.known[self.cached :]
-
-    def extend(self, tokens: Sequence[int]) -> list[int]:
-        """Go on with ``tokens``, up to where the text ends; returns those that are part of it."""
-        for count, token in enumerate(tokens, 1):
-            self.known.append(token)
-            text, reason = self._ending.feed(token)
-            self.text += text
-            if reason is not None:
-                self.reason = reason
-                return list(tokens[:count])
-        return list(tokens)
-
-    def answer(self) -> Answer:
-        new = self.known[self.prompt_tokens :]
-        return Answer(self.text, new, self.reason, self.prompt_tokens)
+    tokens: list[mx.array]
+    logits: list[mx.array]
+    hidden: mx.array | None
 
 
 class Batch:
-    """Decodes several texts side by side, in caches that are padded on the left.
+    """Decodes texts side by side; more may join them after any step, and any may leave.
 
     Of a step's drafts every text keeps what is right. The cache keeps the columns that all have
     got; what a text has got besides is known, and takes the place of drafts in the next step. So
     no text waits for another to be checked, and nothing is moved within a cache.
+
+    Without drafts, while the tokens of a step are awaited the next step is on its way already.
+
+    Attributes:
+        rows: the texts.
+        statistics: what became of drafts.
+
+    Args:
+        model: takes the tokens.
+        drafts: which drafts to make; None for none.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        tokenizer: TokenizerWrapper,
-        prompts: Sequence[list[int]],
-        options: Options,
-        max_tokens: int,
-        drafts: DraftOptions | None,
-    ):
-        longest = max(map(len, prompts))
-        padding = [longest - len(prompt) for prompt in prompts]
-        self._model, self._step = model, plan_prompt(model, longest + max_tokens).prefill_step_size
-        self._cache = [_padded(layer, padding) for layer in model.make_cache()]
-        self._rows = [
-            Row(prompt, options, model.args.vocab_size, Text(tokenizer, options.stop, max_tokens))
-            for prompt in prompts
-        ]
-        self._all, self._left = list(self._rows), max_tokens
-        self._drafts = None if drafts is None else drafts.row_drafts(model, padding)
-        self._depth = None if drafts is None else drafts.chooser(model)
+    def __init__(self, model: Model, drafts: DraftOptions | None):
+        self.rows: list[Row] = []
         self.statistics = Statistics()
+        self._model, self._options = model, drafts
+        self._cache: list[CacheList] = []
+        self._drafts: RowDrafts | None = None
+        self._depths: dict[int, Depth] = {}  # for each number of texts
+        self._ahead: _Ahead | None = None
+        self._steps = 0
 
-    def take_prompts(self) -> None:
-        """All tokens of the prompts but the last of each."""
-        longest = max(row.prompt_tokens for row in self._rows)
-        rows = [[0] * (longest - len(row.known)) + row.known for row in self._rows]
-        if self._drafts is not None:
-            self._drafts.start([row.known for row in self._rows])
-        size = max(1, self._step // len(rows))
-        for first in range(0, longest - 1, size):
-            last = min(first + size, longest - 1)
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the cache, with room to grow."""
+        return sum(layer.nbytes for layer in self._cache)
+
+    def join(self, filling: Filling) -> None:
+        """Decode the texts of a filling, too, whose prompts were taken."""
+        assert not filling.left
+        self._discard()
+        if self.rows:
             with mx.stream(generation_stream):
-                _, hidden = self._forward(mx.array([row[first:last] for row in rows]))
-                primed: list[Any] = []
-                if self._drafts is not None and hidden is not None:
-                    following = mx.array([row[first + 1 : last + 1] for row in rows])
-                    primed = self._drafts.prime(following, hidden)
-                mx.eval([layer.state for layer in self._cache], primed)
-            check_reads(self._cache)
+                for i, layer in enumerate(filling.cache):
+                    self._cache[i] = joined(self._cache[i], layer)
+                if self._drafts is not None and filling.drafts is not None:
+                    self._drafts.join(filling.drafts)
+        else:
+            self._cache, self._drafts = filling.cache, filling.drafts
+        self.rows += filling.rows
+
+    def leave(self, rows: Sequence[Row]) -> None:
+        """Decode these texts no longer."""
+        stay = [i for i, row in enumerate(self.rows) if row not in rows]
+        if len(stay) == len(self.rows):
+            return
+        if not stay:
+            self.abandon()
+            return
+        self.rows = [self.rows[i] for i in stay]
+        with mx.stream(generation_stream):
+            for i, layer in enumerate(self._cache):
+                self._cache[i] = kept(layer, stay)
+            if self._drafts is not None:
+                self._drafts.filter(stay)
+            if (ahead := self._ahead) is not None:
+                tokens, logits = ([each[i] for i in stay] for each in ahead[:2])
+                hidden = None if ahead.hidden is None else ahead.hidden[mx.array(stay)]
+                self._ahead = _Ahead(tokens, logits, hidden)
+
+    def abandon(self) -> list[Row]:
+        """Let go of all texts, after an error, too; returns them."""
+        if self._ahead is not None:
+            settle(generation_stream)
+        rows, self.rows, self._cache = self.rows, [], []
+        self._ahead = self._drafts = None
+        return rows
+
+    def cache_of(self, row: Row) -> tuple[list[int], list[CacheList]]:
+        """The known tokens that are in the cache, and a cache of them.
+
+        It is the batch's own where the text is alone, which has to leave then.
+        """
+        at, tokens = self.rows.index(row), row.known[: row.cached]
+        with mx.stream(generation_stream):
+            return tokens, [first_columns(layer, at, len(tokens)) for layer in self._cache]
+
+    def step(self) -> list[Row]:
+        """One step of all texts; returns those that are over, which have to leave.
+
+        Raises RuntimeError where an expert cannot be read: all that is left then is `abandon`.
+        """
+        began = time.perf_counter()
+        depth, plan = self._depth(), self._next_drafts()
+        steady = self._ahead is not None
+        if self._ahead is not None or (plan is None and self._may_go_ahead()):
+            plan, advanced = None, self._plain(plan is None)
+        else:
+            advanced = self._round(plan.depth if plan else 0)
+            steady = plan is None
+        check_reads(self._cache)
+        self._count(depth, plan, advanced, time.perf_counter() - began, steady)
+        return [row for row in self.rows if row.over]
+
+    def _count(
+        self, depth: Depth | None, plan: Plan | None, advanced: int, seconds: float, steady: bool
+    ) -> None:
+        self.statistics.count(advanced, seconds)
+        if plan is not None and depth is not None:
+            self.statistics.count_drafts(plan.kind.source, plan.depth, advanced - 1)
+            depth.count(plan, advanced - 1, seconds)
+        elif depth is not None:
+            depth.count_plain(seconds if steady else None)
+        self._steps += 1
+        if self._steps % _TIDY == 0:
             mx.clear_cache()
 
-    def run(self) -> list[Answer]:
-        """Decode until every text is at its end."""
-        while self._rows:
-            began = time.perf_counter()
-            plan = self._next_drafts()
-            advanced = self._round(plan.depth if plan else 0)
-            check_reads(self._cache)
-            seconds = time.perf_counter() - began
-            self.statistics.count(advanced, seconds)
-            if plan is not None and self._depth is not None:
-                self.statistics.count_drafts(plan.kind.source, plan.depth, advanced - 1)
-                self._depth.count(plan, advanced - 1, seconds)
-            elif self._depth is not None:
-                self._depth.count_plain(seconds)
-            self._drop_ended()
-        return [row.answer() for row in self._all]
-
-    def describe_drafts(self, drafts: DraftOptions | None) -> dict[str, Any] | None:
-        """What became of drafts, JSON-ready; None where none were to be made."""
-        if drafts is None or self._depth is None:
+    def describe_drafts(self) -> dict[str, Any] | None:
+        """What became of drafts, JSON-ready; None where none are to be made."""
+        if self._options is None:
             return None
-        return drafts.describe() | self.statistics.describe(self._depth.plain_seconds)
+        depth = self._depths.get(1) or next(iter(self._depths.values()), None)
+        plain = None if depth is None else depth.plain_seconds
+        return self._options.describe() | self.statistics.describe(plain)
+
+    def _depth(self) -> Depth | None:
+        """What decides about drafts of so many texts: a step of others has other costs."""
+        if self._options is None:
+            return None
+        count = len(self.rows)
+        if count not in self._depths:
+            experience = None if count == 1 else Experience()
+            self._depths[count] = self._options.chooser(self._model, experience)
+        return self._depths[count]
 
     def _next_drafts(self) -> Plan | None:
-        if self._drafts is None or self._depth is None:
+        depth = self._depth()
+        if self._drafts is None or depth is None:
             return None
-        left = max(self._left + row.prompt_tokens - len(row.known) for row in self._rows)
         columns = self._model.context - self._cache[0].size()
-        most = min(left, columns, MAX_TOKENS // len(self._rows)) - 1
-        return self._depth.next(self._drafts.kinds(), most)
+        left = max(row.left for row in self.rows)
+        most = min(left, columns, MAX_TOKENS // len(self.rows)) - 1
+        return depth.next(self._drafts.kinds(), most)
+
+    def _may_go_ahead(self) -> bool:
+        """Whether a step's tokens can be the next one's before anybody has seen them."""
+        return all(row.constraint is None and len(row.ahead) == 1 for row in self.rows)
+
+    def _plain(self, more: bool) -> int:
+        """A step without drafts; with ``more`` the one after it is on its way then."""
+        now = self._ahead or self._launch([mx.array(row.ahead, mx.uint32) for row in self.rows])
+        self._ahead = None
+        room = self._model.context > self._cache[0].size()
+        if more and room and any(row.left > 1 for row in self.rows):
+            self._ahead = self._launch(now.tokens, now.tokens)
+        mx.eval(now.tokens)
+        for row, token, logits in zip(self.rows, now.tokens, now.logits, strict=True):
+            row.cached += 1
+            row.extend(logits, (), [cast(int, token.item())])
+        new = [row.known[-1:] for row in self.rows]
+        self._extend_drafts(new, new, now.hidden)
+        return 1
+
+    def _launch(self, tokens: Sequence[mx.array], ahead: Sequence[mx.array] = ()) -> _Ahead:
+        """A plain step that takes a token [1] of each text, those ``ahead`` of the known ones."""
+        with mx.stream(generation_stream):
+            logits, hidden = self._forward(mx.stack(list(tokens)))
+            rows = [logits[i] for i in range(len(self.rows))]
+            # Processors change what they are given in place.
+            new = [row.choice.next(logits[i], ahead[i : i + 1]) for i, row in enumerate(self.rows)]
+            mx.async_eval(new, rows, [] if hidden is None else hidden)
+        return _Ahead(new, rows, hidden)
+
+    def _discard(self) -> None:
+        """Have the step that is on its way never been made."""
+        if self._ahead is not None:
+            settle(generation_stream)
+            self._ahead = None
+            trim(self._cache, 1)
+            check_reads(self._cache)
 
     def _round(self, depth: int) -> int:
         """One step with so many drafts; returns by how many columns the cache has grown."""
         width = 1 + depth
-        sure = [row.ahead[:width] for row in self._rows]
+        sure = [row.ahead[:width] for row in self.rows]
         with mx.stream(generation_stream):
             tokens = self._inputs(sure, depth)
             logits, hidden = self._forward(tokens)
-            chosen = [self._judged(i, len(sure[i]), tokens, logits) for i in range(len(sure))]
-            mx.eval(tokens, chosen)
-        given, found, new, whole = cast(list[list[int]], tokens.tolist()), [], [], []
-        for i, row in enumerate(self._rows):
-            more = cast(list[int], chosen[i].tolist())
-            stay = kept(given[i][len(sure[i]) :], more)
-            del more[stay + 1 :]
-            found.append(len(sure[i]) + stay)
-            whole.append(row.ahead + more)
-            new.append(row.extend(more))
+            after = [logits[i, len(known) - 1 :] for i, known in enumerate(sure)]
+            judged = [
+                row.judge(after[i], tokens[i, len(sure[i]) :]) if len(row.ahead) <= width else None
+                for i, row in enumerate(self.rows)
+            ]
+            mx.eval(tokens, logits, [each for each in judged if each is not None])
+            given, found, new, whole = cast(list[list[int]], tokens.tolist()), [], [], []
+            for i, row in enumerate(self.rows):
+                known, drafted, more = row.ahead, given[i][len(sure[i]) :], list[int]()
+                if len(known) <= width:
+                    more = row.extend(after[i], drafted, _listed(judged[i]))
+                # A text that is over keeps nobody waiting.
+                found.append(width if row.over else len(sure[i]) + choice.kept(drafted, more))
+                new.append(more)
+                whole.append(known + more + [0] * (width * row.over))
         columns = min(found)
         trim(self._cache, width - columns)
-        for row in self._rows:
+        for row in self.rows:
             row.cached += columns
-        if self._drafts is not None:
-            with mx.stream(generation_stream):
-                self._drafts.extend(new, [known[1 : columns + 1] for known in whole], hidden)
+        self._extend_drafts(new, [known[1 : columns + 1] for known in whole], hidden)
         return columns
 
     def _inputs(self, sure: list[list[int]], depth: int) -> mx.array:
@@ -190,67 +246,22 @@ class Batch:
         if not depth or self._drafts is None:
             return mx.array(sure, mx.uint32)
         ahead = [known[1:] for known in sure]
-        draws = [row.choice.next for row in self._rows]
-        draft = self._drafts.propose(ahead, depth, draws)
+        draft = self._drafts.propose(ahead, depth, [row.choice.next for row in self.rows])
         first = mx.array([known[:1] for known in sure], mx.uint32)
         return mx.concatenate([first, draft], axis=1)
-
-    def _judged(self, i: int, sure: int, tokens: mx.array, logits: mx.array) -> mx.array:
-        """What row i goes on with beside its drafts; nothing where more than the step is known."""
-        row = self._rows[i]
-        if len(row.ahead) > tokens.shape[1]:
-            return mx.zeros((0,), mx.uint32)
-        return row.choice.judge(logits[i, sure - 1 :], tokens[i, sure:])
 
     def _forward(self, tokens: mx.array) -> tuple[mx.array, mx.array | None]:
         if self._drafts is not None and self._drafts.needs_hidden:
             return self._model.states(tokens, self._cache)
         return self._model(tokens, self._cache), None
 
-    def _drop_ended(self) -> None:
-        """Rows of texts that ended leave the caches."""
-        stay = [i for i, row in enumerate(self._rows) if not row.reason]
-        if len(stay) == len(self._rows):
-            return
-        self._rows = [self._rows[i] for i in stay]
-        if stay:
-            for layer in self._cache:
-                layer.filter(mx.array(stay))
-            if self._drafts is not None:
-                self._drafts.filter(stay)
+    def _extend_drafts(
+        self, new: list[list[int]], following: list[list[int]], hidden: mx.array | None
+    ) -> None:
+        if self._drafts is not None:
+            with mx.stream(generation_stream):
+                self._drafts.extend(new, following, hidden)
 
 
-def generate_batch(
-    model: Model,
-    tokenizer: TokenizerWrapper,
-    prompts: Sequence[list[int]],
-    options: Options,
-    drafts: DraftOptions | None = None,
-) -> BatchCompletion:
-    """Continue several prompts at once, on the current path; each text has the tokens it has alone.
-
-    Args:
-        prompts: the checked tokens of each.
-        options: how to generate, for all; with a seed each text draws what it draws alone.
-        drafts: which tokens to guess ahead; None: none.
-
-    Raises ValueError where there is no prompt, or the longest and ``max_tokens`` exceed the
-    context, and RuntimeError where an expert cannot be read.
-    """
-    if not prompts:
-        raise ValueError("[generate] there are no prompts, expected at least one.")
-    max_tokens = room(model, max(map(len, prompts)), options.max_tokens)
-    batch = Batch(model, tokenizer, prompts, options, max_tokens, drafts)
-    streams = cast(list[mx.Stream], [generation_stream])
-    with settled(), wired_limit(model, streams):
-        began = time.perf_counter()
-        batch.take_prompts()
-        prompted = time.perf_counter()
-        answers = batch.run()
-    ended = time.perf_counter()
-    found = batch.describe_drafts(drafts)
-    return BatchCompletion(answers, prompted - began, ended - prompted, found)
-
-
-def _padded(layer: CacheList, padding: list[int]) -> CacheList:
-    return CacheList(*(BatchKVCache(padding) for _ in layer.caches))
+def _listed(tokens: mx.array | None) -> list[int] | None:
+    return None if tokens is None else cast(list[int], tokens.tolist())

@@ -19,10 +19,7 @@ def plan_prompt(model: Model, context: int) -> PromptPlan:
     """
     args, streamed = model.args, streaming_of(model) is not None
     float_bytes = _float_bytes(model)
-    kv_format = model.kv_format
-    if kv_format == "auto":
-        kv_format = next(name for name, dtype in FLOATS.items() if dtype.size == float_bytes)
-    weights, cache = model.weight_bytes, cache_bytes(args, context, kv_format)
+    weights, cache = model.weight_bytes, cache_bytes(args, context, cache_format(model))
 
     def plan(step: int) -> PromptPlan:
         temporaries = chunk_bytes(args, step, context, float_bytes, streamed)
@@ -30,6 +27,14 @@ def plan_prompt(model: Model, context: int) -> PromptPlan:
 
     budget = int(machine_bytes() * SHARE)
     return plan(model.prefill_step_size or fitting_step(lambda step: plan(step).total, budget))
+
+
+def cache_format(model: Model) -> str:
+    """The format that new caches have: one of `glm_fused.formats.kv_rows`, not "auto"."""
+    if model.kv_format != "auto":
+        return model.kv_format
+    float_bytes = _float_bytes(model)
+    return next(name for name, dtype in FLOATS.items() if dtype.size == float_bytes)
 
 
 def _float_bytes(model: Model) -> int:

@@ -49,8 +49,8 @@ def create_app(engine: Engine, settings: Settings) -> Starlette:
 
     The application's ``state.service`` is its `Service`. Its scheduler ends with its lifespan.
     """
-    limits = {"max_batch": settings.max_batch, "max_queue": settings.max_queue}
-    service = Service(engine, settings, Scheduler(engine, **limits))
+    scheduler = Scheduler(engine, max_batch=settings.max_batch, max_queue=settings.max_queue)
+    service = Service(engine, settings, scheduler)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

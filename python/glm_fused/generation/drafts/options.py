@@ -12,7 +12,7 @@ from ...models.decoder import Model
 from ...streaming.model import streaming_of
 from ...validation import show
 from ..limits import AUTO, LOOKUP, MIXED, MOST_DRAFTS, MTP
-from .depth import Depth, experience_of
+from .depth import Depth, Experience, experience_of
 from .drafter import Drafter
 from .lookup import LookupDrafter
 from .mixed import MixedDrafter
@@ -66,13 +66,13 @@ class DraftOptions:
             return MtpRows(model, padding)
         return EachRow([self.drafter(model) for _ in padding])
 
-    def chooser(self, model: Model) -> Depth:
-        """What decides how many a step has.
+    def chooser(self, model: Model, experience: Experience | None = None) -> Depth:
+        """What decides how many a step has; without ``experience`` by that of all single texts.
 
         Where experts are streamed, no more with "auto" than every layer's slots have room for the
         experts of, all tokens' choices together.
         """
-        streaming, experience = streaming_of(model), experience_of(model)
+        streaming, experience = streaming_of(model), experience or experience_of(model)
         if self.depth != AUTO or streaming is None:
             return Depth(self.depth, experience=experience)
         tokens = streaming.tokens_at_once(model.args.num_experts_per_tok)

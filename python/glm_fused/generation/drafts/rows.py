@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, CacheList
 
 from ...models.cache import trim
 from ...models.decoder import Model
+from ...models.row_caches import joined, kept, padded
 from ..limits import MTP
 from .drafter import MOST_WAITING, Drafter, Draw, Kind
 
@@ -60,6 +60,13 @@ class RowDrafts(ABC):
     def filter(self, stay: Sequence[int]) -> None:
         """Only these texts go on."""
 
+    @abstractmethod
+    def join(self, others: RowDrafts) -> None:
+        """Texts of which ``others``, of the same class, have taken the prompts go on beside these.
+
+        ``others`` are not used again.
+        """
+
 
 class EachRow(RowDrafts):
     """A drafter of its own for each text."""
@@ -100,19 +107,24 @@ class EachRow(RowDrafts):
     def filter(self, stay: Sequence[int]) -> None:
         self._drafters = [self._drafters[i] for i in stay]
 
+    def join(self, others: RowDrafts) -> None:
+        assert isinstance(others, EachRow)
+        self._drafters += others._drafters
+
 
 class MtpRows(RowDrafts):
     """Drafts of the MTP layer, as `MtpDrafter` makes them, with one cache for all texts.
 
     Where a text knows the token that others draft, it takes that and the hidden state behind it.
+    Of a text whose cache began with tokens from elsewhere the layer's cache lacks those: it drafts
+    from what came after them.
     """
 
     needs_hidden = True
 
     def __init__(self, model: Model, padding: Sequence[int]):
-        entries = model.make_mtp_cache().caches
         self._model = model
-        self._cache = CacheList(*(BatchKVCache(list(padding)) for _ in entries))
+        self._cache = padded(model.make_mtp_cache(), padding)
         self._following: list[list[int]] = [[] for _ in padding]  # tokens without a row
         self._hidden: list[mx.array] = []  # and the states that belong to them, [b, l, hidden]
         self._ahead: mx.array | None = None  # the states of known tokens beyond those
@@ -177,7 +189,16 @@ class MtpRows(RowDrafts):
 
     def filter(self, stay: Sequence[int]) -> None:
         rows = mx.array(list(stay))
-        self._cache.filter(rows)
+        self._cache = kept(self._cache, stay)
         self._following = [self._following[i] for i in stay]
         self._hidden = [hidden[rows] for hidden in self._hidden]
         self._ahead = None if self._ahead is None else self._ahead[rows]
+
+    def join(self, others: RowDrafts) -> None:
+        assert isinstance(others, MtpRows)
+        for each in (self, others):
+            if each._hidden:
+                each._append()
+        self._cache = joined(self._cache, others._cache)
+        self._following += others._following
+        self._ahead = None

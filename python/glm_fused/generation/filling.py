@@ -1,0 +1,83 @@
+"""Prompts on their way into a cache, some tokens at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+from mlx_lm.generate import generation_stream
+from mlx_lm.models.cache import CacheList
+
+from ..models.decoder import Model
+from ..models.row_caches import padded
+from ..streaming.experts import check_reads
+from .drafts.options import DraftOptions
+from .drafts.rows import RowDrafts
+from .rows import Row
+
+
+class Filling:
+    """The prompts of texts that begin together; all tokens of each but the last are to be taken.
+
+    Attributes:
+        rows: the texts.
+        cache: theirs.
+        drafts: what makes their drafts; None for none.
+        left: how many columns of the cache are missing.
+
+    Args:
+        model: takes the tokens.
+        rows: the texts, none of which has begun.
+        drafts: which drafts to make; None for none.
+        cache: of a single text, with the first ``cached`` tokens of it, fewer than all; else None.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        rows: Sequence[Row],
+        drafts: DraftOptions | None,
+        cache: list[CacheList] | None = None,
+        cached: int = 0,
+    ):
+        longest = max(len(row.known) for row in rows)
+        padding = [longest - len(row.known) for row in rows]
+        self.rows, self._model, self.left = list(rows), model, longest - 1 - cached
+        self.cache = cache or [padded(layer, padding) for layer in model.make_cache()]
+        self._tokens = [
+            [0] * missing + row.known for missing, row in zip(padding, rows, strict=True)
+        ]
+        self.drafts: RowDrafts | None = None
+        if drafts is not None:
+            self.drafts = drafts.row_drafts(model, padding)
+            self.drafts.start([row.known for row in rows])
+        for row in rows:
+            row.start(cached)
+
+    def take(self, most: int) -> int:
+        """Take up to ``most`` tokens, of all texts together; returns how many there were.
+
+        Raises RuntimeError where an expert cannot be read; nothing of this is of use then.
+        """
+        first = len(self._tokens[0]) - 1 - self.left
+        columns = min(max(1, most // len(self.rows)), self.left)
+        last = first + columns
+        chunk = mx.array([row[first:last] for row in self._tokens], mx.uint32)
+        with mx.stream(generation_stream):
+            _, hidden = self._model.states(chunk, self.cache)
+            primed = []
+            if self.drafts is not None and self.drafts.needs_hidden:
+                following = mx.array([row[first + 1 : last + 1] for row in self._tokens], mx.uint32)
+                primed = self.drafts.prime(following, hidden)
+            mx.eval([layer.state for layer in self.cache], primed)
+        check_reads(self.cache)
+        mx.clear_cache()
+        self.left -= columns
+        for row in self.rows:
+            row.fill(max(0, len(row.known) - 1 - self.left))
+        return columns * len(self.rows)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the cache, with room to grow."""
+        return sum(layer.nbytes for layer in self.cache)

@@ -1,0 +1,247 @@
+"""What the scheduler's thread does next: a chunk of a prompt, or a step of all texts."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+from mlx_lm.generate import generation_stream
+from mlx_lm.models.cache import CacheList
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..environment import debug
+from ..host import settle
+from ..models.decoder import Model
+from ..streaming.model import streaming_of
+from .batch import Batch
+from .capacity import Capacity
+from .drafts.options import DraftOptions
+from .ending import Text
+from .filling import Filling
+from .jobs import Job
+from .planning import plan_prompt
+from .rates import Rate
+from .rows import Row
+
+BESIDE = 512  # tokens of a prompt at a time while others are decoded
+
+
+class Store(Protocol):
+    """Keeps caches of texts, for those that begin alike."""
+
+    def take(self, tokens: Sequence[int]) -> tuple[list[CacheList], int]:
+        """A cache of its own with the first of these tokens, and how many; maybe none."""
+        ...
+
+    def put(self, tokens: Sequence[int], cache: list[CacheList]) -> None:
+        """Keep a copy of a cache, which has these tokens."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of what is kept."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What it has, JSON-ready; ``limit_bytes`` is the most that it keeps in memory."""
+        ...
+
+
+class Turns:
+    """The requests that are generated for, in the scheduler's thread.
+
+    While some are decoded and others' prompts taken, both get as much time, and there is a step
+    between any two chunks of prompts; prompts take turns, too.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: TokenizerWrapper,
+        drafts: DraftOptions | None,
+        max_batch: int,
+        store: Store | None,
+    ):
+        self._model, self._tokenizer, self._drafts = model, tokenizer, drafts
+        self._max_batch, self._store = max_batch, store
+        self._weight_bytes = model.weight_bytes
+        self._capacity = Capacity(model, 0 if store is None else store.describe()["limit_bytes"])
+        self._filling = deque[Filling]()
+        self._jobs: dict[Row, Job] = {}
+        self._batch = Batch(model, drafts)
+        self._beginning = 0  # requests that are not in the queue any more, nor here yet
+        self._owed = 0.0  # seconds that steps are to have before the next chunk
+        self._prompts, self._generated, self._cached = Rate(), Rate(), 0
+        self._ended = dict.fromkeys(("finished", "failed", "cancelled", "not_stored"), 0)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is any request."""
+        return bool(self._filling or self._batch.rows)
+
+    def rest(self) -> None:
+        """There is nothing to do for now: MLX lets go of memory that it keeps."""
+        mx.clear_cache()
+
+    def next_of(self, queue: deque[Job]) -> Job | None:
+        """The first request of a queue, taken from it; None while there is no room for it."""
+        while queue and queue[0].over:
+            queue.popleft()
+            self._ended["cancelled"] += 1
+        if not queue:
+            return None
+        request = queue[0].request
+        lengths = [row.most for row in self._jobs]
+        lengths.append(len(request.tokens) + (request.options.max_tokens or 0))
+        if len(lengths) > self._max_batch or not self._capacity.has_room(lengths):
+            return None
+        self._beginning = 1
+        return queue.popleft()
+
+    def begin(self, job: Job) -> None:
+        """Begin with a request, for which there is room."""
+        try:
+            self._begin(job)
+        finally:
+            self._beginning = 0
+
+    def _begin(self, job: Job) -> None:
+        request, options = job.request, job.request.options
+        assert options.max_tokens is not None
+        cache, cached = None, 0
+        try:
+            ending = Text(self._tokenizer, options.stop, options.max_tokens)
+            row = Row(request, self._model.args.vocab_size, ending, job.tell)
+            if self._store is not None and len(request.tokens) > 1:
+                cache, cached = self._store.take(request.tokens[:-1])
+            filling = Filling(self._model, [row], self._drafts, cache, cached)
+        except Exception as error:
+            self._ended["failed"] += job.fail(error)
+            return
+        self._jobs[row] = job
+        self._cached += cached
+        self._fill(filling)
+
+    def turn(self) -> None:
+        """A chunk of a prompt or a step, and what follows from it."""
+        self._drop_cancelled()
+        if self._filling and (not self._batch.rows or self._owed <= 0):
+            self._chunk()
+        elif self._batch.rows:
+            self._step()
+
+    def fail_all(self, error: Exception) -> None:
+        """End all requests with an error."""
+        self._batch.abandon()
+        self._filling.clear()
+        for row in list(self._jobs):
+            self._end(row, error)
+
+    def _fill(self, filling: Filling) -> None:
+        """Take the rest of a prompt, if there is any, in later turns."""
+        if filling.left:
+            self._filling.append(filling)
+            return
+        try:
+            self._batch.join(filling)
+        except Exception as error:  # of the step that was on its way
+            self._fail_batch(error)
+            self._batch.join(filling)
+
+    def _chunk(self) -> None:
+        began, filling = time.perf_counter(), self._filling.popleft()
+        (row,) = filling.rows
+        size = plan_prompt(self._model, row.most).prefill_step_size
+        if self._batch.rows and streaming_of(self._model) is None:  # which reads all experts anew
+            size = min(size, BESIDE)
+        try:
+            self._prompts.add(filling.take(size))
+        except Exception as error:
+            settle(generation_stream)
+            self._end(row, error)
+        else:
+            self._fill(filling)
+        self._owed = time.perf_counter() - began
+
+    def _step(self) -> None:
+        began, before = time.perf_counter(), sum(len(row.known) for row in self._batch.rows)
+        try:
+            rows = self._batch.rows[:]
+            over = self._batch.step()
+        except Exception as error:
+            self._fail_batch(error)
+            return
+        self._generated.add(sum(len(row.known) for row in rows) - before)
+        self._leave(over)
+        self._owed -= time.perf_counter() - began
+
+    def _leave(self, rows: Sequence[Row]) -> None:
+        """These texts are decoded no longer; the store gets their caches."""
+        if not rows:
+            return
+        for row in rows:
+            if self._store is not None and row.cached:
+                self._keep(*self._batch.cache_of(row))
+        self._batch.leave(rows)
+        for row in rows:
+            self._end(row, row.error)
+
+    def _end(self, row: Row, error: Exception | None) -> None:
+        """A text is at its end."""
+        job = self._jobs.pop(row)
+        if error is not None:
+            self._ended["failed"] += job.fail(error)
+        else:
+            self._ended["cancelled" if row.reason is None else "finished"] += 1
+
+    def _fail_batch(self, error: Exception) -> None:
+        settle(generation_stream)
+        for row in self._batch.abandon():
+            self._end(row, error)
+
+    def _drop_cancelled(self) -> None:
+        gone = [row for row, job in self._jobs.items() if job.over]
+        if not gone:
+            return
+        self._leave([row for row in gone if row in self._batch.rows])
+        for filling in [each for each in self._filling if each.rows[0] in gone]:
+            (row,) = filling.rows
+            self._filling.remove(filling)
+            self._keep(row.known[: row.cached], filling.cache)
+            self._end(row, None)
+
+    def _keep(self, tokens: list[int], cache: list[CacheList]) -> None:
+        """Have the store keep a cache; the text itself is done, so what it raises is only told."""
+        if self._store is None or not tokens:
+            return
+        try:
+            self._store.put(tokens, cache)
+        except Exception as error:
+            self._ended["not_stored"] += 1
+            debug("a text of %d tokens is not kept: %s", len(tokens), error)
+
+    def describe(self) -> dict[str, Any]:
+        """What goes on now and what was done so far, JSON-ready; from any thread."""
+        batch, store = self._batch, self._store
+        filling = list(self._filling)
+        return {
+            "active": len(self._jobs) + self._beginning,
+            "filling": len(filling),
+            **self._ended,
+            "prompt_tokens": self._prompts.total,
+            "cached_tokens": self._cached,
+            "tokens_generated": self._generated.total,
+            "prompt_tokens_per_second": self._prompts.of_late(),
+            "tokens_per_second": self._generated.of_late(),
+            "memory": {
+                "weights": self._weight_bytes,
+                "caches": batch.nbytes + sum(each.nbytes for each in filling),
+                "store": 0 if store is None else store.nbytes,
+                "active": mx.get_active_memory(),
+                "peak": mx.get_peak_memory(),
+            },
+            "drafts": batch.describe_drafts(),
+        }
