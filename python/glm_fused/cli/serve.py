@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 HELP = "serve a model over HTTP, as OpenAI's and Anthropic's APIs"
 KEY = "GLM_FUSED_API_KEY"
 CONTEXT = 32_768  # tokens to plan memory for, where experts are streamed
+PROMPT_CACHE = "1GiB"
 _SAME = (  # options that are settings
     "host", "port", "max_batch", "max_queue", "max_tokens", "timeout", "time_limit", "grace",
 )  # fmt: skip
@@ -42,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="log on stderr as JSON, a line for every request")
     _add_access(parser)
     _add_limits(parser)
+    _add_prompt_cache(parser)
     arguments.add_drafts(parser)
     arguments.add_streaming(parser, trace=False)
     arguments.add_kv_format(parser)
@@ -82,14 +85,26 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     add("--grace", type=arguments.integer(0, 86_400), metavar="SECONDS", help=help)
 
 
+def _add_prompt_cache(parser: argparse.ArgumentParser) -> None:
+    text = "a request that begins as one before it takes only its new tokens"
+    add = parser.add_argument_group("caches of earlier requests", text).add_argument
+    help = f"memory for them, which a memory budget counts (default: {PROMPT_CACHE}); 0: keep none"
+    add("--prompt-cache", metavar="SIZE", default=PROMPT_CACHE, help=help)
+    help = "keep them here, too, where they outlast the server"
+    add("--prompt-cache-dir", type=arguments.path, metavar="DIR", help=help)
+
+
 def run(options: argparse.Namespace) -> int:
     settings = _settings(options)
+    if settings.prompt_cache_dir is not None and options.prompt_cache == "0":
+        raise UsageError("--prompt-cache-dir needs a --prompt-cache above 0.")
     _check_libraries()
     from ..serve.log import set_up
     from ..serve.server import bind
 
     set_up(options.json, options.verbose or sys.stderr.isatty())
-    loading = engine_options(options, CONTEXT)
+    memory = parsed_size("--prompt-cache", options.prompt_cache)
+    loading = replace(engine_options(options, CONTEXT), prompt_cache=memory)
     with bind(settings) as sock, open_engine(options.model, options.threads, loading) as engine:
         if engine.streaming is not None:
             print(engine.streaming.plan.format(), file=sys.stderr)
@@ -125,6 +140,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     settings = Settings(
         names=tuple(options.name or [Path(options.model).resolve().name]),
         api_key=_key(options),
+        prompt_cache_dir=options.prompt_cache_dir,
         allowed_hosts=tuple(options.allowed_host or ()),
         cors_origins=tuple(options.cors_origin or ()),
         **given,

@@ -106,8 +106,8 @@ class Scheduler:
 
         ``active`` requests are generated for, of ``filling`` ones among them the prompt is being
         taken, ``queued`` ones wait. ``tokens_per_second`` and ``prompt_tokens_per_second`` are of
-        the last seconds, ``memory`` bytes by what they hold, and ``drafts`` what became of them,
-        None where there are none.
+        the last seconds, ``memory`` bytes by what they hold, ``drafts`` what became of them, None
+        where there are none, and ``prompt_cache`` what the store says of itself.
         """
         with self._changed:
             queued = self._waiting()

@@ -244,4 +244,5 @@ class Turns:
                 "peak": mx.get_peak_memory(),
             },
             "drafts": batch.describe_drafts(),
+            "prompt_cache": None if store is None else store.describe(),
         }

@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from ..engine import Engine
+from ..generation.prompt_store import PromptStore
 from ..generation.scheduler import Scheduler
 from . import (
     anthropic_messages,
@@ -49,8 +50,11 @@ def create_app(engine: Engine, settings: Settings) -> Starlette:
 
     The application's ``state.service`` is its `Service`. Its scheduler ends with its lifespan.
     """
-    scheduler = Scheduler(engine, max_batch=settings.max_batch, max_queue=settings.max_queue)
-    service = Service(engine, settings, scheduler)
+    store = _store(engine, settings)
+    scheduler = Scheduler(
+        engine, max_batch=settings.max_batch, max_queue=settings.max_queue, store=store
+    )
+    service = Service(engine, settings, scheduler, store)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -69,6 +73,12 @@ def create_app(engine: Engine, settings: Settings) -> Starlette:
     app.router.redirect_slashes = False
     app.state.service = service
     return app
+
+
+def _store(engine: Engine, settings: Settings) -> PromptStore | None:
+    if not engine.options.prompt_cache_bytes:
+        return None
+    return engine.prompt_store(folder=settings.prompt_cache_dir)
 
 
 def _middleware(service: Service, settings: Settings) -> list[Middleware]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from ..engine import Engine
 from ..generation.options import Options
+from ..generation.prompt_store import PromptStore
 from ..generation.prompts import ContextExceeded, room
 from ..generation.requests import GenerationRequest
 from ..generation.scheduler import QueueFull, Scheduler
@@ -42,8 +43,15 @@ class Service:
         started: when it was made, in seconds since 1970.
     """
 
-    def __init__(self, engine: Engine, settings: Settings, scheduler: Scheduler):
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        scheduler: Scheduler,
+        store: PromptStore | None = None,
+    ):
         self.engine, self.settings, self.scheduler = engine, settings, scheduler
+        self._store = store
         self.activity = Activity(scheduler.submit)
         self.conversation = Conversation(engine.model, engine.tokenizer)
         self.metrics = Metrics(scheduler.describe)
@@ -118,6 +126,8 @@ class Service:
         """End the scheduler and what it works on."""
         self.scheduler.close()
         self._preparers.shutdown(wait=False, cancel_futures=True)
+        if self._store is not None:
+            self._store.close()
 
 
 def _refused(error: ValueError, param: str | None = None) -> ApiError:

@@ -30,6 +30,8 @@ class Settings:
         max_body_bytes: the largest body of a request.
         timeout: seconds that a client may take to send a request, or for which it may read nothing.
         time_limit: seconds that a request may take, from its arrival to its last token.
+        prompt_cache_dir: where caches of earlier requests are kept, too; None: in memory only, of
+            which the engine's ``prompt_cache`` says how much.
         grace: seconds that running requests have to end when the server is told to.
 
     Raises ValueError, naming the setting, for a value that it cannot have.
@@ -47,6 +49,7 @@ class Settings:
     max_body_bytes: int = 16 << 20
     timeout: float = 60.0
     time_limit: float = 3600.0
+    prompt_cache_dir: str | None = None
     grace: int = 10
 
     def __post_init__(self) -> None:
