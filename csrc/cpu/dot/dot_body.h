@@ -273,14 +273,8 @@ struct Tile {
     if (a.width == 1) {
       return one_vector(0, Constant<1>());
     }
-    for (int m = 0; m < a.width;) {
-      if (a.width >= 4) {
-        several_vectors<4>(m, a.width);
-        m += 4;
-      } else {
-        one_vector(m, a.width);
-        m += 1;
-      }
+    for (int m = 0; m < a.width; m += 4) {
+      several_vectors<4>(m, a.width);
     }
 #else
     for (int m = 0; m < a.width; m++) {
@@ -301,13 +295,22 @@ template <class F>
 void dot(const DotArgs& args) {
 #if defined(GLM_AVX512)
   if (args.width == 8) {
-    DotPanels<F>(args).all();
-    return;
+    constexpr Constant<8> width;
+    return DotPanels<F, 4, Constant<8>>(args, width).all();
   }
+#endif
+#if defined(GLM_AVX512) || defined(GLM_AVX2)
   if constexpr (requires { requires F::kJoinsRows; }) {
     if (JoinedRows<F>::takes(args)) {
       return JoinedRows<F>(args).all();
     }
+  }
+#endif
+#if defined(GLM_AVX2)
+  // Scales of many vectors are better met with four of these at once.
+  const bool many = args.width == 8 && args.x.size() > 1;
+  if (args.width > 1 && !many) {
+    return DotPanels<F, 2, int>(args, args.width).all();
   }
 #endif
   Tile<F>(args).all();

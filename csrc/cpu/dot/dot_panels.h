@@ -1,8 +1,8 @@
-// Dot products of rows with several panels of eight vectors, as prompts need
-// them. Only dot_body.h includes this.
+// Dot products of rows with panels of several vectors, as prompts and drafts
+// need them. Only dot_body.h includes this.
 #pragma once
 
-#if defined(GLM_AVX512)
+#if defined(GLM_AVX512) || defined(GLM_AVX2)
 
 namespace {
 
@@ -10,22 +10,25 @@ using glm_fused::cpu::kMaxPanels;
 
 // A few rows are decoded chunk by chunk, once for all panels; a chunk of them
 // and of a panel stay in the L1 cache. A row's terms meet a vector's in the
-// order of HalfBlock, with kPair rows by kVectors vectors in registers.
-template <CpuDecode F>
+// order of HalfBlock, with kPair rows by kVectors vectors in registers; where
+// one register holds half of the lanes, these are met first.
+template <CpuDecode F, int kVectors, class Width>
 class DotPanels {
  public:
-  GLM_INLINE explicit DotPanels(const DotArgs& args) : a_(args), tile_(args) {}
+  GLM_INLINE DotPanels(const DotArgs& args, Width width)
+      : a_(args), tile_(args), width_(width) {}
 
   __attribute__((noinline)) void all() {
     const int halves = tile_.half_blocks();
-    for (int row = 0; row < a_.rows; row += kRows) {
-      const int count = a_.rows - row < kRows ? a_.rows - row : kRows;
+    const int most = panels() == 1 ? kFewRows : kRows;
+    for (int row = 0; row < a_.rows; row += most) {
+      const int count = a_.rows - row < most ? a_.rows - row : most;
       const int pairs = (count + kPair - 1) / kPair;
       clear(pairs);
       for (int begin = 0; begin < halves; begin += kChunk) {
         const int end = begin + kChunk < halves ? begin + kChunk : halves;
         for (int pair = 0; pair < pairs; pair++) {
-          decode(row + pair * kPair, begin, end, terms_[pair]);
+          decode(row + pair * kPair, begin, end, most, terms_[pair]);
         }
         for (int i = 0; i < panels(); i++) {
           for (int pair = 0; pair < pairs; pair++) {
@@ -40,21 +43,37 @@ class DotPanels {
   }
 
  private:
-  static constexpr int kWidth = 8, kRows = 16, kPair = 2, kVectors = 4;
+#if defined(GLM_AVX512)
+  using V = F16;
+  static constexpr int kFewRows = 16;
+#else
+  using V = F8;
+  static constexpr int kFewRows = 4;  // against one panel, for the L1 cache
+#endif
+  static constexpr int kParts = sizeof(F16) / sizeof(V);
+  static constexpr int kPartLanes = kHalf / kParts;
+  static constexpr int kRows = 16, kPair = 2, kMostWidth = 8;
+  static constexpr int kQuads = kInterleaves<F> ? 2 : 1;  // at once
   static constexpr int kPerHalf = vectors_per_half<F>;
   // Half-blocks of a chunk: some sixteen terms of each vector and parity.
   static constexpr int kChunk = 2 * (kPerHalf < 18 ? 18 / kPerHalf : 1);
 
   using Terms = F16[kPair];
   using Sums = F16[kPair][kVectors];
+  using Parts = V[kPair][kVectors];
 
   int panels() const {
     return static_cast<int>(a_.x.size());
   }
 
+  // Of each panel, the sets of kVectors that share registers.
+  int sets() const {
+    return width_ / kVectors;
+  }
+
   void clear(int pairs) {
-    for (int i = 0; i < panels(); i++) {
-      memset(sums_[i], 0, pairs * sizeof(sums_[i][0]));
+    for (int pair = 0; pair < pairs; pair++) {
+      memset(sums_[pair], 0, panels() * sets() * sizeof(sums_[pair][0]));
     }
   }
 
@@ -65,9 +84,10 @@ class DotPanels {
 
   // Decodes a chunk of a pair of rows, and asks for that of the rows that the
   // next turn takes.
-  void decode(int row, int begin, int end, Terms (*to)[F::kTerms]) const {
+  void decode(int row, int begin, int end, int turn, Terms (*to)[F::kTerms])
+      const {
     const TileRows rows = locate(row);
-    const auto ahead = static_cast<ptrdiff_t>(kRows * tile_.row_bytes);
+    const auto ahead = static_cast<ptrdiff_t>(turn * tile_.row_bytes);
     for (int hb = begin; hb < end; hb++) {
       typename F::Words words[kPair];
       tile_.template load_half<Anywhere>(rows, hb, ahead, words);
@@ -99,7 +119,7 @@ class DotPanels {
   template <class Reading>
   void
   add_chunk(const TileRows& rows, int begin, int end, int panel, int pair) {
-    for (int v = 0; v < kWidth / kVectors; v++) {
+    for (int v = 0; v < sets(); v++) {
       const float* x = a_.x[panel] + v * kVectors * kHalf;
       for (int odd = 0; odd < 2; odd++) {
         add_half_blocks<Reading>(
@@ -108,7 +128,7 @@ class DotPanels {
             end,
             x,
             terms_[pair] + odd,
-            sums_[panel][pair][v][odd]);
+            sums_[pair][panel * sets() + v][odd]);
       }
     }
   }
@@ -122,56 +142,110 @@ class DotPanels {
       const float* panel,
       const Terms (*terms)[F::kTerms],
       Sums& sums) const {
+    const int step = width_ * kHalf;  // from a term to the next
     Sums result;
     each([&](auto r, auto m) GLM_ALWAYS_INLINE { result[r][m] = sums[r][m]; });
     for (; hb < end; hb += 2, terms += 2) {
-      const float* x =
-          panel + static_cast<size_t>(hb) * kPerHalf * kWidth * kHalf;
+      const float* x = panel + static_cast<size_t>(hb) * kPerHalf * step;
       Sums acc;
       each([&](auto r, auto m) GLM_ALWAYS_INLINE {
         acc[r][m] = F::kCarriesAccumulator ? result[r][m] : zero();
       });
-      if constexpr (F::kQuads) {
-        unroll<F::kTerms / 4>(GLM_EACH(q) {
-          add_quad(x + q * 4 * kWidth * kHalf, *terms + q * 4, acc);
-        });
-      } else {
-        unroll<F::kTerms>(GLM_EACH(p) {
-          add_term(x + p * kWidth * kHalf, (*terms)[p], acc);
-        });
-      }
-      const float* sums_of_x = x + F::kTerms * kWidth * kHalf;
+      unroll<kParts>(GLM_EACH(i) {
+        Parts part;
+        each([&](auto r, auto m)
+                 GLM_ALWAYS_INLINE { part[r][m] = part_of<i>(acc[r][m]); });
+        add_terms<i>(x, step, *terms, part);
+        each([&](auto r, auto m)
+                 GLM_ALWAYS_INLINE { part_of<i>(acc[r][m]) = part[r][m]; });
+      });
+      const float* sums_of_x = x + F::kTerms * step;
       tile_.scales.template finish<Reading>(rows, hb, sums_of_x, acc, result);
     }
     each([&](auto r, auto m) GLM_ALWAYS_INLINE { sums[r][m] = result[r][m]; });
   }
 
-  static GLM_INLINE void add_term(const float* x, const Terms& d, Sums& acc) {
-    F16 xs[kVectors];
-    unroll<kVectors>(GLM_EACH(m) { xs[m] = held(load(x + m * kHalf)); });
+  template <int i>
+  static GLM_INLINE V& part_of(F16& all) {
+#if defined(GLM_AVX512)
+    return all;
+#else
+    return i == 0 ? all.a : all.b;
+#endif
+  }
+  template <int i>
+  static GLM_INLINE V part_of(const F16& all) {
+    return part_of<i>(const_cast<F16&>(all));
+  }
+
+  // Adds all terms of the lanes of part i.
+  template <int i>
+  static GLM_INLINE void
+  add_terms(const float* x, int step, const Terms* d, Parts& acc) {
+    x += i * kPartLanes;
+    if constexpr (F::kQuads) {
+      unroll<F::kTerms / 4 / kQuads>(GLM_EACH(q) {
+        add_quads<i>(x, step, d + q * 4 * kQuads, acc);
+        x += 4 * kQuads * step;
+      });
+    } else {
+      unroll<F::kTerms>(GLM_EACH(p) {
+        add_term<i>(x, d[p], acc);
+        x += step;
+      });
+    }
+  }
+
+  static GLM_INLINE V vector_at(const float* p) {
+    V v;
+    load(p, v);
+    return v;
+  }
+
+  template <int i>
+  static GLM_INLINE void add_term(const float* x, const Terms& d, Parts& acc) {
+    V xs[kVectors];
+    unroll<kVectors>(GLM_EACH(m) { xs[m] = held(vector_at(x + m * kHalf)); });
     unroll<kPair>(GLM_EACH(r) {
-      const F16 w = held(d[r]);
+      const V w = held(part_of<i>(d[r]));
       unroll<kVectors>(
           GLM_EACH(m) { acc[r][m] = held(fma(xs[m], w, acc[r][m])); });
     });
   }
 
   // fma(g,h, fma(e,f, fma(a,b, c*d))), as HalfBlock does.
-  static GLM_INLINE void add_quad(const float* x, const Terms* d, Sums& acc) {
-    constexpr int step = kWidth * kHalf;
-    Sums quad;
-    F16 xs[kVectors];
-    unroll<kVectors>(GLM_EACH(m) { xs[m] = held(load(x + step + m * kHalf)); });
+  template <int i>
+  static GLM_INLINE void
+  add_quads(const float* x, int step, const Terms* d, Parts& acc) {
+    Parts quads[kQuads];
+    unroll<kQuads>(GLM_EACH(q) {
+      start_quad<i>(x + q * 4 * step, step, d + q * 4, quads[q]);
+    });
+    if constexpr (kInterleaves<F>) {
+      each([&](auto r, auto m) GLM_ALWAYS_INLINE {
+        separate_lanes(quads[0][r][m], quads[1][r][m]);
+      });
+    }
+    unroll<kQuads>(GLM_EACH(q) {
+      each([&](auto r, auto m) GLM_ALWAYS_INLINE {
+        acc[r][m] = held(add(acc[r][m], quads[q][r][m]));
+      });
+    });
+  }
+
+  template <int i>
+  static GLM_INLINE void
+  start_quad(const float* x, int step, const Terms* d, Parts& quad) {
+    V xs[kVectors];
+    unroll<kVectors>(
+        GLM_EACH(m) { xs[m] = held(vector_at(x + step + m * kHalf)); });
     unroll<kPair>(GLM_EACH(r) {
-      const F16 w = held(d[1][r]);
+      const V w = held(part_of<i>(d[1][r]));
       unroll<kVectors>(GLM_EACH(m) { quad[r][m] = held(mul(xs[m], w)); });
     });
-    add_term(x, d[0], quad);
-    add_term(x + 2 * step, d[2], quad);
-    add_term(x + 3 * step, d[3], quad);
-    each([&](auto r, auto m) GLM_ALWAYS_INLINE {
-      acc[r][m] = held(add(acc[r][m], quad[r][m]));
-    });
+    add_term<i>(x, d[0], quad);
+    add_term<i>(x + 2 * step, d[2], quad);
+    add_term<i>(x + 3 * step, d[3], quad);
   }
 
   // Calls fn(r, m) for each row and vector in registers.
@@ -182,12 +256,13 @@ class DotPanels {
 
   // Stores the sums of `count` rows.
   void write(int row, int count, int panel) const {
-    for (int m = 0; m < kWidth; m++) {
-      float* y = a_.y + (panel * kWidth + m) * a_.rows + row;
+    for (int m = 0; m < width_; m++) {
+      float* y = a_.y + (panel * width_ + m) * a_.rows + row;
       for (int first = 0; first < count; first += 4) {
         F16 low[4], high[4];
         unroll<4>(GLM_EACH(r) {
-          const auto& both = sums_[panel][(first + r) / kPair][m / kVectors];
+          const auto& both =
+              sums_[(first + r) / kPair][panel * sets() + m / kVectors];
           low[r] = both[0][r % kPair][m % kVectors];
           high[r] = both[1][r % kPair][m % kVectors];
         });
@@ -202,8 +277,9 @@ class DotPanels {
 
   const DotArgs& a_;
   const Tile<F> tile_;
+  const Width width_;
   Terms terms_[kRows / kPair][kChunk][F::kTerms];
-  Sums sums_[kMaxPanels][kRows / kPair][kWidth / kVectors][2];
+  Sums sums_[kRows / kPair][kMaxPanels * kMostWidth / kVectors][2];
 };
 
 }  // namespace

@@ -107,9 +107,12 @@ GLM_INLINE void load(const float* p, F16& v) {
 
 // Returns a, in a register where there are many: a compiler would read it from
 // memory again for each use, and reads would bound the loop.
-GLM_INLINE F16 held(F16 a) {
+template <class V>
+GLM_INLINE V held(V a) {
 #if defined(GLM_AVX512)
   __asm__("" : "+v"(a));
+#elif defined(GLM_AVX2)
+  __asm__("" : "+x"(a));
 #endif
   return a;
 }
@@ -176,6 +179,30 @@ butterfly_sums(const F16 (&low)[4], const F16 (&high)[4], float (&sums)[4]) {
   const F16 all = add(pairs, _mm512_permute_ps(pairs, 0xb1));
   const __m512i each = _mm512_castsi128_si512(_mm_set_epi32(12, 8, 4, 0));
   _mm_storeu_ps(sums, _mm512_castps512_ps128(_mm512_permutexvar_ps(each, all)));
+}
+#elif defined(GLM_AVX2)
+GLM_INLINE void
+butterfly_sums(const F16 (&low)[4], const F16 (&high)[4], float (&sums)[4]) {
+  F8 s[4];
+  unroll<4>(GLM_EACH(i) {
+    const F16 both = add(low[i], high[i]);
+    s[i] = add(both.a, both.b);
+  });
+  // Two simdgroups share a register, then four.
+  const auto halves = [](F8 a, F8 b) {
+    return add(
+        _mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+  };
+  const F8 first = halves(s[0], s[1]), second = halves(s[2], s[3]);
+  const F8 pairs =
+      add(_mm256_shuffle_ps(first, second, 0x44),
+          _mm256_shuffle_ps(first, second, 0xee));
+  const F8 all =
+      add(_mm256_shuffle_ps(pairs, pairs, 0x88),
+          _mm256_shuffle_ps(pairs, pairs, 0xdd));
+  const __m128 even = _mm256_castps256_ps128(all);
+  const __m128 odd = _mm256_extractf128_ps(all, 1);
+  _mm_storeu_ps(sums, _mm_unpacklo_ps(even, odd));
 }
 #endif
 
