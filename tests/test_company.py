@@ -85,7 +85,10 @@ def check(engine, count, seed, pause=lambda: None):
     return found
 
 
-@pytest.mark.parametrize(("count", "seed"), [(9, 1), (16, 2), (23, 3)])
+MORE = [pytest.param(*each, marks=pytest.mark.slow) for each in ((16, 2), (23, 3), (40, 4))]
+
+
+@pytest.mark.parametrize(("count", "seed"), [(9, 1), *MORE])
 def test_each_has_what_it_has_alone(engine, count, seed):
     rng = random.Random(seed)
     found = check(engine, count, seed, lambda: time.sleep(rng.choice([0, 0.002, 0.02])))
@@ -170,7 +173,7 @@ def test_short_prompts_do_not_wait_for_a_long_one(engine):
 def test_cancelled_requests_leave_and_memory_comes_back(engine):
     scheduler, base = Scheduler(engine), None
     rng = random.Random(4)
-    for turn in range(6):
+    for turn in range(5):
         listeners, tickets = [], []
         for request in requests(engine, 9, 1):
             listener = Listener()
@@ -188,7 +191,7 @@ def test_cancelled_requests_leave_and_memory_comes_back(engine):
     assert held(engine.model) < base + (1 << 20)
     found = scheduler.describe()
     assert (found["active"], found["filling"], found["queued"]) == (0, 0, 0)
-    assert found["finished"] + found["cancelled"] == 6 * 9
+    assert found["finished"] + found["cancelled"] == 5 * 9
     assert found["memory"]["caches"] == 0
     scheduler.close()
 
@@ -202,12 +205,11 @@ def held(model):
     return mx.get_active_memory()
 
 
-def test_streamed_experts_keep_to_the_context_that_was_planned(engine):
-    asked = [
-        GenerationRequest(engine.encode(text, raw=True), Options(8, temp=0.8, seed=2))
-        for text in TEXTS[:5]
-    ]
-    expected = alone(engine, asked)
+def test_streamed_experts_keep_to_the_context_that_was_planned():
+    with Engine("demo") as engine:
+        prompts = [engine.encode(text, raw=True) for text in TEXTS[:5]]
+        asked = [GenerationRequest(prompt, Options(8, temp=0.8, seed=2)) for prompt in prompts]
+        expected = alone(engine, asked)
     with Engine("demo", EngineOptions(slots=4, context=120, draft=2)) as streamed:
         scheduler = Scheduler(streamed)
         assert scheduler._turns._capacity.columns == 120
