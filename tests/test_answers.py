@@ -308,7 +308,7 @@ TYPED = [
 ]
 
 
-@pytest.mark.parametrize(("schema", "types"), TYPED, ids=str)
+@pytest.mark.parametrize(("schema", "types"), TYPED, ids=range(len(TYPED)))
 def test_types_of_a_schema(schema, types):
     definitions = {
         "a": {"type": "array"},
