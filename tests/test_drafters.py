@@ -28,7 +28,7 @@ class PlantedMtp(MtpDrafter):
         super().__init__(model)
         self._planted = Planted(text)
 
-    def start(self, prompt):
+    def start(self, prompt, cached=0):
         super().start(prompt)
         self._planted.start(prompt)
 

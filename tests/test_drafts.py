@@ -29,7 +29,7 @@ class Planted(Drafter):
     def __init__(self, text, right=0.7, seed=0):
         self._text, self._right, self._random = text, right, random.Random(seed)
 
-    def start(self, prompt):
+    def start(self, prompt, cached=0):
         self._at = len(prompt)
 
     def extend(self, tokens, hidden):
