@@ -28,6 +28,14 @@ ALLOWED = {
         "python/glm_fused/checkpoint/gguf_header.py",
         "np.frombuffer(cursor.take(what, count * dtype.itemsize), dtype)",
     ): "bytes of a file",
+    (
+        "python/glm_fused/generation/prompt_snapshots.py",
+        "np.ascontiguousarray(part)",
+    ): "an array of NumPy's own",
+    (
+        "python/glm_fused/serve/grammar.py",
+        "np.frombuffer(self._matcher.compute_logit_bias(), np.uint8)",
+    ): "bytes of llguidance",
 }
 
 
