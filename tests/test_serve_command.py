@@ -39,6 +39,8 @@ def fails(capsys, *args):
         (["--api-key-file", "/nowhere/key"], "/nowhere/key"),
         (["--cors-origin", "a.example"], "cors_origins has 'a.example'"),
         (["--max-body", "16"], "--max-body: expected a size with its unit"),
+        (["--prompt-cache", "3"], "--prompt-cache: expected a size with its unit"),
+        (["--prompt-cache", "0", "--prompt-cache-dir", "x"], "needs a --prompt-cache above 0"),
         (["--slots", "4", "--pins", "x"], "--pins and --policy pinned need one another"),
         (["--host", "no.such.host.invalid", "--no-api-key"], "cannot listen on no.such.host"),
     ],

@@ -63,3 +63,13 @@ def test_without_a_cache_nothing_is_kept(alone):
         for _ in range(2):
             assert complete(server, CODE)[::2] == (alone(CODE), 0)
         assert server.get("/stats")[1]["prompt_cache"] is None
+
+
+def test_a_folder_that_cannot_be_one(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        Engine("demo", EngineOptions(prompt_cache="64MiB")) as engine,
+        pytest.raises(ValueError, match="file cannot be a folder of prompts: File exists"),
+        served(engine, prompt_cache_dir=str(tmp_path / "file")),
+    ):
+        pass

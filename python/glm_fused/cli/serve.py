@@ -103,7 +103,8 @@ def run(options: argparse.Namespace) -> int:
     from ..serve.server import bind
 
     set_up(options.json, options.verbose or sys.stderr.isatty())
-    memory = parsed_size("--prompt-cache", options.prompt_cache)
+    size = options.prompt_cache
+    memory = None if size == "0" else parsed_size("--prompt-cache", size)
     loading = replace(engine_options(options, CONTEXT), prompt_cache=memory)
     with bind(settings) as sock, open_engine(options.model, options.threads, loading) as engine:
         if engine.streaming is not None:

@@ -87,7 +87,13 @@ class Snapshots:
 
     def __init__(self, folder: Path, identity: Identity):
         self._folder, self._identity = folder, identity.describe()
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(
+                f"[prompts] {folder} cannot be a folder of prompts: {reason}."
+            ) from None
         self._lock = _locked(folder)
 
     def index(self) -> list[Found]:

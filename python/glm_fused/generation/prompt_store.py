@@ -78,8 +78,8 @@ class PromptStore:
             disk_bytes: what the files may take.
             block_tokens: how many tokens share a block.
 
-        Raises ValueError for a folder that another process has, or that has files of another model,
-        format, program or version.
+        Raises ValueError for a folder that cannot be made, that another process has, or that has
+        files of another model, format, program or version.
         """
         if limit_bytes < 0 or disk_bytes < 0:
             raise ValueError(f"[prompts] limits {limit_bytes}, {disk_bytes}: expected at least 0.")
