@@ -7,7 +7,7 @@ import hashlib
 import mlx.core as mx
 import numpy as np
 
-from glm_fused.generation.prompt_store import PromptStore
+from glm_fused.generation.prompt_cache.store import PromptStore
 from glm_fused.models.cache import bytes_per_token, empty_cache
 
 SIZE = 16  # tokens a block; so few that texts have several

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from glm_fused.generation.requests import GeneratedToken
+from glm_fused.generation.batching.requests import GeneratedToken
 from glm_fused.serve.answers import (
     AnswerParser,
     Reasoning,

@@ -9,12 +9,12 @@ from test_drafts import BITS, CODE, Planted, decode
 from test_generate import write_tokenizer
 
 from glm_fused import Engine, EngineOptions
-from glm_fused.generation.batch import Batch
-from glm_fused.generation.batches import generate_batch
+from glm_fused.generation.batching.batch import Batch
+from glm_fused.generation.batching.batches import generate_batch
+from glm_fused.generation.batching.rows import Row
 from glm_fused.generation.drafts.options import DraftOptions
 from glm_fused.generation.drafts.rows import EachRow, MtpRows
 from glm_fused.generation.options import Options
-from glm_fused.generation.rows import Row
 
 TOKENS = 24
 TEXTS = [CODE, "def add(a, b):\n    return", CODE * 3, "class Tree:\n    def __init__(self, "]
@@ -174,7 +174,7 @@ def test_texts_that_end_leave_the_batch(engine, monkeypatch):
 
 @pytest.mark.parametrize("fault", [1, -1])
 def test_a_planted_fault_is_found(engine, monkeypatch, recorded, fault):
-    from glm_fused.generation import batch
+    from glm_fused.generation.batching import batch
 
     prompts = [engine.encode(text, raw=True) for text in TEXTS]
     texts = [decode(engine.model, prompt, tokens=TOKENS)[0] for prompt in prompts]

@@ -9,15 +9,15 @@ import pytest
 from test_scheduler import CODE, Listener, Only
 
 from glm_fused import Engine, EngineOptions
-from glm_fused.generation import batch as batch_module
-from glm_fused.generation import turns
-from glm_fused.generation.batch import Batch
+from glm_fused.generation.batching import batch as batch_module
+from glm_fused.generation.batching import turns
+from glm_fused.generation.batching.batch import Batch
+from glm_fused.generation.batching.filling import Filling
+from glm_fused.generation.batching.requests import GenerationRequest, PromptProgress
+from glm_fused.generation.batching.scheduler import Scheduler
 from glm_fused.generation.choice import Keys
-from glm_fused.generation.filling import Filling
 from glm_fused.generation.options import Options
-from glm_fused.generation.prompt_store import PromptStore
-from glm_fused.generation.requests import GenerationRequest, PromptProgress
-from glm_fused.generation.scheduler import Scheduler
+from glm_fused.generation.prompt_cache.store import PromptStore
 
 TEXTS = [CODE, "def add(a, b):\n    return", CODE * 3, "class Tree:", "x", CODE * 9, "for i in "]
 HOW = [

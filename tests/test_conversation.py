@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from glm_fused import Engine, load
-from glm_fused.generation.requests import GeneratedToken
+from glm_fused.generation.batching.requests import GeneratedToken
 from glm_fused.serve.conversation import Conversation, effort_arguments
 from glm_fused.serve.messages import read_messages
 from glm_fused.serve.tools import CALL, call_text

@@ -9,8 +9,8 @@ import pytest
 from test_answers import joined
 
 from glm_fused import Engine
+from glm_fused.generation.batching.requests import GeneratedToken
 from glm_fused.generation.ending import Text
-from glm_fused.generation.requests import GeneratedToken
 from glm_fused.serve.conversation import Conversation
 
 USER = [{"role": "user", "content": "def main():\n    "}]

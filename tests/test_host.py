@@ -29,7 +29,7 @@ ALLOWED = {
         "np.frombuffer(cursor.take(what, count * dtype.itemsize), dtype)",
     ): "bytes of a file",
     (
-        "python/glm_fused/generation/prompt_snapshots.py",
+        "python/glm_fused/generation/prompt_cache/snapshots.py",
         "np.ascontiguousarray(part)",
     ): "an array of NumPy's own",
     (

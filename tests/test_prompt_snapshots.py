@@ -28,14 +28,14 @@ from glm_fused.checkpoint.folder import Checkpoint
 from glm_fused.checkpoint.identity import checkpoint_id
 from glm_fused.checkpoint.safetensors_header import read_header
 from glm_fused.formats.kv_rows import KV_FORMATS
-from glm_fused.generation import prompt_snapshots
-from glm_fused.generation.prompt_blocks import add_child, as_tokens
-from glm_fused.generation.prompt_rows import cut
-from glm_fused.generation.prompt_saving import Saver
-from glm_fused.generation.prompt_snapshots import LOCK, Identity, Snapshots
+from glm_fused.generation.prompt_cache import snapshots as snapshots_module
+from glm_fused.generation.prompt_cache.blocks import add_child, as_tokens
+from glm_fused.generation.prompt_cache.rows import cut
+from glm_fused.generation.prompt_cache.saving import Saver
+from glm_fused.generation.prompt_cache.snapshots import LOCK, Identity, Snapshots
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["glm_fused.generation.prompt_saving", "test_prompt_snapshots"])
+FORKS.set_forkserver_preload(["glm_fused.generation.prompt_cache.saving", "test_prompt_snapshots"])
 IDENTITY = Identity("demo", "auto", SIZE)
 
 
@@ -149,9 +149,9 @@ def test_a_folder_of_something_else_is_refused(model, rng, folder, monkeypatch, 
         if what == "kv_format":
             model.kv_format = "fp8"
         if what == "version":
-            patch.setattr(prompt_snapshots, "VERSION", 2)
+            patch.setattr(snapshots_module, "VERSION", 2)
         if what == "program":
-            patch.setattr(prompt_snapshots.packages, "version", lambda name: "9.9")
+            patch.setattr(snapshots_module.packages, "version", lambda name: "9.9")
         for _ in range(2):  # the refusal leaves the folder to others
             with pytest.raises(ValueError, match=f"is of {what} '.*', expected '.*'; choose anoth"):
                 opened(model, folder, **IDENTITIES[what])
@@ -285,7 +285,7 @@ def test_a_disk_that_fails_is_warned_of_and_tried_again(model, rng, folder, monk
 
     with opened(model, folder) as store:
         with monkeypatch.context() as patch, warnings(caplog) as said:
-            patch.setattr(prompt_snapshots, "new_file", full)
+            patch.setattr(snapshots_module, "new_file", full)
             put(store, model, text)
             store.flush()
             assert said() and "No space left on device" in said()[0]
@@ -355,7 +355,7 @@ def _in_place(path):
 
 def _save(folder, blocks, planted, ready):
     if planted:
-        prompt_snapshots.new_file = _in_place
+        snapshots_module.new_file = _in_place
     snapshots = Snapshots(folder, IDENTITY)
 
     def saved(block, rows, nbytes):

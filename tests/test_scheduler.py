@@ -6,14 +6,14 @@ import mlx.core as mx
 import pytest
 
 from glm_fused import Engine
-from glm_fused.generation.options import Options
-from glm_fused.generation.requests import (
+from glm_fused.generation.batching.requests import (
     Failure,
     GeneratedToken,
     GenerationRequest,
     PromptProgress,
 )
-from glm_fused.generation.scheduler import QueueFull, Scheduler
+from glm_fused.generation.batching.scheduler import QueueFull, Scheduler
+from glm_fused.generation.options import Options
 
 CODE = "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()\n"
 

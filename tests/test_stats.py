@@ -9,13 +9,13 @@ import pytest
 
 pytest.importorskip("starlette", reason="needs glm-fused[serve]")
 from glm_fused import Engine, EngineOptions
-from glm_fused.generation.options import Options
-from glm_fused.generation.requests import (
+from glm_fused.generation.batching.requests import (
     Failure,
     GeneratedToken,
     GenerationRequest,
     PromptProgress,
 )
+from glm_fused.generation.options import Options
 from glm_fused.serve.activity import SECONDS, Activity
 from glm_fused.serve.stats import Stats
 

@@ -17,13 +17,13 @@ from .checkpoint.paths import checkpoint_path
 from .checkpoint.prompt_cache import load_prompt_cache
 from .drafting import draft_options, draft_source
 from .engine_options import EngineOptions
-from .generation.batches import BatchCompletion, generate_batch
+from .generation.batching.batches import BatchCompletion, generate_batch
 from .generation.drafts.options import DraftOptions
 from .generation.generate import Completion, OnProgress, Piece, generate, stream_generate
 from .generation.kept_cache import Caches
 from .generation.limits import MIXED, MTP
 from .generation.options import Options, changed_options, defaults_of
-from .generation.prompt_store import DISK_BYTES, PromptStore
+from .generation.prompt_cache.store import DISK_BYTES, PromptStore
 from .generation.prompts import Prompt, encode
 from .generation.tokenizer import load_tokenizer
 from .loader import Opened, open_model

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ..generation.requests import (
+from ..generation.batching.requests import (
     Event,
     Failure,
     GeneratedToken,

@@ -8,8 +8,8 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..generation.batching.requests import GeneratedToken, GenerationRequest, PromptProgress
 from ..generation.options import Options
-from ..generation.requests import GeneratedToken, GenerationRequest, PromptProgress
 from .answers import Delta, ToolCallStart
 from .conversation import Prepared
 from .running import Running

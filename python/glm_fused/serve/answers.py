@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
 
-from ..generation.requests import GeneratedToken
+from ..generation.batching.requests import GeneratedToken
 from .arguments import ArgumentWriter
 from .tools import CALL, CALL_END, KEY, KEY_END, VALUE, VALUE_END, Tool
 

@@ -13,8 +13,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from ..engine import Engine
-from ..generation.prompt_store import PromptStore
-from ..generation.scheduler import Scheduler
+from ..generation.batching.scheduler import Scheduler
+from ..generation.prompt_cache.store import PromptStore
 from . import (
     anthropic_messages,
     models,

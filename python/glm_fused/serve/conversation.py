@@ -11,8 +11,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tool_parsers import glm47
 
 from ..generation import chat
+from ..generation.batching.requests import Constraint
 from ..generation.prompts import encode
-from ..generation.requests import Constraint
 from ..models.decoder import Model
 from ..validation import show
 from .answers import AnswerParser, Thinking

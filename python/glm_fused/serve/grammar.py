@@ -11,7 +11,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..foreign import foreign
-from ..generation.requests import Constraint
+from ..generation.batching.requests import Constraint
 
 try:
     import llguidance

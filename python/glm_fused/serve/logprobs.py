@@ -7,7 +7,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..generation.requests import GeneratedToken
+from ..generation.batching.requests import GeneratedToken
 
 LEAST = -9999.0  # what OpenAI's API has for a token that cannot be
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}

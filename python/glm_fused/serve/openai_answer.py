@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..generation.requests import GeneratedToken
+from ..generation.batching.requests import GeneratedToken
 from .answers import AnswerParser, Delta, Reasoning, Text, ToolArguments, ToolCallStart
 from .logprobs import TokenNames
 from .running import Usage

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ..generation.requests import GeneratedToken, GenerationRequest, PromptProgress
+from ..generation.batching.requests import GeneratedToken, GenerationRequest, PromptProgress
 from .answers import AnswerParser
 from .conversation import Prepared
 from .limits import read_json

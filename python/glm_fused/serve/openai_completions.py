@@ -12,8 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from ..generation.batching.requests import GeneratedToken, GenerationRequest, PromptProgress
 from ..generation.prompts import encode
-from ..generation.requests import GeneratedToken, GenerationRequest, PromptProgress
 from .limits import read_json
 from .logprobs import TokenNames
 from .openai_chat import DONE

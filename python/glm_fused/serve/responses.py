@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from ..generation.batching.requests import GeneratedToken
 from ..generation.options import Options
-from ..generation.requests import GeneratedToken
 from ..validation import show
 from .answering import Answering, prepare
 from .errors import ApiError, as_api_error

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from ..generation.requests import (
+from ..generation.batching.requests import (
     Event,
     Failure,
     GeneratedToken,

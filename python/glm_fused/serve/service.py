@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from ..engine import Engine
+from ..generation.batching.requests import GenerationRequest
+from ..generation.batching.scheduler import QueueFull, Scheduler
 from ..generation.options import Options
-from ..generation.prompt_store import PromptStore
+from ..generation.prompt_cache.store import PromptStore
 from ..generation.prompts import ContextExceeded, room
-from ..generation.requests import GenerationRequest
-from ..generation.scheduler import QueueFull, Scheduler
 from ..validation import show
 from .activity import Activity
 from .conversation import Conversation

@@ -1,8 +1,8 @@
 """Caches of earlier texts, from which a new one that begins like them goes on.
 
-What is kept are blocks of rows (`prompt_blocks`), found by the tokens themselves. Texts that begin
-alike share blocks. Caches are copied in and out, so a text that goes on changes nothing that is
-kept. A text of which only a part fits in the limit is kept up to there.
+What is kept are blocks of rows (`blocks`), found by the tokens themselves. Texts that begin alike
+share blocks. Caches are copied in and out, so a text that goes on changes nothing that is kept. A
+text of which only a part fits in the limit is kept up to there.
 
 With a folder every block is written to a file as well, in the background as soon as it is put, and
 stays there when it has to leave memory; closing writes what is left. So a process that is killed
@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 from mlx_lm.models.cache import CacheList
 
-from ..models.cache import size_of
-from ..models.decoder import Model
-from .prompt_blocks import Block, Match, add_child, as_tokens, child, find, prefixes
-from .prompt_files import Files
-from .prompt_resident import Resident
-from .prompt_rows import Piece, Prefix, Rows, checked, cut, join
-from .prompt_snapshots import Identity, Snapshots
+from ...models.cache import size_of
+from ...models.decoder import Model
+from .blocks import Block, Match, add_child, as_tokens, child, find, prefixes
+from .files import Files
+from .resident import Resident
+from .rows import Piece, Prefix, Rows, checked, cut, join
+from .snapshots import Identity, Snapshots
 
 BLOCK_TOKENS = 256
 DISK_BYTES = 32 * 10**9

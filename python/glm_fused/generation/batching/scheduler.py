@@ -11,12 +11,12 @@ import mlx.core as mx
 from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..models.decoder import Model
-from ..ops.blocks import MAX_TOKENS
-from ..validation import show
-from .drafts.options import DraftOptions
+from ...models.decoder import Model
+from ...ops.blocks import MAX_TOKENS
+from ...validation import show
+from ..drafts.options import DraftOptions
+from ..prompts import encode, room
 from .jobs import Job
-from .prompts import encode, room
 from .requests import GenerationRequest, OnEvent, Ticket
 from .turns import Store, Turns
 

@@ -7,8 +7,8 @@ from typing import cast
 
 import mlx.core as mx
 
-from .choice import Choice, kept
-from .ending import Text
+from ..choice import Choice, kept
+from ..ending import Text
 from .requests import Event, GeneratedToken, GenerationRequest, PromptProgress
 
 

@@ -6,10 +6,10 @@ import queue
 import threading
 from collections.abc import Callable
 
-from ..environment import logger
-from .prompt_blocks import Block
-from .prompt_rows import Rows
-from .prompt_snapshots import Snapshots
+from ...environment import logger
+from .blocks import Block
+from .rows import Rows
+from .snapshots import Snapshots
 
 OnSaved = Callable[[Block, Rows | None, int], None]
 

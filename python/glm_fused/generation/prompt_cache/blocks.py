@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .prompt_rows import Rows
+from .rows import Rows
 
 
 @dataclass(eq=False)

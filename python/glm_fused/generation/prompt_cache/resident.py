@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
-from .prompt_blocks import Block
-from .prompt_rows import Rows
+from .blocks import Block
+from .rows import Rows
 
 
 class Resident:

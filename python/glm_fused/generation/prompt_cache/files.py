@@ -7,10 +7,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from .prompt_blocks import Block
-from .prompt_rows import Rows
-from .prompt_saving import Saver
-from .prompt_snapshots import Found, Snapshots
+from .blocks import Block
+from .rows import Rows
+from .saving import Saver
+from .snapshots import Found, Snapshots
 
 
 class Files:

@@ -13,13 +13,13 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import CacheList, KVCache
 
-from ..formats.kv_rows import FLOATS, PACKED, format_of
-from ..host import to_numpy
-from ..models.cache import size_of
-from ..models.cache_check import check_cache
-from ..models.config import ModelArgs
-from ..models.decoder import Model
-from ..models.layer_spec import INDEX_KEY, LayerSpec
+from ...formats.kv_rows import FLOATS, PACKED, format_of
+from ...host import to_numpy
+from ...models.cache import size_of
+from ...models.cache_check import check_cache
+from ...models.config import ModelArgs
+from ...models.decoder import Model
+from ...models.layer_spec import INDEX_KEY, LayerSpec
 
 DRAFT = "draft_"  # begins the names of the MTP layer's parts
 LATENTS, ROPE, INDEX_KEYS = "latents", "rope", "index_keys"

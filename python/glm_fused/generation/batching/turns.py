@@ -12,17 +12,17 @@ from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import CacheList
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..environment import debug
-from ..host import settle
-from ..models.decoder import Model
-from ..streaming.model import streaming_of
+from ...environment import debug
+from ...host import settle
+from ...models.decoder import Model
+from ...streaming.model import streaming_of
+from ..drafts.options import DraftOptions
+from ..ending import Text
+from ..planning import plan_prompt
 from .batch import Batch
 from .capacity import Capacity
-from .drafts.options import DraftOptions
-from .ending import Text
 from .filling import Filling
 from .jobs import Job
-from .planning import plan_prompt
 from .rates import Rate
 from .rows import Row
 

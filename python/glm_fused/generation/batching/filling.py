@@ -8,11 +8,11 @@ import mlx.core as mx
 from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import CacheList
 
-from ..models.decoder import Model
-from ..models.row_caches import padded
-from ..streaming.experts import check_reads
-from .drafts.options import DraftOptions
-from .drafts.rows import RowDrafts
+from ...models.decoder import Model
+from ...models.row_caches import padded
+from ...streaming.experts import check_reads
+from ..drafts.options import DraftOptions
+from ..drafts.rows import RowDrafts
 from .rows import Row
 
 

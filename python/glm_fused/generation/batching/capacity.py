@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..memory import machine_bytes
-from ..models.decoder import Model
-from ..models.prompt_memory import cache_bytes
-from ..streaming.model import streaming_of
-from .planning import SHARE, cache_format, plan_prompt
+from ...memory import machine_bytes
+from ...models.decoder import Model
+from ...models.prompt_memory import cache_bytes
+from ...streaming.model import streaming_of
+from ..planning import SHARE, cache_format, plan_prompt
 
 
 class Capacity:

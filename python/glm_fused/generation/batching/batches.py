@@ -11,15 +11,15 @@ import mlx.core as mx
 from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..models.decoder import Model
+from ...models.decoder import Model
+from ..decoding import settled
+from ..drafts.options import DraftOptions
+from ..ending import Text
+from ..options import Options
+from ..planning import plan_prompt
+from ..prompts import room
 from .batch import Batch
-from .decoding import settled
-from .drafts.options import DraftOptions
-from .ending import Text
 from .filling import Filling
-from .options import Options
-from .planning import plan_prompt
-from .prompts import room
 from .requests import Event, GeneratedToken, GenerationRequest
 from .rows import Row
 

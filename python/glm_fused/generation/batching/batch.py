@@ -10,17 +10,17 @@ import mlx.core as mx
 from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import CacheList
 
-from ..host import settle
-from ..models.cache import trim
-from ..models.decoder import Model
-from ..models.row_caches import first_columns, joined, kept
-from ..ops.blocks import MAX_TOKENS
-from ..streaming.experts import check_reads
-from . import choice
-from .drafts.depth import Depth, Experience, Plan
-from .drafts.options import DraftOptions
-from .drafts.rows import RowDrafts
-from .drafts.statistics import Statistics
+from ...host import settle
+from ...models.cache import trim
+from ...models.decoder import Model
+from ...models.row_caches import first_columns, joined, kept
+from ...ops.blocks import MAX_TOKENS
+from ...streaming.experts import check_reads
+from .. import choice
+from ..drafts.depth import Depth, Experience, Plan
+from ..drafts.options import DraftOptions
+from ..drafts.rows import RowDrafts
+from ..drafts.statistics import Statistics
 from .filling import Filling
 from .rows import Row
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from .options import Options
+from ..options import Options
 
 
 class Constraint(Protocol):

@@ -23,12 +23,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load, save
 
-from .. import _ext
-from ..checkpoint.writing import new_file
-from ..environment import logger
-from ..validation import show
-from .prompt_blocks import Block, as_tokens, block_id, root
-from .prompt_rows import Rows
+from ... import _ext
+from ...checkpoint.writing import new_file
+from ...environment import logger
+from ...validation import show
+from .blocks import Block, as_tokens, block_id, root
+from .rows import Rows
 
 VERSION = 1  # of the files; raise it where their form or the meaning of their rows changes
 LOCK = "lock"

@@ -1,0 +1,1 @@
+"""Several texts at once: requests, their turns, and the steps that they share."""
