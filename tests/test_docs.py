@@ -24,7 +24,7 @@ from glm_fused import Engine, EngineOptions, num_threads, set_num_threads
 from glm_fused.serve import server as serving
 
 # Why a block may not run here, and how many of each there may be.
-NO_RUN = {"installs": 3, "takes minutes": 5, "needs claude": 1}
+NO_RUN = {"installs": 3, "takes minutes": 5, "needs claude": 1, "downloads a task": 1}
 REMARKS = re.compile(rf"|no-run: ({'|'.join(NO_RUN)})|same output|exit 2")
 NOT_RUN = [(p, b) for p in PAGES for b in blocks(p) if b.remark.startswith("no-run")]
 

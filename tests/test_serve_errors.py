@@ -125,7 +125,6 @@ def test_a_field_that_does_not_fit_is_named(server, fields, param, words):
         ({"prompt": None}, "prompt", ["found None"]),
         ({"suffix": "end"}, "suffix", ["does not fill gaps"]),
         ({"best_of": 3}, "best_of", ["found 3 with n 1"]),
-        ({"echo": True, "logprobs": 1}, "echo", ["with logprobs"]),
         ({"prompt": ["x"] * 100, "n": 2}, "n", ["100 prompts with n 2", "at most 128"]),
         ({"logprobs": True}, "logprobs", ["found True"]),
         ({"messages": HI}, "messages", ["no such field"]),

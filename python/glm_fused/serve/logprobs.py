@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..generation.batching.requests import GeneratedToken
+from ..generation.batching.requests import GeneratedToken, ScoredToken
 
 LEAST = -9999.0  # what OpenAI's API has for a token that cannot be
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -51,18 +52,27 @@ class TokenNames:
             "bytes": list(raw),
         }
 
-    def completion(self, events: list[GeneratedToken], offset: int) -> dict[str, Any]:
-        """The ``logprobs`` of completions, of tokens whose text begins at ``offset``."""
+    def completion(
+        self, events: Sequence[ScoredToken | GeneratedToken], offset: int
+    ) -> dict[str, Any]:
+        """The ``logprobs`` of completions, of tokens whose text begins at ``offset``.
+
+        The first token of a prompt, which nothing is before, has none.
+        """
         texts = [self.text(event.token) for event in events]
         starts = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
         return {
             "tokens": texts,
-            "token_logprobs": [max(event.logprob or 0.0, LEAST) for event in events],
-            "top_logprobs": [self._likeliest(event) for event in events],
+            "token_logprobs": [
+                None if event.logprob is None else max(event.logprob, LEAST) for event in events
+            ],
+            "top_logprobs": [
+                None if event.logprob is None else self._likeliest(event) for event in events
+            ],
             "text_offset": starts,
         }
 
-    def _likeliest(self, event: GeneratedToken) -> dict[str, float]:
+    def _likeliest(self, event: ScoredToken | GeneratedToken) -> dict[str, float]:
         """By their texts; of several with the same text, the likeliest."""
         found: dict[str, float] = {}
         for token, logprob in event.top:

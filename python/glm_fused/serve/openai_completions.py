@@ -12,7 +12,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ..generation.batching.requests import GeneratedToken, GenerationRequest, PromptProgress
+from ..generation.batching.requests import (
+    GeneratedToken,
+    GenerationRequest,
+    PromptProgress,
+    ScoredToken,
+)
 from ..generation.prompts import encode
 from .limits import read_json
 from .logprobs import TokenNames
@@ -64,8 +69,6 @@ def _check(body: CompletionBody) -> None:
     if body.best_of not in (None, body.choices):
         text = f"found {body.best_of} with n {body.choices}, expected as many as n"
         raise misfit("best_of", text)
-    if body.echo and body.logprobs is not None:
-        raise misfit("echo", "with logprobs, those of the prompt would be needed; there are none")
     if len(body.prompt) * body.choices > MOST_TEXTS:
         texts = f"{len(body.prompt)} prompts with n {body.choices}"
         raise misfit("n", f"found {texts}, expected at most {MOST_TEXTS} texts")
@@ -103,18 +106,27 @@ def _requests(
         most = service.max_tokens(len(tokens), wanted, field)
         for choice in range(body.choices):
             options = body.options(service, most, choice)
-            found.append(GenerationRequest(tokens, options, body.logprobs))
+            scores = bool(body.echo) and body.logprobs is not None
+            found.append(GenerationRequest(tokens, options, body.logprobs, scores_prompt=scores))
     return found
 
 
 class _Text:
-    """One text as it grows."""
+    """One text as it grows, after the ``beginning`` that it repeats of its prompt."""
 
     def __init__(self, beginning: str, names: TokenNames | None):
-        self._names, self._parts = names, [beginning]
-        self._events, self._new = list[GeneratedToken](), list[GeneratedToken]()
+        self._names, self._beginning, self._parts = names, beginning, [beginning]
+        self._events = list[ScoredToken | GeneratedToken]()
+        self._new = list[ScoredToken | GeneratedToken]()
         self._reason: str | None = None
         self._offset = 0
+
+    def begin(self, event: PromptProgress) -> dict[str, Any] | None:
+        """The choice of a chunk that repeats the prompt; None until all of it is taken."""
+        self._new += event.scored
+        if not self._beginning or event.done < event.total:
+            return None
+        return {"text": self._beginning, "logprobs": self._listed(), "finish_reason": None}
 
     def feed(self, event: GeneratedToken) -> dict[str, Any] | None:
         """The choice of a chunk; None where nothing is ready to be shown."""
@@ -124,13 +136,17 @@ class _Text:
             self._new.append(event)
         if not event.text and self._reason is None:
             return None
-        logprobs = None
-        if self._names is not None:
-            logprobs = self._names.completion(self._new, self._offset)
-            self._offset += sum(map(len, logprobs["tokens"]))
-            self._events += self._new
-            self._new = []
-        return {"text": event.text, "logprobs": logprobs, "finish_reason": self._reason}
+        return {"text": event.text, "logprobs": self._listed(), "finish_reason": self._reason}
+
+    def _listed(self) -> dict[str, Any] | None:
+        """The log-probabilities of what is new."""
+        if self._names is None:
+            return None
+        logprobs = self._names.completion(self._new, self._offset)
+        self._offset += sum(map(len, logprobs["tokens"]))
+        self._events += self._new
+        self._new = []
+        return logprobs
 
     def choice(self) -> dict[str, Any]:
         """The whole text, as completions has it in ``choices``."""
@@ -145,14 +161,14 @@ class _Completions:
     def __init__(self, service: Service, body: CompletionBody, running: Running, names: TokenNames):
         self._body, self._running = body, running
         listed = None if body.logprobs is None else names
-        self._beginnings = [
+        beginnings = [
             (prompt if isinstance(prompt, str) else service.engine.tokenizer.decode(prompt))
             if body.echo
             else ""
             for prompt in body.prompt
             for _ in range(body.choices)
         ]
-        self._texts = [_Text(beginning, listed) for beginning in self._beginnings]
+        self._texts = [_Text(beginning, listed) for beginning in beginnings]
         self._common = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -163,19 +179,20 @@ class _Completions:
     async def whole(self) -> dict[str, Any]:
         """The texts in one piece."""
         async for index, event in self._running:
-            if isinstance(event, GeneratedToken):
+            if isinstance(event, PromptProgress):
+                self._texts[index].begin(event)
+            else:
                 self._texts[index].feed(event)
         choices = [text.choice() | {"index": i} for i, text in enumerate(self._texts)]
         return self._common | {"choices": choices, "usage": self._usage()}
 
     async def events(self) -> AsyncGenerator[str]:
         """The texts as server-sent events."""
-        for i, text in enumerate(self._beginnings):
-            if text:
-                yield self._chunk(i, {"text": text, "logprobs": None, "finish_reason": None})
         async for index, event in self._running:
             if isinstance(event, PromptProgress):
                 yield comment(f"prompt {event.done}/{event.total}, {event.cached} at hand")
+                if (piece := self._texts[index].begin(event)) is not None:
+                    yield self._chunk(index, piece)
             elif (piece := self._texts[index].feed(event)) is not None:
                 yield self._chunk(index, piece)
         if self._body.includes_usage:

@@ -13,7 +13,11 @@ from ...models.row_caches import padded
 from ...streaming.experts import check_reads
 from ..drafts.options import DraftOptions
 from ..drafts.rows import RowDrafts
+from .requests import ScoredToken
 from .rows import Row
+from .scores import scores
+
+_SCORED = 64  # tokens whose logits are in memory at a time, where prompts are scored
 
 
 class Filling:
@@ -69,13 +73,28 @@ class Filling:
             if self.drafts is not None and self.drafts.needs_hidden:
                 following = mx.array([row[first + 1 : last + 1] for row in self._tokens], mx.uint32)
                 primed = self.drafts.prime(following, hidden)
-            mx.eval([layer.state for layer in self.cache], primed)
+            scored = [row.scores_prompt for row in self.rows]
+            mx.eval([layer.state for layer in self.cache], primed, hidden if any(scored) else [])
         check_reads(self.cache)
         mx.clear_cache()
         self.left -= columns
-        for row in self.rows:
-            row.fill(max(0, len(row.known) - 1 - self.left))
+        for i, row in enumerate(self.rows):
+            found = self._scores(i, first, hidden[i]) if row.scores_prompt else []
+            row.fill(max(0, len(row.known) - 1 - self.left), found)
         return columns * len(self.rows)
+
+    def _scores(self, i: int, first: int, hidden: mx.array) -> list[ScoredToken]:
+        """The scores of the tokens of text ``i`` that follow columns from ``first`` on."""
+        tokens, found = self._tokens[i], list[ScoredToken]()
+        padding, end = len(tokens) - len(self.rows[i].known), first + len(hidden)
+        for at in range(max(first, padding), end, _SCORED):
+            last = min(at + _SCORED, end)
+            following = tokens[at + 1 : last + 1]
+            with mx.stream(generation_stream):
+                logits = self._model.head(hidden[None, at - first : last - first])[0]
+                given = scores(logits, following, self.rows[i].top or 0)
+            found += [ScoredToken(t, *one) for t, one in zip(following, given, strict=True)]
+        return found
 
     @property
     def nbytes(self) -> int:

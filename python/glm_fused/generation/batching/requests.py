@@ -34,21 +34,41 @@ class GenerationRequest:
         top_logprobs: how many of the likeliest tokens each token's event lists with their
             log-probabilities, before sampling shapes them; None: no log-probabilities at all.
         constraint: which tokens may follow; None: all.
+        scores_prompt: whether the prompt's tokens get log-probabilities, too, ``top_logprobs`` as
+            others. None of them is taken from a store then.
     """
 
     tokens: Sequence[int]
     options: Options
     top_logprobs: int | None = None
     constraint: Constraint | None = None
+    scores_prompt: bool = False
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token of a prompt with its log-probability after those before it, and the likeliest there.
+
+    The first token of a prompt has neither: nothing is before it.
+    """
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class PromptProgress:
-    """How many of the prompt's tokens have been taken, of which ``cached`` needed no work."""
+    """How many of the prompt's tokens have been taken, of which ``cached`` needed no work.
+
+    ``scored`` are those that got their log-probabilities since the last event, where the request
+    asks for them.
+    """
 
     done: int
     total: int
     cached: int
+    scored: tuple[ScoredToken, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import mlx.core as mx
 
 from ..choice import Choice, kept
 from ..ending import Text
-from .requests import Event, GeneratedToken, GenerationRequest, PromptProgress
+from .requests import Event, GeneratedToken, GenerationRequest, PromptProgress, ScoredToken
+from .scores import Score, scores
 
 
 class Row:
@@ -41,7 +42,8 @@ class Row:
         self.cached, self.from_store = 0, 0
         self.most = self.prompt_tokens + request.options.max_tokens
         self.choice = Choice(request.options, vocabulary, self.known)
-        self.constraint, self._top = request.constraint, request.top_logprobs
+        self.constraint, self.top = request.constraint, request.top_logprobs
+        self.scores_prompt = request.scores_prompt
         self.reason: str | None = None
         self.error: Exception | None = None
         self._ending, self._tell = ending, tell
@@ -64,12 +66,13 @@ class Row:
     def start(self, cached: int) -> None:
         """The cache has the first tokens of the prompt, from an earlier one."""
         self.cached = self.from_store = cached
-        self._prompt_done(cached)
+        first = (ScoredToken(self.known[0]),) if self.scores_prompt else ()
+        self._prompt_done(cached, first)
 
-    def fill(self, cached: int) -> None:
-        """The cache has so many tokens of the prompt now."""
+    def fill(self, cached: int, scored: Sequence[ScoredToken] = ()) -> None:
+        """The cache has so many tokens of the prompt now; these of it have got their scores."""
         self.cached = cached
-        self._prompt_done(cached)
+        self._prompt_done(cached, tuple(scored))
 
     def judge(self, logits: mx.array, draft: mx.array) -> mx.array | None:
         """What the text goes on with beside a draft, see `Choice.judge`; not evaluated yet.
@@ -116,23 +119,10 @@ class Row:
             self._prompt_done(self.prompt_tokens)
         self.known.append(token)
         text, self.reason = self._ending.feed(token)
-        logprob, top = logprobs(logits, token, self._top)
-        self._tell(GeneratedToken(token, text, self.reason, logprob, top))
+        score: Score | tuple[()] = ()
+        if self.top is not None:
+            (score,) = scores(logits[None], [token], self.top)
+        self._tell(GeneratedToken(token, text, self.reason, *score))
 
-    def _prompt_done(self, done: int) -> None:
-        self._tell(PromptProgress(done, self.prompt_tokens, self.from_store))
-
-
-def logprobs(
-    logits: mx.array, token: int, count: int | None
-) -> tuple[float | None, tuple[tuple[int, float], ...]]:
-    """A token's log-probability and those of the ``count`` likeliest, of logits [vocabulary]."""
-    if count is None:
-        return None, ()
-    logits = logits.astype(mx.float32)
-    found = logits - mx.logsumexp(logits)
-    likeliest = mx.argpartition(-found, min(count, len(found) - 1))[:count]
-    tokens = cast(list[int], likeliest.tolist())
-    pairs = zip(tokens, cast(list[float], found[likeliest].tolist()), strict=True)
-    top = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
-    return cast(float, found[token].item()), tuple(top)
+    def _prompt_done(self, done: int, scored: tuple[ScoredToken, ...] = ()) -> None:
+        self._tell(PromptProgress(done, self.prompt_tokens, self.from_store, scored))

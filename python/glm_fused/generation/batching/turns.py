@@ -115,7 +115,7 @@ class Turns:
         try:
             ending = Text(self._tokenizer, options.stop, options.max_tokens)
             row = Row(request, self._model.args.vocab_size, ending, job.tell)
-            if self._store is not None and len(request.tokens) > 1:
+            if self._store is not None and len(request.tokens) > 1 and not request.scores_prompt:
                 cache, cached = self._store.take(request.tokens[:-1])
             filling = Filling(self._model, [row], self._drafts, cache, cached)
         except Exception as error:
