@@ -40,8 +40,11 @@ constexpr bool kStreamsRows = false;
 // or at least so many bytes, in which time the L3 cache answers.
 constexpr ptrdiff_t kAhead = 2048;
 // Several vectors meet a few rows chunk by chunk, so that a chunk of them stays
-// in the L1 cache: so many rows, and half-blocks of a chunk.
-constexpr int kRows = 8, kChunk = 2;
+// in the L1 cache: so many rows, and half-blocks of a chunk, which are some
+// thirty terms of each vector and parity.
+constexpr int kRows = 8;
+template <class F>
+constexpr int kChunk = 2 * std::max(1, 32 / vectors_per_half<F>);
 
 template <CpuDecode F>
 struct Tile {
@@ -79,8 +82,9 @@ struct Tile {
   }
 
   // Loads half-block `hb` of the rows, with zeros past the end of a row.
-  // `ahead` is how far from there the rows' next bytes lie.
-  template <class Reading, int R>
+  // `ahead` is how far from there the rows' next bytes lie, which go to that
+  // level of caches.
+  template <class Reading, int level = 2, int R>
   GLM_INLINE void load_half(
       const TileRows& rows,
       int hb,
@@ -89,7 +93,8 @@ struct Tile {
     constexpr size_t whole = F::kHalfBytes;
     const ptrdiff_t stride = rows.weight_stride;
     const uint8_t* half = rows.weight + hb * whole;
-    unroll<R>(GLM_EACH(r) { prefetch(half + r * stride + ahead, whole); });
+    unroll<R>(
+        GLM_EACH(r) { prefetch<level>(half + r * stride + ahead, whole); });
     if (Reading::kInPlace || hb < rows.whole_halves) {
       unroll<R>(GLM_EACH(r) { words[r].load(half + r * stride); });
     } else {
@@ -112,7 +117,8 @@ struct Tile {
     const size_t vectors = static_cast<size_t>(hb) * vectors_per_half<F>;
     const float* from = x + (vectors * width + m0) * kHalf;
     HalfBlock<F, R, M, Width> block(format, from, width);
-    load_half<Reading>(rows, hb, ahead, block.words);
+    constexpr int level = M == 1 ? 2 : 1;  // of several, they are met next
+    load_half<Reading, level>(rows, hb, ahead, block.words);
     unroll<R>(GLM_EACH(r) {
       unroll<M>(GLM_EACH(m) {
         block.acc[r][m] = F::kCarriesAccumulator ? result[r][m] : zero();
@@ -196,37 +202,65 @@ struct Tile {
     });
   }
 
-  // All rows against M vectors of a panel.
-  template <int M, class Width>
+  // All rows against M vectors of a panel, R at once; the last one is taken
+  // again where R does not divide the rows.
+  template <int R, int M, class Width>
   __attribute__((noinline)) void several_vectors(int m0, Width width) const {
     const int halves = half_blocks();
-    const auto next_row = static_cast<ptrdiff_t>(row_bytes);
+    const auto next_rows = static_cast<ptrdiff_t>(R * row_bytes);
     for (int row = 0; row < a.rows; row += kRows) {
       const int count = a.rows - row < kRows ? a.rows - row : kRows;
-      F16 sums[kRows][2][1][M];
-      for (int r = 0; r < count; r++) {
-        for (int m = 0; m < M; m++) {
-          sums[r][0][0][m] = sums[r][1][0][m] = zero();
-        }
-      }
-      for (int begin = 0; begin < halves; begin += kChunk) {
-        const int end = begin + kChunk < halves ? begin + kChunk : halves;
-        // After the last row: the first one's next chunk, or the next rows.
+      F16 sums[kRows / R][2][R][M];
+      memset(sums, 0, sizeof(sums));
+      for (int begin = 0; begin < halves; begin += kChunk<F>) {
+        const int end = begin + kChunk<F> < halves ? begin + kChunk<F> : halves;
+        // After the last rows: the first ones' next chunk, or the next rows.
         const ptrdiff_t next_chunk = end < halves
-            ? kChunk * F::kHalfBytes - (count - 1) * next_row
-            : next_row - begin * F::kHalfBytes;
-        for (int r = 0; r < count; r++) {
-          const ptrdiff_t ahead = r + 1 < count ? next_row : next_chunk;
-          const TileRows rows = locate<1>(row + r, 1);
-          for (int hb = begin; hb < end; hb++) {
-            half_block<Anywhere>(rows, m0, width, hb, ahead, sums[r][hb % 2]);
-          }
+            ? kChunk<F> * F::kHalfBytes - (count - 1) / R * next_rows
+            : next_rows - begin * F::kHalfBytes;
+        for (int r = 0; r < count; r += R) {
+          const ptrdiff_t ahead = r + R < count ? next_rows : next_chunk;
+          const TileRows rows = locate<R>(row + r, r + R <= count ? 1 : 0);
+          add_chunk(rows, m0, width, begin, end, ahead, sums[r / R]);
         }
       }
-      for (int r = 0; r < count; r++) {
-        write<1, M>(row + r, 1, m0, sums[r][0], sums[r][1]);
+      for (int r = 0; r < count; r += R) {
+        const int some = count - r < R ? count - r : R;
+        write<R, M>(row + r, some, m0, sums[r / R][0], sums[r / R][1]);
       }
     }
+  }
+
+  // Adds the half-blocks from `begin` on, the even ones first.
+  template <int R, int M, class Width>
+  GLM_INLINE void add_chunk(
+      const TileRows& rows,
+      int m0,
+      Width width,
+      int begin,
+      int end,
+      ptrdiff_t ahead,
+      F16 (&sums)[2][R][M]) const {
+    const auto add = [&]<class Reading>(Reading) GLM_ALWAYS_INLINE {
+      for (int odd = 0; odd < 2; odd++) {
+        F16 result[R][M];  // stays in registers
+        unroll<R>(GLM_EACH(r) {
+          unroll<M>(GLM_EACH(m) { result[r][m] = sums[odd][r][m]; });
+        });
+        for (int hb = begin + odd; hb < end; hb += 2) {
+          half_block<Reading>(rows, m0, width, hb, ahead, result);
+        }
+        unroll<R>(GLM_EACH(r) {
+          unroll<M>(GLM_EACH(m) { sums[odd][r][m] = result[r][m]; });
+        });
+      }
+    };
+    if constexpr (!F::kCarriesAccumulator) {  // there are scales to read
+      if (end <= rows.direct_halves) {
+        return scales.with_reading(add);
+      }
+    }
+    add(Anywhere());
   }
 
   // Stores the sums of `count` rows from `row` on.
@@ -237,16 +271,19 @@ struct Tile {
       int m0,
       const F16 (&even)[R][M],
       const F16 (&odd)[R][M]) const {
-    for (int m = 0; m < M; m++) {
-      F16 low[R], high[R];
-      unroll<R>(GLM_EACH(r) {
-        low[r] = even[r][m];
-        high[r] = odd[r][m];
+    constexpr int n = R * M % 4 == 0 ? 4 : R, each = n / R;  // at once
+    for (int m = 0; m < M; m += each) {
+      F16 low[n], high[n];
+      unroll<n>(GLM_EACH(i) {
+        low[i] = even[i % R][m + i / R];
+        high[i] = odd[i % R][m + i / R];
       });
-      float totals[R];
+      float totals[n];
       butterfly_sums(low, high, totals);
-      for (int r = 0; r < count; r++) {
-        y[(m0 + m) * a.rows + row + r] = scales.total(totals[r]);
+      for (int i = 0; i < each; i++) {
+        for (int r = 0; r < count; r++) {
+          y[(m0 + m + i) * a.rows + row + r] = scales.total(totals[i * R + r]);
+        }
       }
     }
   }
@@ -265,16 +302,19 @@ struct Tile {
       case 1:
         return one_vector(0, Constant<1>());
       case 2:
-        return several_vectors<2>(0, Constant<2>());
+        return several_vectors<2, 2>(0, Constant<2>());
+      case 4:
+        return several_vectors<2, 4>(0, Constant<4>());
       default:
-        return several_vectors<4>(0, Constant<4>());
+        several_vectors<2, 4>(0, Constant<8>());
+        return several_vectors<2, 4>(4, Constant<8>());
     }
 #elif defined(GLM_AVX2)
     if (a.width == 1) {
       return one_vector(0, Constant<1>());
     }
     for (int m = 0; m < a.width; m += 4) {
-      several_vectors<4>(m, a.width);
+      several_vectors<1, 4>(m, a.width);
     }
 #else
     for (int m = 0; m < a.width; m++) {
@@ -294,7 +334,8 @@ namespace {
 template <class F>
 void dot(const DotArgs& args) {
 #if defined(GLM_AVX512)
-  if (args.width == 8) {
+  // One panel's vectors meet decoded rows of most formats best four at a time.
+  if (args.width == 8 && (F::kQuads || args.x.size() > 1)) {
     constexpr Constant<8> width;
     return DotPanels<F, 4, Constant<8>>(args, width).all();
   }

@@ -85,7 +85,12 @@ struct HalfBlock {
   template <int p, int q = 0>
   GLM_INLINE void term() {
     V xs[M];
-    unroll<M>(GLM_EACH(m) { load(x + (p * width + m) * kHalf, xs[m]); });
+    unroll<M>(GLM_EACH(m) {
+      load(x + (p * width + m) * kHalf, xs[m]);
+      if constexpr (R > 1 && M > 1) {
+        xs[m] = held(xs[m]);  // one load for all rows
+      }
+    });
     unroll<R>(GLM_EACH(r) {
       const V d = format.template decode<p>(words[r]);
       unroll<M>(GLM_EACH(m) {

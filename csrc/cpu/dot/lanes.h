@@ -58,11 +58,12 @@ const glm_fused::cpu::Kernel& find_kernel(
     const glm_fused::Format& format,
     bool fast);
 
-// Fetches what will be read to the L2 cache.
+// Fetches what will be read to a cache.
+template <int level = 2>
 GLM_INLINE void prefetch(const uint8_t* p, size_t bytes) {
   constexpr size_t kLine = 64;
   for (size_t at = 0; at < bytes; at += kLine) {
-    __builtin_prefetch(p + at, 0, 2);
+    __builtin_prefetch(p + at, 0, 4 - level);
   }
 }
 
