@@ -17,6 +17,12 @@ def some_tokens(model, rng, n):
     return [rng.randrange(model.args.vocab_size) for _ in range(n)]
 
 
+def unlike_texts(model, rng, count, n):
+    """So many texts of n tokens, of which no two begin with the same."""
+    first = rng.sample(range(model.args.vocab_size), count)
+    return [[token, *some_tokens(model, rng, n - 1)] for token in first]
+
+
 def store_of(model, limit=1 << 30, **options):
     return PromptStore(model, limit, **{"block_tokens": SIZE} | options)
 

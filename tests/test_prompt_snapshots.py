@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import multiprocessing
 import random
@@ -21,6 +22,7 @@ from kept_prompts import (
     some_tokens,
     store_of,
     token_bytes,
+    unlike_texts,
 )
 
 import glm_fused
@@ -200,7 +202,7 @@ def test_a_damaged_file_is_refused(model, rng, tmp_path, caplog, kind):
 
 
 def test_what_is_not_used_gives_way_on_disk(model, rng, folder):
-    texts = [some_tokens(model, rng, 2 * SIZE) for _ in range(4)]
+    texts = unlike_texts(model, rng, 4, 2 * SIZE)
     nbytes = sum(path.stat().st_size for path in fill(model, folder, *texts[:3]))
     with opened(model, folder) as store:
         assert store.take(texts[0])[1] == 2 * SIZE
@@ -217,6 +219,28 @@ def test_what_is_not_used_gives_way_on_disk(model, rng, folder):
         assert [store.take(text)[1] for text in texts] == [0, 0, 0, 32]
     with opened(model, folder, disk_bytes=0) as store:
         assert not files(folder)
+
+
+@pytest.mark.parametrize("clock", ["quick", "stands still", "goes back"])
+def test_files_tell_in_which_order_they_were_used(model, rng, folder, monkeypatch, clock):
+    """However short after one another, and over restarts."""
+    now, step = time.time_ns(), {"stands still": 0, "goes back": -(10**9)}
+    if clock in step:
+        times = itertools.count(now, step[clock])
+        monkeypatch.setattr("time.time_ns", lambda: next(times))
+    monkeypatch.setattr("os.fsync", lambda file: None)  # which takes longer than a clock's tick
+    texts = unlike_texts(model, rng, 12, SIZE)
+    fill(model, folder, *texts)
+    used = rng.sample(range(12), 8)
+    for some in (used[:4], used[4:]):
+        with opened(model, folder) as store:
+            for i in some:
+                assert store.take(texts[i])[1] == SIZE
+    with opened(model, folder) as store:
+        blocks = {tuple(block.tokens.tolist()): block.id for block in store._blocks()}
+    paths = [folder / f"{blocks[tuple(text)]}.safetensors" for text in texts]
+    order = sorted(range(12), key=lambda i: paths[i].stat().st_mtime_ns)
+    assert order == [i for i in range(12) if i not in used] + used
 
 
 def test_what_leaves_memory_is_read_again(model, rng, folder):

@@ -18,6 +18,7 @@ from kept_prompts import (
     some_tokens,
     store_of,
     token_bytes,
+    unlike_texts,
 )
 from mlx_lm.models.cache import BatchKVCache, CacheList
 
@@ -153,7 +154,7 @@ def test_memory_stays_within_the_limit(model, rng, tokens):
 
 
 def test_what_was_not_used_for_longest_goes_first(model, rng):
-    texts = [some_tokens(model, rng, SIZE) for _ in range(6)]
+    texts = unlike_texts(model, rng, 6, SIZE)
     store = store_of(model, 5 * SIZE * token_bytes(model))
     for text in texts[:5]:
         put(store, model, text)

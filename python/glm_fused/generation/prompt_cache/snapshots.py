@@ -12,6 +12,8 @@ import fcntl
 import json
 import os
 import re
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata as packages
@@ -94,6 +96,8 @@ class Snapshots:
             raise ValueError(
                 f"[prompts] {folder} cannot be a folder of prompts: {reason}."
             ) from None
+        self._last = 0  # when a file was written or used, in nanoseconds
+        self._stamping = threading.Lock()
         self._lock = _locked(folder)
 
     def index(self) -> list[Found]:
@@ -109,6 +113,7 @@ class Snapshots:
             elif (name := _NAME.fullmatch(entry.name)) and entry.is_file(follow_symlinks=False):
                 try:
                     found.append(self._header(path, name[1]))
+                    self._last = max(self._last, found[-1].used)
                 except _Damaged as error:
                     self._drop(path, error)
                 except OSError as error:
@@ -155,6 +160,7 @@ class Snapshots:
         with new_file(self.path(block.id)) as file:
             file.write(header)
             file.write(data)
+        self.used(block)
         _sync(self._folder)
         return len(header) + len(data)
 
@@ -179,9 +185,16 @@ class Snapshots:
     def used(self, block: Block) -> None:
         """Note in its file that a block was used now, and with it those before it."""
         try:
-            os.utime(self.path(block.id))
+            os.utime(self.path(block.id), ns=self._now())
         except OSError as error:
             logger.debug("[prompts] %s: %s", self.path(block.id), error)
+
+    def _now(self) -> tuple[int, int]:
+        """Times for a file, after those of all others, which a file system's own clock, with its
+        few ticks a second, would give several files alike."""
+        with self._stamping:
+            self._last = max(self._last + 1, time.time_ns())
+            return self._last, self._last
 
     def delete(self, block_id: str) -> None:
         """Delete the file of a block, if there is one."""
