@@ -1,7 +1,9 @@
-"""Makes tiny GLM-5 checkpoints in every layout, without the package's own code."""
+"""Makes tiny GLM-5 checkpoints in every layout, without the package's own code, and what tests
+share of a session: the bundled model, and a server of it."""
 
 import json
 import os
+import random
 import re
 import struct
 import sys
@@ -86,6 +88,47 @@ def device(request):
     mx.set_default_device(getattr(mx, request.param))
     yield request.param
     mx.set_default_device(before)
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """The bundled model, which no test changes."""
+    from glm_fused import Engine
+
+    with Engine("demo") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session")
+def server(engine):
+    """A server of the bundled model, as it is unless a setting says otherwise."""
+    from served import served
+
+    with served(engine) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def loaded():
+    """The bundled model with its MTP layer, without an engine; see `model`."""
+    import glm_fused
+
+    return glm_fused.load_model("demo", mtp=True)[0]
+
+
+@pytest.fixture
+def model(loaded):
+    """The bundled model with its MTP layer, of which a test may change the format of caches."""
+    loaded.kv_format = "auto"
+    return loaded
+
+
+@pytest.fixture
+def rng():
+    """A generator whose seed is printed where a test fails."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    return random.Random(seed)
 
 
 def tiny_config(**overrides):

@@ -21,12 +21,6 @@ TEXTS = [CODE, "def add(a, b):\n    return", CODE * 3, "class Tree:\n    def __i
 
 
 @pytest.fixture(scope="module")
-def engine():
-    with Engine("demo") as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mtp")
     write_checkpoint(folder, tiny_config(), quantization={"group_size": 32, "bits": 4}, mtp=True)

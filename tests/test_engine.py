@@ -15,12 +15,6 @@ PROMPT = "def main():"
 
 
 @pytest.fixture(scope="module")
-def engine():
-    with Engine("demo") as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
 def streamed():
     with Engine("demo", EngineOptions(slots=4, context=40)) as engine:
         yield engine

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from test_answers import joined
 
-from glm_fused import Engine
 from glm_fused.generation.batching.requests import GeneratedToken
 from glm_fused.generation.ending import Text
 from glm_fused.serve.conversation import Conversation
@@ -83,12 +82,6 @@ def tool(name, parameters=None, **more):
 
 TOOLS = [tool("weather", WEATHER), tool("stop"), tool("tag", record(name=SHORT))]
 PARAMETERS = {"weather": WEATHER, "stop": {}, "tag": record(name=SHORT)}
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with Engine("demo") as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")

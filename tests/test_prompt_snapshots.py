@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import multiprocessing
-import random
 import shutil
 import time
 from contextlib import contextmanager
@@ -39,24 +38,6 @@ from glm_fused.generation.prompt_cache.snapshots import LOCK, Identity, Snapshot
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["glm_fused.generation.prompt_cache.saving", "test_prompt_snapshots"])
 IDENTITY = Identity("demo", "auto", SIZE)
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return glm_fused.load_model("demo", mtp=True)[0]
-
-
-@pytest.fixture
-def model(loaded):
-    loaded.kv_format = "auto"
-    return loaded
-
-
-@pytest.fixture
-def rng():
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    return random.Random(seed)
 
 
 @pytest.fixture

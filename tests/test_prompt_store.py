@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from dataclasses import replace
 
@@ -22,27 +21,8 @@ from kept_prompts import (
 )
 from mlx_lm.models.cache import BatchKVCache, CacheList
 
-import glm_fused
 from glm_fused import Engine, EngineOptions
 from glm_fused.formats.kv_rows import KV_FORMATS
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return glm_fused.load_model("demo", mtp=True)[0]
-
-
-@pytest.fixture
-def model(loaded):
-    loaded.kv_format = "auto"
-    return loaded
-
-
-@pytest.fixture
-def rng():
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    return random.Random(seed)
 
 
 @pytest.mark.parametrize("kv_format", KV_FORMATS)

@@ -5,7 +5,6 @@ import threading
 import mlx.core as mx
 import pytest
 
-from glm_fused import Engine
 from glm_fused.generation.batching.requests import (
     Failure,
     GeneratedToken,
@@ -16,12 +15,6 @@ from glm_fused.generation.batching.scheduler import QueueFull, Scheduler
 from glm_fused.generation.options import Options
 
 CODE = "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()\n"
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with Engine("demo") as engine:
-        yield engine
 
 
 @pytest.fixture

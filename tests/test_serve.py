@@ -7,24 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import mlx.core as mx
 import openai
 import pytest
-from served import served
-
-from glm_fused import Engine
 
 CODE = "def fibonacci(n):\n"
 CHAT = [{"role": "user", "content": CODE}]
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with Engine("demo") as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def server(engine):
-    with served(engine) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

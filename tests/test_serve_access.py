@@ -7,25 +7,12 @@ import openai
 import pytest
 from served import served
 
-from glm_fused import Engine
 from glm_fused.serve.security import Guard
 from glm_fused.serve.settings import Settings
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 KEY = "sk-a1B2-c3"
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with Engine("demo") as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def server(engine):
-    with served(engine) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -13,20 +13,11 @@ import openai
 import pytest
 from agents.memory import SQLiteSession
 from pydantic import BaseModel
-from served import served
-
-from glm_fused import Engine
 
 MODELS = {"chat": agents.OpenAIChatCompletionsModel, "responses": agents.OpenAIResponsesModel}
 Town = Literal["Oslo", "Rome", "Lima"]
 Day = Literal[0, 1, 7]  # the bundled model does not end a number that may be of any length
 REPORT = "def warm(town, day):\n    return {degrees}\n"
-
-
-@pytest.fixture(scope="module")
-def server():
-    with Engine("demo") as engine, served(engine) as server:
-        yield server
 
 
 def weather(town: Town, day: Day) -> str:

@@ -14,7 +14,6 @@ from pydantic import BaseModel, Field, TypeAdapter
 from served import served
 from typing_extensions import get_type_hints
 
-from glm_fused import Engine
 from glm_fused.serve.answers import Reasoning, Text, ToolArguments, ToolCallStart
 from glm_fused.serve.anthropic_events import MessageEvents, usage
 from glm_fused.serve.anthropic_requests import CountTokensBody, MessagesBody
@@ -322,18 +321,6 @@ def test_an_answer_of_nothing_has_no_blocks():
 
 
 # Anthropic's client against a server
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with Engine("demo") as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def server(engine):
-    with served(engine) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -8,17 +8,10 @@ import time
 import pytest
 from served import served
 
-from glm_fused import Engine
 from glm_fused.serve import running
 
 CHAT = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with Engine("demo") as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")

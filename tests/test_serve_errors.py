@@ -10,7 +10,6 @@ from openai.types import completion_create_params as published_completions
 from openai.types.chat import completion_create_params as published_chat
 from served import served
 
-from glm_fused import Engine
 from glm_fused.serve import app
 from glm_fused.serve.errors import ApiError
 from glm_fused.serve.openai_chat_body import ChatBody
@@ -18,12 +17,6 @@ from glm_fused.serve.openai_completions import CompletionBody
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with Engine("demo") as engine:
-        yield engine
 
 
 @pytest.fixture(scope="module")

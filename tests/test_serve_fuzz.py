@@ -10,7 +10,6 @@ import time
 import pytest
 from served import served
 
-from glm_fused import Engine
 from glm_fused.serve.openai_answer import ChatAnswer
 
 WORKERS = 6
@@ -201,12 +200,6 @@ def check(server, found):
     body = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
     status, answer = server.post("/v1/chat/completions", body)
     assert status == 200 and answer["usage"]["completion_tokens"] == 3
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with Engine("demo") as engine:
-        yield engine
 
 
 LIMITS = {"timeout": 2, "max_body_bytes": 60_000, "max_tokens": 12}

@@ -9,19 +9,11 @@ import openai
 import pytest
 from served import served
 
-from glm_fused import Engine
-
 PROMPTS = [
     "def add(a, b):\n", "class Stack:\n    def push(self, item):\n", "import", "x",
     "for i in range(10):\n    print(i)\n" * 5, "# é😀\n", "try:\n    pass\nexcept", "\n\n\n",
 ]  # fmt: skip
 CLIENTS = 8
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with Engine("demo") as engine:
-        yield engine
 
 
 def cases(count, seed):

@@ -4,9 +4,6 @@ import json
 
 import openai
 import pytest
-from served import served
-
-from glm_fused import Engine
 
 TOOLS = [
     {
@@ -31,12 +28,8 @@ HI = [{"role": "user", "content": "Weather in Oslo?"}]
 
 
 @pytest.fixture(scope="module")
-def client():
-    with (
-        Engine("demo") as engine,
-        served(engine) as server,
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client,
-    ):
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
         yield client
 
 
