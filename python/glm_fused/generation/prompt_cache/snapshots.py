@@ -109,7 +109,7 @@ class Snapshots:
         for entry in list(os.scandir(self._folder)):
             path = Path(entry.path)
             if _TEMPORARY.fullmatch(entry.name):
-                path.unlink(missing_ok=True)
+                _unlink(path)
             elif (name := _NAME.fullmatch(entry.name)) and entry.is_file(follow_symlinks=False):
                 try:
                     found.append(self._header(path, name[1]))
@@ -198,10 +198,7 @@ class Snapshots:
 
     def delete(self, block_id: str) -> None:
         """Delete the file of a block, if there is one."""
-        try:
-            self.path(block_id).unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning("[prompts] %s cannot be deleted: %s", self.path(block_id), error)
+        _unlink(self.path(block_id))
 
     def path(self, block_id: str) -> Path:
         """Where the file of a block is."""
@@ -213,7 +210,7 @@ class Snapshots:
 
     def _drop(self, path: Path, error: Exception) -> None:
         logger.warning("[prompts] %s is not used, and deleted: %s", path, error)
-        path.unlink(missing_ok=True)
+        _unlink(path)
 
 
 class _Damaged(Exception):
@@ -230,6 +227,14 @@ def _locked(folder: Path) -> int:
             f"[prompts] another process keeps its prompts in {folder}; choose another folder."
         ) from None
     return lock
+
+
+def _unlink(path: Path) -> None:
+    """Delete a file, if it is there; a disk that does not let it is warned of."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("[prompts] %s cannot be deleted: %s", path, error)
 
 
 def _split(file: bytes) -> tuple[bytes, bytes]:
