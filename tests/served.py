@@ -44,6 +44,13 @@ class Served:
             assert time.monotonic() < end, self.service.scheduler.describe()
             time.sleep(0.01)
 
+    def wait_for(self, what, count, seconds=30):
+        """Wait until so many requests are "active", "filling" or "queued"."""
+        end = time.monotonic() + seconds
+        while self.service.scheduler.describe()[what] != count:
+            assert time.monotonic() < end, self.service.scheduler.describe()
+            time.sleep(0.01)
+
     def post(self, path, body, **headers):
         """Status and body of a POST."""
         status, _, found = self.request("POST", path, body, headers)

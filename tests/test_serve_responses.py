@@ -10,10 +10,8 @@ from openai.types.responses import Response, ResponseStreamEvent
 from openai.types.responses.input_token_count_params import InputTokenCountParams
 from openai.types.responses.response_create_params import ResponseCreateParamsBase
 from pydantic import BaseModel, Field, TypeAdapter
-from served import served
 from typing_extensions import get_type_hints
 
-from glm_fused import Engine
 from glm_fused.serve.answers import Reasoning, Text, ToolArguments, ToolCallStart
 from glm_fused.serve.errors import ApiError
 from glm_fused.serve.openai_fields import checked
@@ -315,7 +313,8 @@ def test_an_answer_that_is_cut_says_so():
 
 def test_an_answer_that_fails_says_so():
     made = ResponseEvents(HEAD)
-    events = [*made.start(), *made.feed(DELTAS[:2]), *made.fail("an expert cannot be read")]
+    error = ApiError(500, "an expert cannot be read")
+    events = [*made.start(), *made.feed(DELTAS[:2]), *made.fail(error)]
     event = STREAM_EVENT.validate_python(events[-1])
     assert event.type == "response.failed"
     assert event.response.error.message == "an expert cannot be read"
@@ -357,18 +356,6 @@ def test_a_store_forgets_what_was_not_used_for_longest():
 
 
 # OpenAI's client against a server
-
-
-@pytest.fixture(scope="module")
-def engine():
-    with Engine("demo") as engine:
-        yield engine
-
-
-@pytest.fixture(scope="module")
-def server(engine):
-    with served(engine) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from ..validation import show
 
 logger = logging.getLogger("glm_fused.serve")
 
+_READS = "[slots] "  # what errors of reading an expert's weights begin with
 GONE = 499  # of a client that no longer waits for an answer; nobody sees it but the log
 Shape = Callable[["ApiError"], dict[str, Any]]
 
@@ -96,6 +97,10 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(error.status_code, _http_message(error), headers=error.headers)
     if isinstance(error, ClientDisconnect):
         return ApiError(GONE, "The client went away.")
+    if isinstance(error, RuntimeError) and str(error).startswith(_READS):
+        logger.error("a request failed: %s", error)
+        text = "Weights of an expert could not be read; the server's log says which, and why."
+        return ApiError(500, text, code="weights_not_read")
     logger.error("a request failed: %s: %s", type(error).__name__, error, exc_info=error)
     return ApiError(500, "The server failed on this request; its log says why.")
 

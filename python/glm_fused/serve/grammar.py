@@ -12,6 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..foreign import foreign
 from ..generation.batching.requests import Constraint
+from .errors import ApiError
 
 try:
     import llguidance
@@ -84,19 +85,25 @@ class Grammars:
 
 
 class GrammarConstraint:
-    """A text follows a grammar; it may end where the grammar lets it, with any stop token."""
+    """A text follows a grammar; it may end where the grammar lets it, with any stop token.
+
+    The grammar is that of a request, which gets an error (400) where no text can follow it.
+    """
 
     def __init__(self, matcher: llguidance.LLMatcher, vocabulary: int, ends: Iterable[int]):
         self._matcher, self._vocabulary, self._ends = matcher, vocabulary, sorted(ends)
 
     def allowed(self) -> mx.array:
-        """Booleans [vocabulary]; raises ValueError where the grammar is too costly to go on."""
+        """Booleans [vocabulary].
+
+        Raises ApiError where the grammar is too costly to go on, or nothing can follow.
+        """
         mask = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8) != 0
         if self._matcher.is_error():
-            raise ValueError(f"[grammar] {_first_line(self._matcher.get_error())}")
+            raise _fails(_first_line(self._matcher.get_error()))
         mask[self._ends] = self._matcher.is_accepting()
         if not mask.any():
-            raise ValueError("[grammar] no token can follow; the schema admits no such value.")
+            raise _fails("no value that begins so fits")
         return mx.array(mask[: self._vocabulary])
 
     def accept(self, token: int) -> None:
@@ -148,6 +155,11 @@ class AfterThinking:
         else:
             self._constraint.accept(token)
         self._start = None
+
+
+def _fails(why: str) -> ApiError:
+    text = f"The answer cannot go on as its schema, or that of a tool, demands: {why}."
+    return ApiError(400, text, code="schema_failed")
 
 
 def quoted(text: str) -> str:

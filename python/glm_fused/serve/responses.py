@@ -142,7 +142,7 @@ class _Answer:
             async for more in self._all():
                 yield comment("prompt") if more is None else data(more, more["type"])
         except Exception as error:
-            for event in self._events.fail(as_api_error(error).message):
+            for event in self._events.fail(as_api_error(error)):
                 yield data(event, event["type"])
 
     async def _all(self) -> AsyncGenerator[dict[str, Any] | None]:

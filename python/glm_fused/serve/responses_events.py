@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 from .answers import Delta, Reasoning, Text, ToolArguments, ToolCallStart
+from .errors import ApiError
 
 Event = dict[str, Any]
 
@@ -61,10 +62,11 @@ class ResponseEvents:
             self.response["incomplete_details"] = {"reason": incomplete}
         return [*events, self._event(f"response.{status}", response=self.response)]
 
-    def fail(self, message: str) -> list[Event]:
+    def fail(self, error: ApiError) -> list[Event]:
         """The last event of an answer that an error ends."""
-        error = {"code": "server_error", "message": message}
-        self.response.update(status="failed", error=error)
+        code = "invalid_prompt" if error.status < 500 else "server_error"
+        said = {"code": code, "message": error.message}
+        self.response.update(status="failed", error=said)
         return [self._event("response.failed", response=self.response)]
 
     def _events(self, delta: Delta) -> Iterator[Event]:

@@ -78,6 +78,13 @@ class Running:
                 ticket.cancel()
         self._open.clear()
 
+    def fail(self, error: ApiError) -> None:
+        """End what still runs with an error, which comes after the events that are there."""
+        if self._open:
+            for index in self._open:
+                self._tickets[index].cancel()
+            self._events.put_nowait((min(self._open), Failure(error)))
+
     def end(self, index: int) -> None:
         """End one request where it is: its answer is complete."""
         if index in self._open:

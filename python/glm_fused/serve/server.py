@@ -18,6 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .settings import Settings
 
 _HEADER_BYTES = 64 << 10
+_FAREWELL = 2  # seconds in which clients whose requests are ended can read that they are
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -53,7 +54,7 @@ class Server(uvicorn.Server):
     """Runs an application until it is told to end, by ``should_exit`` or a signal.
 
     Then nobody else can connect, and running requests have ``settings.grace`` seconds to end
-    before they are cancelled. A second signal ends the process at once.
+    before each gets an error that says why it ends. A second signal ends the process at once.
 
     Args:
         app: what `create_app` made.
@@ -75,16 +76,24 @@ class Server(uvicorn.Server):
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,
-                timeout_graceful_shutdown=settings.grace,
+                timeout_graceful_shutdown=settings.grace + _FAREWELL,
                 h11_max_incomplete_event_size=_HEADER_BYTES,
             )
         )
-        self._on_start = on_start
+        self._on_start, self._grace, self._service = on_start, settings.grace, app.state.service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start listening."""
         await super().startup(sockets)
         self._on_start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let nobody else connect, and end what still runs after its grace."""
+        timer = asyncio.get_running_loop().call_later(self._grace, self._service.end)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            timer.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End gracefully at the first signal, and at once at the second."""
@@ -92,9 +101,8 @@ class Server(uvicorn.Server):
             os._exit(128 + sig)
         self.should_exit = True
         name = signal.Signals(sig).name
-        grace = self.config.timeout_graceful_shutdown
         print(
-            f"{name}: running requests have {grace} s to end; again to end at once.",
+            f"{name}: running requests have {self._grace} s to end; again to end at once.",
             file=sys.stderr,
         )
 

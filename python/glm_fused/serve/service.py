@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -56,6 +57,7 @@ class Service:
         self.conversation = Conversation(engine.model, engine.tokenizer)
         self.metrics = Metrics(scheduler.describe)
         self.started = int(time.time())
+        self._running, self._ending = weakref.WeakSet[Running](), False
         self._preparers = ThreadPoolExecutor(_PREPARERS, "glm-fused prompts")
 
     def check_model(self, name: str) -> None:
@@ -104,8 +106,11 @@ class Service:
     def start(self, requests: Sequence[GenerationRequest]) -> Running:
         """Have requests generated, all or none; iterate what is returned, or cancel it.
 
-        Raises ApiError: 400 for a prompt that does not fit the model, 429 where too many wait.
+        Raises ApiError: 400 for a prompt that does not fit the model, 429 where too many wait, 503
+        once the server ends.
         """
+        if self._ending:
+            raise _too_late()
         submit, limit = self.activity.submit, self.settings.time_limit
         most = self.settings.max_batch + self.settings.max_queue
         if len(requests) > most:
@@ -118,9 +123,16 @@ class Service:
             raise ApiError(429, text, code="queue_full", headers=wait) from None
         except ValueError as error:
             raise _refused(error) from None
+        self._running.add(running)
         if (line := entry.get()) is not None:
             line.usage = running.usage
         return running
+
+    def end(self) -> None:
+        """Have requests that run, wait or come later fail (503), because the server ends."""
+        self._ending = True
+        for running in list(self._running):
+            running.fail(_too_late())
 
     def close(self) -> None:
         """End the scheduler and what it works on."""
@@ -128,6 +140,10 @@ class Service:
         self._preparers.shutdown(wait=False, cancel_futures=True)
         if self._store is not None:
             self._store.close()
+
+
+def _too_late() -> ApiError:
+    return ApiError(503, "The server is ending.", code="server_ending")
 
 
 def _refused(error: ValueError, param: str | None = None) -> ApiError:

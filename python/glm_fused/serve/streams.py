@@ -10,11 +10,12 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from .errors import GONE, ApiError, as_api_error, shape_of
 from .running import Running
 
+KEEP_ALIVE = 10.0  # seconds without an event, after which clients hear that they are waited for
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # of proxies that hold back
 
 
@@ -35,6 +36,9 @@ def _json(document: object) -> str:
 
 class EventStream(StreamingResponse):
     """Sends server-sent events as they come, and ends what it runs when the client goes away.
+
+    While none comes, as in the queue, a comment every `KEEP_ALIVE` seconds keeps clients and
+    proxies from taking the connection for dead.
 
     Args:
         path: of the request, whose API says how an error looks.
@@ -58,6 +62,30 @@ class EventStream(StreamingResponse):
         finally:
             self._running.cancel()
             await self._events.aclose()
+
+    async def stream_response(self, send: Send) -> None:
+        """Send the response's head, and its events until there are no more."""
+        loop, keeper = asyncio.get_running_loop(), None
+        sent = loop.time()
+
+        async def keep_alive() -> None:
+            while True:
+                await asyncio.sleep(sent + KEEP_ALIVE - loop.time())
+                if loop.time() >= sent + KEEP_ALIVE:
+                    body = comment("waiting").encode()
+                    await noted({"type": "http.response.body", "body": body, "more_body": True})
+
+        async def noted(message: Message) -> None:
+            nonlocal sent, keeper
+            await send(message)
+            sent = loop.time()
+            keeper = keeper or asyncio.ensure_future(keep_alive())
+
+        try:
+            await super().stream_response(noted)
+        finally:
+            if keeper is not None:
+                keeper.cancel()
 
     async def _safely(
         self, path: str, events: AsyncGenerator[str], named: bool
