@@ -1,11 +1,14 @@
 """Changed shaders, run by the real launchers in place of the right ones.
 
-Several changed kernels are compiled into one library, each in a namespace of its own.
+Several changed kernels are compiled into one library, each in a namespace of its own. Of the
+changes of a kernel that a case shows, the first and every third after it run by default, the others
+with -m slow.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
+import pytest
 from metal_backend import COMPILERS, metal, split_instance
 from shader_texts import mlx_arithmetic
 from sim.compiler import compile_library
@@ -21,6 +25,7 @@ from sim.host import Launch, compiled
 from glm_fused.ops import metal_sim
 
 _BATCH = 16
+_EACH = 3  # one of so many changes of a kernel in a case runs by default
 _SHARED = """#include <metal_simdgroup>
 #include <metal_stdlib>
 using namespace metal;
@@ -121,17 +126,27 @@ def _own_text(text: str) -> str:
 class Mutants:
     """Tells mutations from the right shaders."""
 
-    def __init__(self, mutations: list[Mutation]) -> None:
+    def __init__(self, *tables: list[Mutation]) -> None:
+        """`tables` are lists of mutations, of each of which some run by default."""
         self._rights: dict[Any, Right] = {}
         self._libraries: dict[tuple[Mutation, ...], Future[Path]] = {}
-        groups: dict[Any, list[Mutation]] = {}
-        for m in mutations:
-            groups.setdefault((m.case, m.kernel), []).append(m)
-        self._batches = [
-            tuple(group[i : i + _BATCH])
-            for group in groups.values()
-            for i in range(0, len(group), _BATCH)
+        self._slow: set[Mutation] = set()
+        for table in tables:
+            seen = Counter[tuple[Any, str]]()
+            for m in table:
+                if seen[m.case, m.kernel] % _EACH:
+                    self._slow.add(m)
+                seen[m.case, m.kernel] += 1
+        every = [m for table in tables for m in table]
+        # A run that takes one of the two alone compiles nothing of the other.
+        self._series = [
+            _batches([m for m in every if (m in self._slow) == slow]) for slow in (False, True)
         ]
+
+    def params(self, table: list[Mutation]) -> list[Any]:
+        """A table's mutations as pytest's parameters."""
+        slow = pytest.mark.slow
+        return [pytest.param(m, marks=[slow] if m in self._slow else []) for m in table]
 
     def right(self, case: Case) -> Right:
         if case not in self._rights:
@@ -184,23 +199,35 @@ class Mutants:
         return compiler
 
     def _library(self, m: Mutation) -> tuple[tuple[Mutation, ...], Future[Path]]:
-        at = next(i for i, batch in enumerate(self._batches) if m in batch)
-        for batch in self._batches[at : at + 2]:  # the next one is compiled meanwhile
+        series = self._series[m in self._slow]
+        at = next(i for i, batch in enumerate(series) if m in batch)
+        for batch in series[at : at + 2]:  # the next one is compiled meanwhile
             if batch not in self._libraries:
                 text = self._text(batch)
                 made = COMPILERS.submit(compile_library, text, contract=True, trace=True)
                 self._libraries[batch] = made
-        return self._batches[at], self._libraries[self._batches[at]]
+        return series[at], self._libraries[series[at]]
 
     def _text(self, batch: tuple[Mutation, ...]) -> str:
-        instances = self.right(batch[0].case).texts[batch[0].kernel]
-        own = _own_text(split_instance(next(iter(instances.values())))[0])
-        texts = [_SHARED, mlx_arithmetic()]
+        namespaces, instances = [], []
         for i, m in enumerate(batch):
-            texts.append(f"namespace mutant_{i} {{\n{m.apply(own)}\n}}\n")
-        for i in range(len(batch)):
-            texts += [_instance(i, host, text) for host, text in instances.items()]
-        return "".join(texts)
+            right = self.right(m.case).texts[m.kernel]
+            own = _own_text(split_instance(next(iter(right.values())))[0])
+            namespaces.append(f"namespace mutant_{i} {{\n{m.apply(own)}\n}}\n")
+            instances += [_instance(i, host, text) for host, text in right.items()]
+        return "".join([_SHARED, mlx_arithmetic(), *namespaces, *instances])
+
+
+def _batches(mutations: list[Mutation]) -> list[tuple[Mutation, ...]]:
+    """The mutations of each kernel, in parts that make a library each."""
+    kernels: dict[str, list[Mutation]] = {}
+    for m in mutations:
+        kernels.setdefault(m.kernel, []).append(m)
+    return [
+        tuple(group[i : i + _BATCH])
+        for group in kernels.values()
+        for i in range(0, len(group), _BATCH)
+    ]
 
 
 def _instance(i: int, host: str, text: str) -> str:

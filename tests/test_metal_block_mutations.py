@@ -327,6 +327,6 @@ def test_the_shaders_themselves_are_clean(case):
         assert bytes(memoryview(mx.contiguous(a).view(mx.uint8))) in made
 
 
-@pytest.mark.parametrize("changed", MUTATIONS, ids=str)
+@pytest.mark.parametrize("changed", mutants.params(MUTATIONS), ids=str)
 def test_mutation_is_caught(changed):
     assert mutants.caught_by(changed)

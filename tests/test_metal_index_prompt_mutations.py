@@ -120,6 +120,6 @@ def test_the_shader_itself_is_clean(case):
     assert all(launch.report.clean for launch in launches), launches
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
+@pytest.mark.parametrize("mutation", mutants.params(MUTATIONS), ids=str)
 def test_mutation_is_caught(mutation):
     assert mutants.caught_by(mutation)

@@ -270,6 +270,6 @@ def test_the_shader_itself_is_clean(case):
     assert list(launch.outputs.values()) == [bytes(memoryview(y.view(mx.uint8)))]
 
 
-@pytest.mark.parametrize("changed", MUTATIONS, ids=str)
+@pytest.mark.parametrize("changed", mutants.params(MUTATIONS), ids=str)
 def test_mutation_is_caught(changed):
     assert mutants.caught_by(changed)

@@ -156,7 +156,7 @@ MUTATIONS = [
     for name, case, *change in table
 ]
 SAME = [Mutation(name, case, kernel, *change) for kernel, name, case, *change in EQUIVALENT]
-router = Mutants([*MUTATIONS, *SAME])
+router = Mutants(MUTATIONS, SAME)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -168,11 +168,11 @@ def test_the_shader_itself_is_clean(case):
     assert launches[1].outputs == {2: bytes(memoryview(chosen)), 3: bytes(memoryview(shares))}
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
+@pytest.mark.parametrize("mutation", router.params(MUTATIONS), ids=str)
 def test_mutation_is_caught(mutation):
     assert router.caught_by(mutation)
 
 
-@pytest.mark.parametrize("mutation", SAME, ids=str)
+@pytest.mark.parametrize("mutation", router.params(SAME), ids=str)
 def test_equivalent_change_gives_the_same(mutation):
     assert not router.caught_by(mutation)
