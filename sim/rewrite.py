@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from .kernels import POSITIONS, Argument, EntryPoint, FunctionConstant
 from .tokens import SyntaxProblem, TokenStream
 
 _MOST_THREADS = "max_total_threads_per_threadgroup"
+# What is rewritten starts with one of these.
+_REWRITTEN = {"[[", "template", "kernel", "__local", "?", "const", "__private"}
 _SPACES = {"__global": "device", "__local": "threadgroup", "__constant": "constant"}
 _CONSTANT_TYPES = {
     **{t: t for t in ("bool", "char", "uchar", "short", "ushort", "int", "uint", "long", "ulong")},
@@ -45,10 +48,10 @@ class _Rewriter:
 
     def run(self) -> Rewritten:
         s = self.stream
-        self.classes = {s[i + 1] for i in range(len(s)) if s[i] in ("struct", "class")}
+        self.classes = {b for a, b in pairwise(s.texts) if a in ("struct", "class")}
         i = 0
         while i < len(s):
-            i = self.step(i) if s.token(i).own else i + 1
+            i = self.step(i) if s.texts[i] in _REWRITTEN and s.token(i).own else i + 1
         entries = [
             EntryPoint(host, expression, f.arguments, f.passed, _limit(name, expression, f.limited))
             for host, name, expression in self.instances

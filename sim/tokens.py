@@ -16,6 +16,7 @@ _TOKEN = re.compile(
       | (?P<sign>::|->|\[\[|<<=|>>=|<=|>=|==|!=|&&|\|\||[-+*/%&|^]=|\+\+|--|<<|.)""",
     re.M | re.S | re.X,
 )
+_OVER_LINES = ("space", "string", "char")  # the kinds that may hold a newline
 _MARKER = re.compile(r'#\s*(?:line\s+)?(\d+)\s+"((?:[^"\\]|\\.)*)"')
 _CLOSERS = {"(": ")", "[": "]", "{": "}", "[[": "]"}
 
@@ -24,7 +25,7 @@ class SyntaxProblem(ValueError):
     """The text has brackets that do not match, or a construct that is not understood."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Token:
     """One token; `own` is false for text that came from the simulator's own headers."""
 
@@ -40,12 +41,12 @@ def _scan(text: str, foreign: str) -> Iterator[Token]:
     for match in _TOKEN.finditer(text):
         kind, piece = str(match.lastgroup), match.group()
         yield Token(kind, piece, file, line, own)
-        marker = _MARKER.match(piece) if kind == "marker" else None
-        if marker:
+        if kind == "marker" and (marker := _MARKER.match(piece)):
             # The newline that ends the marker counts one line.
             file, line = marker[2], int(marker[1]) - 1
             own = not (foreign and file.startswith(foreign))
-        line += piece.count("\n")
+        if kind in _OVER_LINES:
+            line += piece.count("\n")
 
 
 class TokenStream:
