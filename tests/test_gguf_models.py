@@ -19,8 +19,9 @@ from glm_fused.streaming.options import StreamOptions
 from glm_fused.streaming.pack import pack
 
 CONFIG = tiny_config(
-    hidden_size=256, moe_intermediate_size=256, q_lora_rank=256, kv_lora_rank=256, v_head_dim=64
-)
+    hidden_size=256, moe_intermediate_size=256, q_lora_rank=256, kv_lora_rank=256, v_head_dim=64,
+    num_hidden_layers=3, indexer_types=["full", "shared", "full"],
+)  # fmt: skip
 KINDS = [
     kind.name
     for kind in GGML_TYPES.values()
@@ -37,18 +38,23 @@ def blocks(kind, values, seed):
     return np.array(weight.planes[0])
 
 
-def packed_and_dense(path, config, kind_of, **options):
-    """Two files of the same values: as blocks, where ``kind_of(name)`` says, and as float32."""
-    packed, dense = {}, {}
-    tensors = gguf_tensors(config, dtype="float32", **options)
-    for seed, (name, values) in enumerate(tensors.items()):
+def packed_tensors(config, kind_of, **options):
+    """The tensors of a file: those that may be blocks are of the type ``kind_of(name)``."""
+    packed = {}
+    for seed, (name, values) in enumerate(gguf_tensors(config, dtype="float32", **options).items()):
         kind = kind_of(name)
         columns = gguf.GGML_QUANT_SIZES[kind][0]
         if values.ndim > 1 and not name.endswith(DENSE) and values.shape[-1] % columns == 0:
             packed[name] = blocks(kind, values, seed), kind
-            dense[name] = gguf.quants.dequantize(packed[name][0], kind)
         else:
-            packed[name], dense[name] = (values, Q.F32), values
+            packed[name] = values, Q.F32
+    return packed
+
+
+def packed_and_dense(path, config, kind_of, **options):
+    """Two files of the same values: as blocks, where they may be, and as float32."""
+    packed = packed_tensors(config, kind_of, **options)
+    dense = {name: gguf.quants.dequantize(*tensor) for name, tensor in packed.items()}
     files = path / "packed.gguf", path / "dense.gguf"
     write_gguf(files[0], config, raw=packed)
     write_gguf(files[1], config, dtype="float32", edit=lambda _: dense)
@@ -136,7 +142,8 @@ def test_a_packed_embedding_makes_bfloat16_activations(tmp_path, kind):
 def test_scales_that_are_no_numbers_are_refused(tmp_path, kind):
     """Wherever a block has one; of all bits set every scale is NaN."""
     name = "blk.2.ffn_up_exps.weight"
-    packed, _ = packed_and_dense(tmp_path, CONFIG, lambda name: Q[kind])
+    packed = tmp_path / "packed.gguf"
+    write_gguf(packed, CONFIG, raw=packed_tensors(CONFIG, lambda name: Q[kind]))
     (tensor,) = (t for t in gguf.GGUFReader(packed).tensors if t.name == name)
     size = gguf.GGML_QUANT_SIZES[Q[kind]][1]
     expected = r"layers.2.mlp.switch_mlp.up_proj.weight has a block's scale (nan|255) at \[0, 3, 0"
