@@ -16,6 +16,13 @@ import pytest
 # No test asks the Hugging Face Hub; those that ask one have it on this machine.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+PROCESSORS = os.cpu_count() or 1
+# Of test processes side by side each has its share of the processors: threads that wait for one
+# another spin, and there would be more of them than processors.
+_BESIDE = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _BESIDE > 1:
+    os.environ.setdefault("GLM_FUSED_NUM_THREADS", str(max(1, PROCESSORS // _BESIDE)))
+
 # These ask the simulator itself; the other Metal tests run on a Mac's GPU.
 _SIMULATOR = ("test_sim_*", "test_metal_moe_decode*", "test_metal_router*", "test_metal_mutations*")
 collect_ignore_glob = [] if sys.platform == "linux" else [*_SIMULATOR]
@@ -129,6 +136,17 @@ def rng():
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     return random.Random(seed)
+
+
+@pytest.fixture(scope="module")
+def several_threads():
+    """Kernels share out their work among threads, also where test processes run side by side."""
+    from glm_fused import num_threads, set_num_threads
+
+    before = num_threads()
+    set_num_threads(max(2, PROCESSORS))
+    yield
+    set_num_threads(before)
 
 
 def tiny_config(**overrides):

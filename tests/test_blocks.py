@@ -26,6 +26,8 @@ from glm_fused.models.config import args_from_config
 from glm_fused.models.decoder import Model
 from glm_fused.ops import blocks
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 EACH = [*FORMATS, *OURS, *SMALL_GGUFS]
 ROUTING = dict(top_k=3, n_group=1, topk_group=1, norm_topk_prob=True, routed_scaling_factor=2.5)
 EPS = 1e-5

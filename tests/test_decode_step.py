@@ -28,6 +28,8 @@ from glm_fused.models.config import args_from_config
 from glm_fused.models.decoder import Model
 from glm_fused.ops import paths
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 VOCABULARY = 256
 Decoding = _ext.Decoding
 

@@ -20,6 +20,8 @@ from mlx_lm.models.cache import trim_prompt_cache
 import glm_fused
 from glm_fused import reference_path
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 
 @pytest.fixture(autouse=True)
 def on_a_cpu():

@@ -22,6 +22,8 @@ from glm_fused.checkpoint.paths import bundled_folder
 from glm_fused.models import layers
 from glm_fused.ops import metal_sim, stock
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 NORMS = {"rms_norm": ("weight",), "layer_norm": ("weight", "bias")}
 EPS = 1e-5
 

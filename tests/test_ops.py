@@ -28,7 +28,7 @@ from glm_fused import ops
 
 EACH = [*FORMATS, *OURS, *GGUFS]
 
-pytestmark = pytest.mark.usefixtures("device")
+pytestmark = pytest.mark.usefixtures("device", "several_threads")
 # A GPU runs stock MLX for matrices and prompts, which does not promise what these tests check.
 cpu_only = pytest.mark.parametrize("device", ["cpu"], indirect=True)
 each_format = pytest.mark.parametrize("fmt", EACH, ids=format_id)

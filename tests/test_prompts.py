@@ -10,6 +10,8 @@ from glm_fused import ops
 from glm_fused.formats.weights import Weight
 from glm_fused.loader import load_model
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 LENGTH = 75  # nine panels of eight vectors and some left over, past index_topk
 CHUNKS = [33, 16, 9, 7, 1]
 AFFINE = [{"mode": "affine", "bits": bits, "group_size": 32} for bits in (2, 3, 4, 5, 6, 8)]

@@ -12,6 +12,8 @@ from glm_fused import reference_path
 from glm_fused.loader import load_model
 from glm_fused.streaming.options import StreamOptions
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 TOP_K = 2
 PROMPTS = ([3, 5, 7, 9, 11, 200, 31, 44, 50, 61], [9, 8, 7], list(range(100, 140)), [1])
 STEPS = 10

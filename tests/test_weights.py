@@ -25,6 +25,8 @@ from glm_fused.loader import load, load_model
 from glm_fused.models.config import args_from_config
 from glm_fused.models.sanitize import dequantize_fp8, sanitize, stack
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 MODES = [
     *({"group_size": 64, "bits": bits, "mode": "affine"} for bits in (2, 3, 4, 5, 6, 8)),
     *({"group_size": group, "bits": 4, "mode": "affine"} for group in (32, 128)),

@@ -7,6 +7,8 @@ from tests.adversarial.kinds._gguf import FlashMoeFixture, GgufFixture
 from tests.adversarial.kinds._streamed import Fixture, check
 from tests.adversarial.kinds.threads import together
 
+pytestmark = pytest.mark.usefixtures("several_threads")
+
 
 @pytest.fixture(scope="module", params=[Fixture, GgufFixture, FlashMoeFixture])
 def fixture(request, tmp_path_factory):
