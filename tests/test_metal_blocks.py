@@ -54,6 +54,14 @@ def case_id(value):
 each_case = pytest.mark.parametrize("fmt, dtype, b, length", CASES, ids=case_id)
 
 
+def each_case_with(names, values):
+    """Each case with each of the values; by default each of the few with one of them, in turn."""
+    few = [(*case, *values[i % len(values)]) for i, case in enumerate(FEW)]
+    every = [(*case, *value) for case in [*FEW, *EACH] for value in values]
+    more = [pytest.param(*one, marks=pytest.mark.slow) for one in every if one not in few]
+    return pytest.mark.parametrize(f"fmt, dtype, b, length, {names}", [*few, *more], ids=case_id)
+
+
 def launched(trace, make):
     """What `make` gives on Metal, after a look at its launches: their kernels."""
     with metal(trace=trace):
@@ -83,8 +91,7 @@ def test_mlp_block(fmt, dtype, b, length):
     check(lambda: [blocks.mlp_block(x, norm, weights)], [expected], "project", "project")
 
 
-@each_case
-@pytest.mark.parametrize("shared", [AFFINE4, DENSE, None], ids=str)
+@each_case_with("shared", [(AFFINE4,), (DENSE,), (None,)])
 def test_moe_block(fmt, dtype, b, length, shared):
     layer = Layer(2, fmt, DTYPES[dtype])
     x, norm, router = layer.array(b, length, HIDDEN), layer.norm(HIDDEN), layer.array(7, HIDDEN)
@@ -104,8 +111,7 @@ def test_moe_block(fmt, dtype, b, length, shared):
     )  # fmt: skip
 
 
-@each_case
-@pytest.mark.parametrize("full", ["shared", "full", "scoring"])
+@each_case_with("full", [("shared",), ("full",), ("scoring",)])
 def test_attention_project(fmt, dtype, b, length, full):
     layer = Layer(3, fmt, DTYPES[dtype])
     flags = full != "shared", full == "scoring", length % 2 == 0
@@ -153,8 +159,7 @@ def attention(layer, b, length, total, kv_format, selects, rank=RANK, rope=16):
     ), expected  # fmt: skip
 
 
-@each_case
-@pytest.mark.parametrize("kv_format, selects", [("bf16", False), ("fp8", True)])
+@each_case_with("kv_format, selects", [("bf16", False), ("fp8", True)])
 def test_attend(fmt, dtype, b, length, kv_format, selects):
     layer = Layer(11, fmt, DTYPES[dtype])
     made, expected = attention(layer, b, length, 130, kv_format, selects)

@@ -74,11 +74,13 @@ def traced_case(i, dtype):
     return Case(dtype, gate, up, down, 1 + i % 2, 2, *sizes, 2, rows=2, seed=i % 3)
 
 
-# These are every format with every type.
-TRACED_FORMATS = [
-    traced_case(i, dtype)
+# These are every format with one type each, and with the other types.
+TRACED_FORMATS = [traced_case(i, TYPES[i % 9 // 3]) for i in range(0, len(FORMATS), 3)]
+TRACED_TYPES = [
+    case
     for shift, dtype in enumerate(TYPES)
     for i in range(-shift, len(FORMATS), 3)
+    if (case := traced_case(i, dtype)) not in TRACED_FORMATS
 ]
 # These have GLM's sizes, and the kernels of the first of `shapes`.
 GLM = [
@@ -86,8 +88,8 @@ GLM = [
     for fmt, c in zip(FORMATS, BY_FORMAT[::3], strict=True)
 ]
 DEFAULT = [*BY_FORMAT, *BY_TOKENS, *SMALL]
-# One shape of each format's, in turn.
-SEPARATE = [*(BY_FORMAT[i + i // 3 % 3] for i in range(0, len(BY_FORMAT), 3)), *BY_TOKENS, *SMALL]
+# One shape of every third format's, in turn.
+SEPARATE = [*(BY_FORMAT[i + i // 9 % 3] for i in range(0, len(BY_FORMAT), 9)), *BY_TOKENS, *SMALL]
 SWEEP = [*EVERY_FORMAT, *EVERY_TOKENS]
 
 
@@ -95,7 +97,8 @@ def batches(cases):
     return Batches(lambda case: make_layer_of_bits(case).moe(), cases)
 
 
-default, sweep, traced = batches(DEFAULT), batches(SWEEP), batches([*TRACED, *TRACED_FORMATS])
+default, sweep = batches(DEFAULT), batches(SWEEP)
+traced, traced_types = batches([*TRACED, *TRACED_FORMATS]), batches(TRACED_TYPES)
 mlx_default, mlx_sweep = Libraries([*DEFAULT, *GLM]), Libraries(SWEEP)
 separate, mlx_separate = batches(SEPARATE), Libraries(SEPARATE)
 
@@ -152,8 +155,8 @@ def test_glm_sizes_equal_mlx_chain(case):
     assert_same(y, run_chain(mlx_default, layer, True))
 
 
-def run_traced(layer):
-    return run_fused(layer, compiler=traced.compiler(contract=True, trace=True))
+def run_traced(layer, libraries=traced):
+    return run_fused(layer, compiler=libraries.compiler(contract=True, trace=True))
 
 
 def read_once(report, *weights):
@@ -164,8 +167,18 @@ def read_once(report, *weights):
 
 @pytest.mark.parametrize("case", [*TRACED, *TRACED_FORMATS], ids=case_id)
 def test_clean_and_reads_weights_once(case):
+    check_reads(case, traced)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TRACED_TYPES, ids=case_id)
+def test_every_type_is_clean_and_reads_weights_once(case):
+    check_reads(case, traced_types)
+
+
+def check_reads(case, libraries):
     layer = make_layer(case)
-    y = run_traced(layer)
+    y = run_traced(layer, libraries)
     assert_same(y, run_cpu(layer))
     gate_up, down_sum = layer.reports
     for report in layer.reports:
