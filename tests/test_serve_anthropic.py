@@ -55,6 +55,16 @@ def test_every_published_field_is_known():
     assert {"stream", "temperature", "top_p", "top_k"} <= MessagesBody.model_fields.keys()
 
 
+def test_a_line_for_bills_is_no_part_of_the_prompt():
+    texts = ["x-anthropic-billing-header: cc_version=2.1; cch=1f;", "Be brief."]
+    system = [{"type": "text", "text": text} for text in texts]
+    for given, found in ((system, "Be brief."), (system[1:] + system[:1], "Be brief.")):
+        assert turn_of(body(system=given)).messages[0] == {"role": "system", "content": found}
+    assert [m["role"] for m in turn_of(body(system=system[:1])).messages] == ["user"]
+    kept = turn_of(body(system=f"Of {texts[0]}")).messages[0]["content"]
+    assert kept == f"Of {texts[0]}"  # the control: only what begins with it is left out
+
+
 def test_a_conversation_with_tools_becomes_messages_of_the_chat_template():
     cache = {"cache_control": {"type": "ephemeral"}}
     system = [{"type": "text", "text": "Be brief.", **cache}, {"type": "text", "text": "Be kind."}]

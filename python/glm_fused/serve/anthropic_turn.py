@@ -23,6 +23,10 @@ from .conversation import effort_arguments
 from .errors import ApiError
 from .turn import Message, Turn, unexpected
 
+# Claude Code's system text begins with a line for the service's bills, another in each session:
+# with it no prompt would begin as one of an earlier session did.
+_BILLING = "x-anthropic-billing-header:"
+
 
 def turn_of(body: CountTokensBody) -> Turn:
     """The conversation in the body.
@@ -30,7 +34,7 @@ def turn_of(body: CountTokensBody) -> Turn:
     Raises ApiError (400), naming the field, for what does not fit together.
     """
     messages: list[Message] = []
-    if system := _text(body.system):
+    if system := _text([each for each in body.system if not each.text.startswith(_BILLING)]):
         messages.append({"role": "system", "content": system})
     known = set[str]()
     for i, message in enumerate(body.messages):
