@@ -343,3 +343,16 @@ BAD_TOOLS = [
 def test_what_is_no_tool(tools, message):
     with pytest.raises(ValueError, match=message):
         read_tools(tools)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "opened", "closed"),
+    [
+        ("<|assistant|><think>\n", True, False),
+        ("<|assistant|><think></think>", False, True),
+        ("<think> of me<|assistant|>", False, False),
+        ("", False, False),
+    ],
+)
+def test_where_a_prompt_leaves_its_model(prompt, opened, closed):
+    assert THINK.left_by(prompt) == (opened, closed)

@@ -13,7 +13,7 @@ import pytest
 
 import glm_fused
 from glm_fused.cli import chat_loop, main
-from glm_fused.generation.thinking import Part
+from glm_fused.serve.answers import Reasoning, Text
 
 N = 12  # tokens of an answer
 FIRST, SECOND = "def main(path):\n    ", "import json\n"
@@ -215,12 +215,23 @@ def test_thinking_is_told_from_the_answer(monkeypatch, engine):
     shown = [part for part in screen.shown if part is not None]
     before, _, rest = text.partition(start)
     thought = rest.partition(end)[0]
-    assert "".join(part.text for part in shown if part.thinking).startswith(thought)
+    assert "".join(part.text for part in shown if isinstance(part, Reasoning)).startswith(thought)
     said = chat.messages[-1]
     assert said["reasoning_content"].startswith(thought)
     assert said["content"].startswith(before)
     assert start not in said["content"][: len(before)]
     assert thought
+
+
+def test_a_prompt_may_have_opened_the_thinking(monkeypatch, engine):
+    tokens = engine.encode([{"role": "user", "content": "so [think]\n"}])
+    screen, how = Scripted(FIRST), glm_fused.generation.options.Options(max_tokens=40)
+    for start, kind in (("[think]", Reasoning), ("[other]", Text)):
+        marks = (("has_thinking", True), ("think_start", start), ("think_end", "[/think]"))
+        for name, value in marks:
+            monkeypatch.setattr(type(engine.tokenizer), name, value)
+        parser = chat_loop.Chat(engine, how, screen)._parser(tokens)
+        assert parser.feed_text("well[/think]x") == [kind("well"), Text("x")]
 
 
 # A terminal
@@ -347,7 +358,7 @@ def test_what_a_model_writes_does_not_steer_the_terminal(capsys, monkeypatch):
 
     monkeypatch.setattr("prompt_toolkit.PromptSession", Session)
     screen = Terminal([], None)
-    screen.show(Part(False, "\n\na\x1b]0;title\x07b\rc\x9b2Jd\te [bold]f[/bold] :smile:\n"))
+    screen.show(Text("\n\na\x1b]0;title\x07b\rc\x9b2Jd\te [bold]f[/bold] :smile:\n"))
     screen.end()
     out = capsys.readouterr().out
     assert out == "a␛]0;title␇b␍c�2Jd\te [bold]f[/bold] :smile:\n\n"

@@ -9,7 +9,6 @@ import pytest
 import glm_fused
 from glm_fused.generation.decoding import Stopped
 from glm_fused.generation.kept_cache import KeptCache
-from glm_fused.generation.thinking import Part, ThinkingSplit
 from glm_fused.models.decoder import Model
 
 DRAFTS = [{}, {"draft": 3, "draft_from": "lookup"}, {"draft": 2, "draft_from": "mtp+lookup"}]
@@ -134,38 +133,3 @@ def test_a_cache_of_other_tokens_is_refused_and_would_be_noticed(engine):
     cache, cached = kept.take(tokens)
     other = engine.step(mx.array([tokens[cached:]]), cache)
     assert not mx.array_equal(step[0, -1], other[0, -1])
-
-
-class Tokenizer:
-    has_thinking, think_start, think_end = True, "<think>", "</think>"
-
-    def decode(self, tokens):
-        return "".join(map(chr, tokens))
-
-
-def split(text, prompt, rng=random):
-    """The parts of a text that arrives in pieces, joined where they are of one kind."""
-    found, splitter = [], ThinkingSplit(Tokenizer(), list(map(ord, prompt)))
-    while text:
-        n = rng.randrange(1, 6)
-        found += splitter.feed(text[:n])
-        text = text[n:]
-    found += splitter.rest()
-    joined = []
-    for part in found:
-        if joined and joined[-1].thinking == part.thinking:
-            joined[-1] = Part(part.thinking, joined[-1].text + part.text)
-        else:
-            joined.append(part)
-    return joined
-
-
-def test_thinking():
-    think, say = (lambda text: Part(True, text)), (lambda text: Part(False, text))
-    for _ in range(50):
-        assert split("why</think>so", "<|assistant|><think>\n") == [think("why"), say("so")]
-        assert split("<think>why</think>so", "<|assistant|>") == [think("why"), say("so")]
-        assert split("a < b <thin", "<|assistant|></think>") == [say("a < b <thin")]
-        assert split("a</think>b</think>", "<think>") == [think("a"), say("b</think>")]
-        assert split("it stops </thi", "<think>") == [think("it stops </thi")]
-        assert split("x", "<think> of me<|assistant|>") == [say("x")]

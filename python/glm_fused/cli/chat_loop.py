@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..checkpoint.folder import read_json
 from ..checkpoint.writing import new_file as replacing
@@ -18,8 +18,8 @@ from ..engine import Engine
 from ..generation.decoding import Stopped
 from ..generation.kept_cache import KeptCache
 from ..generation.options import Options
-from ..generation.thinking import ThinkingSplit
 from ..memory import peak_resident_bytes, size
+from ..serve.answers import AnswerParser, Delta, Reasoning, Said, Thinking
 from ..validation import show
 from . import arguments
 from .progress import Progress
@@ -37,6 +37,7 @@ COMMANDS = {
     "/quit": "leave",
 }
 ROLES = ("system", "user", "assistant")
+_TAIL = 16  # tokens at the end of a prompt that may open or end the thinking
 THOUGHT = "reasoning_content"  # as OpenAI's clients and GLM's templates call it
 
 
@@ -135,21 +136,32 @@ class Chat:
         asked = [*self.messages, {"role": "user", "content": text}]
         tokens = self._engine.encode(asked)
         turn = self._turn = Turn(prompt=len(tokens))
-        said: dict[bool, str] = {False: "", True: ""}
+        said, thought = "", ""
         with _stoppable(self._screen.interactive) as stop, contextlib.suppress(Stopped):
             for part in self._parts(tokens, turn, stop):
-                said[part.thinking] += part.text
+                if isinstance(part, Reasoning):
+                    thought += part.text
+                else:
+                    said += part.text
                 self._screen.show(part)
         self._screen.end()
-        if turn.ended == "stopped" and not said[False].strip():
+        if turn.ended == "stopped" and not said.strip():
             self._screen.note("Stopped before an answer; the message is taken back.")
             return
-        thought = {THOUGHT: said[True]} if said[True] else {}
-        self.messages = [*asked, {"role": "assistant", "content": said[False]} | thought]
+        answer = {"role": "assistant", "content": said} | ({THOUGHT: thought} if thought else {})
+        self.messages = [*asked, answer]
 
-    def _parts(self, tokens: list[int], turn: Turn, stop: threading.Event) -> Iterator[Any]:
+    def _parser(self, tokens: list[int]) -> AnswerParser:
+        """Takes apart what follows a prompt of these tokens."""
+        tokenizer = self._engine.tokenizer
+        if (thinking := Thinking.of(tokenizer)) is None:
+            return AnswerParser()
+        opened, closed = thinking.left_by(tokenizer.decode(tokens[-_TAIL:]))
+        return AnswerParser((), thinking, opened=opened, closed=closed)
+
+    def _parts(self, tokens: list[int], turn: Turn, stop: threading.Event) -> Iterator[Said]:
         """The parts of an answer as they come; ``turn`` counts, ``stop`` ends it."""
-        split = ThinkingSplit(self._engine.tokenizer, tokens)
+        parser = self._parser(tokens)
         room = self._engine.context - len(tokens)
         how = replace(self._how, max_tokens=min(self._how.max_tokens or room, room))
         began, begun = time.perf_counter(), False
@@ -172,8 +184,8 @@ class Chat:
             pieces = self._engine.stream(tokens, how, on_progress=on_progress, caches=self._kept)
             for piece in pieces:
                 turn.ended = piece.finish_reason or turn.ended
-                yield from split.feed(piece.text)
-            yield from split.rest()
+                yield from _said(parser.feed_text(piece.text))
+            yield from _said(parser.finish())
 
     def reset(self) -> None:
         """Forget all messages but the system's."""
@@ -227,6 +239,11 @@ class Chat:
             rate = stats["hit_rate"] or 0.0
             lines.append(f"experts     hit rate {rate:.3f}, {size(stats['bytes'])} read")
         self._screen.note("\n".join(lines))
+
+
+def _said(deltas: list[Delta]) -> Iterator[Said]:
+    """All that an answer has where there are no tools."""
+    return (delta for delta in deltas if isinstance(delta, Said))
 
 
 def read_messages(file: Path) -> list[dict[str, str]]:

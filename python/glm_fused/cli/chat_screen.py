@@ -6,12 +6,10 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from ..serve.answers import Reasoning, Said
 from .output import write
-
-if TYPE_CHECKING:
-    from ..generation.thinking import Part
 
 # What a model writes must not move the cursor or set the terminal's title.
 _HARMLESS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
@@ -27,7 +25,7 @@ class Screen(Protocol):
         """The messages, one after the other, of one line or several."""
         ...
 
-    def show(self, part: Part) -> None:
+    def show(self, part: Said) -> None:
         """Show a piece of an answer."""
         ...
 
@@ -66,8 +64,8 @@ class Pipe:
         if lines:
             yield "\n".join(lines)
 
-    def show(self, part: Part) -> None:
-        if not part.thinking:
+    def show(self, part: Said) -> None:
+        if not isinstance(part, Reasoning):
             write(part.text)
 
     def end(self) -> None:
@@ -130,14 +128,15 @@ class Terminal:
             asked = False
             yield text
 
-    def show(self, part: Part) -> None:
-        if self._thinking and not part.thinking:
+    def show(self, part: Said) -> None:
+        thinking = isinstance(part, Reasoning)
+        if self._thinking and not thinking:
             write("\n\n")
-        self._thinking = part.thinking
+        self._thinking = thinking
         text = part.text.lstrip("\n") if self._at_start else part.text
         self._at_start = self._at_start and not text
         text = text.translate(_HARMLESS)
-        write(self._dim.render(text) if part.thinking else text)
+        write(self._dim.render(text) if thinking else text)
 
     def end(self) -> None:
         write("\n")

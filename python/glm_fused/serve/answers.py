@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
 
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
 from ..generation.batching.requests import GeneratedToken
 from .arguments import ArgumentWriter
 from .tools import CALL, CALL_END, KEY, KEY_END, VALUE, VALUE_END, Tool
@@ -44,7 +46,8 @@ class ToolArguments:
     json_piece: str
 
 
-Delta = Reasoning | Text | ToolCallStart | ToolArguments
+Said = Reasoning | Text
+Delta = Said | ToolCallStart | ToolArguments
 
 
 class Thinking(NamedTuple):
@@ -52,6 +55,18 @@ class Thinking(NamedTuple):
 
     start: str
     end: str
+
+    @classmethod
+    def of(cls, tokenizer: TokenizerWrapper) -> Thinking | None:
+        """Those that a tokenizer knows; None where its model does not think."""
+        if not tokenizer.has_thinking:
+            return None
+        return cls(tokenizer.think_start, tokenizer.think_end)
+
+    def left_by(self, prompt: str) -> tuple[bool, bool]:
+        """Whether a prompt ends within thinking, and whether it ends with the end of thinking."""
+        end = prompt.rstrip()
+        return end.endswith(self.start), end.endswith(self.end)
 
 
 class _State(Enum):

@@ -59,9 +59,7 @@ class Conversation:
     def __init__(self, model: Model, tokenizer: TokenizerWrapper):
         self._model, self._tokenizer = model, tokenizer
         self._grammars = Grammars(tokenizer, model.args.vocab_size)
-        self._thinking = (
-            Thinking(tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
-        )
+        self._thinking = Thinking.of(tokenizer)
         apply = tokenizer._tokenizer.apply_chat_template
         self._reserved = _RESERVED | set(inspect.signature(apply).parameters)
 
@@ -141,8 +139,7 @@ class Conversation:
             return _Prompt(text, False, False)
         if arguments.get("enable_thinking") is False and text.endswith(self._thinking.start):
             text += self._thinking.end  # templates of GLM-5.3 have no argument for it
-        end = text.rstrip()
-        return _Prompt(text, end.endswith(self._thinking.start), end.endswith(self._thinking.end))
+        return _Prompt(text, *self._thinking.left_by(text))
 
     def _constraint(self, grammar: str, prompt: _Prompt, may_think: bool) -> Constraint:
         constraint = self._grammars.compile(grammar, "[grammar] what the answer has to be")
