@@ -1,5 +1,6 @@
 """The command ``glm-fused serve``: its options, how it starts, and how it ends."""
 
+import argparse
 import contextlib
 import http.client
 import importlib.util
@@ -15,7 +16,7 @@ import time
 
 import pytest
 
-from glm_fused.cli import main
+from glm_fused.cli import main, serve
 
 CHAT = "/v1/chat/completions"
 BODY = {"model": "demo", "messages": [{"role": "user", "content": "def f(x):\n"}]}
@@ -48,6 +49,25 @@ def fails(capsys, *args):
 def test_options_that_do_not_fit(capsys, monkeypatch, args, message):
     monkeypatch.delenv("GLM_FUSED_API_KEY", raising=False)
     assert message in fails(capsys, *args)
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "names"),
+    [
+        ("demo", [], ("demo",)),
+        ("some/folder/glm-5.2", [], ("glm-5.2",)),  # which exists
+        ("zai-org/GLM-5.2", [], ("GLM-5.2", "zai-org/GLM-5.2")),
+        ("zai-org/GLM-5.2@v1:UD-Q4", [], ("GLM-5.2", "zai-org/GLM-5.2")),
+        ("zai-org/GLM-5.2", ["--name", "a", "--name", "b"], ("a", "b")),
+    ],
+)
+def test_what_clients_may_call_the_model(tmp_path, monkeypatch, model, given, names):
+    (tmp_path / "some" / "folder" / "glm-5.2").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    options = parser.parse_args(["--model", model, *given])
+    assert serve._settings(options).names == names
 
 
 def test_an_address_that_is_taken_is_known_before_the_model_loads(capsys, monkeypatch):

@@ -36,7 +36,8 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, type=arguments.path, metavar="PATH", help=MODEL)
-    help = "what requests call the model (may be given more than once; default: PATH's last part)"
+    help = "what requests call the model (may be given more than once; default: the last part of"
+    help += " PATH, or of the Hub's model NAME and ORG/NAME)"
     add("--name", type=arguments.words, action="append", metavar="NAME", help=help)
     help = "of an answer whose request does not say (default: as many as the context has room for)"
     add("--max-tokens", type=arguments.integer(1, 2**31 - 1), metavar="N", help=help)
@@ -139,7 +140,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     if options.max_body is not None:
         given["max_body_bytes"] = parsed_size("--max-body", options.max_body)
     settings = Settings(
-        names=tuple(options.name or [Path(options.model).resolve().name]),
+        names=_names(options),
         api_key=_key(options),
         prompt_cache_dir=options.prompt_cache_dir,
         allowed_hosts=tuple(options.allowed_host or ()),
@@ -152,6 +153,17 @@ def _settings(options: argparse.Namespace) -> Settings:
             " or --no-api-key, which lets everybody in."
         )
     return settings
+
+
+def _names(options: argparse.Namespace) -> tuple[str, ...]:
+    """What clients may call the model."""
+    from ..checkpoint.hub_names import hub_name
+
+    if options.name:
+        return tuple(options.name)
+    if (found := hub_name(options.model)) is not None:  # whatever its revision and variant
+        return found.repository.partition("/")[2], found.repository
+    return (Path(options.model).resolve().name,)
 
 
 def _key(options: argparse.Namespace) -> str | None:
