@@ -242,11 +242,10 @@ class Engine:
         ValueError, naming what differs, for a folder of another model or format, or one that
         another process has, and OSError where the checkpoint or folder cannot be read.
         """
-        model, model_id = self.model, None
-        limit_bytes = self.options.prompt_cache_bytes if limit_bytes is None else limit_bytes
-        if folder is not None and self._opened is not None:
-            model_id = checkpoint_id(self._opened.checkpoint)
-        return PromptStore(model, limit_bytes, folder, model_id=model_id, disk_bytes=disk_bytes)
+        limit = self.options.prompt_cache_bytes if limit_bytes is None else limit_bytes
+        opened = None if folder is None else self._opened
+        model_id = None if opened is None else checkpoint_id(opened.checkpoint)
+        return PromptStore(self.model, limit, folder, model_id=model_id, disk_bytes=disk_bytes)
 
     def step(self, tokens: mx.array, cache: Sequence[Any] | None = None) -> mx.array:
         """Run one forward of the model, on the current path.
@@ -264,10 +263,9 @@ class Engine:
             RuntimeError: when the result is evaluated on the CPU, a token that was not evaluated
                 yet is outside the vocabulary; an expert cannot be read.
         """
-        model = self.model
-        if model.context < model.args.max_position_embeddings:  # else the model itself refuses
+        if self.context < self.model.args.max_position_embeddings:  # else the model itself refuses
             self._check_room(tokens, cache)
-        logits: mx.array = model(tokens, cache)
+        logits: mx.array = self.model(tokens, cache)
         return logits
 
     def _check_room(self, tokens: mx.array, cache: Sequence[Any] | None) -> None:
