@@ -18,7 +18,6 @@ from glm_fused.serve.answers import Reasoning, Text, ToolArguments, ToolCallStar
 from glm_fused.serve.anthropic_events import MessageEvents, usage
 from glm_fused.serve.anthropic_requests import CountTokensBody, MessagesBody
 from glm_fused.serve.anthropic_turn import check_messages, options_of, shows_thinking, turn_of
-from glm_fused.serve.errors import ApiError
 from glm_fused.serve.openai_fields import checked
 
 CODE = "def fibonacci(n):\n"
@@ -187,61 +186,6 @@ def test_options_and_the_form_of_the_answer():
     for fields in ({"output_config": {"format": form}}, {"output_format": form}):
         format = turn_of(body(**fields)).response_format
         assert format == {"type": "json_schema", "json_schema": expected}
-
-
-def user(*blocks):
-    return [{"role": "user", "content": list(blocks)}]
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [
-        ({"messages": "hi"}, "messages"),
-        ({"messages": []}, "messages"),
-        ({"messages": ["hi"]}, "messages[0]"),
-        ({"messages": [{"content": "hi"}]}, "messages[0]"),
-        ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0]"),
-        ({"messages": [{"role": "user"}]}, "messages[0].content"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
-        ({"messages": user("x")}, "messages[0].content[0]"),
-        ({"messages": user({"type": "text"})}, "messages[0].content[0].text"),
-        ({"messages": user({"type": "text", "text": 5})}, "messages[0].content[0].text"),
-        ({"messages": user({"type": "image", "source": {}})}, "messages[0].content[0]"),
-        ({"messages": user({"type": "tool_use"})}, "messages[0].content[0]"),
-        (
-            {"messages": user({"type": "tool_result", "tool_use_id": "t9"})},
-            "messages[0].content[0].tool_use_id",
-        ),
-        ({"messages": [*HELLO, {"role": "assistant", "content": "{"}]}, "messages[1].role"),
-        ({"max_tokens": 0}, "max_tokens"),
-        ({"max_tokens": "16"}, "max_tokens"),
-        ({"max_tokens": True}, "max_tokens"),
-        ({"model": None}, "model"),
-        ({"system": 5}, "system"),
-        ({"system": [{"type": "image"}]}, "system[0].type"),
-        ({"temperature": -1}, "temperature"),
-        ({"top_p": 0}, "top_p"),
-        ({"top_k": 1.5}, "top_k"),
-        ({"stop_sequences": ["x", ""]}, "stop_sequences[1]"),
-        ({"stop_sequences": "x"}, "stop_sequences"),
-        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0].type"),
-        ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
-        ({"tools": [WEATHER], "tool_choice": {"type": "tool", "name": "f"}}, "tool_choice.name"),
-        ({"tool_choice": {"type": "any"}}, "tool_choice"),
-        ({"thinking": {"type": "deep"}}, "thinking.type"),
-        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
-        ({"mcp_servers": [{"url": "https://a.example"}]}, "mcp_servers"),
-        ({"container": "c"}, "container"),
-        ({"thread": {"type": "create"}}, "thread"),
-        ({"temprature": 1}, "temprature"),
-    ],
-)
-def test_what_does_not_fit_is_an_error_that_names_the_field(fields, param):
-    with pytest.raises(ApiError) as caught:
-        turn_of(body(**fields))
-    assert (caught.value.status, caught.value.param) == (400, param)
-    assert caught.value.message.startswith(f"{param}: ")
-    turn_of(body())  # which fits
 
 
 # What a message looks like
@@ -508,7 +452,7 @@ def check_light(given):
     assert given.keys() <= {"room", "level", "on"}
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in (1, 2))])
 def test_a_tool_that_has_to_be_called_is(client, seed):
     choice = {"type": "tool", "name": "set_light", "disable_parallel_tool_use": True}
     fields = asked(max_tokens=200, tools=[STOP, LIGHT], tool_choice=choice)
