@@ -37,7 +37,7 @@ class Served:
             found = json.loads(found)
         return response.status, response.headers, found
 
-    def idle(self, seconds=30):
+    def idle(self, seconds=300):
         """Wait until nothing is generated any more."""
         end = time.monotonic() + seconds
         while any(self.service.scheduler.describe().get(n) for n in BUSY):

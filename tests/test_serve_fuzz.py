@@ -13,6 +13,10 @@ from served import served
 from glm_fused.serve.openai_answer import ChatAnswer
 
 WORKERS = 6
+# A request that takes longer than time_limit has status 504, which is a fault; in it there is time
+# for all that a machine may do meanwhile.
+LIMITS = {"timeout": 2, "time_limit": 300, "max_body_bytes": 60_000, "max_tokens": 12}
+PATIENCE = 2 * LIMITS["time_limit"]  # seconds, of clients
 CHATS = ["/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens"]
 PATHS = [*CHATS, "/v1/chat/completions", "/v1/completions", "/v1/completions", "/v1/responses"]
 OTHERS = [
@@ -28,7 +32,7 @@ OTHERS = [
     "/%00",
 ]
 TEXTS = [
-    "hi", "", "def f(x):\n", "\0", "é😀" * 9, "\u202e\ufeff", "\ud800", "<|user|>", "x" * 5000,
+    "hi", "", "def f(x):\n", "\0", "é😀" * 9, "\u202e\ufeff", "\ud800", "<|user|>", "x" * 2000,
     "{{ 7 * 7 }}{% for %}", "null", "../../etc/passwd", "a\r\nb: c", "[gMASK]<sop>",
 ]  # fmt: skip
 VALUES = [
@@ -121,39 +125,46 @@ def talk(port, draw):
     method = "POST" if path in PATHS else draw.choice(["GET", "POST", "HEAD", "PUT", "\x01"])
     raw = draw.raw(draw.body(path)) if method == "POST" else b""
     request = draw.head(method, path, len(raw)) + raw
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
+        try:
+            return exchange(client, request, draw)
+        except ConnectionError:
+            # Whoever takes too long is let go, which a machine with other work may be why.
+            assert time.monotonic() - began > LIMITS["timeout"], request[:300]
+            return None
+
+
+def exchange(client, request, draw):
+    """As `talk`, on a connection that is there."""
     way = draw.random()
-    with socket.create_connection(("127.0.0.1", port), 60) as client:
-        if way < 0.08:  # vanishes while it sends
-            client.sendall(request[: draw.randrange(len(request))])
-            return None
-        if way < 0.16:  # is slow
-            middle = draw.randrange(len(request))
-            client.sendall(request[:middle])
-            time.sleep(0.02)
-            client.sendall(request[middle:])
-        else:
-            client.sendall(request)
-        if way > 0.92:  # vanishes before, or while, the answer comes
-            time.sleep(draw.choice([0, 0.01, 0.05]))
-            if draw.random() < 0.5:
-                client.recv(50)
-            return None
-        client.shutdown(socket.SHUT_WR) if draw.random() < 0.02 else None
-        return read(client, raw)
+    if way < 0.08:  # vanishes while it sends
+        client.sendall(request[: draw.randrange(len(request))])
+        return None
+    if way < 0.16:  # is slow
+        middle = draw.randrange(len(request))
+        client.sendall(request[:middle])
+        time.sleep(0.02)
+        client.sendall(request[middle:])
+    else:
+        client.sendall(request)
+    if way > 0.92:  # vanishes before, or while, the answer comes
+        time.sleep(draw.choice([0, 0.01, 0.05]))
+        if draw.random() < 0.5:
+            client.recv(50)
+        return None
+    if draw.random() < 0.02:
+        with contextlib.suppress(OSError):  # of a connection that is closed already
+            client.shutdown(socket.SHUT_WR)
+    return read(client)
 
 
-def read(client, raw):
+def read(client):
     """The status of an answer, which is read whole."""
-    found, client_timeout = b"", time.monotonic() + 60
-    client.settimeout(5)
+    found = b""
     with contextlib.suppress(ConnectionResetError):
         while b"\r\n\r\n" not in found or not complete(found):
-            try:
-                piece = client.recv(65536)
-            except TimeoutError:
-                # A wrong Content-Length has the server wait for a body that does not come.
-                assert time.monotonic() < client_timeout, (raw, found)
-                continue
+            piece = client.recv(65536)
             if not piece:
                 break
             found += piece
@@ -202,9 +213,6 @@ def check(server, found):
     assert status == 200 and answer["usage"]["completion_tokens"] == 3
 
 
-LIMITS = {"timeout": 2, "max_body_bytes": 60_000, "max_tokens": 12}
-
-
 def test_three_hundred_requests_by_chance(engine):
     with served(engine, **LIMITS) as server:
         found = attack(server, range(300))
@@ -213,11 +221,17 @@ def test_three_hundred_requests_by_chance(engine):
     assert statuses.count(200) > 30 and statuses.count(400) > 60  # they reach what they attack
 
 
-@pytest.mark.slow
-def test_ten_thousand_requests_by_chance(engine):
+@pytest.fixture(scope="module")
+def attacked(engine):
+    """One server for all of the slow requests."""
     with served(engine, **LIMITS) as server:
-        for first in range(1000, 11_000, 1000):
-            check(server, attack(server, range(first, first + 1000)))
+        yield server
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1000, 11_000, 500))
+def test_ten_thousand_requests_by_chance(attacked, first):
+    check(attacked, attack(attacked, range(first, first + 500)))
 
 
 def test_a_fault_of_the_server_is_found(engine, monkeypatch):
@@ -226,4 +240,4 @@ def test_a_fault_of_the_server_is_found(engine, monkeypatch):
 
     monkeypatch.setattr(ChatAnswer, "feed", broken)
     with served(engine, **LIMITS) as server, pytest.raises(AssertionError):
-        check(server, attack(server, range(150)))
+        check(server, attack(server, range(60)))
