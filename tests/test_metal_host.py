@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import numpy as np
@@ -248,6 +249,18 @@ def test_launches_that_are_not_run_are_noted():
     assert [launch.kernel for launch in launches] == asked
     assert [launch.groups for launch in launches] == [(16, 6, 1), (64, 1, 1)]
     assert all(launch.report is None for launch in launches)
+
+
+def test_every_thread_reaches_the_kernels():
+    """MLX lets no thread use the stream of another."""
+
+    def both():
+        arguments = layer(("affine", 4, 64))
+        return on_both(lambda: ops.moe_decode(*arguments))
+
+    with ThreadPoolExecutor(1) as other:
+        assert_same_bits(*other.submit(both).result())
+    assert_same_bits(*both())
 
 
 @simulated_only

@@ -63,9 +63,11 @@ class OnMetal : public mx::Primitive {
   std::shared_ptr<mx::Primitive> inner_;
 };
 
+// The one of the calling thread, as only a stream's own thread may use it.
 mx::Stream simulated_stream() {
-  static const mx::Stream stream = mx::new_stream(mx::Device::cpu);
-  return stream;
+  static const mx::ThreadLocalStream streams =
+      mx::new_thread_local_stream(mx::Device::cpu);
+  return mx::stream_from_thread_local_stream(streams);
 }
 
 using Size = std::tuple<uint32_t, uint32_t, uint32_t>;
