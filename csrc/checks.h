@@ -63,7 +63,7 @@ inline void check_shape(
 
 // Checks that every slot is from 0 to count - 1. The slots must be evaluated
 // and contiguous.
-void check_slots(const mx::array& slots, int count);
+void check_slots(const std::string& op, const mx::array& slots, int count);
 
 // Checks that the product of `factors`, which are not negative, fits an int, in
 // which counts are kept. `what` says what is counted.

@@ -69,6 +69,16 @@ mx::array moe_decode(
     const std::shared_ptr<Arrivals>& arrivals = nullptr,
     mx::StreamOrDevice s = {});
 
+// Returns [t, top_k, n]: y[t, i] = W[slots[t, i]] x[t], rounded as in
+// moe_decode. W is [slots, n, k], x [t, k], or [t, top_k, k] with a vector for
+// each choice.
+mx::array expert_matvec(
+    const mx::array& x,
+    const Weight& w,
+    const mx::array& slots,
+    bool reference,
+    mx::StreamOrDevice s = {});
+
 // These are the steps of moe_decode that MLX has no op for, rounded as there:
 // with gather_qmm they are its unfused chain on a GPU.
 mx::array

@@ -46,6 +46,31 @@ class QuantizedMatvec : public FusedPrimitive {
   Format format_;
 };
 
+// inputs: x [t, k] or [t, top_k, k], slots [t, top_k], the weight's arrays.
+// output: [t, top_k, n]. It has no gradient.
+class ExpertMatvec : public FusedPrimitive {
+ public:
+  static constexpr const char* name_of_op = "expert_matvec";
+  ExpertMatvec(
+      mx::Stream stream,
+      bool reference,
+      Format format,
+      bool known_slots)
+      : FusedPrimitive(stream, reference),
+        format_(format),
+        known_slots_(known_slots) {}
+  void eval_cpu(
+      const std::vector<mx::array>& inputs,
+      std::vector<mx::array>& outputs) override;
+  const char* name() const override {
+    return "ExpertMatvec";
+  }
+
+ private:
+  Format format_;
+  bool known_slots_;  // whether all slots are known to exist; else it checks
+};
+
 // inputs: x [t, hidden], slots [t, top_k], scores [t, top_k], then the arrays
 // of gate, up and down. output: [t, hidden].
 class MoeDecode : public FusedPrimitive {

@@ -38,6 +38,12 @@ def matvec(mode, heads, tokens, n, k, **how):
     return flat, ops.quantized_matvec(view(heads, tokens, k), weight(mode, heads, n, k), **how)
 
 
+def expert_matvec(mode, tokens, top_k, bank, n, k, **how):
+    slots, w = view(tokens, top_k, dtype=mx.int32), weight(mode, bank, n, k)
+    shared = ops.expert_matvec(view(tokens, k), w, slots, **how)
+    return shared, ops.expert_matvec(view(tokens, top_k, k), w, slots, **how)
+
+
 def router(tokens, hidden, experts, top_k, n_group, topk_group, **how):
     counts = {"top_k": top_k, "n_group": n_group, "topk_group": topk_group}
     return ops.router_topk(
@@ -70,6 +76,7 @@ def rotate(batch, heads, length, columns, pairs, **how):
 
 GRIDS = {
     moe: (("dense", "mxfp4"), (0, 1, 3), (0, 2), (0, 2), (0, 64), (0, 64)),
+    expert_matvec: (("dense", "mxfp4"), (0, 1, 3), (0, 2), (0, 2), (0, 8), (0, 64)),
     matvec: (("dense", "mxfp4"), (0, 2), (0, 1, 3), (0, 8), (0, 64)),
     router: ((0, 3), (0, 64), (0, 1, 8), (-1, 0, 2, HUGE), (-1, 0, 2, HUGE), (-1, 0, 1, HUGE)),
     indexer: ((0, 1), (0, 2), (0, 2), (0, 64), (0, 1, 5), (-1, 0, 1, 9)),

@@ -253,6 +253,80 @@ def test_moe_is_close_to_float64(dtype):
 
 
 @cpu_only
+@each_dtype
+@each_format
+@pytest.mark.parametrize("tokens", [1, 5, 600])
+def test_moe_is_its_projections_one_by_one(fmt, dtype, tokens):
+    """600 tokens are taken in two chunks."""
+    rng = np.random.default_rng([tokens, EACH.index(fmt)])
+    hidden, intermediate = (whole_groups(fmt, n) for n in ((64, 32) if tokens > 5 else (512, 72)))
+    args = moe_inputs(rng, tokens, 3, 6, hidden, intermediate, [fmt] * 3, dtype)
+    x, gate, up, down, slots, scores = args
+
+    def chain(**how):
+        gates, ups = (ops.expert_matvec(x, weight, slots, **how) for weight in (gate, up))
+        y = ops.expert_matvec(ops.swiglu(gates, ups), down, slots, **how)
+        return ops.expert_sum(y, scores)
+
+    one_by_one = chain(reference=False)
+    mx.eval(one_by_one)
+    assert not mx.isnan(one_by_one).any().item()
+    assert_same_bits(one_by_one, ops.moe_decode(*args))
+    if tokens <= 5:
+        assert_same_bits(one_by_one, chain(reference=True))
+
+
+@cpu_only
+@each_format
+def test_rows_of_experts_do_not_depend_on_the_others(fmt):
+    rng = np.random.default_rng(EACH.index(fmt))
+    w = random_weight(rng, (4, 256, whole_groups(fmt, 512)), fmt)
+    x = random_array(rng, (3, 2, whole_groups(fmt, 512)), mx.bfloat16)
+    slots = mx.array([[1, 3], [0, 1], [1, 1]], dtype=mx.uint32)
+    planes = [
+        plane if spec.per_matrix else plane[:, 128 // spec.rows :]
+        for spec, plane in zip(w.format.planes, w.planes, strict=True)
+    ]
+    assert_same_bits(
+        ops.expert_matvec(x, w._replace(planes=planes), slots),
+        ops.expert_matvec(x, w, slots)[..., 128:],
+    )
+
+
+@cpu_only
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slots": mx.zeros((3,), mx.int32)}, r"slots must be \[tokens, top_k\]"),
+        ({"slots": mx.zeros((3, 0), mx.int32)}, r"slots must be \[tokens, top_k\]"),
+        ({"slots": mx.zeros((3, 2))}, "slots must be int32 or uint32 but is float32"),
+        ({"slots": mx.array([[0, 1], [1, 0], [0, 2]])}, r"slots\[2, 1\] must be in \[0, 2\)"),
+        ({"x": mx.zeros((2, 64))}, r"x must be \[3, k\] or \[3, 2, k\] but has shape \(2,64\)"),
+        ({"x": mx.zeros((3, 1, 64))}, r"x must be \[3, k\] or \[3, 2, k\]"),
+        ({"x": mx.zeros((3, 32))}, r"\[expert_matvec\] w"),
+        ({"w": ops.Weight.dense(mx.zeros((8, 64)))}, r"\[expert_matvec\] w"),
+        ({"w": ops.Weight.dense(mx.zeros((0, 8, 64)))}, "at least one slot"),
+    ],
+)
+def test_expert_matvec_refuses(change, message):
+    args = {
+        "x": mx.zeros((3, 64)),
+        "w": ops.Weight.dense(mx.zeros((2, 8, 64))),
+        "slots": mx.zeros((3, 2), mx.int32),
+    }
+    with pytest.raises(ValueError, match=message):
+        ops.expert_matvec(**args | change)
+
+
+@cpu_only
+def test_expert_matvec_refuses_slots_that_are_computed_later():
+    w, slots = ops.Weight.dense(mx.zeros((2, 8, 64))), mx.array([[0], [1]]) + 1
+    y = ops.expert_matvec(mx.zeros((2, 64)), w, slots)
+    with pytest.raises(ValueError, match=r"\[expert_matvec\] slots\[1, 0\] must be in \[0, 2\)"):
+        mx.eval(y)
+
+
+@cpu_only
 def test_moe_tokens_do_not_depend_on_each_other():
     rng = np.random.default_rng(9)
     x, *weights, slots, scores = moe_inputs(

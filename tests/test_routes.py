@@ -18,6 +18,7 @@ from glm_fused.selftest.cases import cases
 SIZES = {"moe_decode": (1, 8), "router_topk": (256,), "sparse_mla_decode": (2048,)}
 TABLE = {  # fused on a CPU and a GPU, reference on a CPU and a GPU
     "quantized_matvec": ("cpu", "mlx", "loops", "mlx"),
+    "expert_matvec": ("cpu", "mlx", "loops", "mlx"),
     "moe_decode": ("cpu", "metal", "loops", "mlx"),
     "router_topk": ("cpu", "metal", "loops", "loops"),
     "rms_norm": ("cpu", "metal", "loops", "loops"),
@@ -176,5 +177,5 @@ def test_the_simulator_takes_what_a_gpu_takes():
     with metal_sim.simulated():
         for op in TABLE:
             kernel = choose(op, *SIZES.get(op, ())).kernel
-            assert kernel is (Kernel.cpu if op == "quantized_matvec" else Kernel.metal)
+            assert kernel is (Kernel.cpu if op in routes._MATRICES else Kernel.metal)
     assert GPU or choose("moe_decode", 1, 8).kernel is Kernel.cpu

@@ -81,6 +81,21 @@ void bind_ops(nb::module_& m) {
       "kernel"_a,
       "stream"_a.none());
   m.def(
+      "expert_matvec",
+      [](const mx::array& x,
+         const WeightTuple& w,
+         const mx::array& slots,
+         Kernel kernel,
+         const mx::StreamOrDevice& stream) {
+        return expert_matvec(
+            x, weight(w), slots, is_reference(kernel), on(kernel, stream));
+      },
+      "x"_a,
+      "w"_a,
+      "slots"_a,
+      "kernel"_a,
+      "stream"_a.none());
+  m.def(
       "swiglu",
       [](const mx::array& gate,
          const mx::array& up,

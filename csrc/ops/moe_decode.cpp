@@ -11,12 +11,12 @@ namespace glm_fused {
 namespace {
 
 template <class T>
-void check_slots_of(const mx::array& slots, int count) {
+void check_slots_of(const std::string& op, const mx::array& slots, int count) {
   const T* slot = slots.data<T>();
   for (size_t i = 0; i < slots.size(); i++) {
     if (std::cmp_less(slot[i], 0) || std::cmp_greater_equal(slot[i], count)) {
       invalid(
-          "moe_decode",
+          op,
           "slots[",
           i / slots.shape(1),
           ", ",
@@ -38,18 +38,18 @@ bool check_now(const mx::array& slots, int count, bool arrive) {
   }
   const bool readable = is_readable(slots);
   if (readable) {
-    check_slots(slots, count);
+    check_slots("moe_decode", slots, count);
   }
   return readable;
 }
 
 }  // namespace
 
-void check_slots(const mx::array& slots, int count) {
+void check_slots(const std::string& op, const mx::array& slots, int count) {
   if (slots.dtype() == mx::int32) {
-    check_slots_of<int32_t>(slots, count);
+    check_slots_of<int32_t>(op, slots, count);
   } else {
-    check_slots_of<uint32_t>(slots, count);
+    check_slots_of<uint32_t>(op, slots, count);
   }
 }
 

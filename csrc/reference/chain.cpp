@@ -60,6 +60,22 @@ void moe_decode(const cpu::Moe& moe) {
   }
 }
 
+void expert_matvec(
+    const cpu::Matrix& w,
+    const mx::array& x,
+    const mx::array& slots,
+    mx::array& y) {
+  const size_t top_k = slots.shape(1);
+  const FloatType type = float_type_of(y.dtype());
+  std::vector<float> in(w.k);
+  for (size_t pair = 0; pair < slots.size(); pair++) {
+    cpu::load_row(x, x.ndim() == 2 ? pair / top_k : pair, w.k, in.data());
+    const int slot = slots.data<int32_t>()[pair];
+    const auto out = project(w, slot, in.data(), type);
+    cpu::store_row(y, pair * w.n, out.data(), w.n);
+  }
+}
+
 void router_logits(const cpu::Matrix& w, const mx::array& x, float* logits) {
   std::vector<float> in(w.k);
   for (int token = 0; token < x.shape(0); token++) {

@@ -17,6 +17,14 @@ void quantized_matvec(
 
 void moe_decode(const cpu::Moe& moe);
 
+// Writes y[t, i], the row of slot slots[t, i] of w times x[t], or times x[t, i]
+// where x is [t, top_k, k].
+void expert_matvec(
+    const cpu::Matrix& w,
+    const mlx::core::array& x,
+    const mlx::core::array& slots,
+    mlx::core::array& y);
+
 void indexer_topk(const cpu::Indexer& a);
 
 void sparse_mla_decode(const cpu::Mla& a);

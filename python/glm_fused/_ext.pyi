@@ -133,6 +133,17 @@ def moe_decode(
     | mlx.core.DeviceType
     | None,
 ) -> mlx.core.array: ...
+def expert_matvec(
+    x: mlx.core.array,
+    w: tuple[Sequence[mlx.core.array], Format],
+    slots: mlx.core.array,
+    kernel: Kernel,
+    stream: mlx.core.Stream
+    | mlx.core.ThreadLocalStream
+    | mlx.core.Device
+    | mlx.core.DeviceType
+    | None,
+) -> mlx.core.array: ...
 def swiglu(
     gate: mlx.core.array,
     up: mlx.core.array,

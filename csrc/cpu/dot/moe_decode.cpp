@@ -56,7 +56,7 @@ class Streamed {
         fill_with_nan();
         return;
       }
-      check_slots(slots, moe_.gate.slots);
+      check_slots("moe_decode", slots, moe_.gate.slots);
       compute();
       arrivals_->end();
     } catch (const std::exception& error) {
@@ -102,7 +102,7 @@ void MoeDecode::eval_cpu(
   if (!known_slots_) {
     cpu::evaluate(*this, [&] {
       cpu::wait_for(inputs[1], stream());
-      check_slots(inputs[1], inputs[3].shape(0));
+      check_slots("moe_decode", inputs[1], inputs[3].shape(0));
     });
   }
   const auto moe = [&](auto& in, auto& out) {

@@ -9,7 +9,7 @@ own ops do.
 from ..formats.weights import Weight
 from . import blocks
 from .attention import append_packed, append_pair, append_rows, indexer_topk, sparse_mla_decode
-from .experts import moe_decode, router_topk
+from .experts import expert_matvec, moe_decode, router_topk
 from .matvec import quantized_matvec
 from .norms import layer_norm, rms_norm, rotate
 from .steps import expert_sum, swiglu
@@ -20,6 +20,7 @@ __all__ = [
     "append_pair",
     "append_rows",
     "blocks",
+    "expert_matvec",
     "expert_sum",
     "indexer_topk",
     "layer_norm",

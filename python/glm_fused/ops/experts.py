@@ -75,6 +75,46 @@ def moe_decode(
         raise unfit("moe_decode", gate=gate, up=up, down=down, slots=slots) from None
 
 
+def expert_matvec(
+    x: mx.array,
+    w: Weight,
+    slots: mx.array,
+    *,
+    reference: bool | None = None,
+    stream: Stream = None,
+) -> mx.array:
+    """``y[t, i] = W[slots[t, i]] x[t]``, one projection of `moe_decode` and rounded as there.
+
+    With `swiglu` and `expert_sum` it makes the chain of `moe_decode`, for experts whose rows are
+    not all here. It has no gradient on a CPU.
+
+    Args:
+        x: float32, float16 or bfloat16 [tokens, k], or [tokens, top_k, k] with a vector for each
+            choice.
+        w: [slots, n, k].
+        slots: int32 or uint32 [tokens, top_k], each in [0, slots); repeats are allowed.
+        reference: True or False overrides the current path.
+        stream: where to run; None: the default device.
+
+    Returns:
+        [tokens, top_k, n] in x's dtype.
+
+    Raises:
+        ValueError: a shape, dtype or format does not fit, or a slot is out of range, as for
+            `moe_decode`.
+    """
+    kernel = routes.take(
+        "expert_matvec", stream=stream, reference=reference, stock_ops=stock.takes(w)
+    )
+    if kernel is Kernel.mlx:
+        with routes.on(stream):
+            return stock.expert_matvec(x, w, slots)
+    try:
+        return _ext.expert_matvec(x, w, slots, kernel, stream)
+    except TypeError:
+        raise unfit("expert_matvec", x=x, w=w, slots=slots) from None
+
+
 def router_topk(
     x: mx.array,
     weight: mx.array,

@@ -5,6 +5,7 @@ op                 fused, CPU       fused, GPU             reference, CPU   refe
 =================  ===============  =====================  ===============  ======================
 quantized_matvec   ``cpu``          ``mlx``, whose bits    ``loops``        ``mlx``
                                     the CPU's follow
+expert_matvec      ``cpu``          ``mlx``                ``loops``        ``mlx``
 moe_decode         ``cpu``          ``metal``;             ``loops``        ``mlx``: ``gather_qmm``,
                                     ``metal_prompt``                        `swiglu`, `expert_sum`
 router_topk        ``cpu``          ``metal``              ``loops``        ``loops``, on the CPU
@@ -67,11 +68,14 @@ class Route:
         return f"{self.op} {self.kernel.name}" + (f" ({self.reason})" if self.reason else "")
 
 
+_MATRICES = ("quantized_matvec", "expert_matvec")  # on a GPU those of MLX, but in blocks
+
 _CPU, _METAL = (
     {
         op: Route(op, kernel)
         for op in (
             "quantized_matvec",
+            "expert_matvec",
             "moe_decode",
             "router_topk",
             "rms_norm",
@@ -109,12 +113,12 @@ def choose(
     """
     on_gpu = is_gpu(stream)
     if paths.use_reference(reference):
-        stock = on_gpu and stock_ops and op in ("quantized_matvec", "moe_decode")
+        stock = on_gpu and stock_ops and op in (*_MATRICES, "moe_decode")
         stock = stock or op == "append_rows"
         return Route(op, Kernel.mlx if stock else Kernel.loops, "the reference, asked for")
     if not (on_gpu or metal_sim.active()):
         return _CPU[op]
-    if op == "quantized_matvec":
+    if op in _MATRICES:
         return Route(op, Kernel.mlx) if on_gpu else _CPU[op]
     other = Kernel.mlx if on_gpu and op != "router_topk" else Kernel.cpu
     if not has_metal(stream):

@@ -57,6 +57,12 @@ def gather(x: mx.array, w: Weight, slots: mx.array, sorted_indices: bool = False
     return (y * w.factor[slots][..., None, None]).astype(x.dtype)
 
 
+def expert_matvec(x: mx.array, w: Weight, slots: mx.array) -> mx.array:
+    """`glm_fused.ops.expert_matvec` by MLX's own matrix kernels."""
+    rows = x[:, None, None] if x.ndim == 2 else x[:, :, None]
+    return gather(rows, w, mx.stop_gradient(slots)).squeeze(-2)
+
+
 def moe_decode(
     x: mx.array, gate: Weight, up: Weight, down: Weight, slots: mx.array, scores: mx.array
 ) -> mx.array:
