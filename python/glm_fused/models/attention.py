@@ -52,7 +52,7 @@ class Attention(nn.Module):
         these.
         """
         scores = "indexer" in self and selection is None and self.indexer.scores(span)
-        in_block = ops.blocks.takes(x) and self.is_plain() and self.keeps_dtype(norm, x)
+        in_block = self._takes_block(norm, x)
         project = self._project_in_block if in_block else self._project
         queries, latents, k_pe, *index = project(x, norm, angles, scores)
         latents, ropes = append(None if cache is None else cache[0], latents, k_pe, self.kv_format)
@@ -68,6 +68,7 @@ class Attention(nn.Module):
             "start": span.start,
         }
         attended = (queries, latents, ropes, selection)
+        in_block = in_block and is_plain(self.unembed_out) and is_plain(self.o_proj)
         if in_block and ops.blocks.attends(latents, selection):
             values, output = self.unembed_out.as_weight(), self.o_proj.as_weight()
             return ops.blocks.attend(x, *attended, values, output, **how), selection
@@ -79,17 +80,23 @@ class Attention(nn.Module):
         return x + self.o_proj(out.swapaxes(1, 2).reshape(*x.shape[:2], -1)), selection
 
     def is_plain(self) -> bool:
-        """Whether the layer's matrices are all there is: no biases, no adapters in training."""
+        """Whether its matrices are all there is: no biases, no adapters, none on other ranks."""
+        return self._projects_plainly() and is_plain(self.unembed_out) and is_plain(self.o_proj)
+
+    def _projects_plainly(self) -> bool:
+        """`is_plain`, of the matrices that come before the caches."""
         indexer = self.indexer if "indexer" in self else None
         return (
             is_plain(self.q_a_proj)
             and is_plain(self.q_b_proj)
             and is_plain(self.kv_a_proj_with_mqa)
             and is_plain(self.embed_q)
-            and is_plain(self.unembed_out)
-            and is_plain(self.o_proj)
             and (indexer is None or indexer.is_plain())
         )
+
+    def _takes_block(self, norm: RMSNorm, x: mx.array) -> bool:
+        """Whether what comes before the caches is one node for x."""
+        return ops.blocks.takes(x) and self._projects_plainly() and self.keeps_dtype(norm, x)
 
     def keeps_dtype(self, norm: RMSNorm, x: mx.array) -> bool:
         """Whether no norm widens what it is given, as one with a wider weight would."""

@@ -66,8 +66,11 @@ class Module:
         sensitive: whether it stays as it is when this package has a model quantized.
         bias: the name under ``path`` and the size of a second tensor.
         experts: the number of stacked experts, else 0.
-        shard: the axis of ``shape`` that ranks may split, or None where each needs all of it. It
-            is never the last: a dot product is computed whole.
+        shard: the axis of ``shape`` that ranks split, or None where each has all of it: what is
+            small, and what every rank computes for itself (`glm_fused.models.shard`). It is never
+            the last: a dot product is computed whole.
+        together: how many along that axis stay on one rank, those of a head; None: whole tiles of
+            rows, as the formats ask for.
         other_forms: the forms, beside ``path`` and ``shape``, in which the weight may be stored.
             Where a checkpoint in the release's layout has none, errors name the first as missing.
     """
@@ -80,6 +83,7 @@ class Module:
     bias: tuple[str, int] | None = None
     experts: int = 0
     shard: int | None = None
+    together: int | None = None
     sign: str | None = None
     other_forms: tuple[Form, ...] = ()
 
@@ -100,7 +104,9 @@ class Module:
 def modules(args: ModelArgs) -> Iterator[Module]:
     """The modules of the model in execution order."""
     vocab, hidden = args.vocab_size, args.hidden_size
-    yield Module("model.embed_tokens", (vocab, hidden), "embedding")
+    # Each rank needs all of an embedding that is the head too, and computes its logits alone.
+    shard = None if args.tie_word_embeddings else 0
+    yield Module("model.embed_tokens", (vocab, hidden), "embedding", shard=shard)
     for layer in args.model_layers:
         yield from layer_modules(args, layer)
     yield _norm("model.norm", hidden)
@@ -136,17 +142,21 @@ def _attention(args: ModelArgs, prefix: str) -> Iterator[Module]:
     hidden, heads = args.hidden_size, args.num_attention_heads
     q_lora, kv_lora = args.q_lora_rank, args.kv_lora_rank
 
-    def linear(name: str, rows: int, columns: int, biased: bool = False) -> Module:
+    def linear(
+        name: str, rows: int, columns: int, biased: bool, shard: int | None, together: int | None
+    ) -> Module:
         bias = ("bias", rows) if biased and args.attention_bias else None
-        return Module(f"{prefix}.{name}", (rows, columns), "attention", bias=bias, shard=0)
+        path, shape = f"{prefix}.{name}", (rows, columns)
+        return Module(path, shape, "attention", bias=bias, shard=shard, together=together)
 
-    yield linear("q_a_proj", q_lora, hidden, True)
+    yield linear("q_a_proj", q_lora, hidden, True, None, None)
     yield _norm(f"{prefix}.q_a_layernorm", q_lora)
-    yield linear("q_b_proj", heads * args.qk_head_dim, q_lora)
-    yield linear("kv_a_proj_with_mqa", kv_lora + args.qk_rope_head_dim, hidden, True)
+    head = args.qk_head_dim
+    yield linear("q_b_proj", heads * head, q_lora, False, 0, head)
+    yield linear("kv_a_proj_with_mqa", kv_lora + args.qk_rope_head_dim, hidden, True, None, None)
     yield _norm(f"{prefix}.kv_a_layernorm", kv_lora)
     yield from _per_head(args, prefix)
-    yield linear("o_proj", hidden, heads * args.v_head_dim, True)
+    yield linear("o_proj", hidden, heads * args.v_head_dim, True, 0, None)
 
 
 def _per_head(args: ModelArgs, prefix: str) -> Iterator[Module]:
@@ -158,7 +168,9 @@ def _per_head(args: ModelArgs, prefix: str) -> Iterator[Module]:
         joined = (heads * (nope + v), kv_lora)
         form = Form(f"{prefix}.kv_b_proj", joined, first_row=first_row, kind="kv_b_proj")
         sign = f"{prefix}.embed_q.weight"  # the pair is stored in one form
-        return Module(f"{prefix}.{name}", shape, name, shard=0, sign=sign, other_forms=(form,))
+        return Module(
+            f"{prefix}.{name}", shape, name, shard=0, together=1, sign=sign, other_forms=(form,)
+        )
 
     yield module("embed_q", (heads, kv_lora, nope), 0)
     yield module("unembed_out", (heads, v, kv_lora), nope)

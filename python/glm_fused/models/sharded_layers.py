@@ -1,0 +1,165 @@
+"""Layers of which a rank has a part of the rows; what they give is whole.
+
+See `glm_fused.models.shard` for which these are.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .. import ops
+from .layers import (
+    Embedding,
+    Linear,
+    MultiLinear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedMultiLinear,
+    RMSNorm,
+)
+from .moe import MoE
+from .ranks import Cut, Ranks
+
+
+class Joint(NamedTuple):
+    """How the parts of a layer are joined.
+
+    Attributes:
+        cut: of the output along ``axis``, or of an embedding's rows.
+        axis: of the output.
+        inputs: of the last axis of an input of which ranks have parts; None where it is whole.
+        of_prompts: whether nothing waits for the layer's output for a prompt: logits are seldom
+            evaluated for each of its tokens.
+    """
+
+    cut: Cut
+    axis: int = -1
+    inputs: Cut | None = None
+    of_prompts: bool = True
+
+
+class _Gathered(nn.Module):
+    """A layer of linear maps that joins what all ranks give of its rows, or of its matrices."""
+
+    _ranks: Ranks
+    _joint: Joint
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map x [..., in], which may have to be joined first, to [..., out]."""
+        cut, axis, inputs, of_prompts = self._joint
+        if inputs is not None:
+            x = self._ranks.gather(x, inputs)
+        is_awaited = of_prompts or x.size // x.shape[-1] <= ops.blocks.MAX_TOKENS
+        return self._ranks.gather(super().__call__(x), cut, axis, is_awaited)
+
+
+class GatheredLinear(_Gathered, Linear):  # type: ignore[misc]
+    """A part of a `Linear`."""
+
+
+class GatheredQuantizedLinear(_Gathered, QuantizedLinear):  # type: ignore[misc]
+    """A part of a `QuantizedLinear`."""
+
+
+class GatheredMultiLinear(_Gathered, MultiLinear):  # type: ignore[misc]
+    """Some heads of a `MultiLinear`."""
+
+
+class GatheredQuantizedMultiLinear(_Gathered, QuantizedMultiLinear):  # type: ignore[misc]
+    """Some heads of a `QuantizedMultiLinear`."""
+
+
+class _Ranked(nn.Module):
+    """An embedding of which each rank has the rows of some tokens."""
+
+    _ranks: Ranks
+    _joint: Joint
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        """Tokens [...] -> their rows [..., dims]."""
+        cut, rank = self._joint.cut, self._ranks.rank
+        tokens = tokens.astype(mx.int32)
+        here = (tokens >= cut.bounds[rank]) & (tokens < cut.bounds[rank + 1])
+        local = mx.where(here, tokens - cut.part(rank).start, 0)
+        rows: mx.array = super().__call__(local)
+        zero = mx.zeros((), rows.dtype)
+        return self._ranks.add_disjoint(mx.where(here[..., None], rows, zero))
+
+
+class RankedEmbedding(_Ranked, Embedding):  # type: ignore[misc]
+    """A part of an `Embedding`."""
+
+
+class RankedQuantizedEmbedding(_Ranked, QuantizedEmbedding):  # type: ignore[misc]
+    """A part of a `QuantizedEmbedding`."""
+
+
+_SHARDED: dict[type[nn.Module], type[nn.Module]] = {
+    Linear: GatheredLinear,
+    QuantizedLinear: GatheredQuantizedLinear,
+    MultiLinear: GatheredMultiLinear,
+    QuantizedMultiLinear: GatheredQuantizedMultiLinear,
+    Embedding: RankedEmbedding,
+    QuantizedEmbedding: RankedQuantizedEmbedding,
+}
+
+
+def gathered(layer: nn.Module, ranks: Ranks, joint: Joint) -> nn.Module:
+    """The layer of which ``layer`` is a part; what it gives is whole."""
+    sharded = _as(_SHARDED[type(layer)], layer)
+    sharded._ranks = ranks
+    object.__setattr__(sharded, "_joint", joint)  # nn.Module would look for arrays in a tuple
+    return sharded
+
+
+def _as(kind: type[nn.Module], module: nn.Module) -> nn.Module:
+    """A module of another class with the same parts."""
+    made = kind.__new__(kind)
+    made.__dict__.update(module.__dict__)
+    dict.update(made, module)  # nn.Module.update takes known parameters only
+    return made
+
+
+class ShardedMoE(MoE):
+    """Router, and parts of the experts' rows: what it gives is whole."""
+
+    _ranks: Ranks
+    _cuts: tuple[list[Cut], Cut]
+
+    @staticmethod
+    def of(moe: MoE, ranks: Ranks, inner: list[Cut], outer: Cut) -> ShardedMoE:
+        """The layer of which ``moe`` is a part.
+
+        ``inner`` are the cuts of gate's and up's rows, of routed and of shared experts if there
+        are any, and ``outer`` that of down's.
+        """
+        made = _as(ShardedMoE, moe)
+        assert isinstance(made, ShardedMoE)
+        made._ranks = ranks
+        object.__setattr__(made, "_cuts", (inner, outer))
+        return made
+
+    def __call__(self, x: mx.array, norm: RMSNorm) -> mx.array:
+        """As `MoE`."""
+        inner, outer = self._cuts
+        flat = norm(x).reshape(-1, x.shape[-1])
+        experts, scores = self.gate(flat)
+        gate, up, down = self.switch_mlp.weights()
+        assert gate is not None and up is not None and down is not None  # nothing trains a part
+        gates, ups = (ops.expert_matvec(flat, weight, experts) for weight in (gate, up))
+        parts = [ops.swiglu(gates, ups)]
+        shared = self.shared_experts if "shared_experts" in self else None
+        if shared is not None:
+            parts.append(ops.swiglu(shared.gate_proj(flat), shared.up_proj(flat)))
+        routed, *other = self._ranks.gather_together(parts, inner)
+        y = ops.expert_sum(ops.expert_matvec(routed, down, experts), scores)
+        if shared is not None:
+            y = y + shared.down_proj(*other)
+        return x + self._ranks.gather(y, outer).reshape(x.shape)
+
+    def is_plain(self) -> bool:
+        """Never: a part of its weights is on other ranks."""
+        return False
