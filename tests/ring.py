@@ -22,15 +22,14 @@ def free_ports(count):
         return [each.getsockname()[1] for each in sockets]
 
 
-def start(ranks, program, *args, folder, **environment):
-    """Start ``python program args`` as so many ranks, with one thread each; files in ``folder``."""
+def start(commands, folder, **environment):
+    """Start Python with each of the commands, as a rank with one thread; files in ``folder``."""
     hosts = Path(folder) / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(ranks)]))
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(len(commands))]))
     shared = os.environ | {"MLX_HOSTFILE": str(hosts), "GLM_FUSED_NUM_THREADS": "1"} | environment
-    command = [sys.executable, str(program), *map(str, args)]
     return [
         subprocess.Popen(
-            command,
+            [sys.executable, *map(str, command)],
             env=shared | {"MLX_RANK": str(rank)},
             cwd=TESTS,
             text=True,
@@ -38,19 +37,24 @@ def start(ranks, program, *args, folder, **environment):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        for rank in range(ranks)
+        for rank, command in enumerate(commands)
     ]
 
 
-def run(ranks, program, *args, folder, timeout=300, **environment):
-    """`start`, then wait; returns each rank's stdout. What a failed rank printed is the error."""
-    processes = start(ranks, program, *args, folder=folder, **environment)
+def finish(processes, timeout=300):
+    """Wait for ranks; returns the exit code, stdout and stderr of each."""
     try:
         outputs = [process.communicate(timeout=timeout) for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    for rank, (process, (_, errors)) in enumerate(zip(processes, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank} exited with {process.returncode}:\n{errors}"
-    return [out for out, _ in outputs]
+    return [(p.returncode, *output) for p, output in zip(processes, outputs, strict=True)]
+
+
+def run(ranks, *command, folder):
+    """Run one command as so many ranks; returns stdout of each. A rank that fails is an error."""
+    outputs = finish(start([command] * ranks, folder))
+    for rank, (code, _, errors) in enumerate(outputs):
+        assert code == 0, f"rank {rank} exited with {code}:\n{errors}"
+    return [out for _, out, _ in outputs]

@@ -15,8 +15,8 @@ import numpy as np
 from mlx_lm.models.cache import BatchKVCache, CacheList
 
 from glm_fused import load_model, ops
+from glm_fused.loader import open_model
 from glm_fused.models.ranks import Ranks
-from glm_fused.models.shard import shard
 
 
 def steps_of(model, decoded=3):
@@ -76,10 +76,12 @@ def main(folder, split, *paths):
     group = mx.distributed.init(strict=True, backend="ring")
     for path in map(Path, paths):
         ranks = Ranks(group)
-        model, _ = load_model(path, lazy=True, mtp=True)
-        weight = model.layers[0].self_attn.o_proj.as_weight()
-        shard(model, ranks)
+        opened = open_model(path, "auto", None, mtp=True, ranks=ranks)
+        opened.read()
+        model = opened.model
         if split == "columns":
+            whole, _ = load_model(path, lazy=True)
+            weight = whole.layers[0].self_attn.o_proj.as_weight()
             model.layers[0].self_attn.o_proj = ByColumns(weight, ranks, group)
         np.savez(f"{folder}/{path.name}.{ranks.rank}.npz", **bits(steps_of(model)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from glm_fused import load_model
 from glm_fused.formats.weights import FORMATS
 from glm_fused.models.config import args_from_config
 from glm_fused.models.ranks import Cut
-from glm_fused.models.shard import cut_of, row_unit
+from glm_fused.models.shard import Sharding, cut_of, row_unit
 from glm_fused.models.tensors import Module, modules
 
 PROGRAM = ring.TESTS / "shard_program.py"
@@ -30,11 +32,16 @@ def add_biases(tensors):
 
 
 KINDS = {  # whole tiles of FP8 are 128 rows; 512 columns have MLX's fast order
-    "fp8": (tiny_config(**LARGER), {"layout": "fp8"}),
+    "fp8": (
+        tiny_config(**LARGER, qk_nope_head_dim=96, v_head_dim=96, head_dim=128),
+        {"layout": "fp8"},
+    ),
     "mxfp4": (
         tiny_config(**LARGER, attention_bias=True),
         {"quantization": MXFP4, "edit": add_biases},
     ),
+    "hf": (tiny_config(), {"layout": "hf"}),
+    "hf-fused": (tiny_config(), {"layout": "hf-fused"}),
     "tied": (tiny_config(tie_word_embeddings=True, n_shared_experts=0), {}),
     "two": (tiny_config(n_shared_experts=2, num_attention_heads=5), {"dtype": "float32"}),
 }
@@ -127,7 +134,7 @@ def module(rows, columns, **how):
 )
 def test_what_cannot_be_split(given, fmt, ranks, message):
     """20 rows are no whole tiles, nor are 10: both have MLX's general order."""
-    how = given, FORMATS[fmt], row_unit([FORMATS[fmt]]), ranks
+    how = given, FORMATS[fmt], row_unit([FORMATS[fmt]]), 1, ranks
     if message is None:
         cut_of(*how)
         return
@@ -135,6 +142,19 @@ def test_what_cannot_be_split(given, fmt, ranks, message):
         ValueError, match=rf"\[shard\] some.module has {given.shape[0]} rows.*{message}"
     ):
         cut_of(*how)
+
+
+def test_heads_share_no_stored_block():
+    """Blocks are of 128 rows; a head has 448 of kv_b_proj."""
+    heads = {"num_attention_heads": 64, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64}
+    config = tiny_config(**LARGER, **heads, v_head_dim=256, vocab_size=512)
+    args = args_from_config(config | {"moe_intermediate_size": 384})
+    ranks = SimpleNamespace(rank=0, size=3)
+    embed_q, q_b = (f"model.layers.0.self_attn.{name}" for name in ("embed_q", "q_b_proj"))
+    assert Sharding.of(args, {}, ranks).cuts[embed_q].bounds == (0, 21, 42, 64)
+    cuts = Sharding.of(args, {}, ranks, 128).cuts
+    assert cuts[embed_q].bounds == (0, 20, 42, 64)
+    assert cuts[q_b].bounds == (0, 20 * 256, 42 * 256, 64 * 256)
 
 
 def test_what_every_rank_has():

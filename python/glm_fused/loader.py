@@ -15,11 +15,10 @@ from .checkpoint.checked import checked
 from .checkpoint.compressed_tensors import check_stored_shapes
 from .checkpoint.folder import Checkpoint
 from .checkpoint.lazy_tensors import allow_open_files, read_lazily
-from .checkpoint.reading import Scales, read_parameters
+from .checkpoint.reading import Scales, hidden_scales, read_parameters
 from .checkpoint.stored import Inventory
-from .formats.gguf_scales import block_scales
 from .formats.kv_rows import check_kv_format
-from .formats.weights import FP8, GGUF, Format, plane_names
+from .formats.weights import Format, plane_names
 from .generation.options import Options, checkpoint_options, set_defaults
 from .generation.tokenizer import load_tokenizer
 from .models import kernels
@@ -29,7 +28,10 @@ from .models.packed_blocks import split_blocks
 from .models.packed_floats import to_nvfp4
 from .models.packed_integers import to_affine
 from .models.planes import dequantize_unknown
-from .models.tensor_names import is_expert, unused
+from .models.ranks import Ranks
+from .models.sanitize import sanitize
+from .models.shard import Sharding
+from .models.tensor_names import is_expert
 from .streaming.banks import attach_banks, find_source, plan_streaming
 from .streaming.flashmoe import with_experts
 from .streaming.model import StreamedModel
@@ -42,14 +44,6 @@ _CONVERSIONS = {
     modelopt.METHOD: (to_nvfp4, "weight_scale"),
     gguf_config.METHOD: (split_blocks, "weight"),
 }
-_SCALE_SUFFIXES = (
-    ".weight_scale_inv",
-    ".kv_b_proj.scales",
-    ".kv_b_proj.biases",
-    ".kv_b_proj.weight_scale",
-    ".kv_b_proj.weight_scale_2",
-)
-_MODELOPT_SUFFIXES = (".weight_scale", ".weight_scale_2")
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,8 @@ class Opened:
 
     ``scales`` are those that no parameter of the model will show. ``cache_limit`` is MLX's, in
     bytes, from before streaming lowered it; None where it did not. ``only_mlx_formats`` tells that
-    the model's parameters are in formats that MLX knows.
+    the model's parameters are in formats that MLX knows. ``ranks`` share the model; None where
+    there are none.
     """
 
     model: Model
@@ -66,6 +61,7 @@ class Opened:
     scales: list[Scales]
     cache_limit: int | None = None
     only_mlx_formats: bool = False
+    ranks: Ranks | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -79,6 +75,8 @@ class Opened:
     def compile(self, on_compile: kernels.OnCompile = kernels.unseen) -> None:
         """Compile the model's kernels on Metal; see `glm_fused.models.kernels`."""
         kernels.compile_kernels(self.model, on_compile)
+        if self.ranks is not None:
+            self.ranks.forget()  # what was made to be compiled is never evaluated
 
     def restore_limit(self) -> None:
         """Give MLX back the limit that it had, once the model is not used any more."""
@@ -164,8 +162,11 @@ def open_model(
     prefill_step_size: int | None = None,
     only_mlx_formats: bool = False,
     mtp: bool = False,
+    ranks: Ranks | None = None,
 ) -> Opened:
     """Check a checkpoint and make its model; no data is read. Errors are those of `load_model`.
+
+    Of ``ranks``, which share the model, each reads its part of it, and streams no experts.
 
     With ``only_mlx_formats`` a weight in another format becomes dense, in bfloat16; streamed
     experts do not.
@@ -181,7 +182,8 @@ def open_model(
         source = find_source(checkpoint, args, stream.sidecar)
         plan = plan_streaming(inventory, args, source, stream, kv_format, prefill_step_size)
     check_stored_shapes(checkpoint, inventory.written_by(compressed_tensors.METHOD))
-    weights = read_lazily(checkpoint, args)
+    sharding = None if ranks is None else Sharding.of(args, formats, ranks, inventory.block_rows)
+    weights = read_lazily(checkpoint, args, None if sharding is None else sharding.parts())
     in_folder = checkpoint.metadata is None
     defaults = checkpoint_options(checkpoint.path) if in_folder else Options()
     cache_limit = None
@@ -197,48 +199,31 @@ def open_model(
     model.kv_format = kv_format
     model.prefill_step_size = prefill_step_size
     set_defaults(model, defaults)
-    scales = _hidden_scales(weights, args, formats, only_mlx_formats)
-    weights = _as_parameters(weights, inventory, model, only_mlx_formats)
+    scales = hidden_scales(weights, args, formats, only_mlx_formats)
+    if sharding is not None:
+        args = sharding.local_args(args)
+        sharding.keep(model)
+    weights = _as_parameters(weights, inventory, args, only_mlx_formats)
     _pack_modules(model, weights, formats)
     model.eval()
     model.load_weights(list(weights.items()), strict=True)
-    return Opened(model, checkpoint, scales, cache_limit, only_mlx_formats)
+    if sharding is not None:
+        sharding.join(model)
+    return Opened(model, checkpoint, scales, cache_limit, only_mlx_formats, ranks)
 
 
 def _as_parameters(
-    weights: dict[str, mx.array], inventory: Inventory, model: Model, only_mlx_formats: bool
+    weights: dict[str, mx.array], inventory: Inventory, args: ModelArgs, only_mlx_formats: bool
 ) -> dict[str, mx.array]:
     """The tensors that were read, under the names and in the formats of the model's parameters."""
     for method, (convert, part) in _CONVERSIONS.items():
         found = inventory.written_by(method).items()
         here = {path: fmt for path, (fmt, _) in found if f"{path}.{part}" in weights}
-        convert(weights, here, model.args)  # streamed experts are not here
-    weights = model.sanitize(weights, inventory.formats)
+        convert(weights, here, args)  # streamed experts are not here
+    weights = sanitize(weights, args, inventory.formats)
     if only_mlx_formats:
         dequantize_unknown(weights, inventory.formats)
     return weights
-
-
-def _hidden_scales(
-    weights: Mapping[str, mx.array],
-    args: ModelArgs,
-    formats: Mapping[str, Format],
-    only_mlx_formats: bool,
-) -> list[Scales]:
-    """Scales of tensors that become parameters of another form."""
-    suffixes = _SCALE_SUFFIXES + (_MODELOPT_SUFFIXES if only_mlx_formats else ())
-    scales = []
-    for name, array in weights.items():
-        module, _, leaf = name.rpartition(".")
-        fmt = formats.get(module)
-        if unused(name, args) is not None:
-            continue
-        if name.endswith(suffixes) and (only_mlx_formats or fmt != FP8):
-            scales.append(Scales(name, array, fmt))
-        hidden = only_mlx_formats or module.endswith(".kv_b_proj")
-        if hidden and fmt in GGUF and leaf == "weight":
-            scales.append(Scales(name, block_scales(array, fmt), fmt))
-    return scales
 
 
 def _config_as_loaded(

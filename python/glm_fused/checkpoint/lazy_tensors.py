@@ -2,6 +2,7 @@
 
 import json
 import resource
+from collections.abc import Mapping
 from typing import Any, cast
 
 import mlx.core as mx
@@ -13,17 +14,28 @@ from ..models.tensor_names import release_name, unused
 from ..models.tensors import modules
 from .folder import Checkpoint
 from .gguf_formats import format_of
+from .parts import Headers, join_pieces, split_headers, stored_rows
 from .safetensors_header import NAMES
 
 
-def read_lazily(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, mx.array]:
+def read_lazily(
+    checkpoint: Checkpoint, args: ModelArgs, parts: Mapping[str, slice] | None = None
+) -> dict[str, mx.array]:
     """The tensors of a checkpoint, each of which is read when it is first evaluated.
 
     Blocks of GGUF are uint8 [..., n, bytes of a row]; what the model does not use of it is left
-    out. Raises ValueError, naming the file, for one that cannot be opened.
+    out. With ``parts`` so it is of other files, and of the modules that these name only some are
+    read, along the shard axis.
+
+    Raises ValueError, naming the file, for one that cannot be opened, and naming the tensor for one
+    whose part cannot be read by itself.
     """
     allow_open_files(len(checkpoint.files))
-    headers = None if checkpoint.metadata is None else _headers(checkpoint, args)
+    headers = None if checkpoint.metadata is None else _gguf_headers(checkpoint, args)
+    pieces: dict[str, list[list[str]]] = {}
+    if parts is not None:
+        headers = _headers(checkpoint, args) if headers is None else headers
+        headers, pieces = split_headers(headers, stored_rows(checkpoint, args, parts))
     weights: dict[str, mx.array] = {}
     for file in checkpoint.files:
         path = str(checkpoint.folder / file)
@@ -33,14 +45,28 @@ def read_lazily(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, mx.array]:
             raise ValueError(f"[loader] {path}: {error}") from None
         for name, array in cast(dict[str, mx.array], found).items():
             weights[release_name(name, args.num_hidden_layers)] = array
+    join_pieces(weights, pieces)
     if checkpoint.metadata is not None:
         _convert_norms(weights, args)
     return weights
 
 
-def _headers(checkpoint: Checkpoint, args: ModelArgs) -> dict[str, dict[str, Any]]:
+def _headers(checkpoint: Checkpoint, args: ModelArgs) -> Headers:
+    """The headers of a checkpoint's files, of the tensors that the model uses."""
+    headers: Headers = {file: {} for file in checkpoint.files}
+    for name, info in checkpoint.tensors.items():
+        if not unused(name, args):
+            headers[info.file][name] = {
+                "dtype": info.dtype,
+                "shape": info.shape,
+                "data_offsets": [info.start, info.end],
+            }
+    return headers
+
+
+def _gguf_headers(checkpoint: Checkpoint, args: ModelArgs) -> Headers:
     """The headers that GGUF files would have as safetensors, of the tensors that the model uses."""
-    headers: dict[str, dict[str, Any]] = {file: {} for file in checkpoint.files}
+    headers: Headers = {file: {} for file in checkpoint.files}
     for name, info in checkpoint.tensors.items():
         fmt = format_of(info.dtype)
         elsewhere = info.file not in headers  # in a sidecar, whose experts are streamed

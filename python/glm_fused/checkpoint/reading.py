@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple, cast
 
@@ -15,10 +15,20 @@ from .. import _ext
 from ..formats.gguf_scales import block_scales
 from ..formats.weights import FP8, GGUF, PLANES, Format
 from ..host import to_numpy
+from ..models.config import ModelArgs
+from ..models.tensor_names import unused
 from .folder import Checkpoint
 from .progress import byte_bar
 from .stored import OTHER_NAMES
 
+_SCALE_SUFFIXES = (
+    ".weight_scale_inv",
+    ".kv_b_proj.scales",
+    ".kv_b_proj.biases",
+    ".kv_b_proj.weight_scale",
+    ".kv_b_proj.weight_scale_2",
+)
+_MODELOPT_SUFFIXES = (".weight_scale", ".weight_scale_2")
 SCALES = tuple(name for name in PLANES if name != "weight")
 
 
@@ -28,6 +38,28 @@ class Scales(NamedTuple):
     name: str
     array: mx.array
     format: Format | None
+
+
+def hidden_scales(
+    weights: Mapping[str, mx.array],
+    args: ModelArgs,
+    formats: Mapping[str, Format],
+    only_mlx_formats: bool,
+) -> list[Scales]:
+    """Scales of tensors that become parameters of another form."""
+    suffixes = _SCALE_SUFFIXES + (_MODELOPT_SUFFIXES if only_mlx_formats else ())
+    scales = []
+    for name, array in weights.items():
+        module, _, leaf = name.rpartition(".")
+        fmt = formats.get(module)
+        if unused(name, args) is not None:
+            continue
+        if name.endswith(suffixes) and (only_mlx_formats or fmt != FP8):
+            scales.append(Scales(name, array, fmt))
+        hidden = only_mlx_formats or module.endswith(".kv_b_proj")
+        if hidden and fmt in GGUF and leaf == "weight":
+            scales.append(Scales(name, block_scales(array, fmt), fmt))
+    return scales
 
 
 def read_parameters(model: nn.Module, checkpoint: Checkpoint, sources: list[Scales]) -> None:

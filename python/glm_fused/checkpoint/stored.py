@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..formats.weights import Format
+from ..formats.weights import FP8_BLOCK, Format
 from ..models.tensors import Form, Module
 
 # What methods other than MLX's call the planes of their weights.
@@ -76,6 +76,11 @@ class Inventory:
                 elif source.kind == "experts gate, up":
                     found[source.module.path.replace("gate_proj", "up_proj")] = fmt
         return found
+
+    @property
+    def block_rows(self) -> int:
+        """How many rows of a weight may share scales on disk that no loaded weight has."""
+        return FP8_BLOCK if any(s.format == FP8_AS_BF16 for s in self.stored) else 1
 
     @property
     def float_format(self) -> str:

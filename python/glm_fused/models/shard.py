@@ -27,15 +27,17 @@ two ranks gain (half of some 45 ms); one of 10 µs costs a seventh of it.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..formats.weights import Format, plane_names
+from ..formats.weights import FORMATS, Format
+from .config import ModelArgs
 from .decoder import Model
 from .layers import MLP
 from .ranks import Cut, Ranks
@@ -45,22 +47,63 @@ from .tensors import Module, modules
 TILE = 8  # rows; a matrix of whole tiles has another order of sums than others (csrc/formats)
 
 
-def shard(model: Model, ranks: Ranks) -> None:
-    """Leave in ``model`` this rank's part of each weight, and have its layers gather.
+@dataclass(frozen=True)
+class Sharding:
+    """This rank's part of a model.
 
-    The weights may be lazy: then only the part's rows stay in memory once they are read. All ranks
-    have to make the same calls of the model from now on, as each waits for the others.
-
-    Raises ValueError, naming the module, for weights that cannot be split among so many ranks.
+    Attributes:
+        ranks: those that share the model; all have to make the same calls of it, as each waits for
+            the others.
+        cuts: how they share each module that they split, by its path.
     """
-    table = [module for module in modules(model.args) if module.shard is not None]
-    layers = dict(model.named_modules())
-    formats = {module.path: layers[module.path].as_weight().format for module in table}
-    unit = row_unit(formats.values())
-    cuts = {m.path: cut_of(m, formats[m.path], unit, ranks.size) for m in table}
-    for module in table:
-        _keep(layers[module.path], module, cuts[module.path].part(ranks.rank))
-    _join(model, ranks, cuts)
+
+    ranks: Ranks
+    cuts: Mapping[str, Cut]
+
+    @classmethod
+    def of(
+        cls, args: ModelArgs, formats: Mapping[str, Format], ranks: Ranks, block: int = 1
+    ) -> Sharding:
+        """How ``ranks`` share a model; ``formats`` are those of packed modules.
+
+        No part cuts through a ``block`` of rows, which share what they are stored with.
+
+        Raises ValueError, naming the module, for one that cannot be split among so many ranks.
+        """
+        unit = math.lcm(row_unit(formats.values()), block)
+        per_head = math.gcd(args.qk_head_dim, args.qk_nope_head_dim + args.v_head_dim)
+        heads = block // math.gcd(block, per_head)
+        table = [module for module in modules(args) if module.shard is not None]
+        dense = FORMATS["bf16"]
+        cuts = {
+            m.path: cut_of(m, formats.get(m.path, dense), unit, heads, ranks.size) for m in table
+        }
+        return cls(ranks, cuts)
+
+    def parts(self) -> dict[str, slice]:
+        """What the rank has, along the shard axis, of each module that is split."""
+        return {path: cut.part(self.ranks.rank) for path, cut in self.cuts.items()}
+
+    def local_args(self, args: ModelArgs) -> ModelArgs:
+        """Args whose heads and experts are as many and as wide as the rank's."""
+        local = copy.copy(args)
+        for path, cut in self.cuts.items():
+            if path.endswith(".embed_q"):
+                local.num_attention_heads = cut.width
+            elif path.endswith(".switch_mlp.gate_proj"):
+                local.moe_intermediate_size = cut.width
+        return local
+
+    def keep(self, model: Model) -> None:
+        """Leave in a model that has no weights yet the shapes of the rank's parts."""
+        layers, parts = dict(model.named_modules()), self.parts()
+        for module in modules(model.args):
+            if module.path in parts:
+                _keep(layers[module.path], module, parts[module.path])
+
+    def join(self, model: Model) -> None:
+        """Have the layers of a model with the rank's parts give what is whole."""
+        _join(model, self.ranks, self.cuts)
 
 
 def row_unit(formats: Iterable[Format]) -> int:
@@ -68,16 +111,21 @@ def row_unit(formats: Iterable[Format]) -> int:
     return math.lcm(TILE, *(plane.rows for fmt in formats for plane in fmt.planes))
 
 
-def cut_of(module: Module, fmt: Format, unit: int, ranks: int) -> Cut:
-    """How ranks share a module, of which ``unit`` rows stay together if those are whole units.
+def cut_of(module: Module, fmt: Format, unit: int, heads: int, ranks: int) -> Cut:
+    """How ranks share a module.
+
+    Of its rows ``unit`` stay together, if those are whole units, or the rows of ``heads`` heads.
 
     Raises ValueError, naming the module, where a rank would have nothing, or dot products with
     another order of sums.
     """
     assert module.shard is not None
     count = module.shape[module.shard]
-    together = module.together or (unit if count % unit == 0 else 1)
-    if count // together < ranks:
+    if module.together is not None:
+        together = module.together * heads
+    else:
+        together = unit if count % unit == 0 else 1
+    if count % together or count // together < ranks:
         what = f"{count} rows of which {together} stay together"
         raise ValueError(f"[shard] {module.path} has {what}: not enough for {ranks} ranks.")
     cut = Cut.of(count, ranks, together)
@@ -108,16 +156,10 @@ def _check_rows(module: Module, fmt: Format, cut: Cut) -> None:
 
 
 def _keep(layer: nn.Module, module: Module, part: slice) -> None:
-    """Leave in a layer some of its rows, or of its matrices."""
-    fmt = layer.as_weight().format
-    for plane, name in zip(fmt.planes, plane_names(fmt), strict=True):
-        if not _splits_rows(module):
-            setattr(layer, name, mx.contiguous(layer[name][part]))
-        elif not plane.per_matrix:
-            here = slice(part.start // plane.rows, part.stop // plane.rows)
-            setattr(layer, name, mx.contiguous(layer[name][..., here, :]))
+    """Leave in a dense layer some of its rows, or of its matrices."""
+    layer.weight = layer.weight[:, part] if module.shard == 1 else layer.weight[part]
     if "bias" in layer:
-        layer.bias = mx.contiguous(layer.bias[part])
+        layer.bias = layer.bias[part]
 
 
 def _join(model: Model, ranks: Ranks, cuts: Mapping[str, Cut]) -> None:

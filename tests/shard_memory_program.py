@@ -1,0 +1,37 @@
+"""A rank that loads a model: bytes of its share, of what it read, and of memory, as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from glm_fused.loader import open_model
+from glm_fused.models.ranks import Ranks
+
+
+def number_in(file, key):
+    """A number in a file of /proc, whose lines are keys and numbers."""
+    lines = Path(f"/proc/self/{file}").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+def main(path):
+    mx.set_default_device(mx.cpu)
+    group = mx.distributed.init(strict=True, backend="ring")
+    mx.eval(mx.distributed.all_sum(mx.ones(4), group=group))
+    memory, read = number_in("status", "VmRSS") << 10, number_in("io", "rchar")
+    opened = open_model(path, "auto", None, ranks=Ranks(group))
+    opened.read()
+    share = sum(array.nbytes for _, array in tree_flatten(opened.model.parameters()))
+    peak = number_in("status", "VmHWM") << 10
+    now = number_in("status", "VmRSS") << 10
+    found = {"share": share, "memory": now - memory, "peak": peak - memory}
+    print(json.dumps(found | {"read": number_in("io", "rchar") - read}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
