@@ -24,6 +24,7 @@ ORDER = (
     ("checkpoint",),
     ("streaming",),
     ("generation",),
+    ("parallel",),
     ("engine_options", "loader", "drafting", "engine"),
     ("",),
     ("mlx_lm", "selftest"),

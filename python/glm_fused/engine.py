@@ -73,8 +73,7 @@ class Engine:
             tokenizer: load the tokenizer too; generating needs it, `step` does not.
             only_mlx_formats: have weights in formats that MLX does not know become dense, in
                 bfloat16, and `config` say so, for what trains or saves the model.
-            compile_kernels: on Metal, compile what steps and prompts launch now, and not when they
-                first do.
+            compile_kernels: on Metal, compile now what steps and prompts will launch.
             on_compile: called with how many kernels are compiled, from 0 on, and of how many.
 
         Raises:
@@ -95,6 +94,7 @@ class Engine:
             self.options.prefill_step_size,
             only_mlx_formats,
             mtp=source in (MTP, MIXED),
+            ranks=self.options.ranks,
         )
         self.path: Path = opened.checkpoint.path
         self.config: dict[str, Any] = opened.config

@@ -11,6 +11,7 @@ from .formats.kv_rows import check_kv_format
 from .generation.drafts.options import check_depth
 from .generation.limits import OFF
 from .memory import parse_size
+from .models.ranks import Ranks
 from .streaming.options import DEFAULT_CONTEXT, POLICIES, RANGES, StreamOptions
 from .validation import show
 
@@ -60,6 +61,8 @@ class EngineOptions:
             "lookup", what followed the last tokens earlier in the text; "mtp+lookup", each time
             the one that pays; or the folder of a small model of the same vocabulary, any that
             mlx-lm loads. None: "mtp+lookup" where the checkpoint has the layer, else "lookup".
+        ranks: the processes that share the model, each of which has to make the same calls; they
+            need ``prefill_step_size``, stream no experts and make no drafts. None: this one alone.
 
     Raises ValueError, naming the option, for a value that it cannot have and for one that would do
     nothing.
@@ -81,6 +84,7 @@ class EngineOptions:
     prompt_cache: int | str | None = None
     draft: int | str = OFF
     draft_from: str | os.PathLike[str] | None = None
+    ranks: Ranks | None = None
 
     def __post_init__(self) -> None:
         check_kv_format(self.kv_format)
@@ -103,6 +107,10 @@ class EngineOptions:
             raise ValueError("[engine] draft_from: needs draft.")
         if self.draft != OFF:
             check_depth(self.draft)
+        if self.ranks is not None and self.prefill_step_size is None:
+            raise ValueError("[engine] ranks: need prefill_step_size, the same for all.")
+        if self.ranks is not None and (self._given() or self.draft != OFF):
+            raise ValueError("[engine] ranks: neither with expert streaming nor with draft.")
 
     def _given(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in _STREAMING}

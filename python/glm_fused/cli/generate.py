@@ -16,10 +16,12 @@ from .loading import engine_options, open_engine
 from .output import discard, print_json, print_summary, write
 from .progress import Progress
 from .sampling import add_sampling, how_to_generate
+from .sharding import add_shard, shared
 
 if TYPE_CHECKING:
     from ..engine import Engine
     from ..generation.options import Options
+    from ..models.ranks import Ranks
 
 HELP = "continue a prompt"
 EXAMPLES = """\
@@ -29,6 +31,7 @@ examples:
   glm-fused generate --model PATH --prompt "..." --ab --max-tokens 32
   glm-fused generate --model PATH --prompt "..." --draft auto
   glm-fused generate --model PATH --prompt "..." --memory-budget 24GB --sidecar DIR
+  mlx.launch --hosts HOST1,HOST2 glm-fused generate --model PATH --prompt "..." --shard tensor
 """
 
 
@@ -47,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_streaming(parser)
     arguments.add_kv_format(parser)
     arguments.add_prefill_step(parser)
+    add_shard(parser)
     arguments.add_threads(parser)
     arguments.add_json(parser)
 
@@ -56,8 +60,13 @@ def run(options: argparse.Namespace) -> int:
     if options.trace is not None:
         arguments.new_file(options.trace)
     prompt = arguments.read_prompt(options.prompt)
+    with shared(options, prompt) as ranks:
+        return _run(options, prompt, ranks)
+
+
+def _run(options: argparse.Namespace, prompt: str, ranks: Ranks | None) -> int:
     context = DEFAULT_CONTEXT + (options.max_tokens or DEFAULT_TOKENS)
-    loading = engine_options(options, context)
+    loading = engine_options(options, context, ranks)
     with open_engine(options.model, options.threads, loading) as engine:
         if engine.streaming is not None:
             print(engine.streaming.plan.format(), file=sys.stderr)

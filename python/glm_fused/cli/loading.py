@@ -14,6 +14,7 @@ from .progress import steps
 if TYPE_CHECKING:
     from ..engine import Engine
     from ..engine_options import EngineOptions
+    from ..models.ranks import Ranks
 
 STREAMING = (
     "memory_budget", "slots", "sidecar", "context", "policy", "pins", "lookahead", "direct_io",
@@ -21,11 +22,14 @@ STREAMING = (
 )  # fmt: skip
 
 
-def engine_options(options: argparse.Namespace, context: int) -> EngineOptions:
+def engine_options(
+    options: argparse.Namespace, context: int, ranks: Ranks | None = None
+) -> EngineOptions:
     """The engine's options, from what `add_kv_format`, `add_prefill_step` and `add_streaming` add.
 
     `add_drafts` may have added its own. Memory is planned for ``context`` tokens unless
-    ``--context`` says otherwise. Raises UsageError for options that do not fit together.
+    ``--context`` says otherwise. ``ranks`` share the model. Raises UsageError for options that do
+    not fit together.
     """
     from ..engine_options import EngineOptions, idle_options
     from ..streaming.pins import read_pins
@@ -48,6 +52,7 @@ def engine_options(options: argparse.Namespace, context: int) -> EngineOptions:
         kv_format=options.kv_format,
         default_context=context,
         prefill_step_size=options.prefill_step_size,
+        ranks=ranks,
         **given,
     )
 

@@ -1,0 +1,72 @@
+"""``glm-fused generate --shard tensor``: the same text, and one end for all ranks."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import ring
+
+GENERATE = ["-m", "glm_fused", "generate", "--model", "demo", "--raw", "--prompt", "def main():"]
+SHARD = [*GENERATE, "--shard", "tensor"]
+SAMPLED = ["--max-tokens", "12", "--temp", "1", "--seed", "5", "--kv-format", "fp8"]
+
+
+def alone(*command):
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_rank_0_writes_the_text_of_one_process(tmp_path):
+    code, text, _ = alone(*GENERATE, *SAMPLED)
+    assert code == 0
+    assert len(text) > 12
+    assert ring.run(2, *SHARD, *SAMPLED, folder=tmp_path) == [text, ""]
+
+
+def test_ranks_with_unlike_options_say_so(tmp_path):
+    commands = [[*SHARD, "--max-tokens", number] for number in ("4", "5")]
+    for code, out, errors in ring.finish(ring.start(commands, tmp_path)):
+        assert (code, out) == (2, "")
+        expected = "[shard] --max-tokens must be the same for all: rank 0 has 4, rank 1 5."
+        assert f"glm-fused: error: {expected}\n" in errors
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (SHARD, r"[shard] start several processes with mlx.launch"),
+        ([*SHARD, "--draft", "2", "--ab"], "--ab, --draft: not with --shard"),
+        ([*SHARD, "--slots", "2"], "--slots: not with --shard"),
+    ],
+)
+def test_what_is_refused(command, message):
+    code, out, errors = alone(*command)
+    assert (code, out) == (2, "")
+    assert errors.startswith(f"glm-fused: error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (signal.SIGKILL, "[shard] rank 1 is gone."),
+        (signal.SIGSTOP, "[shard] rank 1 has not answered for 8 s."),
+    ],
+)
+def test_all_end_when_a_rank_does_not_go_on(tmp_path, how, says):
+    ranks = ring.start(
+        [[*SHARD, "--max-tokens", "4000", "--seed", "1", "--temp", "1"]] * 3, tmp_path
+    )
+    try:
+        ranks[0].stdout.read(1)
+        ranks[1].send_signal(how)
+        for rank in (0, 2):
+            _, errors = ranks[rank].communicate(timeout=60)
+            assert ranks[rank].returncode == 2
+            assert f"glm-fused: error: {says}\n" in errors
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
