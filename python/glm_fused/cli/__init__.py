@@ -24,6 +24,7 @@ from . import (
     doctor,
     generate,
     inspect,
+    plan,
     profile,
     replay,
     selftest,
@@ -38,7 +39,7 @@ LONGEST = 900  # how many characters of an error are shown
 EXPECTED = (ImportError, OSError, RuntimeError, ValueError)
 UNEXPECTED = (RecursionError, NotImplementedError)  # bugs, although they are RuntimeErrors
 COMMANDS = (
-    generate, chat, serve, demo, doctor, selftest, profile, inspect, convert, sidecar, replay,
+    generate, chat, serve, demo, doctor, selftest, profile, inspect, plan, convert, sidecar, replay,
     completion,
 )  # fmt: skip
 EXAMPLES = """\

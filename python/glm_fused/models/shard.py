@@ -64,21 +64,8 @@ class Sharding:
     def of(
         cls, args: ModelArgs, formats: Mapping[str, Format], ranks: Ranks, block: int = 1
     ) -> Sharding:
-        """How ``ranks`` share a model; ``formats`` are those of packed modules.
-
-        No part cuts through a ``block`` of rows, which share what they are stored with.
-
-        Raises ValueError, naming the module, for one that cannot be split among so many ranks.
-        """
-        unit = math.lcm(row_unit(formats.values()), block)
-        per_head = math.gcd(args.qk_head_dim, args.qk_nope_head_dim + args.v_head_dim)
-        heads = block // math.gcd(block, per_head)
-        table = [module for module in modules(args) if module.shard is not None]
-        dense = FORMATS["bf16"]
-        cuts = {
-            m.path: cut_of(m, formats.get(m.path, dense), unit, heads, ranks.size) for m in table
-        }
-        return cls(ranks, cuts)
+        """How ``ranks`` share a model; arguments and errors are those of `cuts_of`."""
+        return cls(ranks, cuts_of(args, formats, ranks.size, block))
 
     def parts(self) -> dict[str, slice]:
         """What the rank has, along the shard axis, of each module that is split."""
@@ -104,6 +91,24 @@ class Sharding:
     def join(self, model: Model) -> None:
         """Have the layers of a model with the rank's parts give what is whole."""
         _join(model, self.ranks, self.cuts)
+
+
+def cuts_of(
+    args: ModelArgs, formats: Mapping[str, Format], ranks: int, block: int = 1
+) -> dict[str, Cut]:
+    """How so many ranks share the modules that they split, by their paths.
+
+    ``formats`` are those of packed modules. No part cuts through a ``block`` of rows, which share
+    what they are stored with.
+
+    Raises ValueError, naming the module, for one that cannot be split among so many ranks.
+    """
+    unit = math.lcm(row_unit(formats.values()), block)
+    per_head = math.gcd(args.qk_head_dim, args.qk_nope_head_dim + args.v_head_dim)
+    heads = block // math.gcd(block, per_head)
+    table = [module for module in modules(args) if module.shard is not None]
+    dense = FORMATS["bf16"]
+    return {m.path: cut_of(m, formats.get(m.path, dense), unit, heads, ranks) for m in table}
 
 
 def row_unit(formats: Iterable[Format]) -> int:
