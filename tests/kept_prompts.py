@@ -49,27 +49,27 @@ def goes_on(model, store, text):
     return n, np.array_equal(found, expected[n:])
 
 
-def made_up(model, tokens, drafted):
-    """Caches of float32 rows that are digests of the tokens they follow from; and the MTP's."""
+def made_up(model, tokens):
+    """A cache of float32 rows that are digests of the tokens they follow from."""
     args = model.args
     widths = ((args.kv_lora_rank, args.qk_rope_head_dim), (args.index_head_dim, 0))
 
-    def rows(count, ahead, salt, width):
-        known = [np.array(tokens[: i + ahead], np.uint32).tobytes() for i in range(count)]
+    def rows(salt, width):
+        count = len(tokens)
+        known = [np.array(tokens[: i + 1], np.uint32).tobytes() for i in range(count)]
         digests = [hashlib.blake2b(text, digest_size=32, salt=salt).digest() for text in known]
         made = [np.resize(np.frombuffer(digest, np.uint8), width) for digest in digests]
         return mx.array(np.array(made, np.float32).reshape(1, 1, count, width))
 
-    def filled(spec, count, ahead):
+    def filled(spec):
         cache = empty_cache(spec)
         for j, entry in enumerate(cache.caches):
             salt = bytes([spec.index, j])
-            entry.keys, entry.values = (rows(count, ahead, salt, width) for width in widths[j])
-            entry.offset = count
+            entry.keys, entry.values = (rows(salt, width) for width in widths[j])
+            entry.offset = len(tokens)
         return cache
 
-    cache = [filled(spec, len(tokens), 1) for spec in args.layers]
-    return cache, filled(args.mtp_layers[0], drafted, 2)
+    return [filled(spec) for spec in args.layers]
 
 
 def same_rows(a, b):
@@ -82,7 +82,7 @@ def same_rows(a, b):
 
 
 def put(store, model, tokens):
-    store.put(tokens, made_up(model, tokens, 0)[0])
+    store.put(tokens, made_up(model, tokens))
 
 
 def token_bytes(model):

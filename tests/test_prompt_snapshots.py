@@ -84,19 +84,6 @@ def test_a_text_goes_on_after_a_restart(model, rng, folder, kv_format):
         assert goes_on(model, store, [*text, 3]) == (len(text), True)
 
 
-def test_rows_of_drafts_are_in_the_files_too(model, rng, folder):
-    text = some_tokens(model, rng, 45)
-    whole, draft = made_up(model, text, 44)
-    with opened(model, folder) as store:
-        store.put(text, *made_up(model, text, 20))
-        store.flush()
-        store.put(text, whole, draft)
-    with opened(model, folder) as store:
-        found = store.take_drafted(text)
-        assert (found.tokens, found.drafted) == (45, 44)
-        assert same_rows(found.cache, whole) and same_rows([found.draft], [draft])
-
-
 def test_a_turn_writes_its_own_tokens_alone(model, rng, folder):
     text = some_tokens(model, rng, 4 * SIZE + 3)
     first = set(fill(model, folder, text))
@@ -172,7 +159,7 @@ def test_a_damaged_file_is_refused(model, rng, tmp_path, caplog, kind):
         with warnings(caplog) as said, opened(model, folder) as store:
             cache, n = store.take(text)
             assert n == victim * SIZE
-            assert same_rows(cache, made_up(model, text[:n], 0)[0]) if n else cache[0].empty()
+            assert same_rows(cache, made_up(model, text[:n])) if n else cache[0].empty()
             assert not path.exists()
             assert len(said()) == 1 and str(path) in said()[0] and "not used" in said()[0]
             put(store, model, text)
@@ -234,7 +221,7 @@ def test_what_leaves_memory_is_read_again(model, rng, folder):
             assert store.nbytes <= limit
         for text in texts:
             cache, n = store.take(text)
-            assert n == 3 * SIZE and same_rows(cache, made_up(model, text, 0)[0])
+            assert n == 3 * SIZE and same_rows(cache, made_up(model, text))
             assert store.nbytes <= limit
         assert store.describe()["disk"]["loaded_blocks"] > 0
 
@@ -363,7 +350,7 @@ def _save(folder, blocks, planted, ready):
         snapshots_module.new_file = _in_place
     snapshots = Snapshots(folder, IDENTITY)
 
-    def saved(block, rows, nbytes):
+    def saved(block, nbytes):
         block.file_bytes = nbytes
 
     saver = Saver(snapshots, 1 << 40, saved)
@@ -388,7 +375,7 @@ class Saved:
             for first in range(0, len(text), SIZE):
                 tokens = as_tokens(text[first : first + SIZE])
                 parent = add_child(parent, tokens)
-                parent.rows = cut(cache, None, first, first + len(tokens))
+                parent.rows = cut(cache, first, first + len(tokens))
                 self._blocks.append(parent)
 
     def run(self, folder, planted=False, delay=None):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 
-import mlx.core as mx
 import pytest
 from kept_prompts import (
     SIZE,
@@ -70,23 +69,17 @@ def shared(a, b):
     return n
 
 
-@pytest.mark.parametrize("drafts", [False, True])
-def test_the_longest_prefix_that_any_text_has_is_found(model, rng, drafts):
+def test_the_longest_prefix_that_any_text_has_is_found(model, rng):
     """Of texts that share beginnings, with rows that tell the text that they are of."""
     store, known = store_of(model), []
     for _ in range(20):
         base = rng.choice(known)[: rng.randrange(60)] if known and rng.random() < 0.8 else []
         text = base + [rng.randrange(2) for _ in range(rng.randrange(1, 60))]
         expected = max((shared(text, other) for other in known), default=0)
-        found = store.take_drafted(text)
-        assert found.tokens == expected
-        if expected:
-            whole, draft = made_up(model, text[:expected], expected - 1)
-            assert same_rows(found.cache, whole)
-            if drafts and expected > 1:
-                assert (found.drafted, same_rows([found.draft], [draft])) == (expected - 1, True)
-        assert found.drafted == (max(0, expected - 1) if drafts else 0)
-        store.put(text, *made_up(model, text, len(text) - 1)[: 1 + drafts])
+        cache, found = store.take(text)
+        assert found == expected
+        assert not expected or same_rows(cache, made_up(model, text[:expected]))
+        put(store, model, text)
         known.append(text)
     described = store.describe()
     assert described["asked"] == 20 and described["hit_tokens"] > 0
@@ -154,42 +147,9 @@ def test_the_end_of_a_text_goes_before_its_beginning(model, rng):
     assert store.describe()["evicted_blocks"] == 1
 
 
-def test_rows_of_drafts_may_be_missing_at_the_end(model, rng):
-    """They come back as far as they go, and are completed by a later text with all of them."""
-    text = some_tokens(model, rng, 70)
-    for drafted in (0, 1, SIZE - 1, SIZE, 40, 69):
-        store = store_of(model)
-        store.put(text, *made_up(model, text, drafted))
-        assert store.take_drafted(text[:30]).drafted == min(29, drafted)
-        found = store.take_drafted(text)
-        assert (found.tokens, found.drafted) == (70, drafted)
-        if drafted:
-            assert same_rows([found.draft], [made_up(model, text, drafted)[1]])
-        nbytes = store.nbytes
-        store.put(text, *made_up(model, text, 69))
-        assert store.take_drafted(text).drafted == 69
-        assert (store.nbytes > nbytes) == (drafted < 69)
-        store.put(text, made_up(model, text, 0)[0])  # one without drafts takes none away
-        assert store.take_drafted(text).drafted == 69
-
-
-def test_a_draft_from_kept_rows_has_its_bits(model, rng):
-    text = some_tokens(model, rng, 50)
-    cache, draft = model.make_cache(), model.make_mtp_cache()
-    hidden = model.states(mx.array([text]), cache)[1]
-    model.draft(mx.array([text[1:]]), hidden[:, :-1], draft)
-    expected = model.draft(mx.array([[9]]), hidden[:, -1:], draft)[0]
-    draft[0].trim(1), draft[1].trim(1)
-    store = store_of(model)
-    store.put(text, cache, draft)
-    found = store.take_drafted(text)
-    assert found.drafted == 49
-    assert mx.array_equal(model.draft(mx.array([[9]]), hidden[:, -1:], found.draft)[0], expected)
-
-
 def test_what_is_no_cache_of_the_model_is_refused(model, rng):
     store, text = store_of(model), some_tokens(model, rng, 20)
-    cache = made_up(model, text, 0)[0]
+    cache = made_up(model, text)
     batch = [CacheList(*(BatchKVCache.merge([e]) for e in layer.caches)) for layer in cache]
     for wrong, message in (
         (cache[:-1], "one entry per layer"),
@@ -198,8 +158,6 @@ def test_what_is_no_cache_of_the_model_is_refused(model, rng):
     ):
         with pytest.raises(ValueError, match=message):
             store.put(text, wrong)
-    with pytest.raises(ValueError, match="layer 7"):
-        store.put(text, cache, next(layer for layer in cache if len(layer.caches) == 1))
     put(store, model, text)
     model.kv_format = "fp8"
     with pytest.raises(ValueError, match="a cache in fp8, expected fp32"):
@@ -213,7 +171,7 @@ def test_there_may_be_more_tokens_than_rows_or_fewer(model, rng):
     text = some_tokens(model, rng, 40)
     for tokens, rows in ((40, 33), (33, 40), (0, 5), (5, 0)):
         store = store_of(model)
-        store.put(text[:tokens], made_up(model, text[:rows], 0)[0] if rows else model.make_cache())
+        store.put(text[:tokens], made_up(model, text[:rows]) if rows else model.make_cache())
         assert store.take(text)[1] == min(tokens, rows)
 
 
@@ -248,7 +206,7 @@ def test_others_may_look_while_a_thread_takes_and_puts(model, rng):
 
 def goes_on_rows(model, store, text):
     cache, n = store.take(text)
-    return n and same_rows(cache, made_up(model, text[:n], 0)[0])
+    return n and same_rows(cache, made_up(model, text[:n]))
 
 
 def test_a_memory_budget_counts_what_prompts_may_take():

@@ -25,7 +25,6 @@ class Block:
         rows: those in memory, if they are there.
         file_bytes: the size of its file; 0 where it has none.
         queued: whether its file is about to be written; its rows stay in memory until then.
-        stale: whether its file lacks rows that are in memory.
         gone: whether it is in the tree no more.
     """
 
@@ -35,7 +34,6 @@ class Block:
     rows: Rows | None = None
     file_bytes: int = 0
     queued: bool = False
-    stale: bool = False
     gone: bool = False
     children: dict[bytes, Block] = field(default_factory=dict)
 

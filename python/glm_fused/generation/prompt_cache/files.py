@@ -89,23 +89,21 @@ class Files:
     def save(self, chain: Sequence[Block], *, wait: bool = False) -> None:
         """Have blocks written that have no file, each after its parent, as far as they may wait."""
         for block in chain:
-            if block.gone or block.rows is None or block.queued:
-                continue
-            if block.file_bytes and not block.stale:
+            if block.gone or block.rows is None or block.queued or block.file_bytes:
                 continue
             if not self._saver.add(block, wait=wait):
                 return
             block.queued = True
 
-    def _written(self, block: Block, rows: Rows | None, nbytes: int) -> None:
+    def _written(self, block: Block, nbytes: int) -> None:
         with self._lock:
             block.queued = False
             if block.gone and nbytes:
                 self._snapshots.delete(block.id)
             elif nbytes:
                 self._saved += 1
-                self._nbytes += nbytes - block.file_bytes
-                block.file_bytes, block.stale = nbytes, block.rows is not rows
+                self._nbytes += nbytes
+                block.file_bytes = nbytes
                 self._order[block] = None
                 self._to_end(block)
                 self._shrink()

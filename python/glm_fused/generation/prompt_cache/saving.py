@@ -11,7 +11,7 @@ from .blocks import Block
 from .rows import Rows
 from .snapshots import Snapshots
 
-OnSaved = Callable[[Block, Rows | None, int], None]
+OnSaved = Callable[[Block, int], None]
 
 
 class Saver:
@@ -22,8 +22,8 @@ class Saver:
     Args:
         snapshots: writes them.
         limit_bytes: of the blocks that wait, but for the last one.
-        on_saved: called in the thread with a block, the rows that were written, and the bytes of
-            its file: 0 where writing it failed, which was warned of, or was left out.
+        on_saved: called in the thread with a block and the bytes of its file: 0 where writing it
+            failed, which was warned of, or was left out.
     """
 
     def __init__(self, snapshots: Snapshots, limit_bytes: int, on_saved: OnSaved):
@@ -61,7 +61,7 @@ class Saver:
             block, nbytes = item
             rows = block.rows
             try:
-                self._on_saved(block, rows, 0 if rows is None else self._write(block, rows))
+                self._on_saved(block, 0 if rows is None else self._write(block, rows))
             finally:
                 with self._lock:
                     self._waiting -= nbytes

@@ -26,12 +26,11 @@ from typing import Any
 import numpy as np
 from mlx_lm.models.cache import CacheList
 
-from ...models.cache import size_of
 from ...models.decoder import Model
 from .blocks import Block, Match, add_child, as_tokens, child, find, prefixes
 from .files import Files
 from .resident import Resident
-from .rows import Piece, Prefix, Rows, checked, cut, join
+from .rows import Piece, Rows, checked, cut, join
 from .snapshots import Identity, Snapshots
 
 BLOCK_TOKENS = 256
@@ -112,24 +111,19 @@ class PromptStore:
 
         The cache is the caller's. It has no room to grow, so the first token more copies it.
         """
-        found = self.take_drafted(tokens, draft=False)
-        return found.cache, found.tokens
-
-    def take_drafted(self, tokens: Sequence[int], *, draft: bool = True) -> Prefix:
-        """As `take`, with the MTP layer's cache where the model has that layer."""
         wanted = as_tokens(tokens)
         with self._lock:
             matches = find(self._tree, wanted, self._size)
         pieces = self._pieces(matches)
         with self._lock:
             self._touch([match.block for match in matches[: len(pieces)]])
-        found = join(self._model, pieces, draft)
+        cache, count = join(self._model, pieces), sum(piece.tokens for piece in pieces)
         with self._lock:
             self._counts.asked += 1
             self._counts.asked_tokens += len(wanted)
-            self._counts.hits += found.tokens > 0
-            self._counts.hit_tokens += found.tokens
-        return found
+            self._counts.hits += count > 0
+            self._counts.hit_tokens += count
+        return cache, count
 
     def _pieces(self, matches: Sequence[Match]) -> list[Piece]:
         """The rows of matches, from files where they are not in memory, up to one that is lost."""
@@ -146,27 +140,24 @@ class PromptStore:
             pieces.append(Piece(rows, count))
         return pieces
 
-    def put(
-        self, tokens: Sequence[int], cache: Sequence[CacheList], draft: CacheList | None = None
-    ) -> None:
+    def put(self, tokens: Sequence[int], cache: Sequence[CacheList]) -> None:
         """Keep a copy of the rows that ``cache`` has of the first of ``tokens``.
 
         Args:
             tokens: a text; there may be more than rows, or fewer.
             cache: the model's, of this text alone (not of a batch).
-            draft: that of the MTP layer, which may lack rows at its end.
 
         Raises ValueError for a cache that is not the model's.
         """
-        size, self._format = checked(self._model.args, cache, draft, self._format)
+        size, self._format = checked(self._model.args, cache, self._format)
         known = as_tokens(tokens)[:size]
         chain: list[Block] = []
         parent, nbytes = self._tree, 0
         for first in range(0, len(known), self._size):
             part = known[first : first + self._size]
             rows = None
-            if self._adds(parent, part, _drafted(draft) - first):
-                rows = cut(cache, draft, first, first + len(part))
+            if self._lacks(parent, part):
+                rows = cut(cache, first, first + len(part))
                 nbytes += rows.nbytes + part.nbytes
                 if nbytes > self.limit_bytes - self._waiting():
                     break  # what comes after it would go first
@@ -187,31 +178,25 @@ class PromptStore:
     def _waiting(self) -> int:
         return 0 if self._files is None else self._files.waiting_bytes
 
-    def _adds(self, parent: Block, tokens: np.ndarray, drafted: int) -> bool:
-        """Whether rows of these tokens would add to what is kept, if only some of drafts."""
+    def _lacks(self, parent: Block, tokens: np.ndarray) -> bool:
+        """Whether nothing is kept of these tokens, in memory or in a file."""
         with self._lock:
-            block = child(parent, tokens)
-            if block is None or block.rows is None:
-                return block is None
-            same = len(block.tokens) == len(tokens)
-            return same and block.rows.drafted < min(len(tokens), drafted)
+            return child(parent, tokens) is None
 
     def _place(self, parent: Block, tokens: np.ndarray, rows: Rows | None) -> Block | None:
-        """The block of these tokens below a parent, with rows where it lacked them.
+        """The block of these tokens below a parent; one with ``rows`` is new.
 
         None where it, or the parent, went in the meantime.
         """
         block = child(parent, tokens)
-        if parent.gone or (block is None and rows is None):
+        if parent.gone:
             return None
-        if block is None:
+        if block is None and rows is not None:
             shorter = prefixes(parent, tokens)
             block = add_child(parent, tokens.copy())
             for other in shorter:
                 self._remove(other)
-        if rows is not None:
             self._resident.keep(block, rows)
-            block.stale = block.file_bytes > 0
         return block
 
     def _touch(self, chain: Sequence[Block]) -> None:
@@ -284,8 +269,3 @@ class PromptStore:
                 "limit_bytes": self.limit_bytes,
                 "disk": None if self._files is None else self._files.describe(),
             }
-
-
-def _drafted(draft: CacheList | None) -> int:
-    """Of how many tokens a cache of the MTP layer has rows; that of the first is none."""
-    return 0 if draft is None or not (size := size_of(draft[0])) else size + 1
