@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +20,7 @@ from glm_fused.models import decode_step
 from glm_fused.models.cache import trim
 
 TOPK = 16
+VECTORS = Path(__file__).parent / "vectors"
 AFFINE_4 = {"group_size": 32, "bits": 4}
 FORMATS = ["auto", "fp8", "int8", "fp32"]
 
@@ -106,6 +109,47 @@ def test_logits_equal_plain_numpy(tmp_path, dense, shares, length):
     for ours, theirs in zip(found, expected, strict=True):
         error = np.abs(np.array(ours[0, -1], np.float64) - theirs).max()
         assert error <= 1e-5 * np.ptp(theirs)
+
+
+def error_beside_transformers(chunks, shift=0):
+    """The largest error of a row's logits, by their spread, with states that many places late."""
+    model, _ = load_model(VECTORS / "glm52_mtp", mtp=True)
+    expected = mx.load(str(VECTORS / "glm52_mtp" / "expected.safetensors"))
+    tokens, hidden = expected["tokens"][:, 1:], mx.roll(expected["hidden"], shift, axis=1)[:, :-1]
+    cache, found, at = model.make_mtp_cache(), [], 0
+    for count in chunks:
+        rows = slice(at, at + count)
+        logits, _, selection = model.draft(tokens[:, rows], hidden[:, rows], cache)
+        found.append(logits)
+        at += count
+    assert at == tokens.shape[1]
+    chosen = sorted(selection[0, -1].tolist())
+    assert shift or chosen == expected["mtp_topk"][-1].tolist()
+    ours = np.array(mx.concatenate(found, axis=1)[0], np.float64)
+    theirs = np.array(expected["mtp_logits"][0], np.float64)
+    return (np.abs(ours - theirs).max(1) / np.ptp(theirs, axis=1)).max()
+
+
+@pytest.mark.parametrize("chunks", [(207,), (180, *(1,) * 27), (20, 9, 16, 162)], ids=str)
+def test_logits_equal_transformers(chunks):
+    """Of 207 rows, most of which leave keys out; a step's rows as well as a prompt's."""
+    assert error_beside_transformers(chunks) <= 1e-5
+
+
+def test_the_oracle_agrees_with_transformers():
+    """The one in NumPy, which has drafts of drafts besides, that share a selection."""
+    folder = VECTORS / "glm52_mtp"
+    theirs = {k: np.array(v) for k, v in mx.load(str(folder / "expected.safetensors")).items()}
+    config = json.loads((folder / "config.json").read_text())
+    oracle = Oracle(config, mx.load(str(folder / "model.safetensors")))
+    logits, *_ = oracle.rows(theirs["tokens"][0, 1:], theirs["hidden"][0, :-1].astype(float))
+    error = np.abs(logits - theirs["mtp_logits"][0]).max(1)
+    assert (error <= 1e-5 * np.ptp(logits, axis=1)).all()
+
+
+def test_states_of_another_place_are_seen():
+    """The control of the test above."""
+    assert error_beside_transformers((207,), shift=1) > 1e-2
 
 
 def test_a_wrong_position_is_seen(tmp_path):

@@ -19,6 +19,10 @@ class Case:
     batch_lengths: tuple[int, ...] = ()
 
     @property
+    def mtp(self) -> bool:
+        return bool(self.config["num_nextn_predict_layers"])
+
+    @property
     def fp8(self) -> bool:
         return "quantization_config" in self.config
 
@@ -248,11 +252,38 @@ FP8 = _glm52(
     v_head_dim=48,
 )
 
+# An MTP layer, which has an indexer of its own, after a shared layer.
+GLM52_MTP = _glm52(
+    first_k_dense_replace=1,
+    hidden_size=32,
+    index_head_dim=12,
+    index_n_heads=8,
+    index_skip_topk_offset=3,
+    index_topk=24,
+    index_topk_freq=4,
+    index_topk_pattern=None,
+    indexer_types=["full", "shared"],
+    intermediate_size=48,
+    kv_lora_rank=24,
+    mlp_layer_types=["dense", "sparse"],
+    moe_intermediate_size=16,
+    n_routed_experts=8,
+    num_attention_heads=4,
+    num_experts_per_tok=2,
+    num_hidden_layers=2,
+    num_nextn_predict_layers=1,
+    q_lora_rank=16,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+)
+
 CASES = {
     case.name: case
     for case in (
         Case("glm51", GLM51, weight_seed=51, token_seed=71),
         Case("glm52", GLM52, weight_seed=52, token_seed=393, batch_lengths=(60, 97, 130)),
+        Case("glm52_mtp", GLM52_MTP, weight_seed=57, token_seed=191),
         Case("glm_pattern", GLM_PATTERN, weight_seed=53, token_seed=229),
         # Most biased scores are negative, so rejected groups must be -inf: a zero would win.
         Case("deepseek_v32", DEEPSEEK_V32, weight_seed=32, token_seed=744, bias_mean=-0.5),

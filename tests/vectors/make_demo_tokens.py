@@ -19,7 +19,7 @@ from weights import Tensors
 
 DEMO = Path(__file__).parents[2] / "python" / "glm_fused" / "demo_model"
 TARGET = Path(__file__).parent / "demo_tokens.json"
-MTP_LAYER = "model.layers.7."  # which transformers does not have
+MTP_LAYER = "model.layers.7."  # which is no layer of the decoder
 SEED, TOPKS, CONTINUED = 1, 20, 48
 MIN_MARGIN = 1e-4  # the least gap between the two best logits, which is far above fp32 noise
 

@@ -9,6 +9,7 @@ README.md says what they are.
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,13 @@ def checkpoint(case: Case) -> tuple[Tensors, Tensors]:
 
 def search(case: Case, tries: int) -> None:
     """Print the token seeds whose narrowest boundary is widest."""
-    model = oracle.build(write_config(case), checkpoint(case)[1])
+    folder, tensors = write_config(case), checkpoint(case)[1]
+    model = oracle.build(folder, tensors)
     best = 0.0
     for seed in range(tries):
         margin = float("inf")
-        for tokens in make_tokens(case, seed):
-            margin = min(margin, oracle.prefill(model, tokens).margin)
+        for run in runs_of(case, model, tensors, make_tokens(case, seed)):
+            margin = min(margin, run.margin)
             if margin <= best:
                 break
         else:
@@ -64,13 +66,25 @@ def search(case: Case, tries: int) -> None:
             print(f"{case.name}: token_seed={seed} margin {margin:.2e}", flush=True)
 
 
-def verify(case: Case, model: oracle.Model, prompts: list[torch.Tensor]) -> dict[str, Any]:
+def runs_of(
+    case: Case, model: oracle.Model, tensors: Tensors, prompts: list[torch.Tensor]
+) -> Iterator[oracle.Choices]:
+    """What the oracle makes of each prompt and, for a case with an MTP layer, that of the first."""
+    run = oracle.prefill(model, prompts[0])
+    yield run
+    yield from (oracle.prefill(model, tokens) for tokens in prompts[1:])
+    if case.mtp:
+        mtp = oracle.build_mtp(model, tensors).to(run.logits.dtype)
+        yield oracle.drafts(mtp, prompts[0][:, 1:], run.hidden[:, :-1])
+
+
+def verify(
+    case: Case, model: oracle.Model, runs: list[oracle.Choices], prompts: list[torch.Tensor]
+) -> dict[str, Any]:
     """Check the oracle against fp64, its own cache and the stored files; returns what was found."""
-    runs = [oracle.prefill(model, tokens) for tokens in prompts]
-    folder = HERE / case.name
+    folder, tensors = HERE / case.name, checkpoint(case)[1]
     with oracle.float64():
-        exact_model = oracle.build(folder, checkpoint(case)[1]).double()
-        exact = [oracle.prefill(exact_model, tokens) for tokens in prompts]
+        exact = list(runs_of(case, oracle.build(folder, tensors).double(), tensors, prompts))
     for run, reference in zip(runs, exact, strict=True):
         assert reference.logits.dtype == torch.float64
         assert run.margin >= MIN_MARGIN, f"{case.name}: margin {run.margin:.1e}"
@@ -127,11 +141,14 @@ def write(case: Case) -> None:
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     model = oracle.build(folder, tensors)
     prompts = make_tokens(case, case.token_seed)
-    meta = verify(case, model, prompts)
-    run = oracle.prefill(model, prompts[0])
+    runs = list(runs_of(case, model, tensors, prompts))
+    meta, run = verify(case, model, runs, prompts), runs[0]
     assert sorted(run.topk) == full_layers(case.config)
     expected = {"tokens": prompts[0], "logits": run.logits}
     expected |= {f"topk.{layer}": chosen.contiguous() for layer, chosen in run.topk.items()}
+    if case.mtp:
+        expected |= {"hidden": run.hidden, "mtp_logits": runs[-1].logits}
+        expected["mtp_topk"] = runs[-1].topk[0].contiguous()
     save_file(expected, folder / "expected.safetensors")
     if case.batch_lengths:
         meta["left_pad_max_abs_logit_difference"] = write_batch(case, model, prompts[1:])

@@ -11,6 +11,7 @@ import torch
 import transformers.modeling_rope_utils as rope_utils
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.modeling_layers import MtpModel
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as deepseek
 from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm
 from weights import Tensors
@@ -23,6 +24,7 @@ class Choices:
     """What one prefill selected; a margin is the smallest gap at any boundary of a selection."""
 
     logits: torch.Tensor
+    hidden: torch.Tensor | None = None  # behind the logits
     topk: dict[int, torch.Tensor] = field(default_factory=dict)
     experts: dict[int, torch.Tensor] = field(default_factory=dict)
     index_scores: dict[int, torch.Tensor] = field(default_factory=dict)  # -inf where not causal
@@ -81,8 +83,55 @@ def build(config_dir: Path, tensors: Tensors) -> Model:
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", experts_implementation="eager"
     )
-    model.load_state_dict(_stack_experts(tensors), strict=True)
+    layer = _mtp_layer(config)
+    decoder = {k: v for k, v in tensors.items() if not k.startswith(layer)}
+    model.load_state_dict(_stack_experts(decoder), strict=True)
     return model.eval()
+
+
+def _mtp_layer(config: Any) -> str:
+    return f"model.layers.{config.num_hidden_layers}."
+
+
+def build_mtp(model: Model, tensors: Tensors) -> MtpModel:
+    """The MTP layer beside a model, as transformers has it for any kind of model.
+
+    For GLM-5 that lacks what the config calls the layer's kinds, and takes a layer's output for its
+    hidden states, where GLM-5's layers give their selection besides.
+    """
+    config = model.config
+    config.num_mtp_layers = 1
+    config.mtp_layer_types, config.mtp_mlp_layer_types = ["full_attention"], ["sparse"]
+    mtp, layer = MtpModel(model, 1), _mtp_layer(config)
+    own = ("eh_proj", "enorm", "hnorm", "shared_head")
+    named = {}
+    for name, tensor in _stack_experts(tensors).items():
+        rest = name.removeprefix(layer)
+        if rest != name:
+            rest = rest if rest.startswith(own) else f"mtp_block.{rest}"
+            named[f"layers.0.{rest.replace('shared_head.norm', 'post_norm')}"] = tensor
+    missing, unexpected = mtp.load_state_dict(named, strict=False)
+    assert not unexpected, unexpected
+    assert set(missing) == {"embed_tokens.weight", "shared_head.weight"}, missing  # the model's
+    block = mtp.layers[0].mtp_block
+    block.register_forward_hook(lambda block, args, output: output[0])
+    return mtp.eval()
+
+
+@torch.no_grad()
+def drafts(mtp: MtpModel, tokens: torch.Tensor, hidden: torch.Tensor) -> Choices:
+    """What the layer gives for the tokens [1, L] after states [1, L, hidden], all at once."""
+    found, block = Choices(logits=torch.empty(0)), mtp.layers[0].mtp_block
+    hooks = [
+        block.self_attn.indexer.register_forward_hook(_record_indexer(found, 0)),
+        block.mlp.gate.register_forward_hook(_record_router(found, 0)),
+    ]
+    positions = torch.arange(1, 1 + tokens.shape[1])[None]
+    found.hidden = mtp.forward_layer(0, hidden, positions, None, input_ids=tokens.long())
+    found.logits = mtp._project_to_logits(found.hidden)
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 class _Float64Torch:
@@ -165,7 +214,8 @@ def prefill(model: Model, tokens: torch.Tensor) -> Choices:
             hooks.append(layer.self_attn.indexer.register_forward_hook(_record_indexer(found, i)))
         if hasattr(layer.mlp, "gate"):
             hooks.append(layer.mlp.gate.register_forward_hook(_record_router(found, i)))
-    found.logits = model(tokens.long(), use_cache=False).logits
+    out = model.model(tokens.long(), use_cache=False)
+    found.hidden, found.logits = out.last_hidden_state, model.lm_head(out.last_hidden_state)
     for hook in hooks:
         hook.remove()
     return found

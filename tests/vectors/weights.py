@@ -61,7 +61,8 @@ def tensor_shapes(c: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield name and shape of every tensor of a checkpoint."""
     hidden = c["hidden_size"]
     yield "model.embed_tokens.weight", (c["vocab_size"], hidden)
-    for i, kind in enumerate(indexer_types(c)):
+    mtp = c["num_nextn_predict_layers"]
+    for i, kind in enumerate([*indexer_types(c), *["full"] * mtp]):
         layer = f"model.layers.{i}"
         yield f"{layer}.input_layernorm.weight", (hidden,)
         yield f"{layer}.post_attention_layernorm.weight", (hidden,)
@@ -76,6 +77,10 @@ def tensor_shapes(c: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield from _mlp_shapes(f"{layer}.mlp.experts.{expert}", hidden, inner)
         shared = inner * c["n_shared_experts"]
         yield from _mlp_shapes(f"{layer}.mlp.shared_experts", hidden, shared)
+        if i >= c["num_hidden_layers"]:
+            yield f"{layer}.eh_proj.weight", (hidden, 2 * hidden)
+            for norm in ("enorm", "hnorm", "shared_head.norm"):
+                yield f"{layer}.{norm}.weight", (hidden,)
     yield "model.norm.weight", (hidden,)
     yield "lm_head.weight", (c["vocab_size"], hidden)
 
