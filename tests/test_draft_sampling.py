@@ -54,12 +54,17 @@ def drawn(model, first):
 
 
 def deviation(numbers, model):
-    """Of chi-square, in standard deviations (Wilson-Hilferty); rare outcomes count as one."""
+    """As `standardized` has it (Wilson and Hilferty's); rare outcomes count as one."""
     expected = (model[0][0][:, None] * model[1]).reshape(-1) * DRAWS
     counts, common = np.bincount(numbers, minlength=len(expected)), expected >= 10
     found = np.append(counts[common], counts[~common].sum())
     wanted = np.append(expected[common], expected[~common].sum())
-    freedom, square = len(found) - 1, ((found - wanted) ** 2 / np.maximum(wanted, 1e-9)).sum()
+    return standardized(found, wanted, len(found) - 1)
+
+
+def standardized(found, wanted, freedom):
+    """How far chi-square of counts is from its average, in standard deviations."""
+    square = ((found - wanted) ** 2 / np.maximum(wanted, 1e-9)).sum()
     spread = 2 / (9 * freedom)
     return ((square / freedom) ** (1 / 3) - (1 - spread)) / spread**0.5
 
