@@ -166,6 +166,20 @@ def test_texts_that_end_leave_the_batch(engine, monkeypatch):
         assert answer.finish_reason == completion.finish_reason
 
 
+def test_drafts_end_with_the_context(engine, monkeypatch, recorded):
+    """No step is longer than the context has room for, of the longest text."""
+    prompts = [engine.encode(text, raw=True) for text in TEXTS]
+    texts = [decode(engine.model, prompt, tokens=TOKENS)[0] for prompt in prompts]
+    planted(monkeypatch, prompts, texts, (1.0, 1.0, 1.0, 1.0))
+    monkeypatch.setattr(engine.tokenizer, "_eos_token_ids", set())
+    longest = max(map(len, prompts))
+    monkeypatch.setattr(engine.model.model, "_context", longest + TOKENS - 1)
+    check(engine, prompts, DraftOptions(3), recorded)
+    monkeypatch.setattr(engine.model.model, "_context", longest + TOKENS - 2)
+    with pytest.raises(ValueError, match="context"):
+        check(engine, prompts, DraftOptions(3), recorded)
+
+
 @pytest.mark.parametrize("fault", [1, -1])
 def test_a_planted_fault_is_found(engine, monkeypatch, recorded, fault):
     from glm_fused.generation.batching import batch

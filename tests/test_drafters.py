@@ -5,9 +5,11 @@ import json
 import mlx.core as mx
 import pytest
 from conftest import tiny_config, write_checkpoint
+from gguf_files import write_gguf
 from mlx_lm.models import llama
 from test_drafts import BITS, CODE, Planted, decode, kept, same
 from test_generate import VOCAB, write_tokenizer
+from test_mtp_models import move_mtp
 
 from glm_fused import Engine, EngineOptions
 from glm_fused.generation.decoding import Drafting
@@ -153,6 +155,21 @@ def test_the_checkpoint_says_what_drafts(engine, folder):
         assert other.generate(PROMPT, max_tokens=20).tokens == drafted.tokens
     sampled = [engine.generate(PROMPT, max_tokens=20, temp=1.0, seed=4).tokens for _ in range(2)]
     assert sampled[0] == sampled[1]
+
+
+@pytest.mark.parametrize("layout", ["oMLX", "GGUF"])
+def test_a_layer_under_other_names_drafts(tmp_path, layout):
+    """Without being told; the text is that without drafts."""
+    if layout == "GGUF":
+        path = write_gguf(tmp_path / "model.gguf", mtp=True)
+    else:
+        path = write_checkpoint(tmp_path, mtp=True, edit=move_mtp)
+    with Engine(path, EngineOptions(draft=3), tokenizer=False) as engine:
+        assert engine.drafts == DraftOptions(3, "mtp+lookup")
+        plain = decode(engine.model, PROMPT)
+        drafted = decode(engine.model, PROMPT, Drafting.of(engine.drafts, engine.model))
+    assert same(drafted, plain)
+    assert drafted[2].statistics.describe(None)["sources"]["mtp"]["proposed"] > 0
 
 
 class Turns(Depth):

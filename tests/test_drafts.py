@@ -2,19 +2,16 @@
 
 import json
 import random
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
 from test_cli import run as run_command
 
-import glm_fused
 from glm_fused import Engine, EngineOptions
 from glm_fused.generation.decoding import Decoding, Drafting
 from glm_fused.generation.drafts.depth import BURST, Depth
 from glm_fused.generation.drafts.drafter import Drafter, Kind
 from glm_fused.generation.drafts.lookup import LONGEST, MATCHES, SHORTEST, LookupDrafter
-from glm_fused.generation.drafts.options import DraftOptions
 from glm_fused.generation.options import Options
 
 CODE = "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()\n"
@@ -317,35 +314,3 @@ def test_auto_notices_that_a_text_begins_to_suit():
         made.append(count)
     assert sum(map(bool, made[100:1000])) < 25
     assert made[-1] == 7
-
-
-SETTINGS = [
-    {},
-    {"kv_format": "fp32"},
-    {"kv_format": "fp16"},
-    {"kv_format": "fp8"},
-    {"kv_format": "int8"},
-    *({"slots": slots} for slots in (4, 6, 8, 12, 16)),
-]
-
-
-def pieces_of_code(engine, count):
-    """Prompts of 200 to 1,150 characters of the package's own files."""
-    files = sorted(Path(glm_fused.__file__).parent.rglob("*.py"), key=lambda f: -f.stat().st_size)
-    texts = [file.read_text() for file in files[:count]]
-    cut = [text[100 * i : 150 * i + 200] for i, text in enumerate(texts)]
-    return [engine.encode(text, raw=True) for text in cut]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", SETTINGS, ids=str)
-def test_twenty_prompts_of_five_hundred_tokens(options):
-    with Engine("demo", EngineOptions(draft="auto", **options)) as engine:
-        model, source = engine.model, engine.drafts.source
-        for i, prompt in enumerate(pieces_of_code(engine, 20)):
-            plain = decode(model, prompt, tokens=500)
-            for depth in (*range(1, 9), "auto"):
-                for each in {source, "lookup"}:
-                    drafting = Drafting.of(DraftOptions(depth, each), model)
-                    drafted = decode(model, prompt, drafting, tokens=500)
-                    assert same(drafted, plain), (i, depth, each)
