@@ -17,18 +17,15 @@ def complete(server, prompt, **options):
     return found["choices"][0]["text"], usage["prompt_tokens"], cached
 
 
-@pytest.fixture(scope="module")
-def alone():
-    with Engine("demo") as engine:
-        yield lambda prompt: engine.generate(prompt, raw=True, max_tokens=40, temp=0).text
+@pytest.fixture
+def alone(engine):
+    return lambda prompt: engine.generate(prompt, raw=True, max_tokens=40, temp=0).text
 
 
 @pytest.mark.parametrize("draft", ["off", "auto", 3])
 def test_a_second_turn_takes_only_its_new_tokens(alone, draft):
-    with (
-        Engine("demo", EngineOptions(prompt_cache="64MiB", draft=draft)) as engine,
-        served(engine, names=("demo",)) as server,
-    ):
+    options = EngineOptions(prompt_cache="64MiB", draft=draft)
+    with Engine("demo", options) as caching, served(caching) as server:
         first, size, cached = complete(server, CODE)
         assert (first, cached) == (alone(CODE), 0)
         turn = CODE + first + "\n\nclass Total:\n"
@@ -48,21 +45,18 @@ def test_a_second_turn_takes_only_its_new_tokens(alone, draft):
 
 
 def test_a_folder_outlasts_the_server(alone, tmp_path):
-    for turn in range(2):
-        with (
-            Engine("demo", EngineOptions(prompt_cache="64MiB")) as engine,
-            served(engine, names=("demo",), prompt_cache_dir=str(tmp_path)) as server,
-        ):
-            text, size, cached = complete(server, CODE)
-            assert text == alone(CODE)
-            assert cached == (0 if turn == 0 else size - 1)
+    with Engine("demo", EngineOptions(prompt_cache="64MiB")) as caching:
+        for turn in range(2):
+            with served(caching, prompt_cache_dir=str(tmp_path)) as server:
+                text, size, cached = complete(server, CODE)
+                assert text == alone(CODE)
+                assert cached == (0 if turn == 0 else size - 1)
 
 
-def test_without_a_cache_nothing_is_kept(alone):
-    with Engine("demo") as engine, served(engine, names=("demo",)) as server:
-        for _ in range(2):
-            assert complete(server, CODE)[::2] == (alone(CODE), 0)
-        assert server.get("/stats")[1]["prompt_cache"] is None
+def test_without_a_cache_nothing_is_kept(alone, server):
+    for _ in range(2):
+        assert complete(server, CODE)[::2] == (alone(CODE), 0)
+    assert server.get("/stats")[1]["prompt_cache"] is None
 
 
 def test_a_folder_that_cannot_be_one(tmp_path):
