@@ -406,6 +406,38 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(shown):
     assert not page.is_visible("#settings") and shown.focused() == "open-settings"
 
 
+# The least contrast of numbers with their cells, for each rate of hits; `tones` are kept or not.
+CONTRAST = """async tones => {
+    const {drawHeat} = await import("/page/charts.js");
+    const layers = Array.from({length: 101}, (_, i) => ({layer: i, rate: i / 100, reads: "0"}));
+    const map = document.getElementById("experts-map");
+    map.hidden = false;
+    drawHeat(map, layers);
+    const pen = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+    const light = color => {
+        pen.fillStyle = color;
+        pen.fillRect(0, 0, 1, 1);
+        const [r, g, b] = [...pen.getImageData(0, 0, 1, 1).data].map(
+            v => v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+    };
+    return Math.min(...[...map.children].map(cell => {
+        if (!tones) cell.className = "cell";
+        const style = getComputedStyle(cell);
+        const [a, b] = [light(style.color), light(style.backgroundColor)];
+        return Math.max(a, b) / Math.min(a, b);
+    }));
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_maps_numbers_stand_out_at_every_rate(open_page, scheme):
+    page = open_page(color_scheme=scheme).page
+    assert page.evaluate(CONTRAST, True) >= 3.0
+    # The control: with one colour for all, they do not in the dark.
+    assert (page.evaluate(CONTRAST, False) < 2.9) == (scheme == "dark")
+
+
 def test_the_numbers_are_the_servers(shown, server):
     page = shown.page
     page.wait_for_selector("#state[data-state=busy]")

@@ -82,7 +82,7 @@ function heatCell({ layer, rate: share, reads }) {
   if (share === null) {
     return make("span", { class: "cell unused", title: `Layer ${layer}: not used yet` }, `${layer}`);
   }
-  const tone = share > 0.8 ? "high" : share > 0.5 ? "middle" : "low"; // which text stands out
+  const tone = share > 0.85 ? "high" : share > 0.65 ? "middle" : "low"; // which text stands out
   const title = `Layer ${layer}: ${percent(share)} found in memory, ${reads} read from disk`;
   const cell = make("span", { class: `cell ${tone}`, title }, `${layer}`);
   cell.style.setProperty("--share", `${(100 * share).toFixed(1)}%`);
