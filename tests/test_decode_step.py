@@ -26,6 +26,7 @@ from glm_fused.models import decode_step
 from glm_fused.models.chains import Drafting
 from glm_fused.models.config import args_from_config
 from glm_fused.models.decoder import Model
+from glm_fused.models.rope import ROWS_PAGE
 from glm_fused.ops import paths
 
 pytestmark = pytest.mark.usefixtures("several_threads")
@@ -288,12 +289,44 @@ def test_a_step_that_nobody_evaluates_is_part_of_the_cache(model):
             assert_same_bits(found, fresh(mx.array([tokens]), fresh.make_cache())[:, -1])
 
 
-def test_rows_with_padding_are_found_out_anew(model):
-    """What pads them may change where it is, which nothing tells a step that follows."""
+def test_steps_of_rows_with_padding_follow_the_last_too(model):
+    """Up to where the angles end that were made together; they have the bits of the reference."""
+    it = Conversation(model, [3, 0, 1], 3)
+    it.append(mx.array([[0, 0, 0, 4, 5], [1, 2, 3, 4, 5], [0, 7, 8, 9, 10]]))
+    again, followed = model._steps.again, []
+
+    def noted(model, tokens, *args):
+        found = again(model, tokens, *args)
+        if tokens.shape[1] == 1:
+            followed.append(found is not None)
+        return found
+
+    model._steps.again = noted
+    try:
+        for i in range(ROWS_PAGE + 20):
+            found = it.append(mx.array([[7 + i % 5], [8 + i % 7], [9 + i % 3]]))
+            if i in (1, ROWS_PAGE + 12):
+                assert_same_bits(found, it.expected())
+    finally:
+        del model._steps.again
+    assert followed.count(False) <= 4  # the first, two pages and more keys than are selected
+    assert followed.count(True) >= ROWS_PAGE
+
+
+def other_array(entry):
+    entry.left_padding = entry.left_padding + 1
+
+
+def in_place(entry):
+    entry.left_padding += 1
+
+
+@pytest.mark.parametrize("change", [other_array, in_place])
+def test_rows_with_other_padding_do_not_follow(model, change):
     fresh, cache, token = copy.deepcopy(model), make_cache(model, [3, 0]), mx.array([[7], [8]])
     mx.eval(fresh(mx.array([[0, 0, 0, 4, 5], [1, 2, 3, 4, 5]]), cache), fresh(token, cache))
-    for layer in cache:
-        layer.trim(1)
+    assert fresh._steps.again(fresh, token, cache) is not None
+    change(cache[0][0])
     assert fresh._steps.again(fresh, token, cache) is None
 
 

@@ -93,6 +93,14 @@ def size_of(cache: Any) -> int:
     return filled
 
 
+def padding_of(cache: Any) -> list[mx.array]:
+    """The padding [b] of a batch's rows; nothing where there is none, as in what is no cache."""
+    try:
+        return [cache[0].caches[0].left_padding]
+    except (AttributeError, LookupError, TypeError):
+        return []
+
+
 def advance(cache: Any, length: int) -> None:
     """Count ``length`` new columns as filled."""
     cache.offset = cache.offset + length

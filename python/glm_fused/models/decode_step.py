@@ -22,7 +22,7 @@ from .. import _ext, ops
 from ..environment import debug
 from ..formats.kv_rows import format_of, row_widths
 from ..ops import Weight, metal_sim, paths
-from .cache import Span, empty_cache, make_room
+from .cache import Span, empty_cache, make_room, padding_of
 from .chains import Chain
 from .config import ModelArgs
 from .decode_parts import Parts
@@ -86,6 +86,8 @@ class DecodeSteps:
             return None
         if not last.parts.are_in_place(self._chain.roots(model)):
             return None
+        if not last.padding.are_of(padding_of(cache)):
+            return None
         return last.decoding(tokens, cache, given)
 
     def run(
@@ -117,12 +119,12 @@ class DecodeSteps:
         decoding = self._decoding(model, parts, tokens, embedded, cache, given)
         if decoding is None:
             return None
-        # The angles of rows with padding are of this step alone.
-        follows = embedded is None and not hasattr(cache[0][0], "left_padding")
-        if follows:
+        if embedded is None:
             if len(self._last) >= _MOST:
                 self._last = {}
-            self._last[tokens.shape, len(given)] = _Last(parts, decoding)
+            self._last[tokens.shape, len(given)] = _Last(
+                parts, decoding, _ext.ArrayValues(padding_of(cache))
+            )
         return decoding(tokens, cache, given, embedded)
 
     def _decoding(
@@ -227,6 +229,7 @@ class _Last(NamedTuple):
 
     parts: Parts
     decoding: _ext.Decoding
+    padding: _ext.ArrayValues  # of the rows, whose angles it has
 
 
 def _table(embedding: nn.Module) -> Weight | None:

@@ -24,7 +24,7 @@ from .layer import DecoderLayer
 from .layer_spec import DECODER
 from .layers import Embedding, Linear, QuantizedEmbedding, RMSNorm, is_plain
 from .mtp import MtpLayer, check_draft
-from .rope import Angles, Page, Rope
+from .rope import ROWS_PAGE, Angles, Page, Rope
 from .tensors import modules
 from .tokens import check_length, check_tokens, embed
 
@@ -68,14 +68,20 @@ class Decoder(nn.Module):
         """The angles of a span, whose length is checked."""
         # A GPU's cosines have other bits; on the CPU the caller's stream is the right one.
         with routes.on(mx.cpu if routes.is_gpu(None) else None):
-            return self.page(span).of_span(span.first, span.length)
+            if span.start is None:
+                return self.page(span).of_span(span.first, span.length)
+            check_length(span.first, span.length, self._context)
+            return self._rope.angles(span.positions())
 
     def page(self, span: Span) -> Page:
         """The angles of a span's columns and maybe of some around it; its length is checked."""
         check_length(span.first, span.length, self._context)
         if span.start is None:
             return self._rope.page_of_span(span.first, span.length)
-        return Page(span.first, self._rope.angles(span.positions()))
+        length = max(span.length, min(ROWS_PAGE, self._context - span.first))
+        page = Page(span.first, self._rope.angles(span._replace(length=length).positions()))
+        mx.eval(*page.angles)
+        return page
 
     def embed(self, tokens: mx.array) -> mx.array:
         """The rows [b, l, hidden] of tokens [b, l], which are checked."""

@@ -14,6 +14,7 @@ from .. import validation as check
 DEFAULT_THETA = 10000.0
 LEAST = 1e-20  # the least that a factor may be; far smaller ones are 0 in float32
 PAGE = 256  # how many positions' angles are made together
+ROWS_PAGE = 64  # the same of each row where rows have padding
 LEAST_TURNS = 1e-6  # keeps positions / turns, whose logarithm is taken, finite
 
 
