@@ -33,11 +33,12 @@ def recorded(monkeypatch):
     """The bits of the logits that tokens were chosen from, by the first tokens of their texts."""
     found, take = defaultdict(list), Row._take
 
-    def record(self, token, logits):
-        found[id(self)].append(logits.view(BITS[logits.dtype.size]))
-        take(self, token, logits)
+    def record(self, token, logits, at):
+        found[id(self)].append(logits[at].view(BITS[logits.dtype.size]))
+        take(self, token, logits, at)
 
     monkeypatch.setattr(Row, "_take", record)
+    monkeypatch.setattr(Row, "lists_logprobs", True)  # so that it is given them
     return found
 
 

@@ -10,9 +10,11 @@ from test_scheduler import CODE, Listener, Only
 
 from glm_fused import Engine, EngineOptions
 from glm_fused.generation.batching import batch as batch_module
+from glm_fused.generation.batching import filling as filling_module
 from glm_fused.generation.batching import turns
 from glm_fused.generation.batching.batch import Batch
 from glm_fused.generation.batching.filling import Filling
+from glm_fused.generation.batching.groups import group
 from glm_fused.generation.batching.requests import GenerationRequest, PromptProgress
 from glm_fused.generation.batching.scheduler import Scheduler
 from glm_fused.generation.choice import Keys
@@ -66,6 +68,12 @@ def answered(scheduler, requests, pause=lambda: None):
     return [listener.wait().generated for listener in listeners]
 
 
+def at_once(scheduler, requests, listeners):
+    """Submit requests, of which the scheduler sees none before all are there."""
+    with scheduler._changed:
+        return [scheduler.submit(*each) for each in zip(requests, listeners, strict=True)]
+
+
 def alone(engine, requests):
     scheduler = Scheduler(engine)
     try:
@@ -105,26 +113,181 @@ def test_alone_they_have_what_generate_gives(engine):
             assert events[-1].finish_reason == expected.finish_reason
 
 
-@pytest.mark.parametrize("fault", ["padding", "key", "columns"])
-def test_planted_faults_are_found(engine, monkeypatch, fault):
-    if fault == "padding":
-        joined = batch_module.joined
+def check_together(engine, count, seed):
+    """As `check`, where what is taken and decoded together does not depend on the time."""
+    expected = alone(engine, requests(engine, count, seed))
+    scheduler, listeners = Scheduler(engine), [Listener() for _ in range(count)]
+    try:
+        at_once(scheduler, requests(engine, count, seed), listeners)
+        assert [listener.wait().generated for listener in listeners] == expected
+    finally:
+        scheduler.close()
 
-        def off_by_one(first, second):
-            both = joined(first, second)
-            for entry in both.caches:
+
+def test_together_each_has_what_it_has_alone(engine):
+    check_together(engine, 9, 1)
+
+
+def off_by_one(padded):
+    def wrong(*args):
+        layer = padded(*args)
+        for entry in layer.caches:
+            if hasattr(entry, "left_padding"):
                 entry.left_padding = mx.maximum(entry.left_padding - 1, 0)
-            return both
+        return layer
 
-        monkeypatch.setattr(batch_module, "joined", off_by_one)
+    return wrong
+
+
+@pytest.mark.parametrize("fault", ["joined", "padded", "key", "columns", "rows"])
+def test_planted_faults_are_found(engine, monkeypatch, fault):
+    if fault == "joined":
+        monkeypatch.setattr(batch_module, "joined", off_by_one(batch_module.joined))
+    elif fault == "padded":
+        monkeypatch.setattr(filling_module, "padded", off_by_one(filling_module.padded))
     elif fault == "key":  # that of another text
         at, drawn = Keys.at, []
         monkeypatch.setattr(Keys, "at", lambda self, n: (drawn.append(n), at(self, len(drawn)))[1])
-    else:
+    elif fault == "columns":
         kept = batch_module.kept
         monkeypatch.setattr(batch_module, "kept", lambda layer, stay: kept(layer, stay[::-1]))
+    else:  # each has the token of another
+        monkeypatch.setattr(mx, "argmax", lambda x, axis, argmax=mx.argmax: argmax(x, axis)[::-1])
     with pytest.raises(AssertionError):
-        check(engine, 9, 1)
+        check_together(engine, 9, 1)
+
+
+class Sized:
+    def __init__(self, prompt_tokens):
+        self.prompt_tokens = prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "expected"),
+    [
+        ([40, 41, 39, 40], 2048, [40, 41, 39, 40]),
+        ([40, 41, 39, 40], 130, [40, 41, 39]),  # the chunk is full
+        ([40, 400, 45, 4, 43], 2048, [40, 45, 43]),  # the others would be padding mostly
+        ([1, 1, 2, 1, 1], 2048, [1, 1, 1, 1]),
+        ([3000, 3000], 2048, [3000]),
+    ],
+)
+def test_prompts_of_similar_lengths_are_taken_together(sizes, most, expected):
+    rows = [Sized(size) for size in sizes]
+    assert [row.prompt_tokens for row in group(rows, most)] == expected
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Of how many texts each chunk of prompts is, and how many tokens of each it has."""
+    found, take = [], Filling.take
+
+    def note(self, most):
+        before = self.left
+        count = take(self, most)
+        found.append((len(self.rows), before - self.left))
+        return count
+
+    monkeypatch.setattr(Filling, "take", note)
+    return found
+
+
+def test_prompts_that_wait_are_one_chunk(engine, taken):
+    asked = [GenerationRequest(engine.encode("x" * n, raw=True), Options(9)) for n in range(8, 13)]
+    expected = alone(engine, asked)
+    sizes = [len(request.tokens) for request in asked]
+    assert taken == [(1, size - 1) for size in sizes]
+    taken.clear()
+    scheduler, listeners = Scheduler(engine), [Listener() for _ in asked]
+    at_once(scheduler, asked, listeners)
+    assert [listener.wait().generated for listener in listeners] == expected
+    assert taken == [(len(asked), max(sizes) - 1)]
+    for listener, size in zip(listeners, sizes, strict=True):
+        done = [event.done for event in listener.events if isinstance(event, PromptProgress)]
+        assert done == [0, size - 1, size]
+    scheduler.close()
+
+
+def test_who_leaves_while_prompts_are_taken_together(engine, taken):
+    """One is cancelled and the listener of one fails; the others have what they have alone."""
+    asked = [GenerationRequest(engine.encode("x" * n, raw=True), Options(9)) for n in range(8, 13)]
+    expected = alone(engine, asked)
+    taken.clear()
+    scheduler, listeners = Scheduler(engine), [Listener() for _ in asked]
+
+    def fail(event):
+        if event.done:
+            raise KeyError("planted")
+
+    listeners[1]._on_event = lambda event: tickets[1].cancel()
+    listeners[3]._on_event = lambda event: fail(event) if hasattr(event, "done") else None
+    tickets = at_once(scheduler, asked, listeners)
+    for i in (0, 2, 4):
+        assert listeners[i].wait().generated == expected[i]
+    assert isinstance(listeners[3].wait().error, KeyError)
+    settled(scheduler)
+    assert len(taken) == 1 and taken[0][0] == len(asked)
+    assert len(listeners[1].events) == 1 and not listeners[3].generated
+    found = scheduler.describe()
+    assert (found["finished"], found["cancelled"], found["failed"]) == (3, 1, 1)
+    assert (found["filling"], found["memory"]["caches"]) == (0, 0)
+    scheduler.close()
+
+
+def test_a_chunk_that_fails_fails_those_in_it(engine, monkeypatch):
+    asked = [GenerationRequest(engine.encode("x" * n, raw=True), Options(9)) for n in (9, 10)]
+    scheduler, listeners = Scheduler(engine), [Listener() for _ in asked]
+
+    def fail(self, most):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(Filling, "take", fail)
+    at_once(scheduler, asked, listeners)
+    for listener in listeners:
+        assert "planted" in str(listener.wait().error)
+    monkeypatch.undo()
+    assert answered(scheduler, asked) == alone(engine, asked)
+    scheduler.close()
+
+
+def test_prompts_have_more_time_where_they_are_more(engine, monkeypatch):
+    """A text that is decoded alone beside four others' prompts makes no steps for each chunk."""
+    monkeypatch.setattr(turns, "time", clock := Clock())
+    take, step = Filling.take, Batch.step
+    order = []
+
+    def slow_chunk(self, most):
+        order.append("chunk")
+        clock.now += 12.0
+        return take(self, most)
+
+    def slow_step(self, *given):
+        order.append("step")
+        clock.now += 1.0
+        return step(self, *given)
+
+    monkeypatch.setattr(Filling, "take", slow_chunk)
+    monkeypatch.setattr(Batch, "step", slow_step)
+    talker = GenerationRequest(engine.encode("x", raw=True), Options(200))
+    others = [GenerationRequest(engine.encode(CODE * n, raw=True), Options(1)) for n in (4, 5, 12)]
+    scheduler, listeners = Scheduler(engine), [Listener() for _ in range(4)]
+    at_once(scheduler, [talker, *others], listeners)
+    for listener in listeners:
+        listener.wait()
+    scheduler.close()
+    runs = "".join("c" if what == "chunk" else "s" for what in order).split("c")[1:]
+    assert len(runs) > 6
+    assert len(runs[0]) == 4  # a quarter of the time, as for each of the three that wait
+    assert len(runs[-2]) == 12  # as much as the one that waits
+
+
+class Clock:
+    """Time that goes on when it is told to."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
 
 
 def test_a_long_prompt_does_not_keep_others_waiting(engine, monkeypatch):
@@ -132,7 +295,7 @@ def test_a_long_prompt_does_not_keep_others_waiting(engine, monkeypatch):
     monkeypatch.setattr(turns, "BESIDE", 32)
     order, take, step = [], Filling.take, Batch.step
     monkeypatch.setattr(Filling, "take", lambda self, n: (order.append("chunk"), take(self, n))[1])
-    monkeypatch.setattr(Batch, "step", lambda self: (order.append("step"), step(self))[1])
+    monkeypatch.setattr(Batch, "step", lambda self, *a: (order.append("step"), step(self, *a))[1])
     long = engine.encode(CODE * 12, raw=True)
     expected = alone(engine, [GenerationRequest(long, Options(5))])
     order.clear()
@@ -221,11 +384,11 @@ def test_an_error_in_a_step_fails_who_is_in_it(engine, monkeypatch):
     """The thread goes on, and so do prompts that are being taken."""
     scheduler, step, failed = Scheduler(engine), Batch.step, []
 
-    def fail_once(self):
+    def fail_once(self, *given):
         if len(self.rows) > 1 and not failed:
             failed.extend(self.rows)
             raise RuntimeError("planted")
-        return step(self)
+        return step(self, *given)
 
     monkeypatch.setattr(Batch, "step", fail_once)
     asked = [GenerationRequest(engine.encode("x" * n, raw=True), Options(50)) for n in (1, 2)]

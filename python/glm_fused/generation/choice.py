@@ -55,6 +55,11 @@ class Choice:
         self._window = options.repetition_context_size
         self._keys = Keys(options.seed)
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the token is always the likeliest of the logits as they are."""
+        return self._greedy and not self._processors
+
     def next(self, logits: mx.array, ahead: Sequence[mx.array] = ()) -> mx.array:
         """The token, uint32 [1], of logits [1, vocabulary].
 
@@ -75,7 +80,7 @@ class Choice:
         uint32 [d]. Tokens of the draft stay up to the first that differs from what is given here,
         which takes its place.
         """
-        if self._greedy and not self._processors:
+        if self.takes_likeliest:
             return mx.argmax(logits, axis=-1)
         # Each row alone, as `next` has it: the bits of a row may depend on the shape.
         drafted = [draft[i : i + 1] for i in range(len(logits) - 1)]

@@ -22,6 +22,11 @@ class Text:
         self._detokenizer, self._ends = tokenizer.detokenizer, tokenizer.eos_token_ids
         self._stops, self._left = StopTexts(stop), max_tokens
 
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop text that ended the text; None where there was none."""
+        return self._stops.found
+
     def feed(self, token: int) -> tuple[str, str | None]:
         """The text that a token makes ready to be shown, and "stop" or "length" if it is the last.
 

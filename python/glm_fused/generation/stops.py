@@ -12,10 +12,12 @@ class StopTexts:
 
     Attributes:
         after: what came in one piece with the stop text, behind it.
+        found: the stop text; None before there is one.
     """
 
     def __init__(self, stops: Sequence[str]):
         self._stops, self._held, self.after = stops, "", ""
+        self.found: str | None = None
 
     def feed(self, text: str) -> tuple[str, bool]:
         """The text that can be shown now, and whether a stop text has ended it."""
@@ -23,6 +25,7 @@ class StopTexts:
         found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             at, stop = min(found)
+            self.found = stop
             self._held, self.after = "", text[at + len(stop) :]
             return text[:at], True
         shown = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)

@@ -28,10 +28,10 @@ _TIDY = 256  # steps after which MLX lets go of memory that it keeps
 
 
 class _Ahead(NamedTuple):
-    """A plain step on its way: of each text the token and its logits [1, vocabulary]."""
+    """A plain step on its way: the tokens, uint32 [b, 1], and logits [b, 1, vocabulary]."""
 
-    tokens: list[mx.array]
-    logits: list[mx.array]
+    tokens: mx.array
+    logits: mx.array
     hidden: mx.array | None
 
 
@@ -68,10 +68,17 @@ class Batch:
         """The bytes of the cache, with room to grow."""
         return sum(layer.nbytes for layer in self._cache)
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether a step is on its way already, whose tokens nobody has seen."""
+        return self._ahead is not None
+
     def join(self, filling: Filling) -> None:
-        """Decode the texts of a filling, too, whose prompts were taken."""
-        assert not filling.left
-        self._discard()
+        """Decode the texts of a filling, too, whose prompts were taken.
+
+        No step may be on its way: the last one was a ``step(ahead=False)``.
+        """
+        assert not filling.left and not self.is_ahead
         if self.rows:
             with mx.stream(generation_stream):
                 for i, layer in enumerate(filling.cache):
@@ -97,9 +104,9 @@ class Batch:
             if self._drafts is not None:
                 self._drafts.filter(stay)
             if (ahead := self._ahead) is not None:
-                tokens, logits = ([each[i] for i in stay] for each in ahead[:2])
-                hidden = None if ahead.hidden is None else ahead.hidden[mx.array(stay)]
-                self._ahead = _Ahead(tokens, logits, hidden)
+                at = mx.array(stay)
+                hidden = None if ahead.hidden is None else ahead.hidden[at]
+                self._ahead = _Ahead(ahead.tokens[at], ahead.logits[at], hidden)
 
     def abandon(self) -> list[Row]:
         """Let go of all texts, after an error, too; returns them."""
@@ -118,8 +125,10 @@ class Batch:
         with mx.stream(generation_stream):
             return tokens, [first_columns(layer, at, len(tokens)) for layer in self._cache]
 
-    def step(self) -> list[Row]:
+    def step(self, ahead: bool = True) -> list[Row]:
         """One step of all texts; returns those that are over, which have to leave.
+
+        Where ``ahead`` is false no other step is on its way after it.
 
         Raises RuntimeError where an expert cannot be read: all that is left then is `abandon`.
         """
@@ -127,7 +136,7 @@ class Batch:
         depth, plan = self._depth(), self._next_drafts()
         steady = self._ahead is not None
         if self._ahead is not None or (plan is None and self._may_go_ahead()):
-            plan, advanced = None, self._plain(plan is None)
+            plan, advanced = None, self._plain(plan is None and ahead)
         else:
             advanced = self._round(plan.depth if plan else 0)
             steady = plan is None
@@ -181,36 +190,46 @@ class Batch:
 
     def _plain(self, more: bool) -> int:
         """A step without drafts; with ``more`` the one after it is on its way then."""
-        now = self._ahead or self._launch([mx.array(row.ahead, mx.uint32) for row in self.rows])
+        now = self._ahead
+        if now is None:
+            now = self._launch(mx.array([row.ahead for row in self.rows], mx.uint32), known=True)
         self._ahead = None
         room = self._model.context > self._cache[0].size()
         if more and room and any(row.left > 1 for row in self.rows):
-            self._ahead = self._launch(now.tokens, now.tokens)
+            self._ahead = self._launch(now.tokens, known=False)
         mx.eval(now.tokens)
-        for row, token, logits in zip(self.rows, now.tokens, now.logits, strict=True):
+        new = cast(list[list[int]], now.tokens.tolist())
+        for i, row in enumerate(self.rows):
             row.cached += 1
-            row.extend(logits, (), [cast(int, token.item())])
-        new = [row.known[-1:] for row in self.rows]
+            row.extend(now.logits[i] if row.lists_logprobs else None, (), new[i])
         self._extend_drafts(new, new, now.hidden)
         return 1
 
-    def _launch(self, tokens: Sequence[mx.array], ahead: Sequence[mx.array] = ()) -> _Ahead:
-        """A plain step that takes a token [1] of each text, those ``ahead`` of the known ones."""
+    def _launch(self, tokens: mx.array, known: bool) -> _Ahead:
+        """A plain step that takes a token [b, 1] of each text, the next after those ``known``."""
         with mx.stream(generation_stream):
-            logits, hidden = self._forward(mx.stack(list(tokens)))
-            rows = [logits[i] for i in range(len(self.rows))]
-            # Processors change what they are given in place.
-            new = [row.choice.next(logits[i], ahead[i : i + 1]) for i, row in enumerate(self.rows)]
-            mx.async_eval(new, rows, [] if hidden is None else hidden)
-        return _Ahead(new, rows, hidden)
+            logits, hidden = self._forward(tokens)
+            chosen = self._chosen(logits, None if known else tokens)
+            mx.async_eval(chosen, logits, [] if hidden is None else hidden)
+        return _Ahead(chosen, logits, hidden)
 
-    def _discard(self) -> None:
-        """Have the step that is on its way never been made."""
-        if self._ahead is not None:
-            settle(generation_stream)
-            self._ahead = None
-            trim(self._cache, 1)
-            check_reads(self._cache)
+    def _chosen(self, logits: mx.array, ahead: mx.array | None) -> mx.array:
+        """What each text goes on with, uint32 [b, 1], of logits [b, 1, vocabulary].
+
+        It follows the tokens ``ahead`` [b, 1], if any, of the known ones.
+        """
+        likeliest = mx.argmax(logits, axis=-1)
+        if all(row.choice.takes_likeliest for row in self.rows):
+            return likeliest
+        # Processors change what they are given in place, so each gets logits of its own.
+        return mx.stack(
+            [
+                likeliest[i]
+                if row.choice.takes_likeliest
+                else row.choice.next(logits[i], () if ahead is None else (ahead[i],))
+                for i, row in enumerate(self.rows)
+            ]
+        )
 
     def _round(self, depth: int) -> int:
         """One step with so many drafts; returns by how many columns the cache has grown."""

@@ -9,7 +9,7 @@ from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import CacheList
 
 from ...models.decoder import Model
-from ...models.row_caches import padded
+from ...models.row_caches import first_columns, padded
 from ...streaming.experts import check_reads
 from ..drafts.options import DraftOptions
 from ..drafts.rows import RowDrafts
@@ -95,6 +95,15 @@ class Filling:
                 given = scores(logits, following, self.rows[i].top or 0)
             found += [ScoredToken(t, *one) for t, one in zip(following, given, strict=True)]
         return found
+
+    def cache_of(self, row: Row) -> tuple[list[int], list[CacheList]]:
+        """The tokens of a text that were taken, and a cache of them.
+
+        It is the filling's own where the text is alone, which is not filled any more then.
+        """
+        at, tokens = self.rows.index(row), row.known[: row.cached]
+        with mx.stream(generation_stream):
+            return tokens, [first_columns(layer, at, len(tokens)) for layer in self.cache]
 
     @property
     def nbytes(self) -> int:

@@ -76,8 +76,9 @@ class GeneratedToken:
     """One more token.
 
     ``text`` is what is ready to be shown, possibly none. ``finish_reason`` is "stop" or "length" in
-    the last event of a request and None before. ``logprob`` and ``top`` (tokens with their
-    log-probabilities, the likeliest first) are there where the request asks for them.
+    the last event of a request and None before, ``stopped_by`` the stop text that it ended at, if
+    it did. ``logprob`` and ``top`` (tokens with their log-probabilities, the likeliest first) are
+    there where the request asks for them.
     """
 
     token: int
@@ -85,6 +86,7 @@ class GeneratedToken:
     finish_reason: str | None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    stopped_by: str | None = None
 
 
 @dataclass(frozen=True)

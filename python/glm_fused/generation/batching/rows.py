@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..choice import Choice, kept
 from ..ending import Text
 from .requests import Event, GeneratedToken, GenerationRequest, PromptProgress, ScoredToken
-from .scores import Score, scores
+from .scores import scores
 
 
 class Row:
@@ -54,6 +54,11 @@ class Row:
         return self.known[self.cached :]
 
     @property
+    def lists_logprobs(self) -> bool:
+        """Whether its tokens have log-probabilities."""
+        return self.top is not None
+
+    @property
     def left(self) -> int:
         """How many tokens may still follow."""
         return self.most - len(self.known)
@@ -65,14 +70,16 @@ class Row:
 
     def start(self, cached: int) -> None:
         """The cache has the first tokens of the prompt, from an earlier one."""
-        self.cached = self.from_store = cached
-        first = (ScoredToken(self.known[0]),) if self.scores_prompt else ()
-        self._prompt_done(cached, first)
+        self.from_store = cached
+        self.fill(cached, (ScoredToken(self.known[0]),) if self.scores_prompt else ())
 
     def fill(self, cached: int, scored: Sequence[ScoredToken] = ()) -> None:
         """The cache has so many tokens of the prompt now; these of it have got their scores."""
         self.cached = cached
-        self._prompt_done(cached, tuple(scored))
+        try:
+            self._prompt_done(cached, tuple(scored))
+        except Exception as error:
+            self.error = error
 
     def judge(self, logits: mx.array, draft: mx.array) -> mx.array | None:
         """What the text goes on with beside a draft, see `Choice.judge`; not evaluated yet.
@@ -82,21 +89,23 @@ class Row:
         return None if self.constraint is not None else self.choice.judge(logits, draft)
 
     def extend(
-        self, logits: mx.array, draft: Sequence[int], chosen: Sequence[int] | None
+        self, logits: mx.array | None, draft: Sequence[int], chosen: Sequence[int] | None
     ) -> list[int]:
         """Go on, up to where the text ends; returns the tokens that it goes on with.
 
         Those are tokens of the ``draft`` [d] and, if it goes on after them, one more. ``chosen`` is
-        what `judge` gave for the ``logits`` [d + 1, vocabulary], which are evaluated. What
-        constraint and listener raise ends the text, as its `error`.
+        what `judge` gave for the ``logits`` [d + 1, vocabulary], which are evaluated, and may be
+        None where no log-probabilities are listed. What constraint and listener raise ends the
+        text, as its `error`.
         """
         before = len(self.known)
         try:
             if chosen is None:
+                assert logits is not None
                 self._constrained(logits, draft)
             else:
                 for i, token in enumerate(chosen[: kept(draft, chosen) + 1]):
-                    self._take(token, logits[i])
+                    self._take(token, logits, i)
                     if self.over:
                         break
         except Exception as error:
@@ -110,19 +119,23 @@ class Row:
             row = mx.where(self.constraint.allowed(), row, mx.array(-mx.inf, row.dtype))
             token = cast(int, self.choice.next(row).item())
             self.constraint.accept(token)
-            self._take(token, logits[i])
+            self._take(token, logits, i)
             if self.over or token not in draft[i : i + 1]:
                 return
 
-    def _take(self, token: int, logits: mx.array) -> None:
+    def _take(self, token: int, logits: mx.array | None, at: int) -> None:
+        """The text goes on with a token, which was chosen by row ``at`` of the logits."""
         if len(self.known) == self.prompt_tokens:
             self._prompt_done(self.prompt_tokens)
         self.known.append(token)
         text, self.reason = self._ending.feed(token)
-        score: Score | tuple[()] = ()
+        logprob: float | None = None
+        top: tuple[tuple[int, float], ...] = ()
         if self.top is not None:
-            (score,) = scores(logits[None], [token], self.top)
-        self._tell(GeneratedToken(token, text, self.reason, *score))
+            assert logits is not None
+            ((logprob, top),) = scores(logits[at : at + 1], [token], self.top)
+        stopped_by = self._ending.stopped_by
+        self._tell(GeneratedToken(token, text, self.reason, logprob, top, stopped_by))
 
     def _prompt_done(self, done: int, scored: tuple[ScoredToken, ...] = ()) -> None:
         self._tell(PromptProgress(done, self.prompt_tokens, self.from_store, scored))

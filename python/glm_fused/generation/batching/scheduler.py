@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -20,11 +22,16 @@ from .jobs import Job
 from .requests import GenerationRequest, OnEvent, Ticket
 from .turns import Store, Turns
 
+logger = logging.getLogger(__name__)
 MOST_QUEUED = 256  # requests that wait, unless a caller says otherwise
 
 
 class QueueFull(RuntimeError):
     """So many requests are waiting that another would wait too long."""
+
+
+class SchedulerEnded(RuntimeError):
+    """There is no thread any more that generates: it was closed, or an error ended it."""
 
 
 class EngineLike(Protocol):
@@ -53,6 +60,8 @@ class Scheduler:
             room for their caches.
         max_queue: how many more may wait.
         store: keeps the caches of texts for those that begin alike; None: none is kept.
+        after_events: called in the scheduler's thread after the events of a step or a chunk, for
+            listeners that pass events on together. It must not raise.
 
     Raises ValueError for numbers that there cannot be.
     """
@@ -64,6 +73,7 @@ class Scheduler:
         max_batch: int = MAX_TOKENS,
         max_queue: int = MOST_QUEUED,
         store: Store | None = None,
+        after_events: Callable[[], None] = lambda: None,
     ):
         for name, value, most in (
             ("max_batch", max_batch, MAX_TOKENS),
@@ -73,9 +83,13 @@ class Scheduler:
                 text = f"an integer from 1 to {most}"
                 raise ValueError(f"[scheduler] {name} is {show(value)}, expected {text}.")
         self._model, self._tokenizer = engine.model, engine.tokenizer
-        self._turns = Turns(engine.model, engine.tokenizer, engine.drafts, max_batch, store)
+        self._turns = Turns(
+            engine.model, engine.tokenizer, engine.drafts, max_batch, store, after_events
+        )
         self._max_queue, self._queue = max_queue, deque[Job]()
+        self._after_events = after_events
         self._changed, self._closing = threading.Condition(), False
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="glm-fused scheduler", daemon=True)
         self._thread.start()
 
@@ -86,15 +100,15 @@ class Scheduler:
         token with a ``finish_reason``, or a `Failure`; what ``on_event`` raises ends the request.
 
         Raises ValueError for a prompt that is empty or, with the tokens asked for, exceeds the
-        context; `QueueFull` where too many wait; RuntimeError once the scheduler is closed.
+        context; `QueueFull` where too many wait; `SchedulerEnded` once nothing is generated here.
         """
         tokens = encode(self._model, self._tokenizer, request.tokens)
         max_tokens = room(self._model, len(tokens), request.options.max_tokens)
         options = replace(request.options, max_tokens=max_tokens)
         job = Job(replace(request, tokens=tokens, options=options), on_event)
         with self._changed:
-            if self._closing:
-                raise RuntimeError("[scheduler] it is closed.")
+            if self._closing or not self.alive:
+                raise self._ended()
             if self._waiting() >= self._max_queue:
                 raise QueueFull(f"[scheduler] {self._max_queue} requests are waiting already.")
             self._queue.append(job)
@@ -113,6 +127,11 @@ class Scheduler:
             queued = self._waiting()
         return {"queued": queued} | self._turns.describe()
 
+    @property
+    def alive(self) -> bool:
+        """Whether there is a thread that generates."""
+        return self._error is None and self._thread.is_alive()
+
     def close(self) -> None:
         """End the thread; requests that are not at their end fail. Closing twice is no error."""
         with self._changed:
@@ -123,21 +142,36 @@ class Scheduler:
     def _waiting(self) -> int:
         return sum(not job.over for job in self._queue)
 
+    def _ended(self) -> SchedulerEnded:
+        if self._error is None:
+            return SchedulerEnded("[scheduler] it is closed.")
+        return SchedulerEnded("[scheduler] an error has ended it.")
+
     def _run(self) -> None:
-        streams, turns = cast(list[mx.Stream], [generation_stream]), self._turns
-        with wired_limit(self._model, streams):
-            while True:
-                with self._changed:
-                    if not turns.busy:
-                        turns.rest()
-                        self._changed.wait_for(lambda: self._closing or self._queue)
-                    if self._closing:
-                        break
-                    job = turns.next_of(self._queue)
-                if job is not None:
-                    turns.begin(job)
-                else:
-                    turns.turn()
-            turns.fail_all(closed := RuntimeError("[scheduler] it is closed."))
+        try:
+            with wired_limit(self._model, cast(list[mx.Stream], [generation_stream])):
+                self._generate()
+        except BaseException as error:  # whatever it is, nobody may wait for this thread any more
+            logger.exception("the scheduler's thread has ended")
+            with self._changed:
+                self._error = error
+        ended = self._ended()
+        self._turns.fail_all(ended)
         for job in self._queue:
-            job.fail(closed)
+            job.fail(ended)
+        self._after_events()
+
+    def _generate(self) -> None:
+        turns = self._turns
+        while True:
+            with self._changed:
+                if not turns.busy:
+                    turns.rest()
+                    self._changed.wait_for(lambda: self._closing or self._queue)
+                if self._closing:
+                    return
+                job = turns.next_of(self._queue)
+            if job is not None:
+                turns.begin(job)
+            else:
+                turns.turn()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -22,6 +22,7 @@ from ..planning import plan_prompt
 from .batch import Batch
 from .capacity import Capacity
 from .filling import Filling
+from .groups import group
 from .jobs import Job
 from .rates import Rate
 from .rows import Row
@@ -53,8 +54,10 @@ class Store(Protocol):
 class Turns:
     """The requests that are generated for, in the scheduler's thread.
 
-    While some are decoded and others' prompts taken, both get as much time, and there is a step
-    between any two chunks of prompts; prompts take turns, too.
+    While some are decoded and others' prompts taken, prompts get half of the time, or more where
+    they are more than what is decoded: then every text has an equal part. There is a step between
+    any two chunks of prompts. Prompts take turns, too; those of similar lengths that have not begun
+    are taken together. ``after_events`` is called once a chunk or a step has told all its events.
     """
 
     def __init__(
@@ -64,23 +67,25 @@ class Turns:
         drafts: DraftOptions | None,
         max_batch: int,
         store: Store | None,
+        after_events: Callable[[], None],
     ):
         self._model, self._tokenizer, self._drafts = model, tokenizer, drafts
-        self._max_batch, self._store = max_batch, store
+        self._max_batch, self._store, self._after_events = max_batch, store, after_events
         self._weight_bytes = model.weight_bytes
         self._capacity = Capacity(model, 0 if store is None else store.describe()["limit_bytes"])
+        self._unbegun = list[Row]()  # whose prompts are to be taken
         self._filling = deque[Filling]()
         self._jobs: dict[Row, Job] = {}
         self._batch = Batch(model, drafts)
         self._beginning = 0  # requests that are not in the queue any more, nor here yet
-        self._owed = 0.0  # seconds that steps are to have before the next chunk
+        self._chunk_seconds = self._step_seconds = 0.0  # of the last chunk, and of steps after it
         self._prompts, self._generated, self._cached = Rate(), Rate(), 0
         self._ended = dict.fromkeys(("finished", "failed", "cancelled", "not_stored"), 0)
 
     @property
     def busy(self) -> bool:
         """Whether there is any request."""
-        return bool(self._filling or self._batch.rows)
+        return bool(self._unbegun or self._filling or self._batch.rows)
 
     def rest(self) -> None:
         """There is nothing to do for now: MLX lets go of memory that it keeps."""
@@ -107,81 +112,117 @@ class Turns:
             self._begin(job)
         finally:
             self._beginning = 0
+            self._after_events()
 
     def _begin(self, job: Job) -> None:
         request, options = job.request, job.request.options
         assert options.max_tokens is not None
-        cache, cached = None, 0
         try:
             ending = Text(self._tokenizer, options.stop, options.max_tokens)
             row = Row(request, self._model.args.vocab_size, ending, job.tell)
-            if self._store is not None and len(request.tokens) > 1 and not request.scores_prompt:
-                cache, cached = self._store.take(request.tokens[:-1])
-            filling = Filling(self._model, [row], self._drafts, cache, cached)
+            filling = self._known_beginning(row)
         except Exception as error:
             self._ended["failed"] += job.fail(error)
             return
         self._jobs[row] = job
+        if filling is None:
+            self._unbegun.append(row)
+        else:
+            self._fill(filling)
+
+    def _known_beginning(self, row: Row) -> Filling | None:
+        """What goes on from a cache that the store has of the prompt's beginning, if it has one."""
+        if self._store is None or len(row.known) == 1 or row.scores_prompt:
+            return None
+        cache, cached = self._store.take(row.known[:-1])
+        if not cached:
+            return None
         self._cached += cached
-        self._fill(filling)
+        return Filling(self._model, [row], self._drafts, cache, cached)
 
     def turn(self) -> None:
-        """A chunk of a prompt or a step, and what follows from it."""
-        self._drop_cancelled()
-        if self._filling and (not self._batch.rows or self._owed <= 0):
+        """A chunk of prompts or a step, and what follows from it."""
+        self._drop_ended()
+        if self._prompts_are_next():
             self._chunk()
         elif self._batch.rows:
             self._step()
+        self._after_events()
+
+    def _prompts_are_next(self) -> bool:
+        waiting, decoded = self._waiting(), len(self._batch.rows)
+        share = min(1.0, decoded / max(1, waiting))
+        return waiting > 0 and self._step_seconds >= self._chunk_seconds * share
+
+    def _waiting(self) -> int:
+        """How many texts there are whose prompts are taken, or will be."""
+        return len(self._unbegun) + sum(len(each.rows) for each in list(self._filling))
 
     def fail_all(self, error: Exception) -> None:
         """End all requests with an error."""
         self._batch.abandon()
         self._filling.clear()
-        for row in list(self._jobs):
-            self._end(row, error)
+        self._unbegun.clear()
+        self._end_all(list(self._jobs), error)
+        self._after_events()
 
     def _fill(self, filling: Filling) -> None:
-        """Take the rest of a prompt, if there is any, in later turns."""
+        """Take the rest of prompts, if there is any, in later turns; else decode what follows."""
         if filling.left:
             self._filling.append(filling)
             return
-        try:
-            self._batch.join(filling)
-        except Exception as error:  # of the step that was on its way
-            self._fail_batch(error)
-            self._batch.join(filling)
+        if self._batch.is_ahead:
+            self._step(ahead=False)
+        self._batch.join(filling)
 
     def _chunk(self) -> None:
+        """Some tokens of the prompts whose turn it is."""
+        self._gather()
+        if not self._filling:
+            return
         began, filling = time.perf_counter(), self._filling.popleft()
-        (row,) = filling.rows
-        size = plan_prompt(self._model, row.most).prefill_step_size
+        size = plan_prompt(self._model, max(row.most for row in filling.rows)).prefill_step_size
         if self._batch.rows and streaming_of(self._model) is None:  # which reads all experts anew
             size = min(size, BESIDE)
         try:
-            self._prompts.add(filling.take(size))
+            taken = filling.take(size) if filling.left else 0
         except Exception as error:
             settle(generation_stream)
-            self._end(row, error)
-        else:
-            self._fill(filling)
-        self._owed = time.perf_counter() - began
+            self._end_all(filling.rows, error)
+            return
+        self._chunk_seconds = time.perf_counter() - began
+        self._prompts.add(taken)
+        self._fill(filling)
+        self._step_seconds = 0.0
 
-    def _step(self) -> None:
+    def _gather(self) -> None:
+        """Have the prompts that have not begun be taken, some of them together."""
+        while self._unbegun:
+            size = plan_prompt(self._model, self._unbegun[0].most).prefill_step_size
+            rows = group(self._unbegun, size)
+            self._unbegun = [row for row in self._unbegun if row not in rows]
+            try:
+                self._filling.append(Filling(self._model, rows, self._drafts))
+            except Exception as error:
+                self._end_all(rows, error)
+
+    def _step(self, ahead: bool = True) -> None:
         began, before = time.perf_counter(), sum(len(row.known) for row in self._batch.rows)
         try:
             rows = self._batch.rows[:]
-            over = self._batch.step()
+            over = self._batch.step(ahead)
         except Exception as error:
             self._fail_batch(error)
             return
         self._generated.add(sum(len(row.known) for row in rows) - before)
         self._leave(over)
-        self._owed -= time.perf_counter() - began
+        self._step_seconds += time.perf_counter() - began
 
     def _leave(self, rows: Sequence[Row]) -> None:
         """These texts are decoded no longer; the store gets their caches."""
         if not rows:
             return
+        self._after_events()  # their last ones need not wait
         for row in rows:
             if self._store is not None and row.cached:
                 self._keep(*self._batch.cache_of(row))
@@ -197,25 +238,36 @@ class Turns:
         else:
             self._ended["cancelled" if row.reason is None else "finished"] += 1
 
-    def _fail_batch(self, error: Exception) -> None:
-        settle(generation_stream)
-        for row in self._batch.abandon():
+    def _end_all(self, rows: Sequence[Row], error: Exception) -> None:
+        for row in rows:
             self._end(row, error)
 
-    def _drop_cancelled(self) -> None:
-        gone = [row for row, job in self._jobs.items() if job.over]
+    def _fail_batch(self, error: Exception) -> None:
+        settle(generation_stream)
+        self._end_all(self._batch.abandon(), error)
+
+    def _drop_ended(self) -> None:
+        """Let go of texts that were cancelled or failed.
+
+        One whose prompt is taken together with others' stays until all of that is done.
+        """
+        gone = {row for row, job in self._jobs.items() if job.over or row.error is not None}
         if not gone:
             return
-        self._leave([row for row in gone if row in self._batch.rows])
-        for filling in [each for each in self._filling if each.rows[0] in gone]:
-            (row,) = filling.rows
+        self._leave([row for row in self._batch.rows if row in gone])
+        for filling in [each for each in self._filling if gone.issuperset(each.rows)]:
             self._filling.remove(filling)
-            self._keep(row.known[: row.cached], filling.cache)
-            self._end(row, None)
+            for row in filling.rows:
+                if row.cached:
+                    self._keep(*filling.cache_of(row))
+                self._end(row, row.error)
+        for row in gone.intersection(self._unbegun):
+            self._unbegun.remove(row)
+            self._end(row, row.error)
 
     def _keep(self, tokens: list[int], cache: list[CacheList]) -> None:
         """Have the store keep a cache; the text itself is done, so what it raises is only told."""
-        if self._store is None or not tokens:
+        if self._store is None:
             return
         try:
             self._store.put(tokens, cache)
@@ -229,7 +281,7 @@ class Turns:
         filling = list(self._filling)
         return {
             "active": len(self._jobs) + self._beginning,
-            "filling": len(filling),
+            "filling": self._waiting(),
             **self._ended,
             "prompt_tokens": self._prompts.total,
             "cached_tokens": self._cached,
