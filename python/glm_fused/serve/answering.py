@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Any
-
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..generation.batching.requests import GeneratedToken, GenerationRequest, PromptProgress
 from ..generation.options import Options
@@ -64,7 +61,6 @@ class Answering:
     ):
         """Begin; raises ApiError where the request is not taken."""
         self._parser, self._parallel = prepared.parser, parallel
-        self._ending = _Ending(service.engine.tokenizer, options.stop)
         self.calls = 0
         self.reason: str | None = None
         self.stop_text: str | None = None
@@ -96,9 +92,8 @@ class Answering:
 
     def _deltas(self, event: GeneratedToken) -> list[Delta]:
         deltas = list(self._parser.feed(event))
-        stop_text = self._ending.feed(event)
         if event.finish_reason is not None:
-            self.reason, self.stop_text = event.finish_reason, stop_text
+            self.reason, self.stop_text = event.finish_reason, event.stopped_by
             deltas.extend(self._parser.finish())
         return deltas
 
@@ -110,23 +105,3 @@ class Answering:
                     return deltas[:i]
                 self.calls += 1
         return deltas
-
-
-class _Ending:
-    """Finds out which stop text ended a message: a scheduler says only that one did."""
-
-    def __init__(self, tokenizer: TokenizerWrapper, stops: tuple[str, ...]):
-        self._detokenizer: Any = tokenizer.detokenizer
-        self._ends, self._stops, self._shown = tokenizer.eos_token_ids, stops, 0
-
-    def feed(self, event: GeneratedToken) -> str | None:
-        """The stop text before which the message ends with this event, if it does."""
-        self._shown += len(event.text)
-        if not self._stops or event.token in self._ends:
-            return None
-        self._detokenizer.add_token(event.token)
-        if event.finish_reason != "stop":
-            return None
-        self._detokenizer.finalize()
-        rest = self._detokenizer.text[self._shown :]
-        return next((stop for stop in self._stops if rest.startswith(stop)), None)

@@ -25,6 +25,7 @@ from . import (
     stats,
     status,
 )
+from .delivery import Delivery
 from .errors import ApiError, Errors, on_error
 from .limits import Crowd
 from .log import Log
@@ -50,11 +51,15 @@ def create_app(engine: Engine, settings: Settings) -> Starlette:
 
     The application's ``state.service`` is its `Service`. Its scheduler ends with its lifespan.
     """
-    store = _store(engine, settings)
+    store, delivery = _store(engine, settings), Delivery()
     scheduler = Scheduler(
-        engine, max_batch=settings.max_batch, max_queue=settings.max_queue, store=store
+        engine,
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+        store=store,
+        after_events=delivery.flush,
     )
-    service = Service(engine, settings, scheduler, store)
+    service = Service(engine, settings, scheduler, delivery, store)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:

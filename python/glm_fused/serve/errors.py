@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ..generation.batching.scheduler import SchedulerEnded
 from ..validation import show
 
 logger = logging.getLogger("glm_fused.serve")
@@ -97,6 +98,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(error.status_code, _http_message(error), headers=error.headers)
     if isinstance(error, ClientDisconnect):
         return ApiError(GONE, "The client went away.")
+    if isinstance(error, SchedulerEnded):
+        return ApiError(503, "The server does not generate any more.", code="unavailable")
     if isinstance(error, RuntimeError) and str(error).startswith(_READS):
         logger.error("a request failed: %s", error)
         text = "Weights of an expert could not be read; the server's log says which, and why."

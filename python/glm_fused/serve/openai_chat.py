@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -21,7 +22,7 @@ from .openai_chat_body import ChatBody, check_chat
 from .openai_fields import checked
 from .running import Running
 from .service import Service
-from .streams import EventStream, comment, data, while_waiting
+from .streams import EventStream, Template, comment, data, while_waiting
 
 DONE = "data: [DONE]\n\n"
 
@@ -94,14 +95,18 @@ class _Chat:
 
     async def events(self) -> AsyncGenerator[str]:
         """The answer as server-sent events."""
+        more = [Template(partial(self._more, i)) for i in range(len(self._answers))]
         for i in range(len(self._answers)):
-            yield self._chunk(i, {"delta": {"role": "assistant", "content": ""}})
+            yield data(self._chunk(i, {"delta": {"role": "assistant", "content": ""}}))
         async for index, event in self._running:
             if isinstance(event, PromptProgress):
                 yield comment(f"prompt {event.done}/{event.total}, {event.cached} at hand")
                 continue
             for piece in self._feed(index, event):
-                yield self._chunk(index, piece)
+                if piece.keys() == {"delta"} and piece["delta"].keys() == {"content"}:
+                    yield more[index](piece["delta"]["content"])
+                else:
+                    yield data(self._chunk(index, piece))
         if self._body.includes_usage:
             yield data(self._with({"choices": [], "usage": self._usage()}))
         yield DONE
@@ -113,10 +118,13 @@ class _Chat:
             self._running.end(index)
         return pieces
 
-    def _chunk(self, index: int, choice: dict[str, Any]) -> str:
+    def _more(self, index: int, text: str) -> dict[str, Any]:
+        return self._chunk(index, {"delta": {"content": text}})
+
+    def _chunk(self, index: int, choice: dict[str, Any]) -> dict[str, Any]:
         full = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None} | choice
         rest = {"usage": None} if self._body.includes_usage else {}
-        return data(self._with({"choices": [full]} | rest))
+        return self._with({"choices": [full]} | rest)
 
     def _with(self, rest: dict[str, Any]) -> dict[str, Any]:
         return self._common | {"object": "chat.completion.chunk"} | rest

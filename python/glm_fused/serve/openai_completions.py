@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -25,7 +26,7 @@ from .openai_chat import DONE
 from .openai_fields import MOST_TOP_LOGPROBS, Sampled, checked, misfit, only
 from .running import Running
 from .service import Service
-from .streams import EventStream, comment, data, while_waiting
+from .streams import EventStream, Template, comment, data, while_waiting
 
 USUAL_TOKENS = 16  # of OpenAI's API, where a request does not say
 MOST_TEXTS = 128  # of all prompts together
@@ -188,20 +189,25 @@ class _Completions:
 
     async def events(self) -> AsyncGenerator[str]:
         """The texts as server-sent events."""
+        more = [Template(partial(self._more, i)) for i in range(len(self._texts))]
         async for index, event in self._running:
             if isinstance(event, PromptProgress):
                 yield comment(f"prompt {event.done}/{event.total}, {event.cached} at hand")
                 if (piece := self._texts[index].begin(event)) is not None:
-                    yield self._chunk(index, piece)
+                    yield data(self._chunk(index, piece))
             elif (piece := self._texts[index].feed(event)) is not None:
-                yield self._chunk(index, piece)
+                plain = piece["logprobs"] is None and piece["finish_reason"] is None
+                yield more[index](piece["text"]) if plain else data(self._chunk(index, piece))
         if self._body.includes_usage:
             yield data(self._common | {"choices": [], "usage": self._usage()})
         yield DONE
 
-    def _chunk(self, index: int, choice: dict[str, Any]) -> str:
+    def _more(self, index: int, text: str) -> dict[str, Any]:
+        return self._chunk(index, {"text": text, "logprobs": None, "finish_reason": None})
+
+    def _chunk(self, index: int, choice: dict[str, Any]) -> dict[str, Any]:
         rest = {"usage": None} if self._body.includes_usage else {}
-        return data(self._common | {"choices": [choice | {"index": index}]} | rest)
+        return self._common | {"choices": [choice | {"index": index}]} | rest
 
     def _usage(self) -> dict[str, Any]:
         counts = self._running.usage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -17,6 +18,7 @@ from ..generation.batching.requests import (
     PromptProgress,
     Ticket,
 )
+from .delivery import Delivery
 from .errors import ApiError
 from .metrics import Metrics
 
@@ -47,6 +49,7 @@ class Running:
         submit: hands one to the scheduler; what it raises passes through, with nothing left behind.
         seconds: how long all of it may take.
         metrics: is told of tokens and times.
+        delivery: carries events from the scheduler's thread to the event loop.
     """
 
     def __init__(
@@ -55,11 +58,14 @@ class Running:
         submit: Submit,
         seconds: float,
         metrics: Metrics,
+        delivery: Delivery,
     ):
         self.usage = [Usage(len(request.tokens)) for request in requests]
-        self._loop, self._metrics = asyncio.get_running_loop(), metrics
-        self._events = asyncio.Queue[tuple[int, Event]]()
-        self._seconds, self._deadline = seconds, self._loop.time() + seconds
+        self._loop, self._metrics, self._delivery = asyncio.get_running_loop(), metrics, delivery
+        self._events = deque[tuple[int, Event]]()
+        self._waiter: asyncio.Future[None] | None = None
+        self._seconds, self._late = seconds, False
+        self._deadline = self._loop.call_later(seconds, self._expire)
         self._open = set(range(len(requests)))
         self._began = time.perf_counter()
         self._last: list[float | None] = [None] * len(requests)
@@ -77,19 +83,20 @@ class Running:
             if i in self._open:
                 ticket.cancel()
         self._open.clear()
+        self._deadline.cancel()
 
     def fail(self, error: ApiError) -> None:
         """End what still runs with an error, which comes after the events that are there."""
         if self._open:
             for index in self._open:
                 self._tickets[index].cancel()
-            self._events.put_nowait((min(self._open), Failure(error)))
+            self._put(min(self._open), Failure(error))
 
     def end(self, index: int) -> None:
         """End one request where it is: its answer is complete."""
         if index in self._open:
             self._tickets[index].cancel()
-            self._open.discard(index)
+            self._close(index)
             self._metrics.ended("stop")
 
     def __aiter__(self) -> Self:
@@ -110,24 +117,44 @@ class Running:
         return index, event
 
     async def _next(self) -> tuple[int, Event]:
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                return await self._events.get()
-        except TimeoutError:
-            self.cancel()
-            text = f"The request took longer than {self._seconds:g} seconds (--time-limit)."
-            raise ApiError(504, text, code="time_limit") from None
+        while not self._events:
+            if self._late:
+                self.cancel()
+                text = f"The request took longer than {self._seconds:g} seconds (--time-limit)."
+                raise ApiError(504, text, code="time_limit")
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        return self._events.popleft()
+
+    def _expire(self) -> None:
+        self._late = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _put(self, index: int, event: Event) -> None:
+        self._events.append((index, event))
+        self._wake()
 
     def _receiver(self, index: int) -> OnEvent:
-        def receive(event: Event) -> None:  # in the scheduler's thread
-            full = self._events.qsize() >= MOST_EVENTS
+        put = self._delivery.to(lambda event: self._put(index, event))
+
+        def tell(event: Event) -> None:  # in the scheduler's thread
+            full = len(self._events) >= MOST_EVENTS
             if full:
                 event = Failure(ApiError(503, f"{MOST_EVENTS} tokens were left unread."))
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
+            put(event)
             if full:
                 raise BufferError("a client does not read")  # which ends the request
 
-        return receive
+        return tell
+
+    def _close(self, index: int) -> None:
+        self._open.discard(index)
+        if not self._open:
+            self._deadline.cancel()
 
     def _count(self, index: int, event: PromptProgress | GeneratedToken) -> None:
         usage = self.usage[index]
@@ -142,5 +169,5 @@ class Running:
             self._metrics.next_token(now - last)
         self._last[index] = now
         if event.finish_reason is not None:
-            self._open.discard(index)
+            self._close(index)
             self._metrics.ended(event.finish_reason)

@@ -19,6 +19,7 @@ from ..generation.prompts import ContextExceeded, room
 from ..validation import show
 from .activity import Activity
 from .conversation import Conversation
+from .delivery import Delivery
 from .errors import ApiError
 from .log import entry
 from .metrics import Metrics
@@ -49,10 +50,11 @@ class Service:
         engine: Engine,
         settings: Settings,
         scheduler: Scheduler,
+        delivery: Delivery,
         store: PromptStore | None = None,
     ):
         self.engine, self.settings, self.scheduler = engine, settings, scheduler
-        self._store = store
+        self._delivery, self._store = delivery, store
         self.activity = Activity(scheduler.submit)
         self.conversation = Conversation(engine.model, engine.tokenizer)
         self.metrics = Metrics(scheduler.describe)
@@ -107,7 +109,7 @@ class Service:
         """Have requests generated, all or none; iterate what is returned, or cancel it.
 
         Raises ApiError: 400 for a prompt that does not fit the model, 429 where too many wait, 503
-        once the server ends.
+        once the server ends; and SchedulerEnded where nothing is generated any more.
         """
         if self._ending:
             raise _too_late()
@@ -117,7 +119,7 @@ class Service:
             text = f"n: found {len(requests)} texts to generate, expected at most {most}."
             raise ApiError(400, text, param="n")
         try:
-            running = Running(requests, submit, limit, self.metrics)
+            running = Running(requests, submit, limit, self.metrics, self._delivery)
         except QueueFull as error:
             text, wait = plain(error), {"Retry-After": "1"}
             raise ApiError(429, text, code="queue_full", headers=wait) from None

@@ -11,10 +11,15 @@ from .service import Service
 
 
 def routes(service: Service) -> list[Route]:
-    """``/health``, which needs no key, and ``/metrics``, which Prometheus reads."""
+    """``/health``, which needs no key, and ``/metrics``, which Prometheus reads.
+
+    The server is well while it can generate; where it is not, ``/health`` answers with 503.
+    """
 
     async def health(request: Request) -> Response:
-        return JSONResponse({"status": "ok", "model": service.settings.name})
+        alive = service.scheduler.alive
+        status = {"status": "ok" if alive else "failed", "model": service.settings.name}
+        return JSONResponse(status, 200 if alive else 503)
 
     async def metrics(request: Request) -> Response:
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
