@@ -18,11 +18,11 @@ prompts; a first round of each number of clients warms up. Chosen are prompts af
 `Engine.generate` does not stop earlier. The texts of ours have to be what it gives, with drafts,
 too, or the bench ends.
 
-For each number of clients it prints, over the rounds, the median of tokens/s, those of all clients
-by the time from the first request to the last token; over the texts of all rounds, the median and
-the 95th percentile of the ms to the first piece of text, and of the ms a token from there to the
-end; the part of the texts that are `Engine.generate`'s; and the median of how many times as long as
-ours a server took for a token.
+For each number of tokens and clients it prints, over the rounds, the median of tokens/s, those of
+all clients by the time from the first request to the last token; over the texts of all rounds, the
+median and the 95th percentile of the ms to the first piece of text, and of the ms a token from
+there to the end; the part of the texts that are `Engine.generate`'s; and the median of how many
+times as long as ours a server took for a token.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ from corpus import held_out_files, unseen_files
 OURS = "ours"
 COLUMNS = {
     "server": "",
+    "tokens": "d",
     "clients": "d",
     "tokens/s": ".1f",
     "first ms": ".1f",
@@ -59,7 +60,8 @@ COLUMNS = {
     "same": ".2f",
     "x ours": ".2f",
 }
-Plan = dict[int, list[list["Text"]]]  # of each number of clients the rounds, the warm-up first
+# Of each number of tokens and of clients the rounds, the warm-up first.
+Plan = dict[tuple[int, int], list[list["Text"]]]
 
 
 class Text(NamedTuple):
@@ -97,10 +99,10 @@ def prompts(engine: Engine, size: int) -> Iterator[str]:
                 yield text
 
 
-def texts(engine: Engine, options: argparse.Namespace) -> Iterator[Text]:
-    """Prompts after which the model does not stop before ``tokens``, and what follows them."""
-    for prompt in prompts(engine, options.prompt_tokens):
-        found = engine.generate(prompt, max_tokens=options.tokens, temp=0.0, raw=True)
+def texts(engine: Engine, pieces: Iterator[str], tokens: int) -> Iterator[Text]:
+    """Prompts after which the model does not stop before so many tokens, and what follows them."""
+    for prompt in pieces:
+        found = engine.generate(prompt, max_tokens=tokens, temp=0.0, raw=True)
         if found.finish_reason == "length":
             yield Text(prompt, found.text)
 
@@ -108,12 +110,16 @@ def texts(engine: Engine, options: argparse.Namespace) -> Iterator[Text]:
 def plan(path: Path, options: argparse.Namespace) -> Plan:
     """What is asked for. Raises SystemExit where there is not enough text for prompts."""
     with Engine(path) as engine:
-        source = texts(engine, options)
+        pieces = prompts(engine, options.prompt_tokens)
         found = {
-            clients: [list(itertools.islice(source, clients)) for _ in range(options.repeats + 1)]
+            (tokens, clients): [
+                list(itertools.islice(texts(engine, pieces, tokens), clients))
+                for _ in range(options.repeats + 1)
+            ]
+            for tokens in options.tokens
             for clients in options.clients
         }
-    for clients, rounds in found.items():
+    for (_, clients), rounds in found.items():
         if len(rounds[-1]) < clients:
             raise SystemExit("Python's library has too few prompts of --prompt-tokens for so many.")
     return found
@@ -135,9 +141,9 @@ def start(options: argparse.Namespace, path: Path, folder: Path) -> list[Server]
     ]
 
 
-def take(server: Server, asked: list[Text], options: argparse.Namespace) -> Round:
+def take(server: Server, asked: list[Text], tokens: int, options: argparse.Namespace) -> Round:
     """A round. Raises SystemExit for a wrong text of ours, and for tokens that do not fit."""
-    answers = server([text.prompt for text in asked], options.tokens)
+    answers = server([text.prompt for text in asked], tokens)
     for answer in answers:
         if answer.prompt_tokens != options.prompt_tokens:
             found = f"{answer.prompt_tokens} tokens, expected {options.prompt_tokens}"
@@ -157,6 +163,7 @@ def row(server: Server, rounds: list[Round], ours: list[Round]) -> dict[str, Any
     pairs = zip(rounds, ours, strict=True)
     return {
         "server": server.name,
+        "tokens": answers[0].tokens,
         "clients": len(rounds[0].answers),
         "tokens/s": median([each.rate for each in rounds]),
         "first ms": median(firsts),
@@ -171,15 +178,15 @@ def row(server: Server, rounds: list[Round], ours: list[Round]) -> dict[str, Any
 def measure(
     servers: list[Server], asked: Plan, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """A row for each number of clients and server; the first server is ours."""
+    """A row for each number of tokens, clients and server; the first server is ours."""
     rows = []
-    for warm_up, *turns in asked.values():
+    for (tokens, _), (warm_up, *turns) in asked.items():
         rounds: dict[str, list[Round]] = {server.name: [] for server in servers}
         for server in servers:
-            take(server, warm_up, options)
+            take(server, warm_up, tokens, options)
         for turn in turns:
             for server in servers:
-                rounds[server.name].append(take(server, turn, options))
+                rounds[server.name].append(take(server, turn, tokens, options))
         rows += [row(server, rounds[server.name], rounds[OURS]) for server in servers]
     return rows
 
@@ -190,14 +197,14 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="demo", help="default: the bundled model")
     add("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    add("--tokens", type=int, default=128, help="of each text")
+    add("--tokens", type=int, nargs="+", default=[24, 128], help="of each text")
     add("--prompt-tokens", type=int, default=96, help="of each prompt")
     add("--draft", nargs="+", default=[], help="ours with drafts, too: auto, or numbers")
     add("--repeats", type=int, default=5, help="timed rounds of each number of clients")
     add("--stock", action="store_true", help="beside stock mlx-lm, on a model that it can load")
     add("--json", action="store_true", help="print one JSON document")
     options = parser.parse_args()
-    if min(*options.clients, options.tokens, options.prompt_tokens, options.repeats) < 1:
+    if min(*options.clients, *options.tokens, options.prompt_tokens, options.repeats) < 1:
         parser.error("--clients, --tokens, --prompt-tokens and --repeats are 1 or more.")
     if options.stock and options.model != "demo":
         parser.error("--stock takes another model than --model.")

@@ -7,6 +7,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterable
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -42,7 +43,7 @@ def machine() -> dict[str, Any]:
         "cpu": chip(),
         "kernels": _ext.cpu_kernels(),
         "threads": glm_fused.num_threads(),
-        "mlx": mx.__version__,
+        "mlx": version("mlx"),
         "glm_fused": glm_fused.__version__,
     }
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import bisect
 import http.client
+import io
+import itertools
 import json
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 MODEL = "default_model"  # mlx-lm's name of the model that its server was started with
 SECONDS = 600  # that a server may take to start, or be silent
+_HEAD = (
+    "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    "Content-Length: {}\r\nConnection: close\r\n\r\n"
+)
 
 
 class Answer(NamedTuple):
@@ -64,10 +72,8 @@ class Server:
         """What went wrong, with the end of what the server said."""
         return f"{self.name}: {what}\n{self.log.read_text(errors='replace').strip()[-1000:]}"
 
-    def connect(self) -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)
-        connection.connect()
-        return connection
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS)
 
     def __call__(self, prompts: list[str], tokens: int) -> list[Answer]:
         """What follows these prompts, asked for at once, each by a client of its own."""
@@ -92,25 +98,44 @@ class Server:
             self.process.wait()
 
 
-def ask(
-    connection: http.client.HTTPConnection, prompt: str, tokens: int, start: threading.Barrier
-) -> Answer:
-    """One client: it reads as fast as it can, and understands afterwards.
+def ask(connection: socket.socket, prompt: str, tokens: int, start: threading.Barrier) -> Answer:
+    """One client: it takes what comes as fast as it can, and understands it afterwards.
 
     Raises RuntimeError for an answer that is an error, OSError and HTTPException for none.
     """
     stream = {"stream": True, "stream_options": {"include_usage": True}}
     how = {"model": MODEL, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
     body = json.dumps(how | stream).encode()
+    request = _HEAD.format(len(body)).encode() + body
     start.wait()
     began = time.perf_counter()
-    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-    response = connection.getresponse()
+    came = list[tuple[float, bytes]]()
+    with connection:
+        connection.sendall(request)
+        while part := connection.recv(1 << 16):
+            came.append((time.perf_counter(), part))
+    return understood(list(lines(came)), began)
+
+
+def lines(came: list[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+    """The lines of a response's body, with the times at which their ends came."""
+    ends = list(itertools.accumulate(len(part) for _, part in came))
+    stream = io.BufferedReader(io.BytesIO(b"".join(part for _, part in came)))
+    response = http.client.HTTPResponse(cast(socket.socket, _Received(stream)), method="POST")
+    response.begin()
     if response.status != http.client.OK:
         raise RuntimeError(f"{response.status}: {response.read().decode(errors='replace')}")
-    lines = [(time.perf_counter(), line) for line in response]
-    connection.close()
-    return understood(lines, began)
+    for line in response:
+        yield came[bisect.bisect_left(ends, stream.tell())][0], line
+
+
+class _Received(NamedTuple):
+    """What has come of a response, in the place of a socket."""
+
+    stream: BinaryIO
+
+    def makefile(self, mode: str) -> BinaryIO:
+        return self.stream
 
 
 def understood(lines: list[tuple[float, bytes]], began: float) -> Answer:

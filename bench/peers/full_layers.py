@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -24,7 +24,7 @@ def write_full_layers(folder: Path) -> None:
     """Write the bundled model, with an indexer on every layer, to a new ``folder``."""
     shutil.copytree(bundled_folder(), folder)
     config = json.loads((folder / "config.json").read_text())
-    tensors = dict(mx.load(str(folder / "model.safetensors")))
+    tensors = cast(dict[str, mx.array], mx.load(str(folder / "model.safetensors")))
     mx.eval(tensors)
     of_full_layer = ""
     for i, kind in enumerate(config["indexer_types"]):
