@@ -6,14 +6,15 @@
     python bench/bench_drafts.py --texts code --prompts 20 --tokens 500
 
 Texts suit drafts more or less: ``code``, the beginnings of held-out files, with which the bundled
-model goes on greedily; ``sampled``, the same at temperature 1; ``noise``, prompts of random tokens
-at temperature 2, which hardly any draft can foresee. Where tokens are chosen greedily they are the
-same both ways, which is checked.
+model goes on greedily; ``prose``, those of the pages in ``docs``; ``sampled``, ``code`` at
+temperature 1; ``noise``, prompts of random tokens at temperature 2, which hardly any draft can
+foresee. Where tokens are chosen greedily they are the same both ways, which is checked.
 
 For each kind and depth it prints tokens/s without drafts and with them (all tokens after the first
-of all prompts, by the seconds they took), the median over the prompts of the ratio of the two, the
-lowest of them, tokens a step, and how many drafts of each position stayed of those that were
-reached.
+of all prompts, by the seconds they took), the ratio of the two (a text's is the median of its
+repeats): the median over the texts and the lowest of them, tokens a step, and how many drafts of
+each position stayed of those that were reached. On a machine with other work only many repeats tell
+a text that does not suit from one that was interrupted; ``--draft off`` says what remains of that.
 """
 
 from __future__ import annotations
@@ -66,7 +67,14 @@ def kinds(engine: Engine, count: int) -> dict[str, Kind]:
     draw = random.Random(0)
     vocabulary = engine.model.args.vocab_size
     noise = [[draw.randrange(vocabulary) for _ in range(PROMPT_TOKENS)] for _ in code]
-    return {"code": Kind(code, 0.0), "sampled": Kind(code, 1.0), "noise": Kind(noise, 2.0)}
+    pages = sorted((Path(__file__).parent.parent / "docs").glob("*.md"))
+    prose = [engine.encode(page.read_text()[:2000], raw=True)[:PROMPT_TOKENS] for page in pages]
+    return {
+        "code": Kind(code, 0.0),
+        "prose": Kind(prose[:count], 0.0),
+        "sampled": Kind(code, 1.0),
+        "noise": Kind(noise, 2.0),
+    }
 
 
 def seconds(completion: Completion) -> float:
@@ -80,10 +88,14 @@ class Sums:
 
     def __init__(self) -> None:
         self.plain = self.drafted = (0, 0.0)
-        self.ratios: list[float] = []
+        self.ratios: list[list[float]] = []  # of each text
         self.steps = 0.0
         self.reached: list[float] = []
         self.kept: list[float] = []
+
+    def begin(self) -> None:
+        """Go on with another text."""
+        self.ratios.append([])
 
     def add(self, plain: Completion, drafted: Completion) -> None:
         """Count a text that was generated both ways."""
@@ -91,9 +103,11 @@ class Sums:
             tokens, took = getattr(self, name)
             took += seconds(completion)
             setattr(self, name, (tokens + len(completion.tokens) - 1, took))
-        assert drafted.drafts is not None
         if plain.generation_tps and drafted.generation_tps:
-            self.ratios.append(drafted.generation_tps / plain.generation_tps)
+            self.ratios[-1].append(drafted.generation_tps / plain.generation_tps)
+        if drafted.drafts is None:
+            self.steps += len(drafted.tokens) - 1
+            return
         if drafted.drafts["tokens_per_step"]:
             self.steps += (len(drafted.tokens) - 1) / drafted.drafts["tokens_per_step"]
         self._count(drafted.drafts)
@@ -107,12 +121,13 @@ class Sums:
 
     def row(self) -> dict[str, Any]:
         rates = [k / r for k, r in zip(self.kept, self.reached, strict=True) if r]
+        ratios = [median(text) for text in self.ratios if text]
         return {
-            "prompts": len(self.ratios),
+            "prompts": len(ratios),
             "plain tokens/s": self.plain[0] / self.plain[1],
             "tokens/s": self.drafted[0] / self.drafted[1],
-            "ratio": median(self.ratios),
-            "lowest": min(self.ratios),
+            "ratio": median(ratios),
+            "lowest": min(ratios),
             "tokens/step": self.drafted[0] / self.steps,
             "acceptance": " ".join(f"{rate:.2f}" for rate in rates) or None,
         }
@@ -125,9 +140,12 @@ def measure(
     sums = {name: Sums() for name in engines}
     for prompt in kind.prompts:
         for name, engine in engines.items():
-            for _ in range(repeats):
+            sums[name].begin()
+            for turn in range(repeats):
                 how: dict[str, Any] = {"max_tokens": tokens, "temp": kind.temp, "seed": 0}
-                pair = [each.generate(prompt, **how) for each in (plain, engine)]
+                turns = (plain, engine) if turn % 2 else (engine, plain)
+                pair = [each.generate(prompt, **how) for each in turns]
+                pair = pair if turn % 2 else pair[::-1]
                 if kind.temp == 0 and pair[0].tokens != pair[1].tokens:
                     raise SystemExit(f"--draft {name} changed a text.")
                 if len(pair[0].tokens) > 1 and len(pair[1].tokens) > 1:
@@ -140,7 +158,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="demo", help="default: the bundled model")
-    parser.add_argument("--draft", nargs="+", default=["auto"], help="auto, or numbers")
+    parser.add_argument("--draft", nargs="+", default=["auto"], help="auto, numbers, or off")
     parser.add_argument("--draft-from", help="default: what generate takes")
     parser.add_argument("--texts", nargs="+", help="default: all kinds")
     parser.add_argument("--prompts", type=int, default=8, help="of each kind")
@@ -154,7 +172,8 @@ def main() -> None:
     plain, engines = Engine(options.model), {}
     for draft in options.draft:
         depth = int(draft) if draft.isdigit() else draft
-        how = EngineOptions(draft=depth, draft_from=options.draft_from)
+        source = None if draft == "off" else options.draft_from
+        how = EngineOptions(draft=depth, draft_from=source)
         engines[draft] = Engine(options.model, how)
     rows = []
     for text, kind in kinds(plain, options.prompts).items():
@@ -165,8 +184,8 @@ def main() -> None:
         found = measure(engines, plain, kind, options.tokens, options.repeats)
         for draft, sums in found.items():
             drafts = engines[draft].drafts
-            assert drafts is not None
-            rows.append({"text": text, "draft": draft, "from": drafts.source} | sums.row())
+            source = None if drafts is None else drafts.source
+            rows.append({"text": text, "draft": draft, "from": source} | sums.row())
     report(rows, COLUMNS, options.json)
 
 

@@ -110,7 +110,7 @@ def test_its_rows_where_nothing_is_drafted(engine, monkeypatch):
         waiting.append(sum(each.shape[1] for each in self._hidden))
 
     monkeypatch.setattr(mtp, "MOST_WAITING", 8)
-    monkeypatch.setattr(Depth, "next", lambda self, kinds, most: None)
+    monkeypatch.setattr(Depth, "next", lambda *args: None)
     monkeypatch.setattr(MtpDrafter, "extend", counted)
     check_rows(model, 3, drafts=False)
     assert max(waiting) == 8
@@ -175,12 +175,12 @@ def test_a_layer_under_other_names_drafts(tmp_path, layout):
 class Turns(Depth):
     """Each kind of draft in turn, and plain steps between."""
 
-    def next(self, kinds, most):
+    def next(self, kinds, most, lacking):
         self.count_of_steps = getattr(self, "count_of_steps", 0) + 1
         at = self.count_of_steps % 4
         return Plan(kinds[at % len(kinds)], min(3, most)) if at and most > 0 else None
 
-    def count(self, plan, kept, seconds, before):
+    def count(self, plan, kept, seconds):
         pass
 
 

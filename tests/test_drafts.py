@@ -10,8 +10,8 @@ from test_cli import run as run_command
 from glm_fused import Engine, EngineOptions
 from glm_fused.generation.decoding import Decoding, Drafting
 from glm_fused.generation.drafts.depth import BURST, Depth
-from glm_fused.generation.drafts.drafter import Drafter, Kind
-from glm_fused.generation.drafts.lookup import LONGEST, MATCHES, SHORTEST, LookupDrafter
+from glm_fused.generation.drafts.drafter import MATCHES, Drafter, Kind
+from glm_fused.generation.drafts.lookup import LONGEST, SHORTEST, LookupDrafter
 from glm_fused.generation.options import Options
 
 CODE = "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()\n"
@@ -312,5 +312,6 @@ def test_auto_notices_that_a_text_begins_to_suit():
         else:
             depth.count_plain(costs[0])
         made.append(count)
-    assert sum(map(bool, made[100:1000])) < 25
+    assert sum(costs[count] - 1 for count in made[100:1000]) < 0.02 * 900
+    assert any(made[100:1000])
     assert made[-1] == 7

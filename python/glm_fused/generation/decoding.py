@@ -15,7 +15,7 @@ from ..models.cache import trim
 from ..models.decoder import Model
 from .choice import Choice, kept
 from .drafts.depth import Depth, Plan
-from .drafts.drafter import Drafter
+from .drafts.drafter import Drafter, Kind
 from .drafts.options import DraftOptions
 from .drafts.statistics import Statistics
 from .options import Options
@@ -61,7 +61,7 @@ class Drafting(NamedTuple):
 
     def next(self, left: int) -> Plan | None:
         """Which drafts to make now, where ``left`` tokens are wanted; None for a plain step."""
-        return self.depth.next(self.drafter.kinds(), left - 1)
+        return self.depth.next(self.drafter.kinds(), left - 1, self.drafter.lacking)
 
 
 class _Ahead(NamedTuple):
@@ -108,6 +108,7 @@ class Decoding:
         self._left, self._cached = options.max_tokens, cached
         self._choice = Choice(options, model.args.vocab_size, self._known)
         self._ahead: _Ahead | None = None
+        self._ready: float | None = None  # when there was a token whose next was on its way
         self.statistics = Statistics()
 
     def steps(self, on_prompt: OnPrompt = lambda done, total: None) -> Generator[Step]:
@@ -120,10 +121,12 @@ class Decoding:
             on_prompt(size, size)
             given = 1
             yield from first
+            began = time.perf_counter()
             while self._left:
-                began = time.perf_counter()
                 steps = self._some()
-                self.statistics.count(len(steps), time.perf_counter() - began)
+                # With what the caller does in between, which is beside a plain step.
+                began, before = time.perf_counter(), began
+                self.statistics.count(len(steps), began - before)
                 for step in steps:
                     given += 1
                     yield step
@@ -154,21 +157,41 @@ class Decoding:
         drafting = self._drafting
         plan = None if drafting is None else drafting.next(self._left)
         if plan is None:
-            return self._plain(1)
+            steps = self._plain(1)
+            self._review()
+            return steps
         return self._plain(0) if self._ahead else self._drafted(plan)
+
+    def _review(self) -> None:
+        """See whether there should have been drafts, now and then."""
+        if self._drafting is None:
+            return
+        (drafter, depth), began = self._drafting, time.perf_counter()
+        if (found := drafter.reviewable()) is not None and depth.reviews(*found):
+            self._ready = None
+            with mx.stream(generation_stream):
+                guessed = drafter.review()
+            kind, rows = found
+            for stayed in guessed:
+                depth.count_unmade(kind, stayed)
+            depth.count_rows(rows, time.perf_counter() - began)
 
     def _plain(self, ahead: int) -> list[Step]:
         """The next token; with ``ahead`` the step after it is on its way then."""
-        began, steady = time.perf_counter(), self._ahead is not None and ahead
+        before, steady = self._ready, self._ahead is not None and ahead
         now = self._ahead or self._launch(mx.array(self._known[-1:], mx.uint32), ())
         self._ahead = None
         if ahead and self._left > 1:
             self._ahead = self._launch(now.token, (now.token,))
         token = cast(int, now.token.item())
-        self._extend([token], now.hidden)
+        self._ready = time.perf_counter() if ahead else None
         if self._drafting is not None:
-            seconds = time.perf_counter() - began
-            self._drafting.depth.count_plain(seconds if steady else None)
+            drafter, depth = self._drafting
+            seconds = self._ready - before if before and self._ready and steady else None
+            for kind, stayed in drafter.unmade(token):
+                depth.count_unmade(kind, stayed)
+            depth.count_plain(seconds)
+        self._extend([token], now.hidden)
         return [Step(token, now.logits, 0)]
 
     def _launch(self, token: mx.array, ahead: Sequence[mx.array]) -> _Ahead:
@@ -182,23 +205,35 @@ class Decoding:
     def _drafted(self, plan: Plan) -> list[Step]:
         """The tokens of a step with such drafts: those that are kept, and one more."""
         assert self._drafting is not None
-        (kind, depth), drafter, start = plan, self._drafting.drafter, time.perf_counter()
+        (kind, depth), drafter = plan, self._drafting.drafter
+        self._catch_up(kind)
+        self._ready, began = None, time.perf_counter()
         with mx.stream(generation_stream):
-            mx.eval(drafter.catch_up(kind))
-            began = time.perf_counter()
             draft = drafter.propose(kind, depth, self._choice.next)
             known = mx.array(self._known[-1:], mx.uint32)
             logits, hidden = self._forward(mx.concatenate([known, draft])[None])
-            chosen = self._choice.judge(logits[0], draft)
+            logits = logits[0]
+            chosen = self._choice.judge(logits, draft)
             mx.eval(draft, chosen)
         tokens = _listed(chosen)
         count = kept(_listed(draft), tokens)
+        seconds = time.perf_counter() - began
         del tokens[count + 1 :]
         self._trim(depth - count)
         self._extend(tokens, None if hidden is None else hidden[:, : count + 1])
         self.statistics.count_drafts(kind.source, depth, count)
-        self._drafting.depth.count(plan, count, time.perf_counter() - began, began - start)
-        return [Step(token, logits[0], row) for row, token in enumerate(tokens)]
+        self._drafting.depth.count(plan, count, seconds)
+        return [Step(token, logits, row) for row, token in enumerate(tokens)]
+
+    def _catch_up(self, kind: Kind) -> None:
+        """What former steps have left to do before such a draft."""
+        assert self._drafting is not None
+        (drafter, depth), began = self._drafting, time.perf_counter()
+        rows = drafter.lacking(kind)
+        with mx.stream(generation_stream):
+            if left := drafter.catch_up(kind):
+                mx.eval(left)
+                depth.count_rows(rows, time.perf_counter() - began)
 
     def _forward(self, tokens: mx.array) -> tuple[mx.array, mx.array | None]:
         """The logits [1, l, vocabulary] of tokens [1, l], and what a drafter needs besides."""

@@ -22,6 +22,7 @@ STEPS = (2048, 1024, 512, 256, 128, 64, 32)  # prefill steps; the first is mlx-l
 # What kernels of the CPU take, for the queries or tokens that they take together (csrc/cpu).
 SCORES, ATTENTION, MOE_TOKENS, MATVEC_ROWS = 64 << 20, 32 << 20, 512, 64
 MOST_DRAFTS = 8  # tokens that are guessed at a time
+MOST_WAITING = 4096  # tokens whose hidden states are kept until there is a draft of the MTP layer
 SMALL_ARRAYS = 1 << 20  # masks, positions
 SIDE_BY_SIDE = 4  # kernels of a recorded decode step that have scratch memory at a time
 LAYERS_AHEAD = 2  # MLX makes nodes' outputs, until some 100 tasks wait, while others run
@@ -75,7 +76,8 @@ def cache_bytes(args: ModelArgs, context: int, kv_format: str) -> int:
 def chunk_bytes(args: ModelArgs, step: int, context: int, float_bytes: int, streamed: bool) -> int:
     """The most bytes that a prompt of ``context`` tokens takes besides weights and cache.
 
-    They are those of a layer's arrays, of kernels besides them, and of recorded decode steps.
+    They are those of a layer's arrays, of kernels besides them, of recorded decode steps, and of
+    hidden states that the MTP layer has not taken yet.
 
     Args:
         step: tokens that the model takes at a time.
@@ -88,7 +90,9 @@ def chunk_bytes(args: ModelArgs, step: int, context: int, float_bytes: int, stre
     layers = LAYERS_AHEAD * tokens * _layer_bytes(args, context, float_bytes, streamed)
     scratch = _scratch_bytes(args, tokens, context)
     logits = 4 * args.vocab_size * (min(tokens, blocks.MAX_TOKENS) + 8)
-    total = layers + scratch + logits + SMALL_ARRAYS
+    waiting = args.has_mtp * min(context, MOST_WAITING) * args.hidden_size * float_bytes
+    waiting *= 2  # one by one and, when the layer takes them, joined
+    total = layers + scratch + logits + waiting + SMALL_ARRAYS
     if streamed or mx.default_device() == mx.gpu:
         return total
     # A recorded step holds what all layers make. There is one for a token and one for what is left

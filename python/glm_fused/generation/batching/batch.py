@@ -17,7 +17,8 @@ from ...models.row_caches import first_columns, joined, kept
 from ...ops.blocks import MAX_TOKENS
 from ...streaming.experts import check_reads
 from .. import choice
-from ..drafts.depth import Depth, Experience, Plan
+from ..drafts.depth import Depth, Plan
+from ..drafts.experience import Experience
 from ..drafts.options import DraftOptions
 from ..drafts.rows import RowDrafts
 from ..drafts.statistics import Statistics

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from operator import mul
 from typing import NamedTuple
 
-import mlx.nn as nn
-
 from ..limits import AUTO, MOST_DRAFTS
-from .drafter import Kind
+from .drafter import Kind, course
+from .experience import USUAL_ACCEPTANCE, Average, Experience, Purse
 
 # That `AUTO` chooses among: each is a step of its own to record, and with the known token these
 # are numbers of tokens that kernels take together.
 DEPTHS = (1, 2, 3, 5, 7)
 BURST = 6  # plain steps in a row that are measured first
 AGAIN, BETWEEN = 3, 256  # and how many later, after so many tokens
-_EXPLORE = 16  # drafts of a kind after which two are a little deeper
-_FEW = 4  # samples of a cost
-_LOSS = (
-    0.015  # of the time, that drafts which do not pay may take to find out that they still do not
-)
-_WAIT = 32  # tokens at least until the next such draft
-_USUAL_COST, _USUAL_ACCEPTANCE = 0.3, 0.7  # a draft's, in plain steps, until it is measured
+_BESIDE = 4  # steps with drafts after a plain one that are measured against it
+_OTHERS, _CLOSE = 32, 0.8  # steps after which two are of another length, if that is about as good
+_SURE = 4  # tokens of which what is known of other texts is worth as much
+_FIRST, _SHARE = 2.0, 0.01  # of the text's time that may be spent, in plain steps and of those
+_GAIN = 1.03  # from which on drafts are made
 
 
 class Plan(NamedTuple):
@@ -31,124 +28,6 @@ class Plan(NamedTuple):
 
     kind: Kind
     depth: int
-
-
-class Average:
-    """An average of samples, in which the latest weigh the most.
-
-    A new one has at least ``weight``, and as much as each of those before while they are few.
-    """
-
-    def __init__(self, weight: float, value: float):
-        self.value, self._weight, self._count = value, weight, 1
-
-    def add(self, sample: float) -> None:
-        self._count += 1
-        self.value += max(self._weight, 1 / self._count) * (sample - self.value)
-
-
-class Cost:
-    """What a kind of step costs: of few samples the least, since what interrupts them adds to it.
-
-    Of many it is an average, so that it follows what changes.
-    """
-
-    def __init__(self, sample: float):
-        self._average, self.count = Average(0.2, sample), 1
-
-    @property
-    def value(self) -> float:
-        return self._average.value
-
-    def add(self, sample: float) -> None:
-        self.count += 1
-        if self.count > _FEW:
-            self._average.add(min(sample, 2 * self.value))
-        elif sample < self.value:
-            self._average = Average(0.2, sample)
-
-
-class Experience:
-    """What steps with so many drafts cost, and how many drafts stay, in one text after the other.
-
-    Costs are multiples of plain steps, drafting included; they are the model's and the machine's.
-    Each source of drafts has costs of its own. How many drafts of a kind stay is the text's, but
-    others' are what to expect of a new one.
-    """
-
-    def __init__(self) -> None:
-        self.plain: Average | None = None  # seconds
-        self._ratios: dict[str, dict[int, Cost]] = {}
-        self._rates: dict[Kind, Average] = {}
-
-    def rate(self, kind: Kind) -> float:
-        """How often a draft of a kind stays."""
-        rate = self._rates.get(kind)
-        return _USUAL_ACCEPTANCE if rate is None else rate.value
-
-    def add_drafts(self, kind: Kind, depth: int, kept: int) -> None:
-        """Count ``depth`` drafts, of which some were kept."""
-        rate = self._rates.setdefault(kind, Average(1 / 256, _USUAL_ACCEPTANCE))
-        for i in range(min(kept + 1, depth)):
-            rate.add(float(i < kept))
-
-    def add_plain(self, seconds: float) -> None:
-        """Count a plain step; what interrupts it counts as twice the average at most."""
-        if self.plain is None:
-            self.plain = Average(0.2, seconds)
-        else:
-            self.plain.add(min(seconds, 2 * self.plain.value))
-
-    def add(self, source: str, depth: int, seconds: float) -> None:
-        """Count a step with drafts, after a plain one."""
-        assert self.plain is not None
-        ratio, ratios = seconds / self.plain.value, self._ratios.setdefault(source, {})
-        if depth in ratios:
-            ratios[depth].add(ratio)
-        else:
-            ratios[depth] = Cost(ratio)
-
-    def knows(self, source: str, depth: int) -> bool:
-        """Whether there were a few of such steps."""
-        cost = self._ratios.get(source, {}).get(depth)
-        return cost is not None and cost.count >= _FEW
-
-    def of(self, source: str, depth: int) -> float:
-        """What a step costs: as was seen, or on a line between what was.
-
-        Beyond that it is what is usual, so that it is tried: deeper steps cost less a token.
-        """
-        ratios = self._ratios.get(source, {})
-        known = {0: 1.0} | {d: cost.value for d, cost in ratios.items()}
-        if depth in known:
-            return known[depth]
-        below = max(d for d in known if d < depth)
-        above = min((d for d in known if d > depth), default=None)
-        if above is None:
-            return max(known[below], 1 + _USUAL_COST * depth)
-        slope = (known[above] - known[below]) / (above - below)
-        return known[below] + slope * (depth - below)
-
-
-class Acceptance:
-    """How often each draft of one kind stays where those before it do, at first ``usual``."""
-
-    def __init__(self, usual: float) -> None:
-        self._rates = [Average(1 / 32, usual) for _ in range(MOST_DRAFTS)]
-        self.rounds = 0
-
-    def add(self, depth: int, kept: int) -> None:
-        """Count a step with ``depth`` drafts that kept some of them."""
-        self.rounds += 1
-        for i in range(min(kept + 1, depth)):
-            self._rates[i].add(float(i < kept))
-        for rate, before in zip(self._rates[depth:], self._rates[depth - 1 :], strict=False):
-            rate.add(before.value)  # nothing is known of those that were not made
-
-    def tokens(self, depth: int) -> float:
-        """How many tokens a step with ``depth`` drafts is expected to give."""
-        rates = [rate.value for rate in self._rates[:depth]]
-        return sum(accumulate(rates, mul), 1.0)
 
 
 class Depth:
@@ -170,114 +49,142 @@ class Depth:
     ) -> None:
         self._auto = wanted == AUTO
         self._depths = [d for d in DEPTHS if d <= most] if self._auto else [min(int(wanted), most)]
-        self._kinds: dict[Kind, Acceptance] = {}
-        self._bests: dict[Kind, tuple[float, int]] = {}  # gains and numbers, until the next draft
+        self._rates: dict[Kind, Average] = {}
+        # Gains and numbers of drafts, with the most there may be, until more is known.
+        self._bests: dict[tuple[Kind, int], tuple[float, int]] = {}
         self._experience = experience or Experience()
         # A fixed number makes the same steps of every text, so that a seed draws the same tokens.
         unknown = self._auto and self._experience.plain is None
         self._plain, self._since = BURST if unknown else AGAIN, 0
-        self._wait = _WAIT
-        self._last: tuple[str, int] | None = None  # the step before, if it had drafts
-        self._whole = False  # all of which stayed
+        self._beside = self._rounds = 0
+        self._purse, self._trial = Purse(_FIRST, _SHARE), False
 
     @property
     def plain_seconds(self) -> float | None:
         """What a plain step costs; None where there was none like others."""
-        return None if self._experience.plain is None else self._experience.plain.value
+        return self._experience.plain
 
-    def next(self, kinds: Sequence[Kind], most: int) -> Plan | None:
-        """Which drafts to make, up to ``most`` of one of these kinds; None for a plain step."""
+    def next(
+        self, kinds: Sequence[Kind], most: int, lacking: Callable[[Kind], int] = lambda kind: 0
+    ) -> Plan | None:
+        """Which drafts to make, up to ``most`` of one of these kinds; None for a plain step.
+
+        ``lacking`` says how many rows what makes them has to catch up with before.
+        """
         if not kinds or most < 1 or self._plain:
             return None
         if not self._auto:
             depth = min(self._depths[0], most)
-            return Plan(max(kinds, key=lambda kind: self._seen(kind).tokens(depth)), depth)
+            return Plan(max(kinds, key=lambda kind: self._tokens(kind)[depth]), depth)
         (gain, depth), kind = max((self._best(kind, most), kind) for kind in kinds)
-        if gain <= 1:  # most steps of a text that does not suit
-            return self._to_find_out(kinds, most)
-        explore = self._seen(kind).rounds % _EXPLORE >= _EXPLORE - 2
-        deeper = [each for each in self._depths if depth < each <= most]
-        return Plan(kind, deeper[0] if explore and deeper else depth)
+        self._trial = gain <= _GAIN
+        if not self._trial:
+            return Plan(kind, self._maybe_another(kind, depth, most))
+        loss = self._loss(kind, depth)
+        if not depth or not self._affords(loss) or not self._affords(loss, lacking(kind)):
+            return None
+        return Plan(kind, depth)
 
     def count_plain(self, seconds: float | None) -> None:
         """A plain step took so long; None where it was not like others."""
-        self._last = None
+        experience = self._experience
+        experience.purse.fill()
+        self._purse.fill()
+        self._since += 1
         if seconds is not None:
-            self._experience.add_plain(seconds)
-            self._plain, self._since = max(self._plain - 1, 0), 0
-        self._pass(1)
+            experience.add_plain(seconds)
+            self._plain, self._since, self._beside = max(self._plain - 1, 0), 0, _BESIDE
 
-    def count(self, plan: Plan, kept: int, seconds: float, before: float = 0.0) -> None:
-        """A step with such drafts, of which it kept some, took so long.
-
-        ``before`` it, what former plain steps had left to do took seconds besides.
-        """
-        (kind, depth), seen = plan, self._seen(plan.kind)
-        # The first of several prepares the others.
-        if self._last == (kind.source, depth):
-            self._experience.add(kind.source, depth, seconds)
-        self._last, self._whole = (kind.source, depth), kept == depth
-        self._bests.clear()
-        self._pass(1 + kept)
-        seen.add(depth, kept)
-        self._experience.add_drafts(kind, depth, kept)
-        if not self._auto:
+    def count(self, plan: Plan, kept: int, seconds: float) -> None:
+        """A step with such drafts, of which it kept some, took so long."""
+        kind, depth = plan
+        plain, costs = self._experience.plain, self._experience.costs(kind.source)
+        for place, each in enumerate(course(kind)[: min(kept + 1, depth)]):
+            self._add(each, place < kept)
+        self._rounds += 1
+        self._since += 1 + kept
+        if not self._auto or plain is None:
             return
-        plain = self.plain_seconds or seconds or 1.0
-        cost = self._experience.of(kind.source, depth)
-        pays = kept == depth and 1 + depth > cost
-        if pays or self._best(kind, MOST_DRAFTS)[0] > 1:
-            self._wait = 0
-        else:
-            # A first one is recorded, too, which is once.
-            took = min(seconds / plain, 1.25 * (1 + depth))
-            cost = max(cost, took) + before / plain
-            self._wait = max(_WAIT, int((cost - seen.tokens(depth)) / _LOSS))
+        if self._trial:  # what interrupts a step is no loss of drafts'
+            self._spend(min(seconds / plain, 2 * costs.table[depth]) - (1 + kept))
+        if self._beside:
+            self._beside -= 1
+            costs.add(depth, seconds / plain)
+            self._forget(kind.source)
+        elif not costs.knows(depth):
+            self._plain = AGAIN
         if self._since >= BETWEEN:
             self._plain = AGAIN
 
-    def _pass(self, tokens: int) -> None:
-        self._since += tokens
-        self._wait -= tokens
+    def count_unmade(self, kind: Kind, stayed: bool) -> None:
+        """The first token of such a draft, which was not made, would have stayed or not."""
+        self._add(kind, stayed)
 
-    def _seen(self, kind: Kind) -> Acceptance:
-        seen = self._kinds.get(kind)
-        if seen is None:
-            usual = self._experience.rate(kind) if self._auto else _USUAL_ACCEPTANCE
-            seen = self._kinds[kind] = Acceptance(usual)
-        return seen
+    def count_rows(self, rows: int, seconds: float) -> None:
+        """It took so long to catch up with so many rows."""
+        if (plain := self._experience.plain) is not None:
+            self._experience.row_cost.add(seconds / plain / rows)
+            self._spend(seconds / plain * self._trial)
+
+    def reviews(self, kind: Kind, rows: int) -> bool:
+        """Whether to find out now, with so many rows, how many tokens would have been guessed."""
+        if not self._auto or self._plain or not self._affords(0.0, rows):
+            return False
+        table = self._experience.costs(kind.source).table
+        return any(1 + depth > _GAIN * table[depth] for depth in self._depths)
+
+    def _affords(self, loss: float, rows: int = 0) -> bool:
+        """Whether so much may be spent, and what so many rows cost."""
+        cost = loss + rows * self._experience.row_cost.value
+        return cost <= min(self._purse.spare, self._experience.purse.spare)
+
+    def _spend(self, cost: float) -> None:
+        for purse in (self._purse, self._experience.purse):
+            purse.spend(max(cost, 0.0))
+
+    def _add(self, kind: Kind, stayed: bool) -> None:
+        self._rate(kind).add(stayed)
+        self._experience.add(kind, stayed)
+        self._forget(kind.source)
+
+    def _forget(self, source: str) -> None:
+        """What is best has to be found out anew."""
+        self._bests = {key: best for key, best in self._bests.items() if key[0].source != source}
+
+    def _rate(self, kind: Kind) -> Average:
+        rate = self._rates.get(kind)
+        if rate is None:
+            usual = self._experience.rate(kind) if self._auto else USUAL_ACCEPTANCE
+            rate = self._rates[kind] = Average(1 / 32, usual, _SURE)
+        return rate
+
+    def _tokens(self, kind: Kind) -> list[float]:
+        """How many tokens a step with each number of drafts is expected to give."""
+        rates = [self._rate(each).value for each in course(kind)[: self._depths[-1]]]
+        return list(accumulate(accumulate(rates, mul), initial=1.0))
 
     def _best(self, kind: Kind, most: int) -> tuple[float, int]:
         """How many times as fast as plain steps those with the best number are, and the number."""
-        best = self._bests.get(kind)
-        if best is None or best[1] > most:
-            depths = [depth for depth in self._depths if depth <= most]
-            best = max(((self._gain(kind, depth), depth) for depth in depths), default=(0.0, 0))
-            self._bests[kind] = best
+        key = kind, min(most, MOST_DRAFTS)
+        best = self._bests.get(key)
+        if best is None:
+            best = self._bests[key] = max(self._gains(kind, most), default=(0.0, 0))
         return best
 
-    def _gain(self, kind: Kind, depth: int) -> float:
-        return self._seen(kind).tokens(depth) / self._experience.of(kind.source, depth)
+    def _gains(self, kind: Kind, most: int) -> list[tuple[float, int]]:
+        tokens, table = self._tokens(kind), self._experience.costs(kind.source).table
+        return [(tokens[d] / table[d], d) for d in self._depths if d <= most]
 
-    def _to_find_out(self, kinds: Sequence[Kind], most: int) -> Plan | None:
-        """Drafts that may not pay: after the wait, and one more of those that tell what they cost.
+    def _loss(self, kind: Kind, depth: int) -> float:
+        """How much longer a step is expected to take than plain ones, in such."""
+        return self._experience.costs(kind.source).table[depth] - self._tokens(kind)[depth]
 
-        Those would pay most if all stayed, and are of the kind of which least is known.
-        """
-        if self._last is not None and self._whole and not self._experience.knows(*self._last):
-            source, depth = self._last
-            again = [kind for kind in kinds if kind.source == source]
-            if again and depth <= most:
-                return Plan(again[0], depth)
-        depths = [depth for depth in self._depths if depth <= most]
-        if self._wait > 0 or not depths:
-            return None
-        kind = min(kinds, key=lambda kind: self._seen(kind).rounds)
-        cost = self._experience.of
-        return Plan(kind, max(depths, key=lambda d: (1 + d) / cost(kind.source, d)))
-
-
-def experience_of(model: nn.Module) -> Experience:
-    """What there is of a model's steps and drafts, which it keeps."""
-    kept: Experience = model.__dict__.setdefault("_draft_experience", Experience())
-    return kept
+    def _maybe_another(self, kind: Kind, depth: int, most: int) -> int:
+        """The best number of drafts, or now and then another, whose cost may have changed."""
+        turn, again = divmod(self._rounds, _OTHERS)
+        if again < _OTHERS - 2:
+            return depth
+        gains = self._gains(kind, most)
+        least = _CLOSE * max(gains)[0]
+        others = [d for gain, d in gains if d != depth and gain > least]
+        return others[turn % len(others)] if others else depth

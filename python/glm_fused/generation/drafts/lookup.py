@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from ..limits import LOOKUP
-from .drafter import Drafter, Draw, Kind
+from .drafter import MATCHES, Drafter, Draw, Kind, matching
 
 LONGEST, SHORTEST = 4, 2  # tokens that have to be the same
-MATCHES = (2, 3, 4, 8, 16)  # or that many besides: the more, the more drafts stay
+_KINDS = [Kind(LOOKUP, matching(max(same, MATCHES[0]))) for same in range(MATCHES[-1] + 1)]
 
 
 class LookupDrafter(Drafter):
@@ -22,6 +22,8 @@ class LookupDrafter(Drafter):
     def __init__(self) -> None:
         self._text: list[int] = []
         self._places: list[dict[tuple[int, ...], int]] = []
+        # Where the text went on after its last tokens, and how many are the same there; 0: nowhere.
+        self._at = self._same = 0
 
     def start(self, prompt: Sequence[int], cached: int = 0) -> None:
         self._text, self._places = [], [{} for _ in range(SHORTEST, LONGEST + 1)]
@@ -35,35 +37,36 @@ class LookupDrafter(Drafter):
                 if len(text) >= length:
                     places[tuple(text[-length:])] = len(text)
             text.append(token)
+        self._at, self._same = self._found()
 
     def kinds(self) -> list[Kind]:
-        found = self._found()
-        if found is None:
-            return []
-        same = self._same_before(*found)
-        return [Kind(LOOKUP, max(match for match in MATCHES if match <= same))]
+        return [_KINDS[self._same]] if self._same else []
+
+    def unmade(self, token: int) -> list[tuple[Kind, bool]]:
+        return [(_KINDS[self._same], self._text[self._at] == token)] if self._same else []
 
     def propose(self, kind: Kind, depth: int, draw: Draw) -> mx.array:
-        found = self._found()
-        assert found is not None
-        text, at = self._text, found[1]
+        text, at = self._text, self._at
         guess = text[at : at + depth]
         while len(guess) < depth:  # it goes on with what is guessed: a text that repeats itself
             guess.append(guess[at + len(guess) - len(text)])
         return mx.array(guess, mx.uint32)
 
-    def _found(self) -> tuple[int, int] | None:
-        """How many tokens are the same, and where the text went on after them."""
+    def _found(self) -> tuple[int, int]:
+        """Where the text went on after its last tokens, and how many of them are the same there."""
+        text = self._text
         for length in range(LONGEST, SHORTEST - 1, -1):
-            if len(self._text) >= length:
-                at = self._places[length - SHORTEST].get(tuple(self._text[-length:]))
+            if len(text) >= length:
+                at = self._places[length - SHORTEST].get(tuple(text[-length:]))
                 if at is not None:
-                    return length, at
-        return None
+                    return at, self._same_before(length, at)
+        return 0, 0
 
     def _same_before(self, length: int, at: int) -> int:
         """How many tokens before ``at`` are the last ones, of which ``length`` are known to be."""
         text, most = self._text, min(MATCHES[-1], at)
+        if at == self._at + 1 and self._same:  # one more than there were
+            return min(self._same + 1, most)
         while length < most and text[at - length - 1] == text[-length - 1]:
             length += 1
         return length

@@ -28,6 +28,19 @@ class MixedDrafter(Drafter):
     def kinds(self) -> list[Kind]:
         return [kind for drafter in self._drafters for kind in drafter.kinds()]
 
+    def unmade(self, token: int) -> list[tuple[Kind, bool]]:
+        return [each for drafter in self._drafters for each in drafter.unmade(token)]
+
+    def lacking(self, kind: Kind) -> int:
+        return self._of(kind).lacking(kind)
+
+    def reviewable(self) -> tuple[Kind, int] | None:
+        found = (drafter.reviewable() for drafter in self._drafters)
+        return next((each for each in found if each is not None), None)
+
+    def review(self) -> list[bool]:
+        return next(d for d in self._drafters if d.reviewable() is not None).review()
+
     def catch_up(self, kind: Kind) -> list[Any]:
         return self._of(kind).catch_up(kind)
 

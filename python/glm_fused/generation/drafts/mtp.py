@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
 from ...models.cache import trim
 from ...models.decoder import Model
+from ...models.prompt_memory import MOST_WAITING
 from ..limits import MTP
-from .drafter import FEW_WAITING, MOST_WAITING, Drafter, Draw, Kind
+from .drafter import FEW_WAITING, Drafter, Draw, Kind
+
+_REVIEWED = 16  # tokens that are reviewed at a time
 
 
 class MtpDrafter(Drafter):
@@ -54,6 +57,21 @@ class MtpDrafter(Drafter):
     def kinds(self) -> list[Kind]:
         return [Kind(MTP)] if self._tokens else []
 
+    def lacking(self, kind: Kind) -> int:
+        return len(self._tokens)
+
+    def reviewable(self) -> tuple[Kind, int] | None:
+        waiting = len(self._tokens)
+        return (Kind(MTP), waiting) if waiting > _REVIEWED else None
+
+    def review(self) -> list[bool]:
+        if before := len(self._tokens) - 1 - _REVIEWED:
+            self._append(before)
+        following = self._tokens[1:]
+        logits, _, _ = self._append(_REVIEWED)
+        likeliest = cast(list[int], mx.argmax(logits[0], axis=-1).tolist())
+        return [a == b for a, b in zip(likeliest, following, strict=True)]
+
     def catch_up(self, kind: Kind) -> list[Any]:
         if len(self._tokens) <= FEW_WAITING:
             return []
@@ -61,6 +79,9 @@ class MtpDrafter(Drafter):
         return [self._cache.state]
 
     def propose(self, kind: Kind, depth: int, draw: Draw) -> mx.array:
+        # In powers of two, since each number of rows is a step of its own to record.
+        while len(self._tokens) & (len(self._tokens) - 1):
+            self._append(1 << (len(self._tokens).bit_length() - 1))
         logits, hidden, selection = self._append(len(self._tokens))
         drafts: list[mx.array] = []
         while True:

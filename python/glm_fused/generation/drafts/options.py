@@ -12,8 +12,9 @@ from ...models.decoder import Model
 from ...streaming.model import streaming_of
 from ...validation import show
 from ..limits import AUTO, LOOKUP, MIXED, MOST_DRAFTS, MTP
-from .depth import Depth, Experience, experience_of
+from .depth import Depth
 from .drafter import Drafter
+from .experience import Experience, experience_of
 from .lookup import LookupDrafter
 from .mixed import MixedDrafter
 from .mtp import MtpDrafter

@@ -10,9 +10,10 @@ import mlx.core as mx
 
 from ...models.cache import trim
 from ...models.decoder import Model
+from ...models.prompt_memory import MOST_WAITING
 from ...models.row_caches import joined, kept, padded
 from ..limits import MTP
-from .drafter import MOST_WAITING, Drafter, Draw, Kind
+from .drafter import Drafter, Draw, Kind
 
 
 class RowDrafts(ABC):
