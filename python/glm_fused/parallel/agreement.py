@@ -33,15 +33,15 @@ _HOW = "start several processes with mlx.launch, as in mlx.launch -n 2 glm-fused
 def tell(group: mx.distributed.Group, text: str) -> list[str]:
     """What each rank tells the others, in their order; all have to call it."""
     data = text.encode()
-    sizes = _gather(group, np.array([len(data)], np.uint32))[:, 0]
+    sizes = _gather(group, mx.array([len(data)], mx.uint32))[:, 0]
     padded = data.ljust(int(sizes.max()) or 1)
-    rows = _gather(group, np.frombuffer(padded, np.uint8))
+    rows = _gather(group, mx.array(list(padded), mx.uint8))
     return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
 
 
-def _gather(group: mx.distributed.Group, row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _gather(group: mx.distributed.Group, row: mx.array) -> np.ndarray[Any, Any]:
     with mx.stream(mx.cpu):
-        return to_numpy(mx.distributed.all_gather(mx.array(row)[None], group=group))
+        return to_numpy(mx.distributed.all_gather(row[None], group=group))
 
 
 def agree(group: mx.distributed.Group, described: Mapping[str, Any]) -> None:
