@@ -187,7 +187,20 @@ def example_stats(seconds: float) -> dict:
         "memory": memory,
         "experts": {"layers": layers, "slots": 96},
         "drafts": {"tokens_per_step": 1.84, "acceptance_rate": 0.81},
-        "prompt_cache": {"entries": 42, "hit_rate": 0.87, "limit_bytes": 12_000_000_000},
+        "prompt_cache": {
+            "asked": 48,
+            "hits": 42,
+            "asked_tokens": 96_000,
+            "hit_tokens": 81_920,
+            "put": 47,
+            "evicted_blocks": 3,
+            "prompts": 12,
+            "blocks": 400,
+            "tokens": 102_400,
+            "bytes": 8_000_000_000,
+            "limit_bytes": 12_000_000_000,
+            "disk": {"bytes": 9_000_000_000, "limit_bytes": 64_000_000_000},
+        },
     }
 
 

@@ -455,6 +455,15 @@ def test_the_numbers_are_the_servers(shown, server):
     )
     total = sum(stats["memory"].values())
     assert widths == pytest.approx([100 * n / total for n in stats["memory"].values()], rel=1e-4)
+    pairs = page.locator("#reuse dt, #reuse dd").all_inner_texts()
+    kept = {label.lower(): value for label, value in zip(pairs[::2], pairs[1::2], strict=True)}
+    assert kept == {
+        "texts kept": "12",
+        "in memory": "8.00 GB of 12.0 GB",
+        "on disk": "9.00 GB of 64.0 GB",
+        "requests that found a beginning": "42 of 48",
+        "prompt tokens found": "81,920 of 96,000",
+    }
     idle = stats | {
         "active": [],
         "queued": 0,

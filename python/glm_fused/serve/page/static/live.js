@@ -32,7 +32,7 @@ export class Live {
     this.#requests(stats);
     this.#memory(stats.memory);
     this.#experts(stats.experts);
-    showPairs("reuse", stats.prompt_cache);
+    this.#reuse(stats.prompt_cache);
     showPairs("drafts", stats.drafts);
   }
 
@@ -57,6 +57,20 @@ export class Live {
     const total = parts.reduce((sum, part) => sum + part[2], 0);
     write($("memory-total"), bytes(total));
     drawStack($("memory-bar"), $("memory-legend"), parts, total);
+  }
+
+  #reuse(cache) {
+    show($("reuse-panel"), Boolean(cache));
+    if (!cache) return;
+    const of = (some, all, unit) => `${unit(some)} of ${unit(all)}`;
+    const rows = [
+      ["texts kept", count(cache.prompts)],
+      ["in memory", of(cache.bytes, cache.limit_bytes, bytes)],
+      ["requests that found a beginning", of(cache.hits, cache.asked, count)],
+      ["prompt tokens found", of(cache.hit_tokens, cache.asked_tokens, count)],
+    ];
+    if (cache.disk) rows.splice(2, 0, ["on disk", of(cache.disk.bytes, cache.disk.limit_bytes, bytes)]);
+    $("reuse").replaceChildren(...rows.flatMap(([label, value]) => pair(label, value)));
   }
 
   #experts(experts) {
