@@ -136,6 +136,16 @@ def test_look_up_is_judged_before_there_is_a_draft():
         assert (depth.next([Kind(LOOKUP, 4)], 8) is not None) == stays
 
 
+@pytest.mark.parametrize("slots", [4, 7])
+def test_slots_for_one_token_leave_plain_steps(slots):
+    """A token takes 4 experts, so a draft's would have no room beside them."""
+    with Engine("demo", EngineOptions(slots=slots, draft="auto")) as engine:
+        model, prompt = engine.model, engine.encode(CODE, raw=True)
+        found = decode(model, prompt, Drafting.of(DraftOptions("auto", MIXED), model), TOKENS)
+        assert same(found, decode(model, prompt, tokens=TOKENS))
+    assert found[2].statistics.describe(None)["proposed"] == 0
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_what_look_up_would_have_guessed(seed):
     text, drafter, right = random.Random(seed).choices(range(3), k=200), LookupDrafter(), 0

@@ -126,11 +126,12 @@ def taken(monkeypatch):
     """The bits of the logits that tokens of a batch were chosen from, by the text's number."""
     found, take = defaultdict(list), Row._take
 
-    def record(self, token, logits):
-        found[id(self)].append(logits.view(BITS[logits.dtype.size]))
-        take(self, token, logits)
+    def record(self, token, logits, at):
+        found[id(self)].append(logits[at].view(BITS[logits.dtype.size]))
+        take(self, token, logits, at)
 
     monkeypatch.setattr(Row, "_take", record)
+    monkeypatch.setattr(Row, "lists_logprobs", True)  # so that it is given them
     return found
 
 

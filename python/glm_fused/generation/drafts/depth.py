@@ -71,7 +71,7 @@ class Depth:
 
         ``lacking`` says how many rows what makes them has to catch up with before.
         """
-        if not kinds or most < 1 or self._plain:
+        if not kinds or not self._depths or most < 1 or self._plain:
             return None
         if not self._auto:
             depth = min(self._depths[0], most)
