@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <numeric>
 
 #include "checks.h"
 #include "cpu/dot/panels.h"
