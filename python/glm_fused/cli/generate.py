@@ -59,6 +59,8 @@ def run(options: argparse.Namespace) -> int:
     _check_ab(options)
     if options.trace is not None:
         arguments.new_file(options.trace)
+    if options.shard is not None and options.prompt == "-":
+        raise UsageError("--prompt -: not with --shard, as mlx.launch does not end stdin.")
     prompt = arguments.read_prompt(options.prompt)
     with shared(options, prompt) as ranks:
         return _run(options, prompt, ranks)

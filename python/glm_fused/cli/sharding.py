@@ -46,12 +46,13 @@ def shared(options: argparse.Namespace, prompt: str) -> Iterator[Ranks | None]:
         raise UsageError(f"{flags(alone)}: not with --shard.")
     from ..models.ranks import Ranks
     from ..parallel.agreement import agree, join_group, tell
+    from ..parallel.interrupts import on_interrupt
     from ..parallel.watch import Watch
 
     group = join_group()
     if options.prefill_step_size is None:
         options.prefill_step_size = PREFILL_STEP
-    with _talking(group.rank()), Watch(group):
+    with _talking(group.rank()), Watch(group) as watch, on_interrupt(watch.interrupt):
         agree(group, _described(options, prompt))
         if options.seed is None:
             options.seed = int(tell(group, str(secrets.randbits(64)))[0])

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..host import to_numpy
 from ..validation import show
+from .interrupts import ending_at_interrupts
 
 
 def join_group() -> mx.distributed.Group:
@@ -19,7 +20,8 @@ def join_group() -> mx.distributed.Group:
     Raises ValueError where there are no other processes in it.
     """
     try:
-        group = mx.distributed.init(strict=True)
+        with ending_at_interrupts():
+            group = mx.distributed.init(strict=True)
     except RuntimeError as error:
         raise ValueError(f"[shard] {_HOW}: {error}") from None
     if group.size() < 2:

@@ -11,70 +11,79 @@ import contextlib
 import json
 import os
 import secrets
+import select
 import socket
+import stat
 import sys
 import threading
-from collections.abc import Iterator
+import time
 from types import TracebackType
 from typing import NoReturn, Self
 
 import mlx.core as mx
 
 from .agreement import tell
+from .peer import LIMIT, PERIOD, Peer
 
-PERIOD = 1.0  # seconds between signs of life
-LIMIT = 8  # such periods without any, in which this process was awake itself
+_SHORT = 0.05  # seconds, between looks at who has arrived
 _GRACE = 1.0  # for a rank that fails by itself, as it lost another, to say why
 _ALIVE, _DONE = "", "done"
+_FAILED, _INTERRUPTED = 2, 130  # exit codes, as the command line has them
 
 
 class Watch:
     """A context in which this rank fails when another one does; all ranks have to enter it.
 
-    Leaving it waits for the others to leave it, too.
+    Leaving it waits for the others to leave it, too. Within it the process ends as well where its
+    stdin is a pipe whose writer is gone: `mlx.launch` was killed. It belongs to the main thread.
     """
 
     def __init__(self, group: mx.distributed.Group):
         self._group, self._rank = group, group.rank()
-        self._peers: dict[int, socket.socket] = {}
+        self._peers: dict[int, Peer] = {}
         self._lock = threading.Lock()
         self._over = threading.Event()  # nothing that comes later is a failure
         self._known = threading.Event()
-        self._why = ""
+        self._why, self._interrupted = "", False
+        self._stdin = _pipe_of_stdin()
 
     def __enter__(self) -> Self:
         server = socket.create_server((_own_address(), 0)) if self._rank == 0 else None
         address = [] if server is None else [*server.getsockname()[:2], secrets.token_hex(16)]
         host, port, token = json.loads(tell(self._group, json.dumps(address))[0])
         if server is None:
-            peer = socket.create_connection((host, port), timeout=LIMIT * PERIOD)
-            _send(peer, f"{token} {self._rank}")
+            peer = Peer.connect(host, port)
+            peer.say(f"{token} {self._rank}")
             self._peers[0] = peer
         else:
             self._accept(server, token)
         for rank, peer in self._peers.items():
-            peer.settimeout(PERIOD)
             threading.Thread(target=self._listen, args=(rank, peer), daemon=True).start()
         threading.Thread(target=self._live, daemon=True).start()
         return self
 
     def _accept(self, server: socket.socket, token: str) -> None:
+        """Wait for all others. Strangers may connect, too, and say anything or nothing."""
+
+        def meet(peer: Peer) -> None:
+            found = rank = ""
+            with contextlib.suppress(OSError):
+                found, _, rank = next(peer.lines, "").partition(" ")
+            if secrets.compare_digest(found.encode(), token.encode()):
+                self._peers[int(rank)] = peer
+            else:
+                peer.close()
+
+        end = time.monotonic() + LIMIT * PERIOD
         with server:
-            server.settimeout(LIMIT * PERIOD)
-            while len(self._peers) < self._group.size() - 1:
-                try:
-                    peer, _ = server.accept()
-                    peer.settimeout(PERIOD)
-                    found, _, rank = next(_lines(peer), "").partition(" ")
-                except TimeoutError:
-                    missing = set(range(1, self._group.size())) - set(self._peers)
-                    raise RuntimeError(
-                        f"[shard] {_ranks(missing)} did not connect to {server.getsockname()}."
-                    ) from None
-                if secrets.compare_digest(found, token):
-                    self._peers[int(rank)] = peer
-                else:
-                    peer.close()
+            server.settimeout(_SHORT)
+            while missing := set(range(1, self._group.size())) - set(self._peers):
+                if time.monotonic() > end:
+                    address = server.getsockname()
+                    raise RuntimeError(f"[shard] {_ranks(missing)} did not connect to {address}.")
+                with contextlib.suppress(TimeoutError):
+                    peer = Peer(server.accept()[0])
+                    threading.Thread(target=meet, args=(peer,), daemon=True).start()
 
     def __exit__(
         self,
@@ -91,29 +100,44 @@ class Watch:
             self._known.wait(LIMIT * PERIOD)
         with self._lock:  # the process may be ending in `_lost`
             self._over.set()
+        if self._interrupted or isinstance(error, KeyboardInterrupt):
+            self._end(self._of_interrupt())
+            raise KeyboardInterrupt from None
         if lost and self._why:
             self._end(self._why)
             raise RuntimeError(self._why) from None
         self._end(f"[shard] rank {self._rank} failed: {str(error) or type(error).__name__}")
 
+    def interrupt(self) -> None:
+        """SIGINT has come: end the process, unless it ends by itself.
+
+        Python's own handler has to wait until MLX returns, which waits for other ranks.
+        """
+        self._interrupted = True
+        self._lost(self._of_interrupt())
+
+    def _of_interrupt(self) -> str:
+        return f"[shard] rank {self._rank} was interrupted."
+
     def _end(self, last_words: str) -> None:
         self._over.set()
         for peer in self._peers.values():
-            with contextlib.suppress(OSError):
-                _send(peer, last_words)
-                peer.shutdown(socket.SHUT_WR)
+            peer.end(last_words)
 
     def _live(self) -> None:
-        """Say every second that this rank is alive."""
+        """Say every second that this rank is alive, for as long as it is to be."""
         while not self._over.wait(PERIOD):
             for peer in self._peers.values():
                 with contextlib.suppress(OSError):  # whoever listens to it notices
-                    _send(peer, _ALIVE)
+                    peer.say(_ALIVE)
+            if self._stdin is not None and self._stdin.poll(0):
+                self._lost("[shard] the process that started the ranks is gone.")
 
-    def _listen(self, rank: int, peer: socket.socket) -> None:
+    def _listen(self, rank: int, peer: Peer) -> None:
         why = f"[shard] rank {rank} is gone."
+        grace = _GRACE
         try:
-            for said in _lines(peer):
+            for said in peer.lines:
                 if said == _DONE:
                     return
                 if said != _ALIVE:
@@ -121,52 +145,41 @@ class Watch:
                     break
         except TimeoutError:
             why = f"[shard] rank {rank} has not answered for {LIMIT * PERIOD:g} s."
+            grace = 0.0  # MLX waits on
         except OSError:
             pass
-        self._lost(why)
+        self._lost(why, grace)
 
-    def _lost(self, why: str) -> None:
+    def _lost(self, why: str, grace: float = _GRACE) -> None:
         """End the process, unless it is ending by itself: it may wait in MLX for ever."""
         with self._lock:
             self._why = self._why or why
         self._known.set()
-        if self._over.wait(_GRACE):
+        if self._over.wait(grace):
             return
         with self._lock:
             if not self._over.is_set():
                 self._end(self._why)
-                _exit(self._why)
+                self._exit()
+
+    def _exit(self) -> NoReturn:
+        if self._interrupted:
+            os._exit(_INTERRUPTED)
+        with contextlib.suppress(OSError, ValueError):
+            print(f"glm-fused: error: {self._why}", file=sys.stderr, flush=True)
+        os._exit(_FAILED)
 
 
-def _exit(why: str) -> NoReturn:
-    with contextlib.suppress(OSError, ValueError):
-        print(f"glm-fused: error: {why}", file=sys.stderr, flush=True)
-    os._exit(2)
-
-
-def _send(peer: socket.socket, line: str) -> None:
-    peer.sendall(f"{' '.join(line.split())}\n".encode())
-
-
-def _lines(peer: socket.socket) -> Iterator[str]:
-    """The lines that a peer sends, until it ends; raises TimeoutError where it is silent.
-
-    Time in which this process was stopped, as a machine that sleeps is, counts as one period.
-    """
-    silent, data = 0, b""
-    while True:
-        try:
-            received = peer.recv(4096)
-        except TimeoutError:
-            silent += 1
-            if silent >= LIMIT:
-                raise
-            continue
-        if not received:
-            return
-        silent = 0
-        *lines, data = (data + received).split(b"\n")
-        yield from (line.decode(errors="replace") for line in lines)
+def _pipe_of_stdin() -> select.poll | None:
+    """What tells that nobody writes to stdin any more; None where it is no pipe."""
+    try:
+        if not stat.S_ISFIFO(os.fstat(0).st_mode):
+            return None
+    except OSError:  # it is closed
+        return None
+    poll = select.poll()
+    poll.register(0, 0)  # for nothing but its end
+    return poll
 
 
 def _own_address() -> str:
