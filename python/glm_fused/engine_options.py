@@ -9,7 +9,7 @@ from typing import Any
 
 from .formats.kv_rows import check_kv_format
 from .generation.drafts.options import check_depth
-from .generation.limits import OFF
+from .generation.limits import LOOKUP, MIXED, MTP, OFF
 from .memory import parse_size
 from .models.ranks import Ranks
 from .streaming.options import DEFAULT_CONTEXT, POLICIES, RANGES, StreamOptions
@@ -62,7 +62,8 @@ class EngineOptions:
             the one that pays; or the folder of a small model of the same vocabulary, any that
             mlx-lm loads. None: "mtp+lookup" where the checkpoint has the layer, else "lookup".
         ranks: the processes that share the model, each of which has to make the same calls; they
-            need ``prefill_step_size``, stream no experts and make no drafts. None: this one alone.
+            need ``prefill_step_size``, stream no experts and draft from no small model. None: this
+            one alone.
 
     Raises ValueError, naming the option, for a value that it cannot have and for one that would do
     nothing.
@@ -109,8 +110,11 @@ class EngineOptions:
             check_depth(self.draft)
         if self.ranks is not None and self.prefill_step_size is None:
             raise ValueError("[engine] ranks: need prefill_step_size, the same for all.")
-        if self.ranks is not None and (self._given() or self.draft != OFF):
-            raise ValueError("[engine] ranks: neither with expert streaming nor with draft.")
+        if self.ranks is not None and self._given():
+            raise ValueError("[engine] ranks: not with expert streaming.")
+        if self.ranks is not None and self.draft_from not in (None, MTP, LOOKUP, MIXED):
+            found, expected = show(self.draft_from), f"{MTP!r}, {LOOKUP!r} or {MIXED!r}"
+            raise ValueError(f"[engine] draft_from is {found}, expected {expected} for ranks.")
 
     def _given(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in _STREAMING}

@@ -19,7 +19,7 @@ TENSOR = "tensor"
 PREFILL_STEP = 512  # where no option says: what fits in memory may differ between machines
 _OWN = ("model", "threads", "parser", "root", "run", "shard")  # may differ between ranks
 _ALONE = (
-    "ab", "memory_budget", "slots", "sidecar", "draft", "trace",
+    "ab", "memory_budget", "slots", "sidecar", "trace",
 )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def shared(options: argparse.Namespace, prompt: str) -> Iterator[Ranks | None]:
     if options.shard is None:
         yield None
         return
-    if alone := [name for name in _ALONE if getattr(options, name) not in (None, False, "off")]:
+    if alone := [name for name in _ALONE if getattr(options, name) not in (None, False)]:
         raise UsageError(f"{flags(alone)}: not with --shard.")
     from ..models.ranks import Ranks
     from ..parallel.agreement import agree, join_group, tell

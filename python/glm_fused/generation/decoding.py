@@ -18,6 +18,7 @@ from .drafts.depth import Depth, Plan
 from .drafts.drafter import Drafter, Kind
 from .drafts.options import DraftOptions
 from .drafts.statistics import Statistics
+from .lockstep import Alone, steps_of
 from .options import Options
 
 OnPrompt = Callable[[int, int], None]
@@ -70,6 +71,7 @@ class _Ahead(NamedTuple):
     token: mx.array
     logits: mx.array
     hidden: mx.array | None
+    begun: list[mx.array]
 
 
 class Decoding:
@@ -107,6 +109,7 @@ class Decoding:
         self._known, self._prefill_step = list(prompt), prefill_step_size
         self._left, self._cached = options.max_tokens, cached
         self._choice = Choice(options, model.args.vocab_size, self._known)
+        self._lockstep = Alone() if drafting is None else steps_of(model)
         self._ahead: _Ahead | None = None
         self._ready: float | None = None  # when there was a token whose next was on its way
         self.statistics = Statistics()
@@ -169,12 +172,13 @@ class Decoding:
         (drafter, depth), began = self._drafting, time.perf_counter()
         if (found := drafter.reviewable()) is not None and depth.reviews(*found):
             self._ready = None
+            self._follow("looks back")
             with mx.stream(generation_stream):
                 guessed = drafter.review()
             kind, rows = found
             for stayed in guessed:
                 depth.count_unmade(kind, stayed)
-            depth.count_rows(rows, time.perf_counter() - began)
+            depth.count_rows(rows, self._lockstep.shared(time.perf_counter() - began))
 
     def _plain(self, ahead: int) -> list[Step]:
         """The next token; with ``ahead`` the step after it is on its way then."""
@@ -190,22 +194,24 @@ class Decoding:
             seconds = self._ready - before if before and self._ready and steady else None
             for kind, stayed in drafter.unmade(token):
                 depth.count_unmade(kind, stayed)
-            depth.count_plain(seconds)
+            depth.count_plain(self._lockstep.follow(now.begun, seconds))
         self._extend([token], now.hidden)
         return [Step(token, now.logits, 0)]
 
     def _launch(self, token: mx.array, ahead: Sequence[mx.array]) -> _Ahead:
         """A plain step that takes a token [1], of those ``ahead`` of the known ones the last."""
         with mx.stream(generation_stream):
+            begun = self._lockstep.begin("takes a plain step")
             logits, hidden = self._forward(token[None])
-            step = _Ahead(self._choice.next(logits[0], ahead), logits[0], hidden)
-            mx.async_eval(*(array for array in step if array is not None))
+            step = _Ahead(self._choice.next(logits[0], ahead), logits[0], hidden, begun)
+            mx.async_eval(step.token, step.logits, [] if hidden is None else hidden, begun)
         return step
 
     def _drafted(self, plan: Plan) -> list[Step]:
         """The tokens of a step with such drafts: those that are kept, and one more."""
         assert self._drafting is not None
         (kind, depth), drafter = plan, self._drafting.drafter
+        self._follow(f"drafts {depth} tokens by {kind.source}")
         self._catch_up(kind)
         self._ready, began = None, time.perf_counter()
         with mx.stream(generation_stream):
@@ -217,13 +223,18 @@ class Decoding:
             mx.eval(draft, chosen)
         tokens = _listed(chosen)
         count = kept(_listed(draft), tokens)
-        seconds = time.perf_counter() - began
+        seconds = self._lockstep.shared(time.perf_counter() - began)
         del tokens[count + 1 :]
         self._trim(depth - count)
         self._extend(tokens, None if hidden is None else hidden[:, : count + 1])
         self.statistics.count_drafts(kind.source, depth, count)
         self._drafting.depth.count(plan, count, seconds)
         return [Step(token, logits, row) for row, token in enumerate(tokens)]
+
+    def _follow(self, what: str) -> None:
+        """What comes next is what all ranks do."""
+        with mx.stream(generation_stream):
+            self._lockstep.follow(self._lockstep.begin(what))
 
     def _catch_up(self, kind: Kind) -> None:
         """What former steps have left to do before such a draft."""
@@ -233,7 +244,7 @@ class Decoding:
         with mx.stream(generation_stream):
             if left := drafter.catch_up(kind):
                 mx.eval(left)
-                depth.count_rows(rows, time.perf_counter() - began)
+                depth.count_rows(rows, self._lockstep.shared(time.perf_counter() - began))
 
     def _forward(self, tokens: mx.array) -> tuple[mx.array, mx.array | None]:
         """The logits [1, l, vocabulary] of tokens [1, l], and what a drafter needs besides."""

@@ -24,6 +24,7 @@ from .layer import DecoderLayer
 from .layer_spec import DECODER
 from .layers import Embedding, Linear, QuantizedEmbedding, RMSNorm, is_plain
 from .mtp import MtpLayer, check_draft
+from .ranks import Ranks
 from .rope import ROWS_PAGE, Angles, Page, Rope
 from .tensors import modules
 from .tokens import check_length, check_tokens, embed
@@ -125,6 +126,7 @@ class Model(nn.Module):
             self.lm_head = Linear(args.hidden_size, args.vocab_size)
         self._steps, self._drafts = DecodeSteps(Decoding()), DecodeSteps(Drafting())
         self.prefill_step_size: int | None = None  # tokens of a prompt at a time; None: as fits
+        self.ranks: Ranks | None = None  # that share the model; None: it is all here
 
     def __call__(
         self,

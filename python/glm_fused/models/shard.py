@@ -19,10 +19,11 @@ output of the MLP           rows of down, weighted and added        hidden      
 ==========================  ======================================  =================  =========
 
 The last column is in bfloat16. Besides, a step adds up the embedding's rows (of which all ranks but
-one have zeros, as integers) and gathers its logits. A gather costs the link's latency and
-``(n - 1) / n`` of those bytes: 78 layers x 4 are 312 gathers a token, 3 ms at 10 µs each, 62 ms at
-200 µs, and 7.2 MB, at n = 2 3.6 MB a rank: 0.7 ms at 5 GB/s. So a link of 200 µs costs more than
-two ranks gain (half of some 45 ms); one of 10 µs costs a seventh of it.
+one have zeros, as integers) and gathers its logits, and where there are drafts begins with 48 bytes
+of each rank, which say what it is about to do (`glm_fused.generation.lockstep`). A gather costs the
+link's latency and ``(n - 1) / n`` of those bytes: 78 layers x 4 are 312 gathers a token, 3 ms at
+10 µs each, 62 ms at 200 µs, and 7.2 MB, at n = 2 3.6 MB a rank: 0.7 ms at 5 GB/s. So a link of
+200 µs costs more than two ranks gain (half of some 45 ms); one of 10 µs costs a seventh of it.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ class Sharding:
 
     def join(self, model: Model) -> None:
         """Have the layers of a model with the rank's parts give what is whole."""
+        model.ranks = self.ranks
         _join(model, self.ranks, self.cuts)
 
 

@@ -22,6 +22,7 @@ from ..drafts.experience import Experience
 from ..drafts.options import DraftOptions
 from ..drafts.rows import RowDrafts
 from ..drafts.statistics import Statistics
+from ..lockstep import Alone, steps_of
 from .filling import Filling
 from .rows import Row
 
@@ -34,6 +35,7 @@ class _Ahead(NamedTuple):
     tokens: mx.array
     logits: mx.array
     hidden: mx.array | None
+    begun: list[mx.array]
 
 
 class Batch:
@@ -58,6 +60,7 @@ class Batch:
         self.rows: list[Row] = []
         self.statistics = Statistics()
         self._model, self._options = model, drafts
+        self._lockstep = Alone() if drafts is None else steps_of(model)
         self._cache: list[CacheList] = []
         self._drafts: RowDrafts | None = None
         self._depths: dict[int, Depth] = {}  # for each number of texts
@@ -107,7 +110,7 @@ class Batch:
             if (ahead := self._ahead) is not None:
                 at = mx.array(stay)
                 hidden = None if ahead.hidden is None else ahead.hidden[at]
-                self._ahead = _Ahead(ahead.tokens[at], ahead.logits[at], hidden)
+                self._ahead = _Ahead(ahead.tokens[at], ahead.logits[at], hidden, ahead.begun)
 
     def abandon(self) -> list[Row]:
         """Let go of all texts, after an error, too; returns them."""
@@ -136,27 +139,22 @@ class Batch:
         began = time.perf_counter()
         depth, plan = self._depth(), self._next_drafts()
         steady = self._ahead is not None
-        if self._ahead is not None or (plan is None and self._may_go_ahead()):
-            plan, advanced = None, self._plain(plan is None and ahead)
+        if steady or (plan is None and self._may_go_ahead()):
+            plan, (advanced, begun) = None, self._plain(plan is None and ahead)
         else:
-            advanced = self._round(plan.depth if plan else 0)
-            steady = plan is None
+            (advanced, begun), steady = self._round(plan.depth if plan else 0), True
         check_reads(self._cache)
-        self._count(depth, plan, advanced, time.perf_counter() - began, steady)
-        return [row for row in self.rows if row.over]
-
-    def _count(
-        self, depth: Depth | None, plan: Plan | None, advanced: int, seconds: float, steady: bool
-    ) -> None:
+        seconds = time.perf_counter() - began
         self.statistics.count(advanced, seconds)
         if plan is not None and depth is not None:
             self.statistics.count_drafts(plan.kind.source, plan.depth, advanced - 1)
-            depth.count(plan, advanced - 1, seconds)
+            depth.count(plan, advanced - 1, self._lockstep.shared(seconds))
         elif depth is not None:
-            depth.count_plain(seconds if steady else None)
+            depth.count_plain(self._lockstep.follow(begun, seconds if steady else None))
         self._steps += 1
         if self._steps % _TIDY == 0:
             mx.clear_cache()
+        return [row for row in self.rows if row.over]
 
     def describe_drafts(self) -> dict[str, Any] | None:
         """What became of drafts, JSON-ready; None where none are to be made."""
@@ -189,8 +187,8 @@ class Batch:
         """Whether a step's tokens can be the next one's before anybody has seen them."""
         return all(row.constraint is None and len(row.ahead) == 1 for row in self.rows)
 
-    def _plain(self, more: bool) -> int:
-        """A step without drafts; with ``more`` the one after it is on its way then."""
+    def _plain(self, more: bool) -> tuple[int, list[mx.array]]:
+        """A step without drafts, as `_round`; with ``more`` the one after it is on its way then."""
         now = self._ahead
         if now is None:
             now = self._launch(mx.array([row.ahead for row in self.rows], mx.uint32), known=True)
@@ -204,15 +202,16 @@ class Batch:
             row.cached += 1
             row.extend(now.logits[i] if row.lists_logprobs else None, (), new[i])
         self._extend_drafts(new, new, now.hidden)
-        return 1
+        return 1, now.begun
 
     def _launch(self, tokens: mx.array, known: bool) -> _Ahead:
         """A plain step that takes a token [b, 1] of each text, the next after those ``known``."""
         with mx.stream(generation_stream):
+            begun = self._lockstep.begin("takes a plain step")
             logits, hidden = self._forward(tokens)
             chosen = self._chosen(logits, None if known else tokens)
-            mx.async_eval(chosen, logits, [] if hidden is None else hidden)
-        return _Ahead(chosen, logits, hidden)
+            mx.async_eval(chosen, logits, [] if hidden is None else hidden, begun)
+        return _Ahead(chosen, logits, hidden, begun)
 
     def _chosen(self, logits: mx.array, ahead: mx.array | None) -> mx.array:
         """What each text goes on with, uint32 [b, 1], of logits [b, 1, vocabulary].
@@ -232,11 +231,13 @@ class Batch:
             ]
         )
 
-    def _round(self, depth: int) -> int:
+    def _round(self, depth: int) -> tuple[int, list[mx.array]]:
         """One step with so many drafts; returns by how many columns the cache has grown."""
         width = 1 + depth
         sure = [row.ahead[:width] for row in self.rows]
         with mx.stream(generation_stream):
+            begun = self._lockstep.begin(f"drafts {depth} tokens")
+            self._lockstep.follow(begun)
             tokens = self._inputs(sure, depth)
             logits, hidden = self._forward(tokens)
             after = [logits[i, len(known) - 1 :] for i, known in enumerate(sure)]
@@ -259,7 +260,7 @@ class Batch:
         for row in self.rows:
             row.cached += columns
         self._extend_drafts(new, [known[1 : columns + 1] for known in whole], hidden)
-        return columns
+        return columns, begun
 
     def _inputs(self, sure: list[list[int]], depth: int) -> mx.array:
         """The tokens [b, 1 + depth] of a step."""

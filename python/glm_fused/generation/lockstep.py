@@ -1,0 +1,86 @@
+"""Has ranks that share a model take the same steps, which are chosen by how long steps take."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import generation_stream
+
+from ..host import to_numpy
+from ..models.decoder import Model
+from ..models.ranks import Cut, Ranks
+
+_ROW = struct.Struct("<d40s")  # seconds, and what a step is
+
+
+class Alone:
+    """The steps of one process: what it decides, in the time that it measures."""
+
+    def begin(self, what: str) -> list[mx.array]:
+        """A step begins, which ``what`` describes; returns arrays to evaluate with it."""
+        return []
+
+    def follow(self, begun: list[mx.array], seconds: float | None = None) -> float | None:
+        """The time to count for a step that `begin` gave ``begun`` and took so many seconds."""
+        return seconds
+
+    def shared(self, seconds: float) -> float:
+        """The time to count for what took so many seconds here, and was awaited."""
+        return seconds
+
+
+class Lockstep(Alone):
+    """The steps of several ranks, each of which waits within a step for the others.
+
+    Each step begins with what every rank is about to do, so that one which does something else is
+    an error and not a wait for ever. Of a time all count the one of rank 0. While a plain step's
+    token is awaited the next one is on its way, so the time of one comes with a later one.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self._ranks, self._untold = ranks, math.nan
+
+    def begin(self, what: str) -> list[mx.array]:
+        found = self._told(what, self._untold)
+        self._untold = math.nan
+        return [found]
+
+    def follow(self, begun: list[mx.array], seconds: float | None = None) -> float | None:
+        """As `Alone.follow`; the time is that of an earlier step.
+
+        Raises RuntimeError where ranks have begun unlike steps.
+        """
+        (rows,) = begun
+        told = _checked(rows)
+        self._untold = math.nan if seconds is None else seconds
+        return None if math.isnan(told) else told
+
+    def shared(self, seconds: float) -> float:
+        with mx.stream(generation_stream):
+            return _checked(self._told("counts a time", seconds))
+
+    def _told(self, what: str, seconds: float) -> mx.array:
+        """What all ranks tell, uint8 [ranks, bytes]."""
+        row = mx.array(np.frombuffer(_ROW.pack(seconds, what.encode()), np.uint8))
+        size = self._ranks.size
+        return self._ranks.gather(row[None], Cut.of(size, size), axis=0)
+
+
+def _checked(rows: mx.array) -> float:
+    """The time that rank 0 told, where all tell the same of what they do."""
+    first, *others = [_ROW.unpack(row.tobytes()) for row in to_numpy(rows)]
+    for rank, (_, what) in enumerate(others, start=1):
+        if what != first[1]:
+            here, there = (text.rstrip(b"\0").decode() for text in (first[1], what))
+            raise RuntimeError(
+                f"[shard] ranks must take the same steps: rank 0 {here}, rank {rank} {there}."
+            )
+    return float(first[0])
+
+
+def steps_of(model: Model) -> Alone:
+    """How the steps of a model are taken, by this process or by all ranks that share it."""
+    return Alone() if model.ranks is None else Lockstep(model.ranks)

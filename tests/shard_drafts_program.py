@@ -1,0 +1,109 @@
+"""A rank that decodes with drafts: tokens, logits and counts of each of `CASES`.
+
+``python shard_drafts_program.py FOLDER MODE`` saves them in ``FOLDER/RANK.npz`` and prints the
+counts. Rank 0 has a steady clock, the others' says that they become slower. With the mode "times"
+each rank counts its own times; with "depth" rank 1 drafts one token less than it should, and with
+"none" no token.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import mlx.core as mx
+import numpy as np
+from test_drafts import CODE, decode
+
+from glm_fused import Engine, EngineOptions
+from glm_fused.generation import decoding, lockstep
+from glm_fused.generation.batching import batch
+from glm_fused.generation.decoding import Drafting
+from glm_fused.generation.drafts.depth import Depth
+from glm_fused.generation.drafts.options import DraftOptions
+from glm_fused.models.ranks import Ranks
+from glm_fused.parallel.watch import Watch
+
+SAMPLED = {"temp": 0.7, "seed": 3}
+CASES = {  # the source, the depth, and how tokens are chosen
+    "layer": ("mtp", 3, {}),
+    "look-up": ("lookup", 5, {}),
+    "auto": ("mtp+lookup", "auto", {}),
+    "sampled": ("mtp+lookup", "auto", SAMPLED),
+}
+BATCH = [CODE, "def write(path, text):\n", "class Reader:\n"]
+TOKENS, CHOSEN_TOKENS = 24, 48  # without and with "auto", which measures plain steps first
+
+
+def cases_of(engine):
+    """What each case gives: tokens, bits of logits, and what became of drafts."""
+    found = {}
+    model, prompt = engine.model, engine.encode(CODE, raw=True)
+    for name, (source, depth, how) in CASES.items():
+        options = DraftOptions(depth, source)
+        drafting = Drafting.of(options, model)
+        tokens = CHOSEN_TOKENS if depth == "auto" else TOKENS
+        given, logits, decoded = decode(model, prompt, drafting, tokens, **how)
+        bits = np.stack([np.array(row) for row in logits])
+        found[name] = given, bits, decoded.statistics.describe(None)["proposed"]
+    together = engine.generate_batch(BATCH, raw=True, max_tokens=CHOSEN_TOKENS)
+    given = [answer.tokens for answer in together.answers]
+    found["batch"] = given, np.zeros(0), together.drafts["proposed"] if together.drafts else 0
+    return found
+
+
+class Clock:
+    """The time of a machine on which whatever is timed takes so many times as long as before."""
+
+    def __init__(self, factor):
+        self._factor, self._step, self._now = factor, 1e-3, 0.0
+
+    def perf_counter(self):
+        self._now += self._step
+        self._step *= self._factor
+        return self._now
+
+
+class OwnTimes(lockstep.Lockstep):
+    """Ranks that count their own times."""
+
+    def follow(self, begun, seconds=None):
+        super().follow(begun, seconds)
+        return seconds
+
+    def shared(self, seconds):
+        super().shared(seconds)
+        return seconds
+
+
+def plant(mode, rank):
+    """Make the faults of a mode."""
+    decoding.time = batch.time = Clock(1.1 if rank else 1.0)
+    if mode == "times":
+        lockstep.Lockstep = OwnTimes
+    if mode in ("depth", "none") and rank == 1:
+        chosen = Depth.next
+
+        def another(self, *args):
+            plan = chosen(self, *args)
+            less = plan and plan._replace(depth=plan.depth - 1)
+            return less if mode == "depth" else None
+
+        Depth.next = another
+
+
+def main(folder, mode):
+    mx.set_default_device(mx.cpu)
+    group = mx.distributed.init(strict=True, backend="ring")
+    ranks = Ranks(group)
+    plant(mode, ranks.rank)
+    options = EngineOptions(draft="auto", ranks=ranks, prefill_step_size=16)
+    with Watch(group), Engine("demo", options) as engine:
+        found = cases_of(engine)
+    arrays = {f"{name} {i}": part for name, parts in found.items() for i, part in enumerate(parts)}
+    np.savez(f"{folder}/{ranks.rank}.npz", **arrays)
+    print(json.dumps({name: proposed for name, (_, _, proposed) in found.items()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
