@@ -128,9 +128,9 @@ def test_together_each_has_what_it_has_alone(engine):
     check_together(engine, 9, 1)
 
 
-def off_by_one(padded):
+def off_by_one(make):
     def wrong(*args):
-        layer = padded(*args)
+        layer = make(*args)
         for entry in layer.caches:
             if hasattr(entry, "left_padding"):
                 entry.left_padding = mx.maximum(entry.left_padding - 1, 0)
@@ -144,7 +144,8 @@ def test_planted_faults_are_found(engine, monkeypatch, fault):
     if fault == "joined":
         monkeypatch.setattr(batch_module, "joined", off_by_one(batch_module.joined))
     elif fault == "padded":
-        monkeypatch.setattr(filling_module, "padded", off_by_one(filling_module.padded))
+        wrong = off_by_one(filling_module.side_by_side)
+        monkeypatch.setattr(filling_module, "side_by_side", wrong)
     elif fault == "key":  # that of another text
         at, drawn = Keys.at, []
         monkeypatch.setattr(Keys, "at", lambda self, n: (drawn.append(n), at(self, len(drawn)))[1])
@@ -158,8 +159,8 @@ def test_planted_faults_are_found(engine, monkeypatch, fault):
 
 
 class Sized:
-    def __init__(self, prompt_tokens):
-        self.prompt_tokens = prompt_tokens
+    def __init__(self, left):
+        self.left = left
 
 
 @pytest.mark.parametrize(
@@ -173,8 +174,8 @@ class Sized:
     ],
 )
 def test_prompts_of_similar_lengths_are_taken_together(sizes, most, expected):
-    rows = [Sized(size) for size in sizes]
-    assert [row.prompt_tokens for row in group(rows, most)] == expected
+    prompts = [Sized(size) for size in sizes]
+    assert [prompt.left for prompt in group(prompts, most)] == expected
 
 
 @pytest.fixture

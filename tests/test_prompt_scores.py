@@ -10,7 +10,7 @@ from test_scheduler import Listener
 
 from glm_fused import Engine, EngineOptions
 from glm_fused.generation.batching import filling
-from glm_fused.generation.batching.filling import Filling
+from glm_fused.generation.batching.filling import Filling, Prompt
 from glm_fused.generation.batching.requests import GenerationRequest, PromptProgress, ScoredToken
 from glm_fused.generation.batching.rows import Row
 from glm_fused.generation.batching.scheduler import Scheduler
@@ -66,7 +66,8 @@ def filled(engine, texts, top, step):
         ending = Text(engine.tokenizer, (), 1)
         asked = GenerationRequest(prompt, Options(1), top, scores_prompt=True)
         rows.append(Row(asked, engine.model.args.vocab_size, ending, events.append))
-    taken = Filling(engine.model, rows, None)
+    unbegun = [Prompt(row, engine.model.make_cache(), 0) for row in rows]
+    taken = Filling(engine.model, unbegun, None)
     while taken.left:
         taken.take(step)
     return prompts, [scored(events) for events in told]

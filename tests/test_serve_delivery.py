@@ -152,11 +152,11 @@ def plant_death(monkeypatch, after):
     """Have an error end the scheduler's thread after so many of its turns."""
     turn, turns = Turns.turn, []
 
-    def dying(self):
+    def dying(self, coming):
         turns.append(1)
         if len(turns) > after:
             raise KeyError("planted")
-        turn(self)
+        turn(self, coming)
 
     monkeypatch.setattr(Turns, "turn", dying)
 

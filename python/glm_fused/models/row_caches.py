@@ -21,6 +21,23 @@ def padded(layer: CacheList, padding: Sequence[int]) -> CacheList:
     return CacheList(*(BatchKVCache(list(padding)) for _ in layer.caches))
 
 
+def side_by_side(layers: Sequence[CacheList], padding: Sequence[int]) -> CacheList:
+    """A layer's caches of single texts as one, where so many columns of padding each come next.
+
+    Only a text that has nothing in its cache may have padding. None of them is used again.
+    """
+    if len(layers) == 1:
+        return layers[0]
+    if not any(size_of(layer.caches[0]) for layer in layers):
+        return padded(layers[0], padding)
+    both: CacheList = CacheList.merge(layers)
+    for entry in both.caches:
+        entry.left_padding += mx.array(list(padding))
+        entry.offset -= mx.array(list(padding))
+    mx.eval(both.state)
+    return both
+
+
 def joined(first: CacheList, second: CacheList) -> CacheList:
     """The texts of a layer's cache and, after them, those of another, which is not used again."""
     if not is_batch(first) and not is_batch(second):

@@ -25,6 +25,7 @@ from . import (
     stats,
     status,
 )
+from .arrivals import Arrivals
 from .delivery import Delivery
 from .errors import ApiError, Errors, on_error
 from .limits import Crowd
@@ -98,4 +99,5 @@ def _middleware(service: Service, settings: Settings) -> list[Middleware]:
         )
     most = settings.max_batch + settings.max_queue + SPARE
     guard, crowd = Middleware(Guard, settings=settings), Middleware(Crowd, most=most)
-    return [*found, guard, crowd, Middleware(Errors)]
+    arrivals = Middleware(Arrivals, expect=service.scheduler.expect)
+    return [*found, guard, crowd, arrivals, Middleware(Errors)]

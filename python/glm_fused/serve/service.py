@@ -18,6 +18,7 @@ from ..generation.prompt_cache.store import PromptStore
 from ..generation.prompts import ContextExceeded, room
 from ..validation import show
 from .activity import Activity
+from .arrivals import arrival
 from .conversation import Conversation
 from .delivery import Delivery
 from .errors import ApiError
@@ -125,6 +126,9 @@ class Service:
             raise ApiError(429, text, code="queue_full", headers=wait) from None
         except ValueError as error:
             raise _refused(error) from None
+        finally:
+            if (own := arrival.get()) is not None:
+                own.end()
         self._running.add(running)
         if (line := entry.get()) is not None:
             line.usage = running.usage

@@ -19,7 +19,7 @@ from ..options import Options
 from ..planning import plan_prompt
 from ..prompts import room
 from .batch import Batch
-from .filling import Filling
+from .filling import Filling, Prompt
 from .requests import Event, GeneratedToken, GenerationRequest
 from .rows import Row
 
@@ -78,7 +78,7 @@ def generate_batch(
     streams = cast(list[mx.Stream], [generation_stream])
     with settled(), wired_limit(model, streams):
         began = time.perf_counter()
-        filling = Filling(model, rows, drafts)
+        filling = Filling(model, [Prompt(row, model.make_cache(), 0) for row in rows], drafts)
         while filling.left:
             filling.take(size)
         batch.join(filling)

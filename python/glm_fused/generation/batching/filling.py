@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 from mlx_lm.models.cache import CacheList
 
+from ...models.cache import size_of, trim
 from ...models.decoder import Model
-from ...models.row_caches import first_columns, padded
+from ...models.row_caches import first_columns, side_by_side
 from ...streaming.experts import check_reads
 from ..drafts.options import DraftOptions
 from ..drafts.rows import RowDrafts
@@ -20,8 +22,24 @@ from .scores import scores
 _SCORED = 64  # tokens whose logits are in memory at a time, where prompts are scored
 
 
+class Prompt(NamedTuple):
+    """A text that has not begun, and a cache of its own with the first ``cached`` tokens of it."""
+
+    row: Row
+    cache: list[CacheList]
+    cached: int
+
+    @property
+    def left(self) -> int:
+        """How many of its tokens the cache lacks, at least one."""
+        return len(self.row.known) - self.cached
+
+
 class Filling:
     """The prompts of texts that begin together; all tokens of each but the last are to be taken.
+
+    They end in the same column. So where a cache has more of a text than those of the others have
+    of theirs, what is beyond that is taken again.
 
     Attributes:
         rows: the texts.
@@ -31,31 +49,26 @@ class Filling:
 
     Args:
         model: takes the tokens.
-        rows: the texts, none of which has begun.
+        prompts: of the texts, whose caches are used up.
         drafts: which drafts to make; None for none.
-        cache: of a single text, with the first ``cached`` tokens of it, fewer than all; else None.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        rows: Sequence[Row],
-        drafts: DraftOptions | None,
-        cache: list[CacheList] | None = None,
-        cached: int = 0,
-    ):
-        longest = max(len(row.known) for row in rows)
-        padding = [longest - len(row.known) for row in rows]
-        self.rows, self._model, self.left = list(rows), model, longest - 1 - cached
-        self.cache = cache or [padded(layer, padding) for layer in model.make_cache()]
+    def __init__(self, model: Model, prompts: Sequence[Prompt], drafts: DraftOptions | None):
+        self.rows, self._model = [prompt.row for prompt in prompts], model
+        columns = max(prompt.left for prompt in prompts)
+        kept = [max(0, len(row.known) - columns) for row in self.rows]
+        padding = [max(0, columns - len(row.known)) for row in self.rows]
+        self.left = columns - 1
+        self.cache = _together([prompt.cache for prompt in prompts], kept, padding)
         self._tokens = [
-            [0] * missing + row.known for missing, row in zip(padding, rows, strict=True)
+            [0] * missing + row.known[begun:]
+            for missing, begun, row in zip(padding, kept, self.rows, strict=True)
         ]
         self.drafts: RowDrafts | None = None
         if drafts is not None:
             self.drafts = drafts.row_drafts(model, padding)
-            self.drafts.start([row.known for row in rows])
-        for row in rows:
+            self.drafts.start([row.known for row in self.rows])
+        for row, cached in zip(self.rows, kept, strict=True):
             row.start(cached)
 
     def take(self, most: int) -> int:
@@ -86,6 +99,7 @@ class Filling:
     def _scores(self, i: int, first: int, hidden: mx.array) -> list[ScoredToken]:
         """The scores of the tokens of text ``i`` that follow columns from ``first`` on."""
         tokens, found = self._tokens[i], list[ScoredToken]()
+        # A text that is scored has nothing in its cache when it begins.
         padding, end = len(tokens) - len(self.rows[i].known), first + len(hidden)
         for at in range(max(first, padding), end, _SCORED):
             last = min(at + _SCORED, end)
@@ -109,3 +123,13 @@ class Filling:
     def nbytes(self) -> int:
         """The bytes of the cache, with room to grow."""
         return sum(layer.nbytes for layer in self.cache)
+
+
+def _together(
+    caches: Sequence[list[CacheList]], kept: Sequence[int], padding: Sequence[int]
+) -> list[CacheList]:
+    """One cache of several, with so many columns of each, where so much padding comes next."""
+    for cache, columns in zip(caches, kept, strict=True):
+        trim(cache, size_of(cache[0].caches[0]) - columns)
+    with mx.stream(generation_stream):
+        return [side_by_side(layers, padding) for layers in zip(*caches, strict=True)]

@@ -1,24 +1,63 @@
-"""Which prompts are taken together."""
+"""Prompts that have not begun, and which of them are taken together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 
+from .filling import Prompt
 from .rows import Row
 
+PATIENCE = 0.02  # seconds that prompts wait for others that are on their way
 
-def group(rows: Sequence[Row], most: int) -> list[Row]:
-    """The first of some texts, and those whose prompts are taken together with its prompt.
 
-    Prompts are padded to the longest of them. So together are those of similar lengths, with up to
-    a fifth of padding, and no more than ``most`` tokens: several that are longer than a chunk by
-    themselves gain nothing, and each would wait for the others.
+class Unbegun:
+    """Prompts that have not begun, the oldest first."""
+
+    def __init__(self) -> None:
+        self.prompts: list[Prompt] = []
+        self._since = 0.0
+
+    def add(self, prompt: Prompt) -> None:
+        """One more; the wait for others begins with the first."""
+        if not self.prompts:
+            self._since = time.perf_counter()
+        self.prompts.append(prompt)
+
+    def remove(self, row: Row) -> None:
+        """This text's is not to be taken any more."""
+        self.prompts = [prompt for prompt in self.prompts if prompt.row is not row]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of their caches."""
+        return sum(layer.nbytes for prompt in self.prompts for layer in prompt.cache)
+
+    def patience(self) -> float:
+        """How many seconds they still wait for others, where some are on their way."""
+        return max(0.0, self._since + PATIENCE - time.perf_counter()) if self.prompts else 0.0
+
+    def groups(self, most: Callable[[Prompt], int]) -> Iterator[list[Prompt]]:
+        """Those that are taken together, until none is left; of no more tokens than ``most`` says
+        of the first."""
+        while self.prompts:
+            found = group(self.prompts, most(self.prompts[0]))
+            self.prompts = [prompt for prompt in self.prompts if prompt not in found]
+            yield found
+
+
+def group(prompts: Sequence[Prompt], most: int) -> list[Prompt]:
+    """The first of some prompts, and those that are taken together with it.
+
+    They are padded to the one with the most tokens left. So together are those with similarly many,
+    with up to a fifth of padding, and no more than ``most`` tokens: several that are longer than a
+    chunk by themselves gain nothing, and each would wait for the others.
     """
-    found, total, longest = [rows[0]], rows[0].prompt_tokens, rows[0].prompt_tokens
-    for row in rows[1:]:
-        size, length = total + row.prompt_tokens, max(longest, row.prompt_tokens)
+    found, total, longest = [prompts[0]], prompts[0].left, prompts[0].left
+    for prompt in prompts[1:]:
+        size, length = total + prompt.left, max(longest, prompt.left)
         padded = length * (len(found) + 1)
         if padded <= most and 4 * padded <= 5 * size:
-            found.append(row)
+            found.append(prompt)
             total, longest = size, length
     return found

@@ -19,8 +19,9 @@ from ...validation import show
 from ..drafts.options import DraftOptions
 from ..prompts import encode, room
 from .jobs import Job
+from .keeping import Store
 from .requests import GenerationRequest, OnEvent, Ticket
-from .turns import Store, Turns
+from .turns import Turns
 
 logger = logging.getLogger(__name__)
 MOST_QUEUED = 256  # requests that wait, unless a caller says otherwise
@@ -88,7 +89,7 @@ class Scheduler:
         )
         self._max_queue, self._queue = max_queue, deque[Job]()
         self._after_events = after_events
-        self._changed, self._closing = threading.Condition(), False
+        self._changed, self._closing, self._coming = threading.Condition(), False, 0
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="glm-fused scheduler", daemon=True)
         self._thread.start()
@@ -114,6 +115,17 @@ class Scheduler:
             self._queue.append(job)
             self._changed.notify()
         return job
+
+    def expect(self, count: int) -> None:
+        """So many more requests are on their way, or fewer where it is negative.
+
+        They are those that will be submitted, or given up, within milliseconds: prompts that have
+        not begun wait a little for them, as prompts are taken together in less time.
+        """
+        with self._changed:
+            self._coming += count
+            if not self._coming:
+                self._changed.notify()
 
     def describe(self) -> dict[str, Any]:
         """What goes on now and what was done so far, JSON-ready.
@@ -171,7 +183,11 @@ class Scheduler:
                 if self._closing:
                     return
                 job = turns.next_of(self._queue)
+                coming = 0 if self._queue else self._coming  # there is no room for more
+                if job is None and (seconds := turns.pause(coming)):
+                    self._changed.wait(seconds)
+                    continue
             if job is not None:
                 turns.begin(job)
             else:
-                turns.turn()
+                turns.turn(coming)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
-from mlx_lm.models.cache import CacheList
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ...environment import debug
 from ...host import settle
 from ...models.decoder import Model
 from ...streaming.model import streaming_of
@@ -22,33 +20,13 @@ from ..planning import plan_prompt
 from .batch import Batch
 from .capacity import Capacity
 from .filling import Filling
-from .groups import group
+from .groups import Unbegun
 from .jobs import Job
+from .keeping import Keeping, Store
 from .rates import Rate
 from .rows import Row
 
 BESIDE = 512  # tokens of a prompt at a time while others are decoded
-
-
-class Store(Protocol):
-    """Keeps caches of texts, for those that begin alike."""
-
-    def take(self, tokens: Sequence[int]) -> tuple[list[CacheList], int]:
-        """A cache of its own with the first of these tokens, and how many; maybe none."""
-        ...
-
-    def put(self, tokens: Sequence[int], cache: list[CacheList]) -> None:
-        """Keep a copy of a cache, which has these tokens."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of what is kept."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """What it has, JSON-ready; ``limit_bytes`` is the most that it keeps in memory."""
-        ...
 
 
 class Turns:
@@ -56,8 +34,10 @@ class Turns:
 
     While some are decoded and others' prompts taken, prompts get half of the time, or more where
     they are more than what is decoded: then every text has an equal part. There is a step between
-    any two chunks of prompts. Prompts take turns, too; those of similar lengths that have not begun
-    are taken together. ``after_events`` is called once a chunk or a step has told all its events.
+    any two chunks of prompts. Prompts take turns, too; those that have not begun and have similarly
+    many tokens left are taken together, and wait a little for requests that are ``coming``, which
+    will be here within milliseconds. ``after_events`` is called once a chunk or a step has told all
+    its events.
     """
 
     def __init__(
@@ -70,22 +50,22 @@ class Turns:
         after_events: Callable[[], None],
     ):
         self._model, self._tokenizer, self._drafts = model, tokenizer, drafts
-        self._max_batch, self._store, self._after_events = max_batch, store, after_events
+        self._max_batch, self._after_events = max_batch, after_events
+        self._keeping = Keeping(model, store)
         self._weight_bytes = model.weight_bytes
-        self._capacity = Capacity(model, 0 if store is None else store.describe()["limit_bytes"])
-        self._unbegun = list[Row]()  # whose prompts are to be taken
-        self._filling = deque[Filling]()
+        self._capacity = Capacity(model, self._keeping.limit_bytes)
+        self._unbegun, self._filling = Unbegun(), deque[Filling]()
         self._jobs: dict[Row, Job] = {}
         self._batch = Batch(model, drafts)
         self._beginning = 0  # requests that are not in the queue any more, nor here yet
         self._chunk_seconds = self._step_seconds = 0.0  # of the last chunk, and of steps after it
         self._prompts, self._generated, self._cached = Rate(), Rate(), 0
-        self._ended = dict.fromkeys(("finished", "failed", "cancelled", "not_stored"), 0)
+        self._ended = dict.fromkeys(("finished", "failed", "cancelled"), 0)
 
     @property
     def busy(self) -> bool:
         """Whether there is any request."""
-        return bool(self._unbegun or self._filling or self._batch.rows)
+        return bool(self._unbegun.prompts or self._filling or self._batch.rows)
 
     def rest(self) -> None:
         """There is nothing to do for now: MLX lets go of memory that it keeps."""
@@ -120,49 +100,46 @@ class Turns:
         try:
             ending = Text(self._tokenizer, options.stop, options.max_tokens)
             row = Row(request, self._model.args.vocab_size, ending, job.tell)
-            filling = self._known_beginning(row)
+            prompt = self._keeping.beginning(row)
         except Exception as error:
             self._ended["failed"] += job.fail(error)
             return
         self._jobs[row] = job
-        if filling is None:
-            self._unbegun.append(row)
-        else:
-            self._fill(filling)
+        self._unbegun.add(prompt)
 
-    def _known_beginning(self, row: Row) -> Filling | None:
-        """What goes on from a cache that the store has of the prompt's beginning, if it has one."""
-        if self._store is None or len(row.known) == 1 or row.scores_prompt:
-            return None
-        cache, cached = self._store.take(row.known[:-1])
-        if not cached:
-            return None
-        self._cached += cached
-        return Filling(self._model, [row], self._drafts, cache, cached)
+    def pause(self, coming: int) -> float:
+        """How many seconds to do nothing, as all that is here waits for requests on their way."""
+        return 0.0 if self._filling or self._batch.rows else self._patience(coming)
 
-    def turn(self) -> None:
+    def _patience(self, coming: int) -> float:
+        """How many seconds prompts that have not begun still wait for requests on their way."""
+        some = coming and len(self._jobs) < self._max_batch
+        return self._unbegun.patience() if some else 0.0
+
+    def turn(self, coming: int) -> None:
         """A chunk of prompts or a step, and what follows from it."""
         self._drop_ended()
-        if self._prompts_are_next():
-            self._chunk()
+        if self._prompts_are_next(coming):
+            self._chunk(coming)
         elif self._batch.rows:
             self._step()
         self._after_events()
 
-    def _prompts_are_next(self) -> bool:
+    def _prompts_are_next(self, coming: int) -> bool:
         waiting, decoded = self._waiting(), len(self._batch.rows)
         share = min(1.0, decoded / max(1, waiting))
-        return waiting > 0 and self._step_seconds >= self._chunk_seconds * share
+        ready = self._filling or (self._unbegun.prompts and not self._patience(coming))
+        return bool(ready) and self._step_seconds >= self._chunk_seconds * share
 
     def _waiting(self) -> int:
         """How many texts there are whose prompts are taken, or will be."""
-        return len(self._unbegun) + sum(len(each.rows) for each in list(self._filling))
+        return len(self._unbegun.prompts) + sum(len(each.rows) for each in list(self._filling))
 
     def fail_all(self, error: Exception) -> None:
         """End all requests with an error."""
         self._batch.abandon()
         self._filling.clear()
-        self._unbegun.clear()
+        self._unbegun = Unbegun()
         self._end_all(list(self._jobs), error)
         self._after_events()
 
@@ -175,13 +152,14 @@ class Turns:
             self._step(ahead=False)
         self._batch.join(filling)
 
-    def _chunk(self) -> None:
+    def _chunk(self, coming: int) -> None:
         """Some tokens of the prompts whose turn it is."""
-        self._gather()
+        if not self._patience(coming):
+            self._gather()
         if not self._filling:
             return
         began, filling = time.perf_counter(), self._filling.popleft()
-        size = plan_prompt(self._model, max(row.most for row in filling.rows)).prefill_step_size
+        size = self._chunk_size(filling.rows)
         if self._batch.rows and streaming_of(self._model) is None:  # which reads all experts anew
             size = min(size, BESIDE)
         try:
@@ -197,14 +175,18 @@ class Turns:
 
     def _gather(self) -> None:
         """Have the prompts that have not begun be taken, some of them together."""
-        while self._unbegun:
-            size = plan_prompt(self._model, self._unbegun[0].most).prefill_step_size
-            rows = group(self._unbegun, size)
-            self._unbegun = [row for row in self._unbegun if row not in rows]
+        for prompts in self._unbegun.groups(lambda first: self._chunk_size([first.row])):
+            rows = [prompt.row for prompt in prompts]
             try:
-                self._filling.append(Filling(self._model, rows, self._drafts))
+                self._filling.append(Filling(self._model, prompts, self._drafts))
             except Exception as error:
                 self._end_all(rows, error)
+            else:
+                self._cached += sum(row.from_store for row in rows)
+
+    def _chunk_size(self, rows: Sequence[Row]) -> int:
+        """How many tokens of these texts' prompts memory was planned for, taken at once."""
+        return plan_prompt(self._model, max(row.most for row in rows)).prefill_step_size
 
     def _step(self, ahead: bool = True) -> None:
         began, before = time.perf_counter(), sum(len(row.known) for row in self._batch.rows)
@@ -224,8 +206,8 @@ class Turns:
             return
         self._after_events()  # their last ones need not wait
         for row in rows:
-            if self._store is not None and row.cached:
-                self._keep(*self._batch.cache_of(row))
+            if self._keeping.wanted and row.cached:
+                self._keeping.keep(*self._batch.cache_of(row))
         self._batch.leave(rows)
         for row in rows:
             self._end(row, row.error)
@@ -258,31 +240,21 @@ class Turns:
         for filling in [each for each in self._filling if gone.issuperset(each.rows)]:
             self._filling.remove(filling)
             for row in filling.rows:
-                if row.cached:
-                    self._keep(*filling.cache_of(row))
+                if self._keeping.wanted and row.cached:
+                    self._keeping.keep(*filling.cache_of(row))
                 self._end(row, row.error)
-        for row in gone.intersection(self._unbegun):
+        for row in gone.intersection(prompt.row for prompt in self._unbegun.prompts):
             self._unbegun.remove(row)
             self._end(row, row.error)
 
-    def _keep(self, tokens: list[int], cache: list[CacheList]) -> None:
-        """Have the store keep a cache; the text itself is done, so what it raises is only told."""
-        if self._store is None:
-            return
-        try:
-            self._store.put(tokens, cache)
-        except Exception as error:
-            self._ended["not_stored"] += 1
-            debug("a text of %d tokens is not kept: %s", len(tokens), error)
-
     def describe(self) -> dict[str, Any]:
         """What goes on now and what was done so far, JSON-ready; from any thread."""
-        batch, store = self._batch, self._store
-        filling = list(self._filling)
+        batch, filling = self._batch, list(self._filling)
         return {
             "active": len(self._jobs) + self._beginning,
             "filling": self._waiting(),
             **self._ended,
+            "not_stored": self._keeping.failures,
             "prompt_tokens": self._prompts.total,
             "cached_tokens": self._cached,
             "tokens_generated": self._generated.total,
@@ -290,11 +262,13 @@ class Turns:
             "tokens_per_second": self._generated.of_late(),
             "memory": {
                 "weights": self._weight_bytes,
-                "caches": batch.nbytes + sum(each.nbytes for each in filling),
-                "store": 0 if store is None else store.nbytes,
+                "caches": batch.nbytes
+                + self._unbegun.nbytes
+                + sum(each.nbytes for each in filling),
+                "store": self._keeping.nbytes,
                 "active": mx.get_active_memory(),
                 "peak": mx.get_peak_memory(),
             },
             "drafts": batch.describe_drafts(),
-            "prompt_cache": None if store is None else store.describe(),
+            "prompt_cache": self._keeping.describe(),
         }
