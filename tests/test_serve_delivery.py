@@ -11,12 +11,15 @@ from openai.types.chat import ChatCompletionChunk
 from served import served
 from test_scheduler import Listener
 
+from glm_fused.generation.batching.jobs import Job
 from glm_fused.generation.batching.requests import GeneratedToken, GenerationRequest
 from glm_fused.generation.batching.scheduler import Scheduler, SchedulerEnded
 from glm_fused.generation.batching.turns import Turns
 from glm_fused.generation.options import Options
 from glm_fused.serve.delivery import Delivery
-from glm_fused.serve.streams import Template, data
+from glm_fused.serve.metrics import Metrics
+from glm_fused.serve.running import Running
+from glm_fused.serve.streams import MOST_AT_ONCE, EventStream, Template, data
 
 USER = [{"role": "user", "content": "def f(x):\n"}]
 ASKED = {
@@ -146,6 +149,53 @@ def published(chunk):
         return chunk
     choices = [{**one, "finish_reason": one["finish_reason"] or "stop"} for one in chunk["choices"]]
     return chunk | {"choices": choices}
+
+
+def pieces_of(groups):
+    """The pieces in which a stream sends the events of each group, which are there at once."""
+    sent, loop = [], asyncio.new_event_loop()
+
+    async def main():
+        running = Running([GenerationRequest([1], Options(9))], Job, 100, Metrics(dict), Delivery())
+
+        async def events():
+            async for _, event in running:
+                yield event.text
+
+        async def send(message):
+            if message.get("body"):
+                sent[-1].append(message["body"].decode())
+
+        response = EventStream("/v1/completions", running, events())
+        work = asyncio.ensure_future(response.stream_response(send))
+        for texts in groups:
+            await asyncio.sleep(0.01)
+            sent.append([])
+            for text in texts:
+                ends = "stop" if text == "end" else None
+                running._put(0, GeneratedToken(5, text, ends))
+        await work
+
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
+    return sent
+
+
+GROUPS = [["a"], ["b", "c", "d"], ["e"], ["f", "end"]]
+
+
+def test_events_that_are_there_at_once_go_in_one_piece():
+    assert pieces_of(GROUPS) == [["".join(texts)] for texts in GROUPS]
+    every = [str(i) for i in range(MOST_AT_ONCE + 1)]
+    assert pieces_of([every, ["end"]]) == [["".join(every[:-1]), every[-1]], ["end"]]
+
+
+def test_a_stream_that_did_not_send_before_it_waits_is_noticed(monkeypatch):
+    deaf = property(lambda self: None, lambda self, send: None)
+    monkeypatch.setattr(Running, "before_wait", deaf, raising=False)
+    assert pieces_of(GROUPS) != [["".join(texts)] for texts in GROUPS]
 
 
 def plant_death(monkeypatch, after):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -43,6 +43,7 @@ class Running:
 
     Attributes:
         usage: the tokens of each request so far.
+        before_wait: is called, and waited for, where no event is at hand.
 
     Args:
         requests: what to generate.
@@ -61,6 +62,7 @@ class Running:
         delivery: Delivery,
     ):
         self.usage = [Usage(len(request.tokens)) for request in requests]
+        self.before_wait: Callable[[], Awaitable[None]] | None = None
         self._loop, self._metrics, self._delivery = asyncio.get_running_loop(), metrics, delivery
         self._events = deque[tuple[int, Event]]()
         self._waiter: asyncio.Future[None] | None = None
@@ -122,6 +124,10 @@ class Running:
                 self.cancel()
                 text = f"The request took longer than {self._seconds:g} seconds (--time-limit)."
                 raise ApiError(504, text, code="time_limit")
+            if self.before_wait is not None:
+                await self.before_wait()
+                if self._events or self._late:
+                    continue
             self._waiter = self._loop.create_future()
             await self._waiter
         return self._events.popleft()

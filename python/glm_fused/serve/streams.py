@@ -16,6 +16,7 @@ from starlette.types import Message, Receive, Scope, Send
 from .errors import GONE, ApiError, as_api_error, shape_of
 from .running import Running
 
+MOST_AT_ONCE = 256  # events in one piece
 KEEP_ALIVE = 10.0  # seconds without an event, after which clients hear that they are waited for
 _json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 _MARK = uuid.uuid4().hex  # nothing that is sent has it
@@ -78,8 +79,11 @@ class EventStream(StreamingResponse):
             await self._events.aclose()
 
     async def stream_response(self, send: Send) -> None:
-        """Send the response's head, and its events until there are no more."""
-        loop, keeper = asyncio.get_running_loop(), None
+        """Send the response's head, and its events until there are no more.
+
+        Those that are at hand at the same time go in one piece.
+        """
+        loop, keeper, ready = asyncio.get_running_loop(), None, list[str]()
         sent = loop.time()
 
         async def keep_alive() -> None:
@@ -95,8 +99,22 @@ class EventStream(StreamingResponse):
             sent = loop.time()
             keeper = keeper or asyncio.ensure_future(keep_alive())
 
+        async def send_ready() -> None:
+            if ready:
+                body = "".join(ready).encode()
+                ready.clear()
+                await noted({"type": "http.response.body", "body": body, "more_body": True})
+
+        start = {"type": "http.response.start", "status": self.status_code}
         try:
-            await super().stream_response(noted)
+            await noted(start | {"headers": self.raw_headers})
+            self._running.before_wait = send_ready
+            async for event in self._events:
+                ready.append(event)
+                if len(ready) >= MOST_AT_ONCE:
+                    await send_ready()
+            await send_ready()
+            await noted({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             if keeper is not None:
                 keeper.cancel()
