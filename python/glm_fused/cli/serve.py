@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +15,14 @@ from typing import TYPE_CHECKING, Any
 from . import arguments
 from .arguments import MODEL, UsageError, parsed_size
 from .loading import engine_options, open_engine
+from .sharding import add_shard, met
 
 if TYPE_CHECKING:
     from ..engine import Engine
+    from ..engine_options import EngineOptions
+    from ..models.ranks import Ranks
+    from ..parallel.watch import Watch
+    from ..serve.service import Service
     from ..serve.settings import Settings
 
 HELP = "serve a model over HTTP, as OpenAI's and Anthropic's APIs"
@@ -30,6 +38,7 @@ examples:
   glm-fused serve --model PATH --host 0.0.0.0 --api-key-file key.txt
   glm-fused serve --model PATH --memory-budget 24GB --context 16384 --max-batch 4
   glm-fused serve --model demo --port 9000 --name gpt-4o --verbose
+  mlx.launch --hosts HOST1,HOST2 glm-fused serve --model PATH --shard tensor
 """
 
 
@@ -50,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_streaming(parser, trace=False)
     arguments.add_kv_format(parser)
     arguments.add_prefill_step(parser)
+    add_shard(parser)
     arguments.add_threads(parser)
 
 
@@ -96,39 +106,80 @@ def _add_prompt_cache(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    settings = _settings(options)
-    if settings.prompt_cache_dir is not None and options.prompt_cache == "0":
+    if options.prompt_cache_dir is not None and options.prompt_cache == "0":
         raise UsageError("--prompt-cache-dir needs a --prompt-cache above 0.")
+    if options.shard is None:
+        _lead(options, None, None)
+        return 0
+    from ..models.ranks import Ranks
+
+    with met(options, {}) as (group, watch):
+        if group.rank() == 0:
+            _lead(options, Ranks(group), watch)
+        else:
+            _follow(options, Ranks(group), watch)
+    return 0
+
+
+def _lead(options: argparse.Namespace, ranks: Ranks | None, watch: Watch | None) -> None:
+    """Serve, in the one process that clients know."""
+    settings = _settings(options)
     _check_libraries()
     from ..serve.log import set_up
     from ..serve.server import bind
 
     set_up(options.json, options.verbose or sys.stderr.isatty())
-    size = options.prompt_cache
-    memory = None if size == "0" else parsed_size("--prompt-cache", size)
-    loading = replace(engine_options(options, CONTEXT), prompt_cache=memory)
+    loading = _loading(options, ranks)
     with bind(settings) as sock, open_engine(options.model, options.threads, loading) as engine:
         if engine.streaming is not None:
             print(engine.streaming.plan.format(), file=sys.stderr)
-        _serve(engine, settings, sock)
-    return 0
+        if watch is not None:
+            watch.wait_for_all()
+        _serve(engine, settings, sock, watch)
 
 
-def _serve(engine: Engine, settings: Settings, sock: Any) -> None:
+def _follow(options: argparse.Namespace, ranks: Ranks, watch: Watch) -> None:
+    """Do what rank 0 does with the model, until it ends; signals are rank 0's to answer."""
+    from ..generation.batching.leading import follow
+
+    loading = _loading(options, ranks)
+    with open_engine(options.model, options.threads, loading) as engine:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        watch.wait_for_all()
+        store = engine.prompt_store() if engine.options.prompt_cache_bytes else None
+        follow(engine.model, engine.tokenizer, engine.drafts, store, watch.hear)
+
+
+def _loading(options: argparse.Namespace, ranks: Ranks | None) -> EngineOptions:
+    size = options.prompt_cache
+    memory = None if size == "0" else parsed_size("--prompt-cache", size)
+    return replace(engine_options(options, CONTEXT, ranks), prompt_cache=memory)
+
+
+def _serve(engine: Engine, settings: Settings, sock: Any, watch: Watch | None) -> None:
     from ..serve.app import create_app
     from ..serve.server import Server, url
 
-    app = create_app(engine, settings)
+    app = create_app(engine, settings, watch)
     names = ", ".join(settings.names)
     key = "with its key" if settings.api_key else "without a key"
 
     def announce() -> None:
+        if watch is not None:
+            loop = asyncio.get_running_loop()
+            watch.before_end = lambda: _end_requests(loop, app.state.service)
         print(f"{names}: {url(sock)}/v1 ({key}; Ctrl-C ends it)", flush=True)
 
     try:
         Server(app, settings, announce).run(sockets=[sock])
     finally:
         app.state.service.close()
+
+
+def _end_requests(loop: asyncio.AbstractEventLoop, service: Service) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: there are none
+        loop.call_soon_threadsafe(service.end)
 
 
 def _settings(options: argparse.Namespace) -> Settings:

@@ -6,20 +6,26 @@ import argparse
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING
 
 from .arguments import UsageError, flags
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from ..models.ranks import Ranks
+    from ..parallel.watch import Watch
 
 TENSOR = "tensor"
 PREFILL_STEP = 512  # where no option says: what fits in memory may differ between machines
-_OWN = ("model", "threads", "parser", "root", "run", "shard")  # may differ between ranks
+_OWN = (  # may differ between ranks; of the prompt the text is compared
+    "model", "threads", "parser", "root", "run", "shard", "prompt", "host", "port", "api_key",
+    "api_key_file", "no_api_key", "allowed_host", "cors_origin",
+)  # fmt: skip
 _ALONE = (
-    "ab", "memory_budget", "slots", "sidecar", "trace",
+    "ab", "memory_budget", "slots", "sidecar", "trace", "prompt_cache_dir",
 )  # fmt: skip
 
 
@@ -42,25 +48,40 @@ def shared(options: argparse.Namespace, prompt: str) -> Iterator[Ranks | None]:
     if options.shard is None:
         yield None
         return
-    if alone := [name for name in _ALONE if getattr(options, name) not in (None, False)]:
-        raise UsageError(f"{flags(alone)}: not with --shard.")
     from ..models.ranks import Ranks
-    from ..parallel.agreement import agree, join_group, tell
+    from ..parallel.agreement import tell
     from ..parallel.interrupts import on_interrupt
-    from ..parallel.watch import Watch
 
-    group = join_group()
-    if options.prefill_step_size is None:
-        options.prefill_step_size = PREFILL_STEP
-    with _talking(group.rank()), Watch(group) as watch, on_interrupt(watch.interrupt):
-        agree(group, _described(options, prompt))
+    with met(options, {"the prompt": prompt}) as (group, watch), on_interrupt(watch.interrupt):
         if options.seed is None:
             options.seed = int(tell(group, str(secrets.randbits(64)))[0])
         options.verbose = options.verbose and group.rank() == 0
         yield Ranks(group)
 
 
-def _described(options: argparse.Namespace, prompt: str) -> dict[str, object]:
+@contextlib.contextmanager
+def met(
+    options: argparse.Namespace, besides: Mapping[str, object]
+) -> Iterator[tuple[mx.distributed.Group, Watch]]:
+    """The group of all ranks, which have agreed on options and on what is ``besides``.
+
+    Other ranks than 0 write nothing to stdout, and all end within the block if one does.
+    """
+    given = {name: getattr(options, name, None) for name in _ALONE}
+    if alone := [name for name, value in given.items() if value not in (None, False)]:
+        raise UsageError(f"{flags(alone)}: not with --shard.")
+    from ..parallel.agreement import agree, join_group
+    from ..parallel.watch import Watch
+
+    group = join_group()
+    if options.prefill_step_size is None:
+        options.prefill_step_size = PREFILL_STEP
+    with _talking(group.rank()), Watch(group) as watch:
+        agree(group, {**_described(options), **besides})
+        yield group, watch
+
+
+def _described(options: argparse.Namespace) -> dict[str, object]:
     from ..checkpoint.folder import Checkpoint
     from ..checkpoint.hub import local_model
     from ..checkpoint.identity import checkpoint_id
@@ -72,8 +93,7 @@ def _described(options: argparse.Namespace, prompt: str) -> dict[str, object]:
         "the version of glm-fused": metadata.version("glm-fused"),
         "the version of mlx": metadata.version("mlx"),
         "the checkpoint": checkpoint_id(Checkpoint.open(path)),
-        **{flags([name]): value for name, value in given.items() if name != "prompt"},
-        "the prompt": prompt,
+        **{flags([name]): value for name, value in given.items()},
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 from collections.abc import Iterator
 
 PERIOD = 1.0  # seconds between signs of life
@@ -20,8 +21,10 @@ class Peer:
     """
 
     def __init__(self, connection: socket.socket):
-        self._connection = connection
+        self._connection, self._said = connection, connection.dup()
+        self._lock = threading.Lock()
         connection.settimeout(PERIOD)
+        self._said.settimeout(LIMIT * PERIOD)
         self.lines = self._lines()
 
     @classmethod
@@ -30,17 +33,19 @@ class Peer:
         return cls(socket.create_connection((host, port), timeout=LIMIT * PERIOD))
 
     def say(self, line: str) -> None:
-        """Raises OSError where nobody is there."""
-        self._connection.sendall(f"{' '.join(line.split())}\n".encode())
+        """Say a line, from any thread. Raises OSError where nobody is there or nobody listens."""
+        with self._lock:
+            self._said.sendall(f"{line}\n".encode())
 
     def end(self, last_words: str) -> None:
         """Say something for the last time, to whoever is there."""
         with contextlib.suppress(OSError):
-            self.say(last_words)
+            self.say(" ".join(last_words.split()))
             self._connection.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         self._connection.close()
+        self._said.close()
 
     def _lines(self) -> Iterator[str]:
         silent, data = 0, b""

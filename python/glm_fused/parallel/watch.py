@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import secrets
 import select
 import socket
@@ -17,6 +18,7 @@ import stat
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn, Self
 
@@ -27,7 +29,8 @@ from .peer import LIMIT, PERIOD, Peer
 
 _SHORT = 0.05  # seconds, between looks at who has arrived
 _GRACE = 1.0  # for a rank that fails by itself, as it lost another, to say why
-_ALIVE, _DONE = "", "done"
+_SHORT_GRACE = 0.5  # for one that cannot
+_ALIVE, _DONE, _ORDER = "", "done", "> "  # what is said; all else are last words
 _FAILED, _INTERRUPTED = 2, 130  # exit codes, as the command line has them
 
 
@@ -36,6 +39,10 @@ class Watch:
 
     Leaving it waits for the others to leave it, too. Within it the process ends as well where its
     stdin is a pipe whose writer is gone: `mlx.launch` was killed. It belongs to the main thread.
+
+    Attributes:
+        before_end: is called before another rank's failure ends this process, from any thread; what
+            it starts has a moment.
     """
 
     def __init__(self, group: mx.distributed.Group):
@@ -46,6 +53,8 @@ class Watch:
         self._known = threading.Event()
         self._why, self._interrupted = "", False
         self._stdin = _pipe_of_stdin()
+        self._orders = queue.SimpleQueue[str]()
+        self.before_end: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
         server = socket.create_server((_own_address(), 0)) if self._rank == 0 else None
@@ -92,11 +101,10 @@ class Watch:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
-            tell(self._group, "")  # all ranks are here
+            self.wait_for_all()
             self._end(_DONE)
             return
-        lost = isinstance(error, RuntimeError) and "connection to a peer was lost" in str(error)
-        if lost:
+        if lost := _is_lost(error):
             self._known.wait(LIMIT * PERIOD)
         with self._lock:  # the process may be ending in `_lost`
             self._over.set()
@@ -106,7 +114,29 @@ class Watch:
         if lost and self._why:
             self._end(self._why)
             raise RuntimeError(self._why) from None
-        self._end(f"[shard] rank {self._rank} failed: {str(error) or type(error).__name__}")
+        self._end(f"[shard] rank {self._rank} failed: {_words(error)}")
+
+    def say(self, text: str) -> None:
+        """Rank 0 tells the others a line, from any thread; each gets it by `hear`.
+
+        Raises OSError where one of them is gone or does not read.
+        """
+        for peer in self._peers.values():
+            peer.say(f"{_ORDER}{text}")
+
+    def hear(self) -> str:
+        """The next line that rank 0 has told; waits for it."""
+        return self._orders.get()
+
+    def wait_for_all(self) -> None:
+        """Wait until all ranks have come here."""
+        tell(self._group, "")
+
+    def fail(self, error: BaseException) -> None:
+        """End all ranks because of an error here; from a thread that is not the main one."""
+        if _is_lost(error):
+            self._known.wait(LIMIT * PERIOD)
+        self._lost(f"[shard] rank {self._rank} failed: {_words(error)}")
 
     def interrupt(self) -> None:
         """SIGINT has come: end the process, unless it ends by itself.
@@ -140,12 +170,14 @@ class Watch:
             for said in peer.lines:
                 if said == _DONE:
                     return
-                if said != _ALIVE:
+                if said.startswith(_ORDER):
+                    self._orders.put(said.removeprefix(_ORDER))
+                elif said != _ALIVE:
                     why = said
                     break
         except TimeoutError:
             why = f"[shard] rank {rank} has not answered for {LIMIT * PERIOD:g} s."
-            grace = 0.0  # MLX waits on
+            grace = _SHORT_GRACE  # MLX waits on
         except OSError:
             pass
         self._lost(why, grace)
@@ -155,6 +187,7 @@ class Watch:
         with self._lock:
             self._why = self._why or why
         self._known.set()
+        self.before_end()
         if self._over.wait(grace):
             return
         with self._lock:
@@ -168,6 +201,15 @@ class Watch:
         with contextlib.suppress(OSError, ValueError):
             print(f"glm-fused: error: {self._why}", file=sys.stderr, flush=True)
         os._exit(_FAILED)
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether MLX noticed that another rank is gone."""
+    return isinstance(error, RuntimeError) and "connection to a peer was lost" in str(error)
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 def _pipe_of_stdin() -> select.poll | None:

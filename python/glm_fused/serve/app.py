@@ -13,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from ..engine import Engine
+from ..generation.batching.leading import Others
 from ..generation.batching.scheduler import Scheduler
 from ..generation.prompt_cache.store import PromptStore
 from . import (
@@ -47,10 +48,11 @@ APIS = (
 SPARE = 64  # requests that may be read or counted while as many as there may be run and wait
 
 
-def create_app(engine: Engine, settings: Settings) -> Starlette:
+def create_app(engine: Engine, settings: Settings, others: Others | None = None) -> Starlette:
     """An application that serves ``engine``, which stays open until the application has ended.
 
-    The application's ``state.service`` is its `Service`. Its scheduler ends with its lifespan.
+    ``others`` are the ranks that share its model; None: there are none. The application's
+    ``state.service`` is its `Service`. Its scheduler ends with its lifespan.
     """
     store, delivery = _store(engine, settings), Delivery()
     scheduler = Scheduler(
@@ -59,6 +61,7 @@ def create_app(engine: Engine, settings: Settings) -> Starlette:
         max_queue=settings.max_queue,
         store=store,
         after_events=delivery.flush,
+        others=others,
     )
     service = Service(engine, settings, scheduler, delivery, store)
 

@@ -20,6 +20,7 @@ from ..drafts.options import DraftOptions
 from ..prompts import encode, room
 from .jobs import Job
 from .keeping import Store
+from .leading import LeadingTurns, Others
 from .requests import GenerationRequest, OnEvent, Ticket
 from .turns import Turns
 
@@ -63,6 +64,8 @@ class Scheduler:
         store: keeps the caches of texts for those that begin alike; None: none is kept.
         after_events: called in the scheduler's thread after the events of a step or a chunk, for
             listeners that pass events on together. It must not raise.
+        others: the other ranks that share the model, each of which runs `leading.follow`; None:
+            there are none. The store may keep nothing in a folder then.
 
     Raises ValueError for numbers that there cannot be.
     """
@@ -75,6 +78,7 @@ class Scheduler:
         max_queue: int = MOST_QUEUED,
         store: Store | None = None,
         after_events: Callable[[], None] = lambda: None,
+        others: Others | None = None,
     ):
         for name, value, most in (
             ("max_batch", max_batch, MAX_TOKENS),
@@ -84,9 +88,9 @@ class Scheduler:
                 text = f"an integer from 1 to {most}"
                 raise ValueError(f"[scheduler] {name} is {show(value)}, expected {text}.")
         self._model, self._tokenizer = engine.model, engine.tokenizer
-        self._turns = Turns(
-            engine.model, engine.tokenizer, engine.drafts, max_batch, store, after_events
-        )
+        given = engine.model, engine.tokenizer, engine.drafts, max_batch, store, after_events
+        self._turns = Turns(*given) if others is None else LeadingTurns(others, *given)
+        self._others = others
         self._max_queue, self._queue = max_queue, deque[Job]()
         self._after_events = after_events
         self._changed, self._closing, self._coming = threading.Condition(), False, 0
@@ -172,6 +176,8 @@ class Scheduler:
         for job in self._queue:
             job.fail(ended)
         self._after_events()
+        if self._error is not None and self._others is not None:
+            self._others.fail(self._error)
 
     def _generate(self) -> None:
         turns = self._turns

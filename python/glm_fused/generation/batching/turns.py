@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
@@ -24,9 +24,17 @@ from .groups import Unbegun
 from .jobs import Job
 from .keeping import Keeping, Store
 from .rates import Rate
+from .requests import OnEvent
 from .rows import Row
 
 BESIDE = 512  # tokens of a prompt at a time while others are decoded
+
+
+class Turn(NamedTuple):
+    """What is next: a step, or a ``chunk`` of prompts, which ``gathers`` those not begun before."""
+
+    chunk: bool
+    gathers: bool
 
 
 class Turns:
@@ -35,9 +43,8 @@ class Turns:
     While some are decoded and others' prompts taken, prompts get half of the time, or more where
     they are more than what is decoded: then every text has an equal part. There is a step between
     any two chunks of prompts. Prompts take turns, too; those that have not begun and have similarly
-    many tokens left are taken together, and wait a little for requests that are ``coming``, which
-    will be here within milliseconds. ``after_events`` is called once a chunk or a step has told all
-    its events.
+    many tokens left are taken together, and wait a little for requests that are ``coming``, in
+    milliseconds. ``after_events`` is called once a chunk or a step has told all its events.
     """
 
     def __init__(
@@ -99,13 +106,17 @@ class Turns:
         assert options.max_tokens is not None
         try:
             ending = Text(self._tokenizer, options.stop, options.max_tokens)
-            row = Row(request, self._model.args.vocab_size, ending, job.tell)
+            row = Row(request, self._model.args.vocab_size, ending, self._teller(job))
             prompt = self._keeping.beginning(row)
         except Exception as error:
             self._ended["failed"] += job.fail(error)
             return
         self._jobs[row] = job
         self._unbegun.add(prompt)
+
+    def _teller(self, job: Job) -> OnEvent:
+        """What gets a text's events; what it raises ends the text."""
+        return job.tell
 
     def pause(self, coming: int) -> float:
         """How many seconds to do nothing, as all that is here waits for requests on their way."""
@@ -118,9 +129,16 @@ class Turns:
 
     def turn(self, coming: int) -> None:
         """A chunk of prompts or a step, and what follows from it."""
-        self._drop_ended()
-        if self._prompts_are_next(coming):
-            self._chunk(coming)
+        self._drop(self._gone())
+        self._take(self._next(coming))
+
+    def _next(self, coming: int) -> Turn:
+        chunk = self._prompts_are_next(coming)
+        return Turn(chunk, chunk and not self._patience(coming))
+
+    def _take(self, turn: Turn) -> None:
+        if turn.chunk:
+            self._chunk(turn.gathers)
         elif self._batch.rows:
             self._step()
         self._after_events()
@@ -152,9 +170,9 @@ class Turns:
             self._step(ahead=False)
         self._batch.join(filling)
 
-    def _chunk(self, coming: int) -> None:
+    def _chunk(self, gathers: bool) -> None:
         """Some tokens of the prompts whose turn it is."""
-        if not self._patience(coming):
+        if gathers:
             self._gather()
         if not self._filling:
             return
@@ -165,6 +183,7 @@ class Turns:
         try:
             taken = filling.take(size) if filling.left else 0
         except Exception as error:
+            self._check_survives(error)
             settle(generation_stream)
             self._end_all(filling.rows, error)
             return
@@ -180,6 +199,7 @@ class Turns:
             try:
                 self._filling.append(Filling(self._model, prompts, self._drafts))
             except Exception as error:
+                self._check_survives(error)
                 self._end_all(rows, error)
             else:
                 self._cached += sum(row.from_store for row in rows)
@@ -194,6 +214,7 @@ class Turns:
             rows = self._batch.rows[:]
             over = self._batch.step(ahead)
         except Exception as error:
+            self._check_survives(error)
             self._fail_batch(error)
             return
         self._generated.add(sum(len(row.known) for row in rows) - before)
@@ -228,12 +249,15 @@ class Turns:
         settle(generation_stream)
         self._end_all(self._batch.abandon(), error)
 
-    def _drop_ended(self) -> None:
-        """Let go of texts that were cancelled or failed.
+    def _check_survives(self, error: Exception) -> None:
+        """Raise what the model raised where other requests cannot go on after it."""
 
-        One whose prompt is taken together with others' stays until all of that is done.
-        """
-        gone = {row for row, job in self._jobs.items() if job.over or row.error is not None}
+    def _gone(self) -> set[Row]:
+        """The texts that were cancelled or failed."""
+        return {row for row, job in self._jobs.items() if job.over or row.error is not None}
+
+    def _drop(self, gone: set[Row]) -> None:
+        """Let go of texts; one whose prompt is taken with others' stays until all that is done."""
         if not gone:
             return
         self._leave([row for row in self._batch.rows if row in gone])
