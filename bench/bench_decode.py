@@ -27,6 +27,7 @@ them by activations that it has quantized to 8 bits. transformers has the weight
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -73,26 +74,41 @@ class Burst(NamedTuple):
 class Worker:
     """A process that decodes on request; bursts.py says how it is asked."""
 
-    def __init__(self, python: str, script: str, *arguments: str) -> None:
+    def __init__(
+        self,
+        python: str,
+        script: str,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         command = [python, str(Path(__file__).parent / script), *arguments]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
-        self.loaded = self._answer()
 
-    def _answer(self) -> dict[str, Any]:
+    @functools.cached_property
+    def loaded(self) -> dict[str, Any]:
+        """What it said of the model, once it was loaded."""
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """The next line that it writes."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit(f"{self.process.args[0]} ended, status {self.process.wait()}.")
         return json.loads(line)
 
-    def __call__(self, threads: int, tokens: int) -> Burst:
-        assert self.process.stdin is not None
+    def ask(self, threads: int, tokens: int) -> None:
+        """Have it begin a burst; `answer` has what it took."""
+        assert self.process.stdin is not None and self.loaded
         request = {"threads": threads, "tokens": tokens}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        return Burst(**self._answer())
+
+    def __call__(self, threads: int, tokens: int) -> Burst:
+        self.ask(threads, tokens)
+        return Burst(**self.answer())
 
     def close(self) -> None:
         self.process.communicate()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from numpy.typing import NDArray
 
 FORMATS = ("affine4", "bf16")
@@ -123,6 +123,16 @@ def model(of: Slice, form: str, dtype: mx.Dtype = mx.bfloat16) -> Any:
     made.eval()
     mx.eval(made.parameters())
     return made
+
+
+def write(of: Slice, form: str, folder: Path) -> None:
+    """Write `model` as a checkpoint, without a tokenizer, into a folder that is there."""
+    made, config = model(of, form), of.config()
+    if form == "affine4":
+        config["quantization"] = {"group_size": GROUP, "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = dict(tree_flatten(made.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
 
 
 def _weights(made: Any) -> Iterator[tuple[str, Any, tuple[int, ...]]]:

@@ -26,7 +26,12 @@ def start(commands, folder, **environment):
     """Start Python with each of the commands, as a rank with one thread; files in ``folder``."""
     hosts = Path(folder) / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(len(commands))]))
-    shared = os.environ | {"MLX_HOSTFILE": str(hosts), "GLM_FUSED_NUM_THREADS": "1"} | environment
+    own = {
+        "MLX_HOSTFILE": str(hosts),
+        "GLM_FUSED_NUM_THREADS": "1",
+        "PYTHONPATH": str(TESTS.parent),
+    }
+    shared = os.environ | own | environment
     return [
         subprocess.Popen(
             [sys.executable, *map(str, command)],
@@ -52,9 +57,9 @@ def finish(processes, timeout=300):
     return [(p.returncode, *output) for p, output in zip(processes, outputs, strict=True)]
 
 
-def run(ranks, *command, folder):
+def run(ranks, *command, folder, timeout=300):
     """Run one command as so many ranks; returns stdout of each. A rank that fails is an error."""
-    outputs = finish(start([command] * ranks, folder))
+    outputs = finish(start([command] * ranks, folder), timeout)
     for rank, (code, _, errors) in enumerate(outputs):
         assert code == 0, f"rank {rank} exited with {code}:\n{errors}"
     return [out for _, out, _ in outputs]

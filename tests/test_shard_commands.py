@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -11,6 +12,22 @@ import ring
 GENERATE = ["-m", "glm_fused", "generate", "--model", "demo", "--raw", "--prompt", "def main():"]
 SHARD = [*GENERATE, "--shard", "tensor"]
 SAMPLED = ["--max-tokens", "12", "--temp", "1", "--seed", "5", "--kv-format", "fp8"]
+
+
+def gathers_of(model):
+    """What a plan says of two machines."""
+    done = alone(
+        "-m",
+        "glm_fused",
+        "plan",
+        "--model",
+        model,
+        *["--machine", "1GB,1GB/s"] * 2,
+        "--link",
+        "1us,1GB/s",
+        "--json",
+    )
+    return json.loads(done[1])["gathers"]
 
 
 def alone(*command):
@@ -23,6 +40,17 @@ def test_rank_0_writes_the_text_of_one_process(tmp_path):
     assert code == 0
     assert len(text) > 12
     assert ring.run(2, *SHARD, *SAMPLED, "--draft", "2", folder=tmp_path) == [text, ""]
+
+
+def test_gathers_are_counted(tmp_path):
+    """As `glm-fused plan` counts them, but for the embedding's rows, which are added up."""
+    planned = gathers_of("demo")
+    first, other = ring.run(2, *SHARD, "--max-tokens", "2", "--json", folder=tmp_path)
+    assert other == ""
+    found = json.loads(first)["gathers"]
+    assert found["gathers"] == planned["count"] - 1
+    assert found["bytes"] == planned["bytes"] - 2 * 2 * 256  # bfloat16, hidden
+    assert found["step_seconds"] > 0
 
 
 def test_ranks_with_unlike_options_say_so(tmp_path):

@@ -16,7 +16,7 @@ from .loading import engine_options, open_engine
 from .output import discard, print_json, print_summary, write
 from .progress import Progress
 from .sampling import add_sampling, how_to_generate
-from .sharding import add_shard, shared
+from .sharding import add_shard, measured_gathers, shared
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -93,13 +93,15 @@ def _generate(
     sampling = _sampling(options, engine, how)
     with _traced(engine, options.trace, discard if options.json else write) as on_text:
         completion = engine.generate(tokens, how, on_text, on_progress=on_progress)
+    gathers = measured_gathers(options, engine)
     if options.json:
         streaming = {"streaming": engine.streaming.stats()} if engine.streaming else {}
-        print_json(completion.describe() | {"sampling": sampling} | streaming)
+        shard = {} if gathers is None else {"gathers": gathers}
+        print_json(completion.describe() | {"sampling": sampling} | streaming | shard)
     else:
         print()
     if options.verbose or (sys.stderr.isatty() and not options.json):
-        print_summary(completion, sampling, engine.streaming)
+        print_summary(completion, sampling, engine.streaming, gathers)
     return 0
 
 

@@ -27,7 +27,10 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 def print_summary(
-    completion: Completion, sampling: dict[str, Any], streaming: Streaming | None
+    completion: Completion,
+    sampling: dict[str, Any],
+    streaming: Streaming | None,
+    gathers: dict[str, Any] | None = None,
 ) -> None:
     """Print speeds, memory and how tokens were sampled, on stderr."""
     from ..memory import size
@@ -51,6 +54,11 @@ def print_summary(
         lines.append(
             f"experts     hit rate {stats['hit_rate'] or 0.0:.3f}, {size(stats['bytes'])} read,"
             f" {stats['wait_us'] / 1e6:.2f} s waited for"
+        )
+    if gathers is not None:
+        lines.append(
+            f"gathers     {gathers['gathers']} a token, {size(gathers['bytes'])}:"
+            f" {1e3 * gathers['seconds']:.2f} of a step's {1e3 * gathers['step_seconds']:.2f} ms"
         )
     print("\n".join(lines), file=sys.stderr)
 

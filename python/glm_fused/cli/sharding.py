@@ -8,13 +8,14 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .arguments import UsageError, flags
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from ..engine import Engine
     from ..models.ranks import Ranks
     from ..parallel.watch import Watch
 
@@ -55,8 +56,22 @@ def shared(options: argparse.Namespace, prompt: str) -> Iterator[Ranks | None]:
     with met(options, {"the prompt": prompt}) as (group, watch), on_interrupt(watch.interrupt):
         if options.seed is None:
             options.seed = int(tell(group, str(secrets.randbits(64)))[0])
+        options.measures_gathers = options.json or options.verbose
         options.verbose = options.verbose and group.rank() == 0
         yield Ranks(group)
+
+
+def measured_gathers(options: argparse.Namespace, engine: Engine) -> dict[str, Any] | None:
+    """What gathers cost, if ranks share the engine's model and --json or --verbose asks for it.
+
+    All ranks have to call it.
+    """
+    ranks = engine.model.ranks
+    if ranks is None or not options.measures_gathers:
+        return None
+    from ..measuring.gathers import measure_gathers
+
+    return measure_gathers(engine.model, ranks)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -31,6 +33,11 @@ class Cut(NamedTuple):
         bounds = tuple(groups * rank // ranks * together for rank in range(ranks + 1))
         return cls(bounds, -(-groups // ranks) * together)
 
+    @property
+    def is_even(self) -> bool:
+        """Whether nothing is in two parts."""
+        return self.width * (len(self.bounds) - 1) == self.bounds[-1]
+
     def part(self, rank: int) -> slice:
         """What the rank has."""
         first = min(self.bounds[rank], self.bounds[-1] - self.width)
@@ -40,6 +47,16 @@ class Cut(NamedTuple):
         """What of its part is the rank's own."""
         first = self.bounds[rank] - self.part(rank).start
         return slice(first, first + self.bounds[rank + 1] - self.bounds[rank])
+
+
+class Traffic(NamedTuple):
+    """Gathers that ranks make, and the bytes that each then has of all of them."""
+
+    gathers: int = 0
+    bytes: int = 0
+
+    def __sub__(self, earlier: Traffic) -> Traffic:
+        return Traffic(self.gathers - earlier.gathers, self.bytes - earlier.bytes)
 
 
 class Ranks:
@@ -52,12 +69,15 @@ class Ranks:
     Attributes:
         rank: the number of this process.
         size: how many there are.
+        traffic: what they gathered so far, in nodes that were made.
     """
 
     def __init__(self, group: mx.distributed.Group):
         self.rank: int = group.rank()
         self.size: int = group.size()
+        self.traffic = Traffic()
         self._group = group
+        self._is_alone = False
         self._last: mx.array | None = None
 
     def gather(self, part: mx.array, cut: Cut, axis: int = -1, is_awaited: bool = True) -> mx.array:
@@ -65,40 +85,81 @@ class Ranks:
 
         Nodes that are made later depend on this one if it ``is_awaited``.
         """
-        parts = mx.distributed.all_gather(self._next(part[None]), group=self._group)
-        self._last = parts if is_awaited else self._last
-        at = (slice(None),) * (axis % part.ndim)
-        pieces = [parts[rank][*at, cut.own(rank)] for rank in range(self.size)]
-        return mx.concatenate(pieces, axis=axis)
+        return _joined(self._gather(part, is_awaited), part.shape, cut, axis % part.ndim)
 
     def gather_together(self, parts: Sequence[mx.array], cuts: Sequence[Cut]) -> list[mx.array]:
         """`gather` along the last axis, in one node, of several arrays of one type."""
+        if len(parts) == 1:
+            return [self.gather(parts[0], cuts[0])]
         rows = mx.concatenate([part.reshape(-1) for part in parts])
-        joined = mx.distributed.all_gather(self._next(rows[None]), group=self._group)
-        self._last = joined
+        joined = self._gather(rows).reshape(self.size, -1)
         found, first = [], 0
         for part, cut in zip(parts, cuts, strict=True):
-            of_ranks = joined[:, first : first + part.size].reshape(self.size, *part.shape)
-            pieces = [of_ranks[rank, ..., cut.own(rank)] for rank in range(self.size)]
-            found.append(mx.concatenate(pieces, axis=-1))
+            of_ranks = joined[:, first : first + part.size]
+            found.append(_joined(of_ranks, part.shape, cut, part.ndim - 1))
             first += part.size
         return found
 
-    def add_disjoint(self, part: mx.array) -> mx.array:
-        """The sum of all ranks' floats, of which all but one rank have zeros in each place.
+    def pick(self, rows: mx.array, is_here: mx.array) -> mx.array:
+        """Rows [..., dims] of floats, each of the one rank for which ``is_here`` [...] is true.
 
         Bits are added as integers, which keeps those of negative zeros and of NaN.
         """
-        bits = self._next(part.view(_BITS[part.dtype.size]))
-        self._last = mx.distributed.all_sum(bits, group=self._group)
-        return self._last.view(part.dtype)
+        if self._is_alone:
+            return rows
+        bits = mx.where(is_here[..., None], rows.view(_BITS[rows.dtype.size]), 0)
+        self._last = mx.distributed.all_sum(self._next(bits), group=self._group)
+        return self._last.view(rows.dtype)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Have this rank's own parts stand for those of all others, within the block.
+
+        What is made there computes as much as else, but waits for nobody; its values are wrong.
+        """
+        self.forget()
+        self._is_alone = True
+        try:
+            yield
+        finally:
+            self._is_alone = False
+            self.forget()
+
+    def meet(self) -> None:
+        """Wait until all ranks are here."""
+        mx.eval(mx.distributed.all_sum(mx.zeros(1), group=self._group, stream=mx.cpu))
 
     def forget(self) -> None:
         """Let what comes next depend on nothing that was made so far and is not evaluated."""
         self._last = None
+
+    def _gather(self, part: mx.array, is_awaited: bool = True) -> mx.array:
+        """The parts of all ranks, one after the other along the first axis."""
+        gathers, nbytes = self.traffic
+        self.traffic = Traffic(gathers + 1, nbytes + self.size * part.nbytes)
+        part = self._next(part)
+        if self._is_alone:
+            parts = mx.concatenate([part] * self.size)
+        else:
+            parts = mx.distributed.all_gather(part, group=self._group)
+        self._last = parts if is_awaited else self._last
+        return parts
 
     def _next(self, part: mx.array) -> mx.array:
         if self._last is None:
             return part
         ordered: mx.array = mx.depends(part, self._last)
         return ordered
+
+
+def _joined(parts: mx.array, shape: Sequence[int], cut: Cut, axis: int) -> mx.array:
+    """The values of all ranks along ``axis``, of their parts of a shape, in a row."""
+    before, after = shape[:axis], shape[axis + 1 :]
+    if not cut.is_even:
+        parts = parts.reshape(-1, *shape)
+        at = (slice(None),) * axis
+        pieces = [parts[rank][*at, cut.own(rank)] for rank in range(parts.shape[0])]
+        return mx.concatenate(pieces, axis=axis)
+    if math.prod(before) > 1:
+        parts = mx.moveaxis(parts.reshape(-1, *shape), 0, axis)
+    return parts.reshape(*before, cut.bounds[-1], *after)

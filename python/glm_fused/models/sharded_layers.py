@@ -83,10 +83,8 @@ class _Ranked(nn.Module):
         cut, rank = self._joint.cut, self._ranks.rank
         tokens = tokens.astype(mx.int32)
         here = (tokens >= cut.bounds[rank]) & (tokens < cut.bounds[rank + 1])
-        local = mx.where(here, tokens - cut.part(rank).start, 0)
-        rows: mx.array = super().__call__(local)
-        zero = mx.zeros((), rows.dtype)
-        return self._ranks.add_disjoint(mx.where(here[..., None], rows, zero))
+        local = (tokens - cut.part(rank).start) % cut.width  # of others any row that is there
+        return self._ranks.pick(super().__call__(local), here)
 
 
 class RankedEmbedding(_Ranked, Embedding):  # type: ignore[misc]
@@ -109,13 +107,13 @@ _SHARDED: dict[type[nn.Module], type[nn.Module]] = {
 
 def gathered(layer: nn.Module, ranks: Ranks, joint: Joint) -> nn.Module:
     """The layer of which ``layer`` is a part; what it gives is whole."""
-    sharded = _as(_SHARDED[type(layer)], layer)
+    sharded = as_kind(_SHARDED[type(layer)], layer)
     sharded._ranks = ranks
     object.__setattr__(sharded, "_joint", joint)  # nn.Module would look for arrays in a tuple
     return sharded
 
 
-def _as(kind: type[nn.Module], module: nn.Module) -> nn.Module:
+def as_kind(kind: type[nn.Module], module: nn.Module) -> nn.Module:
     """A module of another class with the same parts."""
     made = kind.__new__(kind)
     made.__dict__.update(module.__dict__)
@@ -136,7 +134,7 @@ class ShardedMoE(MoE):
         ``inner`` are the cuts of gate's and up's rows, of routed and of shared experts if there
         are any, and ``outer`` that of down's.
         """
-        made = _as(ShardedMoE, moe)
+        made = as_kind(ShardedMoE, moe)
         assert isinstance(made, ShardedMoE)
         made._ranks = ranks
         object.__setattr__(made, "_cuts", (inner, outer))
