@@ -1,7 +1,8 @@
 """A rank of some models: what `steps_of` gives of each, saved in ``FOLDER/MODEL.RANK.npz``.
 
 ``python shard_program.py FOLDER rows|columns MODEL...``; with ``columns`` one matrix of each model
-is split along the columns of its rows, as it must not be.
+is split along the columns of its rows, as it must not be. The indexer's scores are shared out
+wherever they can be.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from mlx_lm.models.cache import BatchKVCache, CacheList
 
 from glm_fused import load_model, ops
 from glm_fused.loader import open_model
+from glm_fused.models import sharded_indexer
 from glm_fused.models.ranks import Ranks
 
 
@@ -71,8 +73,16 @@ class ByColumns(nn.Module):
         return mx.distributed.all_sum(part, group=self._group)
 
 
+def split_by_columns(model, path, ranks, group):
+    """Have each rank take some columns of a matrix of the first layer."""
+    whole, _ = load_model(path, lazy=True)
+    weight = whole.layers[0].self_attn.o_proj.as_weight()
+    model.layers[0].self_attn.o_proj = ByColumns(weight, ranks, group)
+
+
 def main(folder, split, *paths):
     mx.set_default_device(mx.cpu)
+    sharded_indexer.CPU = sharded_indexer.Price(-(1 << 62), 0)
     group = mx.distributed.init(strict=True, backend="ring")
     for path in map(Path, paths):
         ranks = Ranks(group)
@@ -80,9 +90,10 @@ def main(folder, split, *paths):
         opened.read()
         model = opened.model
         if split == "columns":
-            whole, _ = load_model(path, lazy=True)
-            weight = whole.layers[0].self_attn.o_proj.as_weight()
-            model.layers[0].self_attn.o_proj = ByColumns(weight, ranks, group)
+            split_by_columns(model, path, ranks, group)
+        elif ranks.rank == 0:
+            with ranks.alone():
+                mx.eval(model(mx.arange(8)[None]))  # waits for nobody
         np.savez(f"{folder}/{path.name}.{ranks.rank}.npz", **bits(steps_of(model)))
 
 

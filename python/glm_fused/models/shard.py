@@ -5,8 +5,8 @@ Ranks are processes of one `mx.distributed` group. Each has whole rows of the ma
 computed. No sum is cut or reordered, so any number of ranks gives the bits of one.
 
 What a rank has by itself, and computes as all others do: norms, the projections to latents
-(``q_a_proj``, ``kv_a_proj_with_mqa``), the indexer, the router, and all caches. A token's layer
-gathers four times:
+(``q_a_proj``, ``kv_a_proj_with_mqa``), the indexer, the router, and all caches. Only the indexer's
+scores may be shared out, as below. A token's layer gathers four times:
 
 ==========================  ======================================  =================  =========
 gathered                    by                                      values a token     GLM-5.2
@@ -24,6 +24,22 @@ of each rank, which say what it is about to do (`glm_fused.generation.lockstep`)
 link's latency and ``(n - 1) / n`` of those bytes: 78 layers x 4 are 312 gathers a token, 3 ms at
 10 µs each, 62 ms at 200 µs, and 7.2 MB, at n = 2 3.6 MB a rank: 0.7 ms at 5 GB/s. So a link of
 200 µs costs more than two ranks gain (half of some 45 ms); one of 10 µs costs a seventh of it.
+
+The indexer's scores (`glm_fused.models.sharded_indexer`) are shared out where this spares a rank
+more multiply-adds than it could do while it gathers what the others chose, one gather a full layer:
+
+=========  ===========================  =======================  ==============================
+new        a rank scores                gathered a token         GLM-5.2 with two ranks, from
+tokens                                                           how many cached keys on
+=========  ===========================  =======================  ==============================
+several    its share of them, against   ``top_k`` x 4 bytes,     CPU: as soon as keys are left
+           all keys                     of all ranks together    out; GPU: 8,400 of 512 tokens
+one        it against its share of the  as much of each rank     CPU: 10,800; GPU: 155,000
+           keys, then what all chose
+=========  ===========================  =======================  ==============================
+
+A CPU is taken to do 50 billion of them a second and to gather in 100 µs at 1 GB/s, a GPU 10,000
+billion, 30 µs and 5 GB/s.
 """
 
 from __future__ import annotations
@@ -42,6 +58,7 @@ from .config import ModelArgs
 from .decoder import Model
 from .layers import MLP
 from .ranks import Cut, Ranks
+from .sharded_indexer import ShardedIndexer
 from .sharded_layers import Joint, ShardedMoE, gathered
 from .tensors import Module, modules
 
@@ -179,6 +196,9 @@ def _join(model: Model, ranks: Ranks, cuts: Mapping[str, Cut]) -> None:
     for i, layer in enumerate(model.model.layers):
         prefix = f"model.layers.{i}"
         attention, mlp = layer.self_attn, layer.mlp
+        if "indexer" in attention:
+            path = f"{prefix}.self_attn.indexer"
+            joined.append((path, ShardedIndexer.of(attention.indexer, ranks)))
         attention.heads = cuts[f"{prefix}.self_attn.embed_q"].width
         join(f"{prefix}.self_attn.unembed_out", attention.unembed_out, axis=-3)
         join(f"{prefix}.self_attn.o_proj", attention.o_proj)
