@@ -243,16 +243,23 @@ struct Tile {
       F16 (&sums)[2][R][M]) const {
     const auto add = [&]<class Reading>(Reading) GLM_ALWAYS_INLINE {
       for (int odd = 0; odd < 2; odd++) {
-        F16 result[R][M];  // stays in registers
+        const auto add_to = [&](F16(&result)[R][M]) GLM_ALWAYS_INLINE {
+          for (int hb = begin + odd; hb < end; hb += 2) {
+            half_block<Reading>(rows, m0, width, hb, ahead, result);
+          }
+        };
+#if defined(GLM_AVX512)  // there are registers for them
+        F16 result[R][M];
         unroll<R>(GLM_EACH(r) {
           unroll<M>(GLM_EACH(m) { result[r][m] = sums[odd][r][m]; });
         });
-        for (int hb = begin + odd; hb < end; hb += 2) {
-          half_block<Reading>(rows, m0, width, hb, ahead, result);
-        }
+        add_to(result);
         unroll<R>(GLM_EACH(r) {
           unroll<M>(GLM_EACH(m) { sums[odd][r][m] = result[r][m]; });
         });
+#else
+        add_to(sums[odd]);
+#endif
       }
     };
     if constexpr (!F::kCarriesAccumulator) {  // there are scales to read
@@ -328,23 +335,29 @@ struct Tile {
 
 #include "cpu/dot/dot_panels.h"
 #include "cpu/dot/joined_rows.h"
+#include "cpu/dot/short_rows.h"
 
 namespace {
 
 template <class F>
 void dot(const DotArgs& args) {
-#if defined(GLM_AVX512)
-  // One panel's vectors meet decoded rows of most formats best four at a time.
-  if (args.width == 8 && (F::kQuads || args.x.size() > 1)) {
-    constexpr Constant<8> width;
-    return DotPanels<F, 4, Constant<8>>(args, width).all();
-  }
-#endif
 #if defined(GLM_AVX512) || defined(GLM_AVX2)
   if constexpr (requires { requires F::kJoinsRows; }) {
     if (JoinedRows<F>::takes(args)) {
       return JoinedRows<F>(args).all();
     }
+  }
+#endif
+#if defined(GLM_AVX512)
+  if constexpr (!requires { requires F::kLongRows; }) {
+    if (ShortRows<F>::takes(args)) {
+      return ShortRows<F>(args).all();
+    }
+  }
+  // One panel's vectors meet decoded rows of most formats best four at a time.
+  if (args.width == 8 && (F::kQuads || args.x.size() > 1)) {
+    constexpr Constant<8> width;
+    return DotPanels<F, 4, Constant<8>>(args, width).all();
   }
 #endif
 #if defined(GLM_AVX2)

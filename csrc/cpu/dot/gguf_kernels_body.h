@@ -171,6 +171,7 @@ class GgufBlocks {
   static constexpr int kTerms = kValues;
   static constexpr bool kQuads = false;
   static constexpr bool kCarriesAccumulator = false;
+  static constexpr bool kLongRows = true;
   static constexpr int kSumStep = Block::biased ? 4 : 0;
   using Words = BlockWords<family>;
   using Scales = BlockScales<family>;

@@ -162,6 +162,32 @@ load_tens(const uint8_t* p, U16& first, U16& second, U16& third) {
   third = load_strided<10>(p + 6);
 }
 #elif defined(GLM_AVX512)
+// Of simdgroups whose halves are added already.
+GLM_INLINE void butterfly_sums(const F16 (&both)[16], float (&sums)[16]) {
+  // At each step twice as many share a register.
+  F16 twos[8], fours[4], eights[2];
+  unroll<8>(GLM_EACH(i) {
+    const F16 a = both[i], b = both[i + 8];
+    twos[i] =
+        add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  });
+  unroll<4>(GLM_EACH(i) {
+    const F16 a = twos[i], b = twos[i + 4];
+    fours[i] =
+        add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  });
+  unroll<2>(GLM_EACH(i) {
+    const F16 a = fours[i], b = fours[i + 2];
+    eights[i] =
+        add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  });
+  const F16 all =
+      add(_mm512_shuffle_ps(eights[0], eights[1], 0x88),
+          _mm512_shuffle_ps(eights[0], eights[1], 0xdd));
+  const __m512i places =
+      _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+  _mm512_storeu_ps(sums, _mm512_permutexvar_ps(places, all));
+}
 GLM_INLINE void
 butterfly_sums(const F16 (&low)[4], const F16 (&high)[4], float (&sums)[4]) {
   F16 s[4];
