@@ -110,7 +110,7 @@ def listens(port):
     ("how", "says"),
     [
         (signal.SIGKILL, "[shard] rank 1 is gone."),
-        (signal.SIGSTOP, "[shard] rank 1 has not answered for 6 s."),
+        (signal.SIGSTOP, "[shard] rank 1 has not answered for 5 s."),
     ],
 )
 def test_all_end_when_a_rank_does_not_go_on(tmp_path, how, says):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import arguments
+from .hosts import check_hosts
 from .output import print_json
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ HELP = "check the installation, or whether and how a model runs here"
 EXAMPLES = """\
 examples:
   glm-fused doctor
+  glm-fused doctor --hosts ADDRESS1,ADDRESS2 --model PATH
   glm-fused doctor --model ORG/NAME               # before a download: headers alone are fetched
 """
 
@@ -27,6 +29,11 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     help = f"say whether and how it runs here, and how fast: {arguments.MODEL}"
     parser.add_argument("--model", type=arguments.path, metavar="PATH", help=help)
+    help = (
+        "check machines that share a model, the links between them and, with --model, how fast"
+        "\nit can be there: on these addresses, or on those that mlx.launch has started it on"
+    )
+    parser.add_argument("--hosts", nargs="?", const="", metavar="A,B", help=help)
     arguments.add_threads(parser)
     arguments.add_json(parser)
 
@@ -34,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     from ..selftest import doctor
 
+    if options.hosts is not None:
+        return check_hosts(options)
     if options.model is not None:
         return _model(options)
     result = doctor.examine(options.threads)

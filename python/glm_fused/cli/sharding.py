@@ -91,7 +91,7 @@ def met(
     group = join_group()
     if options.prefill_step_size is None:
         options.prefill_step_size = PREFILL_STEP
-    with _talking(group.rank()), Watch(group) as watch:
+    with talking(group.rank()), Watch(group) as watch:
         agree(group, {**_described(options), **besides})
         yield group, watch
 
@@ -113,7 +113,7 @@ def _described(options: argparse.Namespace) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _talking(rank: int) -> Iterator[None]:
+def talking(rank: int) -> Iterator[None]:
     """Keep all ranks but the first from writing to stdout."""
     if rank == 0:
         yield

@@ -111,14 +111,34 @@ def _gathers(args: ModelArgs, float_bytes: int, ranks: int, link: Link) -> dict[
         return {"count": 0, "bytes": 0, "ms": 0.0}
     values = 2 * args.hidden_size + args.vocab_size  # added up twice around; and the logits
     for layer in args.layers:
-        values += args.num_attention_heads * args.v_head_dim + 2 * args.hidden_size
-        choices = args.num_experts_per_tok + (args.n_shared_experts or 0)
-        sparse = choices * args.moe_intermediate_size
-        values += sparse if layer.is_sparse else args.intermediate_size
+        values += _heads(args) + 2 * args.hidden_size + _activations(args, layer.is_sparse)
     count, nbytes = 4 * len(args.layers) + 2, float_bytes * values
     others = ranks - 1
     seconds = count * others * link.latency + nbytes * others / ranks / link.rate
     return {"count": count, "bytes": nbytes, "ms": 1e3 * seconds}
+
+
+def _heads(args: ModelArgs) -> int:
+    return args.num_attention_heads * args.v_head_dim
+
+
+def _activations(args: ModelArgs, is_sparse: bool) -> int:
+    choices = args.num_experts_per_tok + (args.n_shared_experts or 0)
+    return choices * args.moe_intermediate_size if is_sparse else args.intermediate_size
+
+
+def gathers_of(checkpoint: Checkpoint) -> dict[str, int]:
+    """The bytes that a token's gathers have in a layer of a model with experts, by what they are.
+
+    Raises ValueError for a model that does not load.
+    """
+    args, inventory = checked(checkpoint)
+    values = {
+        "heads of attention": _heads(args),
+        "outputs": args.hidden_size,
+        "activations of experts": _activations(args, is_sparse=True),
+    }
+    return {name: FLOATS[inventory.float_format].size * count for name, count in values.items()}
 
 
 def format_plan(found: dict[str, Any]) -> list[str]:

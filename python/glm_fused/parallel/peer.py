@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 
 PERIOD = 1.0  # seconds between signs of life
-LIMIT = 6  # such periods without any, in which this process was awake itself
+LIMIT = 5  # such periods without any, in which this process was awake itself
 
 
 class Peer:
