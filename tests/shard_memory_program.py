@@ -1,4 +1,7 @@
-"""A rank that loads a model: bytes of its share, of what it read, and of memory, as JSON."""
+"""A rank that loads a model: bytes of its share, of what it read, and of memory, as JSON.
+
+``python shard_memory_program.py tensor|pipeline MODEL``.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from glm_fused.loader import open_model
+from glm_fused.models.line import Line
 from glm_fused.models.ranks import Ranks
 
 
@@ -19,12 +23,13 @@ def number_in(file, key):
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
-def main(path):
+def main(shard, path):
     mx.set_default_device(mx.cpu)
     group = mx.distributed.init(strict=True, backend="ring")
     mx.eval(mx.distributed.all_sum(mx.ones(4), group=group))
     memory, read = number_in("status", "VmRSS") << 10, number_in("io", "rchar")
-    opened = open_model(path, "auto", None, ranks=Ranks(group))
+    ranks = Ranks(group) if shard == "tensor" else Line(group)
+    opened = open_model(path, "auto", None, ranks=ranks)
     opened.read()
     share = sum(array.nbytes for _, array in tree_flatten(opened.model.parameters()))
     peak = number_in("status", "VmHWM") << 10
@@ -34,4 +39,4 @@ def main(path):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

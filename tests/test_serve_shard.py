@@ -1,4 +1,4 @@
-"""``glm-fused serve --shard tensor``: what clients get is what one process gives them."""
+"""``glm-fused serve --shard``: what clients get is what one process gives them."""
 
 from __future__ import annotations
 
@@ -172,6 +172,18 @@ def test_drafts_change_nothing(tmp_path, alone):
     with sharded(tmp_path, "--draft", "auto") as (_, client):
         for path, body in REQUESTS[:4]:
             assert client.choices(path, body) == alone.choices(path, body)
+
+
+def test_a_pipeline_serves_the_same(tmp_path, alone):
+    """Its ranks keep the same prompts, of which there is room for the last ones alone."""
+    texts = [CODE + "\n" * i for i in range(3)] + [f"# {i}\n{CODE}" for i in range(3)]
+    asked = [*REQUESTS, *((TEXT, prompt(text)) for text in texts), (TEXT, prompt(texts[0] + "x"))]
+    with sharded(tmp_path, "--shard", "pipeline", "--prompt-cache", "2MiB") as (ranks, client):
+        for path, body in asked:
+            assert client.choices(path, body) == alone.choices(path, body)
+        for rank in ranks:
+            rank.send_signal(signal.SIGINT)
+        assert ends(ranks)[0] == [0, 0]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])

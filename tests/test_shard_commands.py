@@ -1,4 +1,4 @@
-"""``glm-fused generate --shard tensor``: the same text, and what is refused."""
+"""``glm-fused generate --shard``: the same text, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import ring
 
 GENERATE = ["-m", "glm_fused", "generate", "--model", "demo", "--raw", "--prompt", "def main():"]
 SHARD = [*GENERATE, "--shard", "tensor"]
+PIPELINE = ["--shard", "pipeline"]
 SAMPLED = ["--max-tokens", "12", "--temp", "1", "--seed", "5", "--kv-format", "fp8"]
 
 
@@ -40,6 +41,7 @@ def test_rank_0_writes_the_text_of_one_process(tmp_path):
     assert code == 0
     assert len(text) > 12
     assert ring.run(2, *SHARD, *SAMPLED, "--draft", "2", folder=tmp_path) == [text, ""]
+    assert ring.run(3, *SHARD, *SAMPLED, *PIPELINE, folder=tmp_path) == [text, "", ""]
 
 
 def test_gathers_are_counted(tmp_path):
@@ -53,11 +55,18 @@ def test_gathers_are_counted(tmp_path):
     assert found["step_seconds"] > 0
 
 
-def test_ranks_with_unlike_options_say_so(tmp_path):
-    commands = [[*SHARD, "--max-tokens", number] for number in ("4", "5")]
+@pytest.mark.parametrize(
+    ("option", "first", "second", "shown"),
+    [
+        ("--max-tokens", "4", "5", "rank 0 has 4, rank 1 5."),
+        ("--shard", "tensor", "pipeline", "rank 0 has 'tensor', rank 1 'pipeline'."),
+    ],
+)
+def test_ranks_with_unlike_options_say_so(tmp_path, option, first, second, shown):
+    commands = [[*SHARD, option, value] for value in (first, second)]
     for code, out, errors in ring.finish(ring.start(commands, tmp_path)):
         assert (code, out) == (2, "")
-        expected = "[shard] --max-tokens must be the same for all: rank 0 has 4, rank 1 5."
+        expected = f"[shard] {option} must be the same for all: {shown}"
         assert f"glm-fused: error: {expected}\n" in errors
 
 
@@ -67,6 +76,7 @@ def test_ranks_with_unlike_options_say_so(tmp_path):
         (SHARD, r"[shard] start several processes with mlx.launch"),
         ([*SHARD, "--ab"], "--ab: not with --shard"),
         ([*SHARD, "--slots", "2"], "--slots: not with --shard"),
+        ([*SHARD, *PIPELINE, "--draft", "2"], "--draft: not with --shard pipeline"),
         ([*SHARD, "--prompt", "-"], "--prompt -: not with --shard"),
     ],
 )

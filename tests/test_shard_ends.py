@@ -107,14 +107,16 @@ def listens(port):
 
 
 @pytest.mark.parametrize(
-    ("how", "says"),
+    ("shard", "how", "says"),
     [
-        (signal.SIGKILL, "[shard] rank 1 is gone."),
-        (signal.SIGSTOP, "[shard] rank 1 has not answered for 5 s."),
+        ("tensor", signal.SIGKILL, "[shard] rank 1 is gone."),
+        ("tensor", signal.SIGSTOP, "[shard] rank 1 has not answered for 5 s."),
+        ("pipeline", signal.SIGKILL, "[shard] rank 1 is gone."),
+        ("pipeline", signal.SIGSTOP, "[shard] rank 1 has not answered for 5 s."),
     ],
 )
-def test_all_end_when_a_rank_does_not_go_on(tmp_path, how, says):
-    with started(3, tmp_path, *LONG) as ranks:
+def test_all_end_when_a_rank_does_not_go_on(tmp_path, shard, how, says):
+    with started(3, tmp_path, *LONG, "--shard", shard) as ranks:
         ranks[0].stdout.read(1)
         ranks[1].send_signal(how)
         for code, errors in ended([ranks[0], ranks[2]], 60):

@@ -11,6 +11,7 @@ from .formats.kv_rows import check_kv_format
 from .generation.drafts.options import check_depth
 from .generation.limits import LOOKUP, MIXED, MTP, OFF
 from .memory import parse_size
+from .models.line import Line
 from .models.ranks import Ranks
 from .streaming.options import DEFAULT_CONTEXT, POLICIES, RANGES, StreamOptions
 from .validation import show
@@ -62,8 +63,8 @@ class EngineOptions:
             the one that pays; or the folder of a small model of the same vocabulary, any that
             mlx-lm loads. None: "mtp+lookup" where the checkpoint has the layer, else "lookup".
         ranks: the processes that share the model, each of which has to make the same calls; they
-            need ``prefill_step_size``, stream no experts and draft from no small model. None: this
-            one alone.
+            need ``prefill_step_size``, stream no experts and draft from no small model, those of a
+            line at all. None: this one alone.
 
     Raises ValueError, naming the option, for a value that it cannot have and for one that would do
     nothing.
@@ -85,7 +86,7 @@ class EngineOptions:
     prompt_cache: int | str | None = None
     draft: int | str = OFF
     draft_from: str | os.PathLike[str] | None = None
-    ranks: Ranks | None = None
+    ranks: Ranks | Line | None = None
 
     def __post_init__(self) -> None:
         check_kv_format(self.kv_format)
@@ -112,6 +113,8 @@ class EngineOptions:
             raise ValueError("[engine] ranks: need prefill_step_size, the same for all.")
         if self.ranks is not None and self._given():
             raise ValueError("[engine] ranks: not with expert streaming.")
+        if isinstance(self.ranks, Line) and self.draft != OFF:
+            raise ValueError("[engine] ranks: those of a line make no drafts.")
         if self.ranks is not None and self.draft_from not in (None, MTP, LOOKUP, MIXED):
             found, expected = show(self.draft_from), f"{MTP!r}, {LOOKUP!r} or {MIXED!r}"
             raise ValueError(f"[engine] draft_from is {found}, expected {expected} for ranks.")

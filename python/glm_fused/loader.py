@@ -24,9 +24,11 @@ from .generation.tokenizer import load_tokenizer
 from .models import kernels
 from .models.config import ModelArgs
 from .models.decoder import Model
+from .models.line import Line
 from .models.packed_blocks import split_blocks
 from .models.packed_floats import to_nvfp4
 from .models.packed_integers import to_affine
+from .models.pipeline import Stage, StagedModel
 from .models.planes import dequantize_unknown
 from .models.ranks import Ranks
 from .models.sanitize import sanitize
@@ -61,7 +63,7 @@ class Opened:
     scales: list[Scales]
     cache_limit: int | None = None
     only_mlx_formats: bool = False
-    ranks: Ranks | None = None
+    ranks: Ranks | Line | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -75,7 +77,7 @@ class Opened:
     def compile(self, on_compile: kernels.OnCompile = kernels.unseen) -> None:
         """Compile the model's kernels on Metal; see `glm_fused.models.kernels`."""
         kernels.compile_kernels(self.model, on_compile)
-        if self.ranks is not None:
+        if isinstance(self.ranks, Ranks):
             self.ranks.forget()  # what was made to be compiled is never evaluated
 
     def restore_limit(self) -> None:
@@ -162,7 +164,7 @@ def open_model(
     prefill_step_size: int | None = None,
     only_mlx_formats: bool = False,
     mtp: bool = False,
-    ranks: Ranks | None = None,
+    ranks: Ranks | Line | None = None,
 ) -> Opened:
     """Check a checkpoint and make its model; no data is read. Errors are those of `load_model`.
 
@@ -182,13 +184,15 @@ def open_model(
         source = find_source(checkpoint, args, stream.sidecar)
         plan = plan_streaming(inventory, args, source, stream, kv_format, prefill_step_size)
     check_stored_shapes(checkpoint, inventory.written_by(compressed_tensors.METHOD))
-    sharding = None if ranks is None else Sharding.of(args, formats, ranks, inventory.block_rows)
-    weights = read_lazily(checkpoint, args, None if sharding is None else sharding.parts())
+    share = None if ranks is None else _share(args, inventory, ranks)
+    weights = read_lazily(checkpoint, args, None if share is None else share.parts())
+    if share is not None:
+        weights = {name: array for name, array in weights.items() if share.has(name)}
     in_folder = checkpoint.metadata is None
     defaults = checkpoint_options(checkpoint.path) if in_folder else Options()
     cache_limit = None
     if stream is None:
-        model = Model(args)
+        model = StagedModel(args) if isinstance(ranks, Line) else Model(args)
     else:
         model = StreamedModel(args)
         allow_open_files(len(checkpoint.files) + len(source.files))
@@ -200,16 +204,23 @@ def open_model(
     model.prefill_step_size = prefill_step_size
     set_defaults(model, defaults)
     scales = hidden_scales(weights, args, formats, only_mlx_formats)
-    if sharding is not None:
-        args = sharding.local_args(args)
-        sharding.keep(model)
+    if share is not None:
+        args = share.local_args(args)
+        share.keep(model)
     weights = _as_parameters(weights, inventory, args, only_mlx_formats)
     _pack_modules(model, weights, formats)
     model.eval()
     model.load_weights(list(weights.items()), strict=True)
-    if sharding is not None:
-        sharding.join(model)
+    if share is not None:
+        share.join(model)
     return Opened(model, checkpoint, scales, cache_limit, only_mlx_formats, ranks)
+
+
+def _share(args: ModelArgs, inventory: Inventory, ranks: Ranks | Line) -> Sharding | Stage:
+    """What this one of the ranks has of the model."""
+    if isinstance(ranks, Ranks):
+        return Sharding.of(args, inventory.formats, ranks, inventory.block_rows)
+    return Stage.of(args, inventory.loaded_bytes, ranks)
 
 
 def _as_parameters(

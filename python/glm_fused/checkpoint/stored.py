@@ -78,6 +78,15 @@ class Inventory:
         return found
 
     @property
+    def loaded_bytes(self) -> dict[str, int]:
+        """The bytes that weights have in memory, by module; of some that share a tensor by one."""
+        found: dict[str, int] = {}
+        for stored in self.stored:
+            path = stored.source.module.path
+            found[path] = found.get(path, 0) + stored.loaded
+        return found
+
+    @property
     def block_rows(self) -> int:
         """How many rows of a weight may share scales on disk that no loaded weight has."""
         return FP8_BLOCK if any(s.format == FP8_AS_BF16 for s in self.stored) else 1

@@ -21,6 +21,7 @@ from .sharding import add_shard, measured_gathers, shared
 if TYPE_CHECKING:
     from ..engine import Engine
     from ..generation.options import Options
+    from ..models.line import Line
     from ..models.ranks import Ranks
 
 HELP = "continue a prompt"
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         return _run(options, prompt, ranks)
 
 
-def _run(options: argparse.Namespace, prompt: str, ranks: Ranks | None) -> int:
+def _run(options: argparse.Namespace, prompt: str, ranks: Ranks | Line | None) -> int:
     context = DEFAULT_CONTEXT + (options.max_tokens or DEFAULT_TOKENS)
     loading = engine_options(options, context, ranks)
     with open_engine(options.model, options.threads, loading) as engine:

@@ -14,6 +14,7 @@ from .progress import steps
 if TYPE_CHECKING:
     from ..engine import Engine
     from ..engine_options import EngineOptions
+    from ..models.line import Line
     from ..models.ranks import Ranks
 
 STREAMING = (
@@ -23,7 +24,7 @@ STREAMING = (
 
 
 def engine_options(
-    options: argparse.Namespace, context: int, ranks: Ranks | None = None
+    options: argparse.Namespace, context: int, ranks: Ranks | Line | None = None
 ) -> EngineOptions:
     """The engine's options, from what `add_kv_format`, `add_prefill_step` and `add_streaming` add.
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from . import arguments
 from .arguments import MODEL, UsageError, parsed_size
 from .loading import engine_options, open_engine
-from .sharding import add_shard, met
+from .sharding import add_shard, met, standing
 
 if TYPE_CHECKING:
     from ..engine import Engine
     from ..engine_options import EngineOptions
+    from ..models.line import Line
     from ..models.ranks import Ranks
     from ..parallel.watch import Watch
     from ..serve.service import Service
@@ -111,17 +112,15 @@ def run(options: argparse.Namespace) -> int:
     if options.shard is None:
         _lead(options, None, None)
         return 0
-    from ..models.ranks import Ranks
-
-    with met(options, {}) as (group, watch):
-        if group.rank() == 0:
-            _lead(options, Ranks(group), watch)
+    with met(options, {}) as (group, watch), standing(options, group) as ranks:
+        if ranks.rank == 0:
+            _lead(options, ranks, watch)
         else:
-            _follow(options, Ranks(group), watch)
+            _follow(options, ranks, watch)
     return 0
 
 
-def _lead(options: argparse.Namespace, ranks: Ranks | None, watch: Watch | None) -> None:
+def _lead(options: argparse.Namespace, ranks: Ranks | Line | None, watch: Watch | None) -> None:
     """Serve, in the one process that clients know."""
     settings = _settings(options)
     _check_libraries()
@@ -138,7 +137,7 @@ def _lead(options: argparse.Namespace, ranks: Ranks | None, watch: Watch | None)
         _serve(engine, settings, sock, watch)
 
 
-def _follow(options: argparse.Namespace, ranks: Ranks, watch: Watch) -> None:
+def _follow(options: argparse.Namespace, ranks: Ranks | Line, watch: Watch) -> None:
     """Do what rank 0 does with the model, until it ends; signals are rank 0's to answer."""
     from ..generation.batching.leading import follow
 
@@ -151,7 +150,7 @@ def _follow(options: argparse.Namespace, ranks: Ranks, watch: Watch) -> None:
         follow(engine.model, engine.tokenizer, engine.drafts, store, watch.hear)
 
 
-def _loading(options: argparse.Namespace, ranks: Ranks | None) -> EngineOptions:
+def _loading(options: argparse.Namespace, ranks: Ranks | Line | None) -> EngineOptions:
     size = options.prompt_cache
     memory = None if size == "0" else parsed_size("--prompt-cache", size)
     return replace(engine_options(options, CONTEXT, ranks), prompt_cache=memory)

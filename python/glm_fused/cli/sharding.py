@@ -10,19 +10,21 @@ from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from ..generation.limits import OFF
 from .arguments import UsageError, flags
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
     from ..engine import Engine
+    from ..models.line import Line
     from ..models.ranks import Ranks
     from ..parallel.watch import Watch
 
-TENSOR = "tensor"
+TENSOR, PIPELINE = "tensor", "pipeline"
 PREFILL_STEP = 512  # where no option says: what fits in memory may differ between machines
 _OWN = (  # may differ between ranks; of the prompt the text is compared
-    "model", "threads", "parser", "root", "run", "shard", "prompt", "host", "port", "api_key",
+    "model", "threads", "parser", "root", "run", "prompt", "host", "port", "api_key",
     "api_key_file", "no_api_key", "allowed_host", "cors_origin",
 )  # fmt: skip
 _ALONE = (
@@ -34,13 +36,13 @@ def add_shard(parser: argparse.ArgumentParser) -> None:
     """Add --shard."""
     help = (
         "share the model with the other processes that mlx.launch started: each has rows of its"
-        "\nmatrices, and the text is that of one process"
+        "\nmatrices (tensor) or some of its layers (pipeline), and the text is that of one process"
     )
-    parser.add_argument("--shard", choices=(TENSOR,), help=help)
+    parser.add_argument("--shard", choices=(TENSOR, PIPELINE), help=help)
 
 
 @contextlib.contextmanager
-def shared(options: argparse.Namespace, prompt: str) -> Iterator[Ranks | None]:
+def shared(options: argparse.Namespace, prompt: str) -> Iterator[Ranks | Line | None]:
     """The ranks that share the model, which have agreed on everything; None without --shard.
 
     Other ranks than 0 write nothing to stdout. If one of them fails, dies or hangs within the
@@ -49,7 +51,6 @@ def shared(options: argparse.Namespace, prompt: str) -> Iterator[Ranks | None]:
     if options.shard is None:
         yield None
         return
-    from ..models.ranks import Ranks
     from ..parallel.agreement import tell
     from ..parallel.interrupts import on_interrupt
 
@@ -58,7 +59,21 @@ def shared(options: argparse.Namespace, prompt: str) -> Iterator[Ranks | None]:
             options.seed = int(tell(group, str(secrets.randbits(64)))[0])
         options.measures_gathers = options.json or options.verbose
         options.verbose = options.verbose and group.rank() == 0
+        with standing(options, group) as ranks:
+            yield ranks
+
+
+@contextlib.contextmanager
+def standing(options: argparse.Namespace, group: mx.distributed.Group) -> Iterator[Ranks | Line]:
+    """The ranks of a group as ``--shard`` has them stand: side by side, or in a line."""
+    from ..models.line import Line
+    from ..models.ranks import Ranks
+
+    if options.shard == TENSOR:
         yield Ranks(group)
+        return
+    yield (line := Line(group))
+    line.finish()
 
 
 def measured_gathers(options: argparse.Namespace, engine: Engine) -> dict[str, Any] | None:
@@ -85,6 +100,8 @@ def met(
     given = {name: getattr(options, name, None) for name in _ALONE}
     if alone := [name for name, value in given.items() if value not in (None, False)]:
         raise UsageError(f"{flags(alone)}: not with --shard.")
+    if options.shard == PIPELINE and options.draft not in (None, OFF):
+        raise UsageError("--draft: not with --shard pipeline.")
     from ..parallel.agreement import agree, join_group
     from ..parallel.watch import Watch
 

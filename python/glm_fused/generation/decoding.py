@@ -20,6 +20,7 @@ from .drafts.options import DraftOptions
 from .drafts.statistics import Statistics
 from .lockstep import Alone, steps_of
 from .options import Options
+from .tidying import tidy
 
 OnPrompt = Callable[[int, int], None]
 _TIDY = 256  # tokens after which MLX lets go of memory that it keeps
@@ -134,7 +135,7 @@ class Decoding:
                     given += 1
                     yield step
                     if given % _TIDY == 0:
-                        mx.clear_cache()
+                        tidy(self._model)
         finally:
             self._trim(self._cache[0].size() - size - given)
 
@@ -153,7 +154,7 @@ class Decoding:
                 mx.eval([layer.state for layer in self._cache], primed)
             done += len(chunk)
             on_prompt(done, total)
-            mx.clear_cache()
+            tidy(self._model)
 
     def _some(self) -> list[Step]:
         """One plain step, or one with drafts."""

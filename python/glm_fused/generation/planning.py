@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..formats.kv_rows import FLOATS
 from ..memory import machine_bytes
 from ..models.decoder import Model
+from ..models.pipeline import StagedModel
 from ..models.prompt_memory import PromptPlan, cache_bytes, chunk_bytes, fitting_step
 from ..streaming.model import streaming_of
 
@@ -39,6 +40,8 @@ def cache_format(model: Model) -> str:
 
 def _float_bytes(model: Model) -> int:
     """The bytes of a value of the activations, which have the widest type that they meet."""
+    if isinstance(model, StagedModel):
+        return model.rows_dtype.size
     embedding = model.model.embed_tokens
     table = embedding.scales if "scales" in embedding else embedding.weight
     norm = model.layers[0].input_layernorm.weight

@@ -41,13 +41,19 @@ def trim(cache: Sequence[CacheList] | CacheList, n: int) -> None:
             entry.trim(n)
 
 
-def bytes_per_token(args: ModelArgs, kv_format: str = "bf16") -> int:
-    """The bytes that a token adds: latents and RoPE keys, and on full layers indexer keys."""
+def bytes_per_token(
+    args: ModelArgs, kv_format: str = "bf16", layers: Sequence[LayerSpec] | None = None
+) -> int:
+    """The bytes that a token adds: latents and RoPE keys, and on full layers indexer keys.
+
+    They are those of ``layers``, or of all that the model has.
+    """
     entries = {
         LATENT: row_bytes(kv_format, args.kv_lora_rank, args.qk_rope_head_dim),
         INDEX_KEY: row_bytes(kv_format, args.index_head_dim, 0),
     }
-    return sum(entries[name] for spec in args.model_layers for name in spec.cache)
+    layers = args.model_layers if layers is None else layers
+    return sum(entries[name] for spec in layers for name in spec.cache)
 
 
 def append(

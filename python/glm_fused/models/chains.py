@@ -69,9 +69,9 @@ class Decoding:
         angles: Angles,
         cache: Sequence[Any],
     ) -> list[mx.array]:
-        """The logits of embedded tokens, and the hidden states behind them."""
-        hidden = model.model.run(x, span, angles, cache)
-        return [model.head(hidden), hidden]
+        """The logits of embedded tokens, and the hidden states behind them, or what is here."""
+        outputs: list[mx.array] = model.outputs(model.model.run(x, span, angles, cache))
+        return outputs
 
 
 class Drafting:

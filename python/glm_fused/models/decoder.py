@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,12 +14,12 @@ from .. import ops
 from ..formats.kv_rows import check_kv_format
 from ..formats.weights import Format
 from ..ops import routes
-from ..ops.stock import visible_columns
 from .cache import Span, empty_cache, make_cache
 from .cache_check import check_cache
 from .chains import Decoding, Drafting
 from .config import ModelArgs
 from .decode_step import DecodeSteps
+from .indexer import every_key
 from .layer import DecoderLayer
 from .layer_spec import DECODER
 from .layers import Embedding, Linear, QuantizedEmbedding, RMSNorm, is_plain
@@ -40,7 +40,7 @@ class Decoder(nn.Module):
             DecoderLayer(args, layer) if layer.role == DECODER else MtpLayer(args, layer)
             for layer in args.model_layers
         ]
-        self._depth = len(args.layers)
+        self.here = slice(0, len(args.layers))
         self.norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self._rope = Rope(args.rope, args.qk_rope_head_dim)
         self._vocabulary, self._context = args.vocab_size, args.max_position_embeddings
@@ -55,15 +55,18 @@ class Decoder(nn.Module):
 
     @property
     def decoder_layers(self) -> list[DecoderLayer]:
-        """The layers that a token goes through."""
-        return self.layers[: self._depth]
+        """The layers that a token goes through here: all, but for a rank of a line."""
+        return self.layers[self.here]
+
+    @property
+    def own_layers(self) -> list[DecoderLayer]:
+        """All layers that are here, with that of MTP."""
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]
 
     @property
     def mtp(self) -> MtpLayer:
         """The layer that predicts one token more, of a model that has it."""
-        layer = self.layers[self._depth]
-        assert isinstance(layer, MtpLayer)
-        return layer
+        return cast(MtpLayer, self.layers[-1])
 
     def angles(self, span: Span) -> Angles:
         """The angles of a span, whose length is checked."""
@@ -103,15 +106,8 @@ class Decoder(nn.Module):
             selection = None if full else selection
             x, selection = layer(x, span, angles, layer_cache, selection)
             if trace is not None and full:
-                trace.append(_every_key(x.shape, span) if selection is None else selection)
-        hidden: mx.array = self.norm(x)
-        return hidden
-
-
-def _every_key(shape: tuple[int, ...], span: Span) -> mx.array:
-    columns = mx.arange(span.total, dtype=mx.int32)[None, None]
-    visible = visible_columns(columns, span.length, span.total, 0, span.length, span.start)
-    return mx.broadcast_to(mx.where(visible, columns, -1), (*shape[:2], span.total))
+                trace.append(every_key(x.shape, span) if selection is None else selection)
+        return self.norm(x)
 
 
 class Model(nn.Module):
@@ -119,8 +115,7 @@ class Model(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.args = args
-        self.model_type = args.model_type
+        self.args, self.model_type = args, args.model_type
         self.model = Decoder(args)
         if not args.tie_word_embeddings:
             self.lm_head = Linear(args.hidden_size, args.vocab_size)
@@ -163,8 +158,16 @@ class Model(nn.Module):
             if cache is not None:
                 check_cache(cache, self.args, tokens.shape[0], self.args.layers)
             found = self.forward(tokens, cache, trace)
+        return self.completed(found)
+
+    def completed(self, found: list[mx.array]) -> tuple[mx.array, mx.array]:
+        """Logits and hidden states of what `forward` gave; ranks of a line have to ask others."""
         logits, hidden = found
         return logits, hidden
+
+    def outputs(self, hidden: mx.array) -> list[mx.array]:
+        """What `forward` gives of normed hidden states [b, l, hidden]."""
+        return [self.head(hidden), hidden]
 
     def draft(
         self,
@@ -211,8 +214,7 @@ class Model(nn.Module):
         """What `states` does once its arguments are checked; a subclass may wrap it."""
         if trace is None and (found := self._steps.run(self, tokens, cache)) is not None:
             return found
-        hidden = self.model(tokens, cache, trace)
-        return [self.head(hidden), hidden]
+        return self.outputs(self.model(tokens, cache, trace))
 
     def forward_draft(
         self, tokens: mx.array, given: Sequence[mx.array], cache: CacheList
@@ -220,9 +222,8 @@ class Model(nn.Module):
         """What `Drafting.run` gives for checked arguments; a subclass may wrap it."""
         if (found := self._drafts.run(self, tokens, [cache], given)) is not None:
             return found
-        decoder, span = self.model, Span.of([cache], tokens.shape[1])
-        angles = decoder.angles(span)
-        return Drafting().run(self, decoder.embed(tokens), given, span, angles, [cache])
+        x, span = self.model.embed(tokens), Span.of([cache], tokens.shape[1])
+        return Drafting().run(self, x, given, span, self.model.angles(span), [cache])
 
     def head(self, x: mx.array) -> mx.array:
         """The logits [b, l, vocab] of normed hidden states [b, l, hidden]."""
@@ -230,8 +231,7 @@ class Model(nn.Module):
             return self.lm_head(x)
         embedding = self.model.embed_tokens
         if "weight" not in embedding:  # it has a trained adapter
-            adapted: mx.array = embedding.as_linear(x)
-            return adapted
+            return embedding.as_linear(x)  # type: ignore[no-any-return]
         return ops.quantized_matvec(x, embedding.as_weight())
 
     def has_plain_head(self) -> bool:
@@ -278,7 +278,7 @@ class Model(nn.Module):
     @kv_format.setter
     def kv_format(self, name: str) -> None:
         check_kv_format(name)
-        for layer in self.model.layers:
+        for layer in self.model.own_layers:
             layer.self_attn.kv_format = name
             if "indexer" in layer.self_attn:
                 layer.self_attn.indexer.kv_format = name

@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import ops
+from ..ops.stock import visible_columns
 from .cache import Span, append
 from .config import ModelArgs
 from .layers import LayerNorm, Linear, is_plain
@@ -80,3 +81,10 @@ class Indexer(nn.Module):
             weight_scale=self.heads**-0.5,
             start=span.start,
         )
+
+
+def every_key(shape: tuple[int, ...], span: Span) -> mx.array:
+    """The selection, int32 [b, l, t], of all keys that are visible to queries [b, l, …]."""
+    columns = mx.arange(span.total, dtype=mx.int32)[None, None]
+    visible = visible_columns(columns, span.length, span.total, 0, span.length, span.start)
+    return mx.broadcast_to(mx.where(visible, columns, -1), (*shape[:2], span.total))

@@ -67,7 +67,7 @@ def _step(model: Model, cached: int, tokens: int) -> list[mx.array]:
     angles = Angles(*[mx.zeros((1, 1, tokens, args.qk_rope_head_dim // 2))] * 2)
     cache = _cache(model, cached, x.dtype)
     span, selection, outputs = Span(cached, tokens), None, []
-    for layer, entry in zip(decoder.layers, cache, strict=True):
+    for layer, entry in zip(decoder.own_layers, cache, strict=True):
         if isinstance(layer, MtpLayer):
             outputs.append(model.head(hidden := decoder.norm(x)))
             x = layer.join(x, hidden)

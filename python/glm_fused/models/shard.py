@@ -89,6 +89,10 @@ class Sharding:
         """What the rank has, along the shard axis, of each module that is split."""
         return {path: cut.part(self.ranks.rank) for path, cut in self.cuts.items()}
 
+    def has(self, name: str) -> bool:
+        """Whether the rank needs a tensor of the model: it has some of each, or all."""
+        return True
+
     def local_args(self, args: ModelArgs) -> ModelArgs:
         """Args whose heads and experts are as many and as wide as the rank's."""
         local = copy.copy(args)

@@ -13,6 +13,7 @@ from mlx_lm.models.cache import CacheList
 from ...host import settle
 from ...models.cache import trim
 from ...models.decoder import Model
+from ...models.pipeline import turns_of
 from ...models.row_caches import first_columns, joined, kept
 from ...ops.blocks import MAX_TOKENS
 from ...streaming.experts import check_reads
@@ -23,6 +24,7 @@ from ..drafts.options import DraftOptions
 from ..drafts.rows import RowDrafts
 from ..drafts.statistics import Statistics
 from ..lockstep import Alone, steps_of
+from ..tidying import tidy
 from .filling import Filling
 from .rows import Row
 
@@ -129,6 +131,10 @@ class Batch:
         with mx.stream(generation_stream):
             return tokens, [first_columns(layer, at, len(tokens)) for layer in self._cache]
 
+    def begin(self) -> None:
+        """Have a first step on its way, without drafts, that takes the known tokens."""
+        self._ahead = self._launch_known()
+
     def step(self, ahead: bool = True) -> list[Row]:
         """One step of all texts; returns those that are over, which have to leave.
 
@@ -153,7 +159,7 @@ class Batch:
             depth.count_plain(self._lockstep.follow(begun, seconds if steady else None))
         self._steps += 1
         if self._steps % _TIDY == 0:
-            mx.clear_cache()
+            tidy(self._model)
         return [row for row in self.rows if row.over]
 
     def describe_drafts(self) -> dict[str, Any] | None:
@@ -189,10 +195,7 @@ class Batch:
 
     def _plain(self, more: bool) -> tuple[int, list[mx.array]]:
         """A step without drafts, as `_round`; with ``more`` the one after it is on its way then."""
-        now = self._ahead
-        if now is None:
-            now = self._launch(mx.array([row.ahead for row in self.rows], mx.uint32), known=True)
-        self._ahead = None
+        now, self._ahead = self._ahead or self._launch_known(), None
         room = self._model.context > self._cache[0].size()
         if more and room and any(row.left > 1 for row in self.rows):
             self._ahead = self._launch(now.tokens, known=False)
@@ -204,13 +207,17 @@ class Batch:
         self._extend_drafts(new, new, now.hidden)
         return 1, now.begun
 
+    def _launch_known(self) -> _Ahead:
+        return self._launch(mx.array([row.ahead for row in self.rows], mx.uint32), known=True)
+
     def _launch(self, tokens: mx.array, known: bool) -> _Ahead:
         """A plain step that takes a token [b, 1] of each text, the next after those ``known``."""
         with mx.stream(generation_stream):
             begun = self._lockstep.begin("takes a plain step")
             logits, hidden = self._forward(tokens)
             chosen = self._chosen(logits, None if known else tokens)
-            mx.async_eval(chosen, logits, [] if hidden is None else hidden, begun)
+            if turns_of(self._model) == 1:  # else the next batch's step is to begin before
+                mx.async_eval(chosen, logits, [] if hidden is None else hidden, begun)
         return _Ahead(chosen, logits, hidden, begun)
 
     def _chosen(self, logits: mx.array, ahead: mx.array | None) -> mx.array:

@@ -12,6 +12,7 @@ from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...models.decoder import Model
+from ...models.pipeline import turns_of
 from ..decoding import settled
 from ..drafts.options import DraftOptions
 from ..ending import Text
@@ -74,20 +75,29 @@ def generate_batch(
         ending = Text(tokenizer, options.stop, max_tokens)
         request = GenerationRequest(prompt, options)
         rows.append(Row(request, model.args.vocab_size, ending, text.take))
-    batch, size = Batch(model, drafts), plan_prompt(model, longest + max_tokens).prefill_step_size
+    size = plan_prompt(model, longest + max_tokens).prefill_step_size
+    turns = 1 if drafts else min(turns_of(model), len(rows))
+    batches = [Batch(model, drafts) for _ in range(turns)]
     streams = cast(list[mx.Stream], [generation_stream])
     with settled(), wired_limit(model, streams):
         began = time.perf_counter()
-        filling = Filling(model, [Prompt(row, model.make_cache(), 0) for row in rows], drafts)
-        while filling.left:
-            filling.take(size)
-        batch.join(filling)
+        for i, batch in enumerate(batches):
+            together = [Prompt(row, model.make_cache(), 0) for row in rows[i::turns]]
+            filling = Filling(model, together, drafts)
+            while filling.left:
+                filling.take(size)
+            batch.join(filling)
+        if turns > 1:  # a batch's first step is not to wait for what follows another's
+            for batch in batches:
+                batch.begin()
         prompted = time.perf_counter()
-        while batch.rows:
-            batch.leave(batch.step())
+        while left := [batch for batch in batches if batch.rows]:
+            for batch in left:
+                batch.leave(batch.step())
     ended = time.perf_counter()
     answers = [text.answer(row) for text, row in zip(texts, rows, strict=True)]
-    return BatchCompletion(answers, prompted - began, ended - prompted, batch.describe_drafts())
+    found = batches[0].describe_drafts()
+    return BatchCompletion(answers, prompted - began, ended - prompted, found)
 
 
 class _Collected:

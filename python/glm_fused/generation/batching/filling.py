@@ -15,6 +15,7 @@ from ...models.row_caches import first_columns, side_by_side
 from ...streaming.experts import check_reads
 from ..drafts.options import DraftOptions
 from ..drafts.rows import RowDrafts
+from ..tidying import tidy
 from .requests import ScoredToken
 from .rows import Row
 from .scores import scores
@@ -89,7 +90,7 @@ class Filling:
             scored = [row.scores_prompt for row in self.rows]
             mx.eval([layer.state for layer in self.cache], primed, hidden if any(scored) else [])
         check_reads(self.cache)
-        mx.clear_cache()
+        tidy(self._model)
         self.left -= columns
         for i, row in enumerate(self.rows):
             found = self._scores(i, first, hidden[i]) if row.scores_prompt else []

@@ -17,6 +17,7 @@ from ...streaming.model import streaming_of
 from ..drafts.options import DraftOptions
 from ..ending import Text
 from ..planning import plan_prompt
+from ..tidying import tidy
 from .batch import Batch
 from .capacity import Capacity
 from .filling import Filling
@@ -76,7 +77,7 @@ class Turns:
 
     def rest(self) -> None:
         """There is nothing to do for now: MLX lets go of memory that it keeps."""
-        mx.clear_cache()
+        tidy(self._model)
 
     def next_of(self, queue: deque[Job]) -> Job | None:
         """The first request of a queue, taken from it; None while there is no room for it."""

@@ -27,6 +27,8 @@ import numpy as np
 from mlx_lm.models.cache import CacheList
 
 from ...models.decoder import Model
+from ...models.pipeline import StagedModel
+from ..planning import cache_format
 from .blocks import Block, Match, add_child, as_tokens, child, find, prefixes
 from .files import Files
 from .resident import Resident
@@ -70,7 +72,7 @@ class PromptStore:
 
         Args:
             model: whose caches these are.
-            limit_bytes: what rows may take in memory.
+            limit_bytes: what rows may take in memory, those of all layers where ranks share them.
             folder: where blocks are kept in files, too; None: nowhere.
             model_id: what identifies config and weights, which files need;
                 `glm_fused.checkpoint.identity.checkpoint_id` gives it.
@@ -89,6 +91,9 @@ class PromptStore:
         identity = Identity(model_id or "", model.kv_format, block_tokens)
         self._tree = identity.root()
         self._lock, self._counts = threading.RLock(), _Counts()
+        if isinstance(model, StagedModel):
+            token_bytes = np.dtype(np.uint32).itemsize
+            limit_bytes = model.own_limit(limit_bytes, cache_format(model), token_bytes)
         self._resident = Resident(limit_bytes)
         self._files: Files | None = None
         if folder is not None:
