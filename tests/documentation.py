@@ -7,11 +7,15 @@ import io
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
+
+import ring
 
 from glm_fused.cli import main
 
@@ -22,7 +26,8 @@ URL = "http://127.0.0.1:8080"  # where the pages' server is
 
 # What stands in the pages for something of the reader's, and what a test has in its place.
 # Other names in capitals (SIDECAR, DIR, MXFP4, CACHES) are folders that the commands make.
-IN_PLACE = {"PATH": "demo", "ORG/NAME": "demo", "FLOATS": "floats"}
+HOSTS = "127.0.0.1,127.0.0.1"
+IN_PLACE = {"PATH": "demo", "ORG/NAME": "demo", "FLOATS": "floats", "ADDRESS1,ADDRESS2": HOSTS}
 # Options that come after a command's own, so that a test need not wait for it.
 SHORTER = {
     "demo": ["--max-tokens", "4", "--prompt", "def f():"],
@@ -84,6 +89,8 @@ def run(line: str, url: str) -> Ran:
     program = words[0]
     if program == "glm-fused":
         return glm_fused([IN_PLACE.get(word, word) for word in words[1:]], variables, stdin)
+    if program == "mlx.launch":
+        return launched([IN_PLACE.get(word, word) for word in words])
     if program == "python" and words[1] == "-m":
         return process([sys.executable, *words[1:]], variables, cwd=REPOSITORY)
     if program in ("curl", "python", "printf") and not piped:
@@ -107,6 +114,35 @@ def glm_fused(words: list[str], variables: dict[str, str], stdin: str) -> Ran:
         except SystemExit as exit:
             code = exit.code
     return Ran(code, out.getvalue(), err.getvalue())
+
+
+def launched(words: list[str]) -> Ran:
+    """Run the command line's own command as ranks; a server is asked how it is, and ended."""
+    at = words.index("glm-fused")
+    ours = [sys.executable, "-m", "glm_fused", *words[at + 1 :], *SHORTER.get(words[at + 1], [])]
+    first, *options = words[:at]
+    options += ["--starting-port", str(ring.free_ports(1)[0]), "--"]
+    with subprocess.Popen(
+        [Path(sys.executable).with_name(first), *options, *ours],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as launcher:
+        try:
+            out = launcher.stdout.readline()
+            if "serve" in ours:
+                url = re.search(r"http://[^/ ]+", out)[0]
+                assert urllib.request.urlopen(f"{url}/health", timeout=30).status == 200
+                os.killpg(launcher.pid, signal.SIGINT)
+            launcher.wait(120)
+            rest = launcher.stdout.read()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+        code = 0 if "serve" in ours else launcher.returncode
+        return Ran(code, out + rest, launcher.stderr.read())
 
 
 def shell(line: str) -> Ran:
