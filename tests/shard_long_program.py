@@ -1,8 +1,8 @@
-"""A rank of a model: long texts, or steps on the simulated GPU, saved in ``FOLDER/RANK.npz``.
+"""A rank of a model: some texts, or steps on the simulated GPU, saved in ``FOLDER/RANK.npz``.
 
-``python shard_long_program.py FOLDER rows|columns long|metal MODEL [FORMAT...]``; with ``columns``
-one matrix is split along the columns of its rows, as in shard_program.py. The indexer's scores are
-shared out wherever they can be.
+``python shard_long_program.py FOLDER rows|columns short|long|metal MODEL [FORMAT...]``; with
+``columns`` one matrix is split along the columns of its rows, as in shard_program.py. The indexer's
+scores are shared out wherever they can be.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from metal_backend import GPU, metal
 from mlx_lm.models.cache import BatchKVCache, CacheList
-from shard_program import bits, split_by_columns
+from shard_program import bits, split_by_columns, steps_of
 
 from glm_fused.loader import open_model
 from glm_fused.models import sharded_indexer
@@ -68,7 +68,9 @@ def simulated_of(model):
 
 
 def what_of(model, what, kv_formats):
-    return texts_of(model, kv_formats) if what == "long" else simulated_of(model)
+    if what == "long":
+        return texts_of(model, kv_formats)
+    return simulated_of(model) if what == "metal" else steps_of(model)
 
 
 def main(folder, split, what, path, *kv_formats):

@@ -10,7 +10,7 @@ import pytest
 import ring
 from conftest import tiny_config, write_checkpoint
 from shard_long_program import DECODED, SIMULATED, what_of
-from shard_program import bits, steps_of
+from shard_program import bits
 from test_shards import differing
 
 from glm_fused import load_model
@@ -71,9 +71,6 @@ def test_true_shapes(tmp_path, monkeypatch, size):
     path = tmp_path / "slice"
     path.mkdir()
     glm52_slice.write(SLICE, "affine4", path)
-    model, _ = load_model(path)
-    expected = bits(steps_of(model))
-    del model
-    ring.run(size, ring.TESTS / "shard_program.py", tmp_path, "rows", path, folder=tmp_path)
-    for rank in range(size):
-        assert differing(dict(np.load(tmp_path / f"slice.{rank}.npz")), expected) == []
+    expected = alone(path, "short")
+    for found in of_ranks(size, tmp_path, "rows", "short", path):
+        assert differing(found, expected) == []
