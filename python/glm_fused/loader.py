@@ -218,9 +218,9 @@ def open_model(
 
 def _share(args: ModelArgs, inventory: Inventory, ranks: Ranks | Line) -> Sharding | Stage:
     """What this one of the ranks has of the model."""
-    if isinstance(ranks, Ranks):
-        return Sharding.of(args, inventory.formats, ranks, inventory.block_rows)
-    return Stage.of(args, inventory.loaded_bytes, ranks)
+    if isinstance(ranks, Line):
+        return Stage.of(args, inventory.loaded_bytes, ranks)
+    return Sharding.of(args, inventory.formats, ranks, inventory.block_rows)
 
 
 def _as_parameters(
