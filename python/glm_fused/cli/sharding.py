@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import secrets
+import sys
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from ..models.ranks import Ranks
     from ..parallel.watch import Watch
 
-TENSOR, PIPELINE = "tensor", "pipeline"
+TENSOR, PIPELINE, AUTO = "tensor", "pipeline", "auto"
 PREFILL_STEP = 512  # where no option says: what fits in memory may differ between machines
 _OWN = (  # may differ between ranks; of the prompt the text is compared
     "model", "threads", "parser", "root", "run", "prompt", "host", "port", "api_key",
@@ -36,9 +38,10 @@ def add_shard(parser: argparse.ArgumentParser) -> None:
     """Add --shard."""
     help = (
         "share the model with the other processes that mlx.launch started: each has rows of its"
-        "\nmatrices (tensor) or some of its layers (pipeline), and the text is that of one process"
+        "\nmatrices (tensor), some of its layers (pipeline), or whichever is quicker over the link"
+        "\nbetween them, which is measured (auto); the text is that of one process"
     )
-    parser.add_argument("--shard", choices=(TENSOR, PIPELINE), help=help)
+    parser.add_argument("--shard", choices=(TENSOR, PIPELINE, AUTO), help=help)
 
 
 @contextlib.contextmanager
@@ -69,11 +72,39 @@ def standing(options: argparse.Namespace, group: mx.distributed.Group) -> Iterat
     from ..models.line import Line
     from ..models.ranks import Ranks
 
+    if options.shard == AUTO:
+        options.shard = _chosen(options, group)
     if options.shard == TENSOR:
         yield Ranks(group)
         return
     yield (line := Line(group))
     line.finish()
+
+
+def _chosen(options: argparse.Namespace, group: mx.distributed.Group) -> str:
+    """How a group best shares the model, of which rank 0 decides; all have to call it."""
+    from ..checkpoint.folder import Checkpoint
+    from ..checkpoint.hub import local_model
+    from ..checkpoint.paths import checkpoint_path
+    from ..measuring.cluster import Link, Machine
+    from ..measuring.fit import memory_rate
+    from ..measuring.links import measure_links
+    from ..measuring.placement import choose
+    from ..memory import machine_bytes
+    from ..parallel.agreement import tell
+    from .plan import CONTEXT
+
+    here = [machine_bytes(), round(memory_rate())]
+    machines = [Machine(*json.loads(text)) for text in tell(group, json.dumps(here))]
+    link = Link(**measure_links(group)["link"])
+    found = ""
+    if group.rank() == 0:
+        checkpoint = Checkpoint.open(checkpoint_path(local_model(options.model)))
+        found, reason = choose(checkpoint, machines, link, CONTEXT, options.kv_format)
+        if options.draft not in (None, OFF):
+            found, reason = TENSOR, "there are no drafts with pipeline"
+        print(f"--shard {found}: {reason}", file=sys.stderr)
+    return tell(group, found)[0]
 
 
 def measured_gathers(options: argparse.Namespace, engine: Engine) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -72,13 +72,32 @@ def _rank(
     kv_format: str,
 ) -> dict[str, Any]:
     cuts = cuts_of(args, inventory.formats, ranks, inventory.block_rows)
+
+    def share(path: str) -> float:
+        cut = cuts.get(path)
+        return 1.0 if cut is None else cut.width / cut.bounds[-1]
+
+    return needs(args, inventory, machine, share, context, kv_format)
+
+
+def needs(
+    args: ModelArgs,
+    inventory: Inventory,
+    machine: Machine,
+    share: Callable[[str], float],
+    context: int,
+    kv_format: str,
+) -> dict[str, Any]:
+    """What a machine needs and reads for a token that has such a ``share`` of each module.
+
+    ``args`` are those of its layers.
+    """
     weights = read = 0.0
     for stored in inventory.stored:
         module = stored.source.module
-        cut = cuts.get(module.path)
-        share = stored.loaded * (1.0 if cut is None else cut.width / cut.bounds[-1])
-        weights += share
-        read += share * activity(args, module)
+        loaded = stored.loaded * share(module.path)
+        weights += loaded
+        read += loaded * activity(args, module)
     cache = cache_bytes(args, context, kv_format)
     float_bytes = FLOATS[inventory.float_format].size
     needed = weights + cache + chunk_bytes(args, STEPS[-1], context, float_bytes, streamed=False)

@@ -8,6 +8,7 @@ rank may be at the rows of one text while those of another are on their way back
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import mlx.core as mx
@@ -15,22 +16,17 @@ import mlx.core as mx
 _DTYPES = (mx.bfloat16, mx.float16, mx.float32)
 
 
-class Line:
-    """This process among those of a group; all have to make the same calls, in the same order.
-
-    One thread at a time makes them.
+@dataclass(eq=False)
+class Place:
+    """A rank's place among all that stand in a line.
 
     Attributes:
-        rank: the number of this process; 0 has the first layers.
+        rank: its number; 0 has the first layers.
         size: how many there are.
     """
 
-    def __init__(self, group: mx.distributed.Group):
-        self.rank: int = group.rank()
-        self.size: int = group.size()
-        self._group = group
-        # What comes back is awaited beside a rank's layers, not before those that are next.
-        self._back = mx.new_thread_unsafe_stream(mx.cpu)
+    rank: int
+    size: int
 
     @property
     def is_first(self) -> bool:
@@ -41,6 +37,19 @@ class Line:
     def is_last(self) -> bool:
         """Whether rows end here."""
         return self.rank == self.size - 1
+
+
+class Line(Place):
+    """This process among those of a group; all have to make the same calls, in the same order.
+
+    One thread at a time makes them.
+    """
+
+    def __init__(self, group: mx.distributed.Group):
+        super().__init__(group.rank(), group.size())
+        self._group = group
+        # What comes back is awaited beside a rank's layers, not before those that are next.
+        self._back = mx.new_thread_unsafe_stream(mx.cpu)
 
     def take(self, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
         """What the rank before hands on; not evaluated yet, as all of these."""

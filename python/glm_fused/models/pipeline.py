@@ -30,7 +30,7 @@ from .cache import Span, bytes_per_token
 from .config import ModelArgs
 from .decoder import Model
 from .layers import Embedding, QuantizedEmbedding
-from .line import Line
+from .line import Line, Place
 from .prompt_memory import MOST_DRAFTS
 from .sharded_layers import as_kind
 from .tensor_names import layer_of
@@ -131,16 +131,16 @@ class Stage:
 
     Attributes:
         args: of the whole model.
-        line: the ranks that share it.
+        line: its place, a `Line` where a model is loaded.
         layers: the rank's, of the decoder's.
     """
 
     args: ModelArgs
-    line: Line
+    line: Place
     layers: slice
 
     @classmethod
-    def of(cls, args: ModelArgs, module_bytes: Mapping[str, int], line: Line) -> Stage:
+    def of(cls, args: ModelArgs, module_bytes: Mapping[str, int], line: Place) -> Stage:
         """The layers of this rank, of which each gets about as many bytes; see `bounds_of`.
 
         ``module_bytes`` are those of modules by their paths.
@@ -167,12 +167,17 @@ class Stage:
             return self.line.is_first or self.args.tie_word_embeddings
         return self.line.is_last or not name.startswith(f"{NORM}.")
 
-    def keep(self, model: Model) -> None:
-        """Leave in a model that has no weights yet what the rank has of it."""
-        args, decoder = copy.copy(model.args), model.model
+    def own_args(self) -> ModelArgs:
+        """The args of a model with the rank's layers alone."""
+        args = copy.copy(self.args)
         args.layers = args.layers[self.layers]
         args.has_mtp = args.has_mtp and self.line.is_first
-        model.args = args
+        return args
+
+    def keep(self, model: Model) -> None:
+        """Leave in a model that has no weights yet what the rank has of it."""
+        decoder = model.model
+        model.args = self.own_args()
         layers: list[nn.Module] = [
             layer if self.has(f"model.layers.{i}.") else Elsewhere()
             for i, layer in enumerate(decoder.layers)
@@ -186,7 +191,7 @@ class Stage:
 
     def join(self, model: Model) -> None:
         """Have the model with the rank's layers take its place in the line."""
-        assert isinstance(model, StagedModel)
+        assert isinstance(model, StagedModel) and isinstance(self.line, Line)
         model.stand_in(self.line, self.args)
 
 

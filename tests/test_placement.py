@@ -1,0 +1,78 @@
+"""Whether ranks share a model by rows or by layers, as links and memory have it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import ring
+from conftest import tiny_config, write_checkpoint
+
+from glm_fused.checkpoint.folder import Checkpoint
+from glm_fused.checkpoint.paths import checkpoint_path
+from glm_fused.generation.planning import SHARE
+from glm_fused.measuring.cluster import Link, Machine, plan
+from glm_fused.measuring.placement import choose, plan_pipeline
+
+FAST, SLOW = Link(1e-9, 100 * 10**9), Link(1e-3, 10**8)
+MACHINES = [Machine(10**9, 10**6), Machine(10**9, 10**6)]  # so slow that reading counts
+GENERATE = ["-m", "glm_fused", "generate", "--model", "demo", "--raw", "--prompt", "def main():"]
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return Checkpoint.open(checkpoint_path("demo"))
+
+
+def test_a_slow_link_wants_layers_and_a_fast_one_rows(demo):
+    quick = [Machine(10**9, 10**9)] * 2
+    assert choose(demo, MACHINES, FAST, 1024, "auto").shard == "tensor"
+    found = choose(demo, quick, SLOW, 1024, "auto")
+    assert found.shard == "pipeline"
+    numbers = r"a link of 1000 µs and 0.10 GB/s: tensor [\d.]+ ms .*; pipeline [\d.]+ ms .* least"
+    assert re.fullmatch(numbers, found.reason)
+
+
+def test_layers_cost_what_all_of_the_model_does(demo):
+    """Ranks read one after the other what one machine reads, and send four messages of three."""
+    one = plan(demo, MACHINES[:1], FAST, 1024, "auto")["ranks"][0]
+    found = plan_pipeline(demo, [MACHINES[0]] * 3, SLOW, 1024, "auto")
+    assert found["messages"] == {"count": 4, "bytes": 4 * 512, "ms": 4 * (1 + 512 / 1e5)}
+    for key, head in (("cache_read", 0), ("weights_read", 2)):
+        total = sum(rank[key] for rank in found["ranks"])
+        heads = head * 2048 * (256 * 6 // 8 + 4 * 4)  # which each rank has: codes, scales, biases
+        assert abs(total - heads - one[key]) <= 3
+
+
+def test_what_does_not_fit_is_not_taken(demo):
+    """Each of several ranks with rows has the whole cache, one with layers that of its layers."""
+    how = FAST, 8192, "auto"
+    by_rows, by_layers = (
+        max(rank["needed"] for rank in planned(demo, MACHINES, *how)["ranks"])
+        for planned in (plan, plan_pipeline)
+    )
+    assert by_layers < by_rows
+    between = [Machine(round((by_rows + by_layers) / 2 / SHARE), 10**6)] * 2
+    assert choose(demo, MACHINES, *how).shard == "tensor"
+    found = choose(demo, between, *how)
+    assert found.shard == "pipeline"
+    assert found.reason.count("does not fit") == 1
+
+
+def test_what_cannot_be_split_is_not_taken(tmp_path):
+    """A single head is for one rank; nine ranks are too many for any way."""
+    write_checkpoint(tmp_path, tiny_config(num_attention_heads=1))
+    found = choose(Checkpoint.open(tmp_path), MACHINES, FAST, 64, "auto")
+    assert found.shard == "pipeline"
+    assert "not enough for 2 ranks" in found.reason
+    with pytest.raises(ValueError, match=r"\[shard\] .* not enough for 9 ranks"):
+        choose(Checkpoint.open(tmp_path), MACHINES[:1] * 9, FAST, 64, "auto")
+
+
+def test_ranks_measure_and_say_what_they_take(tmp_path):
+    command = [*GENERATE, "--max-tokens", "4", "--shard", "auto"]
+    (code, text, said), (other, nothing, silent) = ring.finish(ring.start([command] * 2, tmp_path))
+    assert (code, other, nothing) == (0, 0, "")
+    assert text
+    assert re.search(r"^--shard (tensor|pipeline): a link of \d+ µs and [\d.]+ GB/s: ", said, re.M)
+    assert "--shard" not in silent
