@@ -15,6 +15,8 @@ constexpr int kMaxTokens = 512;
 // A task holds kMaxValues of the choices' outputs, or more where there are so
 // many choices that kMinTile rows of each are more.
 constexpr int kMaxValues = 1 << 16, kMinTile = 128;
+// Fewer values are packed at once, which leaves no tiles.
+constexpr double kFewInputs = 1 << 13, kFewActivations = 1 << 15;
 
 }  // namespace
 
@@ -40,16 +42,17 @@ FusedMoe::FusedMoe(const Moe& moe, bool arrivals, Scratch& scratch, int workers)
       tile_y_(scratch.take_each<float>(workers, most_tile_values())) {}
 
 int FusedMoe::stages() const {
-  return 3 * ((moe_.x.shape(0) + kMaxTokens - 1) / kMaxTokens);
+  return kStages * ((moe_.x.shape(0) + kMaxTokens - 1) / kMaxTokens);
 }
 
 Staged::Stage FusedMoe::begin(int stage) {
-  switch (stage % 3) {
+  switch (stage % kStages) {
     case 0:
-      begin_chunk(stage / 3 * kMaxTokens);
+      return begin_chunk(stage / kStages * kMaxTokens);
+    case 1:
       take_at_hand(all_panels());
       return begin_gate_up();
-    case 1:
+    case 2:
       return begin_pack();
     default:
       return begin_down_sum();
@@ -57,10 +60,12 @@ Staged::Stage FusedMoe::begin(int stage) {
 }
 
 void FusedMoe::tile(int stage, int number, int worker) {
-  switch (stage % 3) {
+  switch (stage % kStages) {
     case 0:
-      return gate_up(number);
+      return pack_input(packers_[number], row_[worker]);
     case 1:
+      return gate_up(number);
+    case 2:
       return pack_activations(at_hand_[number]);
     default:
       return down_sum(number, worker);
@@ -69,7 +74,9 @@ void FusedMoe::tile(int stage, int number, int worker) {
 
 void FusedMoe::run_as_they_come(Arrivals& arrivals) {
   for (int first = 0; first < moe_.x.shape(0); first += kMaxTokens) {
-    begin_chunk(first);
+    run_tiles(begin_chunk(first), [&](int t, int worker) {
+      pack_input(packers_[t], row_[worker]);
+    });
     std::vector<int> pending = distinct_slots();
     take_at_hand(take(arrivals, pending));
     project();
@@ -98,12 +105,12 @@ void FusedMoe::run_tiles(const Stage& stage, TaskRef task) const {
   parallel_for(stage.tiles, task, stage.work, workers_);
 }
 
-void FusedMoe::begin_chunk(int first) {
+Staged::Stage FusedMoe::begin_chunk(int first) {
   first_ = first;
   tokens_ = std::min(kMaxTokens, moe_.x.shape(0) - first);
   const int* slots = moe_.slots.data<int32_t>() + first_ * top_k_;
   panels_.group(slots, tokens_ * top_k_);
-  pack_inputs();
+  return begin_inputs();
 }
 
 // Divides a matrix's rows into tiles; each is done for `groups` groups.
@@ -190,7 +197,7 @@ double FusedMoe::work(Batch batch, int matrices) const {
 
 // Packs x for all panels. Those over the same tokens share it, which are all
 // of them where there is one token.
-void FusedMoe::pack_inputs() {
+Staged::Stage FusedMoe::begin_inputs() {
   float *gate = gate_packed_.data(), *up = up_packed_.data();
   int count = 0;
   size_t vectors = 0;
@@ -207,9 +214,14 @@ void FusedMoe::pack_inputs() {
     gate_inputs_[i] = gate_inputs_[twin];
     up_inputs_[i] = up_inputs_[twin];
   });
-  run_tiles({count, 4.0 * vectors * moe_.gate.k}, [&](int n, int worker) {
-    pack_input(packers_[n], row_[worker]);
-  });
+  const double values = static_cast<double>(vectors) * moe_.gate.k;
+  if (count > 1 && values >= kFewInputs) {
+    return {count, 4 * values};
+  }
+  for (int i = 0; i < count; i++) {
+    pack_input(packers_[i], row_[0]);
+  }
+  return {0, 0};
 }
 
 void FusedMoe::pack_input(int i, float* row) const {
@@ -256,11 +268,9 @@ void FusedMoe::gate_up(int number) const {
   }
 }
 
-// Few activations are packed at once, which leaves no tiles.
 Staged::Stage FusedMoe::begin_pack() const {
-  constexpr double kFew = 1 << 15;
   const double values = work(at_hand_, 1) / moe_.gate.k;
-  if (values >= kFew) {
+  if (values >= kFewActivations) {
     return {static_cast<int>(at_hand_.size()), 4 * values};
   }
   for (int i : at_hand_) {
@@ -345,7 +355,8 @@ void FusedMoe::sum(int number) const {
 Staged::Stage FusedMoe::begin_down_sum() {
   const int n = moe_.down.n, pairs = tokens_ * top_k_;
   const int most = std::max(kMinTile, kMaxValues / pairs);
-  rows_ = std::min(tile_rows(n, moe_.down.k, group_count_, workers_), most);
+  // A tile has rows of all groups, so that two for a thread are enough.
+  rows_ = std::min(tile_rows(n, moe_.down.k * pairs, 2, workers_), most);
   return {(n + rows_ - 1) / rows_, work(at_hand_, 1)};
 }
 

@@ -16,7 +16,7 @@ class FusedMoe : public Staged {
  public:
   FusedMoe(const Moe& moe, bool arrivals, Scratch& scratch, int workers);
 
-  // For each chunk of tokens there are three stages.
+  // For each chunk of tokens there are kStages.
   int stages() const override;
   Stage begin(int stage) override;
   void tile(int stage, int number, int worker) override;
@@ -29,7 +29,8 @@ class FusedMoe : public Staged {
   const int top_k_, workers_;
 
  private:
-  using Batch = std::span<const int>;                    // numbers of panels
+  static constexpr int kStages = 4;    // inputs, gate and up, activations, down
+  using Batch = std::span<const int>;  // numbers of panels
   using Outputs = float[kMaxPanels * 8 * kMaxTileRows];  // of a group
 
   static size_t packed(const Matrix& w) {
@@ -38,7 +39,7 @@ class FusedMoe : public Staged {
 
   size_t most_tile_values() const;
   void run_tiles(const Stage& stage, TaskRef task) const;
-  void begin_chunk(int first);
+  Stage begin_chunk(int first);
   Stage divide(int n, int k, int groups, double work);
   void take_at_hand(Batch batch);
 
@@ -63,7 +64,7 @@ class FusedMoe : public Staged {
   std::vector<int> distinct_slots() const;
   Batch take(Arrivals& arrivals, std::vector<int>& pending) const;
   double work(Batch batch, int matrices) const;
-  void pack_inputs();
+  Stage begin_inputs();
   void pack_input(int i, float* row) const;
   void project();
   Stage begin_gate_up();
