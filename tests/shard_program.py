@@ -2,11 +2,12 @@
 
 ``python shard_program.py FOLDER rows|columns MODEL...``; with ``columns`` one matrix of each model
 is split along the columns of its rows, as it must not be. The indexer's scores are shared out
-wherever they can be.
+wherever they can be. With the environment's MTP "0" models are without their MTP layer.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -81,12 +82,13 @@ def split_by_columns(model, path, ranks, group):
 
 
 def main(folder, split, *paths):
+    mtp = os.environ.get("MTP") != "0"
     mx.set_default_device(mx.cpu)
     sharded_indexer.CPU = sharded_indexer.Price(-(1 << 62), 0)
     group = mx.distributed.init(strict=True, backend="ring")
     for path in map(Path, paths):
         ranks = Ranks(group)
-        opened = open_model(path, "auto", None, mtp=True, ranks=ranks)
+        opened = open_model(path, "auto", None, mtp=mtp, ranks=ranks)
         opened.read()
         model = opened.model
         if split == "columns":

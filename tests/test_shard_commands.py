@@ -9,9 +9,13 @@ import sys
 import pytest
 import ring
 
+from glm_fused import load_model
+from glm_fused.measuring.rank_plan import format_ranks, rank_plan
+
 GENERATE = ["-m", "glm_fused", "generate", "--model", "demo", "--raw", "--prompt", "def main():"]
 SHARD = [*GENERATE, "--shard", "tensor"]
 PIPELINE = ["--shard", "pipeline"]
+SLOTS = "8", "13"  # of 16, of each rank
 SAMPLED = ["--max-tokens", "12", "--temp", "1", "--seed", "5", "--kv-format", "fp8"]
 
 
@@ -37,11 +41,49 @@ def alone(*command):
 
 
 def test_rank_0_writes_the_text_of_one_process(tmp_path):
+    """With drafts and streamed experts, of which ranks have unlike numbers in memory."""
     code, text, _ = alone(*GENERATE, *SAMPLED)
     assert code == 0
     assert len(text) > 12
-    assert ring.run(2, *SHARD, *SAMPLED, "--draft", "2", folder=tmp_path) == [text, ""]
+    drafts = [*SHARD, *SAMPLED, "--draft", "2"]
+    assert ring.run(2, *drafts, folder=tmp_path) == [text, ""]
     assert ring.run(3, *SHARD, *SAMPLED, *PIPELINE, folder=tmp_path) == [text, "", ""]
+    ends = ring.finish(ring.start([[*drafts, "--slots", slots] for slots in SLOTS], tmp_path))
+    assert [(code, out) for code, out, _ in ends] == [(0, text), (0, "")], ends
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_rank_0_says_what_each_rank_holds(tmp_path, streamed):
+    whole = rank_plan(load_model("demo", lazy=True, mtp=True)[0], 256)["weights"]
+    own = [["--slots", slots] for slots in SLOTS] if streamed else [[], []]
+    options = ["--max-tokens", "2", "--json", "--draft", "2"]
+    ends = ring.finish(ring.start([[*SHARD, *options, *each] for each in own], tmp_path))
+    (code, out, said), (other_code, other_out, other_said) = ends
+    assert (code, other_code, other_out) == (0, 0, ""), ends
+    assert "rank " not in other_said
+    found = json.loads(out)["ranks"]
+    assert [line for line in said.splitlines() if line.startswith("rank ")] == format_ranks(
+        found
+    ).splitlines()
+    experts = sum(nbytes for kind, nbytes in whole.items() if kind.startswith("experts"))
+    for rank, plan in enumerate(found):
+        assert plan["rank"] == rank
+        assert plan["weights"]["norms"] == whole["norms"]
+        assert plan["weights"]["embed_q"] == whole["embed_q"] / 2
+        assert "experts gate" in plan["weights"] or streamed
+        assert plan["slots"] == (experts / 2 * int(SLOTS[rank]) / 16 if streamed else 0)
+        held = sum(plan["weights"].values()) + plan["slots"] + plan["cache"] + plan["temporaries"]
+        program = plan["total"] - held
+        assert 50 << 20 < program < 500 << 20 if streamed else program == 0
+        assert plan["total"] <= plan["budget"]
+
+
+def test_all_ranks_stream_experts_or_none(tmp_path):
+    ends = ring.finish(ring.start([SHARD, [*SHARD, "--slots", "8"]], tmp_path))
+    for code, out, errors in ends:
+        assert (code, out) == (2, "")
+        expected = "whether experts are streamed must be the same for all: rank 0 has False, rank 1"
+        assert f"glm-fused: error: [shard] {expected} True.\n" in errors
 
 
 def test_gathers_are_counted(tmp_path):
@@ -75,8 +117,13 @@ def test_ranks_with_unlike_options_say_so(tmp_path, option, first, second, shown
     [
         (SHARD, r"[shard] start several processes with mlx.launch"),
         ([*SHARD, "--ab"], "--ab: not with --shard"),
-        ([*SHARD, "--slots", "2"], "--slots: not with --shard"),
+        (
+            [*SHARD, "--sidecar", "folder"],
+            "--sidecar: not with --shard, as its checksums are of whole",
+        ),
+        ([*SHARD, "--slots", "4", "--trace", "trace"], "--trace: not with --shard"),
         ([*SHARD, *PIPELINE, "--draft", "2"], "--draft: not with --shard pipeline"),
+        ([*SHARD, *PIPELINE, "--slots", "4"], "--slots: not with --shard pipeline"),
         ([*SHARD, "--prompt", "-"], "--prompt -: not with --shard"),
     ],
 )

@@ -58,9 +58,11 @@ def demo():
     return alone("demo")
 
 
-def of_ranks(size, folder, split="rows", models=("demo",)):
+def of_ranks(size, folder, split="rows", models=("demo",), mtp=True):
     """The bits of each model and rank."""
-    ring.run(size, PROGRAM, folder, split, *models, folder=folder)
+    command = [PROGRAM, folder, split, *models]
+    ends = ring.finish(ring.start([command] * size, folder, MTP=str(int(mtp))))
+    assert [code for code, _, _ in ends] == [0] * size, ends
     files = (
         folder / f"{ring.Path(model).name}.{rank}.npz" for model in models for rank in range(size)
     )

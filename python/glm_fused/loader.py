@@ -168,7 +168,7 @@ def open_model(
 ) -> Opened:
     """Check a checkpoint and make its model; no data is read. Errors are those of `load_model`.
 
-    Of ``ranks``, which share the model, each reads its part of it, and streams no experts.
+    Of ``ranks``, which share the model, each reads its part of it.
 
     With ``only_mlx_formats`` a weight in another format becomes dense, in bfloat16; streamed
     experts do not.
@@ -180,11 +180,15 @@ def open_model(
     args, inventory = checked(checkpoint, mtp)
     _check_stop_tokens(checkpoint, args)
     formats = inventory.formats
+    share = None if ranks is None else _share(args, inventory, ranks)
     if stream is not None:
         source = find_source(checkpoint, args, stream.sidecar)
-        plan = plan_streaming(inventory, args, source, stream, kv_format, prefill_step_size)
+        sharding = share if isinstance(share, Sharding) else None
+        source = source if sharding is None else source.part(args, sharding.parts())
+        plan = plan_streaming(
+            inventory, args, source, stream, kv_format, prefill_step_size, sharding
+        )
     check_stored_shapes(checkpoint, inventory.written_by(compressed_tensors.METHOD))
-    share = None if ranks is None else _share(args, inventory, ranks)
     weights = read_lazily(checkpoint, args, None if share is None else share.parts())
     if share is not None:
         weights = {name: array for name, array in weights.items() if share.has(name)}
@@ -196,7 +200,7 @@ def open_model(
     else:
         model = StreamedModel(args)
         allow_open_files(len(checkpoint.files) + len(source.files))
-        model.streaming = attach_banks(model, args, source, plan, stream, formats)
+        model.streaming = attach_banks(model, args, source, plan, stream, formats, sharding)
         cache_limit = mx.set_cache_limit(plan.shares.staging)
         prefill_step_size = plan.prefill_step_size
         weights = {name: array for name, array in weights.items() if not is_expert(name)}

@@ -80,7 +80,7 @@ def split_headers(
     for file, header in headers.items():
         split[file] = {}
         for name, entry in header.items():
-            if name not in rows or (unit := _unit(name, entry["shape"], rows[name])) is None:
+            if name not in rows or (unit := unit_of(name, entry["shape"], rows[name])) is None:
                 split[file][name] = entry
                 continue
             found = list(_pieces(name, entry, rows[name], unit))
@@ -89,8 +89,11 @@ def split_headers(
     return split, pieces
 
 
-def _unit(name: str, shape: tuple[int, ...], rows: Rows) -> int | None:
-    """How many rows of a weight a row of one of its tensors is for; None where it has no rows."""
+def unit_of(name: str, shape: tuple[int, ...], rows: Rows) -> int | None:
+    """How many rows of a weight a row of one of its tensors is for; None where it has no rows.
+
+    Raises ValueError, naming the tensor, where rows that are wanted share a row of it with others.
+    """
     axis, is_bias = int(rows.matrices > 1), name.endswith(".bias")
     if len(shape) < axis + 2 and not is_bias:
         return None  # a factor, a scale of activations, a shape

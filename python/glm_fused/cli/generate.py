@@ -16,7 +16,7 @@ from .loading import engine_options, open_engine
 from .output import discard, print_json, print_summary, write
 from .progress import Progress
 from .sampling import add_sampling, how_to_generate
-from .sharding import add_shard, measured_gathers, shared
+from .sharding import add_shard, measured_gathers, shared, show_plan
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -71,13 +71,13 @@ def _run(options: argparse.Namespace, prompt: str, ranks: Ranks | Line | None) -
     context = DEFAULT_CONTEXT + (options.max_tokens or DEFAULT_TOKENS)
     loading = engine_options(options, context, ranks)
     with open_engine(options.model, options.threads, loading) as engine:
-        if engine.streaming is not None:
-            print(engine.streaming.plan.format(), file=sys.stderr)
+        plans = show_plan(engine, context)
         how = how_to_generate(options, engine.defaults)
         tokens = engine.encode(prompt, raw=options.raw)
         with Progress() as progress:
-            act = _compare if options.ab else _generate
-            return act(options, engine, tokens, how, progress)
+            if options.ab:
+                return _compare(options, engine, tokens, how, progress)
+            return _generate(options, engine, tokens, how, progress, plans)
 
 
 def _generate(
@@ -86,6 +86,7 @@ def _generate(
     tokens: list[int],
     how: Options,
     progress: Progress,
+    plans: dict[str, Any],
 ) -> int:
     def on_progress(what: str, done: int, total: int) -> None:
         if options.json or what == "prompt":  # the text itself shows how far generation is
@@ -97,7 +98,7 @@ def _generate(
     gathers = measured_gathers(options, engine)
     if options.json:
         streaming = {"streaming": engine.streaming.stats()} if engine.streaming else {}
-        shard = {} if gathers is None else {"gathers": gathers}
+        shard = plans if gathers is None else plans | {"gathers": gathers}
         print_json(completion.describe() | {"sampling": sampling} | streaming | shard)
     else:
         print()

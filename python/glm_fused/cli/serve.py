@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from . import arguments
 from .arguments import MODEL, UsageError, parsed_size
 from .loading import engine_options, open_engine
-from .sharding import add_shard, met, standing
+from .sharding import add_shard, met, show_plan, standing
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -130,8 +130,7 @@ def _lead(options: argparse.Namespace, ranks: Ranks | Line | None, watch: Watch 
     set_up(options.json, options.verbose or sys.stderr.isatty())
     loading = _loading(options, ranks)
     with bind(settings) as sock, open_engine(options.model, options.threads, loading) as engine:
-        if engine.streaming is not None:
-            print(engine.streaming.plan.format(), file=sys.stderr)
+        show_plan(engine, CONTEXT)
         if watch is not None:
             watch.wait_for_all()
         _serve(engine, settings, sock, watch)
@@ -145,6 +144,7 @@ def _follow(options: argparse.Namespace, ranks: Ranks | Line, watch: Watch) -> N
     with open_engine(options.model, options.threads, loading) as engine:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
+        show_plan(engine, CONTEXT)
         watch.wait_for_all()
         store = engine.prompt_store() if engine.options.prompt_cache_bytes else None
         follow(engine.model, engine.tokenizer, engine.drafts, store, watch.hear)

@@ -28,10 +28,14 @@ PREFILL_STEP = 512  # where no option says: what fits in memory may differ betwe
 _OWN = (  # may differ between ranks; of the prompt the text is compared
     "model", "threads", "parser", "root", "run", "prompt", "host", "port", "api_key",
     "api_key_file", "no_api_key", "allowed_host", "cors_origin",
+    "memory_budget", "slots", "direct_io", "read_depth", "read_split",
 )  # fmt: skip
-_ALONE = (
-    "ab", "memory_budget", "slots", "sidecar", "trace", "prompt_cache_dir",
-)  # fmt: skip
+_ALONE = {  # not with --shard, and why
+    "ab": "it compares what one process computes",
+    "sidecar": "its checksums are of whole experts, of which a rank reads a part",
+    "trace": "it has the requests of one process",
+    "prompt_cache_dir": "each rank has caches of its own",
+}
 
 
 def add_shard(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +124,25 @@ def measured_gathers(options: argparse.Namespace, engine: Engine) -> dict[str, A
     return measure_gathers(engine.model, ranks)
 
 
+def show_plan(engine: Engine, context: int) -> dict[str, Any]:
+    """Say on stderr what memory is for, of texts of so many tokens, where it was shared out.
+
+    Returns what each rank holds, for JSON, if ranks share the engine's model: all have to call it,
+    and rank 0 says it of all.
+    """
+    ranks = engine.model.ranks
+    if ranks is None:
+        if engine.streaming is not None:
+            print(engine.streaming.plan.format(), file=sys.stderr)
+        return {}
+    from ..measuring.rank_plan import format_ranks, plans_of_ranks
+
+    plans = plans_of_ranks(engine.model, ranks, min(context, engine.context))
+    if ranks.rank == 0:
+        print(format_ranks(plans), file=sys.stderr)
+    return {"ranks": plans}
+
+
 @contextlib.contextmanager
 def met(
     options: argparse.Namespace, besides: Mapping[str, object]
@@ -128,11 +151,13 @@ def met(
 
     Other ranks than 0 write nothing to stdout, and all end within the block if one does.
     """
-    given = {name: getattr(options, name, None) for name in _ALONE}
-    if alone := [name for name, value in given.items() if value not in (None, False)]:
-        raise UsageError(f"{flags(alone)}: not with --shard.")
-    if options.shard == PIPELINE and options.draft not in (None, OFF):
-        raise UsageError("--draft: not with --shard pipeline.")
+    for name, reason in _ALONE.items():
+        if getattr(options, name, None) not in (None, False):
+            raise UsageError(f"{flags([name])}: not with --shard, as {reason}.")
+    streamed = [name for name in ("memory_budget", "slots") if getattr(options, name) is not None]
+    drafted = ["draft"] if options.draft not in (None, OFF) else []
+    if options.shard == PIPELINE and (alone := drafted + streamed):
+        raise UsageError(f"{flags(alone)}: not with --shard pipeline.")
     from ..parallel.agreement import agree, join_group
     from ..parallel.watch import Watch
 
@@ -149,6 +174,7 @@ def _described(options: argparse.Namespace) -> dict[str, object]:
     from ..checkpoint.hub import local_model
     from ..checkpoint.identity import checkpoint_id
     from ..checkpoint.paths import checkpoint_path
+    from ..engine_options import STARTING
 
     path = checkpoint_path(local_model(options.model))
     given = {name: value for name, value in vars(options).items() if name not in _OWN}
@@ -157,6 +183,7 @@ def _described(options: argparse.Namespace) -> dict[str, object]:
         "the version of mlx": metadata.version("mlx"),
         "the checkpoint": checkpoint_id(Checkpoint.open(path)),
         **{flags([name]): value for name, value in given.items()},
+        "whether experts are streamed": any(getattr(options, name) for name in STARTING),
     }
 
 

@@ -20,10 +20,11 @@ def plan_prompt(model: Model, context: int) -> PromptPlan:
     """
     args, streamed = model.args, streaming_of(model) is not None
     float_bytes = _float_bytes(model)
+    ranks = 1 if model.ranks is None else model.ranks.size
     weights, cache = model.weight_bytes, cache_bytes(args, context, cache_format(model))
 
     def plan(step: int) -> PromptPlan:
-        temporaries = chunk_bytes(args, step, context, float_bytes, streamed)
+        temporaries = chunk_bytes(args, step, context, float_bytes, streamed, ranks)
         return PromptPlan(step, context, weights, cache, temporaries)
 
     budget = int(machine_bytes() * SHARE)

@@ -126,7 +126,7 @@ def _streamed(layer: RoutedExperts, file: Path) -> tuple[StreamedExperts, _ext.S
     gate, up, down = (
         Weight([next(arrays) for _ in weight.planes], weight.format) for weight in weights
     )
-    return StreamedExperts(bank, layer.bank, (gate, up, down)), bank
+    return StreamedExperts(bank, layer.bank, (gate, up, down), bank.capacity), bank
 
 
 def _alternating(half: int) -> Iterator[mx.array]:

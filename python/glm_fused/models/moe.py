@@ -12,6 +12,7 @@ from .layer_spec import LayerSpec
 from .layers import MLP, RMSNorm, SwitchLinear, keeps_dtype
 
 Meanwhile = Callable[[mx.array], mx.array]
+Arrays = list[mx.array]
 Weights = tuple[ops.Weight, ops.Weight, ops.Weight]  # of gate, up and down
 Norm = tuple[mx.array, float]  # its weight and eps
 
@@ -50,6 +51,26 @@ class RoutedExperts(Protocol):
 
         Raises:
             RuntimeError: an expert cannot be had, when the result is evaluated or before.
+        """
+
+    def part(
+        self,
+        x: mx.array,
+        experts: mx.array,
+        scores: mx.array,
+        meanwhile: Callable[[mx.array], Arrays],
+        join: Callable[[Arrays], Arrays],
+    ) -> tuple[mx.array, Arrays]:
+        """A call, of experts of which each of several ranks has rows, and all make the same call.
+
+        Args:
+            meanwhile: of other experts that every token takes the rank's part of activations, if
+                there are any.
+            join: what all ranks have of activations, the chosen experts' [tokens, top_k, part] and
+                then maybe those of ``meanwhile``.
+
+        Returns:
+            The rank's columns of the weighted sum, and what ``join`` made of ``meanwhile(x)``.
         """
 
     def block(
@@ -133,6 +154,20 @@ class SwitchMLP(nn.Module):
             return adapted_experts(projections, x, experts, scores), meanwhile(x)
         return ops.moe_decode(x, gate, up, down, experts, scores), meanwhile(x)
 
+    def part(
+        self,
+        x: mx.array,
+        experts: mx.array,
+        scores: mx.array,
+        meanwhile: Callable[[mx.array], Arrays],
+        join: Callable[[Arrays], Arrays],
+    ) -> tuple[mx.array, Arrays]:
+        """As `RoutedExperts`."""
+        gate, up, down = self.weights()
+        assert gate is not None and up is not None and down is not None  # nothing trains a part
+        joined, *other = join([activations(x, gate, up, experts), *meanwhile(x)])
+        return ops.expert_sum(ops.expert_matvec(joined, down, experts), scores), other
+
     def block(
         self, router: Router, x: mx.array, norm: Norm, shared: Weights | None
     ) -> mx.array | None:
@@ -141,6 +176,11 @@ class SwitchMLP(nn.Module):
         if gate is None or up is None or down is None:
             return None
         return router.block(x, norm, (gate, up, down), shared)
+
+
+def activations(x: mx.array, gate: ops.Weight, up: ops.Weight, slots: mx.array) -> mx.array:
+    """Of experts, for each choice of a slot [tokens, top_k] by x: [tokens, top_k, rows of gate]."""
+    return ops.swiglu(ops.expert_matvec(x, gate, slots), ops.expert_matvec(x, up, slots))
 
 
 class MoE(nn.Module):

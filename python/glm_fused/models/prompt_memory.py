@@ -73,7 +73,14 @@ def cache_bytes(args: ModelArgs, context: int, kv_format: str) -> int:
     return cached + cached // len(args.model_layers)
 
 
-def chunk_bytes(args: ModelArgs, step: int, context: int, float_bytes: int, streamed: bool) -> int:
+def chunk_bytes(
+    args: ModelArgs,
+    step: int,
+    context: int,
+    float_bytes: int,
+    streamed: bool,
+    ranks: int = 1,
+) -> int:
     """The most bytes that a prompt of ``context`` tokens takes besides weights and cache.
 
     They are those of a layer's arrays, of kernels besides them, of recorded decode steps, and of
@@ -84,16 +91,17 @@ def chunk_bytes(args: ModelArgs, step: int, context: int, float_bytes: int, stre
         context: tokens of the prompt and of what follows it.
         float_bytes: of a value of the activations.
         streamed: whether routed experts are; they are then gathered, in waves.
+        ranks: how many processes share the model.
     """
     tokens = min(step, context)
     # What a layer makes may be there all at once, because memory is given to nodes in advance.
-    layers = LAYERS_AHEAD * tokens * _layer_bytes(args, context, float_bytes, streamed)
+    layers = LAYERS_AHEAD * tokens * _layer_bytes(args, context, float_bytes, streamed, ranks)
     scratch = _scratch_bytes(args, tokens, context)
     logits = 4 * args.vocab_size * (min(tokens, blocks.MAX_TOKENS) + 8)
     waiting = args.has_mtp * min(context, MOST_WAITING) * args.hidden_size * float_bytes
     waiting *= 2  # one by one and, when the layer takes them, joined
     total = layers + scratch + logits + waiting + SMALL_ARRAYS
-    if streamed or mx.default_device() == mx.gpu:
+    if streamed or ranks > 1 or mx.default_device() == mx.gpu:
         return total
     # A recorded step holds what all layers make. There is one for a token and one for what is left
     # of a prompt, and, of a token and of short chunks, one each for few cached keys and for many.
@@ -101,14 +109,16 @@ def chunk_bytes(args: ModelArgs, step: int, context: int, float_bytes: int, stre
     recorded = 2 + (1 if tokens > few else 3) * few
     if args.has_mtp:  # of each number of drafts that are verified, for few keys and for many
         recorded += 2 * sum(range(2, 2 + MOST_DRAFTS))
-    layer = _layer_bytes(args, context, float_bytes, streamed)
+    layer = _layer_bytes(args, context, float_bytes, streamed, ranks)
     together = SIDE_BY_SIDE * _scratch_bytes(args, few, context)
     return total + recorded * layer * len(args.model_layers) + together
 
 
-def _layer_bytes(args: ModelArgs, context: int, float_bytes: int, streamed: bool) -> int:
+def _layer_bytes(
+    args: ModelArgs, context: int, float_bytes: int, streamed: bool, ranks: int
+) -> int:
     """The bytes a token of all arrays that a layer makes."""
-    values = _attention_values(args) + _mlp_values(args, streamed)
+    values = _attention_values(args) + _mlp_values(args, streamed, ranks)
     fp32 = args.num_attention_heads * args.kv_lora_rank + 2 * args.index_n_heads
     fp32 += 2 * min(context, args.index_topk) + 4 * args.num_experts_per_tok  # integers among them
     return float_bytes * values + 4 * fp32
@@ -126,12 +136,15 @@ def _attention_values(args: ModelArgs) -> int:
     return small + queries + joined + index + output
 
 
-def _mlp_values(args: ModelArgs, streamed: bool) -> int:
+def _mlp_values(args: ModelArgs, streamed: bool, ranks: int) -> int:
     """The same of the MLP, whichever kind takes more."""
     hidden, width = args.hidden_size, args.moe_intermediate_size
     dense = 3 * args.intermediate_size
     sparse = 3 * width * (args.n_shared_experts or 0) + 3 * hidden
-    if mx.default_device() == mx.gpu:  # of every choice
+    if ranks > 1:  # of every choice, what a rank has and what is joined
+        own = -(-(3 * width + 3 * hidden) // ranks)
+        sparse += args.num_experts_per_tok * (own + 2 * width + hidden * streamed) + 2 * hidden
+    elif mx.default_device() == mx.gpu:  # of every choice
         sparse += args.num_experts_per_tok * (3 * width + 3 * hidden)
     elif streamed:  # gathered rows, what experts make of them, joined, put in order
         sparse += 4 * args.num_experts_per_tok * hidden

@@ -69,6 +69,7 @@ class Ranks:
     Attributes:
         rank: the number of this process.
         size: how many there are.
+        group: that they are the processes of.
         traffic: what they gathered so far, in nodes that were made.
     """
 
@@ -76,7 +77,7 @@ class Ranks:
         self.rank: int = group.rank()
         self.size: int = group.size()
         self.traffic = Traffic()
-        self._group = group
+        self.group = group
         self._is_alone = False
         self._last: mx.array | None = None
 
@@ -108,7 +109,7 @@ class Ranks:
         if self._is_alone:
             return rows
         bits = mx.where(is_here[..., None], rows.view(_BITS[rows.dtype.size]), 0)
-        self._last = mx.distributed.all_sum(self._next(bits), group=self._group)
+        self._last = mx.distributed.all_sum(self._next(bits), group=self.group)
         return self._last.view(rows.dtype)
 
     @contextlib.contextmanager
@@ -127,7 +128,7 @@ class Ranks:
 
     def meet(self) -> None:
         """Wait until all ranks are here."""
-        mx.eval(mx.distributed.all_sum(mx.zeros(1), group=self._group, stream=mx.cpu))
+        mx.eval(mx.distributed.all_sum(mx.zeros(1), group=self.group, stream=mx.cpu))
 
     def forget(self) -> None:
         """Let what comes next depend on nothing that was made so far and is not evaluated."""
@@ -141,7 +142,7 @@ class Ranks:
         if self._is_alone:
             parts = mx.concatenate([part] * self.size)
         else:
-            parts = mx.distributed.all_gather(part, group=self._group)
+            parts = mx.distributed.all_gather(part, group=self.group)
         self._last = parts if is_awaited else self._last
         return parts
 

@@ -93,6 +93,11 @@ class Sharding:
         """Whether the rank needs a tensor of the model: it has some of each, or all."""
         return True
 
+    def share(self, path: str) -> float:
+        """Which share of a module's weight the rank has."""
+        cut = self.cuts.get(path)
+        return 1.0 if cut is None else cut.width / cut.bounds[-1]
+
     def local_args(self, args: ModelArgs) -> ModelArgs:
         """Args whose heads and experts are as many and as wide as the rank's."""
         local = copy.copy(args)
@@ -107,7 +112,7 @@ class Sharding:
         """Leave in a model that has no weights yet the shapes of the rank's parts."""
         layers, parts = dict(model.named_modules()), self.parts()
         for module in modules(model.args):
-            if module.path in parts:
+            if module.path in parts and module.path in layers:  # streamed experts have no layers
                 _keep(layers[module.path], module, parts[module.path])
 
     def join(self, model: Model) -> None:

@@ -145,15 +145,15 @@ class ShardedMoE(MoE):
         inner, outer = self._cuts
         flat = norm(x).reshape(-1, x.shape[-1])
         experts, scores = self.gate(flat)
-        gate, up, down = self.switch_mlp.weights()
-        assert gate is not None and up is not None and down is not None  # nothing trains a part
-        gates, ups = (ops.expert_matvec(flat, weight, experts) for weight in (gate, up))
-        parts = [ops.swiglu(gates, ups)]
         shared = self.shared_experts if "shared_experts" in self else None
-        if shared is not None:
-            parts.append(ops.swiglu(shared.gate_proj(flat), shared.up_proj(flat)))
-        routed, *other = self._ranks.gather_together(parts, inner)
-        y = ops.expert_sum(ops.expert_matvec(routed, down, experts), scores)
+
+        def beside(x: mx.array) -> list[mx.array]:
+            return [] if shared is None else [ops.swiglu(shared.gate_proj(x), shared.up_proj(x))]
+
+        def join(parts: list[mx.array]) -> list[mx.array]:
+            return self._ranks.gather_together(parts, inner[: len(parts)])
+
+        y, other = self.switch_mlp.part(flat, experts, scores, beside, join)
         if shared is not None:
             y = y + shared.down_proj(*other)
         return x + self._ranks.gather(y, outer).reshape(x.shape)

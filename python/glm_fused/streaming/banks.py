@@ -6,7 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import mlx.core as mx
 
 from .. import _ext, ops
 from ..checkpoint.folder import Checkpoint
@@ -20,6 +22,8 @@ from ..models.decoder import Model
 from ..models.layer_spec import DECODER
 from ..models.moe import MoE
 from ..models.prompt_memory import cache_bytes, chunk_bytes
+from ..models.ranks import Cut, Ranks
+from ..models.shard import Sharding
 from ..models.tensors import PROJECTIONS
 from .budget import (
     PROCESS_GROWTH,
@@ -42,6 +46,7 @@ class Streaming:
     plan: Plan
     source: ExpertSource
     banks: Mapping[int, _ext.SlotBank]
+    rooms: Mapping[int, int]  # experts at a time, of all ranks that share the model
 
     def stats(self) -> dict[str, Any]:
         """The sums over all layers of hits, misses, bytes, wait_us and prefetches, and hit_rate."""
@@ -55,11 +60,7 @@ class Streaming:
     def tokens_at_once(self, top_k: int) -> int | None:
         """How many tokens have slots for all their experts in every layer; None: any number."""
         layers = self.source.layers
-        fit = [
-            bank.capacity // top_k
-            for i, bank in self.banks.items()
-            if bank.capacity < layers[i].experts
-        ]
+        fit = [room // top_k for i, room in self.rooms.items() if room < layers[i].experts]
         return min(fit, default=None)
 
 
@@ -91,14 +92,22 @@ def plan_streaming(
     options: StreamOptions,
     kv_format: str,
     prefill_step_size: int | None = None,
+    sharding: Sharding | None = None,
 ) -> Plan:
     """Share the budget out between weights, cache, slots and buffers, and a chunk of a prompt.
+
+    With ``sharding`` it is that of one of several ranks, whose part of experts ``source`` has.
 
     Raises ValueError, with the numbers, where it is too small, and for pins of experts that the
     model does not have.
     """
     check_pins(options.pins, {i: layer.experts for i, layer in source.layers.items()})
-    dense = sum(s.loaded for s in inventory.stored if not s.source.module.experts)
+    dense = sum(
+        round(stored.loaded * (1.0 if sharding is None else sharding.share(module.path)))
+        for stored in inventory.stored
+        if not (module := stored.source.module).experts
+    )
+    ranks = 1 if sharding is None else sharding.ranks.size
     floats = inventory.float_format
     kv_format = floats if kv_format == "auto" else kv_format
     float_bytes = FLOATS[floats].size
@@ -107,7 +116,7 @@ def plan_streaming(
     buffers = _buffer_bytes(layers, options)
 
     def shares(context: int, step: int) -> Shares:
-        staging = buffers + chunk_bytes(args, step, context, float_bytes, streamed=True)
+        staging = buffers + chunk_bytes(args, step, context, float_bytes, True, ranks)
         cache = cache_bytes(args, context, kv_format)
         return Shares(process, dense, cache, staging, options.prompts)
 
@@ -129,8 +138,11 @@ def attach_banks(
     plan: Plan,
     options: StreamOptions,
     formats: Mapping[str, Format],
+    sharding: Sharding | None = None,
 ) -> Streaming:
     """Put a bank in the place of every layer's experts; ``formats`` are those of packed modules.
+
+    With ``sharding`` ranks share the model, each with banks of its own, and make the same call.
 
     Raises RuntimeError, naming the file, for a file that does not open or has another size, and
     ValueError for options that do not fit.
@@ -139,7 +151,6 @@ def attach_banks(
     files = _ext.SlotFiles(paths, sizes, options.direct)
     reader = _ext.SlotReader(options.depth, options.split)
     banks: dict[int, _ext.SlotBank] = {}
-    last: StreamedExperts | None = None
     top_k = args.num_experts_per_tok
     for i, layer in source.layers.items():
         slots = min(plan.slots, layer.experts)
@@ -163,14 +174,27 @@ def attach_banks(
                 f" {len(options.pins.get(i, ()))} pinned ones leave {bank.capacity}, a token needs"
                 f" {top_k}."
             )
+    rooms = _rooms(banks, None if sharding is None else sharding.ranks)
+    last: StreamedExperts | None = None
+    for i, layer in source.layers.items():
         moe = model.model.layers[i].mlp
         assert isinstance(moe, MoE)
-        moe.switch_mlp = StreamedExperts(bank, layer.experts, _weights(i, bank, layer, formats))
+        weights = _weights(i, banks[i], layer, formats)
+        moe.switch_mlp = StreamedExperts(banks[i], layer.experts, weights, rooms[i])
         # What a decoder layer is given says nothing of what the MTP layer's router will choose.
         if last is not None and options.spares and args.model_layers[i].role == DECODER:
             last.look_ahead(moe.gate, moe.switch_mlp)
         last = moe.switch_mlp
-    return Streaming(plan, source, banks)
+    return Streaming(plan, source, banks, rooms)
+
+
+def _rooms(banks: Mapping[int, _ext.SlotBank], ranks: Ranks | None) -> dict[int, int]:
+    """How many experts the bank of each layer holds, of the rank that holds the fewest."""
+    capacities = [bank.capacity for bank in banks.values()]
+    if ranks is not None:
+        each = ranks.gather(mx.array([capacities]), Cut.of(ranks.size, ranks.size), axis=0)
+        capacities = cast(list[int], mx.min(each, axis=0).tolist())
+    return dict(zip(banks, capacities, strict=True))
 
 
 def _weights(

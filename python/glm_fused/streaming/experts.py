@@ -6,7 +6,7 @@ import contextlib
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, zip_longest
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from .. import _ext, ops
 from ..host import to_numpy
-from ..models.moe import Meanwhile, Norm, Router, Weights
+from ..models.moe import Arrays, Meanwhile, Norm, Router, Weights, activations
+
+T = TypeVar("T")
 
 _reads: contextvars.ContextVar[_ext.SlotReads | None] = contextvars.ContextVar(
     "reads", default=None
@@ -63,10 +65,15 @@ class StreamedExperts(nn.Module):
     """
 
     def __init__(
-        self, bank: _ext.SlotBank, experts: int, weights: tuple[ops.Weight, ops.Weight, ops.Weight]
+        self,
+        bank: _ext.SlotBank,
+        experts: int,
+        weights: tuple[ops.Weight, ops.Weight, ops.Weight],
+        room: int,
     ):
+        """Take ``weights`` from a bank for a layer of so many experts, up to ``room`` at a time."""
         super().__init__()
-        self._bank, self._experts, self._weights = bank, experts, weights
+        self._bank, self._experts, self._weights, self._room = bank, experts, weights, room
         self._prefetch: Meanwhile | None = None
 
     @property
@@ -80,7 +87,7 @@ class StreamedExperts(nn.Module):
 
     def takes_at_once(self, choices: int) -> bool:
         """Whether the bank has a slot for each expert that may be chosen; see `RoutedExperts`."""
-        return min(choices, self._experts) <= self._bank.capacity
+        return min(choices, self._experts) <= self._room
 
     def look_ahead(
         self,
@@ -110,6 +117,31 @@ class StreamedExperts(nn.Module):
         other = self._while_reading(x, started, meanwhile)
         return self._apply(use, x, pending, scores, other), other
 
+    def part(
+        self,
+        x: mx.array,
+        experts: mx.array,
+        scores: mx.array,
+        meanwhile: Callable[[mx.array], Arrays],
+        join: Callable[[Arrays], Arrays],
+    ) -> tuple[mx.array, Arrays]:
+        """As `RoutedExperts`; all ranks take the same waves, whatever each has in its slots."""
+        if self.takes_at_once(experts.size):
+            use, pending, started = self._resolve(experts)
+            beside = self._while_reading(x, started, meanwhile)
+            y, other = self._part(use, x, mx.depends(pending, [started, *beside]), beside, join)
+            return ops.expert_sum(y, scores), other
+        waves = plan_waves(_known(experts), set(), self._wave_size)
+        parts: list[mx.array] = []
+        other = []
+        for wave, use, pending, after in self._taken(waves):
+            beside = [] if parts else self._while_reading(x, after, meanwhile)
+            rows = x[mx.array(wave.pairs // experts.shape[1])]
+            y, found = self._part(use, rows, mx.depends(pending, [after, *beside]), beside, join)
+            parts.append(y)
+            other += found
+        return ops.expert_sum(_in_order(parts, waves, experts.shape), scores), other
+
     def block(
         self, router: Router, x: mx.array, norm: Norm, shared: Weights | None
     ) -> mx.array | None:
@@ -119,7 +151,9 @@ class StreamedExperts(nn.Module):
             return None
         return router.block(x, norm, self._weights, shared, self._use())
 
-    def _while_reading(self, x: mx.array, started: mx.array, meanwhile: Meanwhile) -> mx.array:
+    def _while_reading(
+        self, x: mx.array, started: mx.array, meanwhile: Callable[[mx.array], T]
+    ) -> T:
         x = mx.depends(x, started)
         return meanwhile(x if self._prefetch is None else self._prefetch(x))
 
@@ -143,39 +177,73 @@ class StreamedExperts(nn.Module):
         y = ops.moe_decode(x, *self._weights, slots, scores, use=use, prompt=prompt)
         return use.release(y, slots)
 
+    def _part(
+        self,
+        use: _ext.SlotUse,
+        x: mx.array,
+        slots: mx.array,
+        beside: Arrays,
+        join: Callable[[Arrays], Arrays],
+    ) -> tuple[mx.array, Arrays]:
+        """What each choice gives, [tokens, top_k, part], and what is joined ``beside``."""
+        gate, up, down = self._weights
+        read = use.wait(slots)
+        joined, *other = join([activations(x, gate, up, read), *beside])
+        return use.release(ops.expert_matvec(joined, down, read), slots), other
+
     def _in_waves(
         self, x: mx.array, experts: mx.array, scores: mx.array, meanwhile: Meanwhile
     ) -> tuple[mx.array, mx.array]:
-        capacity, top_k = self._bank.capacity, experts.shape[1]
-        # Two waves share the bank: one is read while the other computes.
-        ahead = capacity > 1
-        size = capacity // 2 if ahead else 1
-        chosen = to_numpy(experts)
-        _raise_failure(_reads.get())
-        waves = plan_waves(chosen, set(self._bank.resident()), size)
+        chosen = _known(experts)
+        waves = plan_waves(chosen, set(self._bank.resident()), self._wave_size)
         ones = mx.ones((experts.size, 1))
         prompt = len(chosen) > ops.blocks.MAX_TOKENS  # and not how many of its pairs a wave has
         parts: list[mx.array] = []
         other: mx.array | None = None
+        for wave, use, pending, after in self._taken(waves):
+            if other is None:
+                after = other = self._while_reading(x, after, meanwhile)
+            rows = x[mx.array(wave.pairs // experts.shape[1])]
+            parts.append(self._apply(use, rows, pending, ones[: len(wave.pairs)], after, prompt))
+        assert other is not None  # there is a token, so there is a wave
+        return ops.expert_sum(_in_order(parts, waves, experts.shape), scores), other
+
+    @property
+    def _wave_size(self) -> int:
+        """Experts in a wave: two share the bank, of which one is read while the other computes."""
+        return max(self._room // 2, 1)
+
+    def _taken(
+        self, waves: Sequence[Wave]
+    ) -> Iterator[tuple[Wave, _ext.SlotUse, mx.array, mx.array]]:
+        """Each wave with its use, its slots, and what has to be there before they are waited for.
+
+        That is the beginning of reads, of the next wave, too, where the bank has room for two.
+        """
         upcoming: tuple[_ext.SlotUse, mx.array, mx.array] | None = None
         for wave, following in zip_longest(waves, waves[1:]):
             use, pending, started = self._resolve(wave.experts) if upcoming is None else upcoming
-            upcoming = self._resolve(following.experts) if ahead and following else None
-            after = started if upcoming is None else upcoming[2]
-            if other is None:
-                after = other = self._while_reading(x, after, meanwhile)
-            rows = x[mx.array(wave.pairs // top_k)]
-            parts.append(self._apply(use, rows, pending, ones[: len(wave.pairs)], after, prompt))
-        assert other is not None  # there is a token, so there is a wave
-        order = np.argsort(np.concatenate([wave.pairs for wave in waves]))
-        y = mx.concatenate(parts)[mx.array(order)]
-        return ops.expert_sum(y.reshape(*experts.shape, -1), scores), other
+            ahead = self._room > 1 and following is not None
+            upcoming = self._resolve(following.experts) if ahead else None
+            yield wave, use, pending, started if upcoming is None else upcoming[2]
 
 
-def _raise_failure(reads: _ext.SlotReads | None) -> None:
-    """End a prompt where an earlier layer's experts could not be read: its output is NaN."""
+def _known(experts: mx.array) -> NDArray[np.int32]:
+    """What the router has chosen, which is awaited.
+
+    Raises RuntimeError where an earlier layer's experts could not be read: its output is NaN.
+    """
+    chosen = to_numpy(experts)
+    reads = _reads.get()
     if reads is not None and reads.error:
         raise RuntimeError(reads.error)
+    return chosen
+
+
+def _in_order(parts: list[mx.array], waves: Sequence[Wave], shape: tuple[int, ...]) -> mx.array:
+    """What waves gave for each pair, in the order of the pairs: [tokens, top_k, …]."""
+    order = np.argsort(np.concatenate([wave.pairs for wave in waves]))
+    return mx.concatenate(parts)[mx.array(order)].reshape(*shape, -1)
 
 
 class Wave(NamedTuple):

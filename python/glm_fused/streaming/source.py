@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 from ..checkpoint.folder import Checkpoint
 from ..checkpoint.gguf_formats import format_of
+from ..checkpoint.parts import Rows, unit_of
 from ..checkpoint.safetensors_header import DTYPES, ITEM_BYTES, NAMES, TensorInfo
 from ..checkpoint.stored import OTHER_NAMES
 from ..formats.weights import FORMATS, FP8, FP8_BLOCK, PLANES, Format, plane_shape
 from ..models.config import ModelArgs
 from ..models.layer_spec import LayerSpec
-from ..models.tensors import Form, Module, expert_modules
+from ..models.tensors import PROJECTIONS, Form, Module, expert_modules
 
 # The formats whose planes have other names on disk, by a tensor that no other has.
 _BY_SCALES = {"weight_scale_2": FORMATS["nvfp4-global"], "weight_scale_inv": FP8}
@@ -54,6 +55,25 @@ class LayerExperts:
     def expert_bytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
 
+    def part(self, modules: Mapping[str, Module], rows: Mapping[str, slice]) -> LayerExperts:
+        """The experts with these rows of each projection alone, whose ``modules`` are theirs.
+
+        Raises ValueError, naming the tensor, where rows share a row of scales with others.
+        """
+        parts, moves = [], []
+        for part in self.parts:
+            projection = part.name.partition(".")[0]
+            module, wanted = modules[projection], rows[projection]
+            name = f"{module.path}.{part.name.partition('.')[2]}"
+            unit = unit_of(name, part.shape, Rows(1, module.shape[1], (wanted,)))
+            first, stop = (0, 0) if unit is None else (wanted.start // unit, wanted.stop // unit)
+            row_bytes = 0 if unit is None else part.nbytes // part.shape[0]
+            shape = part.shape if unit is None else (stop - first, *part.shape[1:])
+            parts.append(part._replace(shape=shape))
+            moves.append(first * row_bytes)
+        places = zip(self.locations, moves * self.experts, strict=True)
+        return LayerExperts(tuple(parts), tuple((file, at + move) for (file, at), move in places))
+
     def of_expert(self, expert: int) -> Sequence[tuple[int, int]]:
         """Where the parts of one expert lie."""
         first = expert * len(self.parts)
@@ -75,6 +95,18 @@ class ExpertSource:
     @property
     def nbytes(self) -> int:
         return sum(layer.experts * layer.expert_bytes for layer in self.layers.values())
+
+    def part(self, args: ModelArgs, parts: Mapping[str, slice]) -> ExpertSource:
+        """The experts with the rows alone that ``parts`` has of their modules.
+
+        Raises ValueError, naming the tensor, where rows share a row of scales with others.
+        """
+        layers = {}
+        for i, layer in self.layers.items():
+            modules = expert_modules(args, args.model_layers[i])
+            found = dict(zip(PROJECTIONS, modules, strict=True))
+            layers[i] = layer.part(found, {name: parts[m.path] for name, m in found.items()})
+        return ExpertSource(self.kind, self.files, layers)
 
     def joined(self, other: ExpertSource) -> ExpertSource:
         """This source with the layers of another, which stay in that one's files."""
