@@ -76,3 +76,10 @@ def test_ranks_measure_and_say_what_they_take(tmp_path):
     assert text
     assert re.search(r"^--shard (tensor|pipeline): a link of \d+ µs and [\d.]+ GB/s: ", said, re.M)
     assert "--shard" not in silent
+
+
+def test_what_a_pipeline_lacks_takes_rows_whatever_the_link(tmp_path):
+    command = [*GENERATE, "--max-tokens", "2", "--shard", "auto", "--slots", "8"]
+    (code, _, said), (other, _, _) = ring.finish(ring.start([command] * 2, tmp_path))
+    assert (code, other) == (0, 0)
+    assert "--shard tensor: --slots not with pipeline\n" in said

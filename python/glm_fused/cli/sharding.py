@@ -87,6 +87,10 @@ def standing(options: argparse.Namespace, group: mx.distributed.Group) -> Iterat
 
 def _chosen(options: argparse.Namespace, group: mx.distributed.Group) -> str:
     """How a group best shares the model, of which rank 0 decides; all have to call it."""
+    if alone := _for_rows(options):
+        if group.rank() == 0:
+            print(f"--shard {TENSOR}: {flags(alone)} not with {PIPELINE}", file=sys.stderr)
+        return TENSOR
     from ..checkpoint.folder import Checkpoint
     from ..checkpoint.hub import local_model
     from ..checkpoint.paths import checkpoint_path
@@ -105,10 +109,14 @@ def _chosen(options: argparse.Namespace, group: mx.distributed.Group) -> str:
     if group.rank() == 0:
         checkpoint = Checkpoint.open(checkpoint_path(local_model(options.model)))
         found, reason = choose(checkpoint, machines, link, CONTEXT, options.kv_format)
-        if options.draft not in (None, OFF):
-            found, reason = TENSOR, "there are no drafts with pipeline"
         print(f"--shard {found}: {reason}", file=sys.stderr)
     return tell(group, found)[0]
+
+
+def _for_rows(options: argparse.Namespace) -> list[str]:
+    """The options given that a pipeline does not have."""
+    streamed = [name for name in ("memory_budget", "slots") if getattr(options, name) is not None]
+    return (["draft"] if options.draft not in (None, OFF) else []) + streamed
 
 
 def measured_gathers(options: argparse.Namespace, engine: Engine) -> dict[str, Any] | None:
@@ -154,9 +162,7 @@ def met(
     for name, reason in _ALONE.items():
         if getattr(options, name, None) not in (None, False):
             raise UsageError(f"{flags([name])}: not with --shard, as {reason}.")
-    streamed = [name for name in ("memory_budget", "slots") if getattr(options, name) is not None]
-    drafted = ["draft"] if options.draft not in (None, OFF) else []
-    if options.shard == PIPELINE and (alone := drafted + streamed):
+    if options.shard == PIPELINE and (alone := _for_rows(options)):
         raise UsageError(f"{flags(alone)}: not with --shard pipeline.")
     from ..parallel.agreement import agree, join_group
     from ..parallel.watch import Watch
