@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -163,11 +164,14 @@ def memory(engine):
     return mx.get_active_memory()
 
 
+def open_files():
+    return len(os.listdir("/proc/self/fd"))
+
+
 def held(engine, server):
     """What a server has while nobody asks: bytes of MLX, open files, and requests."""
     server.idle()
-    bytes_held, files = memory(engine), len(os.listdir("/proc/self/fd"))
-    return bytes_held, files, len(server.service._running)
+    return memory(engine), open_files(), len(server.service._running)
 
 
 def run(engine, count, seed):
@@ -185,6 +189,9 @@ def run(engine, count, seed):
             work = [pool.submit(clients[i % CLIENTS].ask, *each) for i, each in enumerate(asked)]
             answers = [each.result() for each in work]
         open_clients.close()
+        end = time.monotonic() + 10  # by when it has noticed that they closed their connections
+        while open_files() > before[1] and time.monotonic() < end:
+            time.sleep(0.01)
         after = held(engine, server)
         described = server.service.scheduler.describe()
     for (case, how), answer in zip(asked, answers, strict=True):

@@ -6,7 +6,6 @@ import math
 import struct
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.generate import generation_stream
 
 from ..host import to_numpy
@@ -64,7 +63,7 @@ class Lockstep(Alone):
 
     def _told(self, what: str, seconds: float) -> mx.array:
         """What all ranks tell, uint8 [ranks, bytes]."""
-        row = mx.array(np.frombuffer(_ROW.pack(seconds, what.encode()), np.uint8))
+        row = mx.array(list(_ROW.pack(seconds, what.encode())), mx.uint8)
         size = self._ranks.size
         return self._ranks.gather(row[None], Cut.of(size, size), axis=0)
 
