@@ -133,6 +133,7 @@ def test_streamed_bits_are_those_of_the_resident_model(
     assert stats["bytes"] == stats["misses"] * nbytes > 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(metal_sim.unavailable()), reason=metal_sim.unavailable())
 def test_the_metal_kernels_take_the_slots(folder, resident):
     model, _ = load_model(folder, stream=stream(4))

@@ -55,6 +55,7 @@ def test_bits_are_those_of_the_resident_model(folder, sidecar, resident, slots, 
     assert {layer.expert_bytes for layer in model.streaming.plan.layers} == {nbytes}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(metal_sim.unavailable()), reason=metal_sim.unavailable())
 def test_the_metal_kernels_take_the_slots(folder, resident):
     model, _ = load_model(folder, stream=stream(4))

@@ -112,7 +112,12 @@ def listens(port):
         ("tensor", signal.SIGKILL, "[shard] rank 1 is gone."),
         ("tensor", signal.SIGSTOP, "[shard] rank 1 has not answered for 5 s."),
         ("pipeline", signal.SIGKILL, "[shard] rank 1 is gone."),
-        ("pipeline", signal.SIGSTOP, "[shard] rank 1 has not answered for 5 s."),
+        pytest.param(
+            "pipeline",
+            signal.SIGSTOP,
+            "[shard] rank 1 has not answered for 5 s.",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_all_end_when_a_rank_does_not_go_on(tmp_path, shard, how, says):
