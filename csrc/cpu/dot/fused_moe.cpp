@@ -355,8 +355,8 @@ void FusedMoe::sum(int number) const {
 Staged::Stage FusedMoe::begin_down_sum() {
   const int n = moe_.down.n, pairs = tokens_ * top_k_;
   const int most = std::max(kMinTile, kMaxValues / pairs);
-  // A tile has rows of all groups, so that two for a thread are enough.
-  rows_ = std::min(tile_rows(n, moe_.down.k * pairs, 2, workers_), most);
+  // A tile has rows of all groups, so that one for a thread is enough.
+  rows_ = std::min(tile_rows(n, moe_.down.k * pairs, 4, workers_), most);
   return {(n + rows_ - 1) / rows_, work(at_hand_, 1)};
 }
 
