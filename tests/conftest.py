@@ -429,3 +429,20 @@ def checkpoint(tmp_path):
         return write_checkpoint(tmp_path / "checkpoint", config, **kwargs)
 
     return make
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Of how many texts each chunk of prompts is, and how many tokens of each it has."""
+    from glm_fused.generation.batching.filling import Filling
+
+    found, take = [], Filling.take
+
+    def note(self, most):
+        before = self.left
+        count = take(self, most)
+        found.append((len(self.rows), before - self.left))
+        return count
+
+    monkeypatch.setattr(Filling, "take", note)
+    return found

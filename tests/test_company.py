@@ -178,21 +178,6 @@ def test_prompts_of_similar_lengths_are_taken_together(sizes, most, expected):
     assert [prompt.left for prompt in group(prompts, most)] == expected
 
 
-@pytest.fixture
-def taken(monkeypatch):
-    """Of how many texts each chunk of prompts is, and how many tokens of each it has."""
-    found, take = [], Filling.take
-
-    def note(self, most):
-        before = self.left
-        count = take(self, most)
-        found.append((len(self.rows), before - self.left))
-        return count
-
-    monkeypatch.setattr(Filling, "take", note)
-    return found
-
-
 def test_prompts_that_wait_are_one_chunk(engine, taken):
     asked = [GenerationRequest(engine.encode("x" * n, raw=True), Options(9)) for n in range(8, 13)]
     expected = alone(engine, asked)

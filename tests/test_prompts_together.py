@@ -30,21 +30,6 @@ def drafting(request):
         yield engine
 
 
-@pytest.fixture
-def taken(monkeypatch):
-    """Of how many texts each chunk of prompts is, and how many tokens of each it has."""
-    found, take = [], Filling.take
-
-    def note(self, most):
-        before = self.left
-        count = take(self, most)
-        found.append((len(self.rows), before - self.left))
-        return count
-
-    monkeypatch.setattr(Filling, "take", note)
-    return found
-
-
 def turns_of(engine):
     """A text, and others of which some begin with it; each has some 40 tokens that are not its."""
     first = engine.encode(CODE * 2, raw=True)
