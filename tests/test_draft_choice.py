@@ -125,6 +125,34 @@ def test_without_a_purse_more_would_be_spent(monkeypatch):
     assert sum(lost(Experience(), 0.95, 12000)) > 0.03 * 12000
 
 
+def planned(rests, tokens=600):
+    """The plans of a text where sometimes drafts pay, and how often they were thought about."""
+    costs = [1, 1.3, 1.5, 1.7, 1.9, 2.1, 2.3, 2.5, 2.7]
+    draw, plans, lacking = random.Random(0), [], 1
+    depth = Depth("auto", experience=experienced(costs))
+    thoughts, depth._cost = [], lambda *given: thoughts.append(given) or Depth._cost(depth, *given)
+    for _ in range(tokens):
+        kinds = [Kind(LOOKUP, 4)] * (draw.random() < 0.05) + [Kind(MTP)]
+        if not rests:
+            depth._rest = 0
+        plan = depth.next(kinds, 8, lambda _, rows=lacking: rows)
+        plans.append(plan)
+        lacking = 1 if plan is not None and plan.kind.source == MTP else lacking + 1
+        if plan is None:
+            depth.count_plain(1.0)
+        else:
+            depth.count(plan, draw.choice((0, 0, plan.depth)), costs[plan.depth])
+    return plans, len(thoughts)
+
+
+def test_what_cannot_be_afforded_is_not_thought_about_again():
+    """Until it could be; the plans are the same."""
+    (plans, thoughts), (all_plans, all_thoughts) = planned(True), planned(False)
+    assert plans == all_plans
+    assert {plan is None for plan in plans} == {True, False}
+    assert 2 * thoughts < all_thoughts
+
+
 def test_look_up_is_judged_before_there_is_a_draft():
     """By what it would have guessed: a text that repeats itself has drafts at once."""
     for stays in (False, True):
@@ -182,7 +210,7 @@ def waiting(engine, count):
     return drafter, guessed, likeliest[-1]
 
 
-@pytest.mark.parametrize("count", [17, 18, 40])
+@pytest.mark.parametrize("count", [17, 33, 49])
 def test_a_review_tells_what_would_have_been_guessed(engine, count):
     """And what comes next is guessed as if there had been none."""
     drafter, guessed, following = waiting(engine, count)

@@ -58,6 +58,8 @@ class Depth:
         self._plain, self._since = BURST if unknown else AGAIN, 0
         self._beside = self._rounds = 0
         self._purse, self._trial = Purse(_FIRST, _SHARE), False
+        # Plain steps until drafts of these kinds can be afforded at the earliest.
+        self._rest, self._resting = 0, list[Kind]()
 
     @property
     def plain_seconds(self) -> float | None:
@@ -76,12 +78,16 @@ class Depth:
         if not self._auto:
             depth = min(self._depths[0], most)
             return Plan(max(kinds, key=lambda kind: self._tokens(kind)[depth]), depth)
+        if self._rest and kinds == self._resting:
+            return None
         (gain, depth), kind = max((self._best(kind, most), kind) for kind in kinds)
         self._trial = gain <= _GAIN
         if not self._trial:
             return Plan(kind, self._maybe_another(kind, depth, most))
-        loss = self._loss(kind, depth)
-        if not depth or not self._affords(loss) or not self._affords(loss, lacking(kind)):
+        if not depth:
+            return None
+        if (lack := self._cost(self._loss(kind, depth), lacking(kind)) - self._spare) > 0:
+            self._rest, self._resting = int(lack / _SHARE), list(kinds)
             return None
         return Plan(kind, depth)
 
@@ -91,6 +97,7 @@ class Depth:
         experience.purse.fill()
         self._purse.fill()
         self._since += 1
+        self._rest = max(self._rest - 1, 0)
         if seconds is not None:
             experience.add_plain(seconds)
             self._plain, self._since, self._beside = max(self._plain - 1, 0), 0, _BESIDE
@@ -124,19 +131,24 @@ class Depth:
         """It took so long to catch up with so many rows."""
         if (plain := self._experience.plain) is not None:
             self._experience.row_cost.add(seconds / plain / rows)
+            self._rest = 0
             self._spend(seconds / plain * self._trial)
 
     def reviews(self, kind: Kind, rows: int) -> bool:
         """Whether to find out now, with so many rows, how many tokens would have been guessed."""
-        if not self._auto or self._plain or not self._affords(0.0, rows):
+        if not self._auto or self._plain or self._cost(0.0, rows) > self._spare:
             return False
         table = self._experience.costs(kind.source).table
         return any(1 + depth > _GAIN * table[depth] for depth in self._depths)
 
-    def _affords(self, loss: float, rows: int = 0) -> bool:
-        """Whether so much may be spent, and what so many rows cost."""
-        cost = loss + rows * self._experience.row_cost.value
-        return cost <= min(self._purse.spare, self._experience.purse.spare)
+    def _cost(self, loss: float, rows: int) -> float:
+        """What it costs to lose so much, and to catch up with so many rows."""
+        return loss + rows * self._experience.row_cost.value
+
+    @property
+    def _spare(self) -> float:
+        """What may be spent."""
+        return min(self._purse.spare, self._experience.purse.spare)
 
     def _spend(self, cost: float) -> None:
         for purse in (self._purse, self._experience.purse):
@@ -150,6 +162,7 @@ class Depth:
     def _forget(self, source: str) -> None:
         """What is best has to be found out anew."""
         self._bests = {key: best for key, best in self._bests.items() if key[0].source != source}
+        self._rest = 0
 
     def _rate(self, kind: Kind) -> Average:
         rate = self._rates.get(kind)

@@ -21,21 +21,25 @@ class LookupDrafter(Drafter):
 
     def __init__(self) -> None:
         self._text: list[int] = []
-        self._places: list[dict[tuple[int, ...], int]] = []
+        # Where the text last went on after its shortest pieces, and after its longer ones, of which
+        # those that end before `_indexed` are there.
+        self._places: dict[tuple[int, ...], int] = {}
+        self._longer: list[dict[tuple[int, ...], int]] = []
+        self._indexed = 0
         # Where the text went on after its last tokens, and how many are the same there; 0: nowhere.
         self._at = self._same = 0
 
     def start(self, prompt: Sequence[int], cached: int = 0) -> None:
-        self._text, self._places = [], [{} for _ in range(SHORTEST, LONGEST + 1)]
+        self._text, self._places, self._indexed = [], {}, 0
+        self._longer = [{} for _ in range(SHORTEST, LONGEST)]
         self.extend(prompt, None)
 
     def extend(self, tokens: Sequence[int], hidden: mx.array | None) -> None:
-        text = self._text
+        text, places = self._text, self._places
         for token in tokens:
             # What ends here is a place to look up once it is known how it goes on.
-            for length, places in enumerate(self._places, SHORTEST):
-                if len(text) >= length:
-                    places[tuple(text[-length:])] = len(text)
+            if (end := len(text)) >= SHORTEST:
+                places[tuple(text[-SHORTEST:])] = end
             text.append(token)
         self._at, self._same = self._found()
 
@@ -55,12 +59,25 @@ class LookupDrafter(Drafter):
     def _found(self) -> tuple[int, int]:
         """Where the text went on after its last tokens, and how many of them are the same there."""
         text = self._text
-        for length in range(LONGEST, SHORTEST - 1, -1):
+        shortest = self._places.get(tuple(text[-SHORTEST:]))
+        if shortest is None:  # so nothing longer was there either
+            return 0, 0
+        self._index_longer()
+        for length in range(LONGEST, SHORTEST, -1):
             if len(text) >= length:
-                at = self._places[length - SHORTEST].get(tuple(text[-length:]))
+                at = self._longer[length - SHORTEST - 1].get(tuple(text[-length:]))
                 if at is not None:
                     return at, self._same_before(length, at)
-        return 0, 0
+        return shortest, self._same_before(SHORTEST, shortest)
+
+    def _index_longer(self) -> None:
+        """Note where the text went on after all pieces but the last."""
+        text = self._text
+        for end in range(self._indexed, len(text)):
+            for length, places in enumerate(self._longer, SHORTEST + 1):
+                if end >= length:
+                    places[tuple(text[end - length : end])] = end
+        self._indexed = len(text)
 
     def _same_before(self, length: int, at: int) -> int:
         """How many tokens before ``at`` are the last ones, of which ``length`` are known to be."""

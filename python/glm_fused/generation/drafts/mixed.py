@@ -29,14 +29,19 @@ class MixedDrafter(Drafter):
         return [kind for drafter in self._drafters for kind in drafter.kinds()]
 
     def unmade(self, token: int) -> list[tuple[Kind, bool]]:
-        return [each for drafter in self._drafters for each in drafter.unmade(token)]
+        found = []
+        for drafter in self._drafters:
+            found += drafter.unmade(token)
+        return found
 
     def lacking(self, kind: Kind) -> int:
         return self._of(kind).lacking(kind)
 
     def reviewable(self) -> tuple[Kind, int] | None:
-        found = (drafter.reviewable() for drafter in self._drafters)
-        return next((each for each in found if each is not None), None)
+        for drafter in self._drafters:
+            if (found := drafter.reviewable()) is not None:
+                return found
+        return None
 
     def review(self) -> list[bool]:
         return next(d for d in self._drafters if d.reviewable() is not None).review()
