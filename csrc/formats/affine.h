@@ -261,48 +261,34 @@ class AffineScales {
       const float* sums,
       const F16 (&acc)[R][M],
       F16 (&result)[R][M]) const {
-    if constexpr (Reading::kInPlace) {
-      const auto read = GLM_EACH(p) {
-        if constexpr (Reading::kBytes == 2) {
-          return as_float(shift_left<16>(splat_word(p)));
-        } else {
-          return decode<Reading::kType>(
-              spread_.template whole<Reading::kBytes>(p));
-        }
-      };
-      return add_groups(
-          spread_.place(rows.scales, hb),
-          spread_.place(rows.biases, hb),
-          rows.scale_stride,
-          sums,
-          acc,
-          result,
-          read);
+    with_groups<Reading, R>(
+        rows, hb, [&](auto r, F16 s, F16 b) GLM_ALWAYS_INLINE {
+          add_group(s, b, sums, acc[r], result[r]);
+        });
+  }
+
+  // The scales and biases of a half-block of R rows, to be met many times.
+  template <int R>
+  struct Groups {
+    F16 scales[R], biases[R];
+
+    template <int M>
+    GLM_INLINE void finish(
+        const float* sums,
+        const F16 (&acc)[R][M],
+        F16 (&result)[R][M]) const {
+      unroll<R>(GLM_EACH(r) {
+        add_group(scales[r], biases[r], sums, acc[r], result[r]);
+      });
     }
-    if (type_ == FloatType::float32) {
-      const auto read = GLM_EACH(row) {
-        return spread_.floats(row, hb);
-      };
-      return add_groups(
-          rows.scales, rows.biases, rows.scale_stride, sums, acc, result, read);
-    }
-    const bool direct = hb < rows.direct_halves;
-    uint8_t edges[2][R][16];
-    ptrdiff_t stride = rows.scale_stride, same = stride;
-    const uint8_t* s =
-        spread_.locate(rows.scales, hb, direct, edges[0], stride);
-    const uint8_t* b = spread_.locate(rows.biases, hb, direct, edges[1], same);
-    const Shuffle& spread = spread_.at(hb);
-    if (type_ == FloatType::bfloat16) {
-      const auto read = GLM_EACH(p) {
-        return decode<FloatType::bfloat16>(spread(p));
-      };
-      return add_groups(s, b, stride, sums, acc, result, read);
-    }
-    const auto read = GLM_EACH(p) {
-      return half_to_float(spread(p));
-    };
-    add_groups(s, b, stride, sums, acc, result, read);
+  };
+  template <class Reading, int R>
+  GLM_INLINE void read(const TileRows& rows, int hb, Groups<R>& to) const {
+    with_groups<Reading, R>(
+        rows, hb, [&](auto r, F16 s, F16 b) GLM_ALWAYS_INLINE {
+          to.scales[r] = s;
+          to.biases[r] = b;
+        });
   }
 
   static GLM_INLINE float total(float sum) {
@@ -319,21 +305,68 @@ class AffineScales {
     }
   }
 
-  template <int R, int M, class Read>
-  static GLM_INLINE void add_groups(
+  // Calls use(r, scale, bias) for each of R rows, in a half-block.
+  template <class Reading, int R, class Use>
+  GLM_INLINE void with_groups(const TileRows& rows, int hb, const Use& use)
+      const {
+    if constexpr (Reading::kInPlace) {
+      const uint8_t* s = spread_.place(rows.scales, hb);
+      const uint8_t* b = spread_.place(rows.biases, hb);
+      return each_row<R>(
+          s, b, rows.scale_stride, use, GLM_EACH(p) {
+            if constexpr (Reading::kBytes == 2) {
+              return as_float(shift_left<16>(splat_word(p)));
+            } else {
+              return decode<Reading::kType>(
+                  spread_.template whole<Reading::kBytes>(p));
+            }
+          });
+    }
+    if (type_ == FloatType::float32) {
+      return each_row<R>(
+          rows.scales, rows.biases, rows.scale_stride, use, GLM_EACH(row) {
+            return spread_.floats(row, hb);
+          });
+    }
+    const bool direct = hb < rows.direct_halves;
+    uint8_t edges[2][R][16];
+    ptrdiff_t stride = rows.scale_stride, same = stride;
+    const uint8_t* s =
+        spread_.locate(rows.scales, hb, direct, edges[0], stride);
+    const uint8_t* b = spread_.locate(rows.biases, hb, direct, edges[1], same);
+    const Shuffle& spread = spread_.at(hb);
+    if (type_ == FloatType::bfloat16) {
+      return each_row<R>(
+          s, b, stride, use, GLM_EACH(p) {
+            return decode<FloatType::bfloat16>(spread(p));
+          });
+    }
+    each_row<R>(
+        s, b, stride, use, GLM_EACH(p) { return half_to_float(spread(p)); });
+  }
+
+  template <int R, class Use, class Read>
+  static GLM_INLINE void each_row(
       const uint8_t* scales,
       const uint8_t* biases,
       ptrdiff_t stride,
-      const float* sums,
-      const F16 (&acc)[R][M],
-      F16 (&result)[R][M],
-      Read read) {
+      const Use& use,
+      const Read& read) {
     unroll<R>(GLM_EACH(r) {
-      const F16 s = read(scales + r * stride), b = read(biases + r * stride);
-      unroll<M>(GLM_EACH(m) {
-        const F16 offset = mul(load(sums + m * kHalf), b);
-        result[r][m] = add(result[r][m], fma(s, acc[r][m], offset));
-      });
+      use(r, read(scales + r * stride), read(biases + r * stride));
+    });
+  }
+
+  template <int M>
+  static GLM_INLINE void add_group(
+      F16 scale,
+      F16 bias,
+      const float* sums,
+      const F16 (&acc)[M],
+      F16 (&result)[M]) {
+    unroll<M>(GLM_EACH(m) {
+      const F16 offset = mul(load(sums + m * kHalf), bias);
+      result[m] = add(result[m], fma(scale, acc[m], offset));
     });
   }
 

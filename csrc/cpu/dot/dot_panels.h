@@ -8,6 +8,16 @@ namespace {
 
 using glm_fused::cpu::kMaxPanels;
 
+template <class F, int R>
+struct KeptGroups {
+  struct type {};
+};
+template <class F, int R>
+  requires requires { typename F::Scales::template Groups<R>; }
+struct KeptGroups<F, R> {
+  using type = typename F::Scales::template Groups<R>;
+};
+
 // A few rows are decoded chunk by chunk, once for all panels; a chunk of them
 // and of a panel stay in the L1 cache. A row's terms meet a vector's in the
 // order of HalfBlock, with kPair rows by kVectors vectors in registers; where
@@ -20,6 +30,13 @@ class DotPanels {
 
   __attribute__((noinline)) void all() {
     const int halves = tile_.half_blocks();
+#if defined(GLM_AVX512)
+    if constexpr (!requires { requires F::kLongRows; }) {
+      if (halves <= kChunk) {
+        return short_rows(halves);
+      }
+    }
+#endif
     const int most = panels() == 1 ? kFewRows : kRows;
     for (int row = 0; row < a_.rows; row += most) {
       const int count = a_.rows - row < most ? a_.rows - row : most;
@@ -58,6 +75,10 @@ class DotPanels {
   // Half-blocks of a chunk: some sixteen terms of each vector and parity.
   static constexpr int kChunk = 2 * (kPerHalf < 18 ? 18 / kPerHalf : 1);
 
+  // Whether what scales give for a half-block can be kept beside its terms.
+  static constexpr bool kKeepsGroups =
+      requires { typename F::Scales::template Groups<kPair>; };
+
   using Terms = F16[kPair];
   using Sums = F16[kPair][kVectors];
   using Parts = V[kPair][kVectors];
@@ -76,6 +97,94 @@ class DotPanels {
       memset(sums_[pair], 0, panels() * sets() * sizeof(sums_[pair][0]));
     }
   }
+
+#if defined(GLM_AVX512)
+  // Of rows that are one chunk, sums stay in registers until lanes are added
+  // up, for sixteen rows at a time.
+  void short_rows(int halves) {
+    static_assert(kRows == kHalf);
+    for (int row = 0; row < a_.rows; row += kRows) {
+      const int count = a_.rows - row < kRows ? a_.rows - row : kRows;
+      const int pairs = (count + kPair - 1) / kPair;
+      for (int pair = 0; pair < pairs; pair++) {
+        decode(row + pair * kPair, 0, halves, kRows, terms_[pair]);
+        read_groups(row + pair * kPair, halves, pair);
+      }
+      for (int i = 0; i < panels(); i++) {
+        for (int v = 0; v < sets(); v++) {
+          const float* x = a_.x[i] + v * kVectors * kHalf;
+          F16 sums[kVectors][kRows];
+          for (int pair = 0; pair < pairs; pair++) {
+            sum_pair(row + pair * kPair, halves, x, pair, sums);
+          }
+          write_short(row, count, i * width_ + v * kVectors, sums);
+        }
+      }
+    }
+  }
+
+  void read_groups(int row, int halves, int pair) {
+    if constexpr (kKeepsGroups) {
+      with_reading(row, halves, [&]<class Reading>(const TileRows& rows) {
+        for (int hb = 0; hb < halves; hb++) {
+          tile_.scales.template read<Reading>(rows, hb, groups_[pair][hb]);
+        }
+      });
+    }
+  }
+
+  void sum_pair(
+      int row,
+      int halves,
+      const float* x,
+      int pair,
+      F16 (&to)[kVectors][kRows]) const {
+    if constexpr (kKeepsGroups) {
+      const auto& groups = groups_[pair];
+      const auto finish =
+          [&](int hb, const float* sums, auto& acc, auto& result)
+              GLM_ALWAYS_INLINE { groups[hb].finish(sums, acc, result); };
+      sum_pair(halves, x, pair, to, finish);
+    } else {
+      with_reading(row, halves, [&]<class Reading>(const TileRows& rows) {
+        sum_pair(halves, x, pair, to, finish_in<Reading>(rows));
+      });
+    }
+  }
+
+  template <class Finish>
+  __attribute__((noinline)) void sum_pair(
+      int halves,
+      const float* x,
+      int pair,
+      F16 (&to)[kVectors][kRows],
+      const Finish& finish) const {
+    Sums even, odd;
+    each([&](auto r, auto m)
+             GLM_ALWAYS_INLINE { even[r][m] = odd[r][m] = zero(); });
+    add_half_blocks(0, halves, x, terms_[pair], even, finish);
+    add_half_blocks(1, halves, x, terms_[pair] + 1, odd, finish);
+    each([&](auto r, auto m) GLM_ALWAYS_INLINE {
+      to[m][pair * kPair + r] = add(even[r][m], odd[r][m]);
+    });
+  }
+
+  // Stores the sums of `count` rows and the vectors from m on.
+  void write_short(
+      int row,
+      int count,
+      int m,
+      const F16 (&sums)[kVectors][kRows]) const {
+    for (const auto& of_vector : sums) {
+      float totals[kRows];
+      butterfly_sums(of_vector, totals);
+      for (float& total : totals) {
+        total = tile_.scales.total(total);
+      }
+      memcpy(a_.y + m++ * a_.rows + row, totals, count * sizeof(float));
+    }
+  }
+#endif
 
   // The pair's rows; one that is not there is the last one again.
   GLM_INLINE TileRows locate(int row) const {
@@ -104,16 +213,25 @@ class DotPanels {
   }
 
   void add_chunk(int row, int begin, int end, int panel, int pair) {
+    with_reading(row, end, [&]<class Reading>(const TileRows& rows) {
+      add_chunk<Reading>(rows, begin, end, panel, pair);
+    });
+  }
+
+  // Calls fn with how scales are read before half-block `end` of a pair of rows
+  // from `row` on, and with those.
+  template <class Fn>
+  void with_reading(int row, int end, const Fn& fn) const {
     const TileRows rows = locate(row);
     if constexpr (!F::kCarriesAccumulator) {  // there are scales to read
       if (end <= rows.direct_halves) {
         tile_.scales.with_reading([&]<class Reading>(Reading) {
-          add_chunk<Reading>(rows, begin, end, panel, pair);
+          fn.template operator()<Reading>(rows);
         });
         return;
       }
     }
-    add_chunk<Anywhere>(rows, begin, end, panel, pair);
+    fn.template operator()<Anywhere>(rows);
   }
 
   template <class Reading>
@@ -122,26 +240,36 @@ class DotPanels {
     for (int v = 0; v < sets(); v++) {
       const float* x = a_.x[panel] + v * kVectors * kHalf;
       for (int odd = 0; odd < 2; odd++) {
-        add_half_blocks<Reading>(
-            rows,
+        add_half_blocks(
             begin + odd,
             end,
             x,
             terms_[pair] + odd,
-            sums_[pair][panel * sets() + v][odd]);
+            sums_[pair][panel * sets() + v][odd],
+            finish_in<Reading>(rows));
       }
     }
   }
 
-  // Adds every other half-block from `hb` on.
+  // Finishes half-blocks of these rows.
   template <class Reading>
+  GLM_INLINE auto finish_in(const TileRows& rows) const {
+    return [&](int hb, const float* sums, auto& acc, auto& result)
+               GLM_ALWAYS_INLINE {
+                 tile_.scales.template finish<Reading>(
+                     rows, hb, sums, acc, result);
+               };
+  }
+
+  // Adds every other half-block from `hb` on.
+  template <class Finish>
   GLM_INLINE void add_half_blocks(
-      const TileRows& rows,
       int hb,
       int end,
       const float* panel,
       const Terms (*terms)[F::kTerms],
-      Sums& sums) const {
+      Sums& sums,
+      const Finish& finish) const {
     const int step = width_ * kHalf;  // from a term to the next
     Sums result;
     each([&](auto r, auto m) GLM_ALWAYS_INLINE { result[r][m] = sums[r][m]; });
@@ -159,8 +287,7 @@ class DotPanels {
         each([&](auto r, auto m)
                  GLM_ALWAYS_INLINE { part_of<i>(acc[r][m]) = part[r][m]; });
       });
-      const float* sums_of_x = x + F::kTerms * step;
-      tile_.scales.template finish<Reading>(rows, hb, sums_of_x, acc, result);
+      finish(hb, x + F::kTerms * step, acc, result);
     }
     each([&](auto r, auto m) GLM_ALWAYS_INLINE { sums[r][m] = result[r][m]; });
   }
@@ -280,6 +407,7 @@ class DotPanels {
   const Width width_;
   Terms terms_[kRows / kPair][kChunk][F::kTerms];
   Sums sums_[kRows / kPair][kMaxPanels * kMostWidth / kVectors][2];
+  KeptGroups<F, kPair>::type groups_[kRows / kPair][kChunk];
 };
 
 }  // namespace
