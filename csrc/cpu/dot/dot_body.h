@@ -335,6 +335,7 @@ struct Tile {
 
 #include "cpu/dot/dot_panels.h"
 #include "cpu/dot/joined_rows.h"
+#include "cpu/dot/short_panels.h"
 #include "cpu/dot/short_rows.h"
 
 namespace {
@@ -357,6 +358,11 @@ void dot(const DotArgs& args) {
   // One panel's vectors meet decoded rows of most formats best four at a time.
   if (args.width == 8 && (F::kQuads || args.x.size() > 1)) {
     constexpr Constant<8> width;
+    if constexpr (!requires { requires F::kLongRows; }) {
+      if (ShortPanels<F, 4, Constant<8>>::takes(args)) {
+        return ShortPanels<F, 4, Constant<8>>(args, width).all();
+      }
+    }
     return DotPanels<F, 4, Constant<8>>(args, width).all();
   }
 #endif
