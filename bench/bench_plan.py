@@ -3,8 +3,8 @@
     python bench/bench_plan.py                       # the bundled model, and true shapes
     python bench/bench_plan.py --models slice --repeats 5 --json
 
-One process of two threads, and two of one thread each that share the model over MLX's ring on
-loopback, decode as bench_shards.py has them. Before and after, memory and link are measured as
+One process of two threads, and two of one thread each that share the model's rows over MLX's ring
+on loopback, decode as bench_shards.py has them. Before and after, memory and link are measured as
 `glm-fused doctor --hosts` does, each process beside the other; the single process is given the
 plain reads of two threads. It prints the ms a token that the plan gives from the best, those
 measured, the first as a part of the second, and of both what is spent in gathers. A plan is the

@@ -12,7 +12,7 @@ from glm_fused.checkpoint.folder import Checkpoint
 from glm_fused.checkpoint.paths import checkpoint_path
 from glm_fused.generation.planning import SHARE
 from glm_fused.measuring.cluster import Link, Machine, plan
-from glm_fused.measuring.placement import choose, plan_pipeline
+from glm_fused.measuring.placement import plan_pipeline, plan_shards
 
 FAST, SLOW = Link(1e-9, 100 * 10**9), Link(1e-3, 10**8)
 MACHINES = [Machine(10**9, 10**6), Machine(10**9, 10**6)]  # so slow that reading counts
@@ -26,11 +26,12 @@ def demo():
 
 def test_a_slow_link_wants_layers_and_a_fast_one_rows(demo):
     quick = [Machine(10**9, 10**9)] * 2
-    assert choose(demo, MACHINES, FAST, 1024, "auto").shard == "tensor"
-    found = choose(demo, quick, SLOW, 1024, "auto")
-    assert found.shard == "pipeline"
+    assert plan_shards(demo, MACHINES, FAST, 1024, "auto")["shard"] == "tensor"
+    found = plan_shards(demo, quick, SLOW, 1024, "auto")
+    assert found["shard"] == "pipeline"
     numbers = r"a link of 1000 µs and 0.10 GB/s: tensor [\d.]+ ms .*; pipeline [\d.]+ ms .* least"
-    assert re.fullmatch(numbers, found.reason)
+    assert re.fullmatch(numbers, found["reason"])
+    assert plan_shards(demo, quick, SLOW, 1024, "auto", ["tensor"])["shard"] == "tensor"
 
 
 def test_layers_cost_what_all_of_the_model_does(demo):
@@ -44,6 +45,18 @@ def test_layers_cost_what_all_of_the_model_does(demo):
         assert abs(total - heads - one[key]) <= 3
 
 
+def test_texts_together_wait_for_the_slowest_machine_or_the_link(demo):
+    def together(link):
+        found = plan_pipeline(demo, MACHINES, link, 1024, "auto")
+        assert found["together"]["texts"] == 2
+        return 1e3 / found["together"]["tokens_per_second"], found
+
+    between, found = together(FAST)
+    assert between == pytest.approx(max(rank["read_ms"] for rank in found["ranks"]))
+    between, found = together(Link(10.0, 10**8))
+    assert between == pytest.approx(found["ms_per_token"] / 2)
+
+
 def test_what_does_not_fit_is_not_taken(demo):
     """Each of several ranks with rows has the whole cache, one with layers that of its layers."""
     how = FAST, 8192, "auto"
@@ -53,20 +66,21 @@ def test_what_does_not_fit_is_not_taken(demo):
     )
     assert by_layers < by_rows
     between = [Machine(round((by_rows + by_layers) / 2 / SHARE), 10**6)] * 2
-    assert choose(demo, MACHINES, *how).shard == "tensor"
-    found = choose(demo, between, *how)
-    assert found.shard == "pipeline"
-    assert found.reason.count("does not fit") == 1
+    assert plan_shards(demo, MACHINES, *how)["shard"] == "tensor"
+    found = plan_shards(demo, between, *how)
+    assert (found["shard"], found["fits"]) == ("pipeline", True)
+    assert found["reason"].count("does not fit") == 1
 
 
 def test_what_cannot_be_split_is_not_taken(tmp_path):
     """A single head is for one rank; nine ranks are too many for any way."""
     write_checkpoint(tmp_path, tiny_config(num_attention_heads=1))
-    found = choose(Checkpoint.open(tmp_path), MACHINES, FAST, 64, "auto")
-    assert found.shard == "pipeline"
-    assert "not enough for 2 ranks" in found.reason
+    found = plan_shards(Checkpoint.open(tmp_path), MACHINES, FAST, 64, "auto")
+    assert found["shard"] == "pipeline"
+    assert found["refused"].keys() == {"tensor"}
+    assert "not enough for 2 ranks" in found["reason"]
     with pytest.raises(ValueError, match=r"\[shard\] .* not enough for 9 ranks"):
-        choose(Checkpoint.open(tmp_path), MACHINES[:1] * 9, FAST, 64, "auto")
+        plan_shards(Checkpoint.open(tmp_path), MACHINES[:1] * 9, FAST, 64, "auto")
 
 
 def test_ranks_measure_and_say_what_they_take(tmp_path):

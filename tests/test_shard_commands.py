@@ -32,7 +32,7 @@ def gathers_of(model):
         "1us,1GB/s",
         "--json",
     )
-    return json.loads(done[1])["gathers"]
+    return json.loads(done[1])["plans"]["tensor"]["gathers"]
 
 
 def alone(*command):

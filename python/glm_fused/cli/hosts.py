@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import UsageError
 from .output import print_json
-from .sharding import talking
+from .sharding import CONTEXT, talking
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
     from ..checkpoint.folder import Checkpoint
 
-CONTEXT = 16384
 _RANK = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # where a launcher says it
 _LOCAL = "127.0.0.1"  # which mlx.launch does not ask by ssh
 _ANSWER = 10  # seconds
@@ -42,14 +41,14 @@ def check_hosts(options: argparse.Namespace) -> int:
 
 
 def _show(found: dict[str, Any], as_json: bool) -> int:
-    from ..measuring.cluster import format_plan
     from ..measuring.links import format_links
+    from ..measuring.placement import format_plans
 
     plan = found.get("plan")
     if as_json:
         print_json(found)
     else:
-        of_model = [] if plan is None else [found["model"], *format_plan(plan)]
+        of_model = [] if plan is None else [found["model"], *format_plans(plan)]
         print("\n".join([*format_links(found["ranks"], found), *of_model]))
     return 0 if plan is None or plan["fits"] else 1
 
@@ -92,11 +91,13 @@ def _gathered(options: argparse.Namespace, group: mx.distributed.Group) -> dict[
 
 
 def _forecast(options: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
-    from ..measuring.cluster import Link, Machine, plan
+    """What `plan_shards` gives of the model with what was measured."""
+    from ..measuring.cluster import Link, Machine
+    from ..measuring.placement import plan_shards
 
     rates = [(rank["memory"], round(1e9 * rank["read_gb_per_s"])) for rank in found["ranks"]]
     machines = [Machine(memory, rate) for memory, rate in rates]
-    return plan(_checkpoint(options), machines, Link(**found["link"]), CONTEXT, "auto")
+    return plan_shards(_checkpoint(options), machines, Link(**found["link"]), CONTEXT, "auto")
 
 
 def _checkpoint(options: argparse.Namespace) -> Checkpoint:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..parallel.watch import Watch
 
 TENSOR, PIPELINE, AUTO = "tensor", "pipeline", "auto"
-PREFILL_STEP = 512  # where no option says: what fits in memory may differ between machines
+CONTEXT = 16384  # tokens cached, as a plan of machines has them
 _OWN = (  # may differ between ranks; of the prompt the text is compared
     "model", "threads", "parser", "root", "run", "prompt", "host", "port", "api_key",
     "api_key_file", "no_api_key", "allowed_host", "cors_origin",
@@ -97,20 +97,20 @@ def _chosen(options: argparse.Namespace, group: mx.distributed.Group) -> str:
     from ..measuring.cluster import Link, Machine
     from ..measuring.fit import memory_rate
     from ..measuring.links import measure_links
-    from ..measuring.placement import choose
+    from ..measuring.placement import plan_shards
     from ..memory import machine_bytes
     from ..parallel.agreement import tell
-    from .plan import CONTEXT
 
     here = [machine_bytes(), round(memory_rate())]
     machines = [Machine(*json.loads(text)) for text in tell(group, json.dumps(here))]
     link = Link(**measure_links(group)["link"])
-    found = ""
+    shard = ""
     if group.rank() == 0:
         checkpoint = Checkpoint.open(checkpoint_path(local_model(options.model)))
-        found, reason = choose(checkpoint, machines, link, CONTEXT, options.kv_format)
-        print(f"--shard {found}: {reason}", file=sys.stderr)
-    return tell(group, found)[0]
+        found = plan_shards(checkpoint, machines, link, CONTEXT, options.kv_format)
+        shard = found["shard"]
+        print(f"--shard {shard}: {found['reason']}", file=sys.stderr)
+    return tell(group, shard)[0]
 
 
 def _for_rows(options: argparse.Namespace) -> list[str]:
@@ -164,12 +164,13 @@ def met(
             raise UsageError(f"{flags([name])}: not with --shard, as {reason}.")
     if options.shard == PIPELINE and (alone := _for_rows(options)):
         raise UsageError(f"{flags(alone)}: not with --shard pipeline.")
+    from ..models.prompt_memory import SHARED_STEP
     from ..parallel.agreement import agree, join_group
     from ..parallel.watch import Watch
 
     group = join_group()
     if options.prefill_step_size is None:
-        options.prefill_step_size = PREFILL_STEP
+        options.prefill_step_size = SHARED_STEP
     with talking(group.rank()), Watch(group) as watch:
         agree(group, {**_described(options), **besides})
         yield group, watch

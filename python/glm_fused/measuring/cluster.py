@@ -1,4 +1,4 @@
-"""What several machines that share a model need, and at best take for a token: a cost model."""
+"""What machines that share a model by rows need, and at best take for a token: a cost model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..checkpoint.layer_description import activity
 from ..checkpoint.stored import Inventory
 from ..formats.kv_rows import FLOATS, row_bytes
 from ..generation.planning import SHARE
-from ..memory import size
 from ..models.config import ModelArgs
-from ..models.prompt_memory import STEPS, cache_bytes, chunk_bytes
+from ..models.prompt_memory import SHARED_STEP, STEPS, cache_bytes, chunk_bytes
 from ..models.shard import cuts_of
+from ..models.sharded_indexer import keys_pay
 
 
 @dataclass(frozen=True)
@@ -40,57 +40,49 @@ def plan(
     """What a model needs and takes on machines that share it by rows, JSON-ready.
 
     A token takes at least as long as the slowest machine reads its rows and the cache, and as the
-    gathers take, around a ring of all. Kernels, launches and waiting make it more.
+    gathers take, around a ring of all. Kernels, launches and waiting make it more. Whether scores
+    of the indexer are shared out is what machines with this one's device decide.
 
     Raises ValueError for a model that so many machines cannot share, or that does not load.
     """
     args, inventory = checked(checkpoint)
     kv_format = inventory.float_format if kv_format == "auto" else kv_format
-    ranks = [
-        _rank(args, inventory, machine, len(machines), context, kv_format) for machine in machines
-    ]
-    gathers = _gathers(args, FLOATS[inventory.float_format].size, len(machines), link)
-    milliseconds = max(rank["read_ms"] for rank in ranks) + gathers["ms"]
-    return {
-        "context": context,
-        "kv_format": kv_format,
-        "link": asdict(link),
-        "ranks": ranks,
-        "gathers": gathers,
-        "fits": all(rank["fits"] for rank in ranks),
-        "ms_per_token": milliseconds,
-        "tokens_per_second": 1e3 / milliseconds,
-    }
-
-
-def _rank(
-    args: ModelArgs,
-    inventory: Inventory,
-    machine: Machine,
-    ranks: int,
-    context: int,
-    kv_format: str,
-) -> dict[str, Any]:
-    cuts = cuts_of(args, inventory.formats, ranks, inventory.block_rows)
+    count = len(machines)
+    cuts = cuts_of(args, inventory.formats, count, inventory.block_rows)
 
     def share(path: str) -> float:
         cut = cuts.get(path)
         return 1.0 if cut is None else cut.width / cut.bounds[-1]
 
-    return needs(args, inventory, machine, share, context, kv_format)
+    how = args, inventory, share, context, kv_format
+    step = STEPS[-1] if count == 1 else SHARED_STEP
+    ranks = [needs(machine, *how, step, count) for machine in machines]
+    gathers = _gathers(args, FLOATS[inventory.float_format].size, count, context, link)
+    return {
+        "ranks": ranks,
+        "gathers": gathers,
+        "fits": all(rank["fits"] for rank in ranks),
+        "ms_per_token": max(rank["read_ms"] for rank in ranks) + gathers["ms"],
+    }
 
 
 def needs(
+    machine: Machine,
     args: ModelArgs,
     inventory: Inventory,
-    machine: Machine,
     share: Callable[[str], float],
     context: int,
     kv_format: str,
+    step: int,
+    together: int = 1,
 ) -> dict[str, Any]:
-    """What a machine needs and reads for a token that has such a ``share`` of each module.
+    """What a machine needs, and reads for a token, that has such a ``share`` of each module.
 
-    ``args`` are those of its layers.
+    Args:
+        args: those of its layers.
+        context: tokens cached.
+        step: tokens of a prompt that it takes at a time.
+        together: how many machines join each layer's rows.
     """
     weights = read = 0.0
     for stored in inventory.stored:
@@ -100,12 +92,13 @@ def needs(
         read += loaded * activity(args, module)
     cache = cache_bytes(args, context, kv_format)
     float_bytes = FLOATS[inventory.float_format].size
-    needed = weights + cache + chunk_bytes(args, STEPS[-1], context, float_bytes, streamed=False)
-    cached = _cache_read(args, context, kv_format)
-    affordable = SHARE * machine.memory
+    chunk = chunk_bytes(args, step, context, float_bytes, streamed=False, ranks=together)
+    cached = _cache_read(args, context, kv_format, together)
+    needed, affordable = weights + cache + chunk, SHARE * machine.memory
     return asdict(machine) | {
         "weights": round(weights),
         "cache": cache,
+        "chunk": {"tokens": min(step, context), "bytes": chunk},
         "needed": round(needed),
         "affordable": round(affordable),
         "fits": needed <= affordable,
@@ -115,25 +108,38 @@ def needs(
     }
 
 
-def _cache_read(args: ModelArgs, context: int, kv_format: str) -> int:
-    """What a token reads of the cache: all keys of indexers, and the latents that they select."""
+def _cache_read(args: ModelArgs, context: int, kv_format: str, together: int) -> int:
+    """What a token reads of the cache: the keys that indexers score, and the latents selected."""
     latents = row_bytes(kv_format, args.kv_lora_rank, args.qk_rope_head_dim)
-    keys = row_bytes(kv_format, args.index_head_dim, 0)
-    selected = min(context, args.index_topk)
-    scored = keys * context if context > args.index_topk else 0
-    return sum(selected * latents + scored * layer.is_full for layer in args.layers)
+    selected, scored = min(context, args.index_topk), 0
+    if _shares_keys(args, context, together):  # and of those that are chosen, the best
+        scored = -(-context // together) + together * args.index_topk
+    elif context > args.index_topk:
+        scored = context
+    keys = scored * row_bytes(kv_format, args.index_head_dim, 0)
+    return sum(selected * latents + keys * layer.is_full for layer in args.layers)
 
 
-def _gathers(args: ModelArgs, float_bytes: int, ranks: int, link: Link) -> dict[str, Any]:
+def _shares_keys(args: ModelArgs, context: int, together: int) -> bool:
+    width = args.index_n_heads * args.index_head_dim
+    return together > 1 and keys_pay(1, context, args.index_topk, width, together)
+
+
+def _gathers(
+    args: ModelArgs, float_bytes: int, together: int, context: int, link: Link
+) -> dict[str, Any]:
     """How often a token's parts are joined, the bytes of it, and how long it takes."""
-    if ranks == 1:
+    if together == 1:
         return {"count": 0, "bytes": 0, "ms": 0.0}
     values = 2 * args.hidden_size + args.vocab_size  # added up twice around; and the logits
     for layer in args.layers:
         values += _heads(args) + 2 * args.hidden_size + _activations(args, layer.is_sparse)
     count, nbytes = 4 * len(args.layers) + 2, float_bytes * values
-    others = ranks - 1
-    seconds = count * others * link.latency + nbytes * others / ranks / link.rate
+    if _shares_keys(args, context, together):
+        full = sum(layer.is_full for layer in args.layers)
+        count, nbytes = count + full, nbytes + full * 4 * args.index_topk * together
+    others = together - 1
+    seconds = count * others * link.latency + nbytes * others / together / link.rate
     return {"count": count, "bytes": nbytes, "ms": 1e3 * seconds}
 
 
@@ -158,27 +164,3 @@ def gathers_of(checkpoint: Checkpoint) -> dict[str, int]:
         "activations of experts": _activations(args, is_sparse=True),
     }
     return {name: FLOATS[inventory.float_format].size * count for name, count in values.items()}
-
-
-def format_plan(found: dict[str, Any]) -> list[str]:
-    """What `plan` gave, as lines for a terminal."""
-    lines = []
-    for number, rank in enumerate(found["ranks"]):
-        verdict = "fits" if rank["fits"] else "DOES NOT FIT"
-        lines.append(
-            f"  rank {number}   {size(rank['needed'])} of {size(rank['affordable'])} for models:"
-            f" {verdict} (weights {size(rank['weights'])}, cache {size(rank['cache'])});"
-            f" a token reads {size(rank['weights_read'])} of weights,"
-            f" {size(rank['cache_read'])} of cache: {rank['read_ms']:.1f} ms"
-        )
-    gathers = found["gathers"]
-    if gathers["count"]:
-        lines.append(
-            f"  gathers  {gathers['count']} a token, {size(gathers['bytes'])}:"
-            f" {gathers['ms']:.1f} ms"
-        )
-    return [
-        *lines,
-        f"  a token  at least {found['ms_per_token']:.1f} ms, {found['tokens_per_second']:.1f}"
-        f" tokens/s at most, with {found['context']} tokens cached as {found['kv_format']}",
-    ]

@@ -19,6 +19,7 @@ from .cache import bytes_per_token
 from .config import ModelArgs
 
 STEPS = (2048, 1024, 512, 256, 128, 64, 32)  # prefill steps; the first is mlx-lm's
+SHARED_STEP = 512  # of ranks that share a model: what fits in memory may differ between machines
 # What kernels of the CPU take, for the queries or tokens that they take together (csrc/cpu).
 SCORES, ATTENTION, MOE_TOKENS, MATVEC_ROWS = 64 << 20, 32 << 20, 512, 64
 MOST_DRAFTS = 8  # tokens that are guessed at a time

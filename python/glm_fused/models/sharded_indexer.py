@@ -34,6 +34,21 @@ CPU = Price(1 << 22, 1 << 8)  # 100 µs and 1 GB/s, at some 50 billion a second
 GPU = Price(1 << 28, 1 << 13)  # 30 µs and 5 GB/s, at 10,000 billion
 
 
+def keys_pay(batch: int, total: int, topk: int, width: int, ranks: int) -> bool:
+    """Whether ranks share out the keys that a token of each text is scored against.
+
+    There are ``total`` of them, of which ``topk`` are chosen; a score has ``width`` multiply-adds.
+    """
+    spared = batch * (total - total // ranks - topk * ranks)
+    return _pays(spared, batch, topk, width, ranks)
+
+
+def _pays(spared: int, lists: int, topk: int, width: int, ranks: int) -> bool:
+    """Whether so many scores take longer than a gather of so many lists of each rank."""
+    price = GPU if routes.has_metal(None) else CPU
+    return spared * width > price.gather + price.value * lists * topk * ranks
+
+
 class ShardedIndexer(Indexer):
     """An `Indexer` whose scores ranks share out among each other."""
 
@@ -53,26 +68,18 @@ class ShardedIndexer(Indexer):
         if routes.choose("indexer_topk").kernel is not Kernel.mlx:  # bits there may depend on sizes
             if length > 1 and self._pays_by_queries(batch, length, span.total):
                 return self._by_queries(q, weights, keys, span)
-            if length == 1 and self._pays_by_keys(batch, span.total):
+            ranks, width = self._ranks.size, self.heads * self.head_dim
+            if length == 1 and keys_pay(batch, span.total, self.topk, width, ranks):
                 return self._by_keys(q, weights, keys, span)
         return super().select(q, weights, keys, span)
 
     def _pays_by_queries(self, batch: int, length: int, total: int) -> bool:
         width = -(-length // self._ranks.size)
         most = ops.blocks.MAX_TOKENS  # Metal takes more as a prompt, which has other bits
-        return (width > most) == (length > most) and self._pays(
-            batch * (length - width) * total, batch * width
+        spared, lists = batch * (length - width) * total, batch * width
+        return (width > most) == (length > most) and _pays(
+            spared, lists, self.topk, self.heads * self.head_dim, self._ranks.size
         )
-
-    def _pays_by_keys(self, batch: int, total: int) -> bool:
-        candidates = self.topk * self._ranks.size
-        return self._pays(batch * (total - total // self._ranks.size - candidates), batch)
-
-    def _pays(self, spared: int, lists: int) -> bool:
-        """Whether so many scores take longer than a gather of so many lists of each rank."""
-        price = GPU if routes.has_metal(None) else CPU
-        values = lists * self.topk * self._ranks.size
-        return spared * self.heads * self.head_dim > price.gather + price.value * values
 
     def _by_queries(self, q: mx.array, weights: mx.array, keys: mx.array, span: Span) -> mx.array:
         length = q.shape[1]
