@@ -7,6 +7,7 @@
 #include "cpu/dot/matrix.h"
 #include "cpu/runtime/scratch.h"
 #include "cpu/runtime/thread_pool.h"
+#include "deadline.h"
 #include "headed_file.h"
 #include "huge_pages.h"
 #include "metal/compile.h"
@@ -123,6 +124,16 @@ NB_MODULE(_ext, m) {
       &cpu::set_num_threads,
       "n"_a,
       "Set the threads of the CPU kernels, 1 to 1024; ValueError for others.");
+  nb::class_<Deadline>(
+      m, "Deadline", "Ends the process unless it is lifted in time.")
+      .def(
+          nb::init<double, std::string, int>(),
+          "seconds"_a,
+          "last_words"_a,
+          "code"_a,
+          "The process writes its last words to stderr and exits with a code, "
+          "whoever holds\nPython's lock.")
+      .def("lift", &Deadline::lift, "It has come in time.");
   m.def(
       "stream_read",
       [](mx::array a) {

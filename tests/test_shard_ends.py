@@ -10,13 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import ring
-
-from glm_fused.parallel.peer import Peer
-from glm_fused.parallel.watch import Watch
 
 GENERATE = ["generate", "--model", "demo", "--raw", "--shard", "tensor", "--seed", "1"]
 LONG = [*GENERATE, "--temp", "1", "--max-tokens", "4000", "--prompt", "def main():"]
@@ -195,53 +191,6 @@ def test_a_launcher_that_ends_leaves_no_process_and_no_port(how):
         _, errors = launcher.communicate(timeout=30)
         assert not any(map(listens, ports))
     assert "glm_fused/" not in errors  # a trace-back that is ours
-
-
-class TestMeeting:
-    """Rank 0 waits for the others, and strangers connect as well."""
-
-    def watch(self, size=3):
-        return Watch(SimpleNamespace(rank=lambda: 0, size=lambda: size))
-
-    def accept(self, watch, server, say):
-        """Have the lines said, each on a connection of its own; returns these."""
-        address = server.getsockname()
-        lines = [socket.create_connection(address) for _ in say]
-        for connection, line in zip(lines, say, strict=True):
-            connection.sendall(line)
-        watch._accept(server, "token")
-        return lines
-
-    def test_strangers_keep_nobody_waiting(self):
-        watch, server = self.watch(), socket.create_server(("127.0.0.1", 0))
-        strangers = [b"", b"GET / HTTP/1.1\n", b"\xff\xfe 1\n", b"token-not 2\n", b""]
-        began = time.monotonic()
-        lines = self.accept(watch, server, [*strangers, b"token 1\n", b"token 2\nhello\n"])
-        assert time.monotonic() - began < 5  # the silent ones are waited for in their threads
-        assert set(watch._peers) == {1, 2}
-        assert next(watch._peers[2].lines) == "hello"  # which came along with the token
-        lines[5].sendall(b"and 1\n")
-        assert next(watch._peers[1].lines) == "and 1"
-        for line in lines:
-            line.close()
-
-    def test_a_rank_that_does_not_come_is_named(self, monkeypatch):
-        monkeypatch.setattr("glm_fused.parallel.watch.LIMIT", 1)
-        with (
-            socket.create_server(("127.0.0.1", 0)) as server,
-            pytest.raises(RuntimeError, match=r"rank 2 did not connect to \('127.0.0.1'"),
-        ):
-            self.accept(self.watch(), server, [b"token 1\n", b"tokem 2\n"])
-
-    def test_a_peer_that_says_nothing_is_noticed(self, monkeypatch):
-        monkeypatch.setattr("glm_fused.parallel.peer.PERIOD", 0.02)
-        ours, theirs = socket.socketpair()
-        peer = Peer(ours)
-        theirs.sendall(b"a\nb")
-        assert next(peer.lines) == "a"
-        with pytest.raises(TimeoutError):
-            next(peer.lines)
-        theirs.close()
 
 
 @pytest.mark.slow

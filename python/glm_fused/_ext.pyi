@@ -537,6 +537,18 @@ def num_threads() -> int:
 def set_num_threads(n: int) -> None:
     """Set the threads of the CPU kernels, 1 to 1024; ValueError for others."""
 
+class Deadline:
+    """Ends the process unless it is lifted in time."""
+
+    def __init__(self, seconds: float, last_words: str, code: int) -> None:
+        """
+        The process writes its last words to stderr and exits with a code, whoever holds
+        Python's lock.
+        """
+
+    def lift(self) -> None:
+        """It has come in time."""
+
 def stream_read(a: mlx.core.array) -> int:
     """
     Read the array's bytes once on all threads: the yardstick of benchmarks.

@@ -12,15 +12,16 @@ import numpy as np
 from ..host import to_numpy
 from ..validation import show
 from .interrupts import ending_at_interrupts
+from .meeting import meeting
 
 
 def join_group() -> mx.distributed.Group:
-    """The group that this process was started in.
+    """The group that this process was started in, which ends where the others do not come.
 
     Raises ValueError where there are no other processes in it.
     """
     try:
-        with ending_at_interrupts():
+        with ending_at_interrupts(), meeting():
             group = mx.distributed.init(strict=True)
     except RuntimeError as error:
         raise ValueError(f"[shard] {_HOW}: {error}") from None

@@ -25,6 +25,7 @@ from typing import NoReturn, Self
 import mlx.core as mx
 
 from .agreement import tell
+from .meeting import meeting
 from .peer import LIMIT, PERIOD, Peer
 
 _SHORT = 0.05  # seconds, between looks at who has arrived
@@ -59,7 +60,8 @@ class Watch:
     def __enter__(self) -> Self:
         server = socket.create_server((_own_address(), 0)) if self._rank == 0 else None
         address = [] if server is None else [*server.getsockname()[:2], secrets.token_hex(16)]
-        host, port, token = json.loads(tell(self._group, json.dumps(address))[0])
+        with meeting():  # nobody is watched yet
+            host, port, token = json.loads(tell(self._group, json.dumps(address))[0])
         if server is None:
             peer = Peer.connect(host, port)
             peer.say(f"{token} {self._rank}")
