@@ -1,4 +1,4 @@
-"""A rank of a line, in one of three programs.
+"""A rank of a line, in one of several programs.
 
 ``python pipeline_program.py logits FOLDER FAULT MODEL...`` saves what `steps_of` gives of each
 model in ``FOLDER/MODEL.FAULT.RANK.npz``. With a FAULT other than ``none`` a layer does what it must
@@ -9,12 +9,16 @@ prompts that are continued together, and how often rank 1 had work while rank 0 
 rank 1 keeps each of the rows that it is given, but for the last of so many ``CALLS``, until rank 0
 has begun with others, or until ``SECONDS`` are over.
 
+``python pipeline_program.py served FOLDER CALLS SECONDS FAULT`` does the same with two texts that a
+scheduler generates for, which begin with a token; the first rows are of one of them, and not kept.
+
 ``python pipeline_program.py threads`` prints of rank 0 how often another thread ran while it let
 go of memory and rank 1 kept it waiting, by `tidy` and by MLX's own function.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -26,8 +30,12 @@ import numpy as np
 from mlx_lm.models.cache import BatchKVCache, CacheList
 from shard_program import bits
 
-import glm_fused.generation.batching.batches as batches
+import glm_fused.generation.batching.microbatches as microbatches
 from glm_fused import Engine, EngineOptions
+from glm_fused.generation.batching.leading import follow
+from glm_fused.generation.batching.requests import GeneratedToken, GenerationRequest
+from glm_fused.generation.batching.scheduler import Scheduler
+from glm_fused.generation.options import Options
 from glm_fused.generation.tidying import tidy
 from glm_fused.loader import open_model
 from glm_fused.models.layer import DecoderLayer
@@ -35,10 +43,12 @@ from glm_fused.models.layers import QuantizedEmbedding
 from glm_fused.models.line import Line
 from glm_fused.models.pipeline import StagedModel, TakingQuantizedEmbedding
 from glm_fused.models.sharded_layers import as_kind
+from glm_fused.parallel.watch import Watch
 
 FORMATS = ("bf16", "fp16", "fp32", "fp8", "int8")
 STEPS = 64
 PROMPTS = [list(range(first, first + 150)) for first in (5, 300, 40, 900)]
+BEGINNINGS = [[5], [300]]  # which need no prompt to be taken
 HOW = {"max_tokens": 16, "temp": 1.0, "seed": 3}
 
 
@@ -120,8 +130,9 @@ def save_logits(line, folder, fault, *paths):
 class Turns:
     """How far rank 0 is, which it says in a file; rank 1 waits for it."""
 
-    def __init__(self, folder, calls, seconds):
+    def __init__(self, folder, calls, seconds, free=0):
         self.file, self.last, self.seconds = Path(folder) / "begun", int(calls), float(seconds)
+        self.free = free  # of the first calls, which are not kept
         self.begun = self.kept = 0
         self.is_over = False
 
@@ -136,7 +147,7 @@ class Turns:
         """Rank 1 has them, too, and waits for the next to be begun."""
         mx.eval(rows)
         self.begun += 1
-        if self.begun == self.last:
+        if self.begun <= self.free or self.begun >= self.last:
             return rows
         until = time.monotonic() + self.seconds
         while not self.is_over and self.file.stat().st_size <= self.begun:
@@ -146,8 +157,9 @@ class Turns:
         return rows
 
 
-def take_turns(line, folder, calls, seconds, fault):
-    turns = Turns(folder, calls, seconds)
+@contextlib.contextmanager
+def counted(line, turns):
+    """An engine whose model counts."""
 
     class Beginning(QuantizedEmbedding):
         def __call__(self, tokens):
@@ -157,8 +169,17 @@ def take_turns(line, folder, calls, seconds, fault):
         def __call__(self, tokens):
             return turns.keep(super().__call__(tokens))
 
+    with Engine("demo", EngineOptions(ranks=line, prefill_step_size=60)) as engine:
+        decoder = engine.model.model
+        kind = Beginning if line.is_first else Keeping
+        decoder.update_modules({"embed_tokens": as_kind(kind, decoder.embed_tokens)})
+        yield engine
+        line.finish()
+
+
+def take_turns(line, folder, calls, seconds, fault):
     if fault == "one batch":
-        batches.turns_of = lambda model: 1
+        microbatches.turns_of = lambda model: 1
     if fault == "waits for prompts":
         completed = StagedModel.completed
 
@@ -168,15 +189,46 @@ def take_turns(line, folder, calls, seconds, fault):
             return logits, hidden
 
         StagedModel.completed = completed_now
-    options = EngineOptions(ranks=line, prefill_step_size=60)
-    with Engine("demo", options) as engine:
-        decoder = engine.model.model
-        kind = Beginning if line.is_first else Keeping
-        decoder.update_modules({"embed_tokens": as_kind(kind, decoder.embed_tokens)})
+    turns = Turns(folder, calls, seconds)
+    with counted(line, turns) as engine:
         found = engine.generate_batch(PROMPTS, **HOW)
-        line.finish()
     tokens = [answer.tokens for answer in found.answers]
     print(json.dumps({"tokens": tokens, "calls": turns.begun, "kept": turns.kept}))
+
+
+def serve(line, folder, calls, seconds, fault):
+    if fault == "one batch":
+        microbatches.turns_of = lambda model: 1
+    turns, found = Turns(folder, calls, seconds, free=1), []
+    with Watch(mx.distributed.init()) as watch, counted(line, turns) as engine:
+        if line.is_first:
+            found = scheduled(engine, watch)
+        else:
+            follow(engine.model, engine.tokenizer, None, None, watch.hear)
+    print(json.dumps({"tokens": found, "calls": turns.begun, "kept": turns.kept}))
+
+
+def scheduled(engine, watch):
+    """The tokens of texts that are there at once when rank 0's scheduler begins."""
+    scheduler, ended = Scheduler(engine, others=watch), threading.Semaphore(0)
+    found = [[] for _ in BEGINNINGS]
+
+    def listener(tokens):
+        def on_event(event):
+            if isinstance(event, GeneratedToken):
+                tokens.append(event.token)
+                if event.finish_reason is not None:
+                    ended.release()
+
+        return on_event
+
+    with scheduler._changed:
+        for tokens, into in zip(BEGINNINGS, found, strict=True):
+            scheduler.submit(GenerationRequest(tokens, Options(**HOW)), listener(into))
+    for _ in found:
+        assert ended.acquire(timeout=200)
+    scheduler.close()
+    return found
 
 
 def count_turns_of_threads(line):
@@ -208,7 +260,8 @@ def main(program, *how):
     mx.set_default_device(mx.cpu)
     line = Line(mx.distributed.init(strict=True, backend="ring"))
     programs = {
-        "logits": save_logits, "turns": take_turns, "threads": count_turns_of_threads,
+        "logits": save_logits, "turns": take_turns, "served": serve,
+        "threads": count_turns_of_threads,
     }  # fmt: skip
     programs[program](line, *how)
 

@@ -9,12 +9,15 @@ from test_drafts import BITS, CODE, Planted, decode
 from test_generate import write_tokenizer
 
 from glm_fused import Engine, EngineOptions
+from glm_fused.generation.batching import microbatches
 from glm_fused.generation.batching.batch import Batch
 from glm_fused.generation.batching.batches import generate_batch
 from glm_fused.generation.batching.rows import Row
 from glm_fused.generation.drafts.options import DraftOptions
 from glm_fused.generation.drafts.rows import EachRow, MtpRows
 from glm_fused.generation.options import Options
+from glm_fused.models.cache import trim
+from glm_fused.models.row_caches import side_by_side
 
 TOKENS = 24
 TEXTS = [CODE, "def add(a, b):\n    return", CODE * 3, "class Tree:\n    def __init__(self, "]
@@ -30,15 +33,17 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """The bits of the logits that tokens were chosen from, by the first tokens of their texts."""
+    """The bits of the logits that tokens were chosen from, by the prompts of their texts."""
     found, take = defaultdict(list), Row._take
 
     def record(self, token, logits, at):
-        found[id(self)].append(logits[at].view(BITS[logits.dtype.size]))
+        found[tuple(self.known[: self.prompt_tokens])].append(
+            logits[at].view(BITS[logits.dtype.size])
+        )
         take(self, token, logits, at)
 
     monkeypatch.setattr(Row, "_take", record)
-    monkeypatch.setattr(Row, "lists_logprobs", True)  # so that it is given them
+    monkeypatch.setattr(Row, "needs_logits", True)  # so that it is given them
     return found
 
 
@@ -47,9 +52,8 @@ def check(engine, prompts, drafts, recorded, **options):
     recorded.clear()
     options = Options(max_tokens=TOKENS, **options)
     found = generate_batch(engine.model, engine.tokenizer, prompts, options, drafts)
-    for answer, rows, (tokens, logits, _) in zip(
-        found.answers, recorded.values(), alone, strict=True
-    ):
+    for prompt, answer, (tokens, logits, _) in zip(prompts, found.answers, alone, strict=True):
+        rows = recorded[tuple(prompt)]
         assert answer.tokens == up_to_its_end(engine, tokens)
         for a, b in zip(rows, logits[: len(answer.tokens)], strict=True):
             assert mx.array_equal(a, b)
@@ -165,6 +169,41 @@ def test_texts_that_end_leave_the_batch(engine, monkeypatch):
     for answer, completion in zip(found.answers, expected, strict=True):
         assert (answer.tokens, answer.text) == (completion.tokens, completion.text)
         assert answer.finish_reason == completion.finish_reason
+
+
+def in_turns(engine, monkeypatch, recorded, count, **options):
+    """Texts in several batches; those of one end before the others."""
+    prompts = [engine.encode(text, raw=True) for text in TEXTS]
+    texts = [decode(engine.model, prompt, tokens=TOKENS, **options)[0] for prompt in prompts]
+    ends = {text[at] for text, at in zip(texts[1::count], (5, 8), strict=False)}
+    monkeypatch.setattr(engine.tokenizer, "_eos_token_ids", ends)
+    monkeypatch.setattr(microbatches, "turns_of", lambda model: count)
+    return check(engine, prompts, None, recorded, **options)
+
+
+@pytest.mark.parametrize(("count", "options"), [(2, {}), (3, {"temp": 1.0, "seed": 5})], ids=str)
+def test_batches_that_take_turns(engine, monkeypatch, recorded, count, options):
+    """A batch whose texts have ended takes over some of another's."""
+    joined, join = [], Batch.join
+
+    def counted(batch, rows, *others):
+        joined.append([len(row.known) - row.prompt_tokens for row in rows])
+        join(batch, rows, *others)
+
+    monkeypatch.setattr(Batch, "join", counted)
+    found = in_turns(engine, monkeypatch, recorded, count, **options)
+    assert len({len(answer.tokens) for answer in found.answers}) > 1
+    assert not any(map(any, joined[:count])) and joined[count:] and all(map(all, joined[count:]))
+
+
+def test_a_text_that_changes_batches_with_another_cache_is_noticed(engine, monkeypatch, recorded):
+    def shorter(layers, padding):
+        trim(layers, 1)
+        return side_by_side(layers, padding)
+
+    monkeypatch.setattr(microbatches, "side_by_side", shorter)
+    with pytest.raises(AssertionError):
+        in_turns(engine, monkeypatch, recorded, 2)
 
 
 def test_drafts_end_with_the_context(engine, monkeypatch, recorded):

@@ -131,7 +131,7 @@ def taken(monkeypatch):
         take(self, token, logits, at)
 
     monkeypatch.setattr(Row, "_take", record)
-    monkeypatch.setattr(Row, "lists_logprobs", True)  # so that it is given them
+    monkeypatch.setattr(Row, "needs_logits", True)  # so that it is given them
     return found
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import ring
 from conftest import tiny_config, tiny_config_51, write_checkpoint
-from pipeline_program import HOW, PROMPTS, steps_of
+from pipeline_program import BEGINNINGS, HOW, PROMPTS, steps_of
 from test_shards import KINDS
 
 from glm_fused import load_model
@@ -90,8 +90,23 @@ def test_a_prompt_that_waits_for_itself_is_noticed(tmp_path):
     assert second["kept"] == 0
 
 
-def turns(folder, calls, seconds, fault):
-    return ring.run(2, PROGRAM, "turns", folder, calls, seconds, fault, folder=folder)
+def turns(folder, calls, seconds, fault, program="turns"):
+    return ring.run(2, PROGRAM, program, folder, calls, seconds, fault, folder=folder)
+
+
+def test_a_server_has_steps_of_two_batches_on_their_way(engine, tmp_path):
+    """Each step but the first and the last two is with rank 1 until another one has begun."""
+    calls = 2 * HOW["max_tokens"]
+    first, second = map(json.loads, turns(tmp_path, calls - 1, 60, "none", "served"))
+    expected = [answer.tokens for answer in engine.generate_batch(BEGINNINGS, **HOW).answers]
+    assert first["tokens"] == expected
+    assert (second["calls"], second["kept"]) == (calls, calls - 3)
+
+
+def test_a_server_whose_texts_are_in_one_batch_is_noticed(tmp_path):
+    calls = 2 * HOW["max_tokens"]
+    first, second = map(json.loads, turns(tmp_path, calls - 1, 1, "one batch", "served"))
+    assert second["kept"] == 0 and list(map(len, first["tokens"])) == [HOW["max_tokens"]] * 2
 
 
 def test_other_threads_run_while_a_rank_lets_go_of_memory(tmp_path):

@@ -9,7 +9,8 @@ between two layers, and what comes back from the last is the normed hidden state
 A token costs ``2 (n - 1)`` messages of hidden x 2 bytes, for GLM-5.2 12 KiB each, where tensor
 parallel has 312 gathers: that suits slow links. But one rank works while the others wait. So the
 chunks of a prompt follow one another: a rank takes the next as soon as it has handed on the last.
-Several texts are decoded in as many batches as there are ranks, whose steps take turns.
+Several texts are decoded in as many batches as there are ranks, whose steps take turns
+(`glm_fused.generation.batching.microbatches`).
 
 Nothing is computed otherwise than in one process: any number of ranks gives its bits.
 """

@@ -25,7 +25,6 @@ from ..drafts.rows import RowDrafts
 from ..drafts.statistics import Statistics
 from ..lockstep import Alone, steps_of
 from ..tidying import tidy
-from .filling import Filling
 from .rows import Row
 
 _TIDY = 256  # steps after which MLX lets go of memory that it keeps
@@ -79,21 +78,23 @@ class Batch:
         """Whether a step is on its way already, whose tokens nobody has seen."""
         return self._ahead is not None
 
-    def join(self, filling: Filling) -> None:
-        """Decode the texts of a filling, too, whose prompts were taken.
+    def join(
+        self, rows: Sequence[Row], cache: list[CacheList], drafts: RowDrafts | None = None
+    ) -> None:
+        """Decode more texts, too, whose prompts are in a ``cache``, and what makes their drafts.
 
         No step may be on its way: the last one was a ``step(ahead=False)``.
         """
-        assert not filling.left and not self.is_ahead
+        assert not self.is_ahead
         if self.rows:
             with mx.stream(generation_stream):
-                for i, layer in enumerate(filling.cache):
+                for i, layer in enumerate(cache):
                     self._cache[i] = joined(self._cache[i], layer)
-                if self._drafts is not None and filling.drafts is not None:
-                    self._drafts.join(filling.drafts)
+                if self._drafts is not None and drafts is not None:
+                    self._drafts.join(drafts)
         else:
-            self._cache, self._drafts = filling.cache, filling.drafts
-        self.rows += filling.rows
+            self._cache, self._drafts = cache, drafts
+        self.rows += rows
 
     def leave(self, rows: Sequence[Row]) -> None:
         """Decode these texts no longer."""
@@ -132,7 +133,7 @@ class Batch:
             return tokens, [first_columns(layer, at, len(tokens)) for layer in self._cache]
 
     def begin(self) -> None:
-        """Have a first step on its way, without drafts, that takes the known tokens."""
+        """Have a step on its way, without drafts, that takes the known tokens, one of each text."""
         self._ahead = self._launch_known()
 
     def step(self, ahead: bool = True) -> list[Row]:
@@ -145,7 +146,7 @@ class Batch:
         began = time.perf_counter()
         depth, plan = self._depth(), self._next_drafts()
         steady = self._ahead is not None
-        if steady or (plan is None and self._may_go_ahead()):
+        if steady or (plan is None and self.may_go_ahead()):
             plan, (advanced, begun) = None, self._plain(plan is None and ahead)
         else:
             (advanced, begun), steady = self._round(plan.depth if plan else 0), True
@@ -189,7 +190,7 @@ class Batch:
         most = min(left, columns, MAX_TOKENS // len(self.rows)) - 1
         return depth.next(self._drafts.kinds(), most)
 
-    def _may_go_ahead(self) -> bool:
+    def may_go_ahead(self) -> bool:
         """Whether a step's tokens can be the next one's before anybody has seen them."""
         return all(row.constraint is None and len(row.ahead) == 1 for row in self.rows)
 
@@ -203,7 +204,7 @@ class Batch:
         new = cast(list[list[int]], now.tokens.tolist())
         for i, row in enumerate(self.rows):
             row.cached += 1
-            row.extend(now.logits[i] if row.lists_logprobs else None, (), new[i])
+            row.extend(now.logits[i] if row.needs_logits else None, (), new[i])
         self._extend_drafts(new, new, now.hidden)
         return 1, now.begun
 
@@ -226,13 +227,13 @@ class Batch:
         It follows the tokens ``ahead`` [b, 1], if any, of the known ones.
         """
         likeliest = mx.argmax(logits, axis=-1)
-        if all(row.choice.takes_likeliest for row in self.rows):
+        if all(row.takes_likeliest for row in self.rows):
             return likeliest
         # Processors change what they are given in place, so each gets logits of its own.
         return mx.stack(
             [
                 likeliest[i]
-                if row.choice.takes_likeliest
+                if row.takes_likeliest
                 else row.choice.next(logits[i], () if ahead is None else (ahead[i],))
                 for i, row in enumerate(self.rows)
             ]

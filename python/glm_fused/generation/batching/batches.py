@@ -12,15 +12,14 @@ from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...models.decoder import Model
-from ...models.pipeline import turns_of
 from ..decoding import settled
 from ..drafts.options import DraftOptions
 from ..ending import Text
 from ..options import Options
 from ..planning import plan_prompt
 from ..prompts import room
-from .batch import Batch
 from .filling import Filling, Prompt
+from .microbatches import batch_of, count_of
 from .requests import Event, GeneratedToken, GenerationRequest
 from .rows import Row
 
@@ -76,28 +75,23 @@ def generate_batch(
         request = GenerationRequest(prompt, options)
         rows.append(Row(request, model.args.vocab_size, ending, text.take))
     size = plan_prompt(model, longest + max_tokens).prefill_step_size
-    turns = 1 if drafts else min(turns_of(model), len(rows))
-    batches = [Batch(model, drafts) for _ in range(turns)]
+    batch, count = batch_of(model, drafts), count_of(model, drafts)
     streams = cast(list[mx.Stream], [generation_stream])
     with settled(), wired_limit(model, streams):
         began = time.perf_counter()
-        for i, batch in enumerate(batches):
-            together = [Prompt(row, model.make_cache(), 0) for row in rows[i::turns]]
+        for i in range(min(count, len(rows))):
+            together = [Prompt(row, model.make_cache(), 0) for row in rows[i::count]]
             filling = Filling(model, together, drafts)
             while filling.left:
                 filling.take(size)
-            batch.join(filling)
-        if turns > 1:  # a batch's first step is not to wait for what follows another's
-            for batch in batches:
-                batch.begin()
+            batch.join(filling.rows, filling.cache, filling.drafts)
         prompted = time.perf_counter()
-        while left := [batch for batch in batches if batch.rows]:
-            for batch in left:
-                batch.leave(batch.step())
+        while batch.rows:
+            batch.leave(batch.step())
     ended = time.perf_counter()
     answers = [text.answer(row) for text, row in zip(texts, rows, strict=True)]
-    found = batches[0].describe_drafts()
-    return BatchCompletion(answers, prompted - began, ended - prompted, found)
+    times = prompted - began, ended - prompted
+    return BatchCompletion(answers, *times, batch.describe_drafts())
 
 
 class _Collected:

@@ -12,10 +12,14 @@ PATIENCE = 0.02  # seconds that prompts wait for others that are on their way
 
 
 class Unbegun:
-    """Prompts that have not begun, the oldest first."""
+    """Prompts that have not begun, the oldest first.
 
-    def __init__(self) -> None:
+    They are for so many ``batches``, each of which is to get about as many of them as another.
+    """
+
+    def __init__(self, batches: int) -> None:
         self.prompts: list[Prompt] = []
+        self._batches = batches
         self._since = 0.0
 
     def add(self, prompt: Prompt) -> None:
@@ -27,6 +31,10 @@ class Unbegun:
     def remove(self, row: Row) -> None:
         """This text's is not to be taken any more."""
         self.prompts = [prompt for prompt in self.prompts if prompt.row is not row]
+
+    def clear(self) -> None:
+        """None is to be taken any more."""
+        self.prompts = []
 
     @property
     def nbytes(self) -> int:
@@ -40,8 +48,9 @@ class Unbegun:
     def groups(self, most: Callable[[Prompt], int]) -> Iterator[list[Prompt]]:
         """Those that are taken together, until none is left; of no more tokens than ``most`` says
         of the first."""
+        texts = -(-len(self.prompts) // self._batches)
         while self.prompts:
-            found = group(self.prompts, most(self.prompts[0]))
+            found = group(self.prompts, most(self.prompts[0]))[:texts]
             self.prompts = [prompt for prompt in self.prompts if prompt not in found]
             yield found
 

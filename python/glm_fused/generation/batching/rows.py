@@ -20,6 +20,7 @@ class Row:
         known: the tokens of the prompt and those that followed.
         cached: how many of them are in the cache; the last one never is.
         choice: how tokens are chosen, but for the constraint.
+        takes_likeliest: whether no token depends on ``choice``, or none before the last is known.
         reason: why the text has ended, "stop" or "length"; None while it has not.
         error: what its constraint or its listener raised, which ended it.
 
@@ -43,6 +44,7 @@ class Row:
         self.most = self.prompt_tokens + request.options.max_tokens
         self.choice = Choice(request.options, vocabulary, self.known)
         self.constraint, self.top = request.constraint, request.top_logprobs
+        self.takes_likeliest = self.constraint is not None or self.choice.takes_likeliest
         self.scores_prompt = request.scores_prompt
         self.reason: str | None = None
         self.error: Exception | None = None
@@ -54,9 +56,9 @@ class Row:
         return self.known[self.cached :]
 
     @property
-    def lists_logprobs(self) -> bool:
-        """Whether its tokens have log-probabilities."""
-        return self.top is not None
+    def needs_logits(self) -> bool:
+        """Whether it goes on with logits: for log-probabilities, or for its constraint."""
+        return self.top is not None or self.constraint is not None
 
     @property
     def left(self) -> int:
@@ -95,15 +97,15 @@ class Row:
 
         Those are tokens of the ``draft`` [d] and, if it goes on after them, one more. ``chosen`` is
         what `judge` gave for the ``logits`` [d + 1, vocabulary], which are evaluated, and may be
-        None where no log-probabilities are listed. What constraint and listener raise ends the
-        text, as its `error`.
+        None unless it `needs_logits`; a constraint takes the place of what was chosen. What
+        constraint and listener raise ends the text, as its `error`.
         """
         before = len(self.known)
         try:
-            if chosen is None:
-                assert logits is not None
+            if self.constraint is not None:
                 self._constrained(logits, draft)
             else:
+                assert chosen is not None
                 for i, token in enumerate(chosen[: kept(draft, chosen) + 1]):
                     self._take(token, logits, i)
                     if self.over:
@@ -112,8 +114,8 @@ class Row:
             self.error = error
         return self.known[before:]
 
-    def _constrained(self, logits: mx.array, draft: Sequence[int]) -> None:
-        assert self.constraint is not None
+    def _constrained(self, logits: mx.array | None, draft: Sequence[int]) -> None:
+        assert self.constraint is not None and logits is not None
         for i in range(len(draft) + 1):
             row = logits[i : i + 1]
             row = mx.where(self.constraint.allowed(), row, mx.array(-mx.inf, row.dtype))

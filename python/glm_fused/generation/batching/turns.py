@@ -18,12 +18,12 @@ from ..drafts.options import DraftOptions
 from ..ending import Text
 from ..planning import plan_prompt
 from ..tidying import tidy
-from .batch import Batch
 from .capacity import Capacity
 from .filling import Filling
 from .groups import Unbegun
 from .jobs import Job
 from .keeping import Keeping, Store
+from .microbatches import batch_of, count_of
 from .rates import Rate
 from .requests import OnEvent
 from .rows import Row
@@ -62,9 +62,9 @@ class Turns:
         self._keeping = Keeping(model, store)
         self._weight_bytes = model.weight_bytes
         self._capacity = Capacity(model, self._keeping.limit_bytes)
-        self._unbegun, self._filling = Unbegun(), deque[Filling]()
+        self._unbegun, self._filling = Unbegun(count_of(model, drafts)), deque[Filling]()
         self._jobs: dict[Row, Job] = {}
-        self._batch = Batch(model, drafts)
+        self._batch = batch_of(model, drafts)
         self._beginning = 0  # requests that are not in the queue any more, nor here yet
         self._chunk_seconds = self._step_seconds = 0.0  # of the last chunk, and of steps after it
         self._prompts, self._generated, self._cached = Rate(), Rate(), 0
@@ -158,7 +158,7 @@ class Turns:
         """End all requests with an error."""
         self._batch.abandon()
         self._filling.clear()
-        self._unbegun = Unbegun()
+        self._unbegun.clear()
         self._end_all(list(self._jobs), error)
         self._after_events()
 
@@ -169,7 +169,7 @@ class Turns:
             return
         if self._batch.is_ahead:
             self._step(ahead=False)
-        self._batch.join(filling)
+        self._batch.join(filling.rows, filling.cache, filling.drafts)
 
     def _chunk(self, gathers: bool) -> None:
         """Some tokens of the prompts whose turn it is."""
