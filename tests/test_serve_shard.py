@@ -101,9 +101,36 @@ def test_a_pipeline_serves_the_same(tmp_path, alone):
         assert ends(ranks)[0] == [0, 0]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_does_not_go_on_ends_requests_and_server(tmp_path, how):
-    with sharded(tmp_path) as (ranks, client):
+@pytest.mark.slow
+def test_three_ranks_in_a_line_serve_clients_that_come_and_go(tmp_path, alone):
+    """With more texts than ranks, some of which are let go of with steps on their way."""
+    with sharded(tmp_path, "--shard", "pipeline", count=3) as (ranks, client):
+        streams = []
+        for text in ("def f(x):\n", CODE, "import os\n", "class B:\n"):
+            streams.append(client.connect(CHAT, message(text, max_tokens=8000, stream=True)))
+            assert streams[-1].fp.peek(1)
+        for stream in streams[1::2]:
+            stream.close()
+        at_once(client, alone, REQUESTS)
+        for stream in streams[::2]:
+            stream.close()
+        at_once(client, alone, REQUESTS * 2)
+        for rank in ranks:
+            rank.send_signal(signal.SIGINT)
+        assert ends(ranks)[0] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("how", "shard"),
+    [
+        (signal.SIGKILL, "tensor"),
+        (signal.SIGSTOP, "tensor"),
+        pytest.param(signal.SIGKILL, "pipeline", marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, "pipeline", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_does_not_go_on_ends_requests_and_server(tmp_path, how, shard):
+    with sharded(tmp_path, "--shard", shard) as (ranks, client):
         stream = client.connect(CHAT, message("def f(x):\n", max_tokens=8000, stream=True))
         whole = []
         body = message("class A:\n", max_tokens=8000)
