@@ -4,10 +4,10 @@
 model in ``FOLDER/MODEL.FAULT.RANK.npz``. With a FAULT other than ``none`` a layer does what it must
 not.
 
-``python pipeline_program.py turns FOLDER CALLS SECONDS FAULT`` prints, as JSON, the tokens of
+``python pipeline_program.py turns FOLDER CALLS SECONDS FAULT [DRAFT]`` prints, as JSON, the tokens of
 prompts that are continued together, and how often rank 1 had work while rank 0 was at the next:
-rank 1 keeps each of the rows that it is given, but for the last of so many ``CALLS``, until rank 0
-has begun with others, or until ``SECONDS`` are over.
+rank 1 keeps each of the rows that it is given, but for those from the last of so many ``CALLS`` on,
+until rank 0 has begun with others, or until ``SECONDS`` are over.
 
 ``python pipeline_program.py served FOLDER CALLS SECONDS FAULT`` does the same with two texts that a
 scheduler generates for, which begin with a token; the first rows are of one of them, and not kept.
@@ -23,6 +23,7 @@ import json
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -35,6 +36,7 @@ from glm_fused import Engine, EngineOptions
 from glm_fused.generation.batching.leading import follow
 from glm_fused.generation.batching.requests import GeneratedToken, GenerationRequest
 from glm_fused.generation.batching.scheduler import Scheduler
+from glm_fused.generation.drafts import priming
 from glm_fused.generation.options import Options
 from glm_fused.generation.tidying import tidy
 from glm_fused.loader import open_model
@@ -134,14 +136,22 @@ class Turns:
         self.file, self.last, self.seconds = Path(folder) / "begun", int(calls), float(seconds)
         self.free = free  # of the first calls, which are not kept
         self.begun = self.kept = 0
-        self.is_over = False
+        self.is_over = self.is_drafting = False
 
     def begin(self, rows):
         """Rank 0 has the rows of so many calls."""
         mx.eval(rows)
-        with self.file.open("a") as file:
-            file.write(".")
+        if not self.is_drafting:
+            with self.file.open("a") as file:
+                file.write(".")
         return rows
+
+    def draft(self, draft, *given):
+        """Rank 0 has the layer that drafts take rows, too."""
+        self.is_drafting = True
+        found = draft(*given)
+        self.is_drafting = False
+        return found
 
     def keep(self, rows):
         """Rank 1 has them, too, and waits for the next to be begun."""
@@ -158,7 +168,7 @@ class Turns:
 
 
 @contextlib.contextmanager
-def counted(line, turns):
+def counted(line, turns, draft="off"):
     """An engine whose model counts."""
 
     class Beginning(QuantizedEmbedding):
@@ -169,15 +179,17 @@ def counted(line, turns):
         def __call__(self, tokens):
             return turns.keep(super().__call__(tokens))
 
-    with Engine("demo", EngineOptions(ranks=line, prefill_step_size=60)) as engine:
+    options = EngineOptions(ranks=line, prefill_step_size=60, draft=draft)
+    with Engine("demo", options) as engine:
         decoder = engine.model.model
+        engine.model.draft = partial(turns.draft, engine.model.draft)
         kind = Beginning if line.is_first else Keeping
         decoder.update_modules({"embed_tokens": as_kind(kind, decoder.embed_tokens)})
         yield engine
         line.finish()
 
 
-def take_turns(line, folder, calls, seconds, fault):
+def take_turns(line, folder, calls, seconds, fault, draft="off"):
     if fault == "one batch":
         microbatches.turns_of = lambda model: 1
     if fault == "waits for prompts":
@@ -189,8 +201,10 @@ def take_turns(line, folder, calls, seconds, fault):
             return logits, hidden
 
         StagedModel.completed = completed_now
+    if fault == "primes at once":
+        priming.turns_of = lambda model: 1
     turns = Turns(folder, calls, seconds)
-    with counted(line, turns) as engine:
+    with counted(line, turns, draft if draft == "off" else int(draft)) as engine:
         found = engine.generate_batch(PROMPTS, **HOW)
     tokens = [answer.tokens for answer in found.answers]
     print(json.dumps({"tokens": tokens, "calls": turns.begun, "kept": turns.kept}))

@@ -1,9 +1,10 @@
 """A rank that decodes with drafts: tokens, logits and counts of each of `CASES`.
 
-``python shard_drafts_program.py FOLDER MODE`` saves them in ``FOLDER/RANK.npz`` and prints the
-counts. Rank 0 has a steady clock, the others' says that they become slower. With the mode "times"
-each rank counts its own times; with "depth" rank 1 drafts one token less than it should, and with
-"none" no token.
+``python shard_drafts_program.py FOLDER tensor|pipeline MODE`` saves them in ``FOLDER/RANK.npz`` and
+prints the counts. Rank 0 has a steady clock, the others' says that they become slower. With the
+mode "times" each rank counts its own times; with "depth" rank 1 drafts one token less than it
+should, with "none" no token, with "keeps" it keeps all drafts in its cache, and with "others" it
+has drafts of its own.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from glm_fused import Engine, EngineOptions
 from glm_fused.generation import decoding, lockstep
 from glm_fused.generation.batching import batch
 from glm_fused.generation.decoding import Drafting
+from glm_fused.generation.drafts import mtp
 from glm_fused.generation.drafts.depth import Depth
 from glm_fused.generation.drafts.options import DraftOptions
+from glm_fused.models.line import Line
+from glm_fused.models.pipeline import of_first
 from glm_fused.models.ranks import Ranks
 from glm_fused.parallel.watch import Watch
 
@@ -90,16 +94,22 @@ def plant(mode, rank):
             return less if mode == "depth" else None
 
         Depth.next = another
+    if mode == "keeps" and rank == 1:
+        decoding.trim = lambda cache, columns: None
+    if mode == "others" and rank == 1:
+        mtp.of_first = lambda model, tokens: of_first(model, tokens) + 1
 
 
-def main(folder, mode):
+def main(folder, shard, mode):
     mx.set_default_device(mx.cpu)
     group = mx.distributed.init(strict=True, backend="ring")
-    ranks = Ranks(group)
+    ranks = Line(group) if shard == "pipeline" else Ranks(group)
     plant(mode, ranks.rank)
     options = EngineOptions(draft="auto", ranks=ranks, prefill_step_size=16)
     with Watch(group), Engine("demo", options) as engine:
         found = cases_of(engine)
+        if shard == "pipeline":
+            ranks.finish()
     arrays = {f"{name} {i}": part for name, parts in found.items() for i, part in enumerate(parts)}
     np.savez(f"{folder}/{ranks.rank}.npz", **arrays)
     print(json.dumps({name: proposed for name, (_, _, proposed) in found.items()}))

@@ -78,6 +78,17 @@ def test_all_ranks_have_work_at_once(engine, tmp_path):
     assert (second["calls"], second["kept"]) == (calls, calls - 1)
 
 
+@pytest.mark.parametrize(
+    ("fault", "kept"), [("none", 9), pytest.param("primes at once", 0, marks=pytest.mark.slow)]
+)
+def test_prompts_that_drafts_follow_do_not_wait(engine, tmp_path, fault, kept):
+    """Of which the hidden states come back: ten chunks, of all texts together."""
+    first, second = map(json.loads, turns(tmp_path, 10, 60 if kept else 1, fault, 2))
+    expected = [answer.tokens for answer in engine.generate_batch(PROMPTS, **HOW).answers]
+    assert first["tokens"] == second["tokens"] == expected
+    assert second["kept"] == kept
+
+
 def test_a_batch_that_waits_for_itself_is_noticed(tmp_path):
     calls = 10 + HOW["max_tokens"]
     _, second = map(json.loads, turns(tmp_path, calls, 2, "one batch"))
@@ -90,14 +101,14 @@ def test_a_prompt_that_waits_for_itself_is_noticed(tmp_path):
     assert second["kept"] == 0
 
 
-def turns(folder, calls, seconds, fault, program="turns"):
-    return ring.run(2, PROGRAM, program, folder, calls, seconds, fault, folder=folder)
+def turns(folder, calls, seconds, *how, program="turns"):
+    return ring.run(2, PROGRAM, program, folder, calls, seconds, *how, folder=folder)
 
 
 def test_a_server_has_steps_of_two_batches_on_their_way(engine, tmp_path):
     """Each step but the first and the last two is with rank 1 until another one has begun."""
     calls = 2 * HOW["max_tokens"]
-    first, second = map(json.loads, turns(tmp_path, calls - 1, 60, "none", "served"))
+    first, second = map(json.loads, turns(tmp_path, calls - 1, 60, "none", program="served"))
     expected = [answer.tokens for answer in engine.generate_batch(BEGINNINGS, **HOW).answers]
     assert first["tokens"] == expected
     assert (second["calls"], second["kept"]) == (calls, calls - 3)
@@ -105,7 +116,7 @@ def test_a_server_has_steps_of_two_batches_on_their_way(engine, tmp_path):
 
 def test_a_server_whose_texts_are_in_one_batch_is_noticed(tmp_path):
     calls = 2 * HOW["max_tokens"]
-    first, second = map(json.loads, turns(tmp_path, calls - 1, 1, "one batch", "served"))
+    first, second = map(json.loads, turns(tmp_path, calls - 1, 1, "one batch", program="served"))
     assert second["kept"] == 0 and list(map(len, first["tokens"])) == [HOW["max_tokens"]] * 2
 
 

@@ -82,8 +82,9 @@ def test_a_second_turn_takes_only_its_new_tokens(client, alone):
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] > 100
 
 
-def test_drafts_change_nothing(tmp_path, alone):
-    with sharded(tmp_path, "--draft", "auto") as (_, client):
+@pytest.mark.parametrize("shard", [pytest.param("tensor", marks=pytest.mark.slow), "pipeline"])
+def test_drafts_change_nothing(tmp_path, alone, shard):
+    with sharded(tmp_path, "--draft", "auto", "--shard", shard) as (_, client):
         for path, body in REQUESTS[:4]:
             assert client.choices(path, body) == alone.choices(path, body)
 

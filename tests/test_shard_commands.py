@@ -47,7 +47,7 @@ def test_rank_0_writes_the_text_of_one_process(tmp_path):
     assert len(text) > 12
     drafts = [*SHARD, *SAMPLED, "--draft", "2"]
     assert ring.run(2, *drafts, folder=tmp_path) == [text, ""]
-    assert ring.run(3, *SHARD, *SAMPLED, *PIPELINE, folder=tmp_path) == [text, "", ""]
+    assert ring.run(3, *drafts, *PIPELINE, folder=tmp_path) == [text, "", ""]
     ends = ring.finish(ring.start([[*drafts, "--slots", slots] for slots in SLOTS], tmp_path))
     assert [(code, out) for code, out, _ in ends] == [(0, text), (0, "")], ends
 
@@ -122,7 +122,6 @@ def test_ranks_with_unlike_options_say_so(tmp_path, option, first, second, shown
             "--sidecar: not with --shard, as its checksums are of whole",
         ),
         ([*SHARD, "--slots", "4", "--trace", "trace"], "--trace: not with --shard"),
-        ([*SHARD, *PIPELINE, "--draft", "2"], "--draft: not with --shard pipeline"),
         ([*SHARD, *PIPELINE, "--slots", "4"], "--slots: not with --shard pipeline"),
         ([*SHARD, "--prompt", "-"], "--prompt -: not with --shard"),
     ],

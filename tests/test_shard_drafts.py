@@ -14,6 +14,8 @@ from shard_drafts_program import CASES, cases_of
 from glm_fused import Engine, EngineOptions
 
 PROGRAM = ring.TESTS / "shard_drafts_program.py"
+ANY, PLAIN = r"[\w ]+", r"takes a plain step at \d+"
+THREE, TWO = (rf"drafts {count} tokens by mtp at \d+" for count in (3, 2))
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +25,12 @@ def alone():
         return cases_of(engine)
 
 
+@pytest.mark.parametrize("shard", ["tensor", "pipeline"])
 @pytest.mark.parametrize(
     "size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))]
 )
-def test_tokens_and_logits_are_those_of_one_process(alone, tmp_path, size):
-    outs = ring.run(size, PROGRAM, tmp_path, "same", folder=tmp_path)
+def test_tokens_and_logits_are_those_of_one_process(alone, tmp_path, shard, size):
+    outs = ring.run(size, PROGRAM, tmp_path, shard, "same", folder=tmp_path)
     counts = [json.loads(out) for out in outs]
     assert all(found == counts[0] for found in counts)
     assert all(counts[0][name] > 0 for name in (*CASES, "batch"))
@@ -39,21 +42,23 @@ def test_tokens_and_logits_are_those_of_one_process(alone, tmp_path, size):
 
 
 @pytest.mark.parametrize(
-    ("mode", "what"),
+    ("shard", "mode", "what"),
     [
-        ("depth", "rank 0 drafts 3 tokens by mtp, rank 1 drafts 2 tokens by mtp"),
-        pytest.param(
-            "none",
-            "rank 0 drafts 3 tokens by mtp, rank 1 takes a plain step",
-            marks=pytest.mark.slow,
-        ),
-        ("times", r"rank 0 [\w ]+, rank 1 [\w ]+"),
+        ("tensor", "depth", (THREE, TWO)),
+        pytest.param("tensor", "none", (THREE, PLAIN), marks=pytest.mark.slow),
+        ("tensor", "times", (ANY, ANY)),
+        pytest.param("pipeline", "depth", (THREE, TWO), marks=pytest.mark.slow),
+        pytest.param("pipeline", "times", (ANY, ANY), marks=pytest.mark.slow),
+        ("pipeline", "keeps", (THREE, THREE)),
+        pytest.param("pipeline", "others", (THREE, THREE), marks=pytest.mark.slow),
     ],
 )
-def test_unlike_steps_are_an_error(tmp_path, mode, what):
-    """Of ranks that draft unlike numbers of tokens, or count times of their own."""
-    ends = ring.finish(ring.start([[PROGRAM, tmp_path, mode]] * 2, tmp_path))
-    expected = rf"\[shard\] ranks must take the same steps: {what}\.\n"
+def test_unlike_steps_are_an_error(tmp_path, shard, mode, what):
+    """Of ranks that draft or keep unlike numbers of tokens, or count times of their own."""
+    ends = ring.finish(ring.start([[PROGRAM, tmp_path, shard, mode]] * 2, tmp_path))
+    first, second = what
+    steps = f"rank 0 {first}, rank 1 {second}"
+    expected = rf"\[shard\] ranks must take the same steps: {steps}\.\n"
     for code, _, errors in ends:
         assert code in (1, 2)
         assert re.search(expected, errors)

@@ -64,8 +64,8 @@ class EngineOptions:
             mlx-lm loads. None: "mtp+lookup" where the checkpoint has the layer, else "lookup".
         ranks: the processes that share the model, each of which has to make the same calls; they
             need ``prefill_step_size`` and take no ``sidecar``, whose checksums are of whole
-            experts, and no small model for drafts; those of a line neither stream experts nor
-            draft. None: this one alone.
+            experts, and no small model for drafts; those of a line do not stream experts. None:
+            this one alone.
 
     Raises ValueError, naming the option, for a value that it cannot have and for one that would do
     nothing.
@@ -112,8 +112,8 @@ class EngineOptions:
             check_depth(self.draft)
         if self.ranks is not None and self.prefill_step_size is None:
             raise ValueError("[engine] ranks: need prefill_step_size, the same for all.")
-        if isinstance(self.ranks, Line) and (self._given() or self.draft != OFF):
-            raise ValueError("[engine] ranks: those of a line neither stream experts nor draft.")
+        if isinstance(self.ranks, Line) and self._given():
+            raise ValueError("[engine] ranks: those of a line do not stream experts.")
         if self.ranks is not None and self.sidecar is not None:
             reason = "its checksums are of whole experts, of which a rank reads a part"
             raise ValueError(f"[engine] sidecar: not with ranks; {reason}.")

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from ..generation.limits import OFF
 from .arguments import UsageError, flags
 
 if TYPE_CHECKING:
@@ -115,8 +114,7 @@ def _chosen(options: argparse.Namespace, group: mx.distributed.Group) -> str:
 
 def _for_rows(options: argparse.Namespace) -> list[str]:
     """The options given that a pipeline does not have."""
-    streamed = [name for name in ("memory_budget", "slots") if getattr(options, name) is not None]
-    return (["draft"] if options.draft not in (None, OFF) else []) + streamed
+    return [name for name in ("memory_budget", "slots") if getattr(options, name) is not None]
 
 
 def measured_gathers(options: argparse.Namespace, engine: Engine) -> dict[str, Any] | None:

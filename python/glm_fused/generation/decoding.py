@@ -202,7 +202,7 @@ class Decoding:
     def _launch(self, token: mx.array, ahead: Sequence[mx.array]) -> _Ahead:
         """A plain step that takes a token [1], of those ``ahead`` of the known ones the last."""
         with mx.stream(generation_stream):
-            begun = self._lockstep.begin("takes a plain step")
+            begun = self._lockstep.begin("takes a plain step", self._cache[0].size())
             logits, hidden = self._forward(token[None])
             step = _Ahead(self._choice.next(logits[0], ahead), logits[0], hidden, begun)
             mx.async_eval(step.token, step.logits, [] if hidden is None else hidden, begun)
@@ -235,7 +235,7 @@ class Decoding:
     def _follow(self, what: str) -> None:
         """What comes next is what all ranks do."""
         with mx.stream(generation_stream):
-            self._lockstep.follow(self._lockstep.begin(what))
+            self._lockstep.follow(self._lockstep.begin(what, self._cache[0].size()))
 
     def _catch_up(self, kind: Kind) -> None:
         """What former steps have left to do before such a draft."""

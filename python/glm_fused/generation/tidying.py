@@ -17,5 +17,5 @@ def tidy(model: Model) -> None:
     """
     mx.synchronize(generation_stream)
     if isinstance(model, StagedModel):
-        model.line.finish()
+        model.line.wait()
     mx.clear_cache()

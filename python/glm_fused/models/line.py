@@ -7,6 +7,7 @@ rank may be at the rows of one text while those of another are on their way back
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -50,6 +51,7 @@ class Line(Place):
         self._group = group
         # What comes back is awaited beside a rank's layers, not before those that are next.
         self._back = mx.new_thread_unsafe_stream(mx.cpu)
+        self._asked = deque[mx.array]()  # what is to come back and was not begun
 
     def take(self, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
         """What the rank before hands on; not evaluated yet, as all of these."""
@@ -72,8 +74,8 @@ class Line(Place):
         """What the last rank has made, in ``dtype``, of the rows ``x`` that this one made.
 
         The way there begins at once, and the way back, too, if it ``is_awaited``: what follows
-        must not hold them up. Otherwise nothing goes back unless all ranks evaluate the result, as
-        nobody does for most of a prompt.
+        must not hold them up. Otherwise nothing goes back unless all ranks ask for the result or
+        evaluate it, as nobody does for most of a prompt without drafts.
         """
         if self.is_last:
             mx.async_eval(x)
@@ -84,15 +86,43 @@ class Line(Place):
         if not self.is_first:
             found = self.hand_back(found)
         if is_awaited:
-            mx.async_eval(found)
+            self.ask_for(found, at_once=True)
         return found
 
+    def ask_for(self, found: mx.array, at_once: bool) -> None:
+        """Have what `around` gave come back, after all that was asked for before.
+
+        That begins ``at_once``, or when as many more are asked for as there are ranks after this
+        one: then the last one is done with it, and nobody has to wait.
+        """
+        self._asked.append(found)
+        most = 0 if at_once else self.size - 1 - self.rank
+        while len(self._asked) > most:
+            mx.async_eval(self._asked.popleft())
+
+    def from_first(self, x: mx.array) -> mx.array:
+        """What the first rank has where this one has ``x``, of the same shape and type.
+
+        It is on its way at once, before rows that `around` is given later.
+        """
+        found = x if self.is_first else self.take(x.shape, x.dtype)
+        if not self.is_last:
+            found = self.hand_on(found)
+        mx.async_eval(found)
+        return found
+
+    def wait(self) -> None:
+        """Wait for what is on its way back."""
+        mx.synchronize(self._back)
+
     def finish(self) -> None:
-        """Wait for all that comes back, some of which nobody may have asked for.
+        """Wait for all that comes back, some of which nobody may use.
 
         Ranks that have ended have to, before they tell each other anything else.
         """
-        mx.synchronize(self._back)
+        while self._asked:
+            mx.async_eval(self._asked.popleft())
+        self.wait()
 
     def agree_on_dtypes(
         self, given: mx.Dtype | None, made: Callable[[mx.Dtype], mx.Dtype]

@@ -12,6 +12,9 @@ chunks of a prompt follow one another: a rank takes the next as soon as it has h
 Several texts are decoded in as many batches as there are ranks, whose steps take turns
 (`glm_fused.generation.batching.microbatches`).
 
+With drafts the hidden states of prompts come back, too, a few chunks later, for the first rank's
+layer of MTP. Its tokens go along the line before the step that takes them.
+
 Nothing is computed otherwise than in one process: any number of ranks gives its bits.
 """
 
@@ -26,6 +29,7 @@ from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import CacheList
 
 from .cache import Span, bytes_per_token
 from .config import ModelArgs
@@ -43,8 +47,8 @@ class StagedModel(Model):
     """A `Model` of which this rank has some layers; all have to make the same calls of it.
 
     ``args.layers`` are the rank's, and so are caches. Logits and hidden states of more tokens a
-    text than a step with drafts takes come back only where all ranks evaluate them, which they
-    have to do before the next call.
+    text than a step with drafts takes come back only where all ranks `ask_for` them, or evaluate
+    them before the next call.
 
     Attributes:
         line: the ranks that share the model.
@@ -66,6 +70,30 @@ class StagedModel(Model):
         is_step = x.shape[1] <= 1 + MOST_DRAFTS
         hidden = self.line.around(x, self._hidden_dtype, is_awaited=is_step)
         return self.head(hidden), hidden
+
+    def draft(
+        self,
+        tokens: mx.array,
+        hidden: mx.array,
+        cache: CacheList,
+        selection: mx.array | None = None,
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        """As `Model.draft`; on other ranks than the first, arrays like it that are not to be used.
+
+        What all of them make of these is to be taken `of_first`.
+        """
+        if self.line.is_first:
+            return super().draft(tokens, hidden, cache, selection)
+        return mx.zeros((*tokens.shape, self.args.vocab_size)), hidden, None
+
+    def make_mtp_cache(self) -> CacheList:
+        """The cache of the MTP layer; on other ranks than the first, one without entries."""
+        return super().make_mtp_cache() if self.line.is_first else CacheList()
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether the first rank has the layer."""
+        return self._whole.has_mtp
 
     def own_limit(self, limit: int, kv_format: str, token_bytes: int) -> int:
         """A limit of bytes here, so that each rank keeps as many tokens where one has ``limit``.
@@ -199,6 +227,22 @@ class Stage:
 def turns_of(model: Model) -> int:
     """How many batches are decoded in turns, so that all ranks of a ``model`` have work."""
     return model.line.size if isinstance(model, StagedModel) else 1
+
+
+def has_mtp(model: Model) -> bool:
+    """Whether a model drafts with a layer of its own, whichever rank has it."""
+    return model.has_mtp if isinstance(model, StagedModel) else model.args.has_mtp
+
+
+def ask_for(model: Model, hidden: mx.array, at_once: bool) -> None:
+    """Have the hidden states of a prompt come back, as `Line.ask_for`; all ranks have to."""
+    if isinstance(model, StagedModel):
+        model.line.ask_for(hidden, at_once)
+
+
+def of_first(model: Model, x: mx.array) -> mx.array:
+    """What the rank with the MTP layer has where others have an ``x`` like it."""
+    return model.line.from_first(x) if isinstance(model, StagedModel) else x
 
 
 def bounds_of(args: ModelArgs, module_bytes: Mapping[str, int], ranks: int) -> tuple[int, ...]:

@@ -72,4 +72,4 @@ def first_columns(layer: CacheList, row: int, count: int) -> CacheList:
 
 def is_batch(layer: CacheList) -> bool:
     """Whether a layer's cache is one of several texts, or was."""
-    return isinstance(layer.caches[0], BatchKVCache)
+    return any(isinstance(entry, BatchKVCache) for entry in layer.caches)

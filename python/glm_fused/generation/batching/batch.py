@@ -214,7 +214,7 @@ class Batch:
     def _launch(self, tokens: mx.array, known: bool) -> _Ahead:
         """A plain step that takes a token [b, 1] of each text, the next after those ``known``."""
         with mx.stream(generation_stream):
-            begun = self._lockstep.begin("takes a plain step")
+            begun = self._lockstep.begin("takes a plain step", self._cache[0].size())
             logits, hidden = self._forward(tokens)
             chosen = self._chosen(logits, None if known else tokens)
             if turns_of(self._model) == 1:  # else the next batch's step is to begin before
@@ -244,7 +244,7 @@ class Batch:
         width = 1 + depth
         sure = [row.ahead[:width] for row in self.rows]
         with mx.stream(generation_stream):
-            begun = self._lockstep.begin(f"drafts {depth} tokens")
+            begun = self._lockstep.begin(f"drafts {depth} tokens", self._cache[0].size())
             self._lockstep.follow(begun)
             tokens = self._inputs(sure, depth)
             logits, hidden = self._forward(tokens)

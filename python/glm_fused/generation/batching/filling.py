@@ -81,14 +81,14 @@ class Filling:
         columns = min(max(1, most // len(self.rows)), self.left)
         last = first + columns
         chunk = mx.array([row[first:last] for row in self._tokens], mx.uint32)
+        scored = any(row.scores_prompt for row in self.rows)
         with mx.stream(generation_stream):
             _, hidden = self._model.states(chunk, self.cache)
             primed = []
             if self.drafts is not None and self.drafts.needs_hidden:
                 following = mx.array([row[first + 1 : last + 1] for row in self._tokens], mx.uint32)
-                primed = self.drafts.prime(following, hidden)
-            scored = [row.scores_prompt for row in self.rows]
-            mx.eval([layer.state for layer in self.cache], primed, hidden if any(scored) else [])
+                primed = self.drafts.prime(following, hidden, scored or columns == self.left)
+            mx.eval([layer.state for layer in self.cache], primed, hidden if scored else [])
         check_reads(self.cache)
         tidy(self._model)
         self.left -= columns

@@ -9,9 +9,11 @@ import mlx.core as mx
 
 from ...models.cache import trim
 from ...models.decoder import Model
+from ...models.pipeline import has_mtp, of_first
 from ...models.prompt_memory import MOST_WAITING
 from ..limits import MTP
 from .drafter import FEW_WAITING, Drafter, Draw, Kind
+from .priming import Priming
 
 _REVIEWED = 16  # tokens that are reviewed at a time
 
@@ -28,10 +30,10 @@ class MtpDrafter(Drafter):
     needs_hidden = True
 
     def __init__(self, model: Model):
-        if not model.args.has_mtp:
+        if not has_mtp(model):
             raise ValueError("[drafts] the model has no MTP layer; load it with mtp=True.")
         self._model, self._cache = model, model.make_mtp_cache()
-        self._prompt: list[int] = []
+        self._prompt, self._priming = list[int](), Priming(model)
         self._tokens: list[int] = []  # those without a row
         self._hidden: list[mx.array] = []  # and the states that belong to them, [1, l, hidden]
         self._due = False  # whether there may be a review now
@@ -44,8 +46,8 @@ class MtpDrafter(Drafter):
     def prime(self, hidden: mx.array) -> list[Any]:
         length = hidden.shape[1]
         tokens, self._prompt = self._prompt[:length], self._prompt[length:]
-        self._model.draft(mx.array([tokens], mx.uint32), hidden, self._cache)
-        return [self._cache.state]
+        following = mx.array([tokens], mx.uint32)
+        return self._priming.take(following, hidden, self._cache, at_once=not self._prompt)
 
     def extend(self, tokens: Sequence[int], hidden: mx.array | None) -> None:
         assert hidden is not None
@@ -73,8 +75,8 @@ class MtpDrafter(Drafter):
             self._append(before)
         following = self._tokens[1:]
         logits, _, _ = self._append(_REVIEWED)
-        likeliest = cast(list[int], mx.argmax(logits[0], axis=-1).tolist())
-        return [a == b for a, b in zip(likeliest, following, strict=True)]
+        likeliest = of_first(self._model, mx.argmax(logits[0], axis=-1))
+        return [a == b for a, b in zip(_listed(likeliest), following, strict=True)]
 
     def catch_up(self, kind: Kind) -> list[Any]:
         if len(self._tokens) <= FEW_WAITING:
@@ -96,7 +98,7 @@ class MtpDrafter(Drafter):
             last = hidden[:, -1:]
             logits, hidden, selection = self._model.draft(token[None], last, self._cache, selection)
         trim(self._cache, depth - 1)
-        return mx.concatenate(drafts)
+        return of_first(self._model, mx.concatenate(drafts))
 
     def _append(self, count: int) -> tuple[mx.array, mx.array, mx.array | None]:
         """What the layer gives for the first so many of the tokens that had no row."""
@@ -104,3 +106,7 @@ class MtpDrafter(Drafter):
         tokens, self._tokens = mx.array([self._tokens[:count]], mx.uint32), self._tokens[count:]
         self._hidden = [hidden[:, count:]] if self._tokens else []
         return self._model.draft(tokens, hidden[:, :count], self._cache)
+
+
+def _listed(tokens: mx.array) -> list[int]:
+    return cast(list[int], tokens.tolist())

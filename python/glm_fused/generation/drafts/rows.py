@@ -10,10 +10,12 @@ import mlx.core as mx
 
 from ...models.cache import trim
 from ...models.decoder import Model
+from ...models.pipeline import of_first
 from ...models.prompt_memory import MOST_WAITING
 from ...models.row_caches import joined, kept, padded
 from ..limits import MTP
 from .drafter import Drafter, Draw, Kind
+from .priming import Priming
 
 
 class RowDrafts(ABC):
@@ -25,10 +27,11 @@ class RowDrafts(ABC):
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
         """Begin the texts with the tokens of their prompts."""
 
-    def prime(self, following: mx.array, hidden: mx.array) -> list[Any]:
+    def prime(self, following: mx.array, hidden: mx.array, at_once: bool) -> list[Any]:
         """Take the hidden states [b, l, hidden] of columns of the prompts.
 
-        ``following`` [b, l] are the tokens after those. Returns what to evaluate.
+        ``following`` [b, l] are the tokens after those. Returns what to evaluate. They are needed
+        ``at_once`` where they are the last ones, or evaluated.
         """
         return []
 
@@ -124,7 +127,7 @@ class MtpRows(RowDrafts):
     needs_hidden = True
 
     def __init__(self, model: Model, padding: Sequence[int]):
-        self._model = model
+        self._model, self._priming = model, Priming(model)
         self._cache = padded(model.make_mtp_cache(), padding)
         self._following: list[list[int]] = [[] for _ in padding]  # tokens without a row
         self._hidden: list[mx.array] = []  # and the states that belong to them, [b, l, hidden]
@@ -133,9 +136,8 @@ class MtpRows(RowDrafts):
     def start(self, prompts: Sequence[Sequence[int]]) -> None:
         """The prompts' tokens come with their hidden states."""
 
-    def prime(self, following: mx.array, hidden: mx.array) -> list[Any]:
-        self._model.draft(following, hidden, self._cache)
-        return [self._cache.state]
+    def prime(self, following: mx.array, hidden: mx.array, at_once: bool) -> list[Any]:
+        return self._priming.take(following, hidden, self._cache, at_once)
 
     def kinds(self) -> list[Kind]:
         return [Kind(MTP)] if self._hidden else []
@@ -154,7 +156,7 @@ class MtpRows(RowDrafts):
                     continue
                 rows[i].append(draws[i](logits[i, -1:], rows[i][len(known) :]))
         trim(self._cache, depth - 1)
-        return mx.stack([mx.concatenate(row) for row in rows])
+        return of_first(self._model, mx.stack([mx.concatenate(row) for row in rows]))
 
     def _append(self) -> tuple[mx.array, mx.array, mx.array | None]:
         """What the layer gives for the tokens that had no row."""
