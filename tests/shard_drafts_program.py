@@ -1,10 +1,10 @@
 """A rank that decodes with drafts: tokens, logits and counts of each of `CASES`.
 
-``python shard_drafts_program.py FOLDER tensor|pipeline MODE`` saves them in ``FOLDER/RANK.npz`` and
-prints the counts. Rank 0 has a steady clock, the others' says that they become slower. With the
-mode "times" each rank counts its own times; with "depth" rank 1 drafts one token less than it
-should, with "none" no token, with "keeps" it keeps all drafts in its cache, and with "others" it
-has drafts of its own.
+``python shard_drafts_program.py FOLDER tensor|pipeline MODE MODEL`` saves them in
+``FOLDER/RANK.npz`` and prints the counts. Rank 0 has a steady clock, the others' says that they
+become slower. With the mode "times" each rank counts its own times; with "depth" rank 1 drafts one
+token less than it should, with "none" no token, with "keeps" it keeps all drafts in its cache, and
+with "others" it has drafts of its own.
 """
 
 from __future__ import annotations
@@ -100,13 +100,13 @@ def plant(mode, rank):
         mtp.of_first = lambda model, tokens: of_first(model, tokens) + 1
 
 
-def main(folder, shard, mode):
+def main(folder, shard, mode, model):
     mx.set_default_device(mx.cpu)
     group = mx.distributed.init(strict=True, backend="ring")
     ranks = Line(group) if shard == "pipeline" else Ranks(group)
     plant(mode, ranks.rank)
     options = EngineOptions(draft="auto", ranks=ranks, prefill_step_size=16)
-    with Watch(group), Engine("demo", options) as engine:
+    with Watch(group), Engine(model, options) as engine:
         found = cases_of(engine)
         if shard == "pipeline":
             ranks.finish()

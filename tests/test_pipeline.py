@@ -96,6 +96,7 @@ def test_a_batch_that_waits_for_itself_is_noticed(tmp_path):
     assert second["kept"] <= 10
 
 
+@pytest.mark.slow
 def test_a_prompt_that_waits_for_itself_is_noticed(tmp_path):
     _, second = map(json.loads, turns(tmp_path, 10 + 2 * HOW["max_tokens"], 1, "waits for prompts"))
     assert second["kept"] == 0

@@ -4,41 +4,68 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import ring
+from conftest import tiny_config_51, write_checkpoint
 from shard_drafts_program import CASES, cases_of
 
 from glm_fused import Engine, EngineOptions
+from glm_fused.checkpoint.paths import checkpoint_path
 
 PROGRAM = ring.TESTS / "shard_drafts_program.py"
 ANY, PLAIN = r"[\w ]+", r"takes a plain step at \d+"
 THREE, TWO = (rf"drafts {count} tokens by mtp at \d+" for count in (3, 2))
 
 
-@pytest.fixture(scope="module")
-def alone():
+def cases_alone(model):
     """What one process gives."""
-    with Engine("demo", EngineOptions(draft="auto", prefill_step_size=16)) as engine:
+    with Engine(model, EngineOptions(draft="auto", prefill_step_size=16)) as engine:
         return cases_of(engine)
 
 
-@pytest.mark.parametrize("shard", ["tensor", "pipeline"])
-@pytest.mark.parametrize(
-    "size", [2, *(pytest.param(size, marks=pytest.mark.slow) for size in (3, 4))]
-)
-def test_tokens_and_logits_are_those_of_one_process(alone, tmp_path, shard, size):
-    outs = ring.run(size, PROGRAM, tmp_path, shard, "same", folder=tmp_path)
+def check(alone, size, shard, folder, model="demo", drafted=(*CASES, "batch")):
+    """All ranks have the tokens and logits of one process, and count the same."""
+    outs = ring.run(size, PROGRAM, folder, shard, "same", model, folder=folder)
     counts = [json.loads(out) for out in outs]
     assert all(found == counts[0] for found in counts)
-    assert all(counts[0][name] > 0 for name in (*CASES, "batch"))
+    assert all(counts[0][name] > 0 for name in drafted)
     for rank in range(size):
-        found = np.load(tmp_path / f"{rank}.npz")
+        found = np.load(folder / f"{rank}.npz")
         for name, (tokens, logits, _) in alone.items():
             assert np.array_equal(found[f"{name} 0"], tokens), (rank, name)
             assert np.array_equal(found[f"{name} 1"], logits), (rank, name)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return cases_alone("demo")
+
+
+@pytest.mark.parametrize(
+    ("shard", "size"),
+    [
+        ("tensor", 2),
+        ("pipeline", 2),
+        pytest.param("tensor", 3, marks=pytest.mark.slow),
+        pytest.param("tensor", 4, marks=pytest.mark.slow),
+        pytest.param("pipeline", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_tokens_and_logits_are_those_of_one_process(alone, tmp_path, shard, size):
+    check(alone, size, shard, tmp_path)
+
+
+@pytest.mark.slow
+def test_random_weights_whose_layers_all_choose(tmp_path):
+    """There are as many groups of layers as layers, and drafts are wrong."""
+    model = write_checkpoint(tmp_path / "model", tiny_config_51(vocab_size=2048), mtp=True)
+    for file in checkpoint_path("demo").glob("*token*"):
+        shutil.copy(file, model)
+    check(cases_alone(model), 4, "pipeline", tmp_path, model, ["layer"])
 
 
 @pytest.mark.parametrize(
@@ -46,7 +73,7 @@ def test_tokens_and_logits_are_those_of_one_process(alone, tmp_path, shard, size
     [
         ("tensor", "depth", (THREE, TWO)),
         pytest.param("tensor", "none", (THREE, PLAIN), marks=pytest.mark.slow),
-        ("tensor", "times", (ANY, ANY)),
+        pytest.param("tensor", "times", (ANY, ANY), marks=pytest.mark.slow),
         pytest.param("pipeline", "depth", (THREE, TWO), marks=pytest.mark.slow),
         pytest.param("pipeline", "times", (ANY, ANY), marks=pytest.mark.slow),
         ("pipeline", "keeps", (THREE, THREE)),
@@ -55,7 +82,7 @@ def test_tokens_and_logits_are_those_of_one_process(alone, tmp_path, shard, size
 )
 def test_unlike_steps_are_an_error(tmp_path, shard, mode, what):
     """Of ranks that draft or keep unlike numbers of tokens, or count times of their own."""
-    ends = ring.finish(ring.start([[PROGRAM, tmp_path, shard, mode]] * 2, tmp_path))
+    ends = ring.finish(ring.start([[PROGRAM, tmp_path, shard, mode, "demo"]] * 2, tmp_path))
     first, second = what
     steps = f"rank 0 {first}, rank 1 {second}"
     expected = rf"\[shard\] ranks must take the same steps: {steps}\.\n"
