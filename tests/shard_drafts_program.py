@@ -4,7 +4,7 @@
 ``FOLDER/RANK.npz`` and prints the counts. Rank 0 has a steady clock, the others' says that they
 become slower. With the mode "times" each rank counts its own times; with "depth" rank 1 drafts one
 token less than it should, with "none" no token, with "keeps" it keeps all drafts in its cache, and
-with "others" it has drafts of its own.
+with "others" it has drafts of its own; with "early" rank 0 has what is awaited overtake the rest.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ TOKENS, CHOSEN_TOKENS = 24, 48  # without and with "auto", which measures plain 
 
 
 def cases_of(engine):
-    """What each case gives: tokens, bits of logits, and what became of drafts."""
+    """What each case gives: tokens, bits of logits, and what became of drafts.
+
+    And the keys of the layer, where it is.
+    """
     found = {}
     model, prompt = engine.model, engine.encode(CODE, raw=True)
     for name, (source, depth, how) in CASES.items():
@@ -49,10 +52,14 @@ def cases_of(engine):
         tokens = CHOSEN_TOKENS if depth == "auto" else TOKENS
         given, logits, decoded = decode(model, prompt, drafting, tokens, **how)
         bits = np.stack([np.array(row) for row in logits])
-        found[name] = given, bits, decoded.statistics.describe(None)["proposed"]
+        drafts = decoded.statistics.describe(None)
+        found[name] = given, bits, [drafts["proposed"], drafts["accepted"]]
+        if name == "layer" and (entries := drafting.drafter._cache.caches):
+            keys = entries[0].keys[..., : entries[0].offset, :]
+            found["layer's keys"] = [], np.array(keys.view(mx.uint16)), []
     together = engine.generate_batch(BATCH, raw=True, max_tokens=CHOSEN_TOKENS)
     given = [answer.tokens for answer in together.answers]
-    found["batch"] = given, np.zeros(0), together.drafts["proposed"] if together.drafts else 0
+    found["batch"] = given, np.zeros(0), [together.drafts["proposed"]]
     return found
 
 
@@ -98,6 +105,15 @@ def plant(mode, rank):
         decoding.trim = lambda cache, columns: None
     if mode == "others" and rank == 1:
         mtp.of_first = lambda model, tokens: of_first(model, tokens) + 1
+    if mode == "early" and rank == 0:
+        asked = Line.ask_for
+
+        def early(line, found, at_once):
+            if at_once:
+                mx.async_eval(found)
+            asked(line, found, at_once)
+
+        Line.ask_for = early
 
 
 def main(folder, shard, mode, model):
@@ -112,7 +128,7 @@ def main(folder, shard, mode, model):
             ranks.finish()
     arrays = {f"{name} {i}": part for name, parts in found.items() for i, part in enumerate(parts)}
     np.savez(f"{folder}/{ranks.rank}.npz", **arrays)
-    print(json.dumps({name: proposed for name, (_, _, proposed) in found.items()}))
+    print(json.dumps({name: counts for name, (_, _, counts) in found.items()}))
 
 
 if __name__ == "__main__":
