@@ -4,10 +4,10 @@
 model in ``FOLDER/MODEL.FAULT.RANK.npz``. With a FAULT other than ``none`` a layer does what it must
 not.
 
-``python pipeline_program.py turns FOLDER CALLS SECONDS FAULT [DRAFT]`` prints, as JSON, the tokens of
-prompts that are continued together, and how often rank 1 had work while rank 0 was at the next:
-rank 1 keeps each of the rows that it is given, but for those from the last of so many ``CALLS`` on,
-until rank 0 has begun with others, or until ``SECONDS`` are over.
+``python pipeline_program.py turns FOLDER CALLS SECONDS FAULT [DRAFT]`` prints, as JSON, the
+tokens of prompts that are continued together, and how often rank 1 had work while rank 0 was at the
+next: rank 1 keeps each of the rows that it is given, but for those from the last of so many
+``CALLS`` on, until rank 0 has begun with others, or until ``SECONDS`` are over.
 
 ``python pipeline_program.py served FOLDER CALLS SECONDS FAULT`` does the same with two texts that a
 scheduler generates for, which begin with a token; the first rows are of one of them, and not kept.
