@@ -54,14 +54,14 @@ BEGINNINGS = [[5], [300]]  # which need no prompt to be taken
 HOW = {"max_tokens": 16, "temp": 1.0, "seed": 3}
 
 
-def steps_of(model):
+def steps_of(model, formats=FORMATS):
     """The bits of logits, by name: of prompts in chunks, steps, a draft and a batch.
 
     The prompt is longer than five times what a query selects.
     """
     rng, length = np.random.default_rng(7), 5 * model.args.index_topk + 20
     found = {}
-    for name in FORMATS:
+    for name in formats:
         model.kv_format = name
         tokens = mx.array(rng.integers(0, model.args.vocab_size, (1, length + STEPS + 3)))
         cache, chunk = model.make_cache(), length // 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import ring
@@ -13,6 +14,7 @@ from glm_fused.checkpoint.paths import checkpoint_path
 from glm_fused.generation.planning import SHARE
 from glm_fused.measuring.cluster import Link, Machine, plan
 from glm_fused.measuring.placement import plan_pipeline, plan_shards
+from glm_fused.streaming.pack import pack
 
 FAST, SLOW = Link(1e-9, 100 * 10**9), Link(1e-3, 10**8)
 MACHINES = [Machine(10**9, 10**6), Machine(10**9, 10**6)]  # so slow that reading counts
@@ -83,17 +85,39 @@ def test_what_cannot_be_split_is_not_taken(tmp_path):
         plan_shards(Checkpoint.open(tmp_path), MACHINES[:1] * 9, FAST, 64, "auto")
 
 
+def test_streamed_experts_are_read_from_disks(demo):
+    """Rows read them at the same time, which even a slow link is worth, and few have to fit."""
+    how = SLOW, 1024, "auto"
+    quick = {disk: Machine(10**9, 10**9, disk) for disk in (None, 10**6)}
+    whole, few = (
+        max(rank["needed"] for rank in plan(demo, [machine] * 2, *how)["ranks"])
+        for machine in quick.values()
+    )
+    assert few < whole
+    between = [
+        replace(machine, memory=round((whole + few) / 2 / SHARE)) for machine in quick.values()
+    ]
+    assert not plan(demo, between[:1] * 2, *how)["fits"]
+    found = plan_shards(demo, between[1:] * 2, *how)
+    assert found["shard"] == "tensor"
+    assert "does not fit" not in found["reason"]
+    assert found["reason"].endswith("; experts are read from disks")
+
+
 def test_ranks_measure_and_say_what_they_take(tmp_path):
-    command = [*GENERATE, "--max-tokens", "4", "--shard", "auto"]
+    command = [*GENERATE, "--max-tokens", "4", "--shard", "auto", "--slots", "8"]
     (code, text, said), (other, nothing, silent) = ring.finish(ring.start([command] * 2, tmp_path))
     assert (code, other, nothing) == (0, 0, "")
     assert text
-    assert re.search(r"^--shard (tensor|pipeline): a link of \d+ µs and [\d.]+ GB/s: ", said, re.M)
+    link = r"^--shard (tensor|pipeline): a link of \d+ µs and [\d.]+ GB/s: .* read from disks$"
+    assert re.search(link, said, re.M)
     assert "--shard" not in silent
 
 
-def test_what_a_pipeline_lacks_takes_rows_whatever_the_link(tmp_path):
-    command = [*GENERATE, "--max-tokens", "2", "--shard", "auto", "--slots", "8"]
+@pytest.mark.slow
+def test_what_rows_lack_takes_layers_whatever_the_link(tmp_path):
+    pack(checkpoint_path("demo"), tmp_path / "sidecar")
+    command = [*GENERATE, "--max-tokens", "2", "--shard", "auto", "--sidecar", tmp_path / "sidecar"]
     (code, _, said), (other, _, _) = ring.finish(ring.start([command] * 2, tmp_path))
     assert (code, other) == (0, 0)
-    assert "--shard tensor: --slots not with pipeline\n" in said
+    assert "--shard pipeline: --sidecar not with tensor\n" in said

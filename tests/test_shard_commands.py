@@ -16,6 +16,7 @@ GENERATE = ["-m", "glm_fused", "generate", "--model", "demo", "--raw", "--prompt
 SHARD = [*GENERATE, "--shard", "tensor"]
 PIPELINE = ["--shard", "pipeline"]
 SLOTS = "8", "13"  # of 16, of each rank
+BUDGETS = ["--slots", "9"], ["--memory-budget", "1GB"], ["--slots", "5"]
 SAMPLED = ["--max-tokens", "12", "--temp", "1", "--seed", "5", "--kv-format", "fp8"]
 
 
@@ -50,6 +51,25 @@ def test_rank_0_writes_the_text_of_one_process(tmp_path):
     assert ring.run(3, *drafts, *PIPELINE, folder=tmp_path) == [text, "", ""]
     ends = ring.finish(ring.start([[*drafts, "--slots", slots] for slots in SLOTS], tmp_path))
     assert [(code, out) for code, out, _ in ends] == [(0, text), (0, "")], ends
+
+
+def test_ranks_that_have_layers_stream_their_experts_within_their_budgets(tmp_path):
+    """Of three the first has a dense layer alone, and each other half of the experts."""
+    _, text, _ = alone(*GENERATE, *SAMPLED)
+    whole = rank_plan(load_model("demo", lazy=True)[0], 256)["weights"]
+    experts = sum(nbytes for kind, nbytes in whole.items() if kind.startswith("experts"))
+    command = [*SHARD, *SAMPLED, *PIPELINE, "--json"]
+    ends = ring.finish(ring.start([[*command, *own] for own in BUDGETS], tmp_path))
+    assert [code for code, _, _ in ends] == [0, 0, 0], ends
+    answer = json.loads(ends[0][1])
+    assert answer["text"] + "\n" == text
+    found = answer["ranks"]
+    assert format_ranks(found) in ends[0][2]
+    assert [plan["rank"] for plan in found] == [0, 1, 2]
+    assert [plan["slots"] for plan in found] == [0, experts / 2, experts / 2 * 5 / 16]
+    for kind in ("attention", "shared experts", "router"):
+        assert sum(plan["weights"].get(kind, 0) for plan in found) == whole[kind]
+    assert found[1]["total"] <= found[1]["budget"] == 1_000_000_000
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -119,10 +139,9 @@ def test_ranks_with_unlike_options_say_so(tmp_path, option, first, second, shown
         ([*SHARD, "--ab"], "--ab: not with --shard"),
         (
             [*SHARD, "--sidecar", "folder"],
-            "--sidecar: not with --shard, as its checksums are of whole",
+            "--sidecar: not with --shard tensor, as its checksums are of whole",
         ),
         ([*SHARD, "--slots", "4", "--trace", "trace"], "--trace: not with --shard"),
-        ([*SHARD, *PIPELINE, "--slots", "4"], "--slots: not with --shard pipeline"),
         ([*SHARD, "--prompt", "-"], "--prompt -: not with --shard"),
     ],
 )

@@ -30,13 +30,14 @@ def test_a_rank_holds_its_share(tmp_path, layout, shard):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_rank_that_streams_holds_its_slots(tmp_path):
+@pytest.mark.parametrize("shard", [pytest.param("tensor", marks=pytest.mark.slow), "pipeline"])
+def test_a_rank_that_streams_holds_its_slots(tmp_path, shard):
     config = big_config() | {"n_routed_experts": 48}
     write_checkpoint(tmp_path / "model", config, layout="mlx")
     whole = (tmp_path / "model" / "model.safetensors").stat().st_size
-    for out in ring.run(2, PROGRAM, "tensor", tmp_path / "model", "36", folder=tmp_path):
+    for out in ring.run(2, PROGRAM, shard, tmp_path / "model", "36", folder=tmp_path):
         found = json.loads(out.splitlines()[-1])
-        print(f"{whole / 2**20:.1f} MiB: {found}")
+        print(f"{shard}, {whole / 2**20:.1f} MiB: {found}")
         assert 0.35 * whole < found["share"] < 0.45 * whole
         assert found["memory"] <= 1.05 * found["share"]
         assert found["highest"] <= found["planned"]

@@ -33,7 +33,7 @@ def streamed(folder, sizes, paths, ranks=2, **environment):
     ends = ring.finish(ring.start([command] * ranks, folder, **environment))
     assert [code for code, _, _ in ends] == [0] * ranks, ends
     names = [
-        f"{ring.Path(path).name} {size}.{rank}"
+        f"{ring.Path(str(path).partition('+')[0]).name} {size}.{rank}"
         for path in paths
         for size in sizes.split()
         for rank in range(ranks)

@@ -63,9 +63,8 @@ class EngineOptions:
             the one that pays; or the folder of a small model of the same vocabulary, any that
             mlx-lm loads. None: "mtp+lookup" where the checkpoint has the layer, else "lookup".
         ranks: the processes that share the model, each of which has to make the same calls; they
-            need ``prefill_step_size`` and take no ``sidecar``, whose checksums are of whole
-            experts, and no small model for drafts; those of a line do not stream experts. None:
-            this one alone.
+            need ``prefill_step_size`` and take no small model for drafts; those that have rows
+            take no ``sidecar`` with checksums, which are of whole experts. None: this one alone.
 
     Raises ValueError, naming the option, for a value that it cannot have and for one that would do
     nothing.
@@ -112,11 +111,6 @@ class EngineOptions:
             check_depth(self.draft)
         if self.ranks is not None and self.prefill_step_size is None:
             raise ValueError("[engine] ranks: need prefill_step_size, the same for all.")
-        if isinstance(self.ranks, Line) and self._given():
-            raise ValueError("[engine] ranks: those of a line do not stream experts.")
-        if self.ranks is not None and self.sidecar is not None:
-            reason = "its checksums are of whole experts, of which a rank reads a part"
-            raise ValueError(f"[engine] sidecar: not with ranks; {reason}.")
         if self.ranks is not None and self.draft_from not in (None, MTP, LOOKUP, MIXED):
             found, expected = show(self.draft_from), f"{MTP!r}, {LOOKUP!r} or {MIXED!r}"
             raise ValueError(f"[engine] draft_from is {found}, expected {expected} for ranks.")

@@ -36,7 +36,7 @@ from .models.shard import Sharding
 from .models.tensor_names import is_expert
 from .streaming.banks import attach_banks, find_source, plan_streaming
 from .streaming.flashmoe import with_experts
-from .streaming.model import StreamedModel
+from .streaming.model import StreamedModel, StreamedStage
 from .streaming.options import StreamOptions
 from .validation import show
 
@@ -182,12 +182,8 @@ def open_model(
     formats = inventory.formats
     share = None if ranks is None else _share(args, inventory, ranks)
     if stream is not None:
-        source = find_source(checkpoint, args, stream.sidecar)
-        sharding = share if isinstance(share, Sharding) else None
-        source = source if sharding is None else source.part(args, sharding.parts())
-        plan = plan_streaming(
-            inventory, args, source, stream, kv_format, prefill_step_size, sharding
-        )
+        source = find_source(checkpoint, args, stream.sidecar, share)
+        plan = plan_streaming(inventory, args, source, stream, kv_format, prefill_step_size, share)
     check_stored_shapes(checkpoint, inventory.written_by(compressed_tensors.METHOD))
     weights = read_lazily(checkpoint, args, None if share is None else share.parts())
     if share is not None:
@@ -198,9 +194,9 @@ def open_model(
     if stream is None:
         model = StagedModel(args) if isinstance(ranks, Line) else Model(args)
     else:
-        model = StreamedModel(args)
+        model = StreamedStage(args) if isinstance(ranks, Line) else StreamedModel(args)
         allow_open_files(len(checkpoint.files) + len(source.files))
-        model.streaming = attach_banks(model, args, source, plan, stream, formats, sharding)
+        model.streaming = attach_banks(model, args, source, plan, stream, formats, share)
         cache_limit = mx.set_cache_limit(plan.shares.staging)
         prefill_step_size = plan.prefill_step_size
         weights = {name: array for name, array in weights.items() if not is_expert(name)}

@@ -20,8 +20,8 @@ def checkpoint_id(checkpoint: Checkpoint) -> str:
     """A digest of config, headers and a block of every tensor.
 
     Fine-tuned, pruned and quantized models have others, copies of a checkpoint the same. A change
-    that leaves every one of those blocks as it was is not noticed. Of experts that a sidecar alone
-    has, the headers count.
+    that leaves every one of those blocks as it was is not noticed. So it is of experts that a
+    sidecar alone has.
 
     Raises OSError, naming the file, where reading fails.
     """
@@ -29,8 +29,7 @@ def checkpoint_id(checkpoint: Checkpoint) -> str:
     tensors = sorted(checkpoint.tensors.items())
     for name, info in tensors:
         digest.update(repr((name, info.dtype, info.shape)).encode())
-    own = [info for _, info in tensors if info.file in checkpoint.files]
-    for block in _samples(checkpoint.folder, own):
+    for block in _samples(checkpoint.folder, [info for _, info in tensors]):
         digest.update(block)
     return digest.hexdigest()[:32]
 

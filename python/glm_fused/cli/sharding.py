@@ -10,6 +10,7 @@ import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import UsageError, flags
@@ -17,6 +18,7 @@ from .arguments import UsageError, flags
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from ..checkpoint.folder import Checkpoint
     from ..engine import Engine
     from ..models.line import Line
     from ..models.ranks import Ranks
@@ -27,11 +29,10 @@ CONTEXT = 16384  # tokens cached, as a plan of machines has them
 _OWN = (  # may differ between ranks; of the prompt the text is compared
     "model", "threads", "parser", "root", "run", "prompt", "host", "port", "api_key",
     "api_key_file", "no_api_key", "allowed_host", "cors_origin",
-    "memory_budget", "slots", "direct_io", "read_depth", "read_split",
+    "memory_budget", "slots", "sidecar", "direct_io", "read_depth", "read_split",
 )  # fmt: skip
 _ALONE = {  # not with --shard, and why
     "ab": "it compares what one process computes",
-    "sidecar": "its checksums are of whole experts, of which a rank reads a part",
     "trace": "it has the requests of one process",
     "prompt_cache_dir": "each rank has caches of its own",
 }
@@ -86,35 +87,57 @@ def standing(options: argparse.Namespace, group: mx.distributed.Group) -> Iterat
 
 def _chosen(options: argparse.Namespace, group: mx.distributed.Group) -> str:
     """How a group best shares the model, of which rank 0 decides; all have to call it."""
-    if alone := _for_rows(options):
+    if alone := _for_layers(options):
         if group.rank() == 0:
-            print(f"--shard {TENSOR}: {flags(alone)} not with {PIPELINE}", file=sys.stderr)
-        return TENSOR
-    from ..checkpoint.folder import Checkpoint
-    from ..checkpoint.hub import local_model
-    from ..checkpoint.paths import checkpoint_path
+            print(f"--shard {PIPELINE}: {flags(alone)} not with {TENSOR}", file=sys.stderr)
+        return PIPELINE
     from ..measuring.cluster import Link, Machine
+    from ..measuring.disk import read_rate
     from ..measuring.fit import memory_rate
     from ..measuring.links import measure_links
     from ..measuring.placement import plan_shards
     from ..memory import machine_bytes
     from ..parallel.agreement import tell
 
-    here = [machine_bytes(), round(memory_rate())]
+    checkpoint, here = _opened(options), [machine_bytes(), round(memory_rate())]
+    if _streams(options):
+        largest = max(checkpoint.files, key=lambda file: checkpoint.files[file])
+        here.append(round(read_rate(checkpoint.folder / largest)))
     machines = [Machine(*json.loads(text)) for text in tell(group, json.dumps(here))]
     link = Link(**measure_links(group)["link"])
     shard = ""
     if group.rank() == 0:
-        checkpoint = Checkpoint.open(checkpoint_path(local_model(options.model)))
         found = plan_shards(checkpoint, machines, link, CONTEXT, options.kv_format)
         shard = found["shard"]
         print(f"--shard {shard}: {found['reason']}", file=sys.stderr)
     return tell(group, shard)[0]
 
 
-def _for_rows(options: argparse.Namespace) -> list[str]:
-    """The options given that a pipeline does not have."""
-    return [name for name in ("memory_budget", "slots") if getattr(options, name) is not None]
+def _for_layers(options: argparse.Namespace) -> list[str]:
+    """The options given that rows do not have: a sidecar with checksums of whole experts."""
+    from ..streaming.flashmoe import is_flashmoe
+
+    found = options.sidecar
+    return [] if found is None or is_flashmoe(Path(found)) else ["sidecar"]
+
+
+def _opened(options: argparse.Namespace) -> Checkpoint:
+    """The checkpoint, with the experts that a sidecar alone has."""
+    from ..checkpoint.folder import Checkpoint
+    from ..checkpoint.hub import local_model
+    from ..checkpoint.paths import checkpoint_path
+    from ..streaming.flashmoe import with_experts
+
+    checkpoint = Checkpoint.open(checkpoint_path(local_model(options.model)))
+    sidecar = options.sidecar
+    return checkpoint if sidecar is None else with_experts(checkpoint, Path(sidecar))
+
+
+def _streams(options: argparse.Namespace) -> bool:
+    """Whether experts are to be streamed."""
+    from ..engine_options import STARTING
+
+    return any(getattr(options, name) for name in STARTING)
 
 
 def measured_gathers(options: argparse.Namespace, engine: Engine) -> dict[str, Any] | None:
@@ -136,7 +159,7 @@ def show_plan(engine: Engine, context: int) -> dict[str, Any]:
     Returns what each rank holds, for JSON, if ranks share the engine's model: all have to call it,
     and rank 0 says it of all.
     """
-    ranks = engine.model.ranks
+    ranks = engine.options.ranks
     if ranks is None:
         if engine.streaming is not None:
             print(engine.streaming.plan.format(), file=sys.stderr)
@@ -160,8 +183,9 @@ def met(
     for name, reason in _ALONE.items():
         if getattr(options, name, None) not in (None, False):
             raise UsageError(f"{flags([name])}: not with --shard, as {reason}.")
-    if options.shard == PIPELINE and (alone := _for_rows(options)):
-        raise UsageError(f"{flags(alone)}: not with --shard pipeline.")
+    if options.shard == TENSOR and (alone := _for_layers(options)):
+        reason = "its checksums are of whole experts, of which a rank reads a part"
+        raise UsageError(f"{flags(alone)}: not with --shard {TENSOR}, as {reason}.")
     from ..models.prompt_memory import SHARED_STEP
     from ..parallel.agreement import agree, join_group
     from ..parallel.watch import Watch
@@ -175,20 +199,16 @@ def met(
 
 
 def _described(options: argparse.Namespace) -> dict[str, object]:
-    from ..checkpoint.folder import Checkpoint
-    from ..checkpoint.hub import local_model
     from ..checkpoint.identity import checkpoint_id
-    from ..checkpoint.paths import checkpoint_path
-    from ..engine_options import STARTING
 
-    path = checkpoint_path(local_model(options.model))
     given = {name: value for name, value in vars(options).items() if name not in _OWN}
     return {
         "the version of glm-fused": metadata.version("glm-fused"),
         "the version of mlx": metadata.version("mlx"),
-        "the checkpoint": checkpoint_id(Checkpoint.open(path)),
+        "the checkpoint": checkpoint_id(_opened(options)),
         **{flags([name]): value for name, value in given.items()},
-        "whether experts are streamed": any(getattr(options, name) for name in STARTING),
+        "whether experts are streamed": _streams(options),
+        "whether they are in a sidecar with checksums": bool(_for_layers(options)),
     }
 
 

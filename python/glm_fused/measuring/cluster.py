@@ -20,10 +20,14 @@ from ..models.sharded_indexer import keys_pay
 
 @dataclass(frozen=True)
 class Machine:
-    """A machine: its memory in bytes, and the bytes a second at which it reads it."""
+    """A machine: its memory in bytes, and the bytes a second at which it reads it.
+
+    Where experts are streamed, ``disk`` has those at which it reads them.
+    """
 
     memory: int
     rate: int
+    disk: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,21 +82,27 @@ def needs(
 ) -> dict[str, Any]:
     """What a machine needs, and reads for a token, that has such a ``share`` of each module.
 
+    Of streamed experts it has those of a token in memory at least, and at most reads as many.
+
     Args:
         args: those of its layers.
         context: tokens cached.
         step: tokens of a prompt that it takes at a time.
         together: how many machines join each layer's rows.
     """
-    weights = read = 0.0
+    weights = read = from_disk = 0.0
+    streamed = machine.disk is not None
     for stored in inventory.stored:
         module = stored.source.module
         loaded = stored.loaded * share(module.path)
-        weights += loaded
-        read += loaded * activity(args, module)
+        active = loaded * activity(args, module)
+        is_streamed = streamed and module.experts > 0
+        weights += active if is_streamed else loaded
+        read += active
+        from_disk += active if is_streamed else 0.0
     cache = cache_bytes(args, context, kv_format)
     float_bytes = FLOATS[inventory.float_format].size
-    chunk = chunk_bytes(args, step, context, float_bytes, streamed=False, ranks=together)
+    chunk = chunk_bytes(args, step, context, float_bytes, streamed, ranks=together)
     cached = _cache_read(args, context, kv_format, together)
     needed, affordable = weights + cache + chunk, SHARE * machine.memory
     return asdict(machine) | {
@@ -104,7 +114,7 @@ def needs(
         "fits": needed <= affordable,
         "weights_read": round(read),
         "cache_read": cached,
-        "read_ms": 1e3 * (read + cached) / machine.rate,
+        "read_ms": 1e3 * ((read + cached) / machine.rate + from_disk / (machine.disk or 1)),
     }
 
 

@@ -34,11 +34,8 @@ def plan_pipeline(
     for rank, machine in enumerate(machines):
         stage = Stage.of(args, inventory.loaded_bytes, Place(rank, len(machines)))
         own = stage.own_args()
-
-        def share(path: str, stage: Stage = stage) -> float:
-            return float(stage.has(f"{path}."))
-
-        ranks.append(needs(machine, own, inventory, share, context, kv_format, SHARED_STEP))
+        how = inventory, stage.share, context, kv_format, SHARED_STEP
+        ranks.append(needs(machine, own, *how))
     count = 2 * (len(machines) - 1)
     nbytes = args.hidden_size * FLOATS[inventory.float_format].size
     messages = 1e3 * count * (link.latency + nbytes / link.rate)
@@ -87,20 +84,23 @@ def plan_shards(
         "kv_format": checked(checkpoint)[1].float_format if kv_format == "auto" else kv_format,
         "link": asdict(link),
         "shard": best,
-        "reason": _reason(plans, refused, link),
+        "reason": _reason(plans, refused, link, machines),
         "plans": plans,
         "refused": refused,
     } | {key: plans[best][key] for key in ("fits", "ms_per_token", "tokens_per_second")}
 
 
-def _reason(plans: dict[str, Any], refused: dict[str, str], link: Link) -> str:
+def _reason(
+    plans: dict[str, Any], refused: dict[str, str], link: Link, machines: Sequence[Machine]
+) -> str:
     reasons = [
         f"{shard} {found['ms_per_token']:.2f} ms a token at least"
         + ("" if found["fits"] else ", and does not fit")
         for shard, found in plans.items()
     ]
     between = f"a link of {1e6 * link.latency:.0f} µs and {link.rate / 1e9:.2f} GB/s"
-    return f"{between}: {'; '.join([*reasons, *refused.values()])}"
+    disks = ["experts are read from disks"] if machines[0].disk is not None else []
+    return f"{between}: {'; '.join([*reasons, *refused.values(), *disks])}"
 
 
 def format_plans(found: dict[str, Any]) -> list[str]:

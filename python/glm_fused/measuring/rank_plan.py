@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from ..generation.planning import SHARE, plan_prompt
 from ..memory import machine_bytes, size
 from ..models.decoder import Model
+from ..models.line import Line
 from ..models.ranks import Ranks
 from ..models.tensors import modules
 from ..parallel.agreement import tell
@@ -20,7 +21,7 @@ from ..streaming.model import streaming_of
 KINDS = 4  # of weights that a line names; the others are one
 
 
-def plans_of_ranks(model: Model, ranks: Ranks, context: int) -> list[dict[str, Any]]:
+def plans_of_ranks(model: Model, ranks: Ranks | Line, context: int) -> list[dict[str, Any]]:
     """What each rank holds for texts of so many tokens, in their order; all have to call it."""
     found = tell(ranks.group, json.dumps(rank_plan(model, context)))
     return [{"rank": rank} | json.loads(text) for rank, text in enumerate(found)]

@@ -44,31 +44,34 @@ class Line(Place):
     """This process among those of a group; all have to make the same calls, in the same order.
 
     One thread at a time makes them.
+
+    Attributes:
+        group: that they are the processes of.
     """
 
     def __init__(self, group: mx.distributed.Group):
         super().__init__(group.rank(), group.size())
-        self._group = group
+        self.group = group
         # What comes back is awaited beside a rank's layers, not before those that are next.
         self._back = mx.new_thread_unsafe_stream(mx.cpu)
         self._asked = deque[mx.array]()  # what is to come back and was not begun
 
     def take(self, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
         """What the rank before hands on; not evaluated yet, as all of these."""
-        return mx.distributed.recv(shape, dtype, self.rank - 1, group=self._group)
+        return mx.distributed.recv(shape, dtype, self.rank - 1, group=self.group)
 
     def hand_on(self, x: mx.array) -> mx.array:
         """``x``, which the rank after this one has once it is evaluated."""
-        return mx.distributed.send(x, self.rank + 1, group=self._group)
+        return mx.distributed.send(x, self.rank + 1, group=self.group)
 
     def take_back(self, shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
         """What the rank after this one hands back."""
         source = self.rank + 1
-        return mx.distributed.recv(shape, dtype, source, group=self._group, stream=self._back)
+        return mx.distributed.recv(shape, dtype, source, group=self.group, stream=self._back)
 
     def hand_back(self, x: mx.array) -> mx.array:
         """``x``, which the rank before this one has once it is evaluated."""
-        return mx.distributed.send(x, self.rank - 1, group=self._group, stream=self._back)
+        return mx.distributed.send(x, self.rank - 1, group=self.group, stream=self._back)
 
     def around(self, x: mx.array, dtype: mx.Dtype, is_awaited: bool) -> mx.array:
         """What the last rank has made, in ``dtype``, of the rows ``x`` that this one made.
@@ -123,6 +126,11 @@ class Line(Place):
         while self._asked:
             mx.async_eval(self._asked.popleft())
         self.wait()
+
+    def least(self, number: int) -> int:
+        """The least of all ranks' numbers; each has to call it."""
+        numbers = mx.array(number, mx.int32)
+        return cast(int, mx.distributed.all_min(numbers, group=self.group, stream=mx.cpu).item())
 
     def agree_on_dtypes(
         self, given: mx.Dtype | None, made: Callable[[mx.Dtype], mx.Dtype]

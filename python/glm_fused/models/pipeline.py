@@ -40,6 +40,7 @@ from .prompt_memory import MOST_DRAFTS
 from .sharded_layers import as_kind
 from .tensor_names import layer_of
 
+TOKEN_BYTES = 4  # of a token itself, where prompts are kept
 EMBEDDING, NORM = "model.embed_tokens", "model.norm"  # the modules that one rank has
 
 
@@ -95,16 +96,9 @@ class StagedModel(Model):
         """Whether the first rank has the layer."""
         return self._whole.has_mtp
 
-    def own_limit(self, limit: int, kv_format: str, token_bytes: int) -> int:
-        """A limit of bytes here, so that each rank keeps as many tokens where one has ``limit``.
-
-        A token has ``token_bytes`` besides its rows of caches.
-        """
-        own, whole = (
-            bytes_per_token(self.args, kv_format, layers) + token_bytes
-            for layers in (self.args.layers, self._whole.layers)
-        )
-        return limit // whole * own
+    def own_limit(self, limit: int, kv_format: str) -> int:
+        """As `own_limit`, of the rank's layers."""
+        return own_limit(limit, kv_format, self.args, self._whole)
 
     def stand_in(self, line: Line, whole: ModelArgs) -> None:
         """Take the place in the line; the model has the rank's layers of the ``whole`` by now."""
@@ -181,6 +175,10 @@ class Stage:
         """No module is split."""
         return {}
 
+    def share(self, path: str) -> float:
+        """Which share of a module's weight the rank has: all of it, or nothing."""
+        return float(self.has(f"{path}."))
+
     def local_args(self, args: ModelArgs) -> ModelArgs:
         """The args of the whole model, whose layers keep their numbers in names."""
         return args
@@ -222,6 +220,17 @@ class Stage:
         """Have the model with the rank's layers take its place in the line."""
         assert isinstance(model, StagedModel) and isinstance(self.line, Line)
         model.stand_in(self.line, self.args)
+
+
+def own_limit(limit: int, kv_format: str, own: ModelArgs, whole: ModelArgs) -> int:
+    """A limit of bytes for kept prompts here, so that ranks keep as many tokens as with ``limit``.
+
+    That is for rows of all layers of the ``whole`` model; ``own`` has the rank's.
+    """
+    mine, all_of_them = (
+        bytes_per_token(args, kv_format, args.layers) + TOKEN_BYTES for args in (own, whole)
+    )
+    return limit // all_of_them * mine
 
 
 def turns_of(model: Model) -> int:

@@ -62,8 +62,8 @@ class Plan:
 
     @property
     def experts(self) -> int:
-        """The most experts that a layer has."""
-        return max(layer.experts for layer in self.layers)
+        """The most experts that a layer has; a rank may have no layers with any."""
+        return max((layer.experts for layer in self.layers), default=0)
 
     @property
     def slot_bytes(self) -> int:
@@ -107,7 +107,8 @@ def make_plan(
 ) -> Plan:
     """Plan the prefill step and as many slots per layer as the budget holds, or ``options.slots``.
 
-    ``shares_for`` gives the shares of a context and a prefill step, both in tokens. Without a
+    ``args`` are those of the whole model, of which ``layers`` may be a rank's alone. ``shares_for``
+    gives the shares of a context and a prefill step, both in tokens. Without a
     ``prefill_step_size`` the step is the largest that leaves room for the slots that a token needs,
     or those asked for. Raises ValueError for a context beyond the model's and for an impossible
     number of slots, and, with the numbers and what would fit, where these slots do not fit.
@@ -122,17 +123,18 @@ def make_plan(
 
     step = prefill_step_size or fitting_step(lambda n: plan_with(n).total, budget)
     plan = plan_with(step)
-    if not least <= wanted <= plan.experts:
+    most = max(layer.experts for layer in args.model_layers)
+    if not least <= wanted <= most:
         raise ValueError(
-            f"[budget] {wanted} slots a layer, expected {least} to {plan.experts}: a token needs"
+            f"[budget] {wanted} slots a layer, expected {least} to {most}: a token needs"
             f" {args.num_experts_per_tok} and {options.spares} are spare."
         )
     if plan.total > budget and (options.budget is not None or options.slots is None):
         raise ValueError(_refusal(plan, budget, least, shares_for))
+    slots = min(wanted, plan.experts)
     if options.slots is None:
-        most = _largest(plan.experts, lambda n: replace(plan, slots=n).total <= budget)
-        plan = replace(plan, slots=most)
-    return replace(plan, budget=max(budget, plan.total))
+        slots = _largest(plan.experts, lambda n: replace(plan, slots=n).total <= budget)
+    return replace(plan, slots=slots, budget=max(budget, plan.total))
 
 
 def planned_context(args: ModelArgs, context: int | None, default: int) -> int:

@@ -11,6 +11,7 @@ from mlx_lm.models.cache import CacheList
 from .. import _ext
 from ..models.config import ModelArgs
 from ..models.decoder import Model
+from ..models.pipeline import StagedModel
 from .banks import Streaming
 from .experts import reads_for
 
@@ -55,6 +56,10 @@ class StreamedModel(Model):
         with reads_for([cache]) as reads:
             found = super().forward_draft(tokens, given, cache)
             return [_ext.slots_verify(reads, array) for array in found]
+
+
+class StreamedStage(StreamedModel, StagedModel):
+    """A `StagedModel` that streams the experts of this rank's layers."""
 
 
 def streaming_of(model: Model) -> Streaming | None:

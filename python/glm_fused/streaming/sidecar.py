@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ TEMPORARY = re.compile(r"(layer_[0-9]+\.bin|manifest(\.unfinished)?\.json)(\.[0-
 
 _PART_NAMES = frozenset(f"{p}.{plane}" for p in PROJECTIONS for plane in PLANES)
 _MAX_LAYERS, _MAX_BYTES = 10**6, 2**63 - 1
+ALL = range(_MAX_LAYERS)
 
 # Each shard that holds experts has its size and its time of modification, in nanoseconds.
 Shards = dict[str, tuple[int, int]]
@@ -86,8 +87,8 @@ class Sidecar:
     layers: tuple[PackedLayer, ...]
 
     @classmethod
-    def open(cls, path: Path) -> Sidecar:
-        """Read the manifest and check every file's size and header page.
+    def open(cls, path: Path, layers: Container[int] = ALL) -> Sidecar:
+        """Read the manifest and check the size and header page of each file of these layers.
 
         Raises FileNotFoundError for a missing file, and ValueError, naming the file, for one that
         is malformed, truncated, or another layer's or sidecar's.
@@ -95,7 +96,8 @@ class Sidecar:
         check_finished(path)
         sidecar = read_manifest(path / MANIFEST)
         for layer in sidecar.layers:
-            sidecar.check_file(layer)
+            if layer.layer in layers:
+                sidecar.check_file(layer)
         return sidecar
 
     def check_file(self, layer: PackedLayer) -> None:

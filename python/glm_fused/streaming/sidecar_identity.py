@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import accumulate, pairwise
@@ -37,7 +37,7 @@ from ..checkpoint.folder import Checkpoint
 from ..models.config import ModelArgs
 from ..validation import show
 from .flashmoe import FlashMoeSidecar
-from .sidecar import MANIFEST, PAGE, PackedLayer, Shards, Sidecar, slab_bytes
+from .sidecar import ALL, MANIFEST, PAGE, PackedLayer, Shards, Sidecar, slab_bytes
 from .source import ExpertReader, ExpertSource, LayerExperts, Part, checkpoint_source
 
 SAMPLE = 4096
@@ -45,35 +45,43 @@ _CHUNK = 1 << 20
 _READERS = 16
 
 
-def sidecar_source(path: Path, checkpoint: Checkpoint, args: ModelArgs) -> ExpertSource:
-    """The experts of a sidecar that was packed from this checkpoint.
+def sidecar_source(
+    path: Path, checkpoint: Checkpoint, args: ModelArgs, layers: Container[int] = ALL
+) -> ExpertSource:
+    """The experts of some layers of a sidecar that was packed from this checkpoint.
+
+    Of other layers neither files nor experts are looked at, but for their routers.
 
     Raises what ``Sidecar.open`` raises, ValueError for another checkpoint's sidecar, naming what
     differs, and OSError, naming the file, where reading fails.
     """
-    sidecar = Sidecar.open(path)
+    sidecar = Sidecar.open(path, layers)
     source = checkpoint_source(checkpoint, args, args.layers)
     check_described(sidecar, checkpoint, source)
     changed = changed_shards(sidecar, source)
     if changed:
         raise ValueError(f"[sidecar] {path} {changed}.")
-    packed = sidecar.source()
+    packed = sidecar.source().of_layers(layers)
     check_sample(path, packed, source)
     return packed
 
 
-def flashmoe_source(path: Path, checkpoint: Checkpoint, args: ModelArgs) -> ExpertSource:
-    """The experts of a Flash-MoE sidecar; ``checkpoint`` is what `with_experts` made.
+def flashmoe_source(
+    path: Path, checkpoint: Checkpoint, args: ModelArgs, layers: Container[int] = ALL
+) -> ExpertSource:
+    """The experts of some layers of a Flash-MoE sidecar.
+
+    ``checkpoint`` is what `with_experts` made.
 
     Where the model's own file has the experts too, a block of each is compared. Raises what opening
     the sidecar raises, and ValueError, naming the expert, for one that differs.
     """
     sidecar = FlashMoeSidecar.open(path)
-    source = sidecar.source(args)
+    source = sidecar.source(args).of_layers(layers)
     infos = [checkpoint.tensors[name] for name in sidecar.tensors()]
     if all(info.file in checkpoint.files for info in infos):
-        layers = [layer for layer in args.model_layers if layer.index in source.layers]
-        check_sample(path, source, checkpoint_source(checkpoint, args, layers))
+        same = [layer for layer in args.model_layers if layer.index in source.layers]
+        check_sample(path, source, checkpoint_source(checkpoint, args, same))
     return source
 
 
@@ -189,7 +197,7 @@ def changed_shards(sidecar: Sidecar, source: ExpertSource) -> str:
 
 
 def check_sample(path: Path, packed: ExpertSource, source: ExpertSource) -> None:
-    """Compare a block of every expert; raises ValueError, naming the first that differs."""
+    """Compare a block of every packed expert; raises ValueError, naming the first that differs."""
 
     def check(layer: int) -> str:
         with ExpertReader(source) as theirs, ExpertReader(packed) as ours:
@@ -201,7 +209,7 @@ def check_sample(path: Path, packed: ExpertSource, source: ExpertSource) -> None
         return ""
 
     with ThreadPoolExecutor(_READERS) as pool:
-        for wrong in pool.map(check, source.layers):
+        for wrong in pool.map(check, packed.layers):
             if wrong:
                 raise ValueError(
                     f"[sidecar] {path}: {wrong} is not the checkpoint's (a fine-tune of what it"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -96,6 +96,14 @@ class ExpertSource:
     def nbytes(self) -> int:
         return sum(layer.experts * layer.expert_bytes for layer in self.layers.values())
 
+    def of_layers(self, layers: Container[int]) -> ExpertSource:
+        """The experts of some layers alone, and the files that have them."""
+        kept = {i: layer for i, layer in self.layers.items() if i in layers}
+        used = {file for layer in kept.values() for file, _ in layer.locations}
+        files = {path: n for i, (path, n) in enumerate(self.files.items()) if i in used}
+        places = {file: place for place, file in enumerate(sorted(used))}
+        return ExpertSource(self.kind, files, {i: _moved(la, places) for i, la in kept.items()})
+
     def part(self, args: ModelArgs, parts: Mapping[str, slice]) -> ExpertSource:
         """The experts with the rows alone that ``parts`` has of their modules.
 
@@ -111,13 +119,15 @@ class ExpertSource:
     def joined(self, other: ExpertSource) -> ExpertSource:
         """This source with the layers of another, which stay in that one's files."""
         files = {**self.files, **other.files}
-        places = {path: i for i, path in enumerate(files)}
-        moved = [places[path] for path in other.files]
-        layers = {
-            i: replace(layer, locations=tuple((moved[file], at) for file, at in layer.locations))
-            for i, layer in other.layers.items()
-        }
+        numbers = {path: i for i, path in enumerate(files)}
+        places = {i: numbers[path] for i, path in enumerate(other.files)}
+        layers = {i: _moved(layer, places) for i, layer in other.layers.items()}
         return ExpertSource(self.kind, files, {**self.layers, **layers})
+
+
+def _moved(layer: LayerExperts, places: Mapping[int, int]) -> LayerExperts:
+    """A layer whose files have other numbers."""
+    return replace(layer, locations=tuple((places[file], at) for file, at in layer.locations))
 
 
 class ExpertReader:

@@ -76,7 +76,7 @@ class DraftOptions:
         streaming, experience = streaming_of(model), experience or experience_of(model)
         if self.depth != AUTO or streaming is None:
             return Depth(self.depth, experience=experience)
-        tokens = streaming.tokens_at_once(model.args.num_experts_per_tok)
+        tokens = streaming.tokens_at_once
         return Depth(AUTO, MOST_DRAFTS if tokens is None else tokens - 1, experience)
 
     def describe(self) -> dict[str, Any]:

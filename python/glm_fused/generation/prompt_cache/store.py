@@ -92,8 +92,7 @@ class PromptStore:
         self._tree = identity.root()
         self._lock, self._counts = threading.RLock(), _Counts()
         if isinstance(model, StagedModel):
-            token_bytes = np.dtype(np.uint32).itemsize
-            limit_bytes = model.own_limit(limit_bytes, cache_format(model), token_bytes)
+            limit_bytes = model.own_limit(limit_bytes, cache_format(model))
         self._resident = Resident(limit_bytes)
         self._files: Files | None = None
         if folder is not None:
