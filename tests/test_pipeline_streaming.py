@@ -16,7 +16,8 @@ from test_shards import differing as of_rows_differing
 
 from glm_fused import load_model
 from glm_fused.streaming.pack import pack
-from glm_fused.streaming.sidecar import layer_file
+from glm_fused.streaming.sidecar import Sidecar, layer_file
+from glm_fused.streaming.source import ExpertReader
 
 FORMATS = ("bf16", "fp8")
 WHICH = {"SHARD": "pipeline", "FORMATS": " ".join(FORMATS)}
@@ -87,3 +88,17 @@ def test_flashmoe(tmp_path):
     assert not any(found.values())
     in_rows, right = streamed(tmp_path, "2,5", [model]), of_rows(whole)
     assert [of_rows_differing(each, right) for each in in_rows.values()] == [[], []]
+
+
+def test_some_layers_of_a_source_lie_where_they_did(tmp_path):
+    write_checkpoint(tmp_path / "model", tiny_config())
+    pack(tmp_path / "model", tmp_path / "sidecar")
+    source = Sidecar.open(tmp_path / "sidecar").source()
+    some = source.of_layers({2, 4})
+    assert [path.name for path in some.files] == ["layer_002.bin", "layer_004.bin"]
+    assert list(some.layers) == [2, 4]
+    with ExpertReader(source) as every, ExpertReader(some) as ours:
+        for i, layer in some.layers.items():
+            assert layer.checksums == source.layers[i].checksums
+            for expert in range(layer.experts):
+                assert ours.expert(layer, expert) == every.expert(source.layers[i], expert)

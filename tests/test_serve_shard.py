@@ -89,11 +89,18 @@ def test_drafts_change_nothing(tmp_path, alone, shard):
             assert client.choices(path, body) == alone.choices(path, body)
 
 
-def test_a_pipeline_serves_the_same(tmp_path, alone):
+@pytest.mark.parametrize(
+    "streamed",
+    [["--memory-budget", "2GB", "--slots", "5"], pytest.param([], marks=pytest.mark.slow)],
+)
+def test_a_pipeline_serves_the_same(tmp_path, alone, streamed):
     """Its ranks keep the same prompts, of which there is room for the last ones alone."""
     texts = [CODE + "\n" * i for i in range(3)] + [f"# {i}\n{CODE}" for i in range(3)]
     asked = [*REQUESTS, *((TEXT, prompt(text)) for text in texts), (TEXT, prompt(texts[0] + "x"))]
-    with sharded(tmp_path, "--shard", "pipeline", "--prompt-cache", "2MiB") as (ranks, client):
+    with sharded(tmp_path, "--shard", "pipeline", "--prompt-cache", "2MiB", *streamed) as (
+        ranks,
+        client,
+    ):
         for path, body in asked:
             assert client.choices(path, body) == alone.choices(path, body)
         at_once(client, alone, REQUESTS)

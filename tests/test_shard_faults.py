@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 
+import pytest
 import ring
 
 from glm_fused import Engine
@@ -55,12 +56,12 @@ def test_a_scale_that_is_no_number_in_one_ranks_rows(tmp_path):
     check_ends(ends, "lm_head.scales has nan")
 
 
-def test_a_disk_that_fails_while_experts_are_streamed(tmp_path):
+@pytest.mark.parametrize("shard", ["tensor", pytest.param("pipeline", marks=pytest.mark.slow)])
+def test_a_disk_that_fails_while_experts_are_streamed(tmp_path, shard):
     """Nobody chooses a token from what was not read."""
     models = copy(tmp_path / "0"), copy(tmp_path / "1")
-    ranks = ring.start(
-        commands(*models, more=["--slots", "4", "--max-tokens", "4000", "--seed", "1"]), tmp_path
-    )
+    more = ["--slots", "4", "--max-tokens", "4000", "--seed", "1", "--shard", shard]
+    ranks = ring.start(commands(*models, more=more), tmp_path)
     first = ranks[0].stdout.read(1)
     os.truncate(models[1] / FILE, 100_000)
     ends = ring.finish(ranks)

@@ -208,7 +208,7 @@ def _described(options: argparse.Namespace) -> dict[str, object]:
         "the checkpoint": checkpoint_id(_opened(options)),
         **{flags([name]): value for name, value in given.items()},
         "whether experts are streamed": _streams(options),
-        "whether they are in a sidecar with checksums": bool(_for_layers(options)),
+        "whether experts are in a sidecar with checksums": bool(_for_layers(options)),
     }
 
 

@@ -15,6 +15,9 @@ Several texts are decoded in as many batches as there are ranks, whose steps tak
 With drafts the hidden states of prompts come back, too, a few chunks later, for the first rank's
 layer of MTP. Its tokens go along the line before the step that takes them.
 
+Where experts are streamed each rank has slots for those of its layers, as many as its own budget
+holds, and no other waits for what is in them.
+
 Nothing is computed otherwise than in one process: any number of ranks gives its bits.
 """
 
