@@ -10,8 +10,11 @@ from gguf_files import gguf_tensors, write_gguf
 from test_streaming import run, same, stream
 from tests.adversarial import harness
 
+from glm_fused.checkpoint.folder import Checkpoint
+from glm_fused.checkpoint.identity import checkpoint_id
 from glm_fused.cli import main
 from glm_fused.loader import load_model
+from glm_fused.streaming.flashmoe import with_experts
 
 LAYOUTS = ("layer_major_whole_tensor", "layer_major_expert", "expert_major")
 
@@ -100,6 +103,17 @@ def test_bits_are_those_of_the_whole_model(dense, drawn, tmp_path, layout):
             model, _ = load_model(file, stream=stream(slots, sidecar=sidecar))
             assert same(run(model), expected)
     assert model.streaming.source.kind == "flash-moe sidecar"
+
+
+def test_other_experts_beside_a_file_are_another_checkpoint(dense, drawn, tmp_path):
+    """Several processes that share a model compare that, as do those that keep its prompts."""
+    other = {name: values + 1 for name, values in drawn.items() if is_expert(name)}
+    folders = [
+        export(tmp_path / str(i), experts) for i, experts in enumerate((drawn, drawn, other))
+    ]
+    opened = Checkpoint.open(dense[0])
+    ids = [checkpoint_id(with_experts(opened, folder)) for folder in folders]
+    assert ids[0] == ids[1] != ids[2]
 
 
 def test_another_model_s_experts_are_refused(dense, drawn, tmp_path):

@@ -15,6 +15,12 @@ from test_shard_streaming import streamed
 from test_shards import differing as of_rows_differing
 
 from glm_fused import load_model
+from glm_fused.checkpoint.checked import checked
+from glm_fused.checkpoint.folder import Checkpoint
+from glm_fused.models.line import Place
+from glm_fused.models.pipeline import Stage
+from glm_fused.models.shard import Sharding
+from glm_fused.streaming.banks import find_source
 from glm_fused.streaming.pack import pack
 from glm_fused.streaming.sidecar import Sidecar, layer_file
 from glm_fused.streaming.source import ExpertReader
@@ -90,10 +96,31 @@ def test_flashmoe(tmp_path):
     assert [of_rows_differing(each, right) for each in in_rows.values()] == [[], []]
 
 
-def test_some_layers_of_a_source_lie_where_they_did(tmp_path):
-    write_checkpoint(tmp_path / "model", tiny_config())
-    pack(tmp_path / "model", tmp_path / "sidecar")
-    source = Sidecar.open(tmp_path / "sidecar").source()
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A checkpoint and its sidecar."""
+    folder = tmp_path_factory.mktemp("packed")
+    write_checkpoint(folder / "model", tiny_config())
+    pack(folder / "model", folder / "sidecar")
+    return folder
+
+
+def test_rows_of_experts_with_checksums_are_refused(packed):
+    """A part of an expert has none."""
+    checkpoint = Checkpoint.open(packed / "model")
+    args, inventory = checked(checkpoint)
+    sharding = Sharding.of(args, inventory.formats, Place(0, 2))
+    message = (
+        r"\[shard\] sidecar .* has checksums of whole experts, .* expected ranks that have lay"
+    )
+    with pytest.raises(ValueError, match=message):
+        find_source(checkpoint, args, packed / "sidecar", sharding)
+    stage = Stage.of(args, inventory.loaded_bytes, Place(1, 2))
+    assert list(find_source(checkpoint, args, packed / "sidecar", stage).layers) == [3, 4]
+
+
+def test_some_layers_of_a_source_lie_where_they_did(packed):
+    source = Sidecar.open(packed / "sidecar").source()
     some = source.of_layers({2, 4})
     assert [path.name for path in some.files] == ["layer_002.bin", "layer_004.bin"]
     assert list(some.layers) == [2, 4]
