@@ -12,6 +12,7 @@ from conftest import tiny_config, write_checkpoint
 from glm_fused.checkpoint.folder import Checkpoint
 from glm_fused.checkpoint.paths import checkpoint_path
 from glm_fused.generation.planning import SHARE
+from glm_fused.measuring import cluster, placement
 from glm_fused.measuring.cluster import Link, Machine, plan
 from glm_fused.measuring.placement import plan_pipeline, plan_shards
 from glm_fused.streaming.pack import pack
@@ -85,8 +86,10 @@ def test_what_cannot_be_split_is_not_taken(tmp_path):
         plan_shards(Checkpoint.open(tmp_path), MACHINES[:1] * 9, FAST, 64, "auto")
 
 
-def test_streamed_experts_are_read_from_disks(demo):
+def test_streamed_experts_are_read_from_disks(demo, monkeypatch):
     """Rows read them at the same time, which even a slow link is worth, and few have to fit."""
+    for module in (cluster, placement):  # beside a small model's experts a prompt's chunk is large
+        monkeypatch.setattr(module, "SHARED_STEP", 1)
     how = SLOW, 1024, "auto"
     quick = {disk: Machine(10**9, 10**9, disk) for disk in (None, 10**6)}
     whole, few = (

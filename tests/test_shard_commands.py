@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import ring
+from mlx.utils import tree_flatten
 
 from glm_fused import load_model
 from glm_fused.measuring.rank_plan import format_ranks, rank_plan
@@ -54,11 +55,15 @@ def test_rank_0_writes_the_text_of_one_process(tmp_path):
 
 
 def test_ranks_that_have_layers_stream_their_experts_within_their_budgets(tmp_path):
-    """Of three the first has a dense layer alone, and each other half of the experts."""
+    """Of three the first has a dense layer and MTP's, which drafts, and each other three layers."""
     _, text, _ = alone(*GENERATE, *SAMPLED)
-    whole = rank_plan(load_model("demo", lazy=True)[0], 256)["weights"]
-    experts = sum(nbytes for kind, nbytes in whole.items() if kind.startswith("experts"))
-    command = [*SHARD, *SAMPLED, *PIPELINE, "--json"]
+    model, _ = load_model("demo", lazy=True, mtp=True)
+    whole = rank_plan(model, 256)["weights"]
+    experts = [
+        sum(array.nbytes for _, array in tree_flatten(layer.mlp.switch_mlp.parameters()))
+        for layer in model.model.layers[1:]
+    ]
+    command = [*SHARD, *SAMPLED, *PIPELINE, "--draft", "2", "--json"]
     ends = ring.finish(ring.start([[*command, *own] for own in BUDGETS], tmp_path))
     assert [code for code, _, _ in ends] == [0, 0, 0], ends
     answer = json.loads(ends[0][1])
@@ -66,10 +71,21 @@ def test_ranks_that_have_layers_stream_their_experts_within_their_budgets(tmp_pa
     found = answer["ranks"]
     assert format_ranks(found) in ends[0][2]
     assert [plan["rank"] for plan in found] == [0, 1, 2]
-    assert [plan["slots"] for plan in found] == [0, experts / 2, experts / 2 * 5 / 16]
+    slots = [plan["slots"] * 16 for plan in found]
+    assert slots == [9 * experts[6], 16 * sum(experts[:3]), 5 * sum(experts[3:6])]
     for kind in ("attention", "shared experts", "router"):
         assert sum(plan["weights"].get(kind, 0) for plan in found) == whole[kind]
     assert found[1]["total"] <= found[1]["budget"] == 1_000_000_000
+
+
+@pytest.mark.slow
+def test_ranks_with_unlike_slots_draft_as_many(tmp_path):
+    """One of a pipeline has slots for the experts of one token, the other for any number."""
+    command = [*GENERATE, "--max-tokens", "60", "--seed", "5"]
+    _, text, _ = alone(*command)
+    drafts = [*command, *PIPELINE, "--draft", "auto"]
+    ends = ring.finish(ring.start([[*drafts, "--slots", slots] for slots in ("4", "16")], tmp_path))
+    assert [(code, out) for code, out, _ in ends] == [(0, text), (0, "")], ends
 
 
 @pytest.mark.parametrize("streamed", [False, True])
