@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from jinja2 import TemplateError
 
+ENDS = (KeyboardInterrupt, SystemExit)  # what passes through, as nobody's failure
 _LONGEST = 300  # how many characters of somebody else's message are shown
 
 
@@ -19,10 +20,15 @@ def foreign(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except ENDS:
         raise
     except BaseException as error:  # a panic in the Rust of tokenizers is no Exception
-        raise ValueError(f"{what}: {said(error)}") from error
+        raise failed(what, error) from error
+
+
+def failed(what: str, error: BaseException) -> ValueError:
+    """The error of a `foreign` block, for code that runs too often to be in one."""
+    return ValueError(f"{what}: {said(error)}")
 
 
 def said(error: BaseException) -> str:

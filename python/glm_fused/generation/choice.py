@@ -100,8 +100,10 @@ class Choice:
 
 def kept(draft: Sequence[int], chosen: Sequence[int]) -> int:
     """How many tokens of a draft stay, beside what `Choice.judge` gave."""
-    pairs = zip(draft, chosen, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(draft))
+    for i, (drafted, right) in enumerate(zip(draft, chosen, strict=False)):
+        if drafted != right:
+            return i
+    return len(draft)
 
 
 def _normalized(logits: mx.array) -> mx.array:

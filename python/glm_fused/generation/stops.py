@@ -21,6 +21,8 @@ class StopTexts:
 
     def feed(self, text: str) -> tuple[str, bool]:
         """The text that can be shown now, and whether a stop text has ended it."""
+        if not self._stops:
+            return text, False
         text = self._held + text
         found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
@@ -28,7 +30,7 @@ class StopTexts:
             self.found = stop
             self._held, self.after = "", text[at + len(stop) :]
             return text[:at], True
-        shown = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        shown = len(text) - max(_overlap(text, stop) for stop in self._stops)
         self._held = text[shown:]
         return text[:shown], False
 

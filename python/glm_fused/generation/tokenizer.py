@@ -11,7 +11,7 @@ from mlx_lm import utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint.folder import Checkpoint
-from ..foreign import foreign
+from ..foreign import ENDS, failed, foreign
 from .gguf_tokenizer import write_tokenizer
 
 
@@ -52,11 +52,17 @@ def _guard(detokenizer: Any, path: Path) -> None:
     more tokens than its tokenizer an IndexError.
     """
     kind: Any = type(detokenizer)
+    add_token = kind.add_token
 
     class Guarded(kind):  # type: ignore[misc]
-        def add_token(self, token: int) -> None:
-            with foreign(f"[tokenizer] the tokenizer in {path} has no text for token {token}"):
-                super().add_token(token)
+        def add_token(self, token: int) -> None:  # for each token, so without `foreign`
+            try:
+                add_token(self, token)
+            except ENDS:
+                raise
+            except BaseException as error:
+                what = f"[tokenizer] the tokenizer in {path} has no text for token {token}"
+                raise failed(what, error) from error
 
         def finalize(self) -> None:
             with foreign(f"[tokenizer] the tokenizer in {path} cannot end a text"):

@@ -31,8 +31,10 @@ class Job:
         """
         with self._lock:
             if not self.over:
-                ended = isinstance(event, GeneratedToken) and event.finish_reason is not None
-                self.over = ended or isinstance(event, Failure)
+                if isinstance(event, GeneratedToken):
+                    self.over = event.finish_reason is not None
+                else:
+                    self.over = isinstance(event, Failure)
                 self._on_event(event)
 
     def fail(self, error: Exception) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
@@ -71,8 +71,7 @@ class PromptProgress:
     scored: tuple[ScoredToken, ...] = ()
 
 
-@dataclass(frozen=True)
-class GeneratedToken:
+class GeneratedToken(NamedTuple):
     """One more token.
 
     ``text`` is what is ready to be shown, possibly none. ``finish_reason`` is "stop" or "length" in

@@ -136,7 +136,7 @@ class Row:
         if self.top is not None:
             assert logits is not None
             ((logprob, top),) = scores(logits[at : at + 1], [token], self.top)
-        stopped_by = self._ending.stopped_by
+        stopped_by = None if self.reason is None else self._ending.stopped_by
         self._tell(GeneratedToken(token, text, self.reason, logprob, top, stopped_by))
 
     def _prompt_done(self, done: int, scored: tuple[ScoredToken, ...] = ()) -> None:
