@@ -1,6 +1,7 @@
 """Events reach clients together, and whole; where nothing is generated, clients hear so."""
 
 import asyncio
+import itertools
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,15 +12,13 @@ from openai.types.chat import ChatCompletionChunk
 from served import served
 from test_scheduler import Listener
 
-from glm_fused.generation.batching.jobs import Job
 from glm_fused.generation.batching.requests import GeneratedToken, GenerationRequest
 from glm_fused.generation.batching.scheduler import Scheduler, SchedulerEnded
 from glm_fused.generation.batching.turns import Turns
 from glm_fused.generation.options import Options
+from glm_fused.serve import delivery
 from glm_fused.serve.delivery import Delivery
-from glm_fused.serve.metrics import Metrics
-from glm_fused.serve.running import Running
-from glm_fused.serve.streams import MOST_AT_ONCE, EventStream, Template, data
+from glm_fused.serve.streams import Template, data
 
 USER = [{"role": "user", "content": "def f(x):\n"}]
 ASKED = {
@@ -40,28 +39,32 @@ class Loop(asyncio.SelectorEventLoop):
         return super().call_soon_threadsafe(*args, **options)
 
 
-def events_of(engine, flushed):
-    """What four texts told a loop, and how often the scheduler woke it for that."""
-    delivery, found = Delivery(), [[] for _ in range(4)]
+def events_of(engine, flushed, step):
+    """What four texts told a loop, and how often the scheduler woke it for that.
+
+    Each turn of the scheduler seems to take ``step`` seconds.
+    """
+    turns = itertools.count()
+    handing, found = Delivery(lambda: step * next(turns)), [[] for _ in range(4)]
     loop = Loop()
 
     async def main():
         ended = asyncio.Event()
 
         def listener(i):
-            def receive(event):
-                found[i].append(event)
+            def receive(events):
+                found[i].extend(events)
                 if all(each and getattr(each[-1], "finish_reason", None) for each in found):
                     ended.set()
 
-            return delivery.to(receive)
+            return handing.to(receive)
 
-        scheduler = Scheduler(engine, after_events=flushed(delivery))
+        scheduler = Scheduler(engine, after_events=flushed(handing))
         tokens = engine.encode("def f(x):\n", raw=True)
         with scheduler._changed:
             for i in range(4):
                 asked = GenerationRequest(tokens, Options(20 + i, temp=1.0, seed=i))
-                scheduler.submit(asked, flushing(delivery, listener(i), flushed))
+                scheduler.submit(asked, flushing(handing, listener(i), flushed))
         await asyncio.wait_for(ended.wait(), 100)
         loop.woken, woken = 0, loop.woken
         scheduler.close()
@@ -73,47 +76,32 @@ def events_of(engine, flushed):
         loop.close()
 
 
-def flushing(delivery, tell, flushed):
+def flushing(handing, tell, flushed):
     """A listener; where a fault is planted, each event is handed over by itself."""
 
     def at_once(event):
         tell(event)
-        delivery.flush()
+        handing.flush()
 
     return at_once if flushed is nobody else tell
 
 
-def nobody(delivery):
+def nobody(handing):
     return lambda: None
 
 
-def test_a_step_wakes_the_loop_once(engine):
-    """For the events of all its texts."""
-    found, woken = events_of(engine, lambda delivery: delivery.flush)
+def test_a_slow_step_wakes_the_loop_once_and_quick_ones_together(engine):
+    """For the events of all texts."""
+    found, woken = events_of(engine, lambda handing: handing.flush, step=1)
     tokens = [sum(isinstance(e, GeneratedToken) for e in events) for events in found]
     assert tokens == [20, 21, 22, 23]
-    assert woken <= 23 + 8  # a step each, and what prompts tell
-    planted, often = events_of(engine, nobody)
+    assert 23 <= woken <= 23 + 8  # a step each, and what prompts tell
+    planted, often = events_of(engine, nobody, step=1)
     assert planted == found
     assert often > 2 * woken
-
-
-def test_a_loop_that_was_closed_holds_nobody_up():
-    delivery = Delivery()
-    loops = [asyncio.new_event_loop() for _ in range(2)]
-
-    async def to(receive):
-        return delivery.to(receive)
-
-    found = []
-    puts = [loop.run_until_complete(to(found.append)) for loop in loops]
-    loops[0].close()
-    for put in puts:
-        put("event")
-    delivery.flush()
-    loops[1].run_until_complete(asyncio.sleep(0))
-    assert found == ["event"]
-    loops[1].close()
+    quick, seldom = events_of(engine, lambda handing: handing.flush, step=0.002)
+    assert quick == found
+    assert seldom <= 12 + 3  # prompts, first tokens, four ends, and twenty steps in nines
 
 
 @pytest.mark.parametrize("text", ["x", "", '"', "\\", "\n\u2028\x00", "é😀", "\ud800", "</s>"])
@@ -124,14 +112,66 @@ def test_a_template_makes_the_event_of_the_whole_document(text):
     assert Template(document)(text) == data(document(text))
 
 
+@pytest.mark.parametrize("together", [0, 60])  # of which the first is the control
+def test_what_is_handed_over_together_is_sent_together(server, monkeypatch, together):
+    """In each API: the text of the tokens between the first and the last is one event's."""
+    monkeypatch.setattr(delivery, "TOGETHER", together)
+    for path, asked in ASKED.items():
+        body = {"model": "demo", "stream": True} | asked
+        body |= {name: 30 for name in body if name.startswith("max_")}
+        pieces = pieces_of(server, path, body)
+        assert len(pieces) <= 3 if together else len(pieces) > 5, path
+        whole = server.post(path, body | {"stream": False})[1]
+        assert "".join(pieces) == WHOLE[path](whole)
+
+
+WHOLE = {
+    "/v1/chat/completions": lambda answer: answer["choices"][0]["message"]["content"],
+    "/v1/completions": lambda answer: answer["choices"][0]["text"],
+    "/v1/messages": lambda answer: answer["content"][0]["text"],
+    "/v1/responses": lambda answer: answer["output"][0]["content"][0]["text"],
+}
+
+
+def chunks_of(server, path, body):
+    """The documents of a stream."""
+    lines = server.post(path, body)[1].decode().splitlines()
+    return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+
+
+def pieces_of(server, path, body):
+    """The texts of a stream's events that have any."""
+    if path in ("/v1/messages", "/v1/responses"):
+        found = [chunk.get("delta", "") for chunk in chunks_of(server, path, body)]
+        texts = [one if isinstance(one, str) else one.get("text", "") for one in found]
+    else:
+        found = [choice for chunk in chunks_of(server, path, body) for choice in chunk["choices"]]
+        texts = [one["delta"].get("content") if "delta" in one else one["text"] for one in found]
+    return [text for text in texts if text]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+def test_tokens_with_log_probabilities_are_not_joined(server, monkeypatch, path):
+    monkeypatch.setattr(delivery, "TOGETHER", 60)
+    listed = {
+        "/v1/chat/completions": {"logprobs": True, "top_logprobs": 2},
+        "/v1/completions": {"logprobs": 2},
+        "/v1/responses": {"include": ["message.output_text.logprobs"], "top_logprobs": 2},
+    }
+    body = {"model": "demo", "stream": True} | ASKED[path] | listed[path]
+    body |= {name: 30 for name in body if name.startswith("max_")}
+    pieces = pieces_of(server, path, body)
+    assert len(pieces) > 15
+    assert "".join(pieces) == WHOLE[path](server.post(path, body | {"stream": False})[1])
+
+
 def test_streamed_chunks_are_of_the_published_types(server):
     kinds = {"/v1/chat/completions": ChatCompletionChunk, "/v1/completions": Completion}
     for path, kind in kinds.items():
         body = {"model": "demo", "stream": True} | ASKED[path] | {"max_tokens": 30, "n": 2}
         for options in ({}, {"stream_options": {"include_usage": True}}):
-            lines = server.post(path, body | options)[1].decode().splitlines()
-            chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-            assert len(chunks) > 20
+            chunks = chunks_of(server, path, body | options)
+            assert len(chunks) > 4
             for chunk in chunks:
                 kind.model_validate(published(chunk), strict=True)
             whole = server.post(path, body | {"stream": False})[1]
@@ -149,53 +189,6 @@ def published(chunk):
         return chunk
     choices = [{**one, "finish_reason": one["finish_reason"] or "stop"} for one in chunk["choices"]]
     return chunk | {"choices": choices}
-
-
-def pieces_of(groups):
-    """The pieces in which a stream sends the events of each group, which are there at once."""
-    sent, loop = [], asyncio.new_event_loop()
-
-    async def main():
-        running = Running([GenerationRequest([1], Options(9))], Job, 100, Metrics(dict), Delivery())
-
-        async def events():
-            async for _, event in running:
-                yield event.text
-
-        async def send(message):
-            if message.get("body"):
-                sent[-1].append(message["body"].decode())
-
-        response = EventStream("/v1/completions", running, events())
-        work = asyncio.ensure_future(response.stream_response(send))
-        for texts in groups:
-            await asyncio.sleep(0.01)
-            sent.append([])
-            for text in texts:
-                ends = "stop" if text == "end" else None
-                running._put(0, GeneratedToken(5, text, ends))
-        await work
-
-    try:
-        loop.run_until_complete(main())
-    finally:
-        loop.close()
-    return sent
-
-
-GROUPS = [["a"], ["b", "c", "d"], ["e"], ["f", "end"]]
-
-
-def test_events_that_are_there_at_once_go_in_one_piece():
-    assert pieces_of(GROUPS) == [["".join(texts)] for texts in GROUPS]
-    every = [str(i) for i in range(MOST_AT_ONCE + 1)]
-    assert pieces_of([every, ["end"]]) == [["".join(every[:-1]), every[-1]], ["end"]]
-
-
-def test_a_stream_that_did_not_send_before_it_waits_is_noticed(monkeypatch):
-    deaf = property(lambda self: None, lambda self, send: None)
-    monkeypatch.setattr(Running, "before_wait", deaf, raising=False)
-    assert pieces_of(GROUPS) != [["".join(texts)] for texts in GROUPS]
 
 
 def plant_death(monkeypatch, after):

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..generation.batching.requests import (
     Event,
     Failure,
-    GeneratedToken,
     GenerationRequest,
-    OnEvent,
     PromptProgress,
     Ticket,
 )
+from .delivery import Receive
 
-Submit = Callable[[GenerationRequest, OnEvent], Ticket]
+Submit = Callable[[GenerationRequest, Receive], Ticket]
 SECONDS = 120  # of the past that `history` tells of
 _PER_SECOND = 4  # slices of time whose tokens are counted together
 _RECENT = 2 * _PER_SECOND  # slices that "now" is taken over
@@ -31,12 +29,12 @@ class _Tokens:
         self._slices = deque[list[int]]()  # number of the slice, tokens in it
         self._kept = slices
 
-    def add(self, now: float) -> None:
+    def add(self, count: int, now: float) -> None:
         number = int(now * _PER_SECOND)
         if self._slices and self._slices[-1][0] == number:
-            self._slices[-1][1] += 1
+            self._slices[-1][1] += count
             return
-        self._slices.append([number, 1])
+        self._slices.append([number, count])
         while self._slices[0][0] < number - self._kept:
             self._slices.popleft()
 
@@ -66,15 +64,14 @@ class _Row:
         self.first = 0.0
         self._recent = _Tokens(_RECENT)
 
-    def note(self, event: PromptProgress | GeneratedToken, now: float) -> None:
-        self.begun = True
-        if isinstance(event, PromptProgress):
-            self.done, self.cached = event.done, event.cached
-            return
-        self.done = self.prompt
+    def note(self, event: PromptProgress) -> None:
+        self.begun, self.done, self.cached = True, event.done, event.cached
+
+    def count(self, tokens: int, now: float) -> None:
+        self.begun, self.done = True, self.prompt
         self.first = self.first or now
-        self.tokens += 1
-        self._recent.add(now)
+        self.tokens += tokens
+        self._recent.add(tokens, now)
 
     def per_second(self, now: float) -> float:
         return self._recent.per_second(now, self.first) if self.tokens else 0.0
@@ -92,32 +89,30 @@ class _Row:
 
 
 class Activity:
-    """Hands requests to a scheduler, and keeps count of what becomes of them.
+    """Hands requests on, and keeps count of what becomes of them; it belongs to the event loop.
 
     Args:
-        submit: the scheduler's.
+        submit: hands one to the scheduler, and what it tells to an event loop.
         clock: seconds, from any time on.
     """
 
     def __init__(self, submit: Submit, clock: Callable[[], float] = time.monotonic):
         self._submit, self._clock = submit, clock
-        self._lock = threading.Lock()
         self._rows, self._number = dict[int, _Row](), 0
         self._tokens = _Tokens((SECONDS + 1) * _PER_SECOND)
         self._totals = dict.fromkeys(("requests", "prompt", "cached", "generated"), 0)
 
-    def submit(self, request: GenerationRequest, on_event: OnEvent) -> Ticket:
-        """What the scheduler's does; what it raises passes through."""
-        with self._lock:
-            self._number += 1
-            row = self._rows[self._number] = _Row(self._number, len(request.tokens))
+    def submit(self, request: GenerationRequest, receive: Receive) -> Ticket:
+        """Hand a request on; what that raises passes through."""
+        self._number += 1
+        row = self._rows[self._number] = _Row(self._number, len(request.tokens))
 
-        def tell(event: Event) -> None:  # in the scheduler's thread
-            self._note(row, event)
-            on_event(event)
+        def noted(events: list[Event]) -> None:
+            self._note(row, events)
+            receive(events)
 
         try:
-            return _Ticket(self._submit(request, tell), lambda: self._forget(row))
+            return _Ticket(self._submit(request, noted), lambda: self._forget(row))
         except BaseException:
             self._forget(row)
             raise
@@ -128,39 +123,44 @@ class Activity:
         ``active`` has a dictionary for each that the scheduler has begun, ``history`` the tokens
         of each of the last `SECONDS` seconds, the newest last.
         """
-        with self._lock:
-            now = self._clock()
-            begun = [row for row in self._rows.values() if row.begun]
-            return {
-                "active": [row.describe(now) for row in begun],
-                "tokens_per_second": sum(row.per_second(now) for row in begun),
-                "history": self._tokens.history(now),
-                "totals": dict(self._totals),
-            }
+        now = self._clock()
+        begun = [row for row in self._rows.values() if row.begun]
+        return {
+            "active": [row.describe(now) for row in begun],
+            "tokens_per_second": sum(row.per_second(now) for row in begun),
+            "history": self._tokens.history(now),
+            "totals": dict(self._totals),
+        }
 
-    def _note(self, row: _Row, event: Event) -> None:
-        with self._lock:
-            if isinstance(event, Failure):
-                self._rows.pop(row.number, None)
-                return
-            now, first = self._clock(), not row.tokens
-            row.note(event, now)
+    def _note(self, row: _Row, events: Sequence[Event]) -> None:
+        tokens, ended = 0, False
+        for event in events:
             if isinstance(event, PromptProgress):
-                return
-            self._tokens.add(now)
-            self._totals["generated"] += 1
-            if first:
-                self._count_prompt(row)
-            if event.finish_reason is not None:
-                self._rows.pop(row.number, None)
+                row.note(event)
+            elif isinstance(event, Failure):
+                ended = True
+            else:
+                tokens += 1
+                ended = event.finish_reason is not None
+        if tokens:
+            self._count(row, tokens)
+        if ended:
+            self._rows.pop(row.number, None)
+
+    def _count(self, row: _Row, tokens: int) -> None:
+        now, first = self._clock(), not row.tokens
+        row.count(tokens, now)
+        self._tokens.add(tokens, now)
+        self._totals["generated"] += tokens
+        if first:
+            self._count_prompt(row)
 
     def _count_prompt(self, row: _Row) -> None:
         for name, count in (("requests", 1), ("prompt", row.prompt), ("cached", row.cached)):
             self._totals[name] += count
 
     def _forget(self, row: _Row) -> None:
-        with self._lock:
-            self._rows.pop(row.number, None)
+        self._rows.pop(row.number, None)
 
 
 class _Ticket:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..generation.batching.requests import GeneratedToken, GenerationRequest, PromptProgress
 from ..generation.options import Options
-from .answers import Delta, ToolCallStart
+from .answers import Delta, ToolCallStart, joined
 from .conversation import Prepared
-from .running import Running
+from .running import Running, Tokens
 from .service import Service
 from .turn import Turn
 
@@ -35,10 +35,10 @@ async def prepare(service: Service, turn: Turn, param: str) -> Prepared:
 
 @dataclass(frozen=True)
 class Progress:
-    """What one event of the scheduler adds: nothing to the message while the prompt is taken."""
+    """What some tokens add to the message; no token while the prompt is taken."""
 
     deltas: list[Delta]
-    token: GeneratedToken | None = None
+    tokens: Sequence[GeneratedToken] = ()
 
 
 class Answering:
@@ -61,6 +61,7 @@ class Answering:
     ):
         """Begin; raises ApiError where the request is not taken."""
         self._parser, self._parallel = prepared.parser, parallel
+        self._apart = top_logprobs is not None  # each token has something of its own to say
         self.calls = 0
         self.reason: str | None = None
         self.stop_text: str | None = None
@@ -68,7 +69,10 @@ class Answering:
         self.running: Running = service.start([request])
 
     def counts(self) -> dict[str, int]:
-        """Tokens so far: of the prompt, of these at hand, generated, and of these reasoning."""
+        """Tokens so far: of the prompt, of these at hand, generated, and of these reasoning.
+
+        Those of the last progress may be missing until there is another, or the end.
+        """
         used = self.running.usage[0]
         return {
             "prompt": used.prompt,
@@ -79,21 +83,33 @@ class Answering:
 
     async def progress(self) -> AsyncGenerator[Progress]:
         """What comes, until the message ends; raises ApiError where the request fails."""
-        async for _, event in self.running:
-            if isinstance(event, PromptProgress):
+        async for _, found in self.running:
+            if isinstance(found, PromptProgress):
                 yield Progress([])
                 continue
-            deltas = self._deltas(event)
-            kept = self._allowed(deltas)
-            yield Progress(kept, event)
-            if len(kept) < len(deltas):
-                self.reason = "stop"
-                self.running.end(0)
+            for progress in self._progress(found):
+                yield progress
 
-    def _deltas(self, event: GeneratedToken) -> list[Delta]:
-        deltas = list(self._parser.feed(event))
-        if event.finish_reason is not None:
-            self.reason, self.stop_text = event.finish_reason, event.stopped_by
+    def _progress(self, tokens: Tokens) -> Iterator[Progress]:
+        """What tokens add, all together or each, up to where the message ends."""
+        told, deltas = 0, list[Delta]()
+        for i, token in enumerate(tokens, start=1):
+            added = self._deltas(token)
+            kept = self._allowed(added)
+            deltas += kept
+            ends = len(kept) < len(added)
+            if self._apart or ends or i == len(tokens):
+                yield Progress(joined(deltas), tokens[told:i])
+                told, deltas = i, []
+            if ends:
+                self.reason = "stop"
+                self.running.end(0, len(tokens) - i)
+                return
+
+    def _deltas(self, token: GeneratedToken) -> list[Delta]:
+        deltas = list(self._parser.feed(token))
+        if token.finish_reason is not None:
+            self.reason, self.stop_text = token.finish_reason, token.stopped_by
             deltas.extend(self._parser.finish())
         return deltas
 

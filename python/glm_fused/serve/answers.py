@@ -50,6 +50,22 @@ Said = Reasoning | Text
 Delta = Said | ToolCallStart | ToolArguments
 
 
+def joined(deltas: Sequence[Delta]) -> list[Delta]:
+    """The same with one delta for each run of text, of reasoning and of a call's arguments."""
+    found = list[Delta]()
+    for delta in deltas:
+        match found[-1:], delta:
+            case [Text(before)], Text(text):
+                found[-1] = Text(before + text)
+            case [Reasoning(before)], Reasoning(text):
+                found[-1] = Reasoning(before + text)
+            case [ToolArguments(index, before)], ToolArguments(same, text) if same == index:
+                found[-1] = ToolArguments(index, before + text)
+            case _:
+                found.append(delta)
+    return found
+
+
 class Thinking(NamedTuple):
     """The marks between which a model thinks."""
 

@@ -90,7 +90,7 @@ class _Answer:
                 started = True
                 for event in self._events.start(self._usage()):
                     yield event
-            if progress.token is None:
+            if not progress.tokens:
                 yield {"type": "ping"}
             for event in self._events.feed(progress.deltas):
                 yield event

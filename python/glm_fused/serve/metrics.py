@@ -41,10 +41,11 @@ class Metrics:
         self._prompt.labels("cache").inc(cached)
         self._prompt.labels("computed").inc(prompt - cached)
 
-    def next_token(self, seconds: float) -> None:
-        """A text has another token, so long after the one before."""
-        self._next.observe(seconds)
-        self._generated.inc()
+    def next_tokens(self, count: int, seconds: float) -> None:
+        """A text has so many more tokens, so long after the one before."""
+        for _ in range(count):
+            self._next.observe(seconds / count)
+        self._generated.inc(count)
 
     def ended(self, reason: str) -> None:
         """A text has come to its end."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..generation.batching.requests import GeneratedToken
-from .answers import AnswerParser, Delta, Reasoning, Text, ToolArguments, ToolCallStart
+from .answers import AnswerParser, Delta, Reasoning, Text, ToolArguments, ToolCallStart, joined
 from .logprobs import TokenNames
 from .running import Usage
 
@@ -16,6 +16,7 @@ class ChatAnswer:
 
     Attributes:
         ended: whether the answer is at its end, which a second call is where ``parallel`` is false.
+        unused: how many tokens came behind that end.
 
     Args:
         parser: of this answer.
@@ -29,32 +30,53 @@ class ChatAnswer:
         self._calls: list[dict[str, Any]] = []
         self._logprobs, self._unsent = list[dict[str, Any]](), list[dict[str, Any]]()
         self._reason: str | None = None
-        self.ended = False
+        self.ended, self.unused = False, 0
 
     @property
     def reasoning_tokens(self) -> int:
         """How many tokens were reasoning."""
         return self._parser.reasoning_tokens
 
-    def feed(self, event: GeneratedToken) -> list[dict[str, Any]]:
-        """The choices of the chunks that a token makes ready, the last with its reason."""
-        if self.ended:
-            return []
-        if self._names is not None and not self._silent(event):
-            self._unsent.append(self._names.chat(event))
-        deltas = self._parser.feed(event)
-        if event.finish_reason is not None:
-            deltas = [*deltas, *self._parser.finish()]
-            self._reason, self.ended = event.finish_reason, True
-        pieces = list[dict[str, Any]]()
-        for delta in deltas:
-            if isinstance(delta, ToolCallStart) and self._calls and not self._parallel:
-                self._reason, self.ended = "stop", True
+    def feed(self, tokens: Sequence[GeneratedToken]) -> list[dict[str, Any]]:
+        """The choices of the chunks that tokens make ready, the last with its reason.
+
+        Pieces of one kind are joined, but for those of tokens with log-probabilities.
+        """
+        pieces, deltas = list[dict[str, Any]](), list[Delta]()
+        for left, token in zip(range(len(tokens) - 1, -1, -1), tokens, strict=True):
+            deltas += self._deltas(token)
+            if self._names is not None or self.ended or not left:
+                pieces += self._pieces(joined(deltas))
+                deltas = []
+            if self.ended:
+                self.unused = left
                 break
-            pieces.append({"delta": self._take(delta)})
+        return pieces
+
+    def _deltas(self, token: GeneratedToken) -> list[Delta]:
+        """What a token adds, up to the answer's end."""
+        if self._names is not None and not self._silent(token):
+            self._unsent.append(self._names.chat(token))
+        deltas = self._parser.feed(token)
+        if token.finish_reason is not None:
+            deltas = [*deltas, *self._parser.finish()]
+            self._reason, self.ended = token.finish_reason, True
+        for i, delta in enumerate(deltas):
+            if isinstance(delta, ToolCallStart) and delta.index and not self._parallel:
+                self._reason, self.ended = "stop", True
+                return deltas[:i]
+        return deltas
+
+    def _pieces(self, deltas: Sequence[Delta]) -> list[dict[str, Any]]:
+        """Pieces as chunks have them; log-probabilities go with the next that is ready."""
+        pieces: list[dict[str, Any]] = [{"delta": self._take(delta)} for delta in deltas]
         if self.ended:
             pieces.append({"delta": {}, "finish_reason": self._finish_reason()})
-        return self._with_logprobs(pieces)
+        if self._unsent and pieces:
+            pieces[0]["logprobs"] = {"content": self._unsent}
+            self._logprobs += self._unsent
+            self._unsent = []
+        return pieces
 
     def choice(self) -> dict[str, Any]:
         """The whole answer, as chat/completions has it in ``choices``."""
@@ -62,7 +84,7 @@ class ChatAnswer:
         if self._reasoning:
             message["reasoning_content"] = "".join(self._reasoning)
         if self._calls:
-            message["tool_calls"] = [_joined(call) for call in self._calls]
+            message["tool_calls"] = [_whole(call) for call in self._calls]
             message["content"] = message["content"] or None
         listed = {"content": self._logprobs} if self._names is not None else None
         return {"message": message, "logprobs": listed, "finish_reason": self._finish_reason()}
@@ -93,14 +115,6 @@ class ChatAnswer:
         function = {"arguments": delta.json_piece}
         return {"tool_calls": [{"index": delta.index, "function": function}]}
 
-    def _with_logprobs(self, pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Log-probabilities go out with the next piece, whichever token made it ready."""
-        if self._unsent and pieces:
-            pieces[0]["logprobs"] = {"content": self._unsent}
-            self._logprobs += self._unsent
-            self._unsent = []
-        return pieces
-
 
 def usage(counts: Sequence[Usage], reasoning: int | None = None) -> dict[str, Any]:
     """The tokens of a call, of which a prompt counts once for all its answers."""
@@ -116,6 +130,6 @@ def usage(counts: Sequence[Usage], reasoning: int | None = None) -> dict[str, An
     return found
 
 
-def _joined(call: dict[str, Any]) -> dict[str, Any]:
+def _whole(call: dict[str, Any]) -> dict[str, Any]:
     function = {"name": call["name"], "arguments": "".join(call["arguments"])}
     return {"id": call["id"], "type": "function", "function": function}

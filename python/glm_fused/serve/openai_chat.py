@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from ..generation.batching.requests import GeneratedToken, GenerationRequest, PromptProgress
+from ..generation.batching.requests import GenerationRequest, PromptProgress
 from .answers import AnswerParser
 from .conversation import Prepared
 from .limits import read_json
@@ -20,7 +20,7 @@ from .logprobs import TokenNames
 from .openai_answer import ChatAnswer, usage
 from .openai_chat_body import ChatBody, check_chat
 from .openai_fields import checked
-from .running import Running
+from .running import Running, Tokens
 from .service import Service
 from .streams import EventStream, Template, comment, data, while_waiting
 
@@ -86,9 +86,9 @@ class _Chat:
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
-        async for index, event in self._running:
-            if isinstance(event, GeneratedToken):
-                self._feed(index, event)
+        async for index, found in self._running:
+            if not isinstance(found, PromptProgress):
+                self._feed(index, found)
         choices = [answer.choice() | {"index": i} for i, answer in enumerate(self._answers)]
         object = {"object": "chat.completion", "choices": choices}
         return self._common | object | {"usage": self._usage()}
@@ -98,11 +98,11 @@ class _Chat:
         more = [Template(partial(self._more, i)) for i in range(len(self._answers))]
         for i in range(len(self._answers)):
             yield data(self._chunk(i, {"delta": {"role": "assistant", "content": ""}}))
-        async for index, event in self._running:
-            if isinstance(event, PromptProgress):
-                yield comment(f"prompt {event.done}/{event.total}, {event.cached} at hand")
+        async for index, found in self._running:
+            if isinstance(found, PromptProgress):
+                yield comment(f"prompt {found.done}/{found.total}, {found.cached} at hand")
                 continue
-            for piece in self._feed(index, event):
+            for piece in self._feed(index, found):
                 if piece.keys() == {"delta"} and piece["delta"].keys() == {"content"}:
                     yield more[index](piece["delta"]["content"])
                 else:
@@ -111,11 +111,11 @@ class _Chat:
             yield data(self._with({"choices": [], "usage": self._usage()}))
         yield DONE
 
-    def _feed(self, index: int, event: GeneratedToken) -> list[dict[str, Any]]:
+    def _feed(self, index: int, tokens: Tokens) -> list[dict[str, Any]]:
         answer = self._answers[index]
-        pieces = answer.feed(event)
-        if answer.ended and event.finish_reason is None:
-            self._running.end(index)
+        pieces = answer.feed(tokens)
+        if answer.ended:
+            self._running.end(index, answer.unused)
         return pieces
 
     def _more(self, index: int, text: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -129,15 +129,24 @@ class _Text:
             return None
         return {"text": self._beginning, "logprobs": self._listed(), "finish_reason": None}
 
-    def feed(self, event: GeneratedToken) -> dict[str, Any] | None:
-        """The choice of a chunk; None where nothing is ready to be shown."""
-        self._parts.append(event.text)
-        self._reason = event.finish_reason
-        if not (self._reason == "stop" and self._names and self._names.ends(event.token)):
-            self._new.append(event)
-        if not event.text and self._reason is None:
-            return None
-        return {"text": event.text, "logprobs": self._listed(), "finish_reason": self._reason}
+    def feed(self, tokens: Sequence[GeneratedToken]) -> list[dict[str, Any]]:
+        """The choices of chunks: one of all tokens, or one of each that has log-probabilities."""
+        if self._names is None:
+            return self._chunk("".join([token.text for token in tokens]), tokens[-1])
+        found = list[dict[str, Any]]()
+        for token in tokens:
+            if not (token.finish_reason == "stop" and self._names.ends(token.token)):
+                self._new.append(token)
+            found += self._chunk(token.text, token)
+        return found
+
+    def _chunk(self, text: str, last: GeneratedToken) -> list[dict[str, Any]]:
+        """The choice of a chunk; none where nothing is ready to be shown."""
+        self._parts.append(text)
+        self._reason = last.finish_reason
+        if not text and self._reason is None:
+            return []
+        return [{"text": text, "logprobs": self._listed(), "finish_reason": self._reason}]
 
     def _listed(self) -> dict[str, Any] | None:
         """The log-probabilities of what is new."""
@@ -179,23 +188,24 @@ class _Completions:
 
     async def whole(self) -> dict[str, Any]:
         """The texts in one piece."""
-        async for index, event in self._running:
-            if isinstance(event, PromptProgress):
-                self._texts[index].begin(event)
+        async for index, found in self._running:
+            if isinstance(found, PromptProgress):
+                self._texts[index].begin(found)
             else:
-                self._texts[index].feed(event)
+                self._texts[index].feed(found)
         choices = [text.choice() | {"index": i} for i, text in enumerate(self._texts)]
         return self._common | {"choices": choices, "usage": self._usage()}
 
     async def events(self) -> AsyncGenerator[str]:
         """The texts as server-sent events."""
         more = [Template(partial(self._more, i)) for i in range(len(self._texts))]
-        async for index, event in self._running:
-            if isinstance(event, PromptProgress):
-                yield comment(f"prompt {event.done}/{event.total}, {event.cached} at hand")
-                if (piece := self._texts[index].begin(event)) is not None:
+        async for index, found in self._running:
+            if isinstance(found, PromptProgress):
+                yield comment(f"prompt {found.done}/{found.total}, {found.cached} at hand")
+                if (piece := self._texts[index].begin(found)) is not None:
                     yield data(self._chunk(index, piece))
-            elif (piece := self._texts[index].feed(event)) is not None:
+                continue
+            for piece in self._texts[index].feed(found):
                 plain = piece["logprobs"] is None and piece["finish_reason"] is None
                 yield more[index](piece["text"]) if plain else data(self._chunk(index, piece))
         if self._body.includes_usage:

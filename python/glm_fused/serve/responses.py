@@ -149,10 +149,10 @@ class _Answer:
         """All events but the first, with None where one more chunk of the prompt is taken."""
         answering = self._answering
         async for progress in answering.progress():
-            if progress.token is None:
+            if not progress.tokens:
                 yield None
                 continue
-            for made in self._events.feed(progress.deltas, self._logprobs(progress.token)):
+            for made in self._events.feed(progress.deltas, self._logprobs(progress.tokens)):
                 yield made
         incomplete = "max_output_tokens" if answering.reason == "length" else None
         last = self._events.finish(incomplete, usage(**answering.counts()))
@@ -163,12 +163,15 @@ class _Answer:
         for made in last:
             yield made
 
-    def _logprobs(self, token: GeneratedToken) -> list[dict[str, Any]]:
-        """Of the token, unless it only ends the text."""
-        names = self._names
-        if names is None or (token.finish_reason == "stop" and names.ends(token.token)):
+    def _logprobs(self, tokens: Sequence[GeneratedToken]) -> list[dict[str, Any]]:
+        """Of the tokens, without one that only ends the text."""
+        if (names := self._names) is None:
             return []
-        return [names.chat(token)]
+        return [
+            names.chat(token)
+            for token in tokens
+            if not (token.finish_reason == "stop" and names.ends(token.token))
+        ]
 
 
 def _response(body: ResponsesBody, options: Options) -> dict[str, Any]:

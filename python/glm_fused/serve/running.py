@@ -1,4 +1,4 @@
-"""Requests that a scheduler works on, as an asynchronous stream of their events."""
+"""Requests that a scheduler works on, as an asynchronous stream of what it tells."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from ..generation.batching.requests import (
@@ -14,16 +15,17 @@ from ..generation.batching.requests import (
     Failure,
     GeneratedToken,
     GenerationRequest,
-    OnEvent,
     PromptProgress,
     Ticket,
 )
-from .delivery import Delivery
+from .activity import Submit
 from .errors import ApiError
 from .metrics import Metrics
 
-Submit = Callable[[GenerationRequest, OnEvent], Ticket]
+Tokens = list[GeneratedToken]
+MOST_AT_ONCE = 256  # tokens of one text that are given together
 MOST_EVENTS = 65_536  # that a client has not read yet
+_Found = PromptProgress | Tokens | Failure
 
 
 @dataclass
@@ -36,21 +38,22 @@ class Usage:
 
 
 class Running:
-    """Requests that run at once, for one client; iterating gives (index, event) until all end.
+    """Requests that run at once, for one client.
 
-    It belongs to the event loop that made it. `cancel` ends what still runs, and has to be called
-    by whoever stops iterating early.
+    Iterating gives, until all end, a request's index with the progress of its prompt or with the
+    tokens that are at hand. It belongs to the event loop that made it. `cancel` ends what still
+    runs, and has to be called by whoever stops iterating early.
 
     Attributes:
-        usage: the tokens of each request so far.
+        usage: the tokens of each request, without those that were given last.
         before_wait: is called, and waited for, where no event is at hand.
 
     Args:
         requests: what to generate.
-        submit: hands one to the scheduler; what it raises passes through, with nothing left behind.
+        submit: hands one on, with what receives its events; what that raises passes through, with
+            nothing left behind.
         seconds: how long all of it may take.
         metrics: is told of tokens and times.
-        delivery: carries events from the scheduler's thread to the event loop.
     """
 
     def __init__(
@@ -59,12 +62,12 @@ class Running:
         submit: Submit,
         seconds: float,
         metrics: Metrics,
-        delivery: Delivery,
     ):
         self.usage = [Usage(len(request.tokens)) for request in requests]
         self.before_wait: Callable[[], Awaitable[None]] | None = None
-        self._loop, self._metrics, self._delivery = asyncio.get_running_loop(), metrics, delivery
-        self._events = deque[tuple[int, Event]]()
+        self._loop, self._metrics = asyncio.get_running_loop(), metrics
+        self._events, self._unread = deque[tuple[int, _Found]](), 0
+        self._given: tuple[int, Tokens, float] | None = None  # and when
         self._waiter: asyncio.Future[None] | None = None
         self._seconds, self._late = seconds, False
         self._deadline = self._loop.call_later(seconds, self._expire)
@@ -74,13 +77,14 @@ class Running:
         self._tickets: list[Ticket] = []
         try:
             for i, request in enumerate(requests):
-                self._tickets.append(submit(request, self._receiver(i)))
+                self._tickets.append(submit(request, partial(self._receive, i)))
         except BaseException:
             self.cancel()
             raise
 
     def cancel(self) -> None:
         """End what still runs; nothing where all has ended."""
+        self._count()
         for i, ticket in enumerate(self._tickets):
             if i in self._open:
                 ticket.cancel()
@@ -92,10 +96,16 @@ class Running:
         if self._open:
             for index in self._open:
                 self._tickets[index].cancel()
-            self._put(min(self._open), Failure(error))
+            self._events += [(index, Failure(error)) for index in self._open]
+            self._wake()
 
-    def end(self, index: int) -> None:
-        """End one request where it is: its answer is complete."""
+    def end(self, index: int, unused: int) -> None:
+        """End one request where it is: its answer is complete.
+
+        Of the tokens that were given last, all of this request, the last ``unused`` are no part of
+        it.
+        """
+        self._count(unused)
         if index in self._open:
             self._tickets[index].cancel()
             self._close(index)
@@ -104,21 +114,25 @@ class Running:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> tuple[int, PromptProgress | GeneratedToken]:
-        """The next event; raises ApiError where a request fails or takes too long."""
+    async def __anext__(self) -> tuple[int, PromptProgress | Tokens]:
+        """What is next; raises ApiError where a request fails or takes too long."""
+        self._count()
         index = -1
         while index not in self._open:  # events of a request that was ended may be on their way
             if not self._open:
                 raise StopAsyncIteration
-            index, event = await self._next()
-        if isinstance(event, Failure):
+            index, found = await self._next()
+        if isinstance(found, Failure):
             self._open.discard(index)
             self.cancel()
-            raise event.error
-        self._count(index, event)
-        return index, event
+            raise found.error
+        if isinstance(found, PromptProgress):
+            self.usage[index].cached = found.cached
+        else:
+            self._given = index, found, time.perf_counter()
+        return index, found
 
-    async def _next(self) -> tuple[int, Event]:
+    async def _next(self) -> tuple[int, _Found]:
         while not self._events:
             if self._late:
                 self.cancel()
@@ -130,7 +144,10 @@ class Running:
                     continue
             self._waiter = self._loop.create_future()
             await self._waiter
-        return self._events.popleft()
+        index, found = self._events.popleft()
+        if isinstance(found, list):
+            self._unread -= len(found)
+        return index, found
 
     def _expire(self) -> None:
         self._late = True
@@ -140,40 +157,39 @@ class Running:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _put(self, index: int, event: Event) -> None:
-        self._events.append((index, event))
+    def _receive(self, index: int, events: Sequence[Event]) -> None:
+        for event in events:
+            if not isinstance(event, GeneratedToken):
+                self._events.append((index, event))
+                continue
+            self._unread += 1
+            at, last = self._events[-1] if self._events else (-1, None)
+            if at == index and isinstance(last, list) and len(last) < MOST_AT_ONCE:
+                last.append(event)
+            else:
+                self._events.append((index, [event]))
+        if self._unread > MOST_EVENTS:
+            self.fail(ApiError(503, f"{MOST_EVENTS} tokens were left unread."))
         self._wake()
-
-    def _receiver(self, index: int) -> OnEvent:
-        put = self._delivery.to(lambda event: self._put(index, event))
-
-        def tell(event: Event) -> None:  # in the scheduler's thread
-            full = len(self._events) >= MOST_EVENTS
-            if full:
-                event = Failure(ApiError(503, f"{MOST_EVENTS} tokens were left unread."))
-            put(event)
-            if full:
-                raise BufferError("a client does not read")  # which ends the request
-
-        return tell
 
     def _close(self, index: int) -> None:
         self._open.discard(index)
         if not self._open:
             self._deadline.cancel()
 
-    def _count(self, index: int, event: PromptProgress | GeneratedToken) -> None:
-        usage = self.usage[index]
-        if isinstance(event, PromptProgress):
-            usage.cached = event.cached
+    def _count(self, unused: int = 0) -> None:
+        """Count the tokens that were given last, but for the last ``unused`` of them."""
+        if self._given is None:
             return
-        usage.generated += 1
-        now, last = time.perf_counter(), self._last[index]
+        (index, tokens, now), self._given = self._given, None
+        count, ended = len(tokens) - unused, tokens[-1].finish_reason if not unused else None
+        usage, last, following = self.usage[index], self._last[index], count
         if last is None:
             self._metrics.first_token(now - self._began, usage.prompt, usage.cached)
-        else:
-            self._metrics.next_token(now - last)
+            last, following = now, following - 1
+        self._metrics.next_tokens(following, now - last)
         self._last[index] = now
-        if event.finish_reason is not None:
+        usage.generated += count
+        if ended is not None:
             self._close(index)
-            self._metrics.ended(event.finish_reason)
+            self._metrics.ended(ended)

@@ -55,8 +55,10 @@ class Service:
         store: PromptStore | None = None,
     ):
         self.engine, self.settings, self.scheduler = engine, settings, scheduler
-        self._delivery, self._store = delivery, store
-        self.activity = Activity(scheduler.submit)
+        self._store = store
+        self.activity = Activity(
+            lambda request, receive: scheduler.submit(request, delivery.to(receive))
+        )
         self.conversation = Conversation(engine.model, engine.tokenizer)
         self.metrics = Metrics(scheduler.describe)
         self.started = int(time.time())
@@ -120,7 +122,7 @@ class Service:
             text = f"n: found {len(requests)} texts to generate, expected at most {most}."
             raise ApiError(400, text, param="n")
         try:
-            running = Running(requests, submit, limit, self.metrics, self._delivery)
+            running = Running(requests, submit, limit, self.metrics)
         except QueueFull as error:
             text, wait = plain(error), {"Retry-After": "1"}
             raise ApiError(429, text, code="queue_full", headers=wait) from None
