@@ -1,10 +1,13 @@
 """What a scheduler tells of requests reaches their client in order, together and counted."""
 
 import asyncio
+import random
 
 import pytest
 
 pytest.importorskip("starlette", reason="needs glm-fused[serve]")
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+
 from glm_fused.generation.batching.jobs import Job
 from glm_fused.generation.batching.requests import (
     GeneratedToken,
@@ -13,11 +16,12 @@ from glm_fused.generation.batching.requests import (
 )
 from glm_fused.generation.options import Options
 from glm_fused.serve.errors import ApiError
-from glm_fused.serve.metrics import Metrics
+from glm_fused.serve.metrics import _TOKEN_SECONDS, Metrics
 from glm_fused.serve.running import MOST_AT_ONCE, Running
 from glm_fused.serve.streams import EventStream
 
 PROGRESS = PromptProgress(3, 9, 0)
+NAME = "glm_fused_token_seconds"
 
 
 class Asked:
@@ -192,3 +196,24 @@ def test_a_stream_that_did_not_send_before_it_waits_is_noticed(monkeypatch):
     deaf = property(lambda self: None, lambda self, send: None)
     monkeypatch.setattr(Running, "before_wait", deaf, raising=False)
     assert pieces_of(GROUPS) != [["".join(texts)] for texts in GROUPS]
+
+
+def test_times_that_come_together_are_a_histogram_as_others_make_it():
+    registry, draw = CollectorRegistry(), random.Random(1)
+    help = "Time between a text's tokens."
+    single = Histogram(NAME, help, buckets=_TOKEN_SECONDS, registry=registry)
+    metrics = Metrics(dict)
+    for _ in range(200):
+        count = draw.randint(1, 9)
+        seconds = draw.choice([0.0005 * count, draw.uniform(0, 20) * 10 ** -draw.randint(0, 4)])
+        metrics.next_tokens(count, seconds)
+        for _ in range(count):
+            single.observe(seconds / count)
+    found, expected = (
+        [line for line in text.decode().splitlines() if f"{NAME}_" in line and "_cr" not in line]
+        for text in (metrics.text(), generate_latest(registry))
+    )
+    *buckets, total = found
+    *expected_buckets, expected_total = expected
+    assert buckets == expected_buckets and len(buckets) == len(_TOKEN_SECONDS) + 2
+    assert float(total.split()[1]) == pytest.approx(float(expected_total.split()[1]))

@@ -334,7 +334,7 @@ def test_events_on_the_wire_have_their_names(server):
     assert names == [document["type"] for document in documents]
     assert names[0] == "message_start" and names[1] == "ping"
     assert names[-2:] == ["message_delta", "message_stop"]
-    assert names.count("content_block_delta") >= 4
+    assert names.count("content_block_delta") >= 2
 
 
 def test_a_stop_sequence_is_said(client, engine):

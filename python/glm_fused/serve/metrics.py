@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -26,7 +28,8 @@ class Metrics:
         self._generated = counter("generated_tokens", "Tokens generated.")
         self._seconds = histogram("request_seconds", "Time of a request.", _SECONDS, ("route",))
         self._first = histogram("first_token_seconds", "Time to a text's first token.", _SECONDS)
-        self._next = histogram("token_seconds", "Time between a text's tokens.", _TOKEN_SECONDS)
+        self._next = _Times("token_seconds", "Time between a text's tokens.", _TOKEN_SECONDS)
+        self._registry.register(self._next)
         self._registry.register(_Scheduler(describe))
 
     def answered(self, route: str, method: str, status: int, seconds: float) -> None:
@@ -42,9 +45,8 @@ class Metrics:
         self._prompt.labels("computed").inc(prompt - cached)
 
     def next_tokens(self, count: int, seconds: float) -> None:
-        """A text has so many more tokens, so long after the one before."""
-        for _ in range(count):
-            self._next.observe(seconds / count)
+        """A text has so many more tokens, at least one, so long after the one before them."""
+        self._next.observe(count, seconds)
         self._generated.inc(count)
 
     def ended(self, reason: str) -> None:
@@ -63,6 +65,24 @@ class Metrics:
     ) -> Histogram:
         full = f"glm_fused_{name}"
         return Histogram(full, help, labels, buckets=buckets, registry=self._registry)
+
+
+class _Times(Collector):
+    """A histogram that takes several times at once, which come for each token."""
+
+    def __init__(self, name: str, help: str, bounds: tuple[float, ...]):
+        self._name, self._help, self._bounds = f"glm_fused_{name}", help, bounds
+        self._counts, self._seconds = [0] * (len(bounds) + 1), 0.0
+
+    def observe(self, count: int, seconds: float) -> None:
+        """So many times, even ones, that are so long together."""
+        self._counts[bisect_left(self._bounds, seconds / count)] += count
+        self._seconds += seconds
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(self._name, self._help, buckets, self._seconds)
 
 
 class _Scheduler(Collector):

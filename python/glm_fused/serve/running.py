@@ -187,7 +187,8 @@ class Running:
         if last is None:
             self._metrics.first_token(now - self._began, usage.prompt, usage.cached)
             last, following = now, following - 1
-        self._metrics.next_tokens(following, now - last)
+        if following:
+            self._metrics.next_tokens(following, now - last)
         self._last[index] = now
         usage.generated += count
         if ended is not None:
