@@ -17,8 +17,8 @@ from glm_fused.generation.batching.requests import (
 from glm_fused.generation.options import Options
 from glm_fused.serve.errors import ApiError
 from glm_fused.serve.metrics import _TOKEN_SECONDS, Metrics
-from glm_fused.serve.running import MOST_AT_ONCE, Running
-from glm_fused.serve.streams import EventStream
+from glm_fused.serve.running import MOST_JOINED, Running
+from glm_fused.serve.streams import MOST_AT_ONCE, EventStream
 
 PROGRESS = PromptProgress(3, 9, 0)
 NAME = "glm_fused_token_seconds"
@@ -66,7 +66,7 @@ def test_what_is_at_hand_for_a_text_comes_together():
         asked.receive[0]([PROGRESS, *tokens("a", "b")])
         asked.receive[1](tokens("c"))
         asked.receive[1](tokens("d", "e"))
-        asked.receive[0](tokens(*"f" * MOST_AT_ONCE, "g", ends="length"))
+        asked.receive[0](tokens(*"f" * MOST_JOINED, "g", ends="length"))
         asked.receive[1](tokens("h", ends="stop"))
         found = []
         async for index, given in asked.running:
@@ -75,14 +75,14 @@ def test_what_is_at_hand_for_a_text_comes_together():
             (0, PROGRESS),
             (0, "ab"),
             (1, "cde"),
-            (0, "f" * MOST_AT_ONCE),
+            (0, "f" * MOST_JOINED),
             (0, "g"),
             (1, "h"),
         ]
-        assert asked.generated == [3 + MOST_AT_ONCE, 4]
-        assert asked.counted("generated_tokens_total") == 7 + MOST_AT_ONCE
+        assert asked.generated == [3 + MOST_JOINED, 4]
+        assert asked.counted("generated_tokens_total") == 7 + MOST_JOINED
         assert asked.counted("first_token_seconds_count") == 2
-        assert asked.counted("token_seconds_count") == 5 + MOST_AT_ONCE
+        assert asked.counted("token_seconds_count") == 5 + MOST_JOINED
 
     run(main)
 
@@ -156,7 +156,7 @@ def test_a_failure_comes_after_what_is_there_and_ends_all(first_ends):
 
 
 def pieces_of(groups):
-    """The pieces in which a stream sends what is there at once, an event for each group."""
+    """The pieces in which a stream sends the events of each group, which are there at once."""
     sent = []
 
     async def main():
@@ -164,7 +164,8 @@ def pieces_of(groups):
 
         async def events():
             async for _, given in asked.running:
-                yield "".join(token.text for token in given)
+                for token in given:
+                    yield token.text
 
         async def send(message):
             if message.get("body"):
@@ -189,7 +190,7 @@ GROUPS = [["a"], ["b", "c", "d"], ["e"], ["f", "end"]]
 def test_events_that_are_there_at_once_go_in_one_piece():
     assert pieces_of(GROUPS) == [["".join(texts)] for texts in GROUPS]
     every = [str(i) for i in range(MOST_AT_ONCE + 1)]
-    assert pieces_of([every, ["end"]]) == [["".join(every)], ["end"]]
+    assert pieces_of([every, ["end"]]) == [["".join(every[:-1]), every[-1]], ["end"]]
 
 
 def test_a_stream_that_did_not_send_before_it_waits_is_noticed(monkeypatch):

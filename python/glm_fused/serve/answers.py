@@ -124,6 +124,7 @@ class AnswerParser:
     ):
         self._tools, self._held = {tool.name: tool for tool in tools}, ""
         self._marks = _marks(thinking, bool(tools))
+        self._firsts = {state: {m[0] for m in marks} for state, marks in self._marks.items()}
         self._thinking = thinking
         self._state = self._outer = _State.THINKING if opened else _State.TEXT
         self._fresh, self._space = closed, ""  # whether a mark came last; space not yet shown
@@ -141,7 +142,7 @@ class AnswerParser:
         self._held += text
         deltas: list[Delta] = []
         while True:
-            text, mark = self._take(self._marks[self._state])
+            text, mark = self._take()
             deltas += self._pass(text)
             if mark is None:
                 return deltas
@@ -157,13 +158,15 @@ class AnswerParser:
             deltas += self._pieces(self._end_of_call())
         return deltas
 
-    def _take(self, marks: Sequence[str]) -> tuple[str, str | None]:
+    def _take(self) -> tuple[str, str | None]:
         """The text before the next mark, and the mark; or what certainly comes before any."""
-        held = self._held
-        at, mark = min(
-            ((at, mark) for mark in marks if (at := held.find(mark)) >= 0),
-            default=(len(held) - max((_overlap(held, mark) for mark in marks), default=0), None),
-        )
+        held, marks = self._held, self._marks[self._state]
+        at, mark = len(held), None
+        if not self._firsts[self._state].isdisjoint(held):  # as it mostly is
+            at, mark = min(
+                ((at, mark) for mark in marks if (at := held.find(mark)) >= 0),
+                default=(len(held) - max(_overlap(held, mark) for mark in marks), None),
+            )
         if self._state in (_State.NAME, _State.KEY) and mark is None:
             return "", None  # these are wanted whole
         self._held = held[at + len(mark or "") :]

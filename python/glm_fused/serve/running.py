@@ -23,7 +23,7 @@ from .errors import ApiError
 from .metrics import Metrics
 
 Tokens = list[GeneratedToken]
-MOST_AT_ONCE = 256  # tokens of one text that are given together
+MOST_JOINED = 256  # tokens of one text that are given together
 MOST_EVENTS = 65_536  # that a client has not read yet
 _Found = PromptProgress | Tokens | Failure
 
@@ -164,7 +164,7 @@ class Running:
                 continue
             self._unread += 1
             at, last = self._events[-1] if self._events else (-1, None)
-            if at == index and isinstance(last, list) and len(last) < MOST_AT_ONCE:
+            if at == index and isinstance(last, list) and len(last) < MOST_JOINED:
                 last.append(event)
             else:
                 self._events.append((index, [event]))
