@@ -43,13 +43,13 @@ class ChatAnswer:
         Pieces of one kind are joined, but for those of tokens with log-probabilities.
         """
         pieces, deltas = list[dict[str, Any]](), list[Delta]()
-        for left, token in zip(range(len(tokens) - 1, -1, -1), tokens, strict=True):
+        for i, token in enumerate(tokens, start=1):
             deltas += self._deltas(token)
-            if self._names is not None or self.ended or not left:
+            if self._names is not None or self.ended or i == len(tokens):
                 pieces += self._pieces(joined(deltas))
                 deltas = []
             if self.ended:
-                self.unused = left
+                self.unused = len(tokens) - i
                 break
         return pieces
 
