@@ -12,16 +12,18 @@ from ..streaming.model import streaming_of
 SHARE = 0.85  # of the machine's memory, for a model that no budget was given for
 
 
-def plan_prompt(model: Model, context: int) -> PromptPlan:
+def plan_prompt(model: Model, context: int, weight_bytes: int | None = None) -> PromptPlan:
     """Plan a prompt and what follows it, ``context`` tokens together.
 
     The prefill step is the one that the model was loaded with or its budget was planned for; else
-    the largest that fits in the machine's memory.
+    the largest that fits in the machine's memory. ``weight_bytes`` are the model's, for callers
+    that have counted them.
     """
     args, streamed = model.args, streaming_of(model) is not None
     float_bytes = _float_bytes(model)
     ranks = 1 if model.ranks is None else model.ranks.size
-    weights, cache = model.weight_bytes, cache_bytes(args, context, cache_format(model))
+    weights = model.weight_bytes if weight_bytes is None else weight_bytes
+    cache = cache_bytes(args, context, cache_format(model))
 
     def plan(step: int) -> PromptPlan:
         temporaries = chunk_bytes(args, step, context, float_bytes, streamed, ranks)

@@ -207,7 +207,8 @@ class Turns:
 
     def _chunk_size(self, rows: Sequence[Row]) -> int:
         """How many tokens of these texts' prompts memory was planned for, taken at once."""
-        return plan_prompt(self._model, max(row.most for row in rows)).prefill_step_size
+        most = max(row.most for row in rows)
+        return plan_prompt(self._model, most, self._weight_bytes).prefill_step_size
 
     def _step(self, ahead: bool = True) -> None:
         began, before = time.perf_counter(), sum(len(row.known) for row in self._batch.rows)
