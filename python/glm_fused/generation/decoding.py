@@ -24,6 +24,7 @@ from .tidying import tidy
 
 OnPrompt = Callable[[int, int], None]
 _TIDY = 256  # tokens after which MLX lets go of memory that it keeps
+_PAUSE = 8  # plain steps of which one at most has a thought for drafts, where those do not pay
 
 
 class Stopped(Exception):
@@ -113,6 +114,9 @@ class Decoding:
         self._lockstep = Alone() if drafting is None else steps_of(model)
         self._ahead: _Ahead | None = None
         self._ready: float | None = None  # when there was a token whose next was on its way
+        # Plain steps without a thought for drafts, now and in a row; their tokens and states.
+        self._rest, self._pause = 0, 1
+        self._waiting: list[tuple[int, mx.array | None]] = []
         self.statistics = Statistics()
 
     def steps(self, on_prompt: OnPrompt = lambda done, total: None) -> Generator[Step]:
@@ -159,18 +163,21 @@ class Decoding:
     def _some(self) -> list[Step]:
         """One plain step, or one with drafts."""
         drafting = self._drafting
-        plan = None if drafting is None else drafting.next(self._left)
+        if drafting is None or self._rest:
+            return self._plain(1)
+        plan = drafting.next(self._left)
         if plan is None:
             steps = self._plain(1)
-            self._review()
+            self._review(drafting)
+            self._rest = min(self._pause - 1, drafting.depth.rest)
+            self._pause = min(2 * self._pause, _PAUSE)
             return steps
+        self._pause = 1
         return self._plain(0) if self._ahead else self._drafted(plan)
 
-    def _review(self) -> None:
+    def _review(self, drafting: Drafting) -> None:
         """See whether there should have been drafts, now and then."""
-        if self._drafting is None:
-            return
-        (drafter, depth), began = self._drafting, time.perf_counter()
+        (drafter, depth), began = drafting, time.perf_counter()
         if (found := drafter.reviewable()) is not None and depth.reviews(*found):
             self._ready = None
             self._follow("looks back")
@@ -191,13 +198,30 @@ class Decoding:
         token = cast(int, now.token.item())
         self._ready = time.perf_counter() if ahead else None
         if self._drafting is not None:
-            drafter, depth = self._drafting
             seconds = self._ready - before if before and self._ready and steady else None
+            seconds = self._lockstep.follow(now.begun, seconds)
+            self._note(self._drafting, token, now.hidden, seconds)
+        self._known.append(token)
+        self._left -= 1
+        return [Step(token, now.logits, 0)]
+
+    def _note(
+        self, drafting: Drafting, token: int, hidden: mx.array | None, seconds: float | None
+    ) -> None:
+        """A plain step has given a token; while there is no thought for drafts it only waits."""
+        (drafter, depth), waiting = drafting, self._waiting
+        waiting.append((token, hidden))
+        self._rest = max(self._rest - 1, 0)
+        if self._rest:
+            return
+        if len(waiting) == 1:
             for kind, stayed in drafter.unmade(token):
                 depth.count_unmade(kind, stayed)
-            depth.count_plain(self._lockstep.follow(now.begun, seconds))
-        self._extend([token], now.hidden)
-        return [Step(token, now.logits, 0)]
+        depth.count_plain(seconds, len(waiting))
+        with mx.stream(generation_stream):
+            for each, states in waiting:
+                drafter.extend([each], states)
+        waiting.clear()
 
     def _launch(self, token: mx.array, ahead: Sequence[mx.array]) -> _Ahead:
         """A plain step that takes a token [1], of those ``ahead`` of the known ones the last."""
@@ -227,7 +251,10 @@ class Decoding:
         seconds = self._lockstep.shared(time.perf_counter() - began)
         del tokens[count + 1 :]
         self._trim(depth - count)
-        self._extend(tokens, None if hidden is None else hidden[:, : count + 1])
+        self._known.extend(tokens)
+        self._left -= len(tokens)
+        with mx.stream(generation_stream):
+            drafter.extend(tokens, None if hidden is None else hidden[:, : count + 1])
         self.statistics.count_drafts(kind.source, depth, count)
         self._drafting.depth.count(plan, count, seconds)
         return [Step(token, logits, row) for row, token in enumerate(tokens)]
@@ -252,14 +279,6 @@ class Decoding:
         if self._drafting is not None and self._drafting.drafter.needs_hidden:
             return self._model.states(tokens, self._cache)
         return self._model(tokens, self._cache), None
-
-    def _extend(self, tokens: list[int], hidden: mx.array | None) -> None:
-        """The text goes on with these tokens."""
-        self._known.extend(tokens)
-        self._left -= len(tokens)
-        if self._drafting is not None:
-            with mx.stream(generation_stream):
-                self._drafting.drafter.extend(tokens, hidden)
 
     def _trim(self, columns: int) -> None:
         """Have the cache forget its last columns, if any."""

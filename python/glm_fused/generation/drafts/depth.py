@@ -91,13 +91,18 @@ class Depth:
             return None
         return Plan(kind, depth)
 
-    def count_plain(self, seconds: float | None) -> None:
-        """A plain step took so long; None where it was not like others."""
+    @property
+    def rest(self) -> int:
+        """How many plain steps need no thought after one, as no draft can be afforded before."""
+        return 0 if self._plain else self._rest
+
+    def count_plain(self, seconds: float | None, steps: int = 1) -> None:
+        """A plain step took so long, the last of some; None where it was not like others."""
         experience = self._experience
-        experience.purse.fill()
-        self._purse.fill()
-        self._since += 1
-        self._rest = max(self._rest - 1, 0)
+        experience.purse.fill(steps)
+        self._purse.fill(steps)
+        self._since += steps
+        self._rest = max(self._rest - steps, 0)
         if seconds is not None:
             experience.add_plain(seconds)
             self._plain, self._since, self._beside = max(self._plain - 1, 0), 0, _BESIDE

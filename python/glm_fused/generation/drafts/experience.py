@@ -107,9 +107,9 @@ class Purse:
     def __init__(self, first: float, share: float):
         self._first, self._share, self.spare = first, share, first
 
-    def fill(self) -> None:
-        """There was a plain step."""
-        self.spare = min(self.spare + self._share, 10 * self._first)
+    def fill(self, steps: int) -> None:
+        """There were so many plain steps."""
+        self.spare = min(self.spare + steps * self._share, 10 * self._first)
 
     def spend(self, cost: float) -> None:
         """So much was spent."""

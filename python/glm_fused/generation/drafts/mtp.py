@@ -36,7 +36,6 @@ class MtpDrafter(Drafter):
         self._prompt, self._priming = list[int](), Priming(model)
         self._tokens: list[int] = []  # those without a row
         self._hidden: list[mx.array] = []  # and the states that belong to them, [1, l, hidden]
-        self._due = False  # whether there may be a review now
 
     def start(self, prompt: Sequence[int], cached: int = 0) -> None:
         # The layer sees what the model computes now: rows are relative to one another, so that a
@@ -51,11 +50,8 @@ class MtpDrafter(Drafter):
 
     def extend(self, tokens: Sequence[int], hidden: mx.array | None) -> None:
         assert hidden is not None
-        before = len(self._tokens)
         self._tokens.extend(tokens)
         self._hidden.append(hidden)
-        # Once for so many tokens it is worth a thought.
-        self._due = (before - 1) // _REVIEWED < (len(self._tokens) - 1) // _REVIEWED
         if len(self._tokens) > MOST_WAITING:
             self._append(len(self._tokens))
             mx.async_eval([entry.keys for entry in self._cache.caches])
@@ -68,7 +64,7 @@ class MtpDrafter(Drafter):
 
     def reviewable(self) -> tuple[Kind, int] | None:
         waiting = len(self._tokens)
-        return (Kind(MTP), waiting) if self._due and waiting > _REVIEWED else None
+        return (Kind(MTP), waiting) if waiting > _REVIEWED else None
 
     def review(self) -> list[bool]:
         if before := len(self._tokens) - 1 - _REVIEWED:
