@@ -140,6 +140,8 @@ class Decoding:
                     yield step
                     if given % _TIDY == 0:
                         tidy(self._model)
+            if self._drafting is not None:
+                self._tell(self._drafting.drafter)
         finally:
             self._trim(self._cache[0].size() - size - given)
 
@@ -218,10 +220,14 @@ class Decoding:
             for kind, stayed in drafter.unmade(token):
                 depth.count_unmade(kind, stayed)
         depth.count_plain(seconds, len(waiting))
+        self._tell(drafter)
+
+    def _tell(self, drafter: Drafter) -> None:
+        """Tell what makes drafts of the tokens that wait."""
         with mx.stream(generation_stream):
-            for each, states in waiting:
-                drafter.extend([each], states)
-        waiting.clear()
+            for token, hidden in self._waiting:
+                drafter.extend([token], hidden)
+        self._waiting.clear()
 
     def _launch(self, token: mx.array, ahead: Sequence[mx.array]) -> _Ahead:
         """A plain step that takes a token [1], of those ``ahead`` of the known ones the last."""
