@@ -98,6 +98,7 @@ def test_layers_on_metal_say_what_they_launch():
         assert kernel["seconds"] >= 0 and kernel["threadgroup_bytes"] >= 0
 
 
+@pytest.mark.slow
 @simulated_only
 def test_stages_prompts_and_streaming_run_on_metal():
     found = measured(ON_METAL, "stages", "prompts", "streaming", "bandwidth")

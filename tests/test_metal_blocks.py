@@ -316,7 +316,12 @@ def test_errors_name_the_op_and_its_argument():
 
 
 @pytest.mark.parametrize(
-    "name, kv_format", [("affine4", "auto"), ("fp8", "fp8"), ("not interleaved", "auto")]
+    "name, kv_format",
+    [
+        ("affine4", "auto"),
+        pytest.param("fp8", "fp8", marks=pytest.mark.slow),
+        pytest.param("not interleaved", "auto", marks=pytest.mark.slow),
+    ],
 )
 def test_whole_models(tmp_path, name, kv_format):
     """Two sequences of a model, with a cache that is trimmed on the way."""

@@ -316,6 +316,7 @@ def kinds_of_layers(model):
     return len(layers), sum(x.is_sparse for x in layers), sum(x.is_full for x in layers)
 
 
+@pytest.mark.slow
 def test_demo_model_decodes_as_on_the_cpu():
     model, tokenizer = load(bundled_folder())
     prompt, steps = tokenizer.encode(PROMPT)[:90], 32

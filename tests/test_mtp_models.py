@@ -163,6 +163,7 @@ def test_a_failed_read_of_a_draft_raises(folder, tmp_path):
         mx.eval(model.states(tokens, cache))
 
 
+@pytest.mark.slow
 def test_metal_gives_the_same_bits(folder, expected):
     with metal():
         model, _ = load_model(folder, mtp=True)

@@ -112,6 +112,7 @@ def likelihood_of(engine, context, choice):
     return sum(values), values == greedy
 
 
+@pytest.mark.slow
 def test_chats_are_generated(engine, folder):
     with served(engine) as server:
         arguments = ("local-chat-completions", "/v1/chat/completions", ["texts"])

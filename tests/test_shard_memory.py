@@ -14,7 +14,7 @@ PROGRAM = ring.TESTS / "shard_memory_program.py"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("shard", ["tensor", "pipeline"])
+@pytest.mark.parametrize("shard", ["tensor", pytest.param("pipeline", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", ["mlx", pytest.param("hf", marks=pytest.mark.slow)])
 def test_a_rank_holds_its_share(tmp_path, layout, shard):
     """Of a pipeline one rank has two of the four layers with experts, as the other has."""

@@ -136,6 +136,7 @@ def test_formats(tmp_path, quantization, layout):
     assert same(run(load_model(tmp_path, stream=stream())[0], steps=3), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(metal_sim.unavailable()), reason=metal_sim.unavailable())
 def test_the_metal_kernels_take_the_slots(folder, resident):
     model, _ = load_model(folder, stream=stream(4))
