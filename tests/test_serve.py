@@ -66,12 +66,12 @@ def test_a_stream_has_the_text_of_the_whole_answer(client, prompt, tokens):
 
 
 def test_a_stream_comes_in_pieces_and_ends_with_done(server):
-    body = {"model": "demo", "messages": CHAT, "max_tokens": 12, "stream": True}
+    body = {"model": "demo", "messages": CHAT, "max_tokens": 200, "stream": True}
     status, headers, found = server.request("POST", "/v1/chat/completions", body)
     assert status == 200 and headers["content-type"].startswith("text/event-stream")
     events = [line for line in found.decode().split("\n\n") if line.startswith("data: ")]
     assert events[-1] == "data: [DONE]"
-    assert len(events) >= 4
+    assert len(events) >= 6
     assert "usage" not in json.loads(events[1].removeprefix("data: "))
 
 
