@@ -45,7 +45,8 @@ def taken(folder, tokens, **options):
     """What a prompt took beyond what was there before, and its completion."""
     gc.collect()  # an earlier engine
     mx.synchronize()
-    before = mx.get_active_memory()
+    _ext.reset_peak_scratch()  # to what recorded steps of other engines hold
+    before = mx.get_active_memory() + _ext.peak_scratch_bytes()
     prompt = np.random.default_rng(0).integers(3, 250, tokens).tolist()
     with Engine(folder, EngineOptions(**options)) as engine:
         engine.tokenizer._eos_token_ids = set()
