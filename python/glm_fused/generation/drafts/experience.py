@@ -12,7 +12,7 @@ from ..limits import MOST_DRAFTS
 from .drafter import Kind
 
 _PLAIN = 7  # plain steps of which the median is what one costs
-_FEW, _SAMPLES = 3, 7  # samples of a cost with which it is known, and of which a low one is it
+_FEW, _SAMPLES = 3, 7  # samples of a cost with which it is known, and of which the median is it
 USUAL_ACCEPTANCE = 0.7  # a draft's, until something is known of it
 _USUAL_COST = 0.3  # and in plain steps what it costs
 _HOPE = 0.9  # of what steps of other lengths suggest, so that a length that may pay is tried
@@ -38,9 +38,10 @@ class Average:
 
 
 class Cost:
-    """What a step costs: one of the last samples below most, as what interrupts a step adds to it.
+    """What a step costs: the median of the last samples, as it is of plain steps.
 
-    The first is left out: it prepares the others.
+    Lower ones would make drafts look good where all steps are interrupted now and then. The first
+    is left out: it prepares the others.
     """
 
     def __init__(self) -> None:
@@ -61,7 +62,7 @@ class Cost:
         """The cost; where it is not known yet what is ``expected``, or less if a sample was."""
         if not self.known:
             return min([expected, *self._samples])
-        return sorted(self._samples)[len(self._samples) // 3]
+        return median(self._samples)
 
 
 class Costs:
