@@ -213,7 +213,8 @@ def test_the_command_line(capsys):
     code, out, _ = run("--draft", "3", "--ab")
     assert code == 0
     assert "bit-identical: yes" in out
-    for wrong, message in ((("--draft", "0"), "1 to 8"), (("--draft-from", "x"), "needs --draft")):
+    depths = "expected auto, off or an integer from 1 to 8"
+    for wrong, message in ((("--draft", "0"), depths), (("--draft-from", "x"), "needs --draft")):
         code, _, err = run(*wrong)
         assert code == 2
         assert message in err

@@ -10,7 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..checkpoint.hub_names import FORM
 from ..formats.kv_rows import KV_FORMATS
@@ -151,7 +151,10 @@ def add_drafts(parser: argparse.ArgumentParser) -> None:
 
 
 def _draft(text: str) -> int | str:
-    return text if text in (AUTO, OFF) else integer(1, MOST_DRAFTS)(text)
+    if text in (AUTO, OFF):
+        return text
+    expected = f"{AUTO}, {OFF} or an integer from 1 to {MOST_DRAFTS}"
+    return cast(int, _parser(int, lambda n: 1 <= n <= MOST_DRAFTS, expected)(text))
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
