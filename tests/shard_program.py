@@ -1,8 +1,10 @@
 """A rank of some models: what `steps_of` gives of each, saved in ``FOLDER/MODEL.RANK.npz``.
 
-``python shard_program.py FOLDER rows|columns MODEL...``; with ``columns`` one matrix of each model
-is split along the columns of its rows, as it must not be. The indexer's scores are shared out
-wherever they can be. With the environment's MTP "0" models are without their MTP layer.
+``python shard_program.py FOLDER rows|columns|recorded|unjoined MODEL...``; with ``columns`` one matrix of
+each model is split along the columns of its rows, as it must not be. The indexer's scores are
+shared out wherever they can be; with ``recorded`` nowhere, so that decode steps are recorded, and
+the last array is how many were; with ``unjoined`` steps are recorded without their gathers, as they
+must not be. With the environment's MTP "0" models are without their MTP layer.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from glm_fused.models.ranks import Ranks
 
 
 def steps_of(model, decoded=3):
-    """The logits of a prompt, steps, a step of three tokens, a draft and a batch, in order.
+    """The logits of a prompt, steps, a step of three tokens, drafts and a batch, in order.
 
     The prompt is longer than what a query selects.
     """
@@ -37,8 +39,10 @@ def steps_of(model, decoded=3):
         found.append(logits)
     found.append(model(tokens[:, -3:], cache))
     if model.args.has_mtp:
-        drafted, _, _ = model.draft(tokens[:, :1], hidden[:, -1:], model.make_mtp_cache())
-        found.append(drafted)
+        drafts = model.make_mtp_cache()
+        for i in range(2):
+            drafted, hidden, _ = model.draft(tokens[:, i : i + 1], hidden[:, -1:], drafts)
+            found.append(drafted)
     padding = [0, 5]
     batch = [CacheList(*(BatchKVCache(padding) for _ in layer.caches)) for layer in cache]
     pair = mx.concatenate([tokens[:, :20], tokens[:, 20:40]])
@@ -81,10 +85,37 @@ def split_by_columns(model, path, ranks, group):
     model.layers[0].self_attn.o_proj = ByColumns(weight, ranks, group)
 
 
+def counted_steps():
+    """A list that gets the gathers of each recorded step that is made from now on."""
+    counted, made = [], Ranks.made
+
+    def count(ranks, last, traffic):
+        counted.append(traffic.gathers)
+        made(ranks, last, traffic)
+
+    Ranks.made = count
+    return counted
+
+
+def leave_gathers_out():
+    """Have recorded steps take what a rank computed for what all others did, too."""
+    apart = Ranks.apart
+
+    def alone(ranks, make):
+        with ranks.alone():
+            return apart(ranks, make)
+
+    Ranks.apart = alone
+
+
 def main(folder, split, *paths):
     mtp = os.environ.get("MTP") != "0"
     mx.set_default_device(mx.cpu)
-    sharded_indexer.CPU = sharded_indexer.Price(-(1 << 62), 0)
+    never = split in ("recorded", "unjoined")
+    sharded_indexer.CPU = sharded_indexer.Price(1 << 62 if never else -(1 << 62), 0)
+    recorded = counted_steps()
+    if split == "unjoined":
+        leave_gathers_out()
     group = mx.distributed.init(strict=True, backend="ring")
     for path in map(Path, paths):
         ranks = Ranks(group)
@@ -96,7 +127,11 @@ def main(folder, split, *paths):
         elif ranks.rank == 0:
             with ranks.alone():
                 mx.eval(model(mx.arange(8)[None]))  # waits for nobody
-        np.savez(f"{folder}/{path.name}.{ranks.rank}.npz", **bits(steps_of(model)))
+        recorded.clear()
+        found = bits(steps_of(model))
+        if never:
+            found["recorded"] = np.array(len(recorded))
+        np.savez(f"{folder}/{path.name}.{ranks.rank}.npz", **found)
 
 
 if __name__ == "__main__":

@@ -296,16 +296,16 @@ def test_whole_models(tmp_path, monkeypatch, name, kv_format):
 
 def test_biases_and_adapters_are_left_to_the_ops():
     biased = Model(args_from_config(tiny_config(attention_bias=True)))
-    assert not any(layer.self_attn.is_plain() for layer in biased.layers)
+    assert not any(layer.self_attn.is_recordable() for layer in biased.layers)
     tokens, layer = mx.array([[3, 5, 7]]), biased.layers[1].self_attn
     before = biased(tokens)
     layer.o_proj.bias = mx.ones(layer.o_proj.bias.shape)
     assert mx.abs(biased(tokens) - before).max().item() > 0
     model = Model(args_from_config(tiny_config()))
-    assert all(layer.self_attn.is_plain() for layer in model.layers)
+    assert all(layer.self_attn.is_recordable() for layer in model.layers)
     layer = model.layers[0].self_attn
     layer.o_proj = LoRALinear.from_base(layer.o_proj, r=4)
-    assert not layer.is_plain()
+    assert not layer.is_recordable()
 
 
 def nodes(tmp_path, *outputs):

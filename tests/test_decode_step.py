@@ -480,7 +480,7 @@ def test_what_does_not_fit_is_refused(model):
     fresh = copy.deepcopy(model)
     cache = fresh.make_cache()
     mx.eval(fresh(mx.array([[1, 2, 3]]), cache), fresh(mx.array([[1]]), cache))
-    (step,) = fresh._steps._parts.steps.values()
+    ((step, _),) = fresh._steps._parts.steps.values()
     x, tokens = mx.zeros((1, 2, 1, 128), mx.bfloat16), mx.array([[1]])
 
     def decode(start):

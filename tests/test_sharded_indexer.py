@@ -16,7 +16,7 @@ from glm_fused.models.cache import Span
 from glm_fused.models.config import args_from_config
 from glm_fused.models.indexer import Indexer
 from glm_fused.models.ranks import Ranks
-from glm_fused.models.sharded_indexer import Price, ShardedIndexer, keys_pay
+from glm_fused.models.sharded_indexer import Price, ShardedIndexer, keys_pay, pays
 
 ALWAYS = Price(-(1 << 62), 0)
 TOPK = 24
@@ -144,14 +144,13 @@ def test_a_wrong_merge_is_noticed(monkeypatch, order):
 def test_when_it_pays(monkeypatch):
     """As the table in `glm_fused.models.shard` says, of GLM-5.2's sizes."""
     monkeypatch.undo()
-    shared = ShardedIndexer.of(indexer(32, 128, index_topk=2048), Meeting(2))
     sizes = 2048, 32 * 128, 2
     assert not keys_pay(1, 10_752, *sizes)
     assert keys_pay(1, 10_753, *sizes)
-    assert shared._pays_by_queries(1, 512, 2049)
-    assert not shared._pays_by_queries(1, 20, 1 << 20)  # 10 are no prompt for Metal
+    assert pays(1, 512, 2049, *sizes)
+    assert not pays(1, 20, 1 << 20, *sizes)  # 10 are no prompt for Metal
     with metal():
         assert not keys_pay(1, 155_648, *sizes)
         assert keys_pay(1, 155_649, *sizes)
-        assert not shared._pays_by_queries(1, 512, 8_448)
-        assert shared._pays_by_queries(1, 512, 8_449)
+        assert not pays(1, 512, 8_448, *sizes)
+        assert pays(1, 512, 8_449, *sizes)

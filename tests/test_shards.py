@@ -84,20 +84,38 @@ def test_ranks_give_the_bits_of_one_process(demo, tmp_path, size):
         assert differing(found, demo) == []
 
 
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_steps_are_recorded_with_their_gathers(demo, tmp_path, size):
+    """Three steps of a token, one of three, a draft and a batch's step; first drafts are not."""
+    for found in of_ranks(size, tmp_path, "recorded"):
+        assert found.pop("recorded") == 6
+        assert differing(found, demo) == []
+
+
+def test_steps_without_their_gathers_are_noticed(demo, tmp_path):
+    for found in of_ranks(2, tmp_path, "unjoined"):
+        assert found.pop("recorded") == 6
+        assert len(differing(found, demo)) >= 6
+
+
 def test_a_matrix_split_by_columns_is_noticed(demo, tmp_path):
     for found in of_ranks(2, tmp_path, "columns"):
         assert len(differing(found, demo)) > len(demo) // 2
 
 
 @pytest.mark.slow
-def test_kinds_of_models(tmp_path):
+@pytest.mark.parametrize("split", ["rows", "recorded"])
+def test_kinds_of_models(tmp_path, split):
     for name, (config, how) in KINDS.items():
         write_checkpoint(tmp_path / name, config, mtp=True, **how)
     paths = [tmp_path / name for name in KINDS]
-    found = of_ranks(2, tmp_path, models=paths)
+    found = of_ranks(2, tmp_path, split, models=paths)
     for i, path in enumerate(paths):
-        expected = alone(path)
-        assert [differing(each, expected) for each in found[2 * i : 2 * i + 2]] == [[], []], path
+        expected, of_both = alone(path), found[2 * i : 2 * i + 2]
+        if split == "recorded":  # biases are left to the layers
+            has_biases = "mxfp4" in str(path)
+            assert [each.pop("recorded") for each in of_both] == [0 if has_biases else 6] * 2, path
+        assert [differing(each, expected) for each in of_both] == [[], []], path
 
 
 @pytest.mark.parametrize(("count", "ranks", "together"), [(64, 3, 1), (8, 8, 1), (1216, 3, 8)])

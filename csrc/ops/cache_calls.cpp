@@ -1,6 +1,7 @@
 #include "ops/cache_calls.h"
 
 #include <algorithm>
+#include <span>
 
 #include "appended_rows.h"
 #include "cache_primitives.h"
@@ -103,13 +104,18 @@ bool CacheCalls::fit(const Arrays& caches, int rows) const {
   return rows <= most_ && std::ranges::equal(caches, caches_, same);
 }
 
-void CacheCalls::run(int rows, const cpu::Tasks& logits) noexcept {
+void CacheCalls::begin(int rows, const cpu::Tasks& logits) noexcept {
   filled_ = rows;
   for (Target& target : targets_) {
     share_rows(caches_[target.cache], rows - plan_.length, target.rows);
   }
-  units_[plan_.unit_of[plan_.program.outputs[0].call]] = &logits;
-  plan_.schedule->run(units_);
+  if (plan_.makes_logits()) {
+    units_[plan_.unit_of[plan_.program.outputs[0].call]] = &logits;
+  }
+}
+
+void CacheCalls::run(StepPlan::Segment& segment) noexcept {
+  segment.schedule.run(std::span(units_).subspan(segment.first));
 }
 
 }  // namespace glm_fused

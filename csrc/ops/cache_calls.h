@@ -23,9 +23,13 @@ class CacheCalls {
   // Whether it can run on these caches, with so many rows.
   bool fit(const Arrays& caches, int rows) const;
 
-  // Runs a step after which the caches have `rows` rows. `logits` is its last
-  // call. One thread at a time may be in it.
-  void run(int rows, const cpu::Tasks& logits) noexcept;
+  // Begins a step after which the caches have `rows` rows. `logits` is its last
+  // call, where that makes what is given away. One step at a time may be under
+  // way.
+  void begin(int rows, const cpu::Tasks& logits) noexcept;
+
+  // Runs a segment of it, in their order.
+  void run(StepPlan::Segment& segment) noexcept;
 
  private:
   // The rows of a cache that are written.

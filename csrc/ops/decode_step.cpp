@@ -143,40 +143,85 @@ class DecodeStepNode : public mx::Primitive {
     return other[0];
   }
 
+  // A step on its way through the stream.
+  struct Run {
+    std::shared_ptr<DecodeStep::Plan> plan;
+    std::shared_ptr<CacheCalls> calls;
+    int rows;
+    std::vector<cpu::Tasks> before;  // the segments
+    cpu::Tasks logits, others;
+    std::vector<std::shared_ptr<mx::array::Data>> memory;
+
+    void begin() noexcept {
+      calls->begin(rows, logits);
+    }
+
+    void segment(size_t number) noexcept {
+      for (const auto& task : before[number]) {
+        task->run();
+      }
+      using Clock = std::chrono::steady_clock;
+      const auto start = Clock::now();
+      calls->run(plan->step.segments[number]);
+      run_nanoseconds += std::chrono::nanoseconds(Clock::now() - start).count();
+    }
+
+    void end() noexcept {
+      for (const auto& task : others) {
+        task->run();
+      }
+    }
+  };
+
   void enqueue(const Arrays& inputs, Arrays& outputs) {
+    StepPlan& step = plan_->step;
+    const size_t count = step.segments.size();
+    const auto run = std::make_shared<Run>(
+        plan_, calls_, at_ + step.length, std::vector<cpu::Tasks>(count));
+    run->memory = memory_;
     cpu::Together together(stream());
-    const Arrays& own = plan_->step.inputs;
-    for (size_t i = 0; i < own.size() - plan_->step.caches; i++) {
-      cpu::copy(*this, inputs[i], own[i]);
+    for (size_t i = 0; i < step.inputs.size() - step.caches; i++) {
+      cpu::copy(*this, inputs[i], step.inputs[i]);
     }
     for (const auto& [from, to] : moved_) {
       cpu::copy(*this, from, to);
     }
-    cpu::Tasks before = together.take();
-    cpu::Tasks logits = logits_task(outputs[0], together);
-    cpu::Tasks others = tasks_of_others(outputs, together);
+    run->before[0] = together.take();
+    if (step.makes_logits()) {
+      run->logits = logits_task(outputs[0], together);
+    } else {
+      give(0, outputs[0]);
+    }
+    for (int i = 0; i < step.others; i++) {
+      give(1 + step.caches + i, outputs[1 + i]);
+    }
+    run->others = together.take();
     outputs.back().set_data(mx::allocator::malloc(0));
-    cpu::enqueue(
-        stream(),
-        [plan = plan_,
-         calls = calls_,
-         rows = at_ + plan_->step.length,
-         before = std::move(before),
-         logits = std::move(logits),
-         others = std::move(others),
-         memory = memory_]() noexcept {
-          for (const auto& task : before) {
-            task->run();
-          }
-          using Clock = std::chrono::steady_clock;
-          const auto start = Clock::now();
-          calls->run(rows, logits);
-          run_nanoseconds +=
-              std::chrono::nanoseconds(Clock::now() - start).count();
-          for (const auto& task : others) {
-            task->run();
-          }
-        });
+    for (size_t i = 0; i < count; i++) {
+      cpu::enqueue(stream(), [run, i, count]() noexcept {
+        if (i == 0) {
+          run->begin();
+        }
+        run->segment(i);
+        if (i + 1 == count) {
+          run->end();
+        }
+      });
+      if (i + 1 < count) {
+        gather(step.segments[i].gather);
+        run->before[i + 1] = together.take();
+      }
+    }
+  }
+
+  // Enqueues what waits for the other ranks, and makes the copy of what it
+  // gathers to where the step's calls expect it.
+  void gather(int number) {
+    StepPlan& step = plan_->step;
+    const Call& call = step.program.calls[number];
+    Arrays gathered = unfilled(call);
+    call.primitive->eval_cpu({step.value(call.inputs[0])}, gathered);
+    cpu::copy(*this, gathered[0], step.made[number][0]);
   }
 
   // Returns what makes the logits of what the step's other calls make.
@@ -186,8 +231,7 @@ class DecodeStepNode : public mx::Primitive {
     const Call& call = step.program.calls[number];
     Arrays in, out = step.made[number];
     for (const Value& v : call.inputs) {
-      in.push_back(
-          v.call < 0 ? step.input(v.output) : step.made[v.call][v.output]);
+      in.push_back(step.value(v));
     }
     out[output] = logits;
     together.use_slot(step.unit_of[number] % cpu::Schedule::kSlots);
@@ -195,17 +239,12 @@ class DecodeStepNode : public mx::Primitive {
     return together.take();
   }
 
-  // Returns what copies the outputs besides the logits, which are small, from
-  // where the step's calls make them.
-  cpu::Tasks tasks_of_others(Arrays& outputs, cpu::Together& together) {
-    const StepPlan& step = plan_->step;
-    for (int i = 0; i < step.others; i++) {
-      const Value& made = step.other(i);
-      Arrays other = {outputs[1 + i]};
-      cpu::allocate(*this, other);
-      cpu::copy(*this, step.made[made.call][made.output], outputs[1 + i]);
-    }
-    return together.take();
+  // Copies an output of the program from where the step's calls make it.
+  void give(int number, mx::array& output) {
+    Arrays given = {output};
+    cpu::allocate(*this, given);
+    cpu::copy(
+        *this, plan_->step.value(plan_->step.program.outputs[number]), output);
   }
 
   const std::shared_ptr<DecodeStep::Plan> plan_;

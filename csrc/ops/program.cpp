@@ -40,7 +40,8 @@ bool is(const char* name, const mx::Primitive& primitive) {
 
 bool is_known(const mx::Primitive& primitive) {
   return is_one_of(kViews, primitive) || is_one_of(kRows, primitive) ||
-      is("Concatenate", primitive) || is("Multiply", primitive);
+      is("Concatenate", primitive) || is("Multiply", primitive) ||
+      is("Add", primitive) || is("AllGather", primitive);
 }
 
 bool is_ours(const mx::Primitive& primitive) {
@@ -164,6 +165,26 @@ struct Multiply {
   }
 };
 
+// Adds floats, which lie back to back, and rounds each sum once.
+struct Add {
+  const mx::array &x, &y;
+  mx::array& out;
+
+  void run() const {
+    constexpr size_t kValues = 4096;  // so many are loaded at once
+    float sums[kValues], addends[kValues];
+    for (size_t at = 0; at < out.size(); at += kValues) {
+      const int count = static_cast<int>(std::min(kValues, out.size() - at));
+      cpu::load_values(x, at, count, sums);
+      cpu::load_values(y, at, count, addends);
+      for (int i = 0; i < count; i++) {
+        sums[i] += addends[i];
+      }
+      cpu::store_row(out, at, sums, count);
+    }
+  }
+};
+
 // What a program may have of MLX's own ops, run for the node `owner`.
 class Evaluation {
  public:
@@ -175,6 +196,8 @@ class Evaluation {
       concatenate(in, join.state(), out[0]);
     } else if (is("Multiply", primitive)) {
       multiply(in, out);
+    } else if (is("Add", primitive)) {
+      add(in, out);
     } else if (in[0].dtype() == out[0].dtype()) {
       share_rows(in_rows(in[0]), out[0]);
     } else {
@@ -203,6 +226,16 @@ class Evaluation {
     }
     const auto make = [](auto& from, auto& to, cpu::Scratch&, int) {
       return Multiply{from[0], from[1], to[0]};
+    };
+    cpu::dispatch(owner_, {in_rows(in[0]), in_rows(in[1])}, out, make);
+  }
+
+  void add(const Arrays& in, Arrays& out) {
+    if (!mx::issubdtype(out[0].dtype(), mx::floating)) {
+      throw std::runtime_error("[program] sums must be floats but are not.");
+    }
+    const auto make = [](auto& from, auto& to, cpu::Scratch&, int) {
+      return Add{from[0], from[1], to[0]};
     };
     cpu::dispatch(owner_, {in_rows(in[0]), in_rows(in[1])}, out, make);
   }
@@ -240,6 +273,10 @@ class Evaluation {
 
 Program record(const Arrays& inputs, const Arrays& outputs) {
   return Recorder(inputs).record(outputs);
+}
+
+bool is_gather(const Call& call) {
+  return is("AllGather", *call.primitive);
 }
 
 Arrays unfilled(const Call& call) {

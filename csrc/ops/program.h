@@ -49,6 +49,10 @@ class ProgramPrimitive : public mx::Primitive {
 // of arrays. Throws std::runtime_error for others.
 Program record(const Arrays& inputs, const Arrays& outputs);
 
+// Whether a call gathers what several ranks made. It waits for them, on the
+// stream, and makes new memory each time it is evaluated.
+bool is_gather(const Call& call);
+
 // Returns arrays for what a call makes.
 Arrays unfilled(const Call& call);
 

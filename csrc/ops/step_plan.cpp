@@ -36,34 +36,55 @@ StepPlan::StepPlan(mx::Stream s, Program p, const Arrays& in, int cache_count)
   for (int i = 0; i < caches; i++) {
     check_cache(i);
   }
+  check_output(0);
   for (int i = 0; i < others; i++) {
-    check_other(i);
+    check_output(1 + caches + i);
   }
 }
 
 void StepPlan::prepare(mx::Primitive& owner) {
   cpu::Together together(stream);
-  std::vector<std::vector<int>> needs;  // by unit
+  std::vector<std::vector<int>> needs;  // by unit of the segment at hand
   std::vector<std::vector<int>> after;  // by call: the units it comes after
+  int first = 0;                        // unit of the segment
+  const auto end_segment = [&](int gather) {
+    segments.push_back({first, gather, cpu::Schedule(needs)});
+    first += static_cast<int>(needs.size());
+    needs.clear();
+  };
   for (size_t i = 0; i < program.calls.size(); i++) {
-    const int unit = static_cast<int>(needs.size());
-    add(static_cast<int>(i), owner, together, unit);
-    after.emplace_back();
+    const int number = static_cast<int>(i);
+    const int unit = first + static_cast<int>(needs.size());
+    add(number, owner, together, unit);
+    std::vector<int> before;
     for (const Value& v : program.calls[i].inputs) {
       if (v.call >= 0) {
-        const auto& before = after[v.call];
-        after.back().insert(after.back().end(), before.begin(), before.end());
+        before.insert(before.end(), after[v.call].begin(), after[v.call].end());
       }
     }
     const bool is_view = kinds[i] == Kind::first_rows ||
         (kinds[i] == Kind::alike && tasks[i].empty());
-    unit_of.push_back(is_view ? -1 : unit);
-    if (!is_view) {
-      needs.push_back(std::exchange(after.back(), {unit}));
+    if (kinds[i] == Kind::gather) {
+      end_segment(number);
+      unit_of.push_back(-1);
+      after.emplace_back();  // all that comes next comes after it
+    } else if (is_view) {
+      unit_of.push_back(-1);
+      after.push_back(std::move(before));
+    } else {
+      std::vector<int> here;
+      for (int other : before) {
+        if (other >= first) {
+          here.push_back(other - first);
+        }
+      }
+      needs.push_back(std::move(here));
+      unit_of.push_back(unit);
+      after.push_back({unit});
     }
   }
-  schedule = std::make_unique<cpu::Schedule>(needs);
-  units.resize(needs.size());
+  end_segment(-1);
+  units.resize(first);
   for (size_t i = 0; i < tasks.size(); i++) {
     if (unit_of[i] >= 0 && kinds[i] == Kind::alike) {
       units[unit_of[i]] = &tasks[i];
@@ -84,12 +105,12 @@ void StepPlan::add(
   if (kinds[number] == Kind::alike) {
     Arrays in;
     for (const Value& v : call.inputs) {
-      in.push_back(v.call < 0 ? input(v.output) : made[v.call][v.output]);
+      in.push_back(value(v));
     }
     together.use_slot(unit % cpu::Schedule::kSlots);
     evaluate(owner, call, in, made.back());
     tasks.back() = together.take();
-  } else if (kinds[number] == Kind::read) {
+  } else if (kinds[number] == Kind::read || kinds[number] == Kind::gather) {
     cpu::allocate(owner, made.back());
   }
 }
@@ -115,25 +136,29 @@ StepPlan::Kind StepPlan::kind_of(int number) const {
   const Call& call = program.calls[number];
   const bool cached = std::ranges::any_of(
       call.inputs, [&](const Value& v) { return is_cached(v); });
-  const bool last = number == program.outputs[0].call;
-  if (last && !cached && is<FusedPrimitive>(call)) {
-    return Kind::last;
+  if (!cached && is_gather(call)) {
+    if (call.primitive->stream() != stream) {
+      throw std::runtime_error(
+          "[decode_step] ranks must be gathered from on the step's stream.");
+    }
+    return Kind::gather;
   }
-  if (!last && !cached) {
-    return Kind::alike;
+  if (!cached) {
+    const bool is_last = number == program.outputs[0].call;
+    return is_last && is<FusedPrimitive>(call) ? Kind::last : Kind::alike;
   }
-  if (!last && is<Append>(call)) {
+  if (is<Append>(call)) {
     return Kind::append;
   }
-  if (!last && is<FirstRows>(call)) {
+  if (is<FirstRows>(call)) {
     return Kind::first_rows;
   }
-  if (!last && is<ReadRows>(call)) {
+  if (is<ReadRows>(call)) {
     return Kind::read;
   }
   throw std::runtime_error(
       std::string("[decode_step] ") + call.primitive->name() +
-      " may not take cached rows or give what a step returns.");
+      " may not take cached rows.");
 }
 
 bool StepPlan::is_cached(const Value& v) const {
@@ -158,12 +183,13 @@ void StepPlan::check_cache(int cache) const {
       " must be appended to, once, but is not.");
 }
 
-// What a step gives away besides the logits has to be made in its memory.
-void StepPlan::check_other(int number) const {
-  const auto [call, output] = other(number);
-  if (call < 0 || (kinds[call] != Kind::alike && kinds[call] != Kind::read)) {
+// What a step gives away has to be made by it, and is no cache.
+void StepPlan::check_output(int number) const {
+  const int call = program.outputs[number].call;
+  if (call < 0 || kinds[call] == Kind::append ||
+      kinds[call] == Kind::first_rows) {
     throw std::runtime_error(
-        "[decode_step] output " + std::to_string(1 + number) +
+        "[decode_step] output " + std::to_string(number) +
         " must be made by the step, but is not.");
   }
 }

@@ -1,7 +1,6 @@
 // What a recorded decode step runs (ops/decode_step.h).
 #pragma once
 
-#include <memory>
 #include <vector>
 
 #include "cpu/runtime/dispatch.h"
@@ -11,10 +10,18 @@
 namespace glm_fused {
 
 // The calls that every step makes alike are evaluated once, by `prepare`. Those
-// that append to caches or read them are left to CacheCalls, and the last one,
-// which makes what a step gives away.
+// that append to caches or read them are left to CacheCalls, the last one,
+// which makes what a step gives away, to the step, and those that gather what
+// other ranks made, too: they divide a step into segments.
 struct StepPlan {
-  enum class Kind { alike, append, first_rows, read, last };
+  enum class Kind { alike, append, first_rows, read, gather, last };
+
+  // What runs before the next gather.
+  struct Segment {
+    int first;   // of its units
+    int gather;  // the call that ends it, or -1
+    cpu::Schedule schedule;
+  };
 
   // `in` are the inputs of the program, of which the last `cache_count` stand
   // for caches; its outputs are the logits, each cache with the rows that were
@@ -31,6 +38,15 @@ struct StepPlan {
   const Value& other(int i) const {
     return program.outputs[1 + caches + i];
   }
+  // Whether a call makes the logits in the memory that is given away; else they
+  // are copied there.
+  bool makes_logits() const {
+    return kinds[program.outputs[0].call] == Kind::last;
+  }
+  // Returns what a call makes, or an input of the program or a constant.
+  const mx::array& value(const Value& v) const {
+    return v.call < 0 ? input(v.output) : made[v.call][v.output];
+  }
   // Returns an input of the program, or a constant.
   const mx::array& input(int number) const;
 
@@ -44,15 +60,15 @@ struct StepPlan {
   std::vector<Arrays> made;       // by the calls; of caches without memory
   std::vector<cpu::Tasks> tasks;  // of the calls that are alike
   // Calls with tasks are units of the schedule; views need none.
-  std::vector<int> unit_of;                 // a call's unit, or -1
-  std::vector<const cpu::Tasks*> units;     // null where the call is not alike
-  std::unique_ptr<cpu::Schedule> schedule;  // of one step at a time
+  std::vector<int> unit_of;              // a call's unit, or -1
+  std::vector<const cpu::Tasks*> units;  // null where the call is not alike
+  std::vector<Segment> segments;         // of one step at a time
 
  private:
   Kind kind_of(int number) const;
   bool is_cached(const Value& v) const;
   void check_cache(int cache) const;
-  void check_other(int number) const;
+  void check_output(int number) const;
   void add(int number, mx::Primitive& owner, cpu::Together& together, int unit);
 };
 

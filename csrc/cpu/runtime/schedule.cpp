@@ -25,7 +25,7 @@ Schedule::Schedule(const std::vector<std::vector<int>>& needs)
   parts_.resize(units);
 }
 
-void Schedule::run(const std::vector<const Tasks*>& units) noexcept {
+void Schedule::run(std::span<const Tasks* const> units) noexcept {
   waits_ = needed_;
   running_.clear();
   for (int i = 0; i < static_cast<int>(waits_.size()); i++) {
@@ -43,7 +43,7 @@ void Schedule::run(const std::vector<const Tasks*>& units) noexcept {
 
 // Takes the next part of every unit under way; those that are done make way
 // for their successors.
-void Schedule::gather(const std::vector<const Tasks*>& units) {
+void Schedule::gather(std::span<const Tasks* const> units) {
   part_count_ = 0;
   tiles_ = 0;
   work_ = 0;

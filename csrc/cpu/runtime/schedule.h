@@ -2,6 +2,7 @@
 // side.
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "cpu/runtime/dispatch.h"
@@ -21,7 +22,7 @@ class Schedule {
   // are ready go through their stages together: a stage's tiles are shared out
   // with those of the others. It allocates nothing, and one thread at a time
   // may be in it.
-  void run(const std::vector<const Tasks*>& units) noexcept;
+  void run(std::span<const Tasks* const> units) noexcept;
 
  private:
   // A unit under way: its task at hand, as a kernel in stages if it is one, and
@@ -53,7 +54,7 @@ class Schedule {
   }
   bool next_part(Running& running, const Tasks& tasks);
   void add_part(const Part& part);
-  void gather(const std::vector<const Tasks*>& units);
+  void gather(std::span<const Tasks* const> units);
   void release(int unit);
 
   std::vector<int> needed_;                   // how many, by unit

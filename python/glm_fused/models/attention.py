@@ -10,7 +10,7 @@ from .cache import Span, append
 from .config import ModelArgs
 from .indexer import Indexer
 from .layer_spec import LayerSpec
-from .layers import LayerNorm, Linear, MultiLinear, RMSNorm, is_plain, keeps_dtype
+from .layers import LayerNorm, Linear, MultiLinear, RMSNorm, is_plain, is_recordable, keeps_dtype
 from .rope import Angles
 
 
@@ -79,12 +79,13 @@ class Attention(nn.Module):
         out = self.unembed_out(out.swapaxes(1, 2).astype(queries.dtype))
         return x + self.o_proj(out.swapaxes(1, 2).reshape(*x.shape[:2], -1)), selection
 
-    def is_plain(self) -> bool:
-        """Whether its matrices are all there is: no biases, no adapters, none on other ranks."""
-        return self._projects_plainly() and is_plain(self.unembed_out) and is_plain(self.o_proj)
+    def is_recordable(self) -> bool:
+        """Whether a decode step can be recorded of it: its matrices have no biases or adapters."""
+        after = is_recordable(self.unembed_out) and is_recordable(self.o_proj)
+        return self._projects_plainly() and after
 
     def _projects_plainly(self) -> bool:
-        """`is_plain`, of the matrices that come before the caches."""
+        """Whether the matrices that come before the caches are all there is."""
         indexer = self.indexer if "indexer" in self else None
         return (
             is_plain(self.q_a_proj)

@@ -23,7 +23,7 @@ class Chain(Protocol):
     def roots(self, model: Any) -> Sequence[nn.Module]:
         """All modules that are used, or others that hold them."""
 
-    def is_plain(self, model: Any) -> bool:
+    def is_recordable(self, model: Any) -> bool:
         """Whether the weights of all layers and of the head are arrays in memory."""
 
     def keeps_dtype(self, model: Any, x: mx.array, given: Sequence[mx.array]) -> bool:
@@ -52,9 +52,10 @@ class Decoding:
         """The model itself."""
         return [model]
 
-    def is_plain(self, model: Any) -> bool:
+    def is_recordable(self, model: Any) -> bool:
         """Whether all weights that are used are arrays in memory."""
-        return model.has_plain_head() and all(layer.is_plain() for layer in model.layers)
+        layers = all(layer.is_recordable() for layer in model.layers)
+        return layers and bool(model.has_recordable_head())
 
     def keeps_dtype(self, model: Any, x: mx.array, given: Sequence[mx.array]) -> bool:
         """Whether no norm of the layers widens x."""
@@ -86,9 +87,9 @@ class Drafting:
         shared = [model.lm_head] if "lm_head" in model else []
         return [model.model.mtp, model.model.embed_tokens, *shared]
 
-    def is_plain(self, model: Any) -> bool:
+    def is_recordable(self, model: Any) -> bool:
         """Whether its weights and the head's are arrays in memory."""
-        return bool(model.model.mtp.is_plain() and model.has_plain_head())
+        return bool(model.model.mtp.is_recordable() and model.has_recordable_head())
 
     def keeps_dtype(self, model: Any, x: mx.array, given: Sequence[mx.array]) -> bool:
         """Whether no norm widens x or the hidden states, which are of one type."""

@@ -12,14 +12,15 @@ import mlx.nn as nn
 from .. import _ext
 from ..environment import debug
 from ..ops import Weight
+from .ranks import Traffic
 
 
 class Parts:
     """What modules are made of, every layer and array, where it is, and the steps of just that."""
 
-    def __init__(self, roots: Sequence[nn.Module], table: Weight | None, plain: bool):
+    def __init__(self, roots: Sequence[nn.Module], table: Weight | None, can: bool):
         """Take the modules, the rows that tokens take where a step can, and whether it can run."""
-        self.steps: dict[tuple[Any, ...], _ext.DecodeStep | None] = {}
+        self.steps: dict[tuple[Any, ...], tuple[_ext.DecodeStep | None, Traffic]] = {}
         self._roots = list(roots)
         self._containers = [part for root in roots for part in _containers(root)]
         self._items = list(map(_items, self._containers))
@@ -27,8 +28,8 @@ class Parts:
         self._arrays = [part for part in parts if isinstance(part, mx.array)]
         self._values = _ext.ArrayValues(self._arrays)
         self.table = table
-        self.plain = plain and _ext.DecodeStep.takes(self._arrays)
-        if self.plain:
+        self.recordable = can and _ext.DecodeStep.takes(self._arrays)
+        if self.recordable:
             mx.eval(self._arrays)
         else:
             debug("decode steps run layer by layer: weights are streamed, adapted or traced")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -27,7 +28,9 @@ from .chains import Chain
 from .config import ModelArgs
 from .decode_parts import Parts
 from .layers import Embedding, QuantizedEmbedding
+from .ranks import Ranks, Traffic
 from .rope import Angles, Page
+from .sharded_indexer import pays
 
 _MOST = 32  # kinds of steps that are kept
 
@@ -51,6 +54,9 @@ class Model(Protocol):
 
     @property
     def training(self) -> bool: ...
+
+    @property
+    def ranks(self) -> Ranks | None: ...
 
 
 class DecodeSteps:
@@ -82,7 +88,7 @@ class DecodeSteps:
         None, with nothing done, where it is not. Tokens and cache need not be checked.
         """
         last = self._last.get((getattr(tokens, "shape", None), len(given)))
-        if last is None or model.training or metal_sim.active():
+        if last is None or model.ranks is not None or model.training or metal_sim.active():
             return None
         if not last.parts.are_in_place(self._chain.roots(model)):
             return None
@@ -112,13 +118,16 @@ class DecodeSteps:
         if parts is None or not parts.are_in_place(roots):
             self._last = {}  # lets go of weights before others are taken
             table = _table(model.model.embed_tokens)
-            self._parts = parts = Parts(roots, table, self._chain.is_plain(model))
-        if not parts.plain or not _ext.DecodeStep.takes([tokens, keys, *given]):
+            self._parts = parts = Parts(roots, table, self._chain.is_recordable(model))
+        if not parts.recordable or not _ext.DecodeStep.takes([tokens, keys, *given]):
             return None
+        if model.ranks is not None:
+            return self._run_with_others(model, model.ranks, parts, tokens, cache, given)
         embedded = model.model.embed(tokens) if parts.table is None else None
-        decoding = self._decoding(model, parts, tokens, embedded, cache, given)
-        if decoding is None:
+        found = self._decoding(model, parts, tokens, embedded, cache, given)
+        if found is None:
             return None
+        decoding, _ = found
         if embedded is None:
             if len(self._last) >= _MOST:
                 self._last = {}
@@ -126,6 +135,32 @@ class DecodeSteps:
                 parts, decoding, _ext.ArrayValues(padding_of(cache))
             )
         return decoding(tokens, cache, given, embedded)
+
+    def _run_with_others(
+        self,
+        model: Model,
+        ranks: Ranks,
+        parts: Parts,
+        tokens: mx.array,
+        cache: Sequence[Any],
+        given: Sequence[mx.array],
+    ) -> list[mx.array] | None:
+        """`run`, of a rank's part of a model: the step is one of the nodes that wait for others."""
+        (batch, length), args = tokens.shape, model.args
+        width = args.index_n_heads * args.index_head_dim
+        total, topk = Span.of(cache, length).total, args.index_topk
+        if total > topk and pays(batch, length, total, topk, width, ranks.size):
+            return None  # ranks share out the scores
+        tokens = ranks.follow(tokens)
+        embedded = model.model.embed(tokens) if parts.table is None else None
+        found = self._decoding(model, parts, tokens, embedded, cache, given)
+        if found is None:
+            return None
+        decoding, traffic = found
+        made = decoding(tokens, cache, given, embedded)
+        if made is not None:
+            ranks.made(made[0], traffic)
+        return made
 
     def _decoding(
         self,
@@ -135,13 +170,13 @@ class DecodeSteps:
         embedded: mx.array | None,
         cache: Sequence[Any],
         given: Sequence[mx.array],
-    ) -> _ext.Decoding | None:
-        """The step for such tokens and this cache, which gets room for them."""
+    ) -> tuple[_ext.Decoding, Traffic] | None:
+        """The step for such tokens and this cache, which gets room for them, and its gathers."""
         entries = [entry for layer in cache for entry in layer.caches]
         span, topk = Span.of(cache, tokens.shape[1]), model.args.index_topk
         page, selects = model.model.page(span), span.total > topk
         inputs = _inputs(tokens, embedded, page, span, given)
-        step = self._step(model, parts, inputs, entries[0].keys.dtype, selects)
+        step, traffic = self._step(model, parts, inputs, entries[0].keys.dtype, selects)
         if step is None:
             return None
         for entry in entries:
@@ -149,11 +184,12 @@ class DecodeSteps:
         room = min(entry.keys.shape[2] for entry in entries)
         most = [room, page.end, model.args.max_position_embeddings] + [topk] * (not selects)
         least = max(page.first + span.length, topk + 1 if selects else 0)
-        return _ext.Decoding(
+        decoding = _ext.Decoding(
             step, cache, tokens, None if parts.table is None else model.args.vocab_size,
             page.angles, page.first, span.start, given, (least, min(most)),
             paths.override, paths.VARIABLE,
         )  # fmt: skip
+        return decoding, traffic
 
     def _step(
         self,
@@ -162,9 +198,14 @@ class DecodeSteps:
         inputs: _Inputs,
         dtype: mx.Dtype,
         selects: bool,
-    ) -> _ext.DecodeStep | None:
-        """The step for such inputs and caches; None where a norm widens what it is given."""
-        key = (str(mx.default_stream(mx.cpu)), _ext.num_threads(), selects, dtype, inputs)
+    ) -> tuple[_ext.DecodeStep | None, Traffic]:
+        """The step for such inputs and caches, and what it gathers.
+
+        It is None where a norm widens what it is given.
+        """
+        ranks = model.ranks
+        is_alone = ranks is not None and ranks.is_alone
+        key = (str(mx.default_stream(mx.cpu)), _ext.num_threads(), selects, dtype, inputs, is_alone)
         if key in (steps := parts.steps):
             return steps[key]
         if len(steps) >= _MOST:
@@ -173,12 +214,14 @@ class DecodeSteps:
         x = made.rows
         if parts.table is not None:
             x = _ext.embed(x, parts.table, model.args.hidden_size)
-        keeps_dtype = self._chain.keeps_dtype(model, x, made.given)
-        step = _record(self._chain, model, made, x, dtype, selects) if keeps_dtype else None
+        step, traffic = None, Traffic()
+        if self._chain.keeps_dtype(model, x, made.given):
+            record = partial(_record, self._chain, model, made, x, dtype, selects)
+            step, traffic = (record(), traffic) if ranks is None else ranks.apart(record)
         how = "layer by layer: a norm widens its input" if step is None else "as one recorded node"
         debug("decode steps of %d x %d tokens run %s", *x.shape[:2], how)
-        steps[key] = step
-        return step
+        steps[key] = step, traffic
+        return step, traffic
 
 
 class _Input(NamedTuple):

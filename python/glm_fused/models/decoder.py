@@ -22,7 +22,7 @@ from .decode_step import DecodeSteps
 from .indexer import every_key
 from .layer import DecoderLayer
 from .layer_spec import DECODER
-from .layers import Embedding, Linear, QuantizedEmbedding, RMSNorm, is_plain
+from .layers import Embedding, Linear, QuantizedEmbedding, RMSNorm, is_recordable
 from .mtp import MtpLayer, check_draft
 from .ranks import Ranks
 from .rope import ROWS_PAGE, Angles, Page, Rope
@@ -234,10 +234,10 @@ class Model(nn.Module):
             return embedding.as_linear(x)  # type: ignore[no-any-return]
         return ops.quantized_matvec(x, embedding.as_weight())
 
-    def has_plain_head(self) -> bool:
-        """Whether the head's weights are all there is: no adapter in training."""
+    def has_recordable_head(self) -> bool:
+        """Whether a decode step can be recorded of the head: no adapter in training."""
         if "lm_head" in self:
-            return is_plain(self.lm_head)
+            return is_recordable(self.lm_head)
         return isinstance(self.model.embed_tokens, Embedding | QuantizedEmbedding)
 
     @property

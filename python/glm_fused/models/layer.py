@@ -43,9 +43,9 @@ class DecoderLayer(nn.Module):
         x, selection = self.self_attn(x, self.input_layernorm, span, angles, cache, selection)
         return self.mlp(x, self.post_attention_layernorm), selection
 
-    def is_plain(self) -> bool:
-        """Whether its weights are all there is, in memory: no biases, no adapters in training."""
-        return self.self_attn.is_plain() and self.mlp.is_plain()
+    def is_recordable(self) -> bool:
+        """Whether a decode step can be recorded of it: no biases, no adapters, all in memory."""
+        return self.self_attn.is_recordable() and self.mlp.is_recordable()
 
     def keeps_dtype(self, x: mx.array) -> bool:
         """Whether no norm widens x [b, l, hidden]."""

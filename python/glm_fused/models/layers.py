@@ -224,6 +224,15 @@ def is_plain(layer: nn.Module) -> bool:
     return type(layer) in _PLAIN and "bias" not in layer
 
 
+class Joined:
+    """Marks layers of linear maps of which this process has a part: it gathers the others'."""
+
+
+def is_recordable(layer: nn.Module) -> bool:
+    """Whether a decode step can be recorded of a layer: a plain one, or a rank's part of one."""
+    return is_plain(layer) or (isinstance(layer, Joined) and "bias" not in layer)
+
+
 class MLP(nn.Module):
     """Computes down(silu(gate(x)) * up(x)), a SwiGLU, of x [..., m, hidden]."""
 
@@ -240,6 +249,10 @@ class MLP(nn.Module):
     def is_plain(self) -> bool:
         """Whether its matrices are all there is: no adapters in training."""
         return is_plain(self.gate_proj) and is_plain(self.up_proj) and is_plain(self.down_proj)
+
+    def is_recordable(self) -> bool:
+        """Whether a decode step can be recorded of it: no adapters in training."""
+        return all(map(is_recordable, (self.gate_proj, self.up_proj, self.down_proj)))
 
     def feed_forward(self, x: mx.array) -> mx.array:
         """x [..., m, hidden] -> the same shape."""

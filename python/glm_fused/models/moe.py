@@ -209,8 +209,8 @@ class MoE(nn.Module):
         y = routed + other if "shared_experts" in self else routed
         return x + y.reshape(x.shape)
 
-    def is_plain(self) -> bool:
-        """Whether its weights are all there is, in memory: no adapters in training."""
+    def is_recordable(self) -> bool:
+        """Whether a decode step can be recorded of it: all in memory, no adapters in training."""
         routed = self.switch_mlp
         in_memory = isinstance(routed, SwitchMLP) and None not in routed.weights()
         return in_memory and self._shared_is_plain()

@@ -19,7 +19,7 @@ from .cache import Span
 from .config import ModelArgs
 from .layer import DecoderLayer
 from .layer_spec import LayerSpec
-from .layers import Linear, RMSNorm, is_plain, keeps_dtype
+from .layers import Linear, RMSNorm, is_recordable, keeps_dtype
 from .rope import Angles
 
 
@@ -61,9 +61,9 @@ class MtpLayer(DecoderLayer):
         x, selection = self(self.join(embedded, hidden), span, angles, cache, selection)
         return self.shared_head.norm(x), selection
 
-    def is_plain(self) -> bool:
-        """Whether its weights are all there is, in memory: no adapters in training."""
-        return super().is_plain() and is_plain(self.eh_proj)
+    def is_recordable(self) -> bool:
+        """As `DecoderLayer`."""
+        return super().is_recordable() and is_recordable(self.eh_proj)
 
     def keeps_dtype(self, x: mx.array) -> bool:
         """Whether no norm widens x [b, l, hidden]."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
+
+Made = TypeVar("Made")
 
 _BITS = {2: mx.uint16, 4: mx.uint32}  # by the size of a float
 
@@ -71,6 +73,7 @@ class Ranks:
         size: how many there are.
         group: that they are the processes of.
         traffic: what they gathered so far, in nodes that were made.
+        is_alone: whether this rank waits for no other: see `alone`.
     """
 
     def __init__(self, group: mx.distributed.Group):
@@ -78,7 +81,7 @@ class Ranks:
         self.size: int = group.size()
         self.traffic = Traffic()
         self.group = group
-        self._is_alone = False
+        self.is_alone = False
         self._last: mx.array | None = None
 
     def gather(self, part: mx.array, cut: Cut, axis: int = -1, is_awaited: bool = True) -> mx.array:
@@ -106,10 +109,10 @@ class Ranks:
 
         Bits are added as integers, which keeps those of negative zeros and of NaN.
         """
-        if self._is_alone:
+        if self.is_alone:
             return rows
         bits = mx.where(is_here[..., None], rows.view(_BITS[rows.dtype.size]), 0)
-        self._last = mx.distributed.all_sum(self._next(bits), group=self.group)
+        self._last = mx.distributed.all_sum(self.follow(bits), group=self.group)
         return self._last.view(rows.dtype)
 
     @contextlib.contextmanager
@@ -119,11 +122,11 @@ class Ranks:
         What is made there computes as much as else, but waits for nobody; its values are wrong.
         """
         self.forget()
-        self._is_alone = True
+        self.is_alone = True
         try:
             yield
         finally:
-            self._is_alone = False
+            self.is_alone = False
             self.forget()
 
     def meet(self) -> None:
@@ -134,23 +137,39 @@ class Ranks:
         """Let what comes next depend on nothing that was made so far and is not evaluated."""
         self._last = None
 
+    def apart(self, make: Callable[[], Made]) -> tuple[Made, Traffic]:
+        """What ``make`` gives of nodes that nobody will evaluate, and what they would gather."""
+        kept = self._last, self.traffic
+        self._last = None
+        try:
+            made = make()
+            return made, self.traffic - kept[1]
+        finally:
+            self._last, self.traffic = kept
+
+    def follow(self, array: mx.array) -> mx.array:
+        """The array, which now depends on the node that was made last."""
+        if self._last is None:
+            return array
+        ordered: mx.array = mx.depends(array, self._last)
+        return ordered
+
+    def made(self, last: mx.array, traffic: Traffic) -> None:
+        """Count gathers of a node that is none of these; what comes next depends on ``last``."""
+        self.traffic = Traffic(*map(sum, zip(self.traffic, traffic, strict=True)))
+        self._last = last
+
     def _gather(self, part: mx.array, is_awaited: bool = True) -> mx.array:
         """The parts of all ranks, one after the other along the first axis."""
         gathers, nbytes = self.traffic
         self.traffic = Traffic(gathers + 1, nbytes + self.size * part.nbytes)
-        part = self._next(part)
-        if self._is_alone:
+        part = self.follow(part)
+        if self.is_alone:
             parts = mx.concatenate([part] * self.size)
         else:
             parts = mx.distributed.all_gather(part, group=self.group)
         self._last = parts if is_awaited else self._last
         return parts
-
-    def _next(self, part: mx.array) -> mx.array:
-        if self._last is None:
-            return part
-        ordered: mx.array = mx.depends(part, self._last)
-        return ordered
 
 
 def _joined(parts: mx.array, shape: Sequence[int], cut: Cut, axis: int) -> mx.array:
@@ -159,7 +178,7 @@ def _joined(parts: mx.array, shape: Sequence[int], cut: Cut, axis: int) -> mx.ar
     if not cut.is_even:
         parts = parts.reshape(-1, *shape)
         at = (slice(None),) * axis
-        pieces = [parts[rank][*at, cut.own(rank)] for rank in range(parts.shape[0])]
+        pieces = [parts[rank, *at, cut.own(rank)] for rank in range(parts.shape[0])]
         return mx.concatenate(pieces, axis=axis)
     if math.prod(before) > 1:
         parts = mx.moveaxis(parts.reshape(-1, *shape), 0, axis)

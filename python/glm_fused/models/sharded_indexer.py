@@ -43,6 +43,18 @@ def keys_pay(batch: int, total: int, topk: int, width: int, ranks: int) -> bool:
     return _pays(spared, batch, topk, width, ranks)
 
 
+def pays(batch: int, length: int, total: int, topk: int, width: int, ranks: int) -> bool:
+    """Whether ranks share out the scores of ``length`` tokens of each text against all keys."""
+    if routes.choose("indexer_topk").kernel is Kernel.mlx:  # bits there may depend on sizes
+        return False
+    if length == 1:
+        return keys_pay(batch, total, topk, width, ranks)
+    part = -(-length // ranks)
+    most = ops.blocks.MAX_TOKENS  # Metal takes more as a prompt, which has other bits
+    spared, lists = batch * (length - part) * total, batch * part
+    return (part > most) == (length > most) and _pays(spared, lists, topk, width, ranks)
+
+
 def _pays(spared: int, lists: int, topk: int, width: int, ranks: int) -> bool:
     """Whether so many scores take longer than a gather of so many lists of each rank."""
     price = GPU if routes.has_metal(None) else CPU
@@ -65,21 +77,11 @@ class ShardedIndexer(Indexer):
     def select(self, q: mx.array, weights: mx.array, keys: mx.array, span: Span) -> mx.array:
         """As `Indexer`."""
         batch, length, *_ = q.shape
-        if routes.choose("indexer_topk").kernel is not Kernel.mlx:  # bits there may depend on sizes
-            if length > 1 and self._pays_by_queries(batch, length, span.total):
-                return self._by_queries(q, weights, keys, span)
-            ranks, width = self._ranks.size, self.heads * self.head_dim
-            if length == 1 and keys_pay(batch, span.total, self.topk, width, ranks):
-                return self._by_keys(q, weights, keys, span)
-        return super().select(q, weights, keys, span)
-
-    def _pays_by_queries(self, batch: int, length: int, total: int) -> bool:
-        width = -(-length // self._ranks.size)
-        most = ops.blocks.MAX_TOKENS  # Metal takes more as a prompt, which has other bits
-        spared, lists = batch * (length - width) * total, batch * width
-        return (width > most) == (length > most) and _pays(
-            spared, lists, self.topk, self.heads * self.head_dim, self._ranks.size
-        )
+        width = self.heads * self.head_dim
+        if not pays(batch, length, span.total, self.topk, width, self._ranks.size):
+            return super().select(q, weights, keys, span)
+        by = self._by_queries if length > 1 else self._by_keys
+        return by(q, weights, keys, span)
 
     def _by_queries(self, q: mx.array, weights: mx.array, keys: mx.array, span: Span) -> mx.array:
         length = q.shape[1]

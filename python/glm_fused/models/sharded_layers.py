@@ -13,6 +13,7 @@ import mlx.nn as nn
 from .. import ops
 from .layers import (
     Embedding,
+    Joined,
     Linear,
     MultiLinear,
     QuantizedEmbedding,
@@ -41,7 +42,7 @@ class Joint(NamedTuple):
     of_prompts: bool = True
 
 
-class _Gathered(nn.Module):
+class _Gathered(Joined, nn.Module):
     """A layer of linear maps that joins what all ranks give of its rows, or of its matrices."""
 
     _ranks: Ranks
@@ -157,7 +158,3 @@ class ShardedMoE(MoE):
         if shared is not None:
             y = y + shared.down_proj(*other)
         return x + self._ranks.gather(y, outer).reshape(x.shape)
-
-    def is_plain(self) -> bool:
-        """Never: a part of its weights is on other ranks."""
-        return False
