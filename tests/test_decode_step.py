@@ -57,7 +57,7 @@ def recorded(monkeypatch):
     """How often steps were recorded, and run."""
     counts = {"recorded": 0, "run": 0}
 
-    record = decode_step._record
+    record = decode_step.record
 
     def counted(*args):
         counts["recorded"] += 1
@@ -72,7 +72,7 @@ def recorded(monkeypatch):
             counts["run"] += logits is not None
             return logits
 
-    monkeypatch.setattr(decode_step, "_record", counted)
+    monkeypatch.setattr(decode_step, "record", counted)
     monkeypatch.setattr(_ext, "Decoding", Counted)
     return counts
 

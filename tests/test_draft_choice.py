@@ -48,7 +48,7 @@ class Counted:
             (Decoding, "_launch", "steps"),
             (Decoding, "_drafted", "drafted"),
             (type(model), "draft", "layer"),
-            (decode_step, "_record", "recorded"),
+            (decode_step, "record", "recorded"),
         ):
             monkeypatch.setattr(owner, name, self._counting(getattr(owner, name), what))
 

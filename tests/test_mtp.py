@@ -217,13 +217,13 @@ def test_drafts_after_a_trim_are_those_of_a_fresh_cache(of_format, padding):
 
 def test_drafts_are_recorded_once_for_each_kind(model, monkeypatch):
     """Of few keys, of many with a selection of their own, and with one that is given."""
-    fresh, record, recorded = copy.deepcopy(model), decode_step._record, []
+    fresh, record, recorded = copy.deepcopy(model), decode_step.record, []
 
     def counted(*args):
         recorded.append(args)
         return record(*args)
 
-    monkeypatch.setattr(decode_step, "_record", counted)
+    monkeypatch.setattr(decode_step, "record", counted)
     tokens = some_tokens(1, 60)
     cache, drafts = caches(fresh)
     logits, hidden = fresh.states(tokens[:, :4], cache)

@@ -10,26 +10,24 @@ follows another on the same cache only makes sure that nothing has changed.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import CacheList
 
 from .. import _ext, ops
 from ..environment import debug
-from ..formats.kv_rows import format_of, row_widths
 from ..ops import Weight, metal_sim, paths
-from .cache import Span, empty_cache, make_room, padding_of
+from .cache import Span, make_room, padding_of
 from .chains import Chain
 from .config import ModelArgs
 from .decode_parts import Parts
+from .decode_record import Inputs, StandIns, inputs_of, record
 from .layers import Embedding, QuantizedEmbedding
 from .ranks import Ranks, Traffic
-from .rope import Angles, Page
+from .rope import Page
 from .sharded_indexer import pays
 
 _MOST = 32  # kinds of steps that are kept
@@ -175,7 +173,7 @@ class DecodeSteps:
         entries = [entry for layer in cache for entry in layer.caches]
         span, topk = Span.of(cache, tokens.shape[1]), model.args.index_topk
         page, selects = model.model.page(span), span.total > topk
-        inputs = _inputs(tokens, embedded, page, span, given)
+        inputs = inputs_of(tokens, embedded, page, span, given)
         step, traffic = self._step(model, parts, inputs, entries[0].keys.dtype, selects)
         if step is None:
             return None
@@ -195,7 +193,7 @@ class DecodeSteps:
         self,
         model: Model,
         parts: Parts,
-        inputs: _Inputs,
+        inputs: Inputs,
         dtype: mx.Dtype,
         selects: bool,
     ) -> tuple[_ext.DecodeStep | None, Traffic]:
@@ -210,61 +208,18 @@ class DecodeSteps:
             return steps[key]
         if len(steps) >= _MOST:
             parts.steps = steps = {}  # not cleared: another thread may be at it
-        made = _StandIns.of(inputs)
+        made = StandIns.of(inputs)
         x = made.rows
         if parts.table is not None:
             x = _ext.embed(x, parts.table, model.args.hidden_size)
         step, traffic = None, Traffic()
         if self._chain.keeps_dtype(model, x, made.given):
-            record = partial(_record, self._chain, model, made, x, dtype, selects)
-            step, traffic = (record(), traffic) if ranks is None else ranks.apart(record)
+            make = partial(record, self._chain, model, made, x, dtype, selects)
+            step, traffic = (make(), traffic) if ranks is None else ranks.apart(make)
         how = "layer by layer: a norm widens its input" if step is None else "as one recorded node"
         debug("decode steps of %d x %d tokens run %s", *x.shape[:2], how)
         steps[key] = step, traffic
         return step, traffic
-
-
-class _Input(NamedTuple):
-    """What an input of a step is like."""
-
-    shape: tuple[int, ...]
-    dtype: mx.Dtype
-
-    @classmethod
-    def of(cls, array: mx.array) -> _Input:
-        return cls(array.shape, array.dtype)
-
-
-class _Inputs(NamedTuple):
-    """What all of them are like: tokens or their rows, angles, starts of rows, what else."""
-
-    rows: _Input
-    angle: _Input
-    start: _Input | None
-    given: tuple[_Input, ...]
-
-
-class _StandIns(NamedTuple):
-    """Arrays that stand for the inputs of a step."""
-
-    rows: mx.array
-    angles: Angles
-    start: mx.array | None
-    given: list[mx.array]
-
-    @classmethod
-    def of(cls, inputs: _Inputs) -> _StandIns:
-        rows, angle, start, given = inputs
-        return cls(
-            _stand_in(*rows),
-            Angles(_stand_in(*angle), _stand_in(*angle)),
-            None if start is None else _stand_in(*start),
-            [_stand_in(*each) for each in given],
-        )
-
-    def arrays(self) -> list[mx.array]:
-        """All of them, in the order in which a step takes them."""
-        return [self.rows, *self.angles, *([] if self.start is None else [self.start]), *self.given]
 
 
 class _Last(NamedTuple):
@@ -281,56 +236,3 @@ def _table(embedding: nn.Module) -> Weight | None:
         return None
     table: Weight = embedding.as_weight()
     return table if table.format.mode in ("affine", "dense") else None
-
-
-def _inputs(
-    tokens: mx.array,
-    embedded: mx.array | None,
-    page: Page,
-    span: Span,
-    given: Sequence[mx.array],
-) -> _Inputs:
-    first = _Input(tokens.shape, mx.int32) if embedded is None else _Input.of(embedded)
-    batch, heads, _, pairs = page.angles.cos.shape
-    angle = _Input((batch, heads, span.length, pairs), page.angles.cos.dtype)
-    start = None if span.start is None else _Input.of(span.start)
-    return _Inputs(first, angle, start, tuple(map(_Input.of, given)))
-
-
-def _record(
-    chain: Chain, model: Model, made: _StandIns, x: mx.array, dtype: mx.Dtype, selects: bool
-) -> _ext.DecodeStep:
-    """The step that ``model`` makes of stand-ins, the rows ``x`` of its tokens, and caches."""
-    args, (batch, length, _) = model.args, x.shape
-    total = length + (args.index_topk if selects else 0)
-    cache: list[CacheList] = [empty_cache(spec) for spec in chain.specs(args)]
-    widths = (args.kv_lora_rank, args.qk_rope_head_dim), (args.index_head_dim, 0)
-    for layer in cache:
-        for entry, (rank, rope) in zip(layer.caches, widths, strict=False):
-            entry.offset = total - length
-            entry.keys, entry.values = (
-                _stand_in((batch, 1, total, width), dtype)
-                for width in row_widths(format_of(dtype), rank, rope)
-            )
-    entries = [entry for layer in cache for entry in layer.caches]
-    caches = [copy.copy(rows) for rows in _rows(entries)]  # appending changes the others
-    span = Span(total - length, length, made.start)
-    outputs = chain.run(model, x, made.given, span, made.angles, cache)
-    return _ext.DecodeStep(made.arrays(), caches, outputs, _rows(entries))
-
-
-def _rows(entries: Sequence[Any]) -> list[mx.array]:
-    """The arrays to which a step appends: all but values without width."""
-    rows = []
-    for entry in entries:
-        rows.append(entry.keys)
-        if entry.values.shape[-1]:
-            rows.append(entry.values)
-    return rows
-
-
-def _stand_in(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """An array for whose values there is neither memory nor use."""
-    array = mx.broadcast_to(mx.zeros((), dtype), shape)
-    mx.eval(array)
-    return array
