@@ -1,10 +1,10 @@
 """A rank of some models: what `steps_of` gives of each, saved in ``FOLDER/MODEL.RANK.npz``.
 
-``python shard_program.py FOLDER rows|columns|recorded|unjoined MODEL...``; with ``columns`` one matrix of
-each model is split along the columns of its rows, as it must not be. The indexer's scores are
-shared out wherever they can be; with ``recorded`` nowhere, so that decode steps are recorded, and
-the last array is how many were; with ``unjoined`` steps are recorded without their gathers, as they
-must not be. With the environment's MTP "0" models are without their MTP layer.
+``python shard_program.py FOLDER SPLIT MODEL...``, where SPLIT is ``rows``, or ``columns``: then one
+matrix of each model is split along the columns of its rows, as it must not be. The indexer's scores
+are shared out wherever they can be; with ``recorded`` nowhere, so that decode steps are recorded,
+and the last array is how many were; with ``unjoined`` they are recorded without their gathers, as
+they must not be. With the environment's MTP "0" models are without their MTP layer.
 """
 
 from __future__ import annotations
