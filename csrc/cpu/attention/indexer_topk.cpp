@@ -31,7 +31,8 @@ class Topk : public Staged {
         step_(
             std::min<size_t>(
                 std::max<size_t>(kMaxScores / std::max(most_keys_, 1), 1),
-                a.queries())),
+                static_cast<size_t>(a.q.shape(0)) * a.queries())),
+        together_(std::max(step_ / std::max(a.queries(), 1), 1)),
         width_(static_cast<size_t>(a.heads()) * a.dim()),
         packed_(attention_kernels().index_packed(a.heads(), a.dim())),
         q_(scratch.take<float>(packed_ * step_)),
@@ -41,7 +42,9 @@ class Topk : public Staged {
         row_(scratch.take_each<float>(workers, width_)),
         spare_(scratch.take_each<float>(
             workers,
-            attention_kernels().index_spare(step_, a.heads()))),
+            attention_kernels().index_spare(
+                std::min(step_, a.queries()),
+                a.heads()))),
         words_(scratch.take_each<uint32_t>(workers, most_keys_ + 16)) {}
 
   void run() {
@@ -53,9 +56,11 @@ class Topk : public Staged {
     }
   }
 
-  // For each block of queries of a sequence there are three stages.
+  // There are three stages for each block of queries, which are all of several
+  // sequences or some of one.
   int stages() const override {
-    return 3 * a_.q.shape(0) * blocks();
+    const int groups = (a_.q.shape(0) + together_ - 1) / together_;
+    return 3 * groups * blocks();
   }
 
   Stage begin(int stage) override {
@@ -95,9 +100,10 @@ class Topk : public Staged {
   }
 
   Stage begin_block(int number) {
-    b_ = number / blocks();
+    b_ = number / blocks() * together_;
     first_ = number % blocks() * step_;
-    count_ = std::min(step_, a_.queries() - first_);
+    each_ = std::min(step_, a_.queries() - first_);
+    count_ = each_ * std::min(together_, a_.q.shape(0) - b_);
     std::fill_n(low_.begin(), count_, 0);
     std::fill_n(high_.begin(), count_, 0);
     return {count_, static_cast<double>(width_) * count_};
@@ -105,44 +111,53 @@ class Topk : public Staged {
 
   // A query that sees at most k keys takes them all, unscored.
   void pack(int i, int worker) const {
-    const Visible visible = a_.visible(b_);
-    const int high = visible.high(first_ + i);
+    const int b = b_ + i / each_, query = first_ + i % each_;
+    const Visible visible = a_.visible(b);
+    const int high = visible.high(query);
     if (high - visible.low <= a_.k()) {
-      select_all(visible.low, high, a_.k(), a_.out(b_, first_ + i));
+      select_all(visible.low, high, a_.k(), a_.out(b, query));
       return;
     }
     low_[i] = visible.low;
     high_[i] = high;
     float* q = row_[worker];
-    load_row(a_.q, a_.row(b_, first_ + i), width_, q);
+    load_row(a_.q, a_.row(b, query), width_, q);
     attention_kernels().index_pack(
         q, a_.heads(), a_.dim(), q_.data() + i * packed_);
   }
 
   Stage begin_scores() {
-    const int last = *std::max_element(high_.begin(), high_.begin() + count_);
+    const int last = std::ranges::max(high_.first(count_));
     const double work = static_cast<double>(width_) * last * count_;
-    const int share = (last + workers_ - 1) / workers_;
+    const int sequences = count_ / each_;
+    const int wanted = (workers_ + sequences - 1) / sequences;
+    const int share = (last + wanted - 1) / wanted;
     task_ = std::min((share + kVector - 1) / kVector * kVector, kTaskKeys);
-    return {last > 0 ? (last + task_ - 1) / task_ : 0, work};
+    tasks_ = last > 0 ? (last + task_ - 1) / task_ : 0;
+    return {sequences * tasks_, work};
   }
 
+  // Scores a share of the keys of a sequence for its queries at hand.
   void score(int number, int worker) const {
-    const int begin = number * task_, keys = a_.keys.keys();
+    const int b = b_ + number / tasks_, at = number / tasks_ * each_;
+    const int begin = number % tasks_ * task_, keys = a_.keys.keys();
+    if (std::ranges::max(high_.subspan(at, each_)) <= begin) {
+      return;
+    }
     attention_kernels().index_scores(
-        {q_.data(),
-         a_.weights.data<float>() + a_.row(b_, first_) * a_.heads(),
-         count_,
+        {q_.data() + at * packed_,
+         a_.weights.data<float>() + a_.row(b, first_) * a_.heads(),
+         each_,
          a_.heads(),
          a_.dim(),
          a_.scale,
-         a_.rows(b_),
+         a_.rows(b),
          begin,
          std::min(begin + task_, keys),
          keys,
-         low_.data(),
-         high_.data(),
-         scores_.data(),
+         low_.data() + at,
+         high_.data() + at,
+         scores_.data() + at * stride(),
          stride(),
          spare_[worker]});
   }
@@ -152,7 +167,7 @@ class Topk : public Staged {
     if (count == 0) {
       return;
     }
-    int32_t* out = a_.out(b_, first_ + i);
+    int32_t* out = a_.out(b_ + i / each_, first_ + i % each_);
     const uint32_t* words = scores_.data() + stride() * i;
     attention_kernels().select(words + low, count, a_.k(), words_[worker], out);
     for (int j = 0; j < a_.k(); j++) {
@@ -162,15 +177,18 @@ class Topk : public Staged {
 
   const Indexer a_;
   const bool reference_;
-  const int workers_, most_keys_, step_;
+  const int workers_, most_keys_;
+  const int step_, together_;  // queries and sequences that are taken together
   const size_t width_, packed_;
   const std::span<float> q_;
   const std::span<uint32_t> scores_;  // [query, key]
   const std::span<int> low_, high_;
   const Shares<float> row_, spare_;
   const Shares<uint32_t> words_;
-  int b_ = 0, first_ = 0, count_ = 0;  // sequence b_, its queries at hand
-  int task_ = 0;                       // keys
+  // The first sequence at hand, the first of its queries and how many it has
+  // there, how many there are of all sequences.
+  int b_ = 0, first_ = 0, each_ = 0, count_ = 0;
+  int task_ = 0, tasks_ = 0;  // keys of a task; tasks of a sequence
 };
 
 }  // namespace

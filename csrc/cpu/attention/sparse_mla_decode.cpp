@@ -33,8 +33,9 @@ class Attention : public Staged {
         width_(a.layout.rank + a.layout.rope),
         lanes_(round_up(a.heads(), kLane)),
         most_splits_(round_up(most_, kSplit) / kSplit),
-        alone_(a.queries() >= kQueriesAlone * workers),
-        step_(alone_ ? a.queries() : step()),
+        all_(a.q.shape(0) * a.queries()),
+        alone_(all_ >= kQueriesAlone * workers),
+        step_(alone_ ? all_ : step()),
         places_(alone_ ? workers : step_),
         keys_(scratch.take_each<int32_t>(places_, most_)),
         counts_(scratch.take_each<int>(places_, most_splits_)),
@@ -60,10 +61,10 @@ class Attention : public Staged {
     }
   }
 
-  // For each block of queries of a sequence there are four stages; where the
-  // queries are done alone, a sequence is one.
+  // For each block of queries, of all sequences, there are four stages; where
+  // the queries are done alone, there is one.
   int stages() const override {
-    return (alone_ ? 1 : 4 * blocks()) * a_.q.shape(0);
+    return alone_ ? 1 : 4 * ((all_ + step_ - 1) / step_);
   }
 
   Stage begin(int stage) override {
@@ -71,7 +72,7 @@ class Attention : public Staged {
       load();
     }
     if (alone_) {
-      begin_block(stage);
+      begin_block(0);
       return {count_, 2 * work()};
     }
     switch (stage % 4) {
@@ -118,8 +119,8 @@ class Attention : public Staged {
   int step() const {
     const size_t lanes = a_.heads() + kLane - 1;
     const size_t floats = (static_cast<size_t>(most_) + width_) * lanes;
-    return static_cast<int>(std::min<size_t>(
-        std::max<size_t>(kMaxScratch / floats, 1), a_.queries()));
+    return static_cast<int>(
+        std::min<size_t>(std::max<size_t>(kMaxScratch / floats, 1), all_));
   }
 
   double work() const {
@@ -135,30 +136,31 @@ class Attention : public Staged {
     splits_ = round_up(list_, kSplit) / kSplit;
   }
 
-  // How many blocks of queries a sequence has.
-  int blocks() const {
-    return (a_.queries() + step_ - 1) / step_;
+  void begin_block(int number) {
+    first_ = number * step_;
+    count_ = std::min(step_, all_ - first_);
   }
 
-  void begin_block(int number) {
-    b_ = number / blocks();
-    rows_ = a_.rows(b_);
-    first_ = number % blocks() * step_;
-    count_ = std::min(step_, a_.queries() - first_);
+  // The sequence of query i of those at hand, and its number there.
+  int sequence(int i) const {
+    return (first_ + i) / a_.queries();
+  }
+  int number(int i) const {
+    return (first_ + i) % a_.queries();
   }
 
   // Does all of query i at a worker's place.
   void query(int i, int worker) const {
     load_query(i, worker, row_[worker]);
     list_keys(i, worker);
-    split(worker, 0, filled_[worker]);
+    split(i, worker, 0, filled_[worker]);
     weigh(i, worker);
-    combine(i, worker, 0, rows_->rank, worker);
+    combine(i, worker, 0, a_.layout.rank, worker);
   }
 
   // From here on, query i has its scratch memory at a place.
   void load_query(int i, int place, float* q) const {
-    const size_t row = a_.row(b_, first_ + i);
+    const size_t row = first_ + i;
     if (a_.heads() <= kFewHeads) {
       load_row(a_.q, row, a_.heads() * width_, q_[place]);
       return;
@@ -172,7 +174,7 @@ class Attention : public Staged {
   // Lists the visible keys of a query, back to back, and its splits that have
   // any.
   void list_keys(int i, int place) const {
-    const Mla::List list = a_.list(b_, first_ + i);
+    const Mla::List list = a_.list(sequence(i), number(i));
     int keys = 0, splits = 0;
     for (int s = 0; s < list_; s += kSplit) {
       const int begin = keys;
@@ -201,18 +203,19 @@ class Attention : public Staged {
   }
 
   void split_tile(int number) const {
-    const int place = number / tiles_, begin = number % tiles_ * each_;
-    split(place, begin, std::min(begin + each_, filled_[place]));
+    const int i = number / tiles_, begin = number % tiles_ * each_;
+    split(i, i, begin, std::min(begin + each_, filled_[i]));
   }
 
-  void split(int place, int begin, int end) const {
+  void split(int i, int place, int begin, int end) const {
+    const Rows rows = a_.rows(sequence(i));
     for (int s = begin; s < end; s++) {
       attention_kernels().split(
           {q_[place],
            a_.heads(),
            lanes_,
            a_.scale,
-           &*rows_,
+           &rows,
            keys_[place] + begins_[place][s],
            counts_[place][s],
            s + 1 < filled_[place] ? counts_[place][s + 1] : 0,
@@ -223,12 +226,13 @@ class Attention : public Staged {
   }
 
   void weigh(int i, int place) const {
-    attention_kernels().weigh(parts(i, place), e_[place], total_[place]);
+    const Rows rows = a_.rows(sequence(i));
+    attention_kernels().weigh(parts(i, place, rows), e_[place], total_[place]);
   }
 
-  CombineArgs parts(int i, int place) const {
+  CombineArgs parts(int i, int place, const Rows& rows) const {
     return {
-        &*rows_,
+        &rows,
         keys_[place],
         counts_[place],
         filled_[place],
@@ -240,15 +244,15 @@ class Attention : public Staged {
         e_[place],
         total_[place],
         0,
-        rows_->rank,
+        rows.rank,
         nullptr,
-        a_.out(b_, first_ + i)};
+        a_.out(sequence(i), number(i))};
   }
 
   // Divides a query's columns among tiles, no further than the threads need,
   // because each part walks all of its rows.
   Stage begin_combine() {
-    const int rank = rows_->rank;
+    const int rank = a_.layout.rank;
     const int wanted = (workers_ + count_ - 1) / count_;
     const int blocks = (rank + kColumns - 1) / kColumns;
     each_ = (blocks + wanted - 1) / wanted * kColumns;
@@ -258,17 +262,18 @@ class Attention : public Staged {
 
   void combine_tile(int number, int worker) const {
     const int i = number / tiles_, column = number % tiles_ * each_;
-    const int columns = std::min(each_, rows_->rank - column);
+    const int columns = std::min(each_, a_.layout.rank - column);
     combine(i, i, column, columns, worker);
   }
 
   void combine(int i, int place, int column, int columns, int worker) const {
-    CombineArgs args = parts(i, place);
+    const Rows rows = a_.rows(sequence(i));
+    CombineArgs args = parts(i, place, rows);
     args.column = column;
     args.columns = columns;
     args.sums = sums_[worker];
     if (args.splits == 0) {
-      const size_t values = static_cast<size_t>(args.heads) * rows_->rank;
+      const size_t values = static_cast<size_t>(args.heads) * rows.rank;
       std::fill_n(args.out, values, 0);
     } else {
       attention_kernels().combine(args);
@@ -278,6 +283,7 @@ class Attention : public Staged {
   const Mla a_;
   const bool reference_;
   const int workers_, most_, width_, lanes_, most_splits_;
+  const int all_;  // queries of all sequences
   const bool alone_;
   const int step_, places_;
   // For each place these are a query's keys, the sizes, first keys and number
@@ -286,11 +292,10 @@ class Attention : public Staged {
   const Shares<int> counts_, begins_;
   const std::span<int> filled_;
   const Shares<float> q_, p_, m_, l_, e_, total_;
-  const Shares<float> row_, sums_;     // one for each worker
-  int list_ = 0, splits_ = 0;          // of this run
-  int b_ = 0, first_ = 0, count_ = 0;  // sequence b_, its queries at hand
+  const Shares<float> row_, sums_;  // one for each worker
+  int list_ = 0, splits_ = 0;       // of this run
+  int first_ = 0, count_ = 0;       // the queries at hand
   int each_ = 0, tiles_ = 0;  // splits or columns of a tile; a query's tiles
-  std::optional<Rows> rows_;
 };
 
 }  // namespace
