@@ -8,6 +8,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "cpu/dot/add_all.h"
 #include "cpu/dot/matrix.h"
 #include "cpu/runtime/copy.h"
 #include "cpu/runtime/dispatch.h"
@@ -165,26 +166,6 @@ struct Multiply {
   }
 };
 
-// Adds floats, which lie back to back, and rounds each sum once.
-struct Add {
-  const mx::array &x, &y;
-  mx::array& out;
-
-  void run() const {
-    constexpr size_t kValues = 4096;  // so many are loaded at once
-    float sums[kValues], addends[kValues];
-    for (size_t at = 0; at < out.size(); at += kValues) {
-      const int count = static_cast<int>(std::min(kValues, out.size() - at));
-      cpu::load_values(x, at, count, sums);
-      cpu::load_values(y, at, count, addends);
-      for (int i = 0; i < count; i++) {
-        sums[i] += addends[i];
-      }
-      cpu::store_row(out, at, sums, count);
-    }
-  }
-};
-
 // What a program may have of MLX's own ops, run for the node `owner`.
 class Evaluation {
  public:
@@ -235,7 +216,7 @@ class Evaluation {
       throw std::runtime_error("[program] sums must be floats but are not.");
     }
     const auto make = [](auto& from, auto& to, cpu::Scratch&, int) {
-      return Add{from[0], from[1], to[0]};
+      return cpu::AddAll{from[0], from[1], to[0]};
     };
     cpu::dispatch(owner_, {in_rows(in[0]), in_rows(in[1])}, out, make);
   }
