@@ -25,8 +25,8 @@ link's latency and ``(n - 1) / n`` of those bytes: 78 layers x 4 are 312 gathers
 10 µs each, 62 ms at 200 µs, and 7.2 MB, at n = 2 3.6 MB a rank: 0.7 ms at 5 GB/s. So a link of
 200 µs costs more than two ranks gain (half of some 45 ms); one of 10 µs costs a seventh of it.
 
-On a CPU a decode step, gathers and all, is one recorded node (`glm_fused.models.decode_step`), unless
-experts are streamed or ranks share out the indexer's scores.
+On a CPU a decode step, gathers and all, is one recorded node (`glm_fused.models.decode_step`),
+unless experts are streamed or ranks share out the indexer's scores.
 
 The indexer's scores (`glm_fused.models.sharded_indexer`) are shared out where this spares a rank
 more multiply-adds than it could do while it gathers what the others chose, one gather a full layer:
