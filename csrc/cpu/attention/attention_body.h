@@ -42,23 +42,23 @@ GLM_INLINE void multiply(
     bool fresh,
     float* s) {
   F16 sum[vectors * keys];
-  unroll<vectors * keys>(GLM_EACH(i) {
+  unroll_each<vectors * keys>(GLM_EACH(i) {
     const float* from = s + i / vectors * lanes + i % vectors * kHalf;
     sum[i] = fresh ? zero() : load(from);
   });
   for (int d = 0; d < depth; d++) {
     F16 query[vectors];
-    unroll<vectors>(
+    unroll_each<vectors>(
         GLM_EACH(v) { query[v] = load(q + d * lanes + v * kHalf); });
-    unroll<keys>(GLM_EACH(j) {
+    unroll_each<keys>(GLM_EACH(j) {
       const F16 key = splat(k[j * kSplit + d]);
-      unroll<vectors>(GLM_EACH(v) {
+      unroll_each<vectors>(GLM_EACH(v) {
         F16& to = sum[j * vectors + v];
         to = fma(query[v], key, to);
       });
     });
   }
-  unroll<vectors * keys>(GLM_EACH(i) {
+  unroll_each<vectors * keys>(GLM_EACH(i) {
     store(s + i / vectors * lanes + i % vectors * kHalf, sum[i]);
   });
 }
@@ -193,15 +193,16 @@ class FewHeads {
       F16* sums) const {
     const float* q[kDeep];
     F16 sum[kDeep];
-    unroll<kDeep>(GLM_EACH(h) {
+    unroll_each<kDeep>(GLM_EACH(h) {
       q[h] = a_.q + std::min(head + h, a_.heads - 1) * width_ + begin;
       sum[h] = sums[h];
     });
     for (int i = 0; i < count; i++) {
       const F16 key = as_float(columns[i]);
-      unroll<kDeep>(GLM_EACH(h) { sum[h] = fma(splat(q[h][i]), key, sum[h]); });
+      unroll_each<kDeep>(
+          GLM_EACH(h) { sum[h] = fma(splat(q[h][i]), key, sum[h]); });
     }
-    unroll<kDeep>(GLM_EACH(h) { sums[h] = sum[h]; });
+    unroll_each<kDeep>(GLM_EACH(h) { sums[h] = sum[h]; });
   }
 
   const SplitArgs& a_;
@@ -272,20 +273,20 @@ GLM_INLINE void accumulate(
     float* out,
     int stride) {
   F16 sum[heads * vectors];
-  unroll<heads * vectors>(GLM_EACH(i) { sum[i] = zero(); });
+  unroll_each<heads * vectors>(GLM_EACH(i) { sum[i] = zero(); });
   for (int key = 0; key < count; key++) {
     F16 value[vectors];
-    unroll<vectors>(
+    unroll_each<vectors>(
         GLM_EACH(c) { value[c] = load(v + key * kSplit + c * kHalf); });
-    unroll<heads>(GLM_EACH(h) {
+    unroll_each<heads>(GLM_EACH(h) {
       const F16 weight = splat(p[static_cast<size_t>(key) * lanes + h]);
-      unroll<vectors>(GLM_EACH(c) {
+      unroll_each<vectors>(GLM_EACH(c) {
         F16& to = sum[h * vectors + c];
         to = fma(weight, value[c], to);
       });
     });
   }
-  unroll<heads * vectors>(GLM_EACH(i) {
+  unroll_each<heads * vectors>(GLM_EACH(i) {
     float* to = out + i / vectors * stride + i % vectors * kHalf;
     store(to, fma(splat(e[i / vectors]), sum[i], load(to)));
   });
@@ -370,11 +371,11 @@ int multiply_adds(int64_t count, float* result) {
   std::iota(std::begin(lanes), std::end(lanes), 1.0f);
   const F16 x = splat(*result), y = splat(0.5f);
   F16 sum[chains];
-  unroll<chains>(GLM_EACH(i) { sum[i] = load(lanes + i * kHalf); });
+  unroll_each<chains>(GLM_EACH(i) { sum[i] = load(lanes + i * kHalf); });
   for (int64_t n = 0; n < count; n++) {
-    unroll<chains>(GLM_EACH(i) { sum[i] = fma(sum[i], y, x); });
+    unroll_each<chains>(GLM_EACH(i) { sum[i] = fma(sum[i], y, x); });
   }
-  unroll<chains>(GLM_EACH(i) { store(lanes + i * kHalf, sum[i]); });
+  unroll_each<chains>(GLM_EACH(i) { store(lanes + i * kHalf, sum[i]); });
   *result = std::accumulate(std::begin(lanes), std::end(lanes), 0.0f);
   return chains * kHalf;
 }

@@ -147,10 +147,10 @@ GLM_INLINE void load_columns(
       transpose_words(padded[0], block, words);
     }
     float* column = to + at / size * stride;
-    unroll<kHalf>(GLM_EACH(w) {
+    unroll_each<kHalf>(GLM_EACH(w) {
       F16 values[per_word];
       convert(words[w], values);
-      unroll<per_word>(GLM_EACH(j) {
+      unroll_each<per_word>(GLM_EACH(j) {
         store(column + (w * per_word + j) * stride, values[j]);
       });
     });
@@ -189,7 +189,7 @@ void load_transposed(
       columns(Constant<1>(), [by](U16 words, F16* to) GLM_ALWAYS_INLINE {
         split_halves(e4m3_halves(words), to[0], to[2]);
         split_halves(e4m3_halves(shift_right<8>(words)), to[1], to[3]);
-        unroll<4>(GLM_EACH(j) { to[j] = mul(from_256th(to[j]), by); });
+        unroll_each<4>(GLM_EACH(j) { to[j] = mul(from_256th(to[j]), by); });
       });
     } else {
       columns(Constant<1>(), [by](U16 words, F16* to) GLM_ALWAYS_INLINE {

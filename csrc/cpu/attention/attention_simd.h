@@ -86,7 +86,7 @@ transpose_words(const uint8_t* rows, size_t stride, U16 to[16]) {
       rows, rows + 4 * stride, rows + 8 * stride, rows + 12 * stride};
   __m512i a[16], b[16];
   // A register holds quarters of four rows, so that two unpacks finish a 4 x 4.
-  unroll<16>(GLM_EACH(i) {
+  unroll_each<16>(GLM_EACH(i) {
     const int quarter = i / 4, row = i % 4;
     const auto words = [&](int r) {
       return _mm_loadu_si128(
@@ -98,14 +98,14 @@ transpose_words(const uint8_t* rows, size_t stride, U16 to[16]) {
     v = _mm512_inserti32x4(v, words(2), 2);
     a[i] = _mm512_inserti32x4(v, words(3), 3);
   });
-  unroll<4>(GLM_EACH(q) {
+  unroll_each<4>(GLM_EACH(q) {
     const __m512i* x = a + 4 * q;
     b[4 * q] = _mm512_unpacklo_epi32(x[0], x[1]);
     b[4 * q + 1] = _mm512_unpackhi_epi32(x[0], x[1]);
     b[4 * q + 2] = _mm512_unpacklo_epi32(x[2], x[3]);
     b[4 * q + 3] = _mm512_unpackhi_epi32(x[2], x[3]);
   });
-  unroll<4>(GLM_EACH(q) {
+  unroll_each<4>(GLM_EACH(q) {
     const __m512i* x = b + 4 * q;
     to[4 * q] = _mm512_unpacklo_epi64(x[0], x[2]);
     to[4 * q + 1] = _mm512_unpackhi_epi64(x[0], x[2]);

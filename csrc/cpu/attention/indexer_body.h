@@ -77,21 +77,21 @@ GLM_INLINE void multiply_keys(
     bool fresh,
     float* dots) {
   F16 sum[kHeads * kKeyVectors];
-  unroll<kHeads * kKeyVectors>(
+  unroll_each<kHeads * kKeyVectors>(
       GLM_EACH(i) { sum[i] = fresh ? zero() : load(dots + i * kHalf); });
   for (int d = 0; d < depth; d++) {
     F16 key[kKeyVectors];
-    unroll<kKeyVectors>(
+    unroll_each<kKeyVectors>(
         GLM_EACH(v) { key[v] = load(keys + d * kKeys + v * kHalf); });
-    unroll<kHeads>(GLM_EACH(h) {
+    unroll_each<kHeads>(GLM_EACH(h) {
       const F16 query = splat(q[d * kHeads + h]);
-      unroll<kKeyVectors>(GLM_EACH(v) {
+      unroll_each<kKeyVectors>(GLM_EACH(v) {
         F16& to = sum[h * kKeyVectors + v];
         to = fma(query, key[v], to);
       });
     });
   }
-  unroll<kHeads * kKeyVectors>(
+  unroll_each<kHeads * kKeyVectors>(
       GLM_EACH(i) { store(dots + i * kHalf, sum[i]); });
 }
 
@@ -103,16 +103,16 @@ void store_scores(
     const float* dots) {
   const float* weight = a.weights + static_cast<size_t>(query) * a.heads;
   F16 score[kKeyVectors];
-  unroll<kKeyVectors>(GLM_EACH(v) { score[v] = zero(); });
+  unroll_each<kKeyVectors>(GLM_EACH(v) { score[v] = zero(); });
   for (int h = 0; h < a.heads; h++) {
-    unroll<kKeyVectors>(GLM_EACH(v) {
+    unroll_each<kKeyVectors>(GLM_EACH(v) {
       const F16 dot = load(dots + h * kKeys + v * kHalf);
       score[v] =
           fma(splat(weight[h]), relu(mul(dot, splat(a.scale))), score[v]);
     });
   }
   uint32_t words[kKeys];
-  unroll<kKeyVectors>(
+  unroll_each<kKeyVectors>(
       GLM_EACH(v) { store_words(words + v * kHalf, ordered(score[v])); });
   uint32_t* to = a.scores + query * a.stride + tile.begin;
   std::copy_n(words, tile.end - tile.begin, to);

@@ -53,7 +53,7 @@ class LookedUpRows {
           (std::min(row + kEach, last) - first) * rows.weight_stride -
           halves * kBytes;
       Sums even, odd;
-      unroll<kEach>(GLM_EACH(r) { even[r][0] = odd[r][0] = zero(); });
+      unroll_each<kEach>(GLM_EACH(r) { even[r][0] = odd[r][0] = zero(); });
       const auto add = [&](int hb, Sums& sums) GLM_ALWAYS_INLINE {
         const int later = hb + kFoundAhead + 1;
         const ptrdiff_t at = later * kBytes;
@@ -93,11 +93,11 @@ class LookedUpRows {
     const float* from = tile_.x + hb * Blocks::kTerms * kHalf;
     HalfBlock<Blocks, kEach, 1, Constant<1>> block(tile_.format, from, {});
     Words(&found)[kEach] = found_[turn_];
-    unroll<kEach>(GLM_EACH(r) {
+    unroll_each<kEach>(GLM_EACH(r) {
       const uint8_t* half = rows.weight + hb * kBytes + r * rows.weight_stride;
       prefetch(half + ahead, kBytes);
       U16(&w)[2] = block.words[r].w;
-      unroll<2>(GLM_EACH(i) { w[i] = load_words(found[r].of[i]); });
+      unroll_each<2>(GLM_EACH(i) { w[i] = load_words(found[r].of[i]); });
       Codes::finish(half, w);
       block.acc[r][0] = zero();
     });
@@ -113,7 +113,7 @@ class LookedUpRows {
 
   GLM_INLINE void store_indices(const uint8_t* half) {
     const auto stride = static_cast<ptrdiff_t>(tile_.row_bytes);
-    unroll<kEach>(GLM_EACH(r) {
+    unroll_each<kEach>(GLM_EACH(r) {
       _mm512_store_si512(indices_[r].of, Codes::index(half + r * stride));
       // A compiler would take them from the register, one by one.
       __asm__("" : "+m"(indices_[r]));
@@ -130,7 +130,7 @@ class LookedUpRows {
   template <int p>
   GLM_INLINE void look_up(Words (&found)[kEach]) {
     constexpr int row = p / 4, first = p % 4 * 4;
-    unroll<4>(GLM_EACH(i) {
+    unroll_each<4>(GLM_EACH(i) {
       const int lane = first + i;
       uint32_t both;
       memcpy(&both, indices_[row].of + 2 * lane, sizeof(both));

@@ -58,7 +58,7 @@ struct HalfBlock {
     } else
 #endif
     {
-      terms<0>();
+      terms();
     }
     unroll<R>(GLM_EACH(r) {
       unroll<M>(
@@ -74,7 +74,7 @@ struct HalfBlock {
       part.words[r] = HalfOf<Words, half>(words[r]);
       part.acc[r][0] = half == 0 ? acc[r][0].a : acc[r][0].b;
     });
-    part.template terms<0>();
+    part.terms();
     unroll<R>(GLM_EACH(r) {
       (half == 0 ? acc[r][0].a : acc[r][0].b) = part.acc[r][0];
     });
@@ -129,14 +129,12 @@ struct HalfBlock {
     });
   }
 
-  template <int p>
   GLM_INLINE void terms() {
-    if constexpr (F::kQuads && p < F::kTerms) {
-      quads<p>();
-      terms<p + 4 * kQuadsAtOnce<F>>();
-    } else if constexpr (p < F::kTerms) {
-      term<p>();
-      terms<p + 1>();
+    if constexpr (F::kQuads) {
+      constexpr int n = 4 * kQuadsAtOnce<F>;
+      for_each_constant<F::kTerms / n>(GLM_EACH(i) { quads<i * n>(); });
+    } else {
+      for_each_constant<F::kTerms>(GLM_EACH(p) { term<p>(); });
     }
   }
 };

@@ -113,7 +113,7 @@ class PanelTerms {
       each([&](auto r, auto m) GLM_ALWAYS_INLINE {
         acc[r][m] = F::kCarriesAccumulator ? result[r][m] : zero();
       });
-      unroll<kParts>(GLM_EACH(i) {
+      for_each_constant<kParts>(GLM_EACH(i) {
         Parts part;
         each([&](auto r, auto m)
                  GLM_ALWAYS_INLINE { part[r][m] = part_of<i>(acc[r][m]); });

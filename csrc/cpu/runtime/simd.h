@@ -38,6 +38,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 // Builds for a debugger or a sanitizer keep the lanes' functions and loops as
 // they are written: a compiler takes many minutes for checks that are repeated
@@ -63,21 +64,37 @@ struct Constant {
 };
 
 // Calls fn(0), fn(1), … fn(n - 1) in straight line; each index is a constant.
+// Not by recursion, whose every step a compiler would inline into the next.
+template <class Fn, int... i>
+GLM_INLINE void for_each_of(Fn& fn, std::integer_sequence<int, i...>) {
+  (fn(Constant<i>()), ...);
+}
 template <int n, class Fn>
 GLM_INLINE void for_each_constant(Fn&& fn) {
-  if constexpr (n > 0) {
-    for_each_constant<n - 1>(fn);
-    fn(Constant<n - 1>());
-  }
+  for_each_of(fn, std::make_integer_sequence<int, n>());
 }
-// Does the same, so that arrays of vectors that are indexed this way stay in
-// registers; fn may not count on the index being a constant.
+template <class Fn, int... i>
+GLM_INLINE void unroll_of(Fn& fn, std::integer_sequence<int, i...>) {
+  (fn(i), ...);
+}
+// Does the same with an index that is an int, so that arrays of vectors that
+// are indexed this way stay in registers and fn is compiled for all at once.
 template <int n, class Fn>
 GLM_INLINE void unroll(Fn&& fn) {
 #if defined(GLM_FUSED_NO_FORCED_INLINING)
   for (int i = 0; i < n; i++) {
     fn(i);
   }
+#else
+  unroll_of(fn, std::make_integer_sequence<int, n>());
+#endif
+}
+// Does so where code is better if fn is compiled for each index, on which it
+// may not count.
+template <int n, class Fn>
+GLM_INLINE void unroll_each(Fn&& fn) {
+#if defined(GLM_FUSED_NO_FORCED_INLINING)
+  unroll<n>(fn);
 #else
   for_each_constant<n>(fn);
 #endif
