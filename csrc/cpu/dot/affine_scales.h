@@ -47,9 +47,9 @@ class AffineScales {
       with(InPlace<kMost, FloatType::float16>());
     } else if (bytes == kOne && values <= 8) {
       with(InPlace<kOne>());
-    } else if (bytes <= 8) {
+    } else if (kMost <= 8 || bytes <= 8) {
       with(InPlace<8>());
-    } else {
+    } else if constexpr (kMost > 8) {
       with(InPlace<kMost>());
     }
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/dot/dot_kernels.h"
 #include "cpu/dot/group_scales.h"
@@ -45,6 +46,12 @@ constexpr ptrdiff_t kAhead = 2048;
 constexpr int kRows = 8;
 template <class F>
 constexpr int kChunk = 2 * std::max(1, 32 / vectors_per_half<F>);
+
+// Whether a format's scales can be kept: Groups<R> are those of a half-block of
+// R rows.
+template <class F>
+constexpr bool kHasGroups =
+    requires { typename F::Scales::template Groups<1>; };
 
 template <CpuDecode F>
 struct Tile {
@@ -126,7 +133,36 @@ struct Tile {
     });
     block.sum();
     const float* sums = from + F::kTerms * width * kHalf;
-    scales.template finish<Reading>(rows, hb, sums, block.acc, result);
+    finish<Reading>(rows, hb, sums, block.acc, result);
+  }
+
+  // Turns the sums of half-block `hb` into its part of the result.
+  template <class Reading, int R, int M>
+  GLM_INLINE void finish(
+      const TileRows& rows,
+      int hb,
+      const float* sums,
+      const F16 (&acc)[R][M],
+      F16 (&result)[R][M]) const {
+    if constexpr (std::is_same_v<Reading, Either> && kHasGroups<F>) {
+      typename F::Scales::template Groups<R> groups;
+      read_groups(rows, hb, groups);
+      groups.finish(sums, acc, result);
+    } else {
+      scales.template finish<Reading>(rows, hb, sums, acc, result);
+    }
+  }
+
+  // Reads the scales of half-block `hb`, of formats that keep them.
+  template <class Groups>
+  GLM_INLINE void read_groups(const TileRows& rows, int hb, Groups& to) const {
+    if (hb < rows.direct_halves) {
+      scales.with_reading([&]<class Reading>(Reading) GLM_ALWAYS_INLINE {
+        scales.template read<Reading>(rows, hb, to);
+      });
+    } else {
+      scales.template read<Anywhere>(rows, hb, to);
+    }
   }
 
   // Does so with the half-blocks from `hb` on, which need not be whole.
@@ -192,6 +228,7 @@ struct Tile {
 
   template <class Width>
   GLM_INLINE void one_vector(int m0, Width width) const {
+#if defined(GLM_AVX512) || defined(GLM_AVX2)
     scales.with_reading([&]<class Reading>(Reading) GLM_ALWAYS_INLINE {
       if constexpr (kStreamsRows<F>) {
         if (static_cast<ptrdiff_t>(row_bytes) >= kAhead) {
@@ -200,6 +237,9 @@ struct Tile {
       }
       one_vector<kRowsAtOnce<F>, Reading>(m0, width);
     });
+#else
+    one_vector<kRowsAtOnce<F>, Either>(m0, width);
+#endif
   }
 
   // All rows against M vectors of a panel, R at once; the last one is taken
@@ -241,33 +281,25 @@ struct Tile {
       int end,
       ptrdiff_t ahead,
       F16 (&sums)[2][R][M]) const {
-    const auto add = [&]<class Reading>(Reading) GLM_ALWAYS_INLINE {
-      for (int odd = 0; odd < 2; odd++) {
-        const auto add_to = [&](F16(&result)[R][M]) GLM_ALWAYS_INLINE {
-          for (int hb = begin + odd; hb < end; hb += 2) {
-            half_block<Reading>(rows, m0, width, hb, ahead, result);
-          }
-        };
+    for (int odd = 0; odd < 2; odd++) {
+      const auto add_to = [&](F16(&result)[R][M]) GLM_ALWAYS_INLINE {
+        for (int hb = begin + odd; hb < end; hb += 2) {
+          half_block<Either>(rows, m0, width, hb, ahead, result);
+        }
+      };
 #if defined(GLM_AVX512)  // there are registers for them
-        F16 result[R][M];
-        unroll<R>(GLM_EACH(r) {
-          unroll<M>(GLM_EACH(m) { result[r][m] = sums[odd][r][m]; });
-        });
-        add_to(result);
-        unroll<R>(GLM_EACH(r) {
-          unroll<M>(GLM_EACH(m) { sums[odd][r][m] = result[r][m]; });
-        });
+      F16 result[R][M];
+      unroll<R>(GLM_EACH(r) {
+        unroll<M>(GLM_EACH(m) { result[r][m] = sums[odd][r][m]; });
+      });
+      add_to(result);
+      unroll<R>(GLM_EACH(r) {
+        unroll<M>(GLM_EACH(m) { sums[odd][r][m] = result[r][m]; });
+      });
 #else
-        add_to(sums[odd]);
+      add_to(sums[odd]);
 #endif
-      }
-    };
-    if constexpr (!F::kCarriesAccumulator) {  // there are scales to read
-      if (end <= rows.direct_halves) {
-        return scales.with_reading(add);
-      }
     }
-    add(Anywhere());
   }
 
   // Stores the sums of `count` rows from `row` on.
@@ -313,8 +345,10 @@ struct Tile {
       case 4:
         return several_vectors<2, 4>(0, Constant<4>());
       default:
-        several_vectors<2, 4>(0, Constant<8>());
-        return several_vectors<2, 4>(4, Constant<8>());
+        if constexpr (!F::kQuads) {  // those take DotPanels
+          several_vectors<2, 4>(0, Constant<8>());
+          several_vectors<2, 4>(4, Constant<8>());
+        }
     }
 #elif defined(GLM_AVX2)
     if (a.width == 1) {

@@ -42,7 +42,7 @@ class DotPanels : PanelTerms<F, kVectors, Width> {
   using Base = PanelTerms<F, kVectors, Width>;
   using Base::a_, Base::tile_, Base::width_, Base::terms_;
   using Base::add_half_blocks, Base::decode, Base::panels, Base::sets,
-      Base::with_reading;
+      Base::finish_in, Base::locate;
   using Base::kChunk, Base::kPair, Base::kRows, Base::kMostWidth;
   using typename Base::Sums, typename Base::Terms;
 #if defined(GLM_AVX512)
@@ -58,14 +58,7 @@ class DotPanels : PanelTerms<F, kVectors, Width> {
   }
 
   void add_chunk(int row, int begin, int end, int panel, int pair) {
-    with_reading(row, end, [&]<class Reading>(const TileRows& rows) {
-      add_chunk<Reading>(rows, begin, end, panel, pair);
-    });
-  }
-
-  template <class Reading>
-  void
-  add_chunk(const TileRows& rows, int begin, int end, int panel, int pair) {
+    const TileRows rows = locate(row);
     for (int v = 0; v < sets(); v++) {
       const float* x = a_.x[panel] + v * kVectors * kHalf;
       for (int odd = 0; odd < 2; odd++) {
@@ -75,7 +68,7 @@ class DotPanels : PanelTerms<F, kVectors, Width> {
             x,
             terms_[pair] + odd,
             sums_[pair][panel * sets() + v][odd],
-            this->template finish_in<Reading>(rows));
+            finish_in(rows));
       }
     }
   }

@@ -23,6 +23,9 @@ struct InPlace {
 struct Anywhere {
   static constexpr bool kInPlace = false;
 };
+// Either of them, which each half-block is looked at for: where that is little
+// beside its products, so that these are compiled once.
+struct Either : Anywhere {};
 
 // R rows of a tile: row r lies r strides behind the first.
 struct TileRows {

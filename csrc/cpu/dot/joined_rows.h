@@ -28,12 +28,10 @@ class JoinedRows {
     joined.rows_left = a_.rows_left / kEach;
     Tile<F> tile(joined);
     tile.x = x_;
-    tile.scales.with_reading([&]<class Reading>(Reading) GLM_ALWAYS_INLINE {
-      for (int m = 0; m < a_.width; m++) {
-        take(m);
-        rows<Reading>(tile, joined.rows, a_.y + m * a_.rows);
-      }
-    });
+    for (int m = 0; m < a_.width; m++) {
+      take(m);
+      rows(tile, joined.rows, a_.y + m * a_.rows);
+    }
   }
 
  private:
@@ -55,12 +53,11 @@ class JoinedRows {
     }
   }
 
-  template <class Reading>
   void rows(const Tile<F>& tile, int count, float* y) const {
     for (int row = 0; row < count; row += kLanes) {
       F16 by_lane[kLanes];
       for (int first = 0; first < kLanes; first += kAtOnce) {
-        some<Reading>(tile, row + first, by_lane + first);
+        some(tile, row + first, by_lane + first);
       }
       by_value(by_lane);
       // The lanes without values add zeros, which makes a zero of -0.
@@ -74,17 +71,11 @@ class JoinedRows {
   }
 
   // The lanes' sums of kAtOnce joined rows.
-  template <class Reading>
   static GLM_INLINE void some(const Tile<F>& tile, int row, F16* to) {
     const TileRows rows = tile.template locate<kAtOnce>(row, 1);
-    F16 sums[kAtOnce][1], none[kAtOnce][1];
-    unroll<kAtOnce>(GLM_EACH(r) { sums[r][0] = none[r][0] = zero(); });
-    if (rows.direct_halves > 0) {
-      tile.template half_block<Reading>(
-          rows, 0, Constant<1>(), 0, kAhead, sums);
-    } else {
-      tile.rest(rows, 0, Constant<1>(), 0, kAhead, sums, none);
-    }
+    F16 sums[kAtOnce][1];
+    unroll<kAtOnce>(GLM_EACH(r) { sums[r][0] = zero(); });
+    tile.template half_block<Either>(rows, 0, Constant<1>(), 0, kAhead, sums);
     unroll<kAtOnce>(GLM_EACH(r) { to[r] = sums[r][0]; });
   }
 

@@ -69,29 +69,11 @@ class PanelTerms {
     }
   }
 
-  // Calls fn with how scales are read before half-block `end` of a pair of rows
-  // from `row` on, and with those.
-  template <class Fn>
-  void with_reading(int row, int end, const Fn& fn) const {
-    const TileRows rows = locate(row);
-    if constexpr (!F::kCarriesAccumulator) {  // there are scales to read
-      if (end <= rows.direct_halves) {
-        tile_.scales.with_reading([&]<class Reading>(Reading) {
-          fn.template operator()<Reading>(rows);
-        });
-        return;
-      }
-    }
-    fn.template operator()<Anywhere>(rows);
-  }
-
   // Finishes half-blocks of these rows.
-  template <class Reading>
   GLM_INLINE auto finish_in(const TileRows& rows) const {
     return [&](int hb, const float* sums, auto& acc, auto& result)
                GLM_ALWAYS_INLINE {
-                 tile_.scales.template finish<Reading>(
-                     rows, hb, sums, acc, result);
+                 tile_.template finish<Either>(rows, hb, sums, acc, result);
                };
   }
 

@@ -56,23 +56,28 @@ class ShortPanels : PanelTerms<F, kVectors, Width> {
   using Base = PanelTerms<F, kVectors, Width>;
   using Base::a_, Base::tile_, Base::width_, Base::terms_;
   using Base::add_half_blocks, Base::decode, Base::each, Base::panels,
-      Base::sets, Base::with_reading;
+      Base::finish_in, Base::locate, Base::sets;
   using Base::kChunk, Base::kPair, Base::kRows;
   using typename Base::Sums;
   static_assert(kRows == kHalf);
 
   using Groups = KeptGroups<F, kPair>::type;
   // Whether what scales give for a half-block can be kept.
-  static constexpr bool kKeepsGroups =
-      requires { typename F::Scales::template Groups<kPair>; };
+  static constexpr bool kKeepsGroups = kHasGroups<F>;
 
   void read_groups(int row, int halves, int pair) {
     if constexpr (kKeepsGroups) {
-      with_reading(row, halves, [&]<class Reading>(const TileRows& rows) {
+      const TileRows rows = locate(row);
+      const auto read = [&]<class Reading>(Reading) {
         for (int hb = 0; hb < halves; hb++) {
           tile_.scales.template read<Reading>(rows, hb, groups_[pair][hb]);
         }
-      });
+      };
+      if (halves <= rows.direct_halves) {
+        tile_.scales.with_reading(read);
+      } else {
+        read(Anywhere());
+      }
     }
   }
 
@@ -89,9 +94,7 @@ class ShortPanels : PanelTerms<F, kVectors, Width> {
               GLM_ALWAYS_INLINE { groups[hb].finish(sums, acc, result); };
       sum_pair(halves, x, pair, to, finish);
     } else {
-      with_reading(row, halves, [&]<class Reading>(const TileRows& rows) {
-        sum_pair(halves, x, pair, to, this->template finish_in<Reading>(rows));
-      });
+      sum_pair(halves, x, pair, to, finish_in(locate(row)));
     }
   }
 

@@ -67,25 +67,17 @@ class ShortRows {
     const int halves = tile_.half_blocks();
     const auto ahead = static_cast<ptrdiff_t>(kPair * tile_.row_bytes);
     const TileRows rows = tile_.template locate<kPair>(row, stride);
-    const auto add_all = [&]<class Reading>(Reading) GLM_ALWAYS_INLINE {
-      for (int odd = 0; odd < 2; odd++) {
-        F16 sum[kPair][M];  // stays in registers
-        each<M>([&](auto i, auto m) GLM_ALWAYS_INLINE { sum[i][m] = zero(); });
-        for (int hb = odd; hb < halves; hb += 2) {
-          tile_.template half_block<Reading>(rows, m0, width, hb, ahead, sum);
-        }
-        each<M>([&](auto i, auto m) GLM_ALWAYS_INLINE {
-          F16& both = sums[m][r + i];
-          both = odd == 0 ? sum[i][m] : add(both, sum[i][m]);
-        });
+    for (int odd = 0; odd < 2; odd++) {
+      F16 sum[kPair][M];  // stays in registers
+      each<M>([&](auto i, auto m) GLM_ALWAYS_INLINE { sum[i][m] = zero(); });
+      for (int hb = odd; hb < halves; hb += 2) {
+        tile_.template half_block<Either>(rows, m0, width, hb, ahead, sum);
       }
-    };
-    if constexpr (!F::kCarriesAccumulator) {  // there are scales to read
-      if (halves <= rows.direct_halves) {
-        return tile_.scales.with_reading(add_all);
-      }
+      each<M>([&](auto i, auto m) GLM_ALWAYS_INLINE {
+        F16& both = sums[m][r + i];
+        both = odd == 0 ? sum[i][m] : add(both, sum[i][m]);
+      });
     }
-    add_all(Anywhere());
   }
 
   // Calls fn(i, m) for each row of a pair and each vector.
