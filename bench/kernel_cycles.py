@@ -27,15 +27,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 VALUES = {  # the columns of a lane, and the decode that has them
-    "affine2": (16, "Affine<2, true>"),
+    "affine2": (16, "Affine<2, false>"),
     "affine3": (16, "Affine<3, true>"),
     "affine4": (16, "Affine<4, true>"),
     "affine5": (16, "Affine<5, true>"),
     "affine6": (8, "Affine<6, true>"),
     "affine8": (8, "Affine<8, true>"),
-    "mxfp4": (16, "Fp4<true, (anonymous namespace)::E8M0, false>"),
+    "mxfp4": (16, "Fp4<true, (anonymous namespace)::E8M0>"),
     "mxfp8": (8, "Fp8<true>"),
-    "nvfp4": (16, "Fp4<true, (anonymous namespace)::E4M3, false>"),
+    "nvfp4": (16, "Fp4<true, (anonymous namespace)::E4M3>"),
 }
 BFLOAT16 = "(glm_fused::FloatType)2"
 # GGUF's formats are families, numbered in this order from 4 on.

@@ -254,8 +254,12 @@ struct Affine {
 };
 
 template <int bits>
-const Kernel& find_affine(bool fast) {
-  return fast ? kernel<Affine<bits, true>> : kernel<Affine<bits, false>>;
+const Kernel& find_affine([[maybe_unused]] bool fast) {
+  if constexpr (Affine<bits, true>::kPacks == 1) {  // both orders are the same
+    return kernel<Affine<bits, false>>;
+  } else {
+    return fast ? kernel<Affine<bits, true>> : kernel<Affine<bits, false>>;
+  }
 }
 
 template <>

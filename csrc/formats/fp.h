@@ -120,12 +120,14 @@ GLM_INLINE F16 e4m3(U16 words) {
 // 2^(code - 127); 2^-127 is subnormal and written as such.
 struct E8M0 {
   static constexpr int kBlock = 32, kByte = 3;
+  static constexpr bool kHasFactor = false;
   static GLM_INLINE F16 decode(U16 v) {
     return as_float(max_words(shift_right<1>(v), 0x400000u));
   }
 };
 struct E4M3 {
   static constexpr int kBlock = 16, kByte = 3;
+  static constexpr bool kHasFactor = true;  // of the matrix, or 1
   static GLM_INLINE F16 decode(U16 v) {
     constexpr uint32_t kMagnitude = 0x7fffffffu, kOf480 = 0x43f00000u;
     const U16 value = as_words(e4m3(v));
@@ -134,12 +136,12 @@ struct E4M3 {
 };
 
 // result += scale * accum, two roundings: MLX multiplies inside qdot.
-template <class Code, int values, bool factors = false>
+template <class Code, int values>
 class ByteScales {
  public:
   GLM_INLINE ByteScales(const DotArgs& a, int)
       : scales_(a.planes[1]), spread_(a, values, 1, Code::kByte) {
-    if constexpr (factors) {
+    if (Code::kHasFactor && a.format.spec->plane_count == 3) {
       memcpy(&factor_, a.planes[2], sizeof(factor_));
     }
   }
@@ -190,7 +192,7 @@ class ByteScales {
   }
 
   GLM_INLINE float total(float sum) const {
-    return factors ? sum * factor_ : sum;
+    return Code::kHasFactor ? sum * factor_ : sum;
   }
 
  private:
@@ -213,7 +215,7 @@ class ByteScales {
   float factor_ = 1;
 };
 
-template <bool fast, class Code, bool factors = false>
+template <bool fast, class Code>
 struct Fp4 {
   static constexpr int kValues = fast ? 16 : 8;
   static constexpr int kBytes = kValues / 2;
@@ -223,7 +225,7 @@ struct Fp4 {
   static constexpr bool kCarriesAccumulator = false;
   static constexpr int kSumStep = 0;
   using Words = LaneWords<kBytes>;
-  using Scales = ByteScales<Code, kValues, factors>;
+  using Scales = ByteScales<Code, kValues>;
 
   static constexpr Term term(int p) {
     return {p, p / 2, 0, 1.0f, 1.0f};
@@ -313,10 +315,6 @@ const Kernel& find_kernel<glm_fused::Family::fp>(
     bool fast) {
   if (format.spec->bits == 8) {
     return fast ? kernel<Fp8<true>> : kernel<Fp8<false>>;
-  }
-  if (format.spec->plane_count == 3) {
-    return fast ? kernel<Fp4<true, E4M3, true>>
-                : kernel<Fp4<false, E4M3, true>>;
   }
   if (format.spec->block == 16) {
     return fast ? kernel<Fp4<true, E4M3>> : kernel<Fp4<false, E4M3>>;
