@@ -53,6 +53,10 @@ template <class F>
 constexpr bool kHasGroups =
     requires { typename F::Scales::template Groups<1>; };
 
+// Whether rows are whole half-blocks, because a block of the format is one.
+template <class F>
+constexpr bool kWholeRows = requires { requires F::kWholeRows; };
+
 template <CpuDecode F>
 struct Tile {
   const DotArgs& a;
@@ -102,7 +106,7 @@ struct Tile {
     const uint8_t* half = rows.weight + hb * whole;
     unroll<R>(
         GLM_EACH(r) { prefetch<level>(half + r * stride + ahead, whole); });
-    if (Reading::kInPlace || hb < rows.whole_halves) {
+    if (Reading::kInPlace || kWholeRows<F> || hb < rows.whole_halves) {
       unroll<R>(GLM_EACH(r) { words[r].load(half + r * stride); });
     } else {
       const size_t left = row_bytes - hb * whole;

@@ -80,6 +80,8 @@ scales_by_lane(const uint8_t* half, int lanes, F16& scale, F16& bias) {
 
 // Half a block, 256 columns: a super-block, or eight blocks of 32.
 template <class Block>
+constexpr bool kSuperBlock = Block::columns == kHalfColumns;
+template <class Block>
 constexpr int kHalfBytes = kHalfColumns / Block::columns * Block::bytes;
 
 // result += scale * accum, or the sum of that and bias * sum of x, for lanes
@@ -110,7 +112,8 @@ class BlockScales {
     const uint8_t* half = rows.weight + hb * kHalfBytes<Block>;
     unroll<R>(GLM_EACH(r) {
       F16 scale, bias;
-      if (Reading::kInPlace || (hb + 1) * kHalf <= lanes_) {
+      if (Reading::kInPlace || kSuperBlock<Block> ||
+          (hb + 1) * kHalf <= lanes_) {
         whole(half + r * rows.weight_stride, scale, bias);
       } else {
         scales_by_lane<Block>(
@@ -172,6 +175,7 @@ class GgufBlocks {
   static constexpr bool kQuads = false;
   static constexpr bool kCarriesAccumulator = false;
   static constexpr bool kLongRows = true;
+  static constexpr bool kWholeRows = kSuperBlock<Block>;
   static constexpr int kSumStep = Block::biased ? 4 : 0;
   using Words = BlockWords<family>;
   using Scales = BlockScales<family>;
