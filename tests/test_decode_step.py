@@ -141,7 +141,7 @@ def play(data, model):
     return pairs
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_steps_equal_the_reference(model, data):
     """Batches with and without padding, several tokens, forks and trims of a cache."""

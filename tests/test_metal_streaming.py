@@ -20,7 +20,10 @@ from glm_fused.ops import metal_sim
 LAYERS, SPARSE = 5, 4
 
 
-@pytest.fixture(scope="module", params=[1, 0], ids=["shared", "no shared"])
+WITHOUT = pytest.param(0, id="no shared", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=[pytest.param(1, id="shared"), WITHOUT])
 def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("streamed")
     write_checkpoint(path, tiny_config(n_shared_experts=request.param), quantization=AFFINE)
@@ -31,7 +34,7 @@ def streamed(folder, slots=4, **options):
     return load_model(folder, stream=stream(slots, **options))[0]
 
 
-@pytest.mark.parametrize("slots", [4, 8])
+@pytest.mark.parametrize("slots", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_the_bits_are_the_resident_models(folder, slots):
     """A prompt in chunks, of which one needs waves, and steps that are built ahead."""
     with cpu():

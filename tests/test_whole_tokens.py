@@ -64,8 +64,14 @@ def test_tokens_are_the_cpus(folder, stream, kv_format):
     assert first_difference(folder, stream, kv_format) is None
 
 
+EITHER = [
+    pytest.param(None, id="resident", marks=pytest.mark.slow),
+    pytest.param(STREAM, id="streamed"),
+]
+
+
 @simulated_only
-@pytest.mark.parametrize("stream", [None, STREAM], ids=["resident", "streamed"])
+@pytest.mark.parametrize("stream", EITHER)
 def test_a_rounding_that_is_moved_is_caught(folder, stream):
     """The control: a norm that does not round before it multiplies by the weight."""
     old, moved = "product(round_to(x * inverse, type), weight)", []
@@ -78,7 +84,7 @@ def test_a_rounding_that_is_moved_is_caught(folder, stream):
     assert any(moved)
 
 
-@pytest.mark.parametrize("stream", [None, STREAM], ids=["resident", "streamed"])
+@pytest.mark.parametrize("stream", EITHER)
 def test_an_index_that_is_off_is_caught(folder, stream, monkeypatch):
     """The control: a key that the indexer has selected is taken for the next one."""
     topk = ops.indexer_topk
