@@ -1,8 +1,8 @@
 """A rank of a model: some texts, or steps on the simulated GPU, saved in ``FOLDER/RANK.npz``.
 
-``python shard_long_program.py FOLDER rows|columns short|long|metal MODEL [FORMAT...]``; with
-``columns`` one matrix is split along the columns of its rows, as in shard_program.py. The indexer's
-scores are shared out wherever they can be.
+``python shard_long_program.py FOLDER SPLIT short|long|metal MODEL [FORMAT...]``, where SPLIT is one
+of shard_program.py's: with ``recorded`` decode steps are recorded, else the indexer's scores are
+shared out wherever they can be.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from metal_backend import GPU, metal
 from mlx_lm.models.cache import BatchKVCache, CacheList
-from shard_program import bits, split_by_columns, steps_of
+from shard_program import bits, counted_steps, split_by_columns, steps_of
 
 from glm_fused.loader import open_model
 from glm_fused.models import sharded_indexer
@@ -21,7 +21,7 @@ from glm_fused.models.ranks import Ranks
 from glm_fused.ops import metal_sim
 
 CHUNK, DECODED, SIMULATED = 512, 300, 16
-ALWAYS = sharded_indexer.Price(-(1 << 62), 0)
+ALWAYS, NEVER = (sharded_indexer.Price(gather, 0) for gather in (-(1 << 62), 1 << 62))
 
 
 def texts_of(model, kv_formats):
@@ -75,7 +75,8 @@ def what_of(model, what, kv_formats):
 
 def main(folder, split, what, path, *kv_formats):
     mx.set_default_device(mx.cpu)
-    sharded_indexer.CPU = sharded_indexer.GPU = ALWAYS
+    sharded_indexer.CPU = sharded_indexer.GPU = NEVER if split == "recorded" else ALWAYS
+    recorded = counted_steps()
     group = mx.distributed.init(strict=True, backend="ring")
     ranks = Ranks(group)
     opened = open_model(path, "auto", None, ranks=ranks)
@@ -83,7 +84,7 @@ def main(folder, split, what, path, *kv_formats):
     if split == "columns":
         split_by_columns(opened.model, path, ranks, group)
     found = what_of(opened.model, what, kv_formats)
-    np.savez(f"{folder}/{ranks.rank}.npz", **bits(found))
+    np.savez(f"{folder}/{ranks.rank}.npz", recorded=len(recorded), **bits(found))
 
 
 if __name__ == "__main__":

@@ -20,10 +20,13 @@ PROGRAM = ring.TESTS / "shard_long_program.py"
 pytestmark = pytest.mark.slow
 
 
-def of_ranks(size, folder, *arguments):
-    """The bits of each rank."""
-    ring.run(size, PROGRAM, folder, *arguments, folder=folder, timeout=3000)
-    return [dict(np.load(folder / f"{rank}.npz")) for rank in range(size)]
+def of_ranks(size, folder, split, *arguments, recorded=0):
+    """The bits of each rank, which is to have recorded so many steps at least."""
+    ring.run(size, PROGRAM, folder, split, *arguments, folder=folder, timeout=3000)
+    found = [dict(np.load(folder / f"{rank}.npz")) for rank in range(size)]
+    steps = [int(each.pop("recorded")) for each in found]
+    assert len(set(steps)) == 1 and steps[0] >= recorded
+    return found
 
 
 def alone(path, what, kv_formats=()):
@@ -37,11 +40,15 @@ def texts():
     return alone("demo", "long", KV_FORMATS)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_long_texts(texts, tmp_path, size):
+SPLITS = [(2, "rows"), (3, "rows"), (4, "rows"), (2, "recorded"), (3, "recorded")]
+
+
+@pytest.mark.parametrize(("size", "split"), SPLITS)
+def test_long_texts(texts, tmp_path, size, split):
     """Prompts of 20 x index_topk, 300 tokens, batches, and every format of caches."""
     assert len(texts) > DECODED
-    for found in of_ranks(size, tmp_path, "rows", "long", "demo", *KV_FORMATS):
+    steps = DECODED if split == "recorded" else 0
+    for found in of_ranks(size, tmp_path, split, "long", "demo", *KV_FORMATS, recorded=steps):
         assert differing(found, texts) == []
 
 
@@ -61,8 +68,8 @@ def test_steps_on_metal(tmp_path):
         assert len(differing(found, expected)) > SIMULATED // 2
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_true_shapes(tmp_path, monkeypatch, size):
+@pytest.mark.parametrize(("size", "split"), SPLITS)
+def test_true_shapes(tmp_path, monkeypatch, size, split):
     """Three layers of GLM-5.2's shapes, with prompts beyond what a query selects."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[1] / "bench")])
     import glm52_slice
@@ -72,5 +79,6 @@ def test_true_shapes(tmp_path, monkeypatch, size):
     path.mkdir()
     glm52_slice.write(SLICE, "affine4", path)
     expected = alone(path, "short")
-    for found in of_ranks(size, tmp_path, "rows", "short", path):
+    steps = 5 if split == "recorded" else 0
+    for found in of_ranks(size, tmp_path, split, "short", path, recorded=steps):
         assert differing(found, expected) == []
